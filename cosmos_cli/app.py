@@ -1,0 +1,70 @@
+"""The command `cosmos`: its verbs, and the one place where errors become exit codes."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from types import FrameType
+from typing import Annotated
+
+import typer
+
+from cosmos_cli import __version__, console
+from cosmos_cli.commands import download, generate, prep, promote, recipes, setup, train
+from cosmos_cli.errors import ExitCode, Interrupted, UserError
+
+app = typer.Typer(
+    name="cosmos",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Post-train Cosmos-Predict1 Text2World on your own videos and generate videos with it. "
+    "Every verb takes a recipe: a YAML file or a shipped name, see `cosmos recipes list`.",
+)
+for _verb in (setup, download, prep, train, promote, generate):
+    app.command()(getattr(_verb, _verb.__name__.rpartition(".")[2]))
+app.add_typer(recipes.app, name="recipes")
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"cosmos {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version."
+        ),
+    ] = False,
+) -> None: ...
+
+
+def _interrupt(number: int, _frame: FrameType | None) -> None:
+    raise Interrupted(ExitCode.SIGTERM if number == signal.SIGTERM else ExitCode.SIGINT)
+
+
+def main() -> None:
+    """Runs the command line and ends the process with a documented exit code."""
+    signal.signal(signal.SIGINT, _interrupt)
+    signal.signal(signal.SIGTERM, _interrupt)
+    as_json = "--json" in sys.argv
+    try:
+        app()
+    except UserError as error:
+        console.emit(console.failure(error), as_json=as_json)
+        sys.exit(error.code)
+    except Interrupted as interruption:
+        result = console.Result(
+            code=interruption.code, error="interrupted; the same command goes on where it stopped"
+        )
+        console.emit(result, as_json=as_json)
+        sys.exit(interruption.code)
+    except BrokenPipeError:
+        # The reader of stdout went away (`cosmos ... | head`); nothing is left to be said.
+        sys.stderr.close()
+        sys.exit(ExitCode.OK)

@@ -1,0 +1,51 @@
+"""`cosmos download`: model weights and the dataset, verified."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from cosmos_cli import console, layout
+from cosmos_cli import download as hub
+from cosmos_cli.commands.options import (
+    DryRunOption,
+    JsonOption,
+    PrintRecipeOption,
+    RecipeArgument,
+    SetOption,
+    command_line,
+    open_recipe,
+)
+from cosmos_cli.console import Result
+
+EMBEDDED_CLIPS = 12
+
+
+def download(
+    recipe: RecipeArgument,
+    set_: SetOption = None,
+    print_recipe: PrintRecipeOption = False,
+    dry_run: DryRunOption = False,
+    json_: JsonOption = False,
+) -> None:
+    """Fetch the weights and the dataset of a recipe; what is there and whole is kept.
+
+    Example: cosmos download nemo_assets
+    """
+    r = open_recipe(recipe, set_, print_recipe).recipe
+    fetched = [hub.fetch(asset, dry_run=dry_run) for asset in hub.assets(r)]
+    if r.spec.embedded:
+        console.say(f"{r.model}: its weights are part of the package, {layout.EMBEDDED_DIR}")
+    root = Path(r.dataset_dir).absolute()
+    if r.dataset_repo == "embedded":
+        console.say(f"drawing {EMBEDDED_CLIPS} captioned clips into {root}")
+        if not dry_run:
+            from cosmos_cli.model import world
+
+            world.write_dataset(root, EMBEDDED_CLIPS, seed=0)
+    figures = {"assets": fetched, "dry_run": dry_run}
+    if not dry_run and r.dataset_dir:
+        figures["videos"] = hub.dataset_ready(r)
+        console.say(f"{figures['videos']} videos in {root}")
+    console.emit(
+        Result(str(root), [root], figures, command_line("prep", recipe, set_)), as_json=json_
+    )

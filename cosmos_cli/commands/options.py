@@ -1,0 +1,49 @@
+"""The options that several verbs share, and how a verb opens its recipe."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from cosmos_cli import console, recipe
+
+RecipeArgument = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of a shipped one.")
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override one key; may be given repeatedly."),
+]
+PrintRecipeOption = Annotated[
+    bool,
+    typer.Option("--print-recipe", help="Print every value with its origin, and do nothing else."),
+]
+DryRunOption = Annotated[
+    bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
+YesOption = Annotated[bool, typer.Option("--yes", help="Do not ask before replacing something.")]
+
+
+def open_recipe(
+    name: str, overrides: list[str] | None, print_recipe: bool = False
+) -> recipe.LoadedRecipe:
+    """The recipe of a command; prints its warnings, or with --print-recipe prints it and exits."""
+    loaded = recipe.load(name, overrides or ())
+    if print_recipe:
+        console.emit(console.Result(text=recipe.explain(loaded)), as_json=False)
+        raise typer.Exit
+    for warning in loaded.warnings:
+        console.warn(warning)
+    return loaded
+
+
+def command_line(verb: str, name: str, overrides: list[str] | None, extra: str = "") -> str:
+    """The command of another verb on the same recipe, ready to paste into a shell."""
+    import shlex
+
+    words = ["cosmos", verb, name]
+    for override in overrides or ():
+        words += ["--set", override]
+    return " ".join(filter(None, [shlex.join(words), extra]))

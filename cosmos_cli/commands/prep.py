@@ -1,0 +1,73 @@
+"""`cosmos prep`: videos + captions -> metas, text embeddings, cached latents, manifest."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from cosmos_cli import console, layout
+from cosmos_cli.commands.options import (
+    DryRunOption,
+    JsonOption,
+    PrintRecipeOption,
+    RecipeArgument,
+    SetOption,
+    command_line,
+    open_recipe,
+)
+from cosmos_cli.console import Result
+
+
+def prep(
+    recipe: RecipeArgument,
+    set_: SetOption = None,
+    print_recipe: PrintRecipeOption = False,
+    dry_run: DryRunOption = False,
+    json_: JsonOption = False,
+) -> None:
+    """Prepare a dataset: a verdict on every video, captions, embeddings, latents.
+
+    Example: cosmos prep my_videos.yaml --set prompt="A video of sks teal robot."
+    """
+    r = open_recipe(recipe, set_, print_recipe).recipe
+    dataset = layout.Dataset.at(r.dataset_dir, r.videos_dir)
+    console.say(f"preparing {dataset.videos} into {dataset.root}")
+    dataset.video_files()
+    from cosmos_cli.model import prep as model_prep
+    from cosmos_cli.model.device import best_device
+
+    if dry_run:
+        sources = model_prep.inspect(r, dataset, {})
+        clips = sum(len(source.clips) for source in sources)
+        bytes_needed = clips * model_prep.latent_bytes(r)
+        console.say(f"would cache {clips} clips in {console.size(bytes_needed)}")
+        figures = {"dry_run": True, "clips": clips, "bytes": bytes_needed}
+        console.emit(Result(model_prep.verdicts(sources), figures=figures), as_json=json_)
+        return
+
+    with console.log_file(dataset.root / "prep.log"):
+        manifest = model_prep.prepare(r, best_device())
+        videos = manifest["videos"]
+        rejected = [video for video in videos if video["verdict"] == "rejected"]
+        for video in rejected:
+            console.warn(f"{Path(dataset.videos, video['file'])}: rejected: {video['reason']}")
+        console.say(
+            f"{len(videos) - len(rejected)} of {len(videos)} videos used, "
+            f"{len(rejected)} rejected, {len(manifest['clips'])} clips"
+        )
+    console.emit(
+        Result(
+            model_prep.verdict_table(videos),
+            artifacts=[dataset.manifest],
+            figures={
+                "used": len(videos) - len(rejected),
+                "rejected": len(rejected),
+                "clips": len(manifest["clips"]),
+                "videos": [
+                    {key: video[key] for key in ("file", "verdict", "reason", "clips")}
+                    for video in videos
+                ],
+            },
+            next=command_line("train", recipe, set_),
+        ),
+        as_json=json_,
+    )

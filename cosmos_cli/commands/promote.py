@@ -1,0 +1,93 @@
+"""`cosmos promote`: one checkpoint -> the verified model that generate loads."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from cosmos_cli import console, layout
+from cosmos_cli.commands.options import (
+    DryRunOption,
+    JsonOption,
+    PrintRecipeOption,
+    RecipeArgument,
+    SetOption,
+    open_recipe,
+)
+from cosmos_cli.console import Result
+from cosmos_cli.errors import ExitCode, UserError
+from cosmos_cli.layout import Run
+
+
+def promote(
+    recipe: RecipeArgument,
+    step: Annotated[str, typer.Option(help="latest, or the number of a saved step.")] = "latest",
+    weights: Annotated[str, typer.Option(help="ema or reg.")] = "ema",
+    set_: SetOption = None,
+    print_recipe: PrintRecipeOption = False,
+    dry_run: DryRunOption = False,
+    json_: JsonOption = False,
+) -> None:
+    """Make the model that generate loads from a checkpoint of a run.
+
+    Example: cosmos promote nemo_assets --step 2000
+    """
+    r = open_recipe(recipe, set_, print_recipe).recipe
+    number = choose_step(Run(r.run_dir), step, weights)
+    target = layout.promoted_dir(r.spec, r.checkpoints_dir)
+    console.say(f"promoting step {number} ({weights}) of {r.run_dir.absolute()} to {target}")
+    if dry_run:
+        figures = {"dry_run": True, "step": number}
+        console.emit(Result(str(target), figures=figures), as_json=json_)
+        return
+
+    from cosmos_cli.model import promote as model_promote
+
+    manifest = model_promote.promote(r, number, weights, target)
+    console.say(model_promote.change_table(manifest["relative_change"]))
+    prompt = (r.prompt or "A red ball moves left.").replace('"', "'")
+    console.emit(
+        Result(
+            str(target),
+            artifacts=[target / layout.MODEL_FILE],
+            figures={key: manifest[key] for key in ("step", "weights", "sha256")},
+            next=f'cosmos generate --prompt "{prompt}"'
+            + ("" if r.checkpoints_dir == "checkpoints" else f" --model {target}"),
+        ),
+        as_json=json_,
+    )
+
+
+def choose_step(run: Run, step: str, weights: str) -> int:
+    """The saved step that `step` names.
+
+    Raises:
+        UserError: the run has no such step.
+    """
+    if weights not in ("ema", "reg"):
+        raise UserError(
+            f"{weights!r} is neither ema nor reg", code=ExitCode.USAGE, where="--weights"
+        )
+    saved = run.saved_steps(weights)
+    if not saved:
+        raise UserError(
+            "the run has no checkpoint",
+            code=ExitCode.ASSET,
+            where=str(run.checkpoints.absolute()),
+            fix="run cosmos train first",
+        )
+    if step == "latest":
+        return saved[-1]
+    if not step.isdecimal():
+        raise UserError(
+            f"{step!r} is neither latest nor a number", code=ExitCode.USAGE, where="--step"
+        )
+    if int(step) not in saved:
+        raise UserError(
+            f"step {step} is not saved",
+            code=ExitCode.ASSET,
+            where=str(run.checkpoints.absolute()),
+            fix=f"saved are {', '.join(map(str, saved))}",
+        )
+    return int(step)

@@ -1,0 +1,51 @@
+"""`cosmos train`: checks, then DeepSpeed over all ranks; the same command resumes."""
+
+from __future__ import annotations
+
+from cosmos_cli import console, launch
+from cosmos_cli.commands.options import (
+    DryRunOption,
+    JsonOption,
+    PrintRecipeOption,
+    RecipeArgument,
+    SetOption,
+    command_line,
+    open_recipe,
+)
+from cosmos_cli.console import Result
+from cosmos_cli.layout import Run
+
+
+def train(
+    recipe: RecipeArgument,
+    set_: SetOption = None,
+    print_recipe: PrintRecipeOption = False,
+    dry_run: DryRunOption = False,
+    json_: JsonOption = False,
+) -> None:
+    """Post-train on the prepared dataset, on all GPUs; the same command resumes.
+
+    Example: cosmos train nemo_assets --set max_steps=400
+    """
+    loaded = open_recipe(recipe, set_, print_recipe)
+    r = loaded.recipe
+    run, ranks = Run(r.run_dir.absolute()), launch.world_size(r)
+    launch.check_recipe(r, ranks)
+    clips = launch.check_dataset(r)
+    start = launch.check_resume(r, run, ranks)
+    launch.check_disk(r, run, start)
+    figures = {"run_dir": str(run.root), "clips": len(clips), "processes": ranks, "from": start}
+    console.say(
+        f"{r.model}: {len(clips)} clips, {r.global_batch_size} a step, {ranks} processes, "
+        f"ZeRO-{r.zero_stage}, {r.precision}, steps {start} to {r.max_steps}; run {run.root}"
+    )
+    following = command_line("promote", recipe, set_)
+    if start >= r.max_steps:
+        console.say(f"nothing to do: step {start} is saved; raise max_steps to go on")
+        figures["step"] = start
+    elif dry_run:
+        following = command_line("train", recipe, set_)
+    else:
+        figures |= launch.start(loaded, ranks)
+    artifacts = [run.root] if run.root.exists() else []
+    console.emit(Result(str(run.root), artifacts, figures, following), as_json=json_)

@@ -1,0 +1,179 @@
+"""What the user sees: messages and progress on stderr, the result on stdout, one JSON object."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TextIO
+
+from cosmos_cli.errors import ExitCode, UserError
+
+PLAIN_SECONDS = 5.0
+SCHEMA_VERSION = 1
+
+_logs: list[TextIO] = []
+_muted = False
+
+
+@dataclass
+class Result:
+    """What a command hands back: text for stdout, the same as figures, the command to run next."""
+
+    text: str = ""
+    artifacts: list[Path] = field(default_factory=list)
+    figures: dict[str, Any] = field(default_factory=dict)
+    next: str = ""
+    code: ExitCode = ExitCode.OK
+    error: str = ""
+
+
+def mute() -> None:
+    """Silences this process: of many ranks one speaks."""
+    global _muted  # noqa: PLW0603
+    _muted = True
+
+
+def say(message: str) -> None:
+    """Prints a line on stderr and in the open logs."""
+    if not _muted:
+        print(message, file=sys.stderr, flush=True)
+        _log(message)
+
+
+def warn(message: str) -> None:
+    """Prints a warning on stderr and in the open logs."""
+    say(f"warning: {message}")
+
+
+def emit(result: Result, *, as_json: bool) -> None:
+    """Prints the result on stdout; errors and the next command go to stderr."""
+    if as_json:
+        head = {
+            "schema_version": SCHEMA_VERSION,
+            "status": "ok" if result.code == ExitCode.OK else "error",
+            "exit_code": int(result.code),
+            "artifacts": [str(path) for path in result.artifacts],
+        }
+        tail = {"error": result.error} if result.error else {}
+        print(json.dumps({**head, **result.figures, **tail, "next": result.next}), flush=True)
+    elif result.text:
+        print(result.text, flush=True)
+    for line in result.error.splitlines():
+        say(f"error: {line}")
+    if result.next:
+        say(f"next: {result.next}")
+
+
+def failure(error: UserError) -> Result:
+    """The result of a command that a UserError ended."""
+    return Result(code=error.code, error=str(error))
+
+
+@contextmanager
+def log_file(path: Path) -> Iterator[None]:
+    """Appends what is said meanwhile to `path`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as stream:
+        _logs.append(stream)
+        try:
+            yield
+        finally:
+            _logs.remove(stream)
+
+
+def _log(message: str) -> None:
+    for stream in () if _muted else _logs:
+        print(time.strftime("%Y-%m-%d %H:%M:%S"), message, file=stream, flush=True)
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person reads them: 8 s, 3 min 20 s, 2 h 05 min."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def size(count: float) -> str:
+    """Bytes as a person reads them, in powers of 1000."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+class Progress:
+    """Counts something long: a live bar on a terminal, a plain line every few seconds elsewhere."""
+
+    def __init__(self, label: str, total: int, unit: str, done: int = 0) -> None:
+        self.label, self.total, self.unit = label, total, unit
+        self.done = self.first = done
+        self.started = self.printed = time.monotonic()
+        self.bar: Any = None
+
+    def advance(self, note: str = "", count: int = 1) -> None:
+        """Counts `count` more; `note` is shown behind the rate."""
+        self.done += count
+        if self.bar is not None:
+            self.bar.update(self.bar.task_ids[0], completed=self.done, note=note)
+        if time.monotonic() - self.printed >= PLAIN_SECONDS:
+            self.printed = time.monotonic()
+            (say if self.bar is None else _log)(self.line(note))
+
+    def line(self, note: str = "") -> str:
+        """Where it stands, as one line with rate and time left."""
+        rate = (self.done - self.first) / max(time.monotonic() - self.started, 1e-9)
+        left = duration((self.total - self.done) / rate) if rate else "?"
+        return ", ".join(
+            filter(
+                None,
+                [
+                    f"{self.label} {self.done}/{self.total} {self.unit}",
+                    note,
+                    f"{rate:.2f} {self.unit}/s",
+                    f"{left} left",
+                ],
+            )
+        )
+
+
+@contextmanager
+def progress(label: str, total: int, unit: str, done: int = 0) -> Iterator[Progress]:
+    """Shows the progress of `total` things, `done` of which were there before."""
+    counter = Progress(label, total, unit, done)
+    if _muted or not sys.stderr.isatty():
+        yield counter
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
+
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[note]}", markup=False),
+        TimeRemainingColumn(),
+    )
+    with Bar(*columns, console=Console(stderr=True)) as bar:
+        bar.add_task(label, total=total, completed=done, note="")
+        counter.bar = bar
+        yield counter
+
+
+def table(rows: list[tuple[str, ...]], header: tuple[str, ...]) -> str:
+    """Rows under a header, columns aligned by spaces."""
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in [header, *rows]
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,223 @@
+"""Weights and dataset of a recipe from the hub, verified. No torch."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from cosmos_cli import console, layout
+from cosmos_cli.errors import ExitCode, UserError
+from cosmos_cli.layout import Dataset
+from cosmos_cli.recipe import Recipe
+
+MODEL_PATTERNS = ("README.md", "LICENSE*", "model.pt", "config.json")
+TOKENIZER_PATTERNS = ("README.md", "config.json", "encoder.jit", "decoder.jit", "mean_std.pt")
+TEXT_PATTERNS = ("config.json", "spiece.model", "tokenizer*.json", "pytorch_model.bin")
+
+
+@dataclass(frozen=True)
+class Asset:
+    """Some files of one hub repository and the folder they go to."""
+
+    repo: str
+    kind: str
+    folder: Path
+    patterns: tuple[str, ...]
+    revision: str | None = None
+
+    @property
+    def url(self) -> str:
+        """The page where a person reads the licence and asks for access."""
+        middle = "datasets/" if self.kind == "dataset" else ""
+        return f"https://huggingface.co/{middle}{self.repo}"
+
+
+@dataclass(frozen=True)
+class RemoteFile:
+    """One file as the hub describes it; `digest` is its sha256, or for small files the git hash."""
+
+    name: str
+    size: int
+    digest: str
+    is_git_hash: bool
+
+
+def assets(r: Recipe) -> list[Asset]:
+    """What the hub has for a recipe; nothing for the embedded model."""
+    wanted = []
+    if not r.spec.embedded:
+        files = layout.model_files(r.spec, r.checkpoints_dir)
+        wanted = [
+            Asset(f"nvidia/{r.spec.name}", "model", files.dit.parent, MODEL_PATTERNS),
+            Asset(
+                f"nvidia/{layout.TOKENIZER_DIR}", "model", files.tokenizer, TOKENIZER_PATTERNS
+            ),
+            Asset(r.spec.text.name, "model", files.text_encoder, TEXT_PATTERNS),
+        ]
+    if r.dataset_repo and r.dataset_repo != "embedded":
+        patterns = (r.dataset_include or "*",)
+        root = Path(r.dataset_dir).absolute()
+        wanted.append(Asset(r.dataset_repo, "dataset", root, patterns, r.dataset_revision))
+    return wanted
+
+
+def fetch(asset: Asset, *, dry_run: bool) -> dict[str, Any]:
+    """Brings the files of an asset that are missing or damaged; its figures.
+
+    Raises:
+        UserError: no access, no network, no such file, no disk, or other bytes than the hub says.
+    """
+    from huggingface_hub import HfApi
+
+    with _hub_errors(asset):
+        info = HfApi().repo_info(
+            asset.repo, repo_type=asset.kind, revision=asset.revision, files_metadata=True
+        )
+    files = [
+        _remote_file(sibling)
+        for sibling in info.siblings or ()
+        if any(fnmatch(sibling.rfilename, pattern) for pattern in asset.patterns)
+    ]
+    if not files:
+        raise UserError(
+            f"has no file like {', '.join(asset.patterns)}",
+            code=ExitCode.ASSET,
+            where=asset.url,
+            fix="check the name and the revision",
+        )
+    missing = [file for file in files if not _is_complete(asset.folder / file.name, file)]
+    needed = sum(file.size for file in missing)
+    total = sum(file.size for file in files)
+    console.say(
+        f"{asset.repo} at {str(info.sha)[:12]}: {len(files)} files, {console.size(total)}, "
+        f"{console.size(needed)} to fetch into {asset.folder}"
+    )
+    if not dry_run:
+        _require_disk(asset.folder, needed)
+        with console.progress(asset.repo, len(missing), "files") as bar:
+            for file in missing:
+                _fetch_file(asset, file, str(info.sha))
+                bar.advance(file.name)
+    return {"repo": asset.repo, "revision": info.sha, "bytes": total, "fetched": needed}
+
+
+def _remote_file(sibling: Any) -> RemoteFile:
+    lfs = sibling.lfs
+    if lfs:
+        return RemoteFile(sibling.rfilename, lfs.size, lfs.sha256, is_git_hash=False)
+    return RemoteFile(sibling.rfilename, sibling.size, sibling.blob_id, is_git_hash=True)
+
+
+def _fetch_file(asset: Asset, file: RemoteFile, revision: str) -> None:
+    from huggingface_hub import hf_hub_download
+
+    path = asset.folder / file.name
+    path.unlink(missing_ok=True)
+    with _hub_errors(asset), layout.disk_errors(path):
+        hf_hub_download(
+            asset.repo,
+            file.name,
+            repo_type=asset.kind,
+            revision=revision,
+            local_dir=asset.folder,
+        )
+    if not _is_complete(path, file):
+        path.unlink(missing_ok=True)
+        raise UserError(
+            "the hub sent other bytes than it announced; the file was removed",
+            code=ExitCode.ASSET,
+            where=str(path),
+            fix="run the same command again",
+        )
+
+
+def _is_complete(path: Path, file: RemoteFile) -> bool:
+    """Whether the file on disk is the hub's, by size and hash."""
+    if not path.is_file() or path.stat().st_size != file.size:
+        return False
+    if not file.is_git_hash:
+        return layout.sha256_file(path) == file.digest
+    content = path.read_bytes()
+    header = f"blob {len(content)}\0".encode()
+    return hashlib.sha1(header + content, usedforsecurity=False).hexdigest() == file.digest
+
+
+def _require_disk(folder: Path, needed: int) -> None:
+    existing = next(path for path in [folder, *folder.parents] if path.exists())
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise UserError(
+            f"{console.size(needed)} to fetch, {console.size(free)} free",
+            code=ExitCode.ASSET,
+            where=str(existing),
+            fix="free some space, or set checkpoints_dir or dataset_dir",
+        )
+
+
+@contextmanager
+def _hub_errors(asset: Asset) -> Iterator[None]:
+    """Turns what the hub answers into one line with the remedy and the right page."""
+    from huggingface_hub import errors
+
+    # Of httpx or httpx2, whichever this version of the hub's library stands on.
+    transport_error = errors.HfHubHTTPError.__bases__[0]
+
+    def bad(what: str, fix: str) -> UserError:
+        return UserError(what, code=ExitCode.ASSET, where=asset.url, fix=fix)
+
+    try:
+        yield
+    except errors.GatedRepoError as error:
+        if os.environ.get("HF_TOKEN"):
+            raise bad("your account has no access", "accept the licence on that page") from error
+        raise bad("needs a token", "accept the licence there and set HF_TOKEN") from error
+    except errors.RepositoryNotFoundError as error:
+        raise bad("does not exist, or is private", "check the name, set HF_TOKEN") from error
+    except errors.RevisionNotFoundError as error:
+        raise bad("has no such revision", "check dataset_revision") from error
+    except errors.EntryNotFoundError as error:
+        raise bad(f"has no such file: {error}", "check the revision") from error
+    except errors.HfHubHTTPError as error:
+        raise bad(f"the hub answered: {error}", "try again later") from error
+    except (transport_error, errors.OfflineModeIsEnabled, ConnectionError) as error:
+        fix = "check the network, HF_ENDPOINT and HF_HUB_OFFLINE"
+        raise bad(f"cannot be reached: {type(error).__name__}", fix) from error
+
+
+# --- datasets -------------------------------------------------------------------------------------
+
+
+def dataset_ready(r: Recipe) -> int:
+    """The number of videos of the dataset, after putting a downloaded one into the layout.
+
+    Raises:
+        UserError: there is no video and nothing to fetch them from.
+    """
+    root = Path(r.dataset_dir).absolute()
+    dataset = Dataset.at(r.dataset_dir, r.videos_dir)
+    if r.dataset_repo and not dataset.videos.is_dir() and root.is_dir():
+        for folder in sorted(path for path in root.iterdir() if path.is_dir()):
+            if any(path.suffix.lower() in layout.VIDEO_SUFFIXES for path in folder.iterdir()):
+                folder.rename(root / "videos")
+                break
+        dataset = Dataset.at(r.dataset_dir, r.videos_dir)
+    try:
+        count = len(dataset.video_files())
+    except UserError:
+        count = 0
+    if not count:
+        raise UserError(
+            "holds no videos, and the recipe names no dataset_repo to fetch them from",
+            code=ExitCode.DATASET,
+            where=str(dataset.videos),
+            fix="put your videos there, or set videos_dir",
+        )
+    return count
+

@@ -1,0 +1,63 @@
+"""The errors a user can cause or mend, and the exit codes that scripts rely on."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+
+class ExitCode(IntEnum):
+    """What the process returns; the table of the README."""
+
+    OK = 0
+    BUG = 1
+    USAGE = 2
+    ENVIRONMENT = 3
+    ASSET = 4
+    DATASET = 5
+    TRAINING = 6
+    GPU_MEMORY = 7
+    BLOCKED = 8
+    SIGINT = 130
+    SIGTERM = 143
+
+
+class UserError(Exception):
+    """A failure the user can mend: one line of where, what was found and what to do.
+
+    Args:
+        what: what was found, e.g. "unknown key".
+        code: the exit code of the process.
+        where: file, line, key or setting, e.g. "recipes/x.yaml:12: learning_rte".
+        fix: what to do about it, e.g. "did you mean 'learning_rate'?".
+        also: further problems of the same kind, each a line of its own.
+    """
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        code: ExitCode,
+        where: str = "",
+        fix: str = "",
+        also: tuple[UserError, ...] = (),
+    ) -> None:
+        super().__init__(what)
+        self.what = what
+        self.code = code
+        self.where = where
+        self.fix = fix
+        self.also = also
+
+    def __str__(self) -> str:
+        head = f"{self.where}: " if self.where else ""
+        tail = f"; {self.fix}" if self.fix else ""
+        line = " ".join(f"{head}{self.what}{tail}".split())
+        return "\n".join([line, *map(str, self.also)])
+
+
+class Interrupted(BaseException):
+    """SIGINT or SIGTERM arrived. Like KeyboardInterrupt, no `except Exception` may swallow it."""
+
+    def __init__(self, code: ExitCode) -> None:
+        super().__init__(code.name)
+        self.code = code

@@ -1,0 +1,312 @@
+"""Names of everything on disk, and the only ways a file comes into being. No torch."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cosmos_cli.errors import ExitCode, UserError
+from cosmos_cli.model.spec import ModelSpec
+
+EMBEDDED_DIR = Path(__file__).parent / "model" / "tiny"
+VIDEO_SUFFIXES = frozenset({".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi"})
+MODEL_FILE = "model.pt"
+MANIFEST_FILE = "manifest.json"
+TOKENIZER_DIR = "Cosmos-Tokenize1-CV8x8x8-720p"
+TEXT_ENCODER_DIR = "google-t5/t5-11b"
+
+_DISK_ERRORS = frozenset(
+    {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOTDIR}
+)
+
+
+# --- writing --------------------------------------------------------------------------------------
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turns what the file system refuses below into one line that names `path`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _DISK_ERRORS:
+            raise
+        raise UserError(
+            f"cannot be written: {os.strerror(error.errno or 0)}",
+            code=ExitCode.ASSET,
+            where=str(path),
+            fix="free some space or choose another folder",
+        ) from error
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path` (same suffix) that is synced and renamed on success.
+
+    Raises:
+        UserError: the file system refused (full, read-only, no permission).
+    """
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
+        try:
+            yield temporary
+            sync(temporary)
+            temporary.replace(path)
+            sync(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Forces a file or folder to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_tree(folder: Path) -> None:
+    """Forces every file and folder below `folder` to disk."""
+    for parent, _, files in os.walk(folder):
+        for name in files:
+            sync(Path(parent) / name)
+        sync(Path(parent))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes UTF-8 text atomically."""
+    with atomic_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes indented JSON atomically."""
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file.
+
+    Raises:
+        UserError: the file is missing or damaged.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError("does not exist", code=ExitCode.ASSET, where=str(path)) from error
+    except (ValueError, OSError) as error:
+        raise UserError(
+            f"is damaged: {error}", code=ExitCode.ASSET, where=str(path), fix="make it again"
+        ) from error
+
+
+def remove_stale(folder: Path) -> None:
+    """Removes the temporary files and folders that a killed process left in `folder`."""
+    for path in folder.glob(".*.tmp*"):
+        owner = re.search(r"\.(\d+)\.tmp", path.name)
+        if owner and Path("/proc", owner[1]).exists():
+            continue
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def sha256_file(path: Path) -> str:
+    """The sha256 of a file as hex, read in pieces."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def sha256_path(path: Path) -> str:
+    """The identity of a file, or of a folder by the files in it."""
+    if path.is_file():
+        return sha256_file(path)
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    return sha256_text(*(f"{file.relative_to(path)} {sha256_file(file)}" for file in files))
+
+
+def sha256_text(*parts: str) -> str:
+    """The sha256 of some texts as hex; ("ab", "c") and ("a", "bc") differ."""
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+# --- a dataset ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """`datasets/<name>/`: the reference's videos, metas, t5_xxl; latents and manifest from prep."""
+
+    root: Path
+    videos: Path
+
+    @classmethod
+    def at(cls, dataset_dir: str, videos_dir: str | None) -> Dataset:
+        """The dataset of a recipe; a folder of bare videos counts as its own `videos`."""
+        root = Path(dataset_dir).absolute()
+        if videos_dir:
+            return cls(root, Path(videos_dir).absolute())
+        below = root / "videos"
+        bare = not below.is_dir() and root.is_dir() and any(_videos_in(root))
+        return cls(root, root if bare else below)
+
+    @property
+    def metas(self) -> Path:
+        """Captions, `<stem>.txt`."""
+        return self.root / "metas"
+
+    @property
+    def embeddings(self) -> Path:
+        """Text embeddings, `<stem>.pickle`."""
+        return self.root / "t5_xxl"
+
+    @property
+    def latents(self) -> Path:
+        """Cached latents, `<stem>.<clip>.safetensors`."""
+        return self.root / "latents"
+
+    @property
+    def manifest(self) -> Path:
+        """What prep found and made; its presence means that prep finished."""
+        return self.root / MANIFEST_FILE
+
+    def video_files(self) -> list[Path]:
+        """Every file whose suffix says video, by name.
+
+        Raises:
+            UserError: the folder does not exist or cannot be read.
+        """
+        try:
+            return sorted(_videos_in(self.videos))
+        except OSError as error:
+            raise UserError(
+                f"cannot be read: {os.strerror(error.errno or 0)}",
+                code=ExitCode.DATASET,
+                where=str(self.videos),
+                fix="put the videos there, or set videos_dir or dataset_dir",
+            ) from error
+
+
+def _videos_in(folder: Path) -> Iterator[Path]:
+    for path in folder.iterdir():
+        if path.suffix.lower() in VIDEO_SUFFIXES and not path.name.startswith("."):
+            yield path
+
+
+# --- a run ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Run:
+    """`${OUTPUT_ROOT}/<project>/<group>/<name>/`: one training run."""
+
+    root: Path
+
+    @property
+    def checkpoints(self) -> Path:
+        """Model files of every save and the resume states of the last ones."""
+        return self.root / "checkpoints"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON object per logged step."""
+        return self.root / "metrics.jsonl"
+
+    @property
+    def log(self) -> Path:
+        """What the run printed."""
+        return self.root / "log" / "train.log"
+
+    @property
+    def status(self) -> Path:
+        """Where the run stands now."""
+        return self.root / "status.json"
+
+    @property
+    def result(self) -> Path:
+        """How the run ended."""
+        return self.root / "result.json"
+
+    @property
+    def resolved(self) -> Path:
+        """The recipe with every value filled in."""
+        return self.root / "resolved.yaml"
+
+    @property
+    def error(self) -> Path:
+        """The failure that ended the run, for the process that started the ranks."""
+        return self.root / "log" / "error.json"
+
+    def rank_error(self, rank: int) -> Path:
+        """The failure that one rank reported."""
+        return self.root / "log" / f"error.{rank}.json"
+
+    def model(self, step: int, weights: str) -> Path:
+        """The model file of a save; `weights` is reg or ema."""
+        return self.checkpoints / f"iter_{step:09d}_{weights}_model.pt"
+
+    def resume_state(self, step: int) -> Path:
+        """The folder a resume at `step` reads; complete when its manifest is there."""
+        return self.checkpoints / f"iter_{step:09d}"
+
+    def resumable_steps(self) -> list[int]:
+        """Steps whose resume state is complete, ascending."""
+        found = self.checkpoints.glob(f"iter_*/{MANIFEST_FILE}")
+        return sorted(int(path.parent.name.removeprefix("iter_")) for path in found)
+
+    def saved_steps(self, weights: str) -> list[int]:
+        """Steps that have a model file, ascending."""
+        found = self.checkpoints.glob(f"iter_*_{weights}_model.pt")
+        return sorted(int(path.name.split("_")[1]) for path in found)
+
+
+# --- models ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """Where the three networks of a model lie."""
+
+    dit: Path
+    tokenizer: Path
+    text_encoder: Path
+
+
+def model_files(spec: ModelSpec, checkpoints_dir: str, base: str | None = None) -> ModelFiles:
+    """The files of a model as downloaded, or inside the package; `base` replaces the denoiser."""
+    if spec.embedded:
+        files = ModelFiles(
+            EMBEDDED_DIR / "model.safetensors",
+            EMBEDDED_DIR / "tokenizer.safetensors",
+            EMBEDDED_DIR / "t5",
+        )
+    else:
+        root = Path(checkpoints_dir).absolute()
+        files = ModelFiles(
+            root / spec.name / MODEL_FILE, root / TOKENIZER_DIR, root / TEXT_ENCODER_DIR
+        )
+    return ModelFiles(Path(base).absolute(), files.tokenizer, files.text_encoder) if base else files
+
+
+def promoted_dir(spec: ModelSpec, checkpoints_dir: str) -> Path:
+    """Where promote puts a post-trained model and generate finds it."""
+    return Path(checkpoints_dir).absolute() / f"{spec.name}_post-trained"
+
+
+def newest_promoted(checkpoints_dir: str) -> Path | None:
+    """The post-trained model promoted last, None when there is none."""
+    found = Path(checkpoints_dir).absolute().glob(f"*_post-trained/{MANIFEST_FILE}")
+    newest = max(found, key=lambda path: path.stat().st_mtime_ns, default=None)
+    return newest.parent if newest else None

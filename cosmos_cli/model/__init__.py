@@ -1,0 +1,1 @@
+"""The model and everything that touches tensors."""

@@ -1,0 +1,337 @@
+"""The denoiser: a diffusion transformer over video latents, conditioned on text and noise level.
+
+Source: nvidia-cosmos/cosmos-predict1 at 4ed35fa, `diffusion/networks/general_dit.py`,
+`diffusion/module/{blocks,attention,position_embedding}.py`.
+
+Dimension letters: B batch, C channels, T H W latent frames, height, width (t h w in patches),
+L = t h w video tokens, M text tokens, D width, E = 3 D, N heads, K head width.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from cosmos_cli.model import kernels
+from cosmos_cli.model.spec import DiTSpec
+
+# Cosine and sine of the rotary angles, each (B, L, K/2) in fp32.
+Rope = tuple[Tensor, Tensor]
+
+
+class DiT(nn.Module):
+    """Predicts the raw network output of EDM preconditioning for a noised latent."""
+
+    def __init__(self, spec: DiTSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        # "all" keeps only the input of each block for the backward pass and recomputes the rest.
+        self.activation_checkpointing: Literal["none", "all"] = "none"
+        mask_channels = spec.patch_t * spec.patch_hw**2
+        self.x_embedder = linear(spec.patch_channels + mask_channels, spec.width)
+        self.pos_embedder = PositionTables(spec)
+        self.t_embedder = TimeMLP(spec)
+        self.t_norm = RMSNorm(spec.width)
+        self.blocks = nn.ModuleList(Block(spec) for _ in range(spec.blocks))
+        self.final = Final(spec)
+
+    def forward(
+        self,
+        x_BCTHW: Tensor,
+        c_noise_B: Tensor,
+        text_emb_BMD: Tensor,
+        fps_B: Tensor,
+        padding_mask_BCHW: Tensor | None = None,
+    ) -> Tensor:
+        """The network output, BCTHW.
+
+        Args:
+            x_BCTHW: c_in * xt, in the dtype of the parameters, as is `text_emb_BMD`.
+            c_noise_B: ln(sigma) / 4, fp32.
+            text_emb_BMD: zeros pad its tail and take part in the softmax; there is no mask.
+            fps_B: frames per second, one for each sample.
+            padding_mask_BCHW: one channel of any size, 1 where there is no picture; default none.
+
+        Raises:
+            ValueError: the latent does not divide into patches or exceeds the position tables.
+        """
+        spec = self.spec
+        t, h, w = patch_grid(spec, x_BCTHW)
+        patch = {"dt": spec.patch_t, "dh": spec.patch_hw, "dw": spec.patch_hw}
+
+        # 1. Patches of the latent and its padding mask become tokens.
+        x_BCTHW = append_mask(x_BCTHW, padding_mask_BCHW)
+        x_BLC = rearrange(x_BCTHW, "B C (t dt) (h dh) (w dw) -> B (t h w) (C dt dh dw)", **patch)
+        x_BLD = self.x_embedder(x_BLC)
+
+        # 2. Where a token is: a learned embedding, and the angles of the rotary one.
+        pos_LD = self.pos_embedder(t, h, w)
+        rope = rope_table(spec, (t, h, w), fps_B)
+
+        # 3. The noise level: an embedding, and a modulation that all sub-blocks share.
+        wave_BD = sinusoid(c_noise_B, spec.width).type_as(x_BLD)
+        t_emb_BD, t_mod_BE = self.t_norm(wave_BD), self.t_embedder(wave_BD)
+
+        # 4. The blocks.
+        for block in self.blocks:
+            inputs = (x_BLD, pos_LD, rope, t_emb_BD, t_mod_BE, text_emb_BMD)
+            if self.activation_checkpointing == "all":
+                x_BLD = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x_BLD = block(*inputs)
+
+        # 5. Tokens become a latent. This is not the inverse of step 1: the model was trained with
+        # the channel slowest on the way in and fastest on the way out.
+        x_BLC = self.final(x_BLD, t_emb_BD, t_mod_BE)
+        return rearrange(
+            x_BLC, "B (t h w) (dh dw dt C) -> B C (t dt) (h dh) (w dw)", t=t, h=h, w=w, **patch
+        )
+
+    @torch.no_grad()
+    def init_weights(self, generator: torch.Generator | None = None) -> None:
+        """Draws fresh weights; each block starts as x + position embedding."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight, generator=generator)
+            elif isinstance(module, RMSNorm):
+                nn.init.ones_(module.weight)
+        for layer in (self.t_embedder.linear_1, self.t_embedder.linear_2):
+            nn.init.normal_(layer.weight, std=0.02, generator=generator)
+        for table in self.pos_embedder.parameters():
+            nn.init.trunc_normal_(table, std=0.02, generator=generator)
+        for block in self.blocks:
+            for adaln in (block.self_attn_adaln, block.cross_attn_adaln, block.mlp_adaln):
+                nn.init.zeros_(adaln.up.weight)
+
+
+class Block(nn.Module):
+    """Self-attention, attention to the text, MLP; each modulated and gated by the noise level."""
+
+    def __init__(self, spec: DiTSpec) -> None:
+        super().__init__()
+        self.self_attn_adaln = AdaLN(spec, parts=3)
+        self.self_attn = Attention(spec, spec.width)
+        self.cross_attn_adaln = AdaLN(spec, parts=3)
+        self.cross_attn = Attention(spec, spec.text_channels)
+        self.mlp_adaln = AdaLN(spec, parts=3)
+        self.mlp = MLP(spec)
+
+    def forward(
+        self,
+        x_BLD: Tensor,
+        pos_LD: Tensor,
+        rope: Rope,
+        t_emb_BD: Tensor,
+        t_mod_BE: Tensor,
+        text_emb_BMD: Tensor,
+    ) -> Tensor:
+        """The tokens after this block, BLD. The position is added anew in every block."""
+        x = x_BLD + pos_LD
+
+        shift, scale, gate = self.self_attn_adaln(t_emb_BD, t_mod_BE)
+        u = modulate(x, shift, scale)
+        x = x + gate * self.self_attn(u, u, rope)
+
+        shift, scale, gate = self.cross_attn_adaln(t_emb_BD, t_mod_BE)
+        x = x + gate * self.cross_attn(modulate(x, shift, scale), text_emb_BMD)
+
+        shift, scale, gate = self.mlp_adaln(t_emb_BD, t_mod_BE)
+        return x + gate * self.mlp(modulate(x, shift, scale))
+
+
+class Attention(nn.Module):
+    """Multi-head attention with RMS-normalised queries and keys."""
+
+    def __init__(self, spec: DiTSpec, kv_channels: int) -> None:
+        super().__init__()
+        self.heads = spec.heads
+        self.q = linear(spec.width, spec.width)
+        self.k = linear(kv_channels, spec.width)
+        self.v = linear(kv_channels, spec.width)
+        self.out = linear(spec.width, spec.width)
+        self.q_norm = RMSNorm(spec.head_width)
+        self.k_norm = RMSNorm(spec.head_width)
+
+    def forward(self, u_BLD: Tensor, context_BMD: Tensor, rope: Rope | None = None) -> Tensor:
+        """What each of `u` reads from `context`, BLD; `rope` turns both when they are the same."""
+        q = self.q_norm(self.q(u_BLD).unflatten(-1, (self.heads, -1)))
+        k, v = self.keys_values(context_BMD)
+        if rope is not None:
+            q, k = kernels.rotate(q, *rope), kernels.rotate(k, *rope)
+        return self.out(kernels.attention(q, k, v).flatten(-2))
+
+    def keys_values(self, context_BMD: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values, each BMNK; for a text they are the same at every noise level."""
+        k = self.k_norm(self.k(context_BMD).unflatten(-1, (self.heads, -1)))
+        return k, self.v(context_BMD).unflatten(-1, (self.heads, -1))
+
+
+class MLP(nn.Module):
+    """Two linears around an exact (erf) GELU."""
+
+    def __init__(self, spec: DiTSpec) -> None:
+        super().__init__()
+        self.up = linear(spec.width, spec.mlp_ratio * spec.width)
+        self.down = linear(spec.mlp_ratio * spec.width, spec.width)
+
+    def forward(self, u_BLD: Tensor) -> Tensor:
+        """BLD to BLD."""
+        return self.down(F.gelu(self.up(u_BLD)))
+
+
+class AdaLN(nn.Module):
+    """Turns the noise level into shift, scale and (with three parts) gate through a low rank."""
+
+    def __init__(self, spec: DiTSpec, parts: int) -> None:
+        super().__init__()
+        self.parts = parts
+        self.down = linear(spec.width, spec.adaln_rank)
+        self.up = linear(spec.adaln_rank, parts * spec.width)
+
+    def forward(self, t_emb_BD: Tensor, t_mod_BE: Tensor) -> tuple[Tensor, ...]:
+        """`parts` tensors of B1D; the shared modulation is cut to as many."""
+        own = self.up(self.down(F.silu(t_emb_BD)))
+        return (own + t_mod_BE[:, : own.shape[1]]).unsqueeze(1).chunk(self.parts, dim=-1)
+
+
+class Final(nn.Module):
+    """The last modulation and the linear to patches."""
+
+    def __init__(self, spec: DiTSpec) -> None:
+        super().__init__()
+        self.adaln = AdaLN(spec, parts=2)
+        self.linear = linear(spec.width, spec.patch_channels)
+
+    def forward(self, x_BLD: Tensor, t_emb_BD: Tensor, t_mod_BE: Tensor) -> Tensor:
+        """The values of each patch, BLC."""
+        shift, scale = self.adaln(t_emb_BD, t_mod_BE)
+        return self.linear(modulate(x_BLD, shift, scale))
+
+
+class TimeMLP(nn.Module):
+    """From the sinusoid of the noise level to the modulation that all sub-blocks share."""
+
+    def __init__(self, spec: DiTSpec) -> None:
+        super().__init__()
+        self.linear_1 = linear(spec.width, spec.width)
+        self.linear_2 = linear(spec.width, 3 * spec.width)
+
+    def forward(self, wave_BD: Tensor) -> Tensor:
+        """Shift, scale and gate side by side, BE."""
+        return self.linear_2(F.silu(self.linear_1(wave_BD)))
+
+
+class PositionTables(nn.Module):
+    """A learned embedding for each frame, row and column of patches."""
+
+    def __init__(self, spec: DiTSpec) -> None:
+        super().__init__()
+        self.t = nn.Parameter(torch.zeros(spec.max_t // spec.patch_t, spec.width))
+        self.h = nn.Parameter(torch.zeros(spec.max_hw // spec.patch_hw, spec.width))
+        self.w = nn.Parameter(torch.zeros(spec.max_hw // spec.patch_hw, spec.width))
+
+    def forward(self, t: int, h: int, w: int) -> Tensor:
+        """The sum of the three for each token over its root mean square, LD."""
+        hw_HWD = self.h[:h, None].float() + self.w[:w].float()
+        pos_LD = (self.t[:t, None, None].float() + hw_HWD).flatten(0, 2)
+        # The epsilon stands outside of the root, unlike in RMSNorm.
+        rms = torch.linalg.vector_norm(pos_LD, dim=-1, keepdim=True) / math.sqrt(pos_LD.shape[-1])
+        return (pos_LD / (rms + 1e-6)).type_as(self.t)
+
+
+class RMSNorm(nn.Module):
+    """RMS normalisation over the last dimension with a gain."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Of the shape and dtype of `x`."""
+        return kernels.rms_norm(x, self.weight)
+
+
+def linear(inputs: int, outputs: int) -> nn.Linear:
+    """A linear layer as everywhere in this network: without bias."""
+    return nn.Linear(inputs, outputs, bias=False)
+
+
+def modulate(x_BLD: Tensor, shift_B1D: Tensor, scale_B1D: Tensor) -> Tensor:
+    """LayerNorm without gain, scaled by 1 + scale and shifted, BLD."""
+    return F.layer_norm(x_BLD, x_BLD.shape[-1:], eps=1e-6) * (1 + scale_B1D) + shift_B1D
+
+
+def sinusoid(c_noise_B: Tensor, width: int) -> Tensor:
+    """Cosines, then sines, of c_noise at width / 2 frequencies from 1 down to 1e-4, BD in fp32."""
+    half = width // 2
+    index = torch.arange(half, dtype=torch.float32, device=c_noise_B.device)
+    angle = c_noise_B.float()[:, None] * torch.exp(index * (-math.log(10_000) / half))
+    return torch.cat((angle.cos(), angle.sin()), dim=-1)
+
+
+def rope_table(spec: DiTSpec, grid: tuple[int, int, int], fps_B: Tensor) -> Rope:
+    """Cosine and sine of the rotary angles of a grid of (t, h, w) patches, each (B, L, K/2).
+
+    In fp32, where the reference computes the angles in bf16 and is off by up to 0.15 rad.
+    A third of the channels turns with the row, a third with the column, the rest with the time.
+    """
+    device = fps_B.device
+    t, h, w = (torch.arange(n, dtype=torch.float32, device=device) for n in grid)
+    t_BT = t * spec.rope_base_fps / fps_B.float()[:, None]
+
+    n_hw = spec.head_width // 6 * 2
+    n_t = spec.head_width - 2 * n_hw
+    freq_t, freq_h, freq_w = (
+        rope_frequencies(n, ratio, device)
+        for n, ratio in zip((n_t, n_hw, n_hw), spec.rope_ratio, strict=True)
+    )
+    size = (len(fps_B), *grid, -1)
+    angle_BLK = torch.cat(
+        (
+            (t_BT[:, :, None, None, None] * freq_t).expand(size),
+            (h[:, None, None] * freq_h).expand(size),
+            (w[:, None] * freq_w).expand(size),
+        ),
+        dim=-1,
+    ).flatten(1, 3)
+    return angle_BLK.cos(), angle_BLK.sin()
+
+
+def rope_frequencies(channels: int, ratio: float, device: torch.device) -> Tensor:
+    """One fp32 frequency for each pair of channels; `ratio` stretches the range (NTK)."""
+    theta = 10_000.0 * ratio ** (channels / (channels - 2))
+    exponent = torch.arange(0, channels, 2, dtype=torch.float32, device=device) / channels
+    return theta**-exponent
+
+
+def append_mask(x_BCTHW: Tensor, mask_BCHW: Tensor | None) -> Tensor:
+    """`x` with the padding mask as its last channel, resized to its height and width."""
+    size_B1THW = (len(x_BCTHW), 1, *x_BCTHW.shape[2:])
+    if mask_BCHW is None:
+        mask = x_BCTHW.new_zeros(size_B1THW)
+    else:
+        # "nearest", not "nearest-exact": source index floor(i * h / H).
+        mask = F.interpolate(mask_BCHW.type_as(x_BCTHW), x_BCTHW.shape[-2:], mode="nearest")
+        mask = mask.unsqueeze(2).expand(size_B1THW)
+    return torch.cat((x_BCTHW, mask), dim=1)
+
+
+def patch_grid(spec: DiTSpec, x_BCTHW: Tensor) -> tuple[int, int, int]:
+    """The number of patches along T, H and W.
+
+    Raises:
+        ValueError: the latent does not divide into patches or exceeds the position tables.
+    """
+    size = tuple(x_BCTHW.shape[-3:])
+    patch = (spec.patch_t, spec.patch_hw, spec.patch_hw)
+    limit = (spec.max_t, spec.max_hw, spec.max_hw)
+    if any(n % p or n > most for n, p, most in zip(size, patch, limit, strict=True)):
+        raise ValueError(f"latent {size} is no multiple of the patch {patch} up to {limit}")
+    t, h, w = (n // p for n, p in zip(size, patch, strict=True))
+    return t, h, w

@@ -1,0 +1,131 @@
+"""EDM diffusion: noise levels, preconditioning, weight and loss with a learned log-variance.
+
+Source: Karras et al. 2022, "Elucidating the Design Space of Diffusion-Based Generative Models",
+table 1 and section 5; the log-variance head of Karras et al. 2023 (EDM2), section 2.3; constants
+of nvidia-cosmos/cosmos-predict1 at 4ed35fa, `diffusion/training/models/model_image.py`.
+
+Letters: B batch, C channels, T frames, H height, W width (latent cells), M text tokens, D width.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from cosmos_cli.model.spec import ModelSpec
+
+P_MEAN = 0.0
+P_STD = 1.0
+# Edges of the noise bands that losses are reported in: fine detail, structure, layout.
+SIGMA_BANDS = (0.0, 0.5, 2.0, math.inf)
+
+
+class Draw(NamedTuple):
+    """What is random about one training sample."""
+
+    sigma: float
+    keep_text: bool
+    noise: Tensor
+
+
+def draw(key: tuple[int, int, int], shape: tuple[int, ...], text_dropout: float) -> Draw:
+    """The noise level, text dropout and noise (fp32, CPU) of one sample.
+
+    They depend on `key` = (seed, optimizer step, sample of the step) only, so neither the number
+    of processes nor an interruption changes them.
+    """
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+    ln_sigma = P_MEAN + P_STD * torch.randn((), generator=generator).item()
+    keep_text = torch.rand((), generator=generator).item() >= text_dropout
+    return Draw(math.exp(ln_sigma), keep_text, torch.randn(shape, generator=generator))
+
+
+def precondition(sigma: Tensor, sigma_data: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """c_skip, c_out, c_in and c_noise of each noise level.
+
+    Source: Karras et al. 2022, table 1, column "Ours (EDM)".
+    """
+    total = sigma**2 + sigma_data**2
+    c_skip = sigma_data**2 / total
+    c_out = sigma * sigma_data / total.sqrt()
+    c_in = 1 / total.sqrt()
+    c_noise = sigma.log() / 4
+    return c_skip, c_out, c_in, c_noise
+
+
+def loss_weight(sigma: Tensor, sigma_data: float) -> Tensor:
+    """1 / c_out^2, which makes the loss of an untrained network 1 at every noise level.
+
+    Source: Karras et al. 2022, table 1, lambda(sigma).
+    """
+    return (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2
+
+
+def denoise(
+    net: nn.Module, xt: Tensor, sigma_B: Tensor, text_emb: Tensor, fps_B: Tensor, sigma_data: float
+) -> Tensor:
+    """The network's estimate of x0 (BCTHW, fp32) from the noised latent `xt`.
+
+    The arithmetic around the network is fp32; the network runs in its own dtype.
+    """
+    dtype = next(net.parameters()).dtype
+    c_skip, c_out, c_in, c_noise = (
+        c.view(-1, 1, 1, 1, 1) for c in precondition(sigma_B.float(), sigma_data)
+    )
+    net_out = net((c_in * xt).to(dtype), c_noise.flatten(), text_emb.to(dtype), fps_B)
+    return c_skip * xt + c_out * net_out.float()
+
+
+class LogVariance(nn.Module):
+    """A learned scalar v(sigma), the log of the loss to expect at a noise level.
+
+    Random Fourier features of c_noise and one linear row. Used in training only.
+    """
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.register_buffer("freqs", torch.empty(features))
+        self.register_buffer("phases", torch.empty(features))
+        self.weight = nn.Parameter(torch.zeros(1, features))
+        self.reset_features()
+
+    def reset_features(self) -> None:
+        """Draws the frequencies and phases anew, the same in every process."""
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            self.freqs.copy_(2 * math.pi * torch.randn(self.freqs.shape, generator=generator))
+            self.phases.copy_(2 * math.pi * torch.rand(self.phases.shape, generator=generator))
+
+    def forward(self, c_noise_B: Tensor) -> Tensor:
+        angle = c_noise_B[:, None].float() * self.freqs.float() + self.phases.float()
+        return (angle.cos() * math.sqrt(2)) @ self.weight.float()[0]
+
+
+class EDMLoss(nn.Module):
+    """The network under training and its log-variance head; calling it gives the loss."""
+
+    def __init__(self, net: nn.Module, spec: ModelSpec) -> None:
+        super().__init__()
+        self.net = net
+        self.logvar = LogVariance(spec.dit.logvar_features)
+        self.sigma_data = spec.sigma_data
+
+    def forward(
+        self, x0: Tensor, sigma_B: Tensor, noise: Tensor, text_emb: Tensor, fps_B: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The loss to minimize (scalar) and the plain weighted EDM error of each sample (B).
+
+        The loss is weight * |x0 - denoised|^2 * exp(-v) + v, which settles at 1 + log of the
+        error and so may well be negative; the plain error is the figure to watch.
+        """
+        xt = x0 + sigma_B.view(-1, 1, 1, 1, 1) * noise
+        denoised = denoise(self.net, xt, sigma_B, text_emb, fps_B, self.sigma_data)
+        error_B = (x0 - denoised).square().mean(dim=(1, 2, 3, 4))
+        edm_B = loss_weight(sigma_B, self.sigma_data) * error_B
+        v_B = self.logvar(sigma_B.log() / 4)
+        return (edm_B * torch.exp(-v_B) + v_B).mean(), edm_B.detach()

@@ -1,0 +1,143 @@
+"""One checkpoint of a run -> the verified, self-describing model folder that generate loads."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cosmos_cli import __version__, console, layout, recipe
+from cosmos_cli.errors import ExitCode, UserError
+from cosmos_cli.layout import Run
+from cosmos_cli.model import weights
+from cosmos_cli.model.dit import DiT
+from cosmos_cli.recipe import Recipe
+
+
+def promote(r: Recipe, step: int, kind: str, target: Path) -> dict[str, Any]:
+    """Checks the weights of a step against the base and writes the model folder; its manifest.
+
+    Raises:
+        UserError: the checkpoint is missing, damaged, not finite, or no different from the base.
+    """
+    run = Run(r.run_dir)
+    source = run.model(step, kind)
+    base = layout.model_files(r.spec, r.checkpoints_dir, r.base).dit
+    tuned, original = weights.load_dit_state(source), weights.load_dit_state(base)
+    with torch.device("meta"):
+        expected = {f"net.{k}": v.shape for k, v in DiT(r.spec.dit).state_dict().items()}
+    net = {name: tensor for name, tensor in tuned.items() if name.startswith("net.")}
+    weights.check_keys(expected, net, source)
+    changes = relative_changes(net, original)
+    if bad := [group for group, change in changes.items() if change != change]:
+        raise UserError(
+            f"holds numbers that are not finite in {', '.join(bad)}",
+            code=ExitCode.ASSET,
+            where=str(source),
+            fix="promote an earlier step",
+        )
+    if not any(changes.values()):
+        raise UserError(
+            "does not differ from the base weights",
+            code=ExitCode.ASSET,
+            where=str(source),
+            fix="train longer, or look at learning_rate and warmup_steps",
+        )
+    return _write_folder(r, target, tuned, {
+        "model": r.model,
+        "weights": kind,
+        "step": step,
+        "run": str(run.root),
+        "checkpoint": {"path": str(source), "sha256": layout.sha256_path(source)},
+        "base": {"path": str(base), "sha256": layout.sha256_path(base)},
+        "dataset_manifest_sha256": _dataset_hash(run, step),
+        "relative_change": changes,
+        "recipe": json.loads(r.model_dump_json()),
+        "cosmos": __version__,
+    })  # fmt: skip
+
+
+def relative_changes(tuned: dict[str, Tensor], base: dict[str, Tensor]) -> dict[str, float]:
+    """|tuned - base| / |base| of each group of weights; NaN where a number is not finite."""
+    sums: dict[str, list[float]] = {}
+    for name, tensor in tuned.items():
+        group = re.sub(r"^net\.(blocks\.\d+\.[a-z_]+|[a-z_]+).*$", r"\1", name)
+        group = re.sub(r"\.\d+\.", ".", group)
+        before = base[name].float()
+        difference = (tensor.float() - before).square().sum().item()
+        total = sums.setdefault(group, [0.0, 0.0])
+        total[0] += difference
+        total[1] += before.square().sum().item()
+    return {
+        group: (changed / max(norm, 1e-30)) ** 0.5 if changed - changed == 0 else float("nan")
+        for group, (changed, norm) in sorted(sums.items())
+    }
+
+
+def _dataset_hash(run: Run, step: int) -> str | None:
+    path = run.resume_state(step) / layout.MANIFEST_FILE
+    return str(layout.read_json(path)["dataset"]) if path.exists() else None
+
+
+def _write_folder(
+    r: Recipe, target: Path, state: dict[str, Tensor], manifest: dict[str, Any]
+) -> dict[str, Any]:
+    """Builds the folder under another name, reads its weights back, then puts it in place."""
+    layout.remove_stale(target.parent) if target.parent.is_dir() else None
+    building = target.with_name(f".{target.name}.building")
+    shutil.rmtree(building, ignore_errors=True)
+    path = building / layout.MODEL_FILE
+    weights.save_dit(path, state, "pt")
+    written = weights.load_dit_state(path)
+    if any(not torch.equal(written[name], tensor) for name, tensor in state.items()):
+        raise UserError(
+            "was not written as it should be",
+            code=ExitCode.ASSET,
+            where=str(path),
+            fix="check the disk and promote again",
+        )
+    del written
+    manifest["sha256"] = layout.sha256_file(path)
+    layout.write_text(building / "recipe.yaml", recipe.dump(r))
+    layout.write_text(building / "README.md", _card(r, manifest))
+    layout.write_json(building / layout.MANIFEST_FILE, manifest)
+    if target.exists():
+        old = target.with_name(f".{target.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        target.rename(old)
+        building.rename(target)
+        shutil.rmtree(old)
+    else:
+        building.rename(target)
+    layout.sync(target.parent)
+    return manifest
+
+
+def change_table(changes: dict[str, float]) -> str:
+    """The relative change of each group of weights, for a person."""
+    rows = [(group, f"{change:.2e}") for group, change in changes.items()]
+    return console.table(rows, ("weights", "relative change"))
+
+
+def _card(r: Recipe, manifest: dict[str, Any]) -> str:
+    return f"""---
+base_model: {r.model}
+library_name: cosmos-posttrain
+pipeline_tag: text-to-video
+---
+
+# {r.model}, post-trained as {r.name}
+
+{manifest["weights"].upper()} weights of step {manifest["step"]} of the run `{r.name}`, trained on
+`{r.dataset_dir}` at {r.num_frames} frames of {r.height}x{r.width}.
+
+    cosmos generate --prompt "{(r.prompt or "...").replace('"', "'")}"
+
+`manifest.json` holds the hashes of weights, base and dataset and the recipe in full; `recipe.yaml`
+is that recipe.
+"""

@@ -1,0 +1,103 @@
+"""Noise schedules and solvers as pure functions of a denoiser.
+
+A denoiser maps (xt BCTHW fp32, sigma float) to the estimate of x0. States stay fp32.
+Source: Karras et al. 2022, equations 3 and 5; the second-order multistep exponential solver of
+Zhang et al. 2023, "Improved Order Analysis and Design of Exponential Integrator for Diffusion
+Models Sampling"; constants of nvidia-cosmos/cosmos-predict1 at 4ed35fa.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+RHO = 7.0
+# The reference's RES sampler ends here whatever the sigma_min of the model is.
+RES_SIGMA_MIN = 0.002
+
+Denoiser = Callable[[Tensor, float], Tensor]
+OnStep = Callable[[int], None]
+
+
+def karras_sigmas(count: int, sigma_min: float, sigma_max: float) -> list[float]:
+    """`count` noise levels from sigma_max down to sigma_min, both included.
+
+    Source: Karras et al. 2022, equation 5, rho = 7.
+    """
+    if count == 1:
+        return [sigma_max]
+    low, high = sigma_min ** (1 / RHO), sigma_max ** (1 / RHO)
+    levels = [(high + i / (count - 1) * (low - high)) ** RHO for i in range(count)]
+    return [sigma_max, *levels[1:-1], sigma_min]
+
+
+def euler_sigmas(num_steps: int, sigma_min: float, sigma_max: float) -> list[float]:
+    """The levels of `euler`: num_steps of them, then 0."""
+    return [*karras_sigmas(num_steps, sigma_min, sigma_max), 0.0]
+
+
+def res_sigmas(num_steps: int, sigma_max: float) -> list[float]:
+    """The levels of `res`: num_steps + 1 of them."""
+    return karras_sigmas(num_steps + 1, RES_SIGMA_MIN, sigma_max)
+
+
+def guided(cond: Tensor, uncond: Tensor, guidance: float) -> Tensor:
+    """cond + guidance * (cond - uncond): 0 is the conditional estimate alone."""
+    return cond + guidance * (cond - uncond)
+
+
+def euler(denoiser: Denoiser, noise: Tensor, sigmas: list[float], on_step: OnStep) -> Tensor:
+    """x0 after first-order steps down `sigmas`, starting from unit `noise`.
+
+    Starts at noise * sqrt(sigma_max^2 + 1) as the reference does. len(sigmas) - 1 evaluations.
+    Source: Karras et al. 2022, equation 3 with dt = dsigma.
+    """
+    x = noise.float() * math.sqrt(sigmas[0] ** 2 + 1)
+    for i, (sigma, following) in enumerate(pairwise(sigmas)):
+        slope = (x - denoiser(x, sigma)) / sigma
+        x = x + slope * (following - sigma)
+        on_step(i)
+    return x
+
+
+def res(denoiser: Denoiser, noise: Tensor, sigmas: list[float], on_step: OnStep) -> Tensor:
+    """x0 by the second-order multistep solver "2ab", starting from unit `noise`.
+
+    One evaluation a level, the last one at sigmas[-1] giving the result: len(sigmas) in all.
+    """
+    x = noise.float() * sigmas[0]
+    previous: tuple[float, Tensor] | None = None
+    for i, (sigma, following) in enumerate(pairwise(sigmas)):
+        denoised = denoiser(x, sigma)
+        x = _res_step(x, denoised, sigma, following, previous)
+        previous = (sigma, denoised)
+        on_step(i)
+    result = denoiser(x, sigmas[-1])
+    on_step(len(sigmas) - 1)
+    return result
+
+
+def _res_step(
+    x: Tensor,
+    denoised: Tensor,
+    sigma: float,
+    following: float,
+    previous: tuple[float, Tensor] | None,
+) -> Tensor:
+    h = math.log(sigma / following)
+    decay = math.exp(-h)
+    if previous is None:
+        return (1 - decay) * denoised + decay * x
+    phi1 = -math.expm1(-h) / h
+    phi2 = (1 - phi1) / h
+    b2 = phi2 / (math.log(sigma / previous[0]) / h)
+    return decay * x + h * ((phi1 - b2) * denoised + b2 * previous[1])
+
+
+def start_noise(seed: int, shape: tuple[int, ...]) -> Tensor:
+    """Unit noise (fp32, CPU) that depends on the seed alone, whatever the device or batch."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))

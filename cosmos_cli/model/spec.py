@@ -1,0 +1,159 @@
+"""The numbers of each model: frozen dataclasses and the shapes that follow from them. No torch.
+
+Source: nvidia-cosmos/cosmos-predict1 at 4ed35fa, `diffusion/config/base/net.py`,
+`diffusion/training/config/text2world/registry.py`, `tokenizer/networks/configs.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class DiTSpec:
+    """The denoiser. Lengths T, H, W are in latent cells unless a name says otherwise."""
+
+    width: int = 4096
+    blocks: int = 28
+    heads: int = 32
+    text_channels: int = 1024
+    latent_channels: int = 16
+    mlp_ratio: int = 4
+    adaln_rank: int = 256
+    patch_t: int = 1
+    patch_hw: int = 2
+    max_t: int = 128
+    max_hw: int = 240
+    rope_ratio: tuple[float, float, float] = (2.0, 1.0, 1.0)
+    rope_base_fps: float = 24.0
+    logvar_features: int = 128
+
+    @property
+    def head_width(self) -> int:
+        """Channels of one attention head."""
+        return self.width // self.heads
+
+    @property
+    def parameters(self) -> int:
+        """Weights of the network, without the log-variance head."""
+        d, text, rank = self.width, self.text_channels, self.adaln_rank
+        attention = 4 * d * d + 2 * self.head_width
+        cross_attention = 2 * d * d + 2 * d * text + 2 * self.head_width
+        block = attention + cross_attention + 2 * self.mlp_ratio * d * d + 3 * (rank * 4 * d)
+        patch = self.patch_t * self.patch_hw**2
+        embedders = (self.latent_channels + 1) * patch * d + 4 * d * d + d
+        tables = (self.max_t + self.max_hw) * d
+        final = rank * 3 * d + d * self.patch_channels
+        return self.blocks * block + embedders + tables + final
+
+    @property
+    def patch_channels(self) -> int:
+        """Values of one output token; the input token has the padding mask as one channel more."""
+        return self.latent_channels * self.patch_t * self.patch_hw**2
+
+
+@dataclass(frozen=True)
+class TokenizerSpec:
+    """The causal video tokenizer, CV8x8x8. `multipliers` scale `channels` level by level."""
+
+    channels: int = 128
+    multipliers: tuple[int, ...] = (2, 4, 4)
+    res_blocks: int = 2
+    latent_channels: int = 16
+    patch: int = 4
+    temporal: int = 8
+    spatial: int = 8
+    chunk_frames: int = 121
+
+    @property
+    def chunk_latent_frames(self) -> int:
+        """Latent frames of one chunk, the length of the mean and std tables."""
+        return self.latent_frames(self.chunk_frames)
+
+    def latent_frames(self, frames: int) -> int:
+        """Latent frames of `frames` pixels frames (8k + 1)."""
+        return 1 + (frames - 1) // self.temporal
+
+
+@dataclass(frozen=True)
+class TextSpec:
+    """The T5 encoder and the length its output is padded to with zeros."""
+
+    name: str = "google-t5/t5-11b"
+    channels: int = 1024
+    tokens: int = 512
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """One model: its three networks and what it was trained for.
+
+    `sigma_min` and `sigma_max` are the ends of the sampling schedule, `sizes` the pretrained
+    (height, width) pairs. `embedded` weights ship inside the package.
+    """
+
+    name: str
+    dit: DiTSpec
+    tokenizer: TokenizerSpec = field(default_factory=TokenizerSpec)
+    text: TextSpec = field(default_factory=TextSpec)
+    sigma_data: float = 0.5
+    sigma_min: float = 0.0002
+    sigma_max: float = 80.0
+    num_frames: int = 121
+    height: int = 704
+    width: int = 1280
+    fps: float = 24.0
+    sizes: tuple[tuple[int, int], ...] = ((704, 1280), (720, 1280))
+    embedded: bool = False
+    trainable: bool = True
+
+    def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
+        """The latent of a clip of `frames` x `height` x `width` pixels as (C, T, H, W)."""
+        tok = self.tokenizer
+        return (
+            tok.latent_channels,
+            tok.latent_frames(frames),
+            height // tok.spatial,
+            width // tok.spatial,
+        )
+
+    def tokens(self, frames: int, height: int, width: int) -> int:
+        """Tokens the denoiser sees for a clip of `frames` x `height` x `width` pixels."""
+        _, t, h, w = self.latent_shape(frames, height, width)
+        return (t // self.dit.patch_t) * (h // self.dit.patch_hw) * (w // self.dit.patch_hw)
+
+    @property
+    def size_multiple(self) -> int:
+        """Height and width in pixels must be multiples of this."""
+        return self.tokenizer.spatial * self.dit.patch_hw
+
+    @property
+    def max_size(self) -> int:
+        """Largest height or width in pixels that the position tables reach."""
+        return self.tokenizer.spatial * self.dit.max_hw
+
+
+COSMOS_7B = ModelSpec(name="Cosmos-Predict1-7B-Text2World", dit=DiTSpec())
+
+COSMOS_14B = ModelSpec(
+    name="Cosmos-Predict1-14B-Text2World",
+    dit=DiTSpec(width=5120, blocks=36, heads=40, rope_ratio=(2.0, 2.0, 2.0)),
+    trainable=False,
+)
+
+# Eight heads and widths that are multiples of 32, so that sequence parallel over up to eight ranks
+# and fp8 can be tried on it.
+TINY = ModelSpec(
+    name="Cosmos-Tiny-Text2World",
+    dit=DiTSpec(width=256, blocks=6, heads=8, text_channels=128, adaln_rank=32),
+    tokenizer=TokenizerSpec(channels=24),
+    text=TextSpec(name="tiny-t5", channels=128, tokens=128),
+    num_frames=25,
+    height=96,
+    width=160,
+    fps=12.0,
+    sizes=((96, 160),),
+    embedded=True,
+)
+
+MODELS = {spec.name: spec for spec in (COSMOS_7B, COSMOS_14B, TINY)}

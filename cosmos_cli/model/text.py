@@ -1,0 +1,128 @@
+"""Caption -> T5 embedding (tokens, channels), zeros behind the real tokens; its pickles on disk.
+
+The files are the reference's: a list with one fp16 array of (real tokens, channels), the end token
+included. Source: nvidia-cosmos/cosmos-predict1 at 4ed35fa, `auxiliary/t5_text_encoder.py` and
+`scripts/get_t5_embeddings.py`.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cosmos_cli.errors import ExitCode, UserError
+from cosmos_cli.model.spec import TextSpec
+
+# What a pickled numpy array names; old and new homes of the same two functions.
+_NUMPY_NAMES = {
+    ("numpy", "ndarray"),
+    ("numpy", "dtype"),
+    ("numpy.core.multiarray", "_reconstruct"),
+    ("numpy._core.multiarray", "_reconstruct"),
+    ("numpy.core.numeric", "_frombuffer"),
+    ("numpy._core.numeric", "_frombuffer"),
+}
+
+
+class TextEncoder:
+    """The encoder half of a T5 model from a local folder."""
+
+    def __init__(self, folder: Path, spec: TextSpec, device: str, dtype: torch.dtype) -> None:
+        from transformers import AutoTokenizer, T5EncoderModel
+        from transformers.utils import logging
+
+        if not (folder / "config.json").is_file():
+            raise UserError(
+                "has no T5 encoder",
+                code=ExitCode.ASSET,
+                where=str(folder),
+                fix="run cosmos download",
+            )
+        logging.disable_progress_bar()
+        self.spec = spec
+        self.device = device
+        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        self.encoder = T5EncoderModel.from_pretrained(folder, dtype=dtype).to(device).eval()
+
+    @torch.inference_mode()
+    def encode(self, captions: list[str]) -> list[Tensor]:
+        """One (real tokens, channels) fp16 tensor on the CPU for each caption."""
+        tokens = self.tokenizer(
+            captions,
+            padding="longest",
+            truncation=True,
+            max_length=self.spec.tokens,
+            return_tensors="pt",
+        ).to(self.device)
+        hidden = self.encoder(
+            input_ids=tokens.input_ids, attention_mask=tokens.attention_mask
+        ).last_hidden_state
+        lengths = tokens.attention_mask.sum(dim=1).tolist()
+        return [row[:length].half().cpu() for row, length in zip(hidden, lengths, strict=True)]
+
+
+def pad(embedding: Tensor, spec: TextSpec) -> Tensor:
+    """The embedding (tokens, channels) with zeros behind its real tokens."""
+    return torch.nn.functional.pad(embedding, (0, 0, 0, spec.tokens - len(embedding)))
+
+
+def write_pickle(path: Path, embedding: Tensor) -> None:
+    """Writes an embedding as the reference does; call it inside `atomic_file`."""
+    with path.open("wb") as stream:
+        pickle.dump([embedding.half().numpy()], stream)
+
+
+def read_pickle(path: Path, spec: TextSpec) -> Tensor:
+    """The embedding (real tokens, channels) in a pickle; nothing but numpy arrays is admitted.
+
+    Raises:
+        UserError: the file is missing or damaged, names anything else, or has another shape.
+    """
+    try:
+        value = _ArrayUnpickler(io.BytesIO(path.read_bytes())).load()
+    except FileNotFoundError as error:
+        raise _bad(path, "does not exist") from error
+    except (
+        pickle.UnpicklingError, EOFError, ValueError, TypeError, AttributeError, IndexError,
+        KeyError, ImportError, UnicodeDecodeError, OverflowError, MemoryError,
+    ) as error:  # fmt: skip
+        raise _bad(path, f"is no embedding: {error}") from error
+    arrays = value if isinstance(value, list) else [value]
+    if len(arrays) != 1 or not isinstance(arrays[0], np.ndarray):
+        raise _bad(path, f"holds {type(value).__name__}, not a list with one array")
+    array = arrays[0]
+    fits = array.ndim == 2 and array.shape[1] == spec.channels and len(array) <= spec.tokens
+    if not fits or array.dtype.kind != "f":
+        expected = f"(up to {spec.tokens}, {spec.channels}) numbers"
+        raise _bad(path, f"holds {array.dtype} {array.shape}, expected {expected}")
+    return torch.from_numpy(np.ascontiguousarray(array))
+
+
+def _bad(path: Path, what: str) -> UserError:
+    return UserError(
+        what, code=ExitCode.ASSET, where=str(path), fix="delete it and run cosmos prep again"
+    )
+
+
+def _latin1(value: str, encoding: str) -> bytes:
+    """What old protocols call to turn text back into the bytes of an array."""
+    if encoding != "latin1":
+        raise pickle.UnpicklingError(f"it asks for the codec {encoding}, refused")
+    return value.encode("latin1")
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Callable[..., Any]:
+        if (module, name) == ("_codecs", "encode"):
+            return _latin1
+        if (module, name) not in _NUMPY_NAMES:
+            raise pickle.UnpicklingError(f"it names {module}.{name}, refused")
+        found: Callable[..., Any] = super().find_class(module, name)
+        return found

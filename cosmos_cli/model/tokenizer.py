@@ -1,0 +1,327 @@
+"""The causal video tokenizer: pixels to latents at the scale of x0, and back.
+
+No latent frame depends on later pixels. Module names are the keys of the released weights.
+
+Source: nvidia-cosmos/cosmos-predict1 at 4ed35fa, `tokenizer/modules/{layers3d,patching,utils}.py`,
+`diffusion/module/pretrained_vae.py`.
+
+Dimension letters: B batch, C channels, T frames, H height, W width; every x and z is BCTHW.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Callable
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from cosmos_cli.model import kernels
+from cosmos_cli.model.spec import ModelSpec, TokenizerSpec
+
+Extent = tuple[int, int, int]
+
+COLORS = 3
+POINT: Extent = (1, 1, 1)
+SPACE: Extent = (1, 3, 3)
+TIME: Extent = (3, 1, 1)
+
+
+class Tokenizer(nn.Module):
+    """Encoder, decoder and the scale of the latents.
+
+    The buffers `mean` and `std` have one number for each channel and latent frame of a chunk.
+    """
+
+    def __init__(self, spec: TokenizerSpec, sigma_data: float = ModelSpec.sigma_data) -> None:
+        super().__init__()
+        self.spec = spec
+        self.sigma_data = sigma_data
+        self.encoder = Encoder(spec)
+        self.quant_conv = CausalConv(spec.latent_channels, spec.latent_channels)
+        self.post_quant_conv = CausalConv(spec.latent_channels, spec.latent_channels)
+        self.decoder = Decoder(spec)
+        table = (spec.latent_channels, spec.chunk_latent_frames)
+        self.register_buffer("mean", torch.zeros(table))
+        self.register_buffer("std", torch.ones(table))
+
+    def encode(self, video_BCTHW: Tensor) -> Tensor:
+        """The latent at the scale of x0, BCTHW.
+
+        Args:
+            video_BCTHW: in [-1, 1]; 8k + 1 frames of at most one chunk, or whole chunks, which
+                are encoded one by one; height and width multiples of 8.
+
+        Raises:
+            ValueError: another number of frames, height or width.
+        """
+        chunks = self._chunks(video_BCTHW, self.spec.chunk_frames)
+        return torch.cat([self._normalize(self.encode_raw(chunk)) for chunk in chunks], dim=2)
+
+    def decode(self, x0_BCTHW: Tensor) -> Tensor:
+        """The video in [-1, 1] of a latent at the scale of x0, BCTHW.
+
+        Raises:
+            ValueError: more latent frames than one chunk that are not whole chunks.
+        """
+        chunks = self._chunks(x0_BCTHW, self.spec.chunk_latent_frames)
+        video = torch.cat([self.decode_raw(self._denormalize(chunk)) for chunk in chunks], dim=2)
+        return video.clamp(-1, 1)
+
+    def encode_raw(self, video_BCTHW: Tensor) -> Tensor:
+        """The latent of one chunk as the encoder makes it, before any scale."""
+        frames, height, width = video_BCTHW.shape[2:]
+        spec = self.spec
+        if frames % spec.temporal != 1 or height % spec.spatial or width % spec.spatial:
+            raise ValueError(
+                f"{frames} frames of {height}x{width} are not {spec.temporal}k + 1 frames "
+                f"with sides that are multiples of {spec.spatial}"
+            )
+        return self.quant_conv(self.encoder(video_BCTHW))
+
+    def decode_raw(self, z: Tensor) -> Tensor:
+        """The video of one chunk as the decoder makes it, not clamped."""
+        return self.decoder(self.post_quant_conv(z))
+
+    def _normalize(self, z: Tensor) -> Tensor:
+        mean, std = self._scale(z)
+        return (z - mean) / std * self.sigma_data
+
+    def _denormalize(self, x0: Tensor) -> Tensor:
+        mean, std = self._scale(x0)
+        return x0 / self.sigma_data * std + mean
+
+    def _scale(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        mean, std = (table[:, : z.shape[2], None, None].to(z) for table in (self.mean, self.std))
+        return mean, std
+
+    @staticmethod
+    def _chunks(x: Tensor, chunk: int) -> tuple[Tensor, ...]:
+        frames = x.shape[2]
+        if frames > chunk and frames % chunk:
+            raise ValueError(f"{frames} frames are more than {chunk} and not a multiple of it")
+        return x.split(chunk, dim=2)
+
+
+class Encoder(nn.Module):
+    """Haar bands of the video through levels of residual blocks to latent channels."""
+
+    def __init__(self, spec: TokenizerSpec) -> None:
+        super().__init__()
+        self.patch = spec.patch
+        widths = [spec.channels * m for m in (1, *spec.multipliers)]
+        resamples = round(math.log2(spec.spatial / spec.patch))
+        self.conv_in = conv_pair(COLORS * spec.patch**3, widths[0])
+        self.down = nn.Sequential()
+        for i, (inputs, outputs) in enumerate(pairwise(widths)):
+            level = OrderedDict(block=res_blocks(inputs, outputs, spec.res_blocks))
+            if i < resamples:
+                level["downsample"] = Downsample(outputs)
+            self.down.append(nn.Sequential(level))
+        self.mid = middle(widths[-1])
+        self.norm_out = FrameNorm(widths[-1])
+        self.conv_out = conv_pair(widths[-1], spec.latent_channels)
+
+    def forward(self, video_BCTHW: Tensor) -> Tensor:
+        """The latent, BCTHW."""
+        # The first frame stands for a whole patch in time, so that it is coded by itself.
+        first = video_BCTHW[:, :, :1].expand(-1, -1, self.patch - 1, -1, -1)
+        x = torch.cat((first, video_BCTHW), dim=2)
+        for _ in range(round(math.log2(self.patch))):
+            x = haar(x)
+        x = self.mid(self.down(self.conv_in(x)))
+        return self.conv_out(F.silu(self.norm_out(x)))
+
+
+class Decoder(nn.Module):
+    """The mirror of the encoder, with one residual block more at each level."""
+
+    def __init__(self, spec: TokenizerSpec) -> None:
+        super().__init__()
+        self.patch = spec.patch
+        widths = [spec.channels * m for m in spec.multipliers]
+        resamples = round(math.log2(spec.spatial / spec.patch))
+        last = len(widths) - 1
+        self.conv_in = conv_pair(spec.latent_channels, widths[-1])
+        self.mid = middle(widths[-1])
+        self.up = nn.Sequential()
+        for i, outputs in enumerate(widths):
+            inputs = widths[min(i + 1, last)]
+            level = OrderedDict(block=res_blocks(inputs, outputs, spec.res_blocks + 1))
+            # Not the mirror of the encoder: the innermost level keeps its size.
+            if 0 < last - i <= resamples:
+                level["upsample"] = Upsample(outputs)
+            self.up.append(nn.Sequential(level))
+        self.norm_out = FrameNorm(widths[0])
+        self.conv_out = conv_pair(widths[0], COLORS * spec.patch**3)
+
+    def forward(self, z: Tensor) -> Tensor:
+        """The video, BCTHW."""
+        x = self.mid(self.conv_in(z))
+        for level in reversed(self.up):
+            x = level(x)
+        x = self.conv_out(F.silu(self.norm_out(x)))
+        for _ in range(round(math.log2(self.patch))):
+            x = inverse_haar(x)
+        return x[:, :, self.patch - 1 :]
+
+
+class CausalConv(nn.Module):
+    """A 3-D convolution whose past is copies of the first frame and whose border is zero."""
+
+    def __init__(
+        self, inputs: int, outputs: int, kernel: Extent = POINT, stride: Extent = POINT
+    ) -> None:
+        super().__init__()
+        border = kernel[1] // 2 if stride[1] == 1 else 0
+        self.past = kernel[0] - stride[0]
+        self.conv3d = nn.Conv3d(inputs, outputs, kernel, stride, padding=(0, border, border))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The convolution; with stride 1 as many frames as `x`."""
+        if self.past:
+            x = torch.cat((x[:, :, :1].expand(-1, -1, self.past, -1, -1), x), dim=2)
+        return self.conv3d(x)
+
+
+class FrameNorm(nn.Module):
+    """Normalises each frame over its channels and pixels, with a gain and bias per channel."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(1, channels, eps=1e-6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Of the shape of `x`."""
+        frames = self.norm(rearrange(x, "B C T H W -> (B T) C H W"))
+        return rearrange(frames, "(B T) C H W -> B C T H W", B=len(x))
+
+
+class ResBlock(nn.Module):
+    """Two norms and convolutions beside a shortcut."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.norm1 = FrameNorm(inputs)
+        self.conv1 = conv_pair(inputs, outputs)
+        self.norm2 = FrameNorm(outputs)
+        self.conv2 = conv_pair(outputs, outputs)
+        self.nin_shortcut = nn.Identity() if inputs == outputs else CausalConv(inputs, outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """With `outputs` channels."""
+        u = self.conv1(F.silu(self.norm1(x)))
+        u = self.conv2(F.silu(self.norm2(u)))
+        return self.nin_shortcut(x) + u
+
+
+class Attention(nn.Module):
+    """Single-head attention of `x` arranged as (batch, tokens, 1 head, C)."""
+
+    def __init__(
+        self, channels: int, arrangement: str, attend: Callable[[Tensor, Tensor, Tensor], Tensor]
+    ) -> None:
+        super().__init__()
+        self.arrangement = arrangement
+        self.attend = attend
+        self.norm = FrameNorm(channels)
+        self.q = CausalConv(channels, channels)
+        self.k = CausalConv(channels, channels)
+        self.v = CausalConv(channels, channels)
+        self.proj_out = CausalConv(channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x` plus what its tokens read from one another."""
+        u = self.norm(x)
+        q, k, v = (
+            rearrange(project(u), f"B C T H W -> {self.arrangement}")
+            for project in (self.q, self.k, self.v)
+        )
+        _, _, t, h, w = x.shape
+        read = rearrange(self.attend(q, k, v), f"{self.arrangement} -> B C T H W", T=t, H=h, W=w)
+        return x + self.proj_out(read)
+
+
+class Downsample(nn.Module):
+    """Halves height, width and time by strided convolutions beside average pooling."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv1 = CausalConv(channels, channels, SPACE, stride=(1, 2, 2))
+        self.conv2 = CausalConv(channels, channels, TIME, stride=(2, 1, 1))
+        self.conv3 = CausalConv(channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """From T frames of HxW (T odd) to (T + 1) / 2 frames of H/2 x W/2."""
+        x = self.conv1(F.pad(x, (0, 1, 0, 1))) + F.avg_pool3d(x, (1, 2, 2))
+        x = torch.cat((x[:, :, :1], x), dim=2)
+        x = self.conv2(x) + F.avg_pool3d(x, (2, 1, 1))
+        return self.conv3(x)
+
+
+class Upsample(nn.Module):
+    """Doubles time, height and width by repetition with residual convolutions."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv1 = CausalConv(channels, channels, TIME)
+        self.conv2 = CausalConv(channels, channels, SPACE)
+        self.conv3 = CausalConv(channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """From T frames of HxW to 2 T - 1 frames of 2H x 2W."""
+        x = x.repeat_interleave(2, dim=2)[:, :, 1:]
+        x = self.conv1(x) + x
+        x = x.repeat_interleave(2, dim=3).repeat_interleave(2, dim=4)
+        x = self.conv2(x) + x
+        return self.conv3(x)
+
+
+def conv_pair(inputs: int, outputs: int) -> nn.Sequential:
+    """A convolution in space, then one in time, where others have one in both."""
+    return nn.Sequential(CausalConv(inputs, outputs, SPACE), CausalConv(outputs, outputs, TIME))
+
+
+def res_blocks(inputs: int, outputs: int, count: int) -> nn.Sequential:
+    """`count` residual blocks, the first of which changes the width."""
+    widths = [inputs] + [outputs] * (count - 1)
+    return nn.Sequential(*(ResBlock(width, outputs) for width in widths))
+
+
+def middle(channels: int) -> nn.Sequential:
+    """The innermost part of encoder and decoder, the only one with attention."""
+    return nn.Sequential(
+        OrderedDict(
+            block_1=ResBlock(channels, channels),
+            attn_1=nn.Sequential(
+                Attention(channels, "(B T) (H W) 1 C", kernels.attention),
+                Attention(channels, "(B H W) T 1 C", kernels.causal_attention),
+            ),
+            block_2=ResBlock(channels, channels),
+        )
+    )
+
+
+def haar(x: Tensor) -> Tensor:
+    """Eight bands of half the size: sums and differences of 2x2x2 cells over 8.
+
+    The band is the slow part of the channel, its bits (time, height, width) from high to low.
+    """
+    x = rearrange(x, "B C (T t) (H h) (W w) -> B t h w C T H W", t=2, h=2, w=2)
+    for axis in (1, 2, 3):
+        a, b = x.unbind(axis)
+        x = torch.stack((a + b, a - b), dim=axis) / 2
+    return rearrange(x, "B t h w C T H W -> B (t h w C) T H W")
+
+
+def inverse_haar(x: Tensor) -> Tensor:
+    """The input of `haar` from its eight bands."""
+    x = rearrange(x, "B (t h w C) T H W -> B t h w C T H W", t=2, h=2, w=2)
+    for axis in (1, 2, 3):
+        low, high = x.unbind(axis)
+        x = torch.stack((low + high, low - high), dim=axis)
+    return rearrange(x, "B t h w C T H W -> B C (T t) (H h) (W w)")

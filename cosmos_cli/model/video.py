@@ -1,0 +1,339 @@
+"""mp4 files <-> uint8 frames: probe, choose frames, read, resize, write, contact sheet.
+
+Dimension letters: C channels (RGB), T frames, H height, W width.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from cosmos_cli.errors import ExitCode, UserError
+
+if TYPE_CHECKING:
+    from torchcodec.decoders import VideoDecoder
+
+FPS_POLICIES = ("keep", "resample", "reject")
+RESIZE_MODES = ("stretch", "crop", "pad")
+
+# Containers round time stamps to their clock, Matroska to whole milliseconds.
+CLOCK_SECONDS = 1e-3
+# Rates this close are the same rate: 23.976 is 24, 25 is not.
+FPS_TOLERANCE = 0.01
+# Frames are decoded in chunks of about this size, so a 4K clip is never in memory whole.
+CHUNK_BYTES = 2**26
+# The bytes of an x264 stream depend on its number of threads, and that on the machine if not set.
+X264_THREADS = 4
+
+
+class VideoError(Exception):
+    """Why a file cannot be used, in one short sentence."""
+
+
+@dataclass(frozen=True)
+class VideoInfo:
+    """A video stream. Sizes in pixels as shown, after rotation; `begin` is its first time stamp."""
+
+    frames: int
+    fps: float
+    height: int
+    width: int
+    seconds: float
+    codec: str
+    begin: float = 0.0
+
+
+@dataclass(frozen=True)
+class Clip:
+    """Which frames of a file make one clip of rate `fps`; exactly one of the tuples is filled.
+
+    Args:
+        start: number of its first frame, counted at `fps` from the beginning of the file.
+        indices: the source frames by number.
+        seconds: time stamps; each stands for the source frame on screen at that time.
+    """
+
+    start: int
+    fps: float
+    indices: tuple[int, ...] = ()
+    seconds: tuple[float, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.indices) + len(self.seconds)
+
+
+def probe(path: Path) -> VideoInfo:
+    """The video stream of a file, from a scan of all its packets; only one frame is decoded.
+
+    Raises:
+        VideoError: the file is no video, is empty or is truncated.
+    """
+    decoder = _open(path)
+    meta = decoder.metadata
+    if not meta.num_frames or not meta.average_fps:
+        raise VideoError("0 frames")
+    assert meta.duration_seconds and meta.height and meta.width
+    fps = meta.average_fps
+    header_fps = meta.average_fps_from_header
+    # The header has the exact rate, but for variable rates it names the clock's instead.
+    if header_fps and _same_rate(fps, header_fps):
+        fps = header_fps
+    if _mp4_boxes(path)[1] > 0:
+        wanted = meta.num_frames_from_header or "more"
+        raise VideoError(f"truncated: {meta.num_frames} of {wanted} frames are in the file")
+    try:
+        first = decoder.get_frame_at(0).pts_seconds
+    except RuntimeError as error:
+        raise VideoError("damaged: the first frame does not decode") from error
+    # Trap: when an edit list hides the first key frame, torchcodec 0.13 silently returns the frames
+    # of the next one instead.
+    if abs(first - (meta.begin_stream_seconds or 0)) > CLOCK_SECONDS:
+        raise VideoError("cut without re-encoding, its first key frame is hidden: re-encode it")
+    return VideoInfo(
+        frames=meta.num_frames,
+        fps=float(fps),
+        height=meta.height,
+        width=meta.width,
+        seconds=float(meta.duration_seconds),
+        codec=meta.codec or "unknown",
+        begin=meta.begin_stream_seconds or 0.0,
+    )
+
+
+def frames_at_policy(info: VideoInfo, policy: str, fps: float) -> int:
+    """Number of frames the file has under a policy of `FPS_POLICIES`."""
+    if policy != "resample":
+        return info.frames
+    return max(0, -int(-(info.seconds - CLOCK_SECONDS) * fps // 1))
+
+
+def select_clips(
+    info: VideoInfo, policy: str, fps: float, num_frames: int, stride: int, max_clips: int | None
+) -> list[Clip]:
+    """The clips of a file, starting at frame 0, stride, 2 * stride... of the clip's own rate.
+
+    keep: every source frame at the source's rate. resample: constant rate `fps`, each frame the
+    one on screen at that time. reject: as keep, but only for sources whose rate is `fps`.
+
+    Raises:
+        VideoError: the rate is rejected, or there are fewer than `num_frames` frames.
+    """
+    if policy not in FPS_POLICIES:
+        raise ValueError(f"policy {policy!r} is none of {FPS_POLICIES}")
+    if policy == "reject" and not _same_rate(info.fps, fps):
+        raise VideoError(f"{info.fps:.4g} fps where {fps:.4g} are wanted")
+    rate = info.fps if policy == "keep" else fps
+    available = frames_at_policy(info, policy, fps)
+    if available < num_frames:
+        source = f" (from {info.frames} at {info.fps:.4g})" if policy == "resample" else ""
+        raise VideoError(
+            f"too short: {available} frames at {rate:.4g} fps{source}, {num_frames} are needed"
+        )
+    starts = range(0, available - num_frames + 1, stride)[:max_clips]
+    if policy != "resample":
+        return [Clip(s, rate, indices=tuple(range(s, s + num_frames))) for s in starts]
+    # A clock's width late, so that a time stamp rounded up still counts as shown.
+    times = [info.begin + CLOCK_SECONDS + k / fps for k in range(available)]
+    return [Clip(s, rate, seconds=tuple(times[s : s + num_frames])) for s in starts]
+
+
+def read_frames(path: Path, indices: Sequence[int]) -> Tensor:
+    """The named source frames at full size, uint8 (3, T, H, W).
+
+    Raises:
+        VideoError: a frame does not exist or does not decode.
+    """
+    clip = Clip(0, 0.0, indices=tuple(indices))
+    return torch.cat([chunk.transpose(0, 1) for chunk in _decode(path, clip)], dim=1)
+
+
+def read_clip(path: Path, clip: Clip, height: int, width: int, resize: str) -> Tensor:
+    """A clip at another size, uint8 (3, T, height, width); `resize` as for `resize_frames`.
+
+    Raises:
+        VideoError: a frame does not exist or does not decode.
+    """
+    chunks = (resize_frames(chunk, height, width, resize) for chunk in _decode(path, clip))
+    return torch.cat([chunk.transpose(0, 1) for chunk in chunks], dim=1)
+
+
+def resize_frames(frames: Tensor, height: int, width: int, mode: str) -> Tensor:
+    """uint8 frames (..., ..., height, width), in whichever order the first two dimensions come.
+
+    stretch: the aspect ratio is not kept. crop: scaled to cover, the centre cut out. pad: scaled
+    to fit, between black bars.
+
+    Source: stretch is cosmos-predict1 `training/datasets/dataset_video.py`: bilinear with
+    antialiasing on values / 255, clamped and truncated to uint8.
+    """
+    if mode not in RESIZE_MODES:
+        raise ValueError(f"resize {mode!r} is none of {RESIZE_MODES}")
+    old_height, old_width = frames.shape[-2:]
+    if mode == "stretch":
+        return _interpolate(frames, height, width)
+    if mode == "crop":
+        scale = max(height / old_height, width / old_width)
+        scaled = _interpolate(
+            frames,
+            max(height, round(old_height * scale)),
+            max(width, round(old_width * scale)),
+        )
+        top, left = (scaled.shape[-2] - height) // 2, (scaled.shape[-1] - width) // 2
+        return scaled[..., top : top + height, left : left + width]
+    scale = min(height / old_height, width / old_width)
+    new_height = min(height, max(1, round(old_height * scale)))
+    new_width = min(width, max(1, round(old_width * scale)))
+    top, left = (height - new_height) // 2, (width - new_width) // 2
+    margins = (left, width - new_width - left, top, height - new_height - top)
+    return F.pad(_interpolate(frames, new_height, new_width), margins)
+
+
+def to_model(video: Tensor) -> Tensor:
+    """float32 in [-1, 1] from uint8, any shape. Source: cosmos-predict1, u8 / 127.5 - 1."""
+    return video.float() / 127.5 - 1
+
+
+def to_uint8(video: Tensor) -> Tensor:
+    """uint8 from [-1, 1], any shape; the exact inverse of `to_model`.
+
+    The reference truncates; rounding removes its loss of half a level on average.
+    """
+    return ((video.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def write_mp4(path: Path, video_CTHW: Tensor, fps: float, crf: int) -> None:
+    """Writes H.264 yuv420p in an mp4 container, whatever the suffix of `path`; same bytes each run.
+
+    Raises:
+        UserError: FFmpeg is missing or has no H.264 encoder.
+    """
+    _, frames, height, width = video_CTHW.shape
+    if video_CTHW.dtype != torch.uint8 or frames == 0:
+        raise ValueError(f"video must be uint8 with frames, got {video_CTHW.dtype}, {frames}")
+    if height % 2 or width % 2:
+        raise ValueError(f"height and width must be even for yuv420p, got {height}x{width}")
+    with _needs_ffmpeg("FFmpeg is missing"):
+        from torchcodec.encoders import VideoEncoder
+    frames_TCHW = video_CTHW.transpose(0, 1).contiguous().cpu()
+    with _needs_ffmpeg("this FFmpeg cannot encode H.264 with libx264"):
+        data = VideoEncoder(frames_TCHW, frame_rate=fps).to_tensor(
+            "mp4",
+            codec="libx264",
+            pixel_format="yuv420p",
+            crf=crf,
+            # The encoder converts with the BT.601 matrix; untagged, players take HD for BT.709.
+            extra_options={
+                "threads": X264_THREADS,
+                "colorspace": "smpte170m",
+                "color_primaries": "bt709",
+                "color_trc": "bt709",
+                "color_range": "tv",
+            },
+        )
+    path.write_bytes(data.numpy().tobytes())
+
+
+def contact_sheet(
+    video_CTHW: Tensor, columns: int = 4, rows: int = 2, width: int = 320
+) -> Image.Image:
+    """An image of evenly spaced frames, first and last included, each `width` pixels wide."""
+    _, frames, height, old_width = video_CTHW.shape
+    chosen = torch.linspace(0, frames - 1, columns * rows).round().long()
+    cell_height = max(1, round(height * width / old_width))
+    cells = resize_frames(video_CTHW[:, chosen].cpu(), cell_height, width, "stretch")
+    grid = cells.unflatten(1, (rows, columns)).permute(1, 3, 2, 4, 0)
+    return Image.fromarray(grid.reshape(rows * cell_height, columns * width, 3).numpy())
+
+
+def _same_rate(a: float, b: float) -> bool:
+    return abs(a - b) <= FPS_TOLERANCE * b
+
+
+def _interpolate(frames: Tensor, height: int, width: int) -> Tensor:
+    if frames.shape[-2:] == (height, width):
+        return frames
+    resized = F.interpolate(
+        frames.float() / 255, (height, width), mode="bilinear", antialias=True, align_corners=False
+    )
+    return (resized * 255).clamp(0, 255).to(torch.uint8)
+
+
+@contextmanager
+def _needs_ffmpeg(what: str) -> Iterator[None]:
+    # torchcodec raises RuntimeError, on import too, when FFmpeg's libraries are not there.
+    try:
+        yield
+    except (ImportError, OSError, RuntimeError) as error:
+        fix = "run `cosmos setup --install`"
+        raise UserError(what, code=ExitCode.ENVIRONMENT, where="video", fix=fix) from error
+
+
+def _open(path: Path) -> VideoDecoder:
+    with _needs_ffmpeg("FFmpeg is missing"):
+        from torchcodec.decoders import VideoDecoder
+    if not path.is_file():
+        raise VideoError("no such file")
+    if path.stat().st_size == 0:
+        raise VideoError("the file is empty")
+    try:
+        return VideoDecoder(path, seek_mode="exact", num_ffmpeg_threads=0)
+    except ValueError as error:
+        raise VideoError("no video stream") from error
+    except RuntimeError as error:
+        boxes, missing = _mp4_boxes(path)
+        if boxes and (missing > 0 or b"moov" not in boxes):
+            raise VideoError("truncated: the index of the mp4 is missing") from error
+        raise VideoError("no video stream" if boxes else "not a video") from error
+
+
+def _mp4_boxes(path: Path) -> tuple[list[bytes], int]:
+    """Names of the top-level boxes of an mp4 file, and the bytes lacking at its end.
+
+    Other files have no boxes. Frame counts would not show a truncation: edit lists hide frames.
+    Source: ISO/IEC 14496-12, section 4.2.
+    """
+    names: list[bytes] = []
+    end, position = path.stat().st_size, 0
+    with path.open("rb") as file:
+        while position + 8 <= end:
+            file.seek(position)
+            size, name = struct.unpack(">I4s", file.read(8))
+            if not names and name != b"ftyp":
+                return [], 0
+            if size == 1 and position + 16 <= end:
+                (size,) = struct.unpack(">Q", file.read(8))
+            names.append(name)
+            position = end if size == 0 else position + max(size, 8)
+    return names, position - end
+
+
+def _decode(path: Path, clip: Clip) -> Iterator[Tensor]:
+    """The frames of a clip in order, in uint8 chunks (T, 3, H, W)."""
+    decoder = _open(path)
+    meta = decoder.metadata
+    assert meta.height and meta.width
+    size = max(1, CHUNK_BYTES // (3 * meta.height * meta.width))
+    for first in range(0, len(clip), size):
+        part = slice(first, first + size)
+        wanted = len(clip.indices[part]) + len(clip.seconds[part])
+        try:
+            if clip.indices:
+                chunk = decoder.get_frames_at(list(clip.indices[part])).data
+            else:
+                chunk = decoder.get_frames_played_at(list(clip.seconds[part])).data
+        except (RuntimeError, IndexError) as error:
+            at = f"frame {clip.indices[first]}" if clip.indices else f"{clip.seconds[first]:.2f} s"
+            reason = f"damaged: decoding fails after {at} ({meta.num_frames} frames in the file)"
+            raise VideoError(reason) from error
+        if len(chunk) != wanted:
+            raise VideoError(f"truncated: {first + len(chunk)} of {len(clip)} frames decode")
+        yield chunk

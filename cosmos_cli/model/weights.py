@@ -1,0 +1,426 @@
+"""Weight files in and out: the released ones, ours, those of diffusers. Nothing in a file is run.
+
+In memory the keys are ours: `net.` and, for the log-variance head of training, `logvar.`.
+
+Source: nvidia-cosmos/cosmos-predict1 at 4ed35fa, state dicts of `diffusion/networks/general_dit.py`
+and `tokenizer/networks`; diffusers 0.42 `CosmosTransformer3DModel` and `AutoencoderKLCosmos`.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+import re
+import struct
+import warnings
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from cosmos_cli import layout
+from cosmos_cli.errors import ExitCode, UserError
+from cosmos_cli.model.spec import DiTSpec
+
+State = dict[str, Tensor]
+
+# Our names, the released ones, those of diffusers. All but the tables and the log-variance head
+# end in ".weight", which is left out.
+_NET = """
+x_embedder            x_embedder.proj.1                    patch_embed.proj
+pos_embedder.t        extra_pos_embedder.pos_emb_t         learnable_pos_embed.pos_emb_t
+pos_embedder.h        extra_pos_embedder.pos_emb_h         learnable_pos_embed.pos_emb_h
+pos_embedder.w        extra_pos_embedder.pos_emb_w         learnable_pos_embed.pos_emb_w
+t_embedder.linear_1   t_embedder.1.linear_1                time_embed.t_embedder.linear_1
+t_embedder.linear_2   t_embedder.1.linear_2                time_embed.t_embedder.linear_2
+t_norm                affline_norm                         time_embed.norm
+final.adaln.down      final_layer.adaLN_modulation.1       norm_out.linear_1
+final.adaln.up        final_layer.adaLN_modulation.2       norm_out.linear_2
+final.linear          final_layer.linear                   proj_out
+"""
+_BLOCK = """
+self_attn_adaln.down  blocks.0.adaLN_modulation.1          norm1.linear_1
+self_attn_adaln.up    blocks.0.adaLN_modulation.2          norm1.linear_2
+self_attn.q           blocks.0.block.attn.to_q.0           attn1.to_q
+self_attn.q_norm      blocks.0.block.attn.to_q.1           attn1.norm_q
+self_attn.k           blocks.0.block.attn.to_k.0           attn1.to_k
+self_attn.k_norm      blocks.0.block.attn.to_k.1           attn1.norm_k
+self_attn.v           blocks.0.block.attn.to_v.0           attn1.to_v
+self_attn.out         blocks.0.block.attn.to_out.0         attn1.to_out.0
+cross_attn_adaln.down blocks.1.adaLN_modulation.1          norm2.linear_1
+cross_attn_adaln.up   blocks.1.adaLN_modulation.2          norm2.linear_2
+cross_attn.q          blocks.1.block.attn.to_q.0           attn2.to_q
+cross_attn.q_norm     blocks.1.block.attn.to_q.1           attn2.norm_q
+cross_attn.k          blocks.1.block.attn.to_k.0           attn2.to_k
+cross_attn.k_norm     blocks.1.block.attn.to_k.1           attn2.norm_k
+cross_attn.v          blocks.1.block.attn.to_v.0           attn2.to_v
+cross_attn.out        blocks.1.block.attn.to_out.0         attn2.to_out.0
+mlp_adaln.down        blocks.2.adaLN_modulation.1          norm3.linear_1
+mlp_adaln.up          blocks.2.adaLN_modulation.2          norm3.linear_2
+mlp.up                blocks.2.block.layer1                ff.net.0.proj
+mlp.down              blocks.2.block.layer2                ff.net.2
+"""
+_LOGVAR = """
+logvar.freqs          logvar.0.freqs                       -
+logvar.phases         logvar.0.phases                      -
+logvar                logvar.1                             -
+"""
+OURS, RELEASED, DIFFUSERS = range(3)
+
+# What a released file has beside weights: positions 0, 1, 2 ... and Transformer Engine's fp8 state.
+_NOT_WEIGHTS = re.compile(r"net\.pos_embedder\.seq|.*\._extra_state")
+_STORAGES = {
+    "torch.FloatStorage": torch.float32,
+    "torch.BFloat16Storage": torch.bfloat16,
+    "torch.HalfStorage": torch.float16,
+    "torch.LongStorage": torch.int64,
+    "torch.IntStorage": torch.int32,
+}
+_DIFFUSERS_FILE = "diffusion_pytorch_model.safetensors"
+
+# Reading damaged or hostile pickles may raise almost anything, says Python's documentation.
+_DAMAGE = (
+    *(RuntimeError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError),
+    *(AssertionError, EOFError, OSError, MemoryError, struct.error),
+    *(pickle.UnpicklingError, zipfile.BadZipFile, SafetensorError),
+)
+
+
+# --- the denoiser ---------------------------------------------------------------------------------
+
+
+def load_dit_state(path: Path) -> State:
+    """The denoiser's weights in our keys, memory-mapped where the file allows it.
+
+    Args:
+        path: a released or post-trained `.pt`, our `.safetensors`, or a diffusers folder.
+
+    Raises:
+        UserError: the file is missing, damaged, of another model, or holds more than tensors.
+    """
+    if path.is_dir():
+        return _rename(_read_diffusers(path), DIFFUSERS, OURS, path)
+    if path.suffix == ".safetensors":
+        return _rename(_read_safetensors(path), OURS, OURS, path)
+    with _reading(path):
+        content = dict(_read_pt(path))
+        state = {key: v for key, v in content.items() if not _NOT_WEIGHTS.fullmatch(key)}
+    return _rename(_check_tensors(state, path), RELEASED, OURS, path)
+
+
+def save_dit(path: Path, state: Mapping[str, Tensor], format: Literal["pt", "safetensors"]) -> None:
+    """Writes the denoiser's weights: `pt` is the file the reference reads, `safetensors` ours."""
+    if format == "safetensors":
+        _write_safetensors(path, state)
+        return
+    released = _rename(state, OURS, RELEASED, path)
+    tables = [state[f"net.pos_embedder.{axis}"] for axis in "thw"]
+    seq = torch.arange(max(map(len, tables)), dtype=tables[0].dtype)
+    with layout.atomic_file(path) as temporary:
+        torch.save({**released, "net.pos_embedder.seq": seq}, temporary)
+
+
+def save_diffusers(folder: Path, state: Mapping[str, Tensor], spec: DiTSpec) -> None:
+    """Writes the denoiser, without its log-variance head, as a diffusers model folder."""
+    net = {key: value for key, value in state.items() if key.startswith("net.")}
+    _write_safetensors(folder / _DIFFUSERS_FILE, _rename(net, OURS, DIFFUSERS, folder))
+    config = {
+        "_class_name": "CosmosTransformer3DModel",
+        "in_channels": spec.latent_channels,
+        "out_channels": spec.latent_channels,
+        "num_attention_heads": spec.heads,
+        "attention_head_dim": spec.head_width,
+        "num_layers": spec.blocks,
+        "mlp_ratio": float(spec.mlp_ratio),
+        "text_embed_dim": spec.text_channels,
+        "adaln_lora_dim": spec.adaln_rank,
+        "max_size": [spec.max_t, spec.max_hw, spec.max_hw],
+        "patch_size": [spec.patch_t, spec.patch_hw, spec.patch_hw],
+        "rope_scale": list(spec.rope_ratio),
+        "concat_padding_mask": True,
+        "extra_pos_embed_type": "learnable",
+    }
+    layout.write_json(folder / "config.json", config)
+
+
+def _dictionary(source: int, target: int) -> dict[str, str]:
+    """From names in one column of the tables to another; "#" is the number of the block."""
+    prefixes = {
+        _NET: ("net.", "net.", ""),
+        _BLOCK: ("net.blocks.#.", "net.blocks.block#.", "transformer_blocks.#."),
+        _LOGVAR: ("", "", ""),
+    }
+    return {
+        prefix[source] + names[source]: prefix[target] + names[target]
+        for table, prefix in prefixes.items()
+        for names in map(str.split, table.strip().splitlines())
+    }
+
+
+def _rename(state: Mapping[str, Tensor], source: int, target: int, where: Path) -> State:
+    dictionary = _dictionary(source, target)
+    renamed, unknown = {}, []
+    for key, value in state.items():
+        stem = key.removesuffix(".weight")
+        block = re.search(r"blocks\.(?:block)?(\d+)", stem)
+        number = block[1] if block else ""
+        general = f"{stem[: block.start(1)]}#{stem[block.end(1) :]}" if block else stem
+        if general in dictionary:
+            renamed[dictionary[general].replace("#", number) + key[len(stem) :]] = value
+        else:
+            unknown.append(key)
+    if unknown:
+        raise _another_model([_some(unknown, "unknown")], where)
+    return renamed
+
+
+# --- the tokenizer --------------------------------------------------------------------------------
+
+TOKENIZER_FILE = "tokenizer.safetensors"
+
+# Constants of the wavelet transform, which our code writes out.
+_WAVELETS = re.compile(r".*\.(wavelets|_arange|patch_size_buffer)")
+
+# From the names of diffusers to the released ones, all applied in turn.
+_TOKENIZER = (
+    (r"(down|up)_blocks\.(\d+)\.resnets", r"\1.\2.block"),
+    (r"(down|up)_blocks\.(\d+)\.\w+samplers\.0\.(conv\d)", r"\1.\2.\1sample.\3.conv3d"),
+    (r"mid_block\.resnets\.0", "mid.block_1"),
+    (r"mid_block\.resnets\.1", "mid.block_2"),
+    (r"mid_block\.attentions\.0", "mid.attn_1.0"),
+    (r"mid_block\.temp_attentions\.0", "mid.attn_1.1"),
+    (r"\.to_([qkv])\.", r".\1.conv3d."),
+    (r"\.to_out\.0\.", ".proj_out.conv3d."),
+    (r"\.conv_shortcut\.", ".nin_shortcut.conv3d."),
+    (r"\.conv_s\.", ".0.conv3d."),
+    (r"\.conv_t\.", ".1.conv3d."),
+    (r"quant_conv\.", "quant_conv.conv3d."),
+)
+
+
+def load_tokenizer_state(path: Path) -> State:
+    """The tokenizer's weights with the latent `mean` and `std`.
+
+    Args:
+        path: our file, or a folder: with our file, the released one with encoder.jit, decoder.jit
+            and mean_std.pt, or one of diffusers.
+
+    Raises:
+        UserError: a file is missing, damaged, or holds more than tensors.
+    """
+    if path.suffix == ".safetensors":
+        state = _read_safetensors(path)
+    elif (path / TOKENIZER_FILE).exists():
+        state = _read_safetensors(path / TOKENIZER_FILE)
+    elif (path / "config.json").exists() and not (path / "encoder.jit").exists():
+        state = _rename_tokenizer(_read_diffusers(path), path)
+        config = layout.read_json(path / "config.json")
+        tables = config.get("latents_mean"), config.get("latents_std")
+        state |= _mean_std(tables, state, path / "config.json")
+    else:
+        parts = [_read_torchscript(path / name) for name in ("encoder.jit", "decoder.jit")]
+        state = parts[0] | parts[1]
+        tables = _read_pt(path / "mean_std.pt")
+        state |= _mean_std(tables, state, path / "mean_std.pt")
+        state = {key: value for key, value in state.items() if not _WAVELETS.fullmatch(key)}
+    return state
+
+
+def save_tokenizer(path: Path, state: Mapping[str, Tensor]) -> None:
+    """Writes the tokenizer's weights as one safetensors file."""
+    _write_safetensors(path, state)
+
+
+def _rename_tokenizer(state: State, where: Path) -> State:
+    """Released names for those of diffusers, whose decoder counts its levels the other way."""
+    levels = {int(n) for key in state for n in re.findall(r"up_blocks\.(\d+)", key)}
+    renamed = {}
+    for key, value in state.items():
+        name = re.sub(r"up_blocks\.(\d+)", lambda m: f"up_blocks.{max(levels) - int(m[1])}", key)
+        for pattern, replacement in _TOKENIZER:
+            name = re.sub(pattern, replacement, name)
+        renamed[name] = value
+    return renamed
+
+
+def _mean_std(tables: Any, state: State, where: Path) -> State:
+    """Mean and std as (channels, latent frames), however they were stored."""
+    channels = len(state.get("quant_conv.conv3d.bias", ()))
+    with _reading(where):
+        mean, std = (torch.as_tensor(table).reshape(channels, -1).clone() for table in tables)
+    return {"mean": mean, "std": std}
+
+
+# --- into a module --------------------------------------------------------------------------------
+
+
+def check_keys(
+    shapes: Mapping[str, tuple[int, ...]], state: Mapping[str, Tensor], where: Path
+) -> None:
+    """Refuses a state dict that is not exactly of these names and shapes.
+
+    Raises:
+        UserError: names are missing or unexpected, or tensors of another shape.
+    """
+    missing = [name for name in shapes if name not in state]
+    unknown = [name for name in state if name not in shapes]
+    other = [
+        f"{name} is {tuple(state[name].shape)} instead of {tuple(shape)}"
+        for name, shape in shapes.items()
+        if name in state and tuple(state[name].shape) != tuple(shape)
+    ]
+    found = {"missing": missing, "unknown": unknown, "of another shape": other}
+    problems = [_some(names, kind) for kind, names in found.items() if names]
+    if problems:
+        raise _another_model(problems, where)
+
+
+@torch.no_grad()
+def load_strict(module: nn.Module, state: Mapping[str, Tensor], where: Path) -> None:
+    """Copies `state` into `module`, a tensor at a time, to its dtype and device.
+
+    Raises:
+        UserError: names or shapes differ from those of the module.
+    """
+    own = module.state_dict(keep_vars=True)
+    check_keys({name: tensor.shape for name, tensor in own.items()}, state, where)
+    for name, tensor in own.items():
+        tensor.copy_(state[name])
+
+
+def _another_model(problems: list[str], where: Path) -> UserError:
+    return UserError(
+        f"does not fit the model: {'; '.join(problems)}",
+        code=ExitCode.ASSET,
+        where=str(where),
+        fix="is it the file of another model?",
+    )
+
+
+def _some(names: list[str], kind: str) -> str:
+    more = ", ..." if len(names) > 3 else ""
+    return f"{len(names)} {kind} ({', '.join(names[:3])}{more})"
+
+
+# --- files ----------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Turns whatever a missing or damaged file raises into one line."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise UserError(
+            "does not exist", code=ExitCode.ASSET, where=str(path), fix="run cosmos download"
+        ) from error
+    except _DAMAGE as error:
+        raise UserError(
+            f"is damaged or holds more than tensors ({type(error).__name__}); nothing in it was run",
+            code=ExitCode.ASSET,
+            where=str(path),
+            fix="download it again",
+        ) from error
+
+
+def _read_pt(path: Path) -> Any:
+    # The reference's training leaves empty BytesIO objects of Transformer Engine in its files.
+    safe = torch.serialization.safe_globals([io.BytesIO])
+    with _reading(path), safe, warnings.catch_warnings(action="ignore"):
+        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+
+
+def _read_safetensors(path: Path) -> State:
+    with _reading(path):
+        return load_file(path)
+
+
+def _write_safetensors(path: Path, state: Mapping[str, Tensor]) -> None:
+    with layout.atomic_file(path) as temporary:
+        save_file({key: value.contiguous() for key, value in state.items()}, temporary)
+
+
+def _read_diffusers(folder: Path) -> State:
+    """All tensors of a diffusers model folder, in one file or several with an index."""
+    index = folder / f"{_DIFFUSERS_FILE}.index.json"
+    if not index.exists():
+        return _read_safetensors(folder / _DIFFUSERS_FILE)
+    with _reading(index):
+        shards = sorted(
+            {Path(name).name for name in layout.read_json(index)["weight_map"].values()}
+        )
+    state: State = {}
+    for shard in shards:
+        state |= _read_safetensors(folder / shard)
+    return state
+
+
+def _read_torchscript(path: Path) -> State:
+    """The parameters and buffers of a TorchScript archive, read as data.
+
+    torch.jit.load would compile the code that the archive brings along.
+    """
+    with _reading(path), zipfile.ZipFile(path) as archive:
+        pickled = next(name for name in archive.namelist() if name.endswith("/data.pkl"))
+        root = pickled.removesuffix("data.pkl")
+
+        # Made anew for each file, so that a hostile one can leave no mark on them.
+        class Module:
+            pass
+
+        def rebuild(storage: Tensor, offset: int, size: Any, stride: Any, *_: Any) -> Tensor:
+            return storage.as_strided(size, stride, offset)
+
+        class Reader(pickle.Unpickler):
+            def find_class(self, module: str, name: str) -> Any:
+                if module.startswith("__torch__"):
+                    return Module
+                known = {
+                    "torch._utils._rebuild_tensor_v2": rebuild,
+                    "collections.OrderedDict": dict,
+                    **_STORAGES,
+                }
+                return known[f"{module}.{name}"]
+
+            def persistent_load(self, pid: Any) -> Tensor:
+                _, dtype, key, _, _ = pid
+                return torch.frombuffer(
+                    bytearray(_stored(archive, f"{root}data/{key}")), dtype=dtype
+                )
+
+        tree = Reader(io.BytesIO(_stored(archive, pickled))).load()
+        return _check_tensors(dict(_leaves(tree, "")), path)
+
+
+def _leaves(module: Any, prefix: str) -> Iterator[tuple[str, Tensor]]:
+    for name, value in vars(module).items():
+        if isinstance(value, Tensor):
+            yield f"{prefix}{name}", value
+        elif hasattr(value, "__dict__"):
+            yield from _leaves(value, f"{prefix}{name}.")
+
+
+def _stored(archive: zipfile.ZipFile, name: str) -> bytes:
+    """A member as it lies in the archive, its checksum verified."""
+    member = archive.getinfo(name)
+    if member.compress_type != zipfile.ZIP_STORED:
+        raise zipfile.BadZipFile(f"{name} is compressed, which may hide any size")
+    return archive.read(member)
+
+
+def _check_tensors(state: dict[str, Any], where: Path) -> State:
+    """Refuses what is no plain tensor with its data in memory."""
+    others = [
+        key
+        for key, value in state.items()
+        if not (isinstance(value, Tensor) and value.device.type == "cpu" and not value.is_sparse)
+    ]
+    if others:
+        raise _another_model([_some(others, "that are no tensors")], where)
+    return state

@@ -1,0 +1,104 @@
+import math
+from functools import partial
+
+import pytest
+import torch
+
+from cosmos_cli.model import sampler
+
+MEAN, STD = 0.3, 0.5
+
+
+def ignore(_step):
+    pass
+
+
+def analytic(x, sigma):
+    """The best estimate of x0 when x0 is Gaussian."""
+    return (STD**2 * x + sigma**2 * MEAN) / (STD**2 + sigma**2)
+
+
+def exact(noise, start, end):
+    """Where the probability-flow ODE carries the start state of a Gaussian."""
+    x = noise * start
+    return MEAN + (x - MEAN) * math.sqrt((STD**2 + end**2) / (STD**2 + start**2))
+
+
+def test_karras_levels_match_the_formula_to_nine_digits():
+    levels = sampler.karras_sigmas(35, 0.0002, 80.0)
+    for i, level in enumerate(levels):
+        expected = (80 ** (1 / 7) + i / 34 * (0.0002 ** (1 / 7) - 80 ** (1 / 7))) ** 7
+        assert level == pytest.approx(expected, rel=1e-9)
+    assert levels[1] == pytest.approx(67.126, abs=1e-3)
+    assert levels[-3:] == pytest.approx([0.001342, 0.000553, 0.0002], abs=1e-6)
+    assert sampler.euler_sigmas(35, 0.0002, 80.0)[-1] == 0.0
+
+
+def test_res_levels_match_the_reference():
+    levels = sampler.res_sigmas(35, 80.0)
+    assert len(levels) == 36
+    assert levels[:2] == pytest.approx([80.0, 68.325], abs=1e-3)
+    assert levels[-1] == 0.002
+
+
+def test_guidance_zero_is_the_conditional_estimate():
+    cond, uncond = torch.randn(2, 8).unbind()
+    assert torch.equal(sampler.guided(cond, uncond, 0.0), cond)
+    torch.testing.assert_close(sampler.guided(cond, uncond, 7.0), 8 * cond - 7 * uncond)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 35])
+def test_solvers_call_the_denoiser_once_a_level(steps):
+    seen = []
+
+    def denoiser(x, sigma):
+        seen.append(sigma)
+        return analytic(x, sigma)
+
+    levels = sampler.euler_sigmas(steps, 0.0002, 80.0)
+    sampler.euler(denoiser, torch.ones(1), levels, ignore)
+    assert seen == levels[:-1]
+    seen.clear()
+    levels = sampler.res_sigmas(steps, 80.0)
+    sampler.res(denoiser, torch.ones(1), levels, ignore)
+    assert seen == levels
+
+
+def _error(solve, start_scale, steps):
+    noise = torch.linspace(-1.5, 1.5, 31, dtype=torch.float32)
+    levels = sampler.karras_sigmas(steps + 1, 0.02, 80.0)
+    got = solve(analytic, noise, levels, ignore)
+    want = exact(noise.double(), start_scale, levels[-1])
+    return (got.double() - want).abs().max().item()
+
+
+def test_euler_converges_at_first_order():
+    solve = partial(_error, sampler.euler, math.sqrt(80.0**2 + 1))
+    coarse, fine = solve(40), solve(80)
+    assert math.log2(coarse / fine) == pytest.approx(1.0, abs=0.2)
+
+
+def test_res_converges_at_second_order():
+    """Measured before its last evaluation, which denoises once more."""
+    noise = torch.linspace(-1.5, 1.5, 31)
+
+    def error(steps):
+        levels = sampler.karras_sigmas(steps + 1, 0.02, 80.0)
+        states = []
+
+        def denoiser(x, sigma):
+            states.append(x)
+            return analytic(x, sigma)
+
+        sampler.res(denoiser, noise, levels, ignore)
+        want = exact(noise.double(), 80.0, levels[-1])
+        return (states[-1].double() - want).abs().max().item()
+
+    assert math.log2(error(20) / error(40)) == pytest.approx(2.0, abs=0.35)
+
+
+def test_noise_depends_on_the_seed_alone():
+    first = sampler.start_noise(7, (1, 16, 2, 4, 4))
+    torch.randn(3)
+    assert torch.equal(first, sampler.start_noise(7, (1, 16, 2, 4, 4)))
+    assert not torch.equal(first, sampler.start_noise(8, (1, 16, 2, 4, 4)))

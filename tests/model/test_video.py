@@ -1,0 +1,368 @@
+import itertools
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torchcodec.encoders import VideoEncoder
+
+from cosmos_cli.model import video
+from cosmos_cli.model.video import Clip, VideoError, VideoInfo
+
+
+def ffmpeg(*args: object) -> None:
+    subprocess.run(["ffmpeg", "-v", "error", "-y", *map(str, args)], check=True)
+
+
+def numbered_frames(frames: int, height: int = 32, width: int = 48) -> torch.Tensor:
+    """Noise (3, T, H, W) in which every frame is different."""
+    generator = torch.Generator().manual_seed(frames)
+    return torch.randint(0, 256, (3, frames, height, width), generator=generator).byte()
+
+
+def lossless(path: Path, frames: torch.Tensor, fps: float = 24) -> Path:
+    encoder = VideoEncoder(frames.transpose(0, 1).contiguous(), frame_rate=fps)
+    encoder.to_file(path, codec="libx264rgb", crf=0)
+    return path
+
+
+def info(frames: int, fps: float) -> VideoInfo:
+    return VideoInfo(frames, fps, 32, 48, frames / fps, "h264")
+
+
+def clips(source: VideoInfo, policy: str, fps: float, frames: int, stride: int = 1) -> list[Clip]:
+    return video.select_clips(source, policy, fps, frames, stride, None)
+
+
+@pytest.mark.parametrize("fps", [12, 23.976023976, 24, 29.97, 30, 60000 / 1001])
+def test_a_written_file_has_the_frames_rate_and_size_it_was_given(tmp_path, fps):
+    video.write_mp4(tmp_path / "clip", numbered_frames(9), fps, 18)
+    found = video.probe(tmp_path / "clip")
+    assert (found.frames, found.height, found.width, found.codec) == (9, 32, 48, "h264")
+    assert found.fps == pytest.approx(fps, rel=1e-5)
+    assert found.seconds == pytest.approx(9 / fps, rel=1e-3)
+
+
+def test_writing_twice_gives_the_same_bytes_in_an_mp4_container(tmp_path):
+    frames = numbered_frames(30)
+    for name in ("a.tmp", "b.mp4"):
+        video.write_mp4(tmp_path / name, frames, 24, 18)
+    data = (tmp_path / "a.tmp").read_bytes()
+    assert data == (tmp_path / "b.mp4").read_bytes()
+    assert data[4:8] == b"ftyp"
+    assert b"threads=4" in data, "the bytes would depend on the number of cores"
+
+
+def test_flat_colours_survive_the_round_trip(tmp_path):
+    colours = torch.tensor([[255, 0, 0], [0, 255, 0], [0, 0, 255], [128, 128, 128], [0, 128, 128]])
+    frames = colours.T[:, :, None, None].expand(3, 5, 32, 48).byte()
+    video.write_mp4(tmp_path / "a.mp4", frames, 24, 10)
+    read = video.read_frames(tmp_path / "a.mp4", range(5))
+    assert (read.int() - frames.int()).abs().max() <= 3
+
+
+@pytest.mark.parametrize(("height", "width"), [(33, 48), (32, 47)])
+def test_odd_sizes_are_refused_when_writing(tmp_path, height, width):
+    with pytest.raises(ValueError, match=f"{height}x{width}"):
+        video.write_mp4(tmp_path / "a.mp4", numbered_frames(2, height, width), 24, 18)
+    assert not (tmp_path / "a.mp4").exists()
+
+
+def test_frames_are_read_exactly_also_across_chunks_and_out_of_order(tmp_path, monkeypatch):
+    monkeypatch.setattr(video, "CHUNK_BYTES", 4 * 3 * 32 * 48)
+    frames = numbered_frames(70)
+    path = lossless(tmp_path / "a.mp4", frames)
+    assert torch.equal(video.read_frames(path, range(70)), frames)
+    some = [69, 0, 5, 5, 40, 41, 12]
+    assert torch.equal(video.read_frames(path, some), frames[:, some])
+
+
+def test_odd_sizes_are_read(tmp_path):
+    frames = numbered_frames(5, 31, 47)
+    path = lossless(tmp_path / "a.mp4", frames)
+    assert (video.probe(path).height, video.probe(path).width) == (31, 47)
+    assert torch.equal(video.read_frames(path, range(5)), frames)
+
+
+def test_a_frame_beyond_the_end_is_an_error(tmp_path):
+    path = lossless(tmp_path / "a.mp4", numbered_frames(5))
+    with pytest.raises(VideoError, match="5 frames in the file"):
+        video.read_frames(path, [3, 4, 5])
+
+
+def test_a_rotation_tag_swaps_height_and_width(tmp_path):
+    frames = numbered_frames(3)
+    data = bytearray(lossless(tmp_path / "a.mp4", frames).read_bytes())
+    # The matrix of the track header: a quarter turn clockwise in 16.16 fixed point (w is 2.30).
+    matrix = data.index(b"tkhd") + 44
+    data[matrix : matrix + 36] = struct.pack(">9i", 0, 1 << 16, 0, -1 << 16, 0, 0, 0, 0, 1 << 30)
+    (tmp_path / "b.mp4").write_bytes(data)
+    found = video.probe(tmp_path / "b.mp4")
+    assert (found.height, found.width) == (48, 32)
+    shown = video.read_frames(tmp_path / "b.mp4", range(3))
+    assert torch.equal(shown, torch.rot90(frames, -1, (2, 3)))
+
+
+def test_59_94_fps_is_probed_exactly(tmp_path):
+    path = lossless(tmp_path / "a.mp4", numbered_frames(120, 16, 16), 60000 / 1001)
+    assert video.probe(path).fps == pytest.approx(60000 / 1001, rel=1e-6)
+
+
+def test_one_frame_is_a_video_of_one_frame_and_too_short_for_more(tmp_path):
+    path = lossless(tmp_path / "a.mp4", numbered_frames(1))
+    found = video.probe(path)
+    assert found.frames == 1
+    assert len(clips(found, "keep", 24, 1)) == 1
+    with pytest.raises(VideoError, match="too short: 1 frames at 24 fps, 9 are needed"):
+        clips(found, "keep", 24, 9)
+
+
+@pytest.fixture(scope="module")
+def faststart(tmp_path_factory):
+    """60 frames with the index before the data."""
+    folder = tmp_path_factory.mktemp("faststart")
+    video.write_mp4(folder / "a.mp4", numbered_frames(60), 30, 18)
+    ffmpeg("-i", folder / "a.mp4", "-c", "copy", "-movflags", "+faststart", folder / "b.mp4")
+    return (folder / "b.mp4").read_bytes()
+
+
+@pytest.mark.parametrize("part", [0.5, 0.9, 0.99])
+def test_a_truncated_file_names_its_frames(tmp_path, faststart, part):
+    (tmp_path / "a.mp4").write_bytes(faststart[: int(part * len(faststart))])
+    with pytest.raises(VideoError, match=r"truncated: \d+ of 60 frames"):
+        video.probe(tmp_path / "a.mp4")
+
+
+def test_a_file_without_its_index_is_truncated(tmp_path):
+    video.write_mp4(tmp_path / "a.mp4", numbered_frames(30), 30, 18)
+    data = (tmp_path / "a.mp4").read_bytes()
+    (tmp_path / "a.mp4").write_bytes(data[:-100])
+    with pytest.raises(VideoError, match="index of the mp4 is missing"):
+        video.probe(tmp_path / "a.mp4")
+
+
+def test_a_damaged_file_is_named_when_its_frames_are_read(tmp_path, faststart):
+    middle = len(faststart) // 2
+    (tmp_path / "a.mp4").write_bytes(
+        faststart[:middle] + bytes(20_000) + faststart[middle + 20_000 :]
+    )
+    with pytest.raises(VideoError, match="damaged"):
+        video.read_frames(tmp_path / "a.mp4", range(video.probe(tmp_path / "a.mp4").frames))
+
+
+def cut(path: Path, frames: torch.Tensor, gop: int) -> Path:
+    """A lossless file of 30 fps without its first second, cut without re-encoding."""
+    encoder = VideoEncoder(frames.transpose(0, 1).contiguous(), frame_rate=30)
+    options = {"g": gop, "sc_threshold": 0}
+    encoder.to_file(path.with_stem("whole"), codec="libx264rgb", crf=0, extra_options=options)
+    ffmpeg("-ss", 1, "-i", path.with_stem("whole"), "-c", "copy", path)
+    return path
+
+
+def test_a_cut_at_a_key_frame_is_read_exactly(tmp_path):
+    frames = numbered_frames(60)
+    path = cut(tmp_path / "a.mp4", frames, gop=15)
+    assert video.probe(path).frames == 30
+    assert torch.equal(video.read_frames(path, range(30)), frames[:, 30:])
+
+
+def test_a_cut_whose_key_frame_is_hidden_is_refused_as_its_frames_would_be_wrong(tmp_path):
+    path = cut(tmp_path / "a.mp4", numbered_frames(60), gop=20)
+    with pytest.raises(VideoError, match="re-encode"):
+        video.probe(path)
+
+
+def test_files_that_are_no_video_say_so(tmp_path):
+    path = tmp_path / "a.mp4"
+    with pytest.raises(VideoError, match="no such file"):
+        video.probe(path)
+    path.touch()
+    with pytest.raises(VideoError, match="the file is empty"):
+        video.probe(path)
+    path.write_text("# not a video, just notes\n" * 50)
+    with pytest.raises(VideoError, match="not a video"):
+        video.probe(path)
+    ffmpeg("-f", "lavfi", "-i", "sine=d=0.2", path)
+    with pytest.raises(VideoError, match="no video stream"):
+        video.probe(path)
+
+
+@pytest.mark.parametrize("make", [lambda p: p.touch(), lambda p: p.write_text("x" * 99)])
+def test_no_message_shows_a_path_or_the_decoder(tmp_path, make):
+    make(tmp_path / "a.mp4")
+    with pytest.raises(VideoError) as error:
+        video.probe(tmp_path / "a.mp4")
+    assert "/" not in str(error.value) and "cpp" not in str(error.value)
+
+
+def test_keep_takes_consecutive_frames_at_every_stride():
+    found = clips(info(50, 30), "keep", 24, 17, stride=8)
+    assert [clip.start for clip in found] == [0, 8, 16, 24, 32]
+    assert all(clip.indices == tuple(range(clip.start, clip.start + 17)) for clip in found)
+    assert {clip.fps for clip in found} == {30}
+    assert len(video.select_clips(info(50, 30), "keep", 24, 17, 8, 2)) == 2
+
+
+def test_reject_takes_only_sources_of_the_rate():
+    assert len(clips(info(50, 23.976), "reject", 24, 50)) == 1
+    for rate in (25, 30, 12, 48):
+        with pytest.raises(VideoError, match=f"{rate} fps where 24 are wanted"):
+            clips(info(50, rate), "reject", 24, 50)
+
+
+def test_too_short_after_resampling_says_how_many_frames_there_are():
+    with pytest.raises(VideoError, match=r"48 frames at 24 fps \(from 60 at 30\), 121 are needed"):
+        clips(info(60, 30), "resample", 24, 121)
+
+
+def test_an_unknown_policy_is_misuse():
+    with pytest.raises(ValueError, match="sometimes"):
+        clips(info(60, 30), "sometimes", 24, 9)
+
+
+@settings(deadline=None)
+@given(
+    frames=st.integers(1, 400),
+    source=st.sampled_from([10, 12, 15, 24000 / 1001, 24, 25, 30, 60000 / 1001, 60, 120]),
+    target=st.sampled_from([8, 12, 24, 25, 30, 60]),
+)
+def test_resampling_keeps_the_duration(frames, source, target):
+    found = info(frames, source)
+    count = video.frames_at_policy(found, "resample", target)
+    assert abs(count / target - found.seconds) <= 1 / target
+    if count:
+        (clip,) = clips(found, "resample", target, count)
+        assert len(clip) == count and clip.seconds[-1] < found.seconds
+
+
+def shown_frames(path: Path, frames: torch.Tensor, fps: float) -> list[int]:
+    """Which of `frames` a resampled read of a lossless file shows."""
+    found = video.probe(path)
+    count = video.frames_at_policy(found, "resample", fps)
+    (clip,) = clips(found, "resample", fps, count)
+    read = video.read_clip(path, clip, 32, 48, "stretch")
+    return [int((frames == frame[:, None]).all((0, 2, 3)).nonzero()) for frame in read.unbind(1)]
+
+
+@pytest.mark.parametrize(
+    ("source", "target"), [(30, 24), (24, 24), (12, 24), (60, 24), (30, 30), (10, 25)]
+)
+def test_resampling_shows_the_frame_of_the_closed_form(tmp_path, monkeypatch, source, target):
+    monkeypatch.setattr(video, "CHUNK_BYTES", 4 * 3 * 32 * 48)
+    frames = numbered_frames(20)
+    path = lossless(tmp_path / "a.mp4", frames, source)
+    count = -(-20 * target // source)
+    assert shown_frames(path, frames, target) == [k * source // target for k in range(count)]
+
+
+def test_resampling_a_variable_rate_goes_by_the_time_stamps(tmp_path):
+    frames = numbered_frames(30)
+    lossless(tmp_path / "a.mp4", frames, 30)
+    # Frames 0..7, then every third: the rate falls from 30 to 10.
+    kept = [n for n in range(30) if n < 8 or n % 3 == 0]
+    ffmpeg(
+        *("-i", tmp_path / "a.mp4", "-vf", "select='lt(n,8)+not(mod(n,3))'", "-fps_mode", "vfr"),
+        *("-c:v", "libx264rgb", "-crf", 0, tmp_path / "b.mp4"),
+    )
+    assert video.probe(tmp_path / "b.mp4").frames == len(kept)
+    shown = shown_frames(tmp_path / "b.mp4", frames, 30)
+    assert shown == [max(k for k in kept if k <= n) for n in range(len(shown))]
+    assert len(shown) >= 27
+
+
+def test_resampling_survives_time_stamps_in_whole_milliseconds(tmp_path):
+    frames = numbered_frames(30)
+    lossless(tmp_path / "a.mp4", frames, 30)
+    ffmpeg("-i", tmp_path / "a.mp4", "-c", "copy", tmp_path / "b.mkv")
+    assert shown_frames(tmp_path / "b.mkv", frames, 30)[:29] == list(range(29))
+
+
+def test_stretch_to_the_same_size_changes_nothing():
+    frames = numbered_frames(2)
+    assert torch.equal(video.resize_frames(frames, 32, 48, "stretch"), frames)
+
+
+def test_stretch_by_a_half_averages_and_truncates_as_the_reference():
+    frames = torch.zeros(3, 1, 8, 8).byte()
+    frames[..., 1::2] = 255
+    resized = video.resize_frames(frames, 8, 4, "stretch")
+    reference = torch.nn.functional.interpolate(
+        frames.float() / 255, (8, 4), mode="bilinear", antialias=True
+    )
+    assert torch.equal(resized, (reference * 255).byte())
+    assert resized[..., 1:-1].unique().tolist() == [127]
+
+
+@pytest.mark.parametrize("order", ["CTHW", "TCHW"])
+@pytest.mark.parametrize("mode", video.RESIZE_MODES)
+@pytest.mark.parametrize(("height", "width"), [(96, 160), (31, 17), (64, 64)])
+def test_resize_gives_the_size_asked_for_in_either_order(order, mode, height, width):
+    frames = numbered_frames(2, 50, 90)
+    expected = video.resize_frames(frames, height, width, mode)
+    assert expected.shape == (3, 2, height, width) and expected.dtype == torch.uint8
+    if order == "TCHW":
+        swapped = video.resize_frames(frames.transpose(0, 1), height, width, mode)
+        assert torch.equal(swapped.transpose(0, 1), expected)
+
+
+def test_crop_keeps_the_centre_and_pad_adds_even_black_bars():
+    frames = torch.full((3, 1, 40, 80), 200).byte()
+    frames[..., :20] = frames[..., 60:] = 50
+    assert video.resize_frames(frames, 40, 40, "crop").unique().tolist() == [200]
+    padded = video.resize_frames(frames, 80, 80, "pad")
+    assert padded[..., :20, :].max() == 0 and padded[..., 60:, :].max() == 0
+    assert padded[..., 20:60, :].min() == 50
+
+
+def test_an_unknown_resize_is_misuse():
+    with pytest.raises(ValueError, match="squash"):
+        video.resize_frames(numbered_frames(1), 8, 8, "squash")
+
+
+def test_to_uint8_is_the_inverse_of_to_model_and_clamps():
+    levels = torch.arange(256).byte()
+    assert torch.equal(video.to_uint8(video.to_model(levels)), levels)
+    assert video.to_model(levels).aminmax() == (-1, 1)
+    assert video.to_uint8(torch.tensor([-3.0, 3.0])).tolist() == [0, 255]
+
+
+def test_contact_sheet_shows_first_and_last_frame():
+    frames = torch.arange(25).byte()[None, :, None, None].expand(3, 25, 40, 80) * 10
+    sheet = video.contact_sheet(frames, columns=3, rows=2, width=20)
+    assert sheet.size == (60, 20)
+    cells = [sheet.getpixel((x, y))[0] for y, x in itertools.product((5, 15), (10, 30, 50))]
+    assert cells[0] == 0 and cells[-1] == 240 and cells == sorted(set(cells))
+
+
+def test_missing_ffmpeg_is_a_user_error_with_a_fix(tmp_path, monkeypatch):
+    # The import system answers None with ImportError, as the RuntimeError of missing libraries.
+    monkeypatch.setitem(sys.modules, "torchcodec.decoders", None)
+    with pytest.raises(video.UserError, match="cosmos setup --install") as error:
+        video.probe(tmp_path / "a.mp4")
+    assert error.value.code == video.ExitCode.ENVIRONMENT
+
+
+def test_a_4k_clip_is_never_in_memory_at_full_size(tmp_path):
+    path = tmp_path / "a.mp4"
+    source = ("-f", "lavfi", "-i", "color=s=3840x2160:r=24", "-frames:v", 24)
+    ffmpeg(*source, "-preset", "ultrafast", path)
+    code = (
+        "import resource, sys; from pathlib import Path; from cosmos_cli.model import video\n"
+        "path = Path(sys.argv[1])\n"
+        "video.read_clip(path, video.Clip(0, 24, indices=(0,)), 96, 160, 'stretch')\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "clip = video.Clip(0, 24, indices=tuple(range(24)))\n"
+        "print(video.read_clip(path, clip, 96, 160, 'stretch').shape)\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)\n"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code, path], check=True, capture_output=True, text=True
+    )
+    shape, grown_kib = run.stdout.splitlines()
+    assert shape == "torch.Size([3, 24, 96, 160])"
+    clip_kib = 24 * 3840 * 2160 * 3 / 1024
+    assert int(grown_kib) < 0.8 * clip_kib
