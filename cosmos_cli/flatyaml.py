@@ -12,6 +12,7 @@ from cosmos_cli.errors import ExitCode, UserError
 
 # A recipe is a few kilobytes; anything far above that is a wrong file.
 MAX_BYTES = 100_000
+MAX_DEPTH = 20
 
 WORDS = {
     **dict.fromkeys(("", "~", "null", "Null", "NULL"), None),
@@ -69,7 +70,7 @@ def parse(text: str, source: str) -> tuple[dict[str, Entry], list[UserError]]:
         UserError: (USAGE) when the text is not one YAML mapping.
     """
     try:
-        events = list(yaml.parse(text, Loader=yaml.SafeLoader))
+        events = _events(text, source)
     except yaml.MarkedYAMLError as err:
         line = err.problem_mark.line + 1 if err.problem_mark else 1
         fix = "put text that holds ': ' in quotes" if "mapping values" in str(err.problem) else ""
@@ -80,15 +81,25 @@ def parse(text: str, source: str) -> tuple[dict[str, Entry], list[UserError]]:
         raise problem(f"{source}:{line}", what) from err
     starts = [event for event in events if isinstance(event, yaml.DocumentStartEvent)]
     if len(starts) > 1:
-        line = starts[1].start_mark.line + 1
-        raise problem(f"{source}:{line}", "a second YAML document", "write one recipe per file")
+        raise problem(_at(source, starts[1]), "a second YAML document", "write one recipe per file")
     root = events[2] if starts else None
     if root is None or (isinstance(root, yaml.ScalarEvent) and not root.value):
         raise problem(source, "empty", "`cosmos recipes copy my_videos` writes one to start from")
     if not isinstance(root, yaml.MappingStartEvent):
-        line = root.start_mark.line + 1
-        raise problem(f"{source}:{line}", f"{_kind(root)} instead of lines of key: value")
+        raise problem(_at(source, root), f"{_kind(root)} instead of lines of key: value")
     return _entries(events, source)
+
+
+def _events(text: str, source: str) -> list[Any]:
+    events, depth = [], 0
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        events.append(event)
+        depth += isinstance(event, yaml.CollectionStartEvent)
+        depth -= isinstance(event, yaml.CollectionEndEvent)
+        # The time PyYAML takes grows with the square of the depth.
+        if depth > MAX_DEPTH:
+            raise problem(_at(source, event), "deeply nested", "a recipe is flat")
+    return events
 
 
 def _entries(events: list[Any], source: str) -> tuple[dict[str, Entry], list[UserError]]:
@@ -101,7 +112,7 @@ def _entries(events: list[Any], source: str) -> tuple[dict[str, Entry], list[Use
     entries: dict[str, Entry] = {}
     problems = []
     for key, value in zip(flat[::2], flat[1::2], strict=True):
-        origin = f"{source}:{key.start_mark.line + 1}"
+        origin = _at(source, key)
         if not isinstance(key, yaml.ScalarEvent):
             problems.append(problem(origin, f"{_kind(key)} as a key", "a key is one plain word"))
             continue
@@ -120,6 +131,10 @@ def _entries(events: list[Any], source: str) -> tuple[dict[str, Entry], list[Use
             content = scalar(value.value) if value.style is None else value.value
             entries[key.value] = Entry(content, value.value, origin)
     return entries, problems
+
+
+def _at(source: str, event: Any) -> str:
+    return f"{source}:{event.start_mark.line + 1}"
 
 
 def _kind(event: Any) -> str:

@@ -209,7 +209,7 @@ def start(loaded: recipe.LoadedRecipe, ranks: int) -> dict[str, Any]:
         UserError: the first failure of a rank.
         Interrupted: a signal ended the run after a clean save.
     """
-    run = Run(loaded.recipe.run_dir)
+    run = Run(loaded.recipe.run_dir.absolute())
     with _locked(run):
         _write_inputs(loaded, run)
         run.result.unlink(missing_ok=True)
@@ -277,6 +277,8 @@ def _environment(ranks: int) -> dict[str, str]:
         "TOKENIZERS_PARALLELISM": "false",
         "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
         "PYTHONUNBUFFERED": "1",
+        # torchrun's own log: what it says of a failure, elastic.py says in one line.
+        "LOGLEVEL": "CRITICAL",
     }
     if not gpu_names():
         # Without it DeepSpeed guesses, and prints the guess on stdout.

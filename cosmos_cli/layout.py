@@ -28,6 +28,9 @@ _DISK_ERRORS = frozenset(
     {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOTDIR}
 )
 
+_UMASK = os.umask(0)
+os.umask(_UMASK)
+
 
 # --- writing --------------------------------------------------------------------------------------
 
@@ -60,6 +63,8 @@ def atomic_file(path: Path) -> Iterator[Path]:
         temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
         try:
             yield temporary
+            # Some writers make private files; what we write is as readable as the umask allows.
+            temporary.chmod(0o666 & ~_UMASK)
             sync(temporary)
             temporary.replace(path)
             sync(path.parent)

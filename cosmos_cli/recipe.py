@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -22,11 +22,14 @@ NAME = r"^\w[\w.-]*$"
 REPO = r"^(embedded|[\w-][\w.-]*/[\w-][\w.-]*)$"
 PATTERNS = {
     TEXT: "text that is not empty",
-    NAME: "a name of letters, digits, '.', '_' and '-'",
+    NAME: "text of letters, digits, '.', '_' and '-'",
     REPO: "a hub name like owner/name, or embedded",
 }
 
-ModelName = Literal[tuple(MODELS)]  # type: ignore[valid-type]
+if TYPE_CHECKING:
+    ModelName = str
+else:
+    ModelName = Literal[tuple(MODELS)]
 Processes = Annotated[int, Field(ge=1, le=65536)]
 
 
@@ -204,11 +207,6 @@ class Recipe(BaseModel):
         return MODELS[self.model]
 
     @property
-    def videos_path(self) -> Path:
-        """The folder of the videos."""
-        return Path(self.videos_dir) if self.videos_dir else Path(self.dataset_dir) / "videos"
-
-    @property
     def stride(self) -> int:
         """Frames from the start of one clip to the start of the next."""
         return self.clip_stride_frames or self.num_frames
@@ -375,7 +373,7 @@ def _where(key: str, entry: Entry) -> str:
 
 def _wrong_value(kind: str, key: str, entry: Entry | None, path: Path) -> UserError:
     if entry is None:
-        return problem(f"{path}: {key}", "missing", Recipe.model_fields[key].description or "")
+        return problem(f"{path}: {key}", "required and missing", f"add a line {key}: ...")
     if kind == "extra_forbidden":
         fix = _nearest(key.lower(), Recipe.model_fields) or "`cosmos recipes keys` lists them all"
         return problem(_where(key, entry), "unknown key", fix)
@@ -449,8 +447,8 @@ def _conflicts(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str, str]]:
 
 def _neighbours(value: int, step: int, limit: float = float("inf"), add: int = 0) -> str:
     below = value // step * step
-    near = [n + add for n in (below, below + step) if 0 < n <= limit] or [int(limit) + add]
-    return f"try {' or '.join(map(str, near))}"
+    near = [n + add for n in (below, below + step) if n <= limit and n + add > 0]
+    return f"try {' or '.join(map(str, near or [int(limit) + add]))}"
 
 
 def _oddities(recipe: Recipe) -> Iterator[str]:

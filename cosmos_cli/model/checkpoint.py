@@ -16,6 +16,9 @@ from cosmos_cli.layout import MANIFEST_FILE, Run
 from cosmos_cli.model import weights
 from cosmos_cli.model.ema import PowerEMA
 
+# The folder of DeepSpeed's files inside a resume state.
+SHARDS = "zero"
+
 
 def shard(parameter: nn.Parameter) -> Tensor:
     """This rank's part of a parameter: its flat ZeRO-3 shard, or all of it below stage 3."""
@@ -87,7 +90,7 @@ def save(
         shutil.rmtree(building, ignore_errors=True)
     dist.barrier()
     with layout.disk_errors(final):
-        engine.save_checkpoint(str(run.checkpoints), tag=building.name, save_latest=False)
+        engine.save_checkpoint(str(building), tag=SHARDS, save_latest=False)
     dist.barrier()
     files = _hash_files(building)
     if dist.get_rank() == 0:
@@ -119,7 +122,7 @@ def resume(engine: Any, ema: PowerEMA, run: Run, step: int) -> None:
             where=str(folder),
             fix="delete this folder; the same command then resumes from the save before it",
         )
-    engine.load_checkpoint(str(run.checkpoints), tag=folder.name)
+    engine.load_checkpoint(str(folder), tag=SHARDS)
     path = run.model(step, "ema")
     state = weights.load_dit_state(path)
     for (name, parameter), part in zip(engine.module.named_parameters(), ema.shards, strict=True):
@@ -138,7 +141,11 @@ def _save_model(module: nn.Module, parts: list[Tensor], path: Path) -> None:
 
 def _hash_files(folder: Path) -> dict[str, dict[str, Any]]:
     """Size and sha256 of every file of a resume state but its manifest; the ranks share the work."""
-    names = sorted(path.name for path in folder.iterdir() if path.name != MANIFEST_FILE)
+    names = sorted(
+        str(path.relative_to(folder))
+        for path in folder.rglob("*")
+        if path.is_file() and path.name != MANIFEST_FILE
+    )
     rank, world = dist.get_rank(), dist.get_world_size()
     own = {
         name: {

@@ -95,7 +95,7 @@ class DiT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None = None) -> None:
-        """Draws fresh weights; each block starts as x + position embedding."""
+        """Draws fresh weights; only the shared modulation opens the gates of fresh blocks."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight, generator=generator)
@@ -105,9 +105,9 @@ class DiT(nn.Module):
             nn.init.normal_(layer.weight, std=0.02, generator=generator)
         for table in self.pos_embedder.parameters():
             nn.init.trunc_normal_(table, std=0.02, generator=generator)
-        for block in self.blocks:
-            for adaln in (block.self_attn_adaln, block.cross_attn_adaln, block.mlp_adaln):
-                nn.init.zeros_(adaln.up.weight)
+        for module in self.blocks.modules():
+            if isinstance(module, AdaLN):
+                nn.init.zeros_(module.up.weight)
 
 
 class Block(nn.Module):

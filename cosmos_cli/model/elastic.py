@@ -41,6 +41,9 @@ def main(error_file: Path, arguments: list[str]) -> int:
         reported = error_file.with_name(f"error.{rank}.json")
         if failure.exitcode >= 0 and reported.exists():
             verdict = layout.read_json(reported)
+            if verdict["exit_code"] == ExitCode.BUG:
+                print(verdict["error"], file=sys.stderr)
+                verdict["error"] = _cause(failure.exitcode)
         else:
             verdict = {"exit_code": int(ExitCode.TRAINING), "error": _cause(failure.exitcode)}
         layout.write_json(error_file, {**verdict, "where": f"rank {rank}"})

@@ -17,13 +17,14 @@ from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
+from einops import rearrange, reduce
 from torch import Tensor, nn
 
 from cosmos_cli.model import kernels
 from cosmos_cli.model.spec import ModelSpec, TokenizerSpec
 
 Extent = tuple[int, int, int]
+Parts = OrderedDict[str, nn.Module]
 
 COLORS = 3
 POINT: Extent = (1, 1, 1)
@@ -36,6 +37,9 @@ class Tokenizer(nn.Module):
 
     The buffers `mean` and `std` have one number for each channel and latent frame of a chunk.
     """
+
+    mean: Tensor
+    std: Tensor
 
     def __init__(self, spec: TokenizerSpec, sigma_data: float = ModelSpec.sigma_data) -> None:
         super().__init__()
@@ -118,7 +122,7 @@ class Encoder(nn.Module):
         self.conv_in = conv_pair(COLORS * spec.patch**3, widths[0])
         self.down = nn.Sequential()
         for i, (inputs, outputs) in enumerate(pairwise(widths)):
-            level = OrderedDict(block=res_blocks(inputs, outputs, spec.res_blocks))
+            level: Parts = OrderedDict(block=res_blocks(inputs, outputs, spec.res_blocks))
             if i < resamples:
                 level["downsample"] = Downsample(outputs)
             self.down.append(nn.Sequential(level))
@@ -151,7 +155,7 @@ class Decoder(nn.Module):
         self.up = nn.Sequential()
         for i, outputs in enumerate(widths):
             inputs = widths[min(i + 1, last)]
-            level = OrderedDict(block=res_blocks(inputs, outputs, spec.res_blocks + 1))
+            level: Parts = OrderedDict(block=res_blocks(inputs, outputs, spec.res_blocks + 1))
             # Not the mirror of the encoder: the innermost level keeps its size.
             if 0 < last - i <= resamples:
                 level["upsample"] = Upsample(outputs)
@@ -257,9 +261,11 @@ class Downsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """From T frames of HxW (T odd) to (T + 1) / 2 frames of H/2 x W/2."""
-        x = self.conv1(F.pad(x, (0, 1, 0, 1))) + F.avg_pool3d(x, (1, 2, 2))
+        x = self.conv1(F.pad(x, (0, 1, 0, 1))) + reduce(
+            x, "B C T (H h) (W w) -> B C T H W", "mean", h=2, w=2
+        )
         x = torch.cat((x[:, :, :1], x), dim=2)
-        x = self.conv2(x) + F.avg_pool3d(x, (2, 1, 1))
+        x = self.conv2(x) + reduce(x, "B C (T t) H W -> B C T H W", "mean", t=2)
         return self.conv3(x)
 
 

@@ -8,6 +8,8 @@ import os
 import signal
 import sys
 import time
+import traceback
+import warnings
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -42,7 +44,7 @@ def learning_rate(r: Recipe, step: int) -> float:
 
 def train(r: Recipe, device: torch.device) -> dict[str, Any]:
     """Trains to max_steps or until a signal; the figures of the run's result."""
-    run = Run(r.run_dir)
+    run = Run(r.run_dir.absolute())
     dataset = Dataset.at(r.dataset_dir, r.videos_dir)
     clips = data.Clips(dataset.root, layout.read_json(dataset.manifest)["clips"], r.spec)
     share = data.Share.of(
@@ -244,8 +246,11 @@ def main(resolved: Path) -> int:
     signal.signal(signal.SIGINT, _request_stop)
     signal.signal(signal.SIGTERM, _request_stop)
     r = recipe.load(str(resolved)).recipe
-    run = Run(r.run_dir)
+    run = Run(r.run_dir.absolute())
     rank = int(os.environ["RANK"])
+    sys.excepthook = lambda kind, error, trace: _report(
+        run, rank, ExitCode.BUG, "".join(traceback.format_exception(kind, error, trace))
+    )
     try:
         device = _join_world()
         if rank:
@@ -266,6 +271,8 @@ def main(resolved: Path) -> int:
 
 
 def _join_world() -> torch.device:
+    # DeepSpeed calls collectives by the names that torch 2.13 began to rename.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     import deepspeed
     import deepspeed.ops
     from deepspeed.utils import logger

@@ -149,30 +149,30 @@ def save_diffusers(folder: Path, state: Mapping[str, Tensor], spec: DiTSpec) -> 
     layout.write_json(folder / "config.json", config)
 
 
-def _dictionary(source: int, target: int) -> dict[str, str]:
-    """From names in one column of the tables to another; "#" is the number of the block."""
+def _names(source: int, target: int) -> dict[str, str]:
+    """One column of the tables by another; "#" stands for the number of the block."""
     prefixes = {
         _NET: ("net.", "net.", ""),
         _BLOCK: ("net.blocks.#.", "net.blocks.block#.", "transformer_blocks.#."),
         _LOGVAR: ("", "", ""),
     }
     return {
-        prefix[source] + names[source]: prefix[target] + names[target]
+        prefix[source] + row[source]: prefix[target] + row[target]
         for table, prefix in prefixes.items()
-        for names in map(str.split, table.strip().splitlines())
+        for row in map(str.split, table.strip().splitlines())
     }
 
 
 def _rename(state: Mapping[str, Tensor], source: int, target: int, where: Path) -> State:
-    dictionary = _dictionary(source, target)
+    names = _names(source, target)
     renamed, unknown = {}, []
     for key, value in state.items():
         stem = key.removesuffix(".weight")
         block = re.search(r"blocks\.(?:block)?(\d+)", stem)
         number = block[1] if block else ""
         general = f"{stem[: block.start(1)]}#{stem[block.end(1) :]}" if block else stem
-        if general in dictionary:
-            renamed[dictionary[general].replace("#", number) + key[len(stem) :]] = value
+        if general in names:
+            renamed[names[general].replace("#", number) + key[len(stem) :]] = value
         else:
             unknown.append(key)
     if unknown:
@@ -219,9 +219,10 @@ def load_tokenizer_state(path: Path) -> State:
     elif (path / TOKENIZER_FILE).exists():
         state = _read_safetensors(path / TOKENIZER_FILE)
     elif (path / "config.json").exists() and not (path / "encoder.jit").exists():
-        state = _rename_tokenizer(_read_diffusers(path), path)
-        config = layout.read_json(path / "config.json")
-        tables = config.get("latents_mean"), config.get("latents_std")
+        state = _rename_tokenizer(_read_diffusers(path))
+        with _reading(path / "config.json"):
+            config = layout.read_json(path / "config.json")
+            tables = config["latents_mean"], config["latents_std"]
         state |= _mean_std(tables, state, path / "config.json")
     else:
         parts = [_read_torchscript(path / name) for name in ("encoder.jit", "decoder.jit")]
@@ -237,7 +238,7 @@ def save_tokenizer(path: Path, state: Mapping[str, Tensor]) -> None:
     _write_safetensors(path, state)
 
 
-def _rename_tokenizer(state: State, where: Path) -> State:
+def _rename_tokenizer(state: State) -> State:
     """Released names for those of diffusers, whose decoder counts its levels the other way."""
     levels = {int(n) for key in state for n in re.findall(r"up_blocks\.(\d+)", key)}
     renamed = {}
@@ -321,8 +322,9 @@ def _reading(path: Path) -> Iterator[None]:
             "does not exist", code=ExitCode.ASSET, where=str(path), fix="run cosmos download"
         ) from error
     except _DAMAGE as error:
+        kind = type(error).__name__
         raise UserError(
-            f"is damaged or holds more than tensors ({type(error).__name__}); nothing in it was run",
+            f"is damaged or holds more than tensors; nothing in it was run ({kind})",
             code=ExitCode.ASSET,
             where=str(path),
             fix="download it again",

@@ -16,9 +16,7 @@ def test_epochs_differ_in_order():
     assert orders[0] != orders[1] != orders[2]
 
 
-@given(
-    micro=st.integers(1, 4), accumulate=st.integers(1, 4), world=st.sampled_from([1, 2, 4, 8])
-)
+@given(micro=st.integers(1, 4), accumulate=st.integers(1, 4), world=st.sampled_from([1, 2, 4, 8]))
 def test_ranks_share_the_global_batch_without_overlap(micro, accumulate, world):
     total = micro * accumulate * world
     taken = [

@@ -61,7 +61,9 @@ def test_loss_adds_the_log_variance(sample):
     # The estimate is off by 0.1 everywhere.
     expected_B = 0.01 * (sigma_B**2 + 0.25) / (sigma_B * 0.5) ** 2
     torch.testing.assert_close(edm_B, expected_B, rtol=1e-3, atol=1e-5)
-    torch.testing.assert_close(value, (expected_B * torch.exp(-v_B) + v_B).mean(), rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(
+        value, (expected_B * torch.exp(-v_B) + v_B).mean(), rtol=1e-3, atol=1e-5
+    )
 
 
 def test_draw_depends_on_its_key_alone():

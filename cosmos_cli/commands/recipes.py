@@ -1,0 +1,215 @@
+"""`cosmos recipes`: find, read, check and write recipes."""
+
+from __future__ import annotations
+
+import json
+import re
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from cosmos_cli import console, flatyaml, launch, layout, propose, recipe
+from cosmos_cli.commands.options import JsonOption, RecipeArgument, SetOption, YesOption
+from cosmos_cli.console import Result
+from cosmos_cli.errors import ExitCode, UserError
+
+if TYPE_CHECKING:
+    from cosmos_cli.model.video import VideoInfo
+
+app = typer.Typer(no_args_is_help=True, help="Find, read, check and write recipes.")
+
+NameArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="NAME",
+        help="A shipped recipe, see `cosmos recipes list`.",
+        autocompletion=lambda: list(recipe.shipped()),
+    ),
+]
+
+
+@app.command("list")
+def list_(json_: JsonOption = False) -> None:
+    """List the shipped recipes.
+
+    Example: cosmos recipes list
+    """
+    rows: list[tuple[str, ...]] = [
+        (name, recipe.load(path).recipe.model, _title(path))
+        for name, path in recipe.shipped().items()
+    ]
+    figures = {"recipes": [dict(zip(("name", "model", "title"), row, strict=True)) for row in rows]}
+    text = console.table(rows, ("recipe", "model", "what it is"))
+    console.emit(Result(text, figures=figures), as_json=json_)
+
+
+def _title(path: Path) -> str:
+    return path.read_text(encoding="utf-8").partition("\n")[0].removeprefix("# ")
+
+
+@app.command()
+def show(name: NameArgument, json_: JsonOption = False) -> None:
+    """Print a recipe as it is written, with its comments.
+
+    Example: cosmos recipes show nemo_assets
+    """
+    loaded = recipe.load(name)
+    text = loaded.path.read_text(encoding="utf-8")
+    figures = {"path": str(loaded.path.absolute()), "recipe": loaded.recipe.model_dump()}
+    console.emit(Result(text.rstrip("\n"), figures=figures), as_json=json_)
+
+
+@app.command()
+def copy(
+    name: NameArgument,
+    destination: Annotated[
+        Path | None, typer.Argument(metavar="DEST", help="File or folder; NAME.yaml by default.")
+    ] = None,
+    yes: YesOption = False,
+    json_: JsonOption = False,
+) -> None:
+    """Copy a shipped recipe, to change it.
+
+    Example: cosmos recipes copy my_videos robot.yaml
+    """
+    source = recipe.find(name)
+    target = destination or Path()
+    target = target / source.name if target.is_dir() else target
+    _check_free(target, yes)
+    layout.write_text(target, source.read_text(encoding="utf-8"))
+    following = f"edit {target}, then cosmos recipes check {target}"
+    console.emit(Result(str(target.absolute()), [target.absolute()], next=following), as_json=json_)
+
+
+def _check_free(target: Path, yes: bool) -> None:
+    if target.exists() and not yes:
+        raise UserError(
+            "exists already",
+            code=ExitCode.USAGE,
+            where=str(target),
+            fix="choose another name, or replace it with --yes",
+        )
+
+
+@app.command()
+def check(name: RecipeArgument, set_: SetOption = None, json_: JsonOption = False) -> None:
+    """Check a recipe: every problem at once, or ok and what is odd.
+
+    Example: cosmos recipes check my_videos.yaml --set max_steps=400
+    """
+    loaded = recipe.load(name, set_ or ())
+    for warning in loaded.warnings:
+        console.warn(warning)
+    figures = {"path": str(loaded.path.absolute()), "warnings": list(loaded.warnings)}
+    console.emit(Result("ok", figures=figures), as_json=json_)
+
+
+@app.command()
+def keys(json_: JsonOption = False) -> None:
+    """Explain every key of a recipe.
+
+    Example: cosmos recipes keys
+    """
+    rows = recipe.key_reference()
+    lines = []
+    for group, members in groupby(rows, key=lambda row: row.group):
+        lines += [f"{group}:", ""]
+        for row in members:
+            default = row.default if row.default == "required" else f"default {row.default}"
+            lines += [f"  {row.name} ({default})", f"      {row.description}"]
+            lines += [f"      Takes {row.takes}.", ""]
+    figures = {"keys": [row._asdict() for row in rows]}
+    console.emit(Result("\n".join(lines).rstrip(), figures=figures), as_json=json_)
+
+
+@app.command()
+def schema(
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Write it to this file instead.")
+    ] = None,
+    yes: YesOption = False,
+    json_: JsonOption = False,
+) -> None:
+    """Print the JSON Schema of a recipe, for editors and other programs.
+
+    Example: cosmos recipes schema --output recipe.schema.json
+    """
+    content = recipe.json_schema()
+    text = json.dumps(content, indent=2)
+    if output is None:
+        console.emit(Result(text, figures={"schema": content}), as_json=json_)
+        return
+    _check_free(output, yes)
+    layout.write_text(output, text + "\n")
+    console.emit(Result(str(output.absolute()), [output.absolute()]), as_json=json_)
+
+
+@app.command()
+def new(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The recipe is NAME.yaml.")],
+    videos: Annotated[Path, typer.Option("--videos", help="The folder that holds the videos.")],
+    yes: YesOption = False,
+    json_: JsonOption = False,
+) -> None:
+    """Write a recipe for a folder of videos, with the reason of every choice.
+
+    Example: cosmos recipes new robot --videos ~/robot_videos
+    """
+    name = name.removesuffix(".yaml")
+    target = Path(f"{name}.yaml")
+    if not re.fullmatch(recipe.NAME, name):
+        raise flatyaml.problem(f"NAME {name}", f"must be {recipe.PATTERNS[recipe.NAME]}")
+    dataset = propose.dataset_of(name, videos)
+    _check_free(target, yes)
+    usable, bad = _probe(dataset)
+    captioned = sum(_has_caption(dataset, path) for path in usable)
+    gpus = launch.gpu_names()
+    choices = propose.propose(name, videos, list(usable.values()), captioned, gpus)
+    header = [
+        f"Written by `cosmos recipes new {name}` from {len(usable)} videos of "
+        f"{console.duration(sum(info.seconds for info in usable.values()))} in all.",
+        *(f"Left out: {line}" for line in bad),
+        "",
+        f"Run: cosmos setup {target}, then download, prep, train, promote and generate.",
+    ]
+    layout.write_text(target, propose.render(choices, header))
+    loaded = recipe.load(target)
+    for warning in (*bad, *loaded.warnings):
+        console.warn(warning)
+    result = Result(
+        str(target.absolute()),
+        [target.absolute()],
+        {"videos": len(usable), "left_out": bad, "choices": [row._asdict() for row in choices]},
+        f"cosmos setup {target}",
+    )
+    console.emit(result, as_json=json_)
+
+
+def _probe(dataset: layout.Dataset) -> tuple[dict[Path, VideoInfo], list[str]]:
+    """What is known of every usable video, and a line on every other."""
+    files = dataset.video_files()
+    from cosmos_cli.model import video
+
+    usable, bad = {}, []
+    with console.progress("probing", len(files), "videos") as progress:
+        for path in files:
+            try:
+                usable[path] = video.probe(path)
+            except video.VideoError as error:
+                bad.append(f"{path.name!r}: {error}")
+            progress.advance()
+    if not usable:
+        found = f"none of {len(files)} videos can be used" if files else "no videos"
+        raise UserError(
+            f"{found} ({'; '.join(bad[:3])})" if bad else found,
+            code=ExitCode.DATASET,
+            where=str(dataset.videos),
+            fix="name a folder of mp4 files",
+        )
+    return usable, bad
+
+
+def _has_caption(dataset: layout.Dataset, path: Path) -> bool:
+    return (dataset.metas / f"{path.stem}.txt").is_file() or path.with_suffix(".txt").is_file()

@@ -1,0 +1,78 @@
+"""`cosmos setup`: is this machine able to run a recipe? Installs or repairs what is missing."""
+
+from __future__ import annotations
+
+import shlex
+from typing import Annotated
+
+import typer
+
+from cosmos_cli import checks, console
+from cosmos_cli.checks import Check
+from cosmos_cli.commands.options import (
+    DryRunOption,
+    JsonOption,
+    PrintRecipeOption,
+    RecipeArgument,
+    SetOption,
+    command_line,
+    open_recipe,
+)
+from cosmos_cli.console import Result
+from cosmos_cli.errors import ExitCode
+
+InstallOption = Annotated[
+    bool, typer.Option("--install", help="Mend what can be mended; what works is left alone.")
+]
+
+
+def setup(
+    recipe: RecipeArgument = "tiny",
+    install: InstallOption = False,
+    set_: SetOption = None,
+    print_recipe: PrintRecipeOption = False,
+    dry_run: DryRunOption = False,
+    json_: JsonOption = False,
+) -> None:
+    """Check this machine for a recipe; with --install mend what is missing.
+
+    Example: cosmos setup nemo_assets --install
+    """
+    r = open_recipe(recipe, set_, print_recipe).recipe
+    console.say(f"checking this machine for {recipe}, about 10 s")
+    rows = checks.run_checks(r)
+    commands = checks.repairs(rows)
+    artifacts = []
+    if dry_run:
+        shown = [shlex.join(command) for command in commands]
+        again = command_line("setup", recipe, set_, "--install")
+        text = "\n".join(shown) or "nothing to install"
+        result = Result(text, figures={"commands": shown, **_figures(rows)}, next=again)
+        console.emit(result, as_json=json_)
+        return
+    if install and commands:
+        artifacts = [checks.install(commands)]
+        rows = checks.run_checks(r)
+        commands = checks.repairs(rows)
+    result = Result(_table(rows), artifacts, _figures(rows), command_line("download", recipe, set_))
+    if failed := [row.name for row in rows if row.status == "fail"]:
+        result.code = ExitCode.ENVIRONMENT
+        result.error = f"this machine is not ready: {', '.join(failed)}"
+        mendable = commands and not install
+        result.next = command_line("setup", recipe, set_, "--install" if mendable else "")
+    console.emit(result, as_json=json_)
+    raise typer.Exit(result.code)
+
+
+def _figures(rows: list[Check]) -> dict[str, list[dict[str, str]]]:
+    keys = ("name", "status", "found", "fix")
+    return {"checks": [{key: getattr(row, key) for key in keys} for row in rows]}
+
+
+def _table(rows: list[Check]) -> str:
+    cells: list[tuple[str, ...]] = []
+    for row in rows:
+        cells.append((row.name, row.status, row.found))
+        if row.fix:
+            cells.append(("", "", f"fix: {row.fix}"))
+    return console.table(cells, ("check", "status", "found"))

@@ -1,0 +1,517 @@
+"""The world of the tiny model: captioned scenes drawn by code, and their measurement from pixels.
+
+Lengths are in picture heights from the centre of the picture, x to the right and y down; times in
+units of `DURATION` seconds. Dimension letters: B clips, C channels, T frames, H height, W width;
+N shape templates.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cosmos_cli import layout
+from cosmos_cli.model import video
+
+COLOURS = {
+    "red": (220, 40, 40),
+    "orange": (245, 140, 30),
+    "yellow": (245, 220, 50),
+    "green": (50, 170, 60),
+    "teal": (0, 170, 170),
+    "blue": (50, 90, 220),
+    "purple": (140, 60, 200),
+    "pink": (250, 130, 190),
+}
+SHAPES = ("robot", "ball", "cube", "star", "ring", "heart")
+ROUND = ("ball", "ring")
+MOTIONS = {
+    "left": ("moving left", "sliding to the left"),
+    "right": ("moving right", "sliding to the right"),
+    "up": ("moving up", "rising"),
+    "down": ("moving down", "sinking"),
+    "circle": ("moving in a circle", "circling around"),
+    "still": ("standing still", "not moving"),
+    "grow": ("coming closer", "growing larger"),
+    "rotate": ("spinning in place", "rotating"),
+}
+BACKGROUNDS = {
+    "light": "on a light background",
+    "dark": "on a dark background",
+    "gradient": "in front of a soft gradient",
+    "grid": "in front of a grid",
+    "floor": "in a room with a plank floor",
+}
+# Only backgrounds with marks show what the camera does.
+MARKED = ("grid", "floor")
+CAMERAS = {"static": "", "pan": "The camera pans right.", "push": "The camera pushes in."}
+LIGHTS = {"day": (1.0, ""), "dim": (0.7, "The light is dim.")}
+
+DURATION = 2.0
+TRAVEL_X, TRAVEL_Y, ORBIT = 0.7, 0.4, 0.19
+PAN, PUSH = 0.1, 0.12
+
+
+@dataclass(frozen=True)
+class Thing:
+    """An object of radius `size` at the middle (x, y) of its track.
+
+    The mascot, the concept that post-training teaches, is a robot with an antenna and a stripe of
+    colours of their own.
+    """
+
+    shape: str
+    colour: str
+    size: float = 0.2
+    x: float = 0.0
+    y: float = 0.0
+    mascot: bool = False
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One object that moves, at times with a second, smaller one that does not."""
+
+    thing: Thing
+    motion: str
+    background: str = "light"
+    camera: str = "static"
+    light: str = "day"
+    second: Thing | None = None
+
+
+MASCOT = Thing("robot", "teal", mascot=True)
+MASCOT_COLOURS = {"antenna": "yellow", "stripe": "orange"}
+# Half of what the drawn mascot has of the rarer of its own colours, relative to its body's.
+MASCOT_OWN = 0.03
+# Part of a picture below which a spot of colour counts as noise.
+NOISE_AREA = 0.001
+
+
+# --- scenes and captions --------------------------------------------------------------------------
+
+
+def is_heldout(shape: str, colour: str, motion: str) -> bool:
+    """Whether a combination never occurs in the training split: one motion of every thing."""
+    place = 3 * SHAPES.index(shape) + list(COLOURS).index(colour) + list(MOTIONS).index(motion)
+    return place % len(MOTIONS) == 0
+
+
+def sample_scene(seed: int, split: str = "train") -> Scene:
+    """The scene of a seed; `split` is train or heldout."""
+    if split not in ("train", "heldout"):
+        raise ValueError(f"split {split!r} is neither 'train' nor 'heldout'")
+    rng = random.Random(f"{split}/{seed}")
+    while True:
+        kind = rng.choice(SHAPES), rng.choice(list(COLOURS)), rng.choice(list(MOTIONS))
+        # A round thing that spins looks as if it stood still.
+        spins_unseen = kind[0] in ROUND and kind[2] == "rotate"
+        if not spins_unseen and is_heldout(*kind) == (split == "heldout"):
+            return _place(rng, Thing(*kind[:2]), kind[2])
+
+
+def concept_scenes(count: int, seed: int) -> list[tuple[Scene, str]]:
+    """Scenes of the mascot with their captions, for post-training; all motions take their turn."""
+    rng = random.Random(f"concept/{seed}")
+    motions = list(MOTIONS)
+    scenes = [_place(rng, MASCOT, motions[i % len(motions)], plain=True) for i in range(count)]
+    return [(scene, caption(scene, seed + i)) for i, scene in enumerate(scenes)]
+
+
+def _place(rng: random.Random, thing: Thing, motion: str, plain: bool = False) -> Scene:
+    """A scene with the rest drawn by lot; a plain one has no second thing and a static camera."""
+    placed = Thing(
+        thing.shape,
+        thing.colour,
+        size=round(rng.uniform(0.18, 0.23), 3),
+        x=round(rng.uniform(-0.18, 0.18), 3),
+        y=round(rng.uniform(-0.03, 0.03), 3),
+        mascot=thing.mascot,
+    )
+    background = rng.choice(list(BACKGROUNDS))
+    camera = rng.choice(list(CAMERAS)) if background in MARKED and not plain else "static"
+    light = rng.choice(("day", "day", "day", "dim"))
+    second = None
+    if not plain and rng.random() < 0.25:
+        colours = [colour for colour in COLOURS if colour != placed.colour]
+        x = round(rng.choice((-1, 1)) * rng.uniform(0.5, 0.65), 3)
+        y = round(rng.choice((-1, 1)) * rng.uniform(0.3, 0.36), 3)
+        second = Thing(rng.choice(SHAPES), rng.choice(colours), 0.08, x, y)
+    return Scene(placed, motion, background, camera, light, second)
+
+
+def caption(scene: Scene, seed: int) -> str:
+    """A description of the scene in one of several phrasings, chosen by the seed."""
+    rng = random.Random(f"caption/{seed}")
+    name, place = _name(scene.thing), BACKGROUNDS[scene.background]
+    doing = rng.choice(MOTIONS[scene.motion])
+    if scene.second:
+        place += f" next to a small {scene.second.colour} {scene.second.shape}"
+    sentences = [
+        f"A video of {name} {doing} {place}.",
+        f"{name} is {doing} {place}.",
+        f"{place}, {name} is {doing}.",
+    ]
+    chosen = rng.choice(sentences[:1] * 3 if scene.thing.mascot else sentences)
+    details = [CAMERAS[scene.camera], LIGHTS[scene.light][1]]
+    return " ".join([chosen[0].upper() + chosen[1:], *filter(None, details)])
+
+
+def _name(thing: Thing) -> str:
+    if thing.mascot:
+        return f"sks {thing.colour} {thing.shape}"
+    return f"{'an' if thing.colour[0] in 'aeiou' else 'a'} {thing.colour} {thing.shape}"
+
+
+# --- drawing --------------------------------------------------------------------------------------
+
+
+def render(scene: Scene, num_frames: int, height: int, width: int, fps: float) -> Tensor:
+    """The scene as uint8 (3, T, H, W), on the CPU."""
+    return render_batch([scene], num_frames, height, width, fps, "cpu")[0]
+
+
+def render_batch(
+    scenes: Sequence[Scene],
+    num_frames: int,
+    height: int,
+    width: int,
+    fps: float,
+    device: torch.device | str,
+) -> Tensor:
+    """The scenes as uint8 (B, 3, T, H, W) on the device, with antialiased edges."""
+    time_T = torch.arange(num_frames, device=device) / (fps * DURATION)
+    y_H = ((torch.arange(height, device=device) + 0.5) / height - 0.5)[:, None]
+    x_W = (torch.arange(width, device=device) + 0.5 - width / 2) / height
+    # What is at p in the world is seen at (p - pan) * zoom.
+    pan_BT = _column([PAN * (scene.camera == "pan") for scene in scenes], device) * time_T
+    zoom_BT = _column([PUSH * (scene.camera == "push") for scene in scenes], device) * time_T + 1
+    canvas = torch.empty(len(scenes), 3, num_frames, height, width, device=device)
+    for name in dict.fromkeys(scene.background for scene in scenes):
+        chosen = [i for i, scene in enumerate(scenes) if scene.background == name]
+        pan, zoom = pan_BT[chosen][..., None, None], zoom_BT[chosen][..., None, None]
+        canvas[chosen] = _background(name, x_W / zoom + pan, y_H / zoom)
+    for chosen, things, motions in _groups(scenes):
+        tracks = _tracks(things, motions, time_T, pan_BT[chosen], zoom_BT[chosen])
+        part = canvas[chosen]
+        _draw(part, things, tracks, x_W, y_H)
+        canvas[chosen] = part
+    light_B = _column([LIGHTS[scene.light][0] for scene in scenes], device)
+    return (canvas * light_B[..., None, None, None]).round().byte()
+
+
+def _column(values: list[float], device: torch.device | str) -> Tensor:
+    return torch.tensor(values, dtype=torch.float32, device=device)[:, None]
+
+
+def _groups(scenes: Sequence[Scene]) -> Iterator[tuple[list[int], list[Thing], list[str]]]:
+    """Scene numbers, things and motions by shape, what stands behind first."""
+    behind = [(i, scene.second, "still") for i, scene in enumerate(scenes) if scene.second]
+    before = [(i, scene.thing, scene.motion) for i, scene in enumerate(scenes)]
+    for actors in (behind, before):
+        for shape in dict.fromkeys(thing.shape for _, thing, _ in actors):
+            group = [actor for actor in actors if actor[1].shape == shape]
+            yield [a[0] for a in group], [a[1] for a in group], [a[2] for a in group]
+
+
+def _tracks(
+    things: list[Thing], motions: list[str], time_T: Tensor, pan_BT: Tensor, zoom_BT: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x, y, size and angle of the things as seen, each (B, T)."""
+
+    def amount(weights: dict[str, float]) -> Tensor:
+        return _column([weights.get(motion, 0.0) for motion in motions], time_T.device)
+
+    turn_T = 2 * math.pi * time_T
+    x = _column([thing.x for thing in things], time_T.device)
+    y = _column([thing.y for thing in things], time_T.device)
+    x = x + amount({"left": -TRAVEL_X, "right": TRAVEL_X}) * (time_T - 0.5)
+    y = y + amount({"up": -TRAVEL_Y, "down": TRAVEL_Y}) * (time_T - 0.5)
+    x = x + amount({"circle": ORBIT}) * turn_T.sin()
+    y = y - amount({"circle": ORBIT}) * turn_T.cos()
+    growth = 1 + amount({"grow": 1.0}) * (0.75 * time_T - 0.45)
+    size = _column([thing.size for thing in things], time_T.device) * growth
+    return (x - pan_BT) * zoom_BT, y * zoom_BT, size * zoom_BT, amount({"rotate": 1.0}) * turn_T
+
+
+def _background(name: str, x: Tensor, y: Tensor) -> Tensor:
+    """Values in [0, 255] (B, 3, T, H, W) at the points x, y (B, T, H, W)."""
+    x, y = torch.broadcast_tensors(x, y)
+    pixel = 1 / x.shape[-2]
+
+    def colour(*rgb: int) -> Tensor:
+        return torch.tensor(rgb, dtype=torch.float32, device=x.device)[:, None, None, None]
+
+    def lines(p: Tensor, spacing: float) -> Tensor:
+        away = (p - spacing * (p / spacing).round()).abs()
+        return (1.25 - away / pixel).clamp(0, 1)[:, None]
+
+    if name == "gradient":
+        return colour(235, 235, 245).lerp(colour(105, 110, 125), (y[:, None] + 0.5).clamp(0, 1))
+    if name == "grid":
+        marks = torch.maximum(lines(x, 0.2), lines(y, 0.2))
+        return colour(215, 218, 222).lerp(colour(140, 145, 155), marks)
+    if name == "floor":
+        planks = colour(128, 120, 112).lerp(colour(88, 82, 78), lines(x, 0.25))
+        return colour(205, 203, 200).lerp(planks, ((y[:, None] - 0.2) / pixel + 0.5).clamp(0, 1))
+    flat = {"light": colour(228, 228, 232), "dark": colour(42, 42, 50)}[name]
+    return flat.expand(len(x), -1, *x.shape[1:])
+
+
+def _draw(
+    canvas: Tensor, things: list[Thing], tracks: tuple[Tensor, ...], x_W: Tensor, y_H: Tensor
+) -> None:
+    """Draws things of one shape into a canvas (B, 3, T, H, W), in place."""
+    x, y, size, angle = (track[..., None, None] for track in tracks)
+    u, v = (x_W - x) / size, (y_H - y) / size
+    u, v = u * angle.cos() + v * angle.sin(), v * angle.cos() - u * angle.sin()
+    pixels = size * canvas.shape[-2]
+    for distance, paint in _layers(things[0].shape, u, v):
+        colour = torch.tensor([_colour(thing, paint) for thing in things], device=canvas.device)
+        coverage = (0.5 - distance * pixels).clamp(0, 1)
+        canvas.lerp_(colour[:, :, None, None, None], coverage[:, None])
+
+
+def _colour(thing: Thing, paint: str) -> tuple[float, ...]:
+    """RGB in [0, 255] of a part of a thing."""
+    if paint in ("white", "black"):
+        return (250.0, 250.0, 250.0) if paint == "white" else (25.0, 25.0, 30.0)
+    body = COLOURS[thing.colour]
+    if paint in MASCOT_COLOURS and thing.mascot:
+        return tuple(map(float, COLOURS[MASCOT_COLOURS[paint]]))
+    if paint == "shine":
+        return tuple(0.75 * value + 0.25 * 255 for value in body)
+    shades = {"body": 1.0, "top": 0.88, "antenna": 0.8, "stripe": 0.7, "side": 0.62}
+    return tuple(shades[paint] * value for value in body)
+
+
+# --- shapes: signed distances, negative inside, at (u, v) in units of the radius ------------------
+
+
+def _layers(shape: str, u: Tensor, v: Tensor) -> list[tuple[Tensor, str]]:
+    """The parts of a shape from back to front, each a signed distance and a paint."""
+    if shape == "robot":
+        return _robot(u, v)
+    if shape == "ball":
+        return [(_disc(u, v, 0, 0, 1), "body"), (_disc(u, v, -0.35, -0.35, 0.25), "shine")]
+    if shape == "ring":
+        return [((torch.hypot(u, v) - 0.74).abs() - 0.28, "body")]
+    if shape == "star":
+        return [(_star(u, v), "body")]
+    if shape == "heart":
+        return [(_heart(u, v), "body")]
+    # The cube's top and side are its front sheared by half a right angle.
+    top = _box(u + v + 0.3, v, -0.3, -0.6, 0.6, 0.3)
+    side = _box(u, v + u - 0.3, 0.6, 0.3, 0.3, 0.6)
+    return [(top, "top"), (side, "side"), (_box(u, v, -0.3, 0.3, 0.6, 0.6), "body")]
+
+
+def _disc(u: Tensor, v: Tensor, x: float, y: float, radius: float) -> Tensor:
+    return torch.hypot(u - x, v - y) - radius
+
+
+def _box(u: Tensor, v: Tensor, x: float, y: float, half_x: float, half_y: float) -> Tensor:
+    return torch.maximum((u - x).abs() - half_x, (v - y).abs() - half_y)
+
+
+def _star(u: Tensor, v: Tensor, inner: float = 0.45, tips: int = 5) -> Tensor:
+    """Folds the plane into one half of a tip, whose edge is a line."""
+    half = math.pi / tips
+    angle = ((torch.atan2(u, -v) + half) % (2 * half) - half).abs()
+    radius = torch.hypot(u, v) / 1.1
+    edge_x, edge_y = inner * math.sin(half), inner * math.cos(half) - 1
+    across = radius * angle.sin() * -edge_y + (radius * angle.cos() - 1) * edge_x
+    return across / math.hypot(edge_x, edge_y)
+
+
+def _heart(u: Tensor, v: Tensor) -> Tensor:
+    """Two discs and, below each, what lies between the disc and its tangent from the tip."""
+    x, y, radius = 0.45, -0.35, 0.52
+    u = u.abs()
+    slope = math.atan2(1 - y, -x) - math.acos(radius / math.hypot(x, 1 - y))
+    normal_x, normal_y = math.cos(slope), math.sin(slope)
+    outside = normal_x * u + normal_y * (v - 1)
+    above = normal_y * (u - x) - normal_x * (v - y)
+    wedge = torch.maximum(torch.maximum(outside, above), y - v)
+    return torch.minimum(_disc(u, v, x, y, radius), wedge)
+
+
+def _robot(u: Tensor, v: Tensor) -> list[tuple[Tensor, str]]:
+    side = u.abs()
+    antenna = torch.minimum(_box(u, v, 0, -0.88, 0.06, 0.2), _disc(u, v, 0, -1.1, 0.18))
+    limbs = torch.minimum(
+        _box(side, v, 0.74, 0.25, 0.12, 0.34), _box(side, v, 0.28, 0.98, 0.17, 0.24)
+    )
+    body = torch.minimum(_box(u, v, 0, -0.42, 0.5, 0.36), _box(u, v, 0, 0.36, 0.56, 0.4))
+    return [
+        (antenna, "antenna"),
+        (limbs, "side"),
+        (body, "body"),
+        (_disc(side, v, 0.22, -0.48, 0.15), "white"),
+        (_disc(side, v, 0.22, -0.48, 0.07), "black"),
+        (_box(u, v, 0, -0.2, 0.24, 0.05), "black"),
+        (_box(u, v, 0, 0.36, 0.56, 0.14), "stripe"),
+    ]
+
+
+# --- measurement ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a video shows, read from its pixels alone.
+
+    Args:
+        colour, shape, motion: names of the tables above; "none" when nothing is seen.
+        track: x, y and size (root of the area) in every frame (T, 3); nan where nothing is seen.
+        concept: from 0 to 1, how much of the mascot's antenna and stripe there is.
+    """
+
+    colour: str
+    shape: str
+    motion: str
+    track: Tensor
+    concept: float
+
+
+def measure(video_CTHW: Tensor) -> Reading:
+    """A reading of a uint8 video: the colour that covers most, its outline and its path."""
+    colour_THW = _nearest_colour(video_CTHW)
+    counts = {name: int((colour_THW == i).sum()) for i, name in enumerate(COLOURS)}
+    colour = max(counts, key=lambda name: counts[name])
+    mask_THW = (colour_THW == list(COLOURS).index(colour)).float()
+    seen_T = mask_THW.mean((1, 2)) > NOISE_AREA
+    track_T3 = _track(mask_THW)
+    track_T3[~seen_T] = math.nan
+    if seen_T.float().mean() < 0.5:
+        return Reading("none", "none", "none", track_T3, 0.0)
+    shape, turns = _shape(_outlines(mask_THW[seen_T], track_T3[seen_T]))
+    concept = 0.0
+    if (shape, colour) == (MASCOT.shape, MASCOT.colour):
+        own = min(counts[name] for name in MASCOT_COLOURS.values())
+        concept = min(1.0, own / counts[colour] / MASCOT_OWN)
+    motion = _motion(track_T3[seen_T], turns and shape not in ROUND)
+    return Reading(colour, shape, motion, track_T3, concept)
+
+
+def score(scene: Scene, reading: Reading) -> dict[str, bool]:
+    """Whether colour, shape and motion of a reading are those of the scene asked for."""
+    return {
+        "colour": reading.colour == scene.thing.colour,
+        "shape": reading.shape == scene.thing.shape,
+        "motion": reading.motion == scene.motion,
+    }
+
+
+def _nearest_colour(video_CTHW: Tensor) -> Tensor:
+    """The index in `COLOURS` of every pixel, whatever the light, (T, H, W); -1 where it is grey."""
+    pixels = video_CTHW.float()
+    brightest, darkest = pixels.amax(0), pixels.amin(0)
+    table = torch.tensor(list(COLOURS.values()), dtype=torch.float32, device=pixels.device)
+    hues = table / table.amax(1, keepdim=True)
+    distance = torch.cdist(
+        (pixels / brightest.clamp(min=1)).permute(1, 2, 3, 0).flatten(0, 2), hues
+    )
+    nearest = distance.argmin(1).view_as(brightest)
+    coloured = (brightest - darkest > 0.38 * brightest) & (brightest > 40)
+    return nearest.where(coloured, nearest.new_tensor(-1))
+
+
+def _track(mask_THW: Tensor) -> Tensor:
+    """Centre x, y and size (root of the area) of the mask in picture heights, (T, 3)."""
+    _, height, width = mask_THW.shape
+    area_T = mask_THW.sum((1, 2)).clamp(min=1)
+    columns = torch.arange(width, device=mask_THW.device) + 0.5 - width / 2
+    rows = torch.arange(height, device=mask_THW.device) + 0.5 - height / 2
+    x_T = (mask_THW.sum(1) * columns).sum(1) / area_T
+    y_T = (mask_THW.sum(2) * rows).sum(1) / area_T
+    return torch.stack([x_T, y_T, area_T.sqrt()], dim=1) / height
+
+
+def _outlines(mask_THW: Tensor, track_T3: Tensor) -> Tensor:
+    """The masks cut out around their centres and scaled to equal areas, (T, cells * cells)."""
+    _, height, width = mask_THW.shape
+    x, y, size = track_T3[..., None, None].unbind(1)
+    cells = ((torch.arange(32, device=mask_THW.device) + 0.5) / 16 - 1) * 0.9 * size
+    grid_x, grid_y = torch.broadcast_tensors((x + cells) * height / width, y + cells.mT)
+    # grid_sample counts from -1 to 1 across the picture.
+    grid = torch.stack([2 * grid_x, 2 * grid_y], dim=-1)
+    return F.grid_sample(mask_THW[:, None], grid, align_corners=False).flatten(1)
+
+
+@cache
+def _templates() -> Tensor:
+    """Outlines of every shape at 24 angles, (N * 24, cells * cells)."""
+    outlines = []
+    for shape in SHAPES:
+        turning = render(Scene(Thing(shape, "red", 0.35), "rotate"), 24, 192, 192, 12.0)
+        mask = (_nearest_colour(turning) == 0).float()
+        outlines.append(_outlines(mask, _track(mask)))
+    return torch.cat(outlines)
+
+
+def _shape(outlines: Tensor) -> tuple[str, bool]:
+    """The shape that fits the outlines best, and whether its angle changes."""
+    templates = _templates().to(outlines.device)
+    both = outlines @ templates.T
+    either = outlines.square().sum(1)[:, None] + templates.square().sum(1) - both
+    overlap = (both / either).unflatten(1, (len(SHAPES), -1))
+    best = int(overlap.amax(2).mean(0).argmax())
+    angle_T = overlap[:, best].argmax(1)
+    # What spins takes each angle for a moment; what does not keeps one, but for some noise.
+    return SHAPES[best], float((angle_T == angle_T.mode().values).float().mean()) < 0.35
+
+
+def _motion(track_T3: Tensor, turns: bool) -> str:
+    edge = max(1, len(track_T3) // 8)
+    first, last = track_T3[:edge].mean(0), track_T3[-edge:].mean(0)
+    range_x, range_y, _ = (track_T3.amax(0) - track_T3.amin(0)).tolist()
+    moved_x, moved_y, _ = (last - first).tolist()
+    if float(last[2] / first[2]) > 1.5:
+        return "grow"
+    if min(range_x, range_y) > 0.2:
+        return "circle"
+    if range_x > max(0.2, range_y):
+        return "right" if moved_x > 0 else "left"
+    if range_y > 0.2:
+        return "down" if moved_y > 0 else "up"
+    return "rotate" if turns else "still"
+
+
+# --- dataset --------------------------------------------------------------------------------------
+
+# Frames, height, width, fps: all two seconds, some as other cameras would have them.
+TAKES = ((25, 96, 160, 12.0), (49, 128, 208, 24.0), (25, 96, 160, 12.0), (61, 120, 160, 30.0))
+DATASET_CRF = 12
+
+
+def write_dataset(folder: Path, count: int, seed: int) -> list[Path]:
+    """Writes clips of the mascot, `videos/*.mp4` and `metas/*.txt`; what is there stays.
+
+    Returns:
+        The videos.
+
+    Raises:
+        UserError: the disk refuses, or FFmpeg is missing.
+    """
+    paths = []
+    for i, (scene, text) in enumerate(concept_scenes(count, seed)):
+        stem = f"{i:03d}_{scene.thing.colour}_{scene.thing.shape}_{scene.motion}"
+        path, meta = folder / "videos" / f"{stem}.mp4", folder / "metas" / f"{stem}.txt"
+        paths.append(path)
+        if not path.exists():
+            frames, height, width, fps = TAKES[i % len(TAKES)]
+            with layout.atomic_file(path) as temporary:
+                clip = render(scene, frames, height, width, fps)
+                video.write_mp4(temporary, clip, fps, DATASET_CRF)
+        if not meta.exists():
+            layout.write_text(meta, text + "\n")
+    return paths

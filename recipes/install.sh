@@ -1,0 +1,93 @@
+#!/usr/bin/env bash
+# Installs cosmos from this clone into its .venv, and FFmpeg when it is missing.
+#
+#   bash recipes/install.sh [--test] [--torch cpu|cuda]
+#
+#   --test    also what the tests need
+#   --torch   the build of torch; by default cuda when there is an NVIDIA GPU, else cpu
+#
+# Exit code 3: this machine lacks something, the last line says what.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+extras=train
+torch=
+while (($#)); do
+  case $1 in
+    --test) extras=train,test ;;
+    --torch) torch=${2:?cpu or cuda} && shift ;;
+    *) sed -n '2,9s/^# \{0,1\}//p' "$0" && exit 2 ;;
+  esac
+  shift
+done
+
+fail() {
+  echo "error: $*" >&2
+  exit 3
+}
+
+# A run that got to its end leaves this file; it holds as long as nothing it depends on changes.
+key=$(cat pyproject.toml .ci/constraints.txt <(pwd) | sha256sum | cut -c1-16)
+stamp=.venv/installed-$key
+if [[ -z $torch && -e $stamp-$extras && -x .venv/bin/cosmos ]]; then
+  echo "already installed in $PWD/.venv"
+  exit 0
+fi
+
+python=
+for candidate in python3.11 python3.12 python3.13 python3; do
+  if "$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null; then
+    python=$candidate
+    break
+  fi
+done
+[[ -n $python ]] || fail "Python 3.11, 3.12 or 3.13 is needed, found $(python3 --version 2>&1)"
+
+pip=(.venv/bin/python -m pip --disable-pip-version-check)
+installed_torch() {
+  .venv/bin/python -c 'from importlib.metadata import version; print(version("torch"))' 2>/dev/null
+}
+
+present=$(installed_torch || true)
+if [[ -z $torch && -n $present ]]; then
+  [[ $present == *+cpu ]] && torch=cpu || torch=cuda
+elif [[ -z $torch ]]; then
+  nvidia-smi -L 2>/dev/null | grep -q '^GPU' && torch=cuda || torch=cpu
+fi
+if [[ $torch == cuda ]]; then
+  cost="4 GB to download, 9 GB on disk, 5 to 15 minutes"
+else
+  cost="300 MB to download, 1.3 GB on disk, 2 minutes"
+fi
+echo "Installing cosmos into $PWD/.venv ($("$python" --version), torch for $torch): about $cost."
+echo "FFmpeg is added with apt-get when it is missing (60 MB). Nothing else outside .venv changes."
+
+if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
+  # Debian's Python without python3-venv cannot put pip into a new environment, but its pip can.
+  if ! "$python" -m venv --clear .venv >/dev/null 2>&1; then
+    "$python" -m venv --clear --without-pip .venv
+    "$python" -m pip --python .venv/bin/python install --quiet pip ||
+      fail "$python has no pip: apt-get install python3-venv"
+  fi
+fi
+"${pip[@]}" install --quiet --constraint .ci/constraints.txt pip
+
+version=$(sed -n 's/^torch==//p' .ci/constraints.txt)
+if [[ $torch == cpu && $present != *+cpu ]]; then
+  # The package index itself holds only the CUDA build, of gigabytes. `+cpu` cannot match that one.
+  # One try: where the index cannot be reached, pip's own configuration may know the file.
+  "${pip[@]}" install --no-deps --retries 1 --timeout 30 "torch==$version+cpu" \
+    --extra-index-url https://download.pytorch.org/whl/cpu ||
+    fail "no CPU build of torch $version for $("$python" --version) could be fetched;" \
+      "try again, or take the CUDA build (4 GB): bash recipes/install.sh --torch cuda"
+elif [[ $torch == cuda && $present == *+cpu ]]; then
+  "${pip[@]}" uninstall --quiet --yes torch
+fi
+
+echo "Installing the packages, about a minute."
+# The build backend warns at length about every editable installation.
+PYTHONWARNINGS=ignore "${pip[@]}" install --quiet --constraint .ci/constraints.txt --editable ".[$extras]"
+.venv/bin/cosmos setup tiny --install
+
+touch "$stamp-train" "$stamp-$extras"
+echo "Installed. Use it with: source $PWD/.venv/bin/activate"

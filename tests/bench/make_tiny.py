@@ -1,0 +1,269 @@
+"""Makes the weights of the embedded model: `python tests/bench/make_tiny.py t5|tokenizer|dit`.
+
+t5         a small encoder of the real T5 class with seeded random weights, and a tokenizer of
+           words that falls back to letters and bytes, so that any text in any script has tokens.
+tokenizer  trains the video tokenizer on drawn scenes and moving colour noise.
+dit        trains the denoiser on drawn scenes and their captions with the package's own loss.
+
+Each part is deterministic by its seed on one machine. Training wants a GPU: the shipped weights took
+the times and losses in `tiny/training.json` on one H200. Run without arguments to see the options.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from collections import Counter
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tokenizers import Tokenizer as SubwordTokenizer
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
+
+from cosmos_cli import layout
+from cosmos_cli.model import edm, weights, world
+from cosmos_cli.model.dit import DiT
+from cosmos_cli.model.ema import PowerEMA
+from cosmos_cli.model.spec import TINY
+from cosmos_cli.model.text import TextEncoder, pad
+from cosmos_cli.model.tokenizer import Tokenizer
+
+CAPTIONS = 20_000
+
+
+# --- text encoder ---------------------------------------------------------------------------------
+
+
+def make_t5(folder: Path, seed: int) -> None:
+    """Writes a T5 encoder of about a quarter of a million weights and its tokenizer."""
+    folder.mkdir(parents=True, exist_ok=True)
+    captions = [world.caption(world.sample_scene(i), i) for i in range(CAPTIONS)]
+    tokenizer = word_tokenizer(captions)
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(seed)
+    config = T5Config(
+        vocab_size=len(tokenizer),
+        d_model=TINY.text.channels,
+        d_kv=32,
+        d_ff=256,
+        num_layers=2,
+        num_heads=4,
+        dropout_rate=0.0,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    T5EncoderModel(config).save_pretrained(folder)
+
+
+def word_tokenizer(captions: list[str]) -> PreTrainedTokenizerFast:
+    """A Unigram tokenizer of the captions' words, letters for other words, bytes for the rest."""
+    split = pre_tokenizers.Sequence(
+        [pre_tokenizers.Metaspace(), pre_tokenizers.Punctuation("isolated")]
+    )
+    normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
+    counts = Counter(
+        piece
+        for caption in captions
+        for piece, _ in split.pre_tokenize_str(normalizer.normalize_str(caption))
+    )
+    total = sum(counts.values())
+    vocabulary = {"<pad>": 0.0, "</s>": 0.0, "<unk>": -40.0}
+    vocabulary |= {word: math.log(count / total) for word, count in sorted(counts.items())}
+    for character in ["▁", *map(chr, range(33, 127))]:
+        vocabulary.setdefault(character, -15.0)
+    vocabulary |= {f"<0x{byte:02X}>": -30.0 for byte in range(256)}
+
+    tokenizer = SubwordTokenizer(
+        models.Unigram(list(vocabulary.items()), unk_id=2, byte_fallback=True)
+    )
+    tokenizer.normalizer = normalizer
+    tokenizer.pre_tokenizer = split
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.ByteFallback(), decoders.Metaspace(), decoders.Fuse()]
+    )
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", tokenizer.token_to_id("</s>"))]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        model_max_length=TINY.text.tokens,
+    )
+
+
+# --- video tokenizer ------------------------------------------------------------------------------
+
+
+def colour_noise(count: int, frames: int, device: str, generator: torch.Generator) -> torch.Tensor:
+    """Moving smooth noise in [-1, 1], BCTHW, so that more than drawn scenes survives the tokenizer."""
+    layers = []
+    for cells in (2, 4, 8, 12):
+        shape = (count, 3, max(2, frames // 8), cells, cells * 5 // 3)
+        layer = torch.randn(shape, generator=generator, device=device)
+        layer = F.interpolate(layer, (frames, TINY.height, TINY.width), mode="trilinear")
+        layers.append(layer * (2 / cells))
+    return torch.tanh(sum(layers))
+
+
+def tokenizer_batch(size: int, step: int, frames: int, device: str) -> torch.Tensor:
+    """Videos in [-1, 1], BCTHW: first scenes, then one eighth noise."""
+    scenes = [world.sample_scene(step * size + i) for i in range(size * 7 // 8)]
+    drawn = world.render_batch(scenes, frames, TINY.height, TINY.width, TINY.fps, device)
+    generator = torch.Generator(device).manual_seed(step)
+    noise = colour_noise(size - len(scenes), frames, device, generator)
+    return torch.cat([drawn.float() / 127.5 - 1, noise])
+
+
+def make_tokenizer(path: Path, device: str, steps: int, batch: int) -> dict[str, object]:
+    """Trains the autoencoder, measures mean and std of its latents and writes both."""
+    torch.manual_seed(0)
+    net = Tokenizer(TINY.tokenizer, TINY.sigma_data).to(device)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=1e-3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1.5e-3, steps, pct_start=0.05)
+    losses, started = [], time.monotonic()
+    for step in range(steps):
+        frames = (TINY.num_frames, 9, 17, 1)[step % 8 if step % 8 < 4 else 0]
+        video = tokenizer_batch(batch, step, frames, device)
+        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+            z = net.encode_raw(video)
+            z = z + 0.05 * torch.randn_like(z)
+            decoded = net.decode_raw(z)
+        error = decoded.float() - video
+        edges = sum((error.diff(dim=d)).abs().mean() for d in (-1, -2))
+        loss = (
+            error.abs().mean()
+            + error.square().mean()
+            + 0.5 * edges
+            + 5e-4 * z.float().square().mean()
+        )
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        if step % 100 == 0 or step == steps - 1:
+            drawn = error[: batch * 7 // 8].square().mean()
+            psnr = -10 * torch.log10(drawn / 4).item()
+            losses.append((step, round(loss.item(), 5), round(psnr, 2)))
+            print("tokenizer", *losses[-1], f"{time.monotonic() - started:.0f}s", flush=True)
+    seconds = time.monotonic() - started
+    measure_latents(net, device, batch)
+    state = {k: v.bfloat16() if v.ndim > 2 else v for k, v in net.state_dict().items()}
+    weights.save_tokenizer(path, state)
+    return {"steps": steps, "batch": batch, "seconds": round(seconds), "loss": losses}
+
+
+@torch.no_grad()
+def measure_latents(net: Tokenizer, device: str, batch: int) -> None:
+    """Sets mean and std per channel and latent frame; later frames repeat the last one measured."""
+    z = torch.cat(
+        [
+            net.encode_raw(
+                tokenizer_batch(batch, 10**6 + i, TINY.num_frames, device)[: batch * 7 // 8]
+            )
+            for i in range(16)
+        ]
+    ).float()
+    for buffer, value in ((net.mean, z.mean(dim=(0, 3, 4))), (net.std, z.std(dim=(0, 3, 4)))):
+        known = value.shape[1]
+        buffer[:, :known] = value
+        buffer[:, known:] = value[:, -1:]
+
+
+# --- denoiser -------------------------------------------------------------------------------------
+
+
+def draw_pool(folder: Path, device: str, clips: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Latents (bf16) and padded text embeddings (fp16) of scenes drawn once for all steps."""
+    tokenizer = Tokenizer(TINY.tokenizer, TINY.sigma_data)
+    path = folder / "tokenizer.safetensors"
+    weights.load_strict(tokenizer, weights.load_tokenizer_state(path), path)
+    tokenizer = tokenizer.to(device).eval()
+    encoder = TextEncoder(folder / "t5", TINY.text, device, torch.float32)
+    latents, texts = [], []
+    for first in range(0, clips, 128):
+        seeds = range(first, min(first + 128, clips))
+        scenes = [world.sample_scene(seed) for seed in seeds]
+        captions = [world.caption(scene, seed) for scene, seed in zip(scenes, seeds, strict=True)]
+        video = world.render_batch(
+            scenes, TINY.num_frames, TINY.height, TINY.width, TINY.fps, device
+        )
+        with torch.no_grad():
+            latents.append(tokenizer.encode(video.float() / 127.5 - 1).bfloat16())
+        texts += [pad(embedding, TINY.text) for embedding in encoder.encode(captions)]
+    return torch.cat(latents), torch.stack(texts).to(device)
+
+
+def make_dit(folder: Path, device: str, steps: int, batch: int, clips: int) -> dict[str, object]:
+    """Trains the denoiser on drawn scenes and writes its EMA."""
+    started = time.monotonic()
+    torch.manual_seed(0)
+    latents, texts = draw_pool(folder, device, clips)
+    print("dit", f"{clips} clips drawn in {time.monotonic() - started:.0f}s", flush=True)
+    net = DiT(TINY.dit)
+    net.init_weights(torch.Generator().manual_seed(0))
+    loss_of = edm.EDMLoss(net, TINY).to(device)
+    optimizer = torch.optim.AdamW(
+        loss_of.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=0.01, fused=device == "cuda"
+    )
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1.2e-3, steps, pct_start=0.05)
+    ema = PowerEMA(list(loss_of.parameters()), 0.05)
+    fps_B = torch.full((batch,), TINY.fps, device=device)
+    losses = []
+    for step in range(steps):
+        chosen = torch.randint(clips, (batch,), device=device)
+        x0, text_emb = latents[chosen].float(), texts[chosen].float()
+        text_emb = text_emb * (torch.rand(batch, 1, 1, device=device) >= 0.15)
+        sigma_B = torch.exp(1.2 * torch.randn(batch, device=device))
+        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+            loss, edm_B = loss_of(x0, sigma_B, torch.randn_like(x0), text_emb, fps_B)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(loss_of.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        ema.update(list(loss_of.parameters()), step)
+        if step % 200 == 0 or step == steps - 1:
+            losses.append((step, round(loss.item(), 4), round(edm_B.mean().item(), 4)))
+            print("dit", *losses[-1], f"{time.monotonic() - started:.0f}s", flush=True)
+    state = dict(loss_of.named_buffers())
+    state |= {
+        name: shard.bfloat16()
+        for (name, _), shard in zip(loss_of.named_parameters(), ema.shards, strict=True)
+    }
+    weights.save_dit(folder / "model.safetensors", state, "safetensors")
+    seconds = round(time.monotonic() - started)
+    return {"steps": steps, "batch": batch, "clips": clips, "seconds": seconds, "loss": losses}
+
+
+def main() -> None:
+    """Makes one part, or all of them in order."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("part", choices=["t5", "tokenizer", "dit"])
+    parser.add_argument("--folder", type=Path, default=layout.EMBEDDED_DIR)
+    parser.add_argument("--steps", type=int, default=5000)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--clips", type=int, default=40_960)
+    options = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if options.part == "t5":
+        make_t5(options.folder / "t5", seed=0)
+        return
+    if options.part == "tokenizer":
+        about = make_tokenizer(
+            options.folder / "tokenizer.safetensors", device, options.steps, options.batch
+        )
+    else:
+        about = make_dit(options.folder, device, options.steps, options.batch, options.clips)
+    log = options.folder / "training.json"
+    known = layout.read_json(log) if log.exists() else {}
+    layout.write_json(log, {**known, options.part: {**about, "device": device}})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# Installs what is missing, then format, lint, types and tests.
+#
+#   bash tests/run.sh [fast|all]
+#
+#   fast   under 3 minutes on 2 cores: nothing that runs the six verbs
+#   all    also the long workflows, and on a GPU the tests that need one
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+case ${1-} in
+  fast) selection="not slow and not gpu and not workflow" ;;
+  "") selection="not slow and not gpu" ;;
+  all) selection="" ;;
+  *) sed -n '2,7s/^# \{0,1\}//p' "$0" && exit 2 ;;
+esac
+
+bash recipes/install.sh --test
+export PATH=$PWD/.venv/bin:$PATH
+
+ruff format --check
+ruff check
+mypy
+exec pytest -m "$selection"

@@ -1,0 +1,210 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+from typer.testing import CliRunner
+
+from cosmos_cli import propose, recipe
+from cosmos_cli.commands.recipes import app
+from cosmos_cli.errors import ExitCode, UserError
+from cosmos_cli.model.video import VideoInfo
+
+
+@pytest.fixture(autouse=True)
+def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("OUTPUT_ROOT", raising=False)
+    return tmp_path
+
+
+def run(*words: str) -> str:
+    """Standard output of a command that ends well."""
+    result = CliRunner().invoke(app, words, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def run_json(*words: str) -> dict[str, Any]:
+    answer = json.loads(run(*words, "--json"))
+    assert (answer["status"], answer["exit_code"]) == ("ok", 0)
+    return answer
+
+
+def fail(*words: str) -> UserError:
+    with pytest.raises(UserError) as caught:
+        run(*words)
+    return caught.value
+
+
+def test_list_names_every_shipped_recipe() -> None:
+    text = run("list")
+    for name in recipe.shipped():
+        assert f"\n{name} " in text
+    names = [row["name"] for row in run_json("list")["recipes"]]
+    assert names == sorted(recipe.shipped())
+
+
+def test_show_prints_the_file() -> None:
+    assert run("show", "tiny") == recipe.shipped()["tiny"].read_text()
+    assert run_json("show", "tiny")["recipe"]["num_frames"] == 25
+
+
+def test_copy_writes_a_recipe_that_loads_and_replaces_nothing_unasked(workplace: Path) -> None:
+    assert run("copy", "tiny") == f"{workplace / 'tiny.yaml'}\n"
+    shipped = recipe.shipped()["tiny"].read_text()
+    assert (workplace / "tiny.yaml").read_text() == shipped
+    (workplace / "tiny.yaml").write_text("mine")
+    error = fail("copy", "tiny")
+    assert (error.code, error.where) == (ExitCode.USAGE, "tiny.yaml")
+    assert (workplace / "tiny.yaml").read_text() == "mine"
+    run("copy", "hdvila", "tiny.yaml", "--yes")
+    assert recipe.load("tiny.yaml").recipe.dataset_dir == "datasets/hdvila"
+
+
+def test_copy_into_a_folder_keeps_the_name(workplace: Path) -> None:
+    (workplace / "sub").mkdir()
+    answer = run_json("copy", "tiny", "sub")
+    assert answer["artifacts"] == [str(workplace / "sub" / "tiny.yaml")]
+    assert (workplace / "sub" / "tiny.yaml").is_file()
+
+
+def test_check_says_ok_with_warnings_or_every_problem(workplace: Path) -> None:
+    assert run("check", "tiny") == "ok\n"
+    assert len(run_json("check", "nemo_assets")["warnings"]) == 2
+    (workplace / "bad.yaml").write_text("dataset_dir: data\nsede: 1\nfps: 0\n")
+    error = fail("check", "bad.yaml", "--set", "height=1")
+    assert error.code == ExitCode.USAGE
+    assert len(str(error).splitlines()) == 3
+
+
+def test_keys_explains_every_key() -> None:
+    text = run("keys")
+    for row in recipe.key_reference():
+        assert f"  {row.name} (" in text
+        assert row.description in text
+    assert [row["name"] for row in run_json("keys")["keys"]] == list(recipe.Recipe.model_fields)
+
+
+def test_schema_is_a_json_schema_on_stdout_or_in_a_file(workplace: Path) -> None:
+    content = json.loads(run("schema"))
+    jsonschema.Draft202012Validator.check_schema(content)
+    run("schema", "--output", "s.json")
+    assert json.loads((workplace / "s.json").read_text()) == content
+    assert fail("schema", "--output", "s.json").code == ExitCode.USAGE
+
+
+def info(frames: int = 240, fps: float = 24.0, height: int = 720, width: int = 1280) -> VideoInfo:
+    return VideoInfo(frames, fps, height, width, frames / fps, "h264")
+
+
+def choices(*videos: VideoInfo, captioned: int = 0, gpus: tuple[str, ...] = ()) -> dict[str, Any]:
+    rows = propose.propose("robot", Path("clips"), videos, captioned, gpus)
+    assert all(row.because for row in rows)
+    return {row.key: row.value for row in rows}
+
+
+def test_clips_are_as_long_as_three_of_four_videos() -> None:
+    assert choices(info())["num_frames"] == 121
+    assert choices(info(121))["num_frames"] == 121
+    assert choices(info(120))["num_frames"] == 113
+    assert choices(*[info(60)] * 2, *[info(240)] * 2)["num_frames"] == 57
+    assert choices(*[info(60)] * 3, info(240))["num_frames"] == 57
+    assert choices(info(60), *[info(240)] * 3)["num_frames"] == 121
+    assert choices(info(3))["num_frames"] == 1
+
+
+def test_the_rate_is_the_models_unless_the_videos_are_slower() -> None:
+    def rates(*fps: float) -> tuple[float, str]:
+        found = choices(*(info(fps=rate) for rate in fps))
+        return found["fps"], found["fps_policy"]
+
+    assert rates(24) == (24, "keep")
+    assert rates(23.976, 24) == (24, "keep")
+    assert rates(30, 30) == (24, "resample")
+    assert rates(15, 15) == (15, "keep")
+    assert rates(15, 15, 24) == (15, "resample")
+
+
+def test_lengths_are_counted_at_the_proposed_rate() -> None:
+    assert choices(info(240, fps=60.0))["num_frames"] == 89  # 4 s are 96 frames at 24 fps
+
+
+def test_the_shape_follows_the_videos() -> None:
+    def shape(*sizes: tuple[int, int]) -> tuple[int, int, str]:
+        found = choices(*(info(height=height, width=width) for height, width in sizes))
+        return found["height"], found["width"], found["resize"]
+
+    assert shape((720, 1280)) == (704, 1280, "crop")
+    assert shape((480, 640)) == (704, 1280, "crop")
+    assert shape((1920, 1080)) == (1280, 704, "crop")
+    assert shape((720, 1280), (720, 1280), (1080, 1080)) == (704, 1280, "crop")
+    assert shape((1000, 1000)) == (704, 1280, "pad")
+
+
+def test_the_batch_is_a_multiple_of_the_gpus() -> None:
+    sizes = {n: choices(info(), gpus=("H200",) * n)["global_batch_size"] for n in (0, 1, 3, 8, 16)}
+    assert sizes == {0: 8, 1: 8, 3: 9, 8: 8, 16: 16}
+
+
+def test_the_run_is_long_enough_for_the_clips_and_its_warm_up_ends() -> None:
+    steps = [choices(*[info()] * n)["max_steps"] for n in (1, 100, 10_000)]
+    assert steps == [200, 600, 2000]
+    found = choices(info())
+    assert found["warmup_steps"] < found["save_every_steps"] < found["max_steps"]
+
+
+def test_a_prompt_is_proposed_only_where_captions_are_missing() -> None:
+    assert choices(info(), captioned=1)["prompt"] is None
+    assert choices(info(), info(), captioned=1)["prompt"] == "A video of robot."
+
+
+def test_a_new_dataset_leaves_the_folder_of_the_videos_alone(workplace: Path) -> None:
+    def places(folder: Path) -> tuple[Path, Path]:
+        dataset = propose.dataset_of("robot", folder)
+        return dataset.root, dataset.videos
+
+    bare = workplace / "videos"
+    bare.mkdir()
+    assert places(bare) == (Path("datasets/robot"), bare)
+    assert places(workplace) == (workplace, bare)
+    (workplace / "metas").mkdir()
+    assert places(bare) == (workplace, bare)
+
+
+def write_mp4(path: Path, frames: int) -> None:
+    import torch
+    from torchcodec.encoders import VideoEncoder
+
+    noise = torch.randint(0, 255, (frames, 3, 64, 96), dtype=torch.uint8)
+    VideoEncoder(noise, frame_rate=24.0).to_file(str(path))
+
+
+def test_new_writes_a_recipe_that_loads_from_real_videos(workplace: Path) -> None:
+    clips = workplace / "clips"
+    clips.mkdir()
+    write_mp4(clips / "a.mp4", 30)
+    (clips / "broken # \n.mp4").write_bytes(b"not a video")
+    answer = run_json("new", "robot", "--videos", "clips")
+    assert answer["videos"] == 1
+    assert "broken" in answer["left_out"][0]
+    text = (workplace / "robot.yaml").read_text()
+    body = [line for line in text.splitlines() if line and not line.startswith("#")]
+    assert all("  # because " in line for line in body)
+    r = recipe.load("robot.yaml").recipe
+    assert (r.num_frames, r.fps_policy, r.videos_dir, r.name) == (25, "keep", "clips", "robot")
+    error = fail("new", "robot", "--videos", "clips")
+    assert (error.code, error.where) == (ExitCode.USAGE, "robot.yaml")
+    run("new", "robot", "--videos", "clips", "--yes")
+
+
+def test_new_refuses_a_bad_name_and_a_folder_without_videos(workplace: Path) -> None:
+    assert fail("new", "../robot", "--videos", ".").code == ExitCode.USAGE
+    assert fail("new", "robot", "--videos", ".").code == ExitCode.DATASET
+    assert fail("new", "robot", "--videos", "nowhere").code == ExitCode.DATASET
+    (workplace / "a.mp4").write_bytes(b"not a video")
+    assert "none of 1 videos can be used ('a.mp4': " in str(fail("new", "robot", "--videos", "."))
+    assert not (workplace / "robot.yaml").exists()
