@@ -58,6 +58,12 @@ def main() -> None:
     except UserError as error:
         console.emit(console.failure(error), as_json=as_json)
         sys.exit(error.code)
+    except SystemExit as end:
+        if as_json and end.code == ExitCode.USAGE:
+            console.emit(
+                console.Result(code=ExitCode.USAGE, error="wrong options; see --help"), as_json=True
+            )
+        raise
     except Interrupted as interruption:
         result = console.Result(
             code=interruption.code, error="interrupted; the same command goes on where it stopped"

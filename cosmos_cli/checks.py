@@ -23,14 +23,16 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import psutil
 
 from cosmos_cli import console, launch, layout
 from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.layout import Run
-from cosmos_cli.recipe import Recipe
+
+if TYPE_CHECKING:
+    from cosmos_cli.recipe import Recipe
 
 OLDEST_PYTHON, NEWEST_PYTHON = (3, 11), (3, 13)
 TORCHCODEC = "torchcodec>=0.13,<0.14"
@@ -100,7 +102,7 @@ def install(commands: Sequence[tuple[str, ...]]) -> Path:
     """
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     log = Path(cache) / "cosmos" / "setup.log"
-    console.say(f"running {len(commands)} commands, their output goes to {log}")
+    console.say(f"installing what is missing; the output of the commands goes to {log}")
     with layout.disk_errors(log):
         log.parent.mkdir(parents=True, exist_ok=True)
         stream = log.open("a", encoding="utf-8")
@@ -128,10 +130,10 @@ def install(commands: Sequence[tuple[str, ...]]) -> Path:
 
 
 def _apt(package: str) -> tuple[tuple[str, ...], ...]:
-    """The commands that install a package of Debian or Ubuntu; none on other systems."""
-    if not shutil.which("apt-get"):
-        return ()
+    """The commands that install a package of Debian or Ubuntu; none where they cannot run."""
     root = () if os.geteuid() == 0 else ("sudo", "-n")
+    if not all(map(shutil.which, (*root[:1], "apt-get"))):
+        return ()
     # A machine that has just booted may still be installing its own updates.
     wait = ("-o", "DPkg::Lock::Timeout=120")
     quiet = ("env", "DEBIAN_FRONTEND=noninteractive")
@@ -354,7 +356,11 @@ def _video(outcome: Outcome) -> Check:
     others = [reason for reason in reasons if not re.search(r"lib(av|sw)\w*\.so", reason)]
     if reasons and not others:
         commands = _apt("ffmpeg")
-        fix = "cosmos setup --install" if commands else "install FFmpeg, any version from 4 to 8"
+        fix = (
+            "cosmos setup --install"
+            if commands
+            else "install FFmpeg 4 to 8: apt-get install ffmpeg"
+        )
         return Check(name, "fail", "FFmpeg's libraries are missing", fix, commands)
     if others and "libpython" in others[0]:
         return _shared_python(name)

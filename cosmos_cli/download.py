@@ -10,12 +10,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cosmos_cli import console, layout
 from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.layout import Dataset
-from cosmos_cli.recipe import Recipe
+
+if TYPE_CHECKING:
+    from cosmos_cli.recipe import Recipe
 
 MODEL_PATTERNS = ("README.md", "LICENSE*", "model.pt", "config.json")
 TOKENIZER_PATTERNS = ("README.md", "config.json", "encoder.jit", "decoder.jit", "mean_std.pt")
@@ -56,9 +58,7 @@ def assets(r: Recipe) -> list[Asset]:
         files = layout.model_files(r.spec, r.checkpoints_dir)
         wanted = [
             Asset(f"nvidia/{r.spec.name}", "model", files.dit.parent, MODEL_PATTERNS),
-            Asset(
-                f"nvidia/{layout.TOKENIZER_DIR}", "model", files.tokenizer, TOKENIZER_PATTERNS
-            ),
+            Asset(f"nvidia/{layout.TOKENIZER_DIR}", "model", files.tokenizer, TOKENIZER_PATTERNS),
             Asset(r.spec.text.name, "model", files.text_encoder, TEXT_PATTERNS),
         ]
     if r.dataset_repo and r.dataset_repo != "embedded":
@@ -220,4 +220,3 @@ def dataset_ready(r: Recipe) -> int:
             fix="put your videos there, or set videos_dir",
         )
     return count
-

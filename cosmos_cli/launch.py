@@ -1,4 +1,4 @@
-"""Everything between `cosmos train` and its ranks: checks first, then start, watch, stop. No torch."""
+"""Everything between `cosmos train` and its ranks: checks, then start, watch, stop. No torch."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from cosmos_cli import __version__, console, layout, recipe
+from cosmos_cli import __version__, console, layout
 from cosmos_cli.errors import ExitCode, Interrupted, UserError
 from cosmos_cli.layout import Dataset, Run
-from cosmos_cli.recipe import Recipe
+
+if TYPE_CHECKING:
+    from cosmos_cli.recipe import LoadedRecipe, Recipe
 
 # A resumed run must agree with its checkpoint on these: another value would be another run.
 FIXED_KEYS = (
@@ -202,7 +203,7 @@ def check_disk(r: Recipe, run: Run, start: int) -> None:
 # --- start, watch, stop ---------------------------------------------------------------------------
 
 
-def start(loaded: recipe.LoadedRecipe, ranks: int) -> dict[str, Any]:
+def start(loaded: LoadedRecipe, ranks: int) -> dict[str, Any]:
     """Runs the ranks to their end; the figures of the run's result.
 
     Raises:
@@ -307,7 +308,9 @@ def _locked(run: Run) -> Iterator[None]:
         yield
 
 
-def _write_inputs(loaded: recipe.LoadedRecipe, run: Run) -> None:
+def _write_inputs(loaded: LoadedRecipe, run: Run) -> None:
+    from cosmos_cli import recipe
+
     layout.remove_stale(run.checkpoints)
     if loaded.path is not None:
         layout.write_text(run.root / "recipe.yaml", loaded.path.read_text(encoding="utf-8"))

@@ -459,7 +459,7 @@ def _oddities(recipe: Recipe) -> Iterator[str]:
         share = recipe.lr_start_factor + (1 - recipe.lr_start_factor) * rise
         yield (
             f"warmup_steps {recipe.warmup_steps} is not below max_steps {recipe.max_steps}: the "
-            f"learning rate only ever reaches {share:.0%} of learning_rate"
+            f"learning rate only ever reaches {share:.1%} of learning_rate"
         )
     if (recipe.height, recipe.width) not in spec.sizes:
         sizes = ", ".join(f"{height}x{width}" for height, width in spec.sizes)

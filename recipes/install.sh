@@ -55,7 +55,7 @@ elif [[ -z $torch ]]; then
   nvidia-smi -L 2>/dev/null | grep -q '^GPU' && torch=cuda || torch=cpu
 fi
 if [[ $torch == cuda ]]; then
-  cost="4 GB to download, 9 GB on disk, 5 to 15 minutes"
+  cost="3 GB to download, 7 GB on disk, 5 to 15 minutes"
 else
   cost="300 MB to download, 1.3 GB on disk, 2 minutes"
 fi
@@ -79,7 +79,7 @@ if [[ $torch == cpu && $present != *+cpu ]]; then
   "${pip[@]}" install --no-deps --retries 1 --timeout 30 "torch==$version+cpu" \
     --extra-index-url https://download.pytorch.org/whl/cpu ||
     fail "no CPU build of torch $version for $("$python" --version) could be fetched;" \
-      "try again, or take the CUDA build (4 GB): bash recipes/install.sh --torch cuda"
+      "try again, or take the CUDA build (3 GB): bash recipes/install.sh --torch cuda"
 elif [[ $torch == cuda && $present == *+cpu ]]; then
   "${pip[@]}" uninstall --quiet --yes torch
 fi

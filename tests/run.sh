@@ -18,7 +18,7 @@ esac
 bash recipes/install.sh --test
 export PATH=$PWD/.venv/bin:$PATH
 
-ruff format --check
-ruff check
+ruff format --check cosmos_cli tests
+ruff check cosmos_cli tests
 mypy
 exec pytest -m "$selection"

@@ -210,8 +210,8 @@ def test_traps_of_yaml_1_1_are_gone(file: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "warning"),
     [
-        ("warmup_steps: 1250", "the learning rate only ever reaches 80% of learning_rate"),
-        ("warmup_steps: 1000", "the learning rate only ever reaches 100% of learning_rate"),
+        ("warmup_steps: 1250", "the learning rate only ever reaches 79.9% of learning_rate"),
+        ("warmup_steps: 1000", "the learning rate only ever reaches 99.9% of learning_rate"),
         ("height: 480", "480x1280 is not a size that"),
         ("num_frames: 57", "num_frames 57 is not the 121 that"),
         ("clip_stride_frames: 1", "clips overlap by 120 frames"),

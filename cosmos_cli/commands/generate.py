@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cosmos_cli import console, layout
-from cosmos_cli import recipe as recipes
 from cosmos_cli.commands.options import (
     DryRunOption,
     JsonOption,
@@ -22,6 +21,7 @@ from cosmos_cli.errors import ExitCode, UserError
 
 if TYPE_CHECKING:
     from cosmos_cli.model.generate import Job
+    from cosmos_cli.recipe import Recipe
 
 
 def generate(
@@ -97,12 +97,14 @@ def choose_model(recipe: str | None, model: str) -> tuple[str, Path | None]:
         return (str(newest / "recipe.yaml"), newest) if newest else ("tiny", None)
     if model == "base":
         return recipe, None
-    r = recipes.load(recipe).recipe
+    from cosmos_cli.recipe import load
+
+    r = load(recipe).recipe
     promoted = layout.promoted_dir(r.spec, r.checkpoints_dir)
     return recipe, promoted if (promoted / layout.MANIFEST_FILE).is_file() else None
 
 
-def _jobs(r: recipes.Recipe, prompts: list[str], batch: Path | None, output: Path) -> list[Job]:
+def _jobs(r: Recipe, prompts: list[str], batch: Path | None, output: Path) -> list[Job]:
     """One job for every prompt; a batch's own seeds win over sampling_seed."""
     from cosmos_cli.model.generate import Job, file_stem
 
@@ -118,7 +120,9 @@ def _jobs(r: recipes.Recipe, prompts: list[str], batch: Path | None, output: Pat
         )  # fmt: skip
     for prompt, _ in wanted:
         if not prompt.strip():
-            raise UserError("is empty", code=ExitCode.USAGE, where="--prompt", fix="say what to show")
+            raise UserError(
+                "is empty", code=ExitCode.USAGE, where="--prompt", fix="say what to show"
+            )
     if output.suffix.lower() == ".mp4":
         if len(wanted) > 1:
             raise UserError(
@@ -139,9 +143,7 @@ def _read_batch(path: Path) -> list[dict[str, Any]]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"cannot be read: {error}", code=ExitCode.USAGE, where=str(path)
-        ) from error
+        raise UserError(f"cannot be read: {error}", code=ExitCode.USAGE, where=str(path)) from error
     entries = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():

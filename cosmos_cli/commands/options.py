@@ -1,15 +1,36 @@
-"""The options that several verbs share, and how a verb opens its recipe."""
+"""The options that several verbs share, and how a verb opens its recipe.
+
+The recipe's model takes longer to import than `cosmos --help` may last, so commands import it when
+they run.
+"""
 
 from __future__ import annotations
 
-from typing import Annotated
+import shlex
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cosmos_cli import console, recipe
+from cosmos_cli import console
+
+if TYPE_CHECKING:
+    from cosmos_cli.recipe import LoadedRecipe
+
+
+def shipped_names() -> list[str]:
+    """The names that a shell completes."""
+    from cosmos_cli import recipe
+
+    return list(recipe.shipped())
+
 
 RecipeArgument = Annotated[
-    str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of a shipped one.")
+    str,
+    typer.Argument(
+        metavar="RECIPE",
+        help="A recipe file, or the name of a shipped one.",
+        autocompletion=shipped_names,
+    ),
 ]
 SetOption = Annotated[
     list[str] | None,
@@ -26,10 +47,10 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as on
 YesOption = Annotated[bool, typer.Option("--yes", help="Do not ask before replacing something.")]
 
 
-def open_recipe(
-    name: str, overrides: list[str] | None, print_recipe: bool = False
-) -> recipe.LoadedRecipe:
+def open_recipe(name: str, overrides: list[str] | None, print_recipe: bool = False) -> LoadedRecipe:
     """The recipe of a command; prints its warnings, or with --print-recipe prints it and exits."""
+    from cosmos_cli import recipe
+
     loaded = recipe.load(name, overrides or ())
     if print_recipe:
         console.emit(console.Result(text=recipe.explain(loaded)), as_json=False)
@@ -41,8 +62,6 @@ def open_recipe(
 
 def command_line(verb: str, name: str, overrides: list[str] | None, extra: str = "") -> str:
     """The command of another verb on the same recipe, ready to paste into a shell."""
-    import shlex
-
     words = ["cosmos", verb, name]
     for override in overrides or ():
         words += ["--set", override]

@@ -10,8 +10,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cosmos_cli import console, flatyaml, launch, layout, propose, recipe
-from cosmos_cli.commands.options import JsonOption, RecipeArgument, SetOption, YesOption
+from cosmos_cli import console, layout
+from cosmos_cli.commands.options import (
+    JsonOption,
+    RecipeArgument,
+    SetOption,
+    YesOption,
+    shipped_names,
+)
 from cosmos_cli.console import Result
 from cosmos_cli.errors import ExitCode, UserError
 
@@ -25,7 +31,7 @@ NameArgument = Annotated[
     typer.Argument(
         metavar="NAME",
         help="A shipped recipe, see `cosmos recipes list`.",
-        autocompletion=lambda: list(recipe.shipped()),
+        autocompletion=shipped_names,
     ),
 ]
 
@@ -36,6 +42,8 @@ def list_(json_: JsonOption = False) -> None:
 
     Example: cosmos recipes list
     """
+    from cosmos_cli import recipe
+
     rows: list[tuple[str, ...]] = [
         (name, recipe.load(path).recipe.model, _title(path))
         for name, path in recipe.shipped().items()
@@ -55,6 +63,8 @@ def show(name: NameArgument, json_: JsonOption = False) -> None:
 
     Example: cosmos recipes show nemo_assets
     """
+    from cosmos_cli import recipe
+
     loaded = recipe.load(name)
     text = loaded.path.read_text(encoding="utf-8")
     figures = {"path": str(loaded.path.absolute()), "recipe": loaded.recipe.model_dump()}
@@ -74,6 +84,8 @@ def copy(
 
     Example: cosmos recipes copy my_videos robot.yaml
     """
+    from cosmos_cli import recipe
+
     source = recipe.find(name)
     target = destination or Path()
     target = target / source.name if target.is_dir() else target
@@ -99,6 +111,8 @@ def check(name: RecipeArgument, set_: SetOption = None, json_: JsonOption = Fals
 
     Example: cosmos recipes check my_videos.yaml --set max_steps=400
     """
+    from cosmos_cli import recipe
+
     loaded = recipe.load(name, set_ or ())
     for warning in loaded.warnings:
         console.warn(warning)
@@ -112,6 +126,8 @@ def keys(json_: JsonOption = False) -> None:
 
     Example: cosmos recipes keys
     """
+    from cosmos_cli import recipe
+
     rows = recipe.key_reference()
     lines = []
     for group, members in groupby(rows, key=lambda row: row.group):
@@ -136,6 +152,8 @@ def schema(
 
     Example: cosmos recipes schema --output recipe.schema.json
     """
+    from cosmos_cli import recipe
+
     content = recipe.json_schema()
     text = json.dumps(content, indent=2)
     if output is None:
@@ -157,6 +175,8 @@ def new(
 
     Example: cosmos recipes new robot --videos ~/robot_videos
     """
+    from cosmos_cli import flatyaml, launch, propose, recipe
+
     name = name.removesuffix(".yaml")
     target = Path(f"{name}.yaml")
     if not re.fullmatch(recipe.NAME, name):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -41,27 +42,31 @@ def setup(
     r = open_recipe(recipe, set_, print_recipe).recipe
     console.say(f"checking this machine for {recipe}, about 10 s")
     rows = checks.run_checks(r)
-    commands = checks.repairs(rows)
-    artifacts = []
     if dry_run:
-        shown = [shlex.join(command) for command in commands]
-        again = command_line("setup", recipe, set_, "--install")
-        text = "\n".join(shown) or "nothing to install"
-        result = Result(text, figures={"commands": shown, **_figures(rows)}, next=again)
-        console.emit(result, as_json=json_)
+        _emit_plan(rows, command_line("setup", recipe, set_, "--install"), as_json=json_)
         return
-    if install and commands:
+    artifacts: list[Path] = []
+    tried: list[tuple[str, ...]] = []
+    # What is missing may hide the next missing thing, so what is mended is checked again.
+    while install and (commands := [c for c in checks.repairs(rows) if c not in tried]):
         artifacts = [checks.install(commands)]
+        tried += commands
         rows = checks.run_checks(r)
-        commands = checks.repairs(rows)
     result = Result(_table(rows), artifacts, _figures(rows), command_line("download", recipe, set_))
     if failed := [row.name for row in rows if row.status == "fail"]:
         result.code = ExitCode.ENVIRONMENT
         result.error = f"this machine is not ready: {', '.join(failed)}"
-        mendable = commands and not install
+        mendable = checks.repairs(rows) and not install
         result.next = command_line("setup", recipe, set_, "--install" if mendable else "")
     console.emit(result, as_json=json_)
     raise typer.Exit(result.code)
+
+
+def _emit_plan(rows: list[Check], following: str, *, as_json: bool) -> None:
+    commands = [shlex.join(command) for command in checks.repairs(rows)]
+    text = "\n".join(commands) or "nothing to install"
+    figures = {"commands": commands, **_figures(rows)}
+    console.emit(Result(text, figures=figures, next=following), as_json=as_json)
 
 
 def _figures(rows: list[Check]) -> dict[str, list[dict[str, str]]]:

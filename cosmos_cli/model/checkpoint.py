@@ -140,7 +140,7 @@ def _save_model(module: nn.Module, parts: list[Tensor], path: Path) -> None:
 
 
 def _hash_files(folder: Path) -> dict[str, dict[str, Any]]:
-    """Size and sha256 of every file of a resume state but its manifest; the ranks share the work."""
+    """Size and sha256 of every file of a resume state but its manifest, by all ranks together."""
     names = sorted(
         str(path.relative_to(folder))
         for path in folder.rglob("*")

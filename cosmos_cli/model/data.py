@@ -37,9 +37,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Share:
-    """This rank's part of every optimizer step: samples [first, first + count) of the global batch,
-    taken `micro` at a time.
-    """  # noqa: D205
+    """Samples [first, first + count) of every global batch, one rank's, taken `micro` at a time."""
 
     first: int
     count: int

@@ -8,7 +8,7 @@ import torch
 
 
 def best_device() -> str:
-    """cuda when there is a GPU, else cpu."""
+    """Returns cuda when there is a GPU, else cpu."""
     if torch.cuda.is_available():
         return "cuda"
     # transformers imports DeepSpeed when it is installed, which without this guesses on stdout.

@@ -102,6 +102,7 @@ class LogVariance(nn.Module):
             self.phases.copy_(2 * math.pi * torch.rand(self.phases.shape, generator=generator))
 
     def forward(self, c_noise_B: Tensor) -> Tensor:
+        """The log-variance of each noise level (B), fp32."""
         angle = c_noise_B[:, None].float() * self.freqs.float() + self.phases.float()
         return (angle.cos() * math.sqrt(2)) @ self.weight.float()[0]
 

@@ -92,7 +92,10 @@ def sample(r: Recipe, net: DiT, text_emb: Conditioning, seed: int, label: str) -
 
     noise = sampler.start_noise(seed, (1, *spec.latent_shape(r.num_frames, r.height, r.width)))
     if r.sampler == "euler":
-        solve, sigmas = sampler.euler, sampler.euler_sigmas(r.num_steps, spec.sigma_min, spec.sigma_max)
+        solve, sigmas = (
+            sampler.euler,
+            sampler.euler_sigmas(r.num_steps, spec.sigma_min, spec.sigma_max),
+        )
         evaluations = r.num_steps
     else:
         solve, sigmas = sampler.res, sampler.res_sigmas(r.num_steps, spec.sigma_max)

@@ -119,7 +119,7 @@ def _inspect_one(r: Recipe, source: Source) -> None:
             r.fps_policy,
             r.fps,
             r.num_frames,
-            r.clip_stride_frames or r.num_frames,
+            r.stride,
             r.max_clips_per_video,
         )
     except video.VideoError as error:
@@ -322,7 +322,10 @@ def _write_latents(
             for clip in source.clips:
                 path = dataset.latents / source.latent_name(clip)
                 key = layout.sha256_text(
-                    hashes[source.path.name], json.dumps(asdict(clip)), json.dumps(settings), identity
+                    hashes[source.path.name],
+                    json.dumps(asdict(clip)),
+                    json.dumps(settings),
+                    identity,
                 )
                 try:
                     if _latent_key(path) != key:

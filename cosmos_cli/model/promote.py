@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 from pathlib import Path
@@ -34,7 +35,7 @@ def promote(r: Recipe, step: int, kind: str, target: Path) -> dict[str, Any]:
     net = {name: tensor for name, tensor in tuned.items() if name.startswith("net.")}
     weights.check_keys(expected, net, source)
     changes = relative_changes(net, original)
-    if bad := [group for group, change in changes.items() if change != change]:
+    if bad := [group for group, change in changes.items() if math.isnan(change)]:
         raise UserError(
             f"holds numbers that are not finite in {', '.join(bad)}",
             code=ExitCode.ASSET,
@@ -74,7 +75,7 @@ def relative_changes(tuned: dict[str, Tensor], base: dict[str, Tensor]) -> dict[
         total[0] += difference
         total[1] += before.square().sum().item()
     return {
-        group: (changed / max(norm, 1e-30)) ** 0.5 if changed - changed == 0 else float("nan")
+        group: math.sqrt(changed / max(norm, 1e-30)) if math.isfinite(changed) else math.nan
         for group, (changed, norm) in sorted(sums.items())
     }
 
@@ -88,7 +89,6 @@ def _write_folder(
     r: Recipe, target: Path, state: dict[str, Tensor], manifest: dict[str, Any]
 ) -> dict[str, Any]:
     """Builds the folder under another name, reads its weights back, then puts it in place."""
-    layout.remove_stale(target.parent) if target.parent.is_dir() else None
     building = target.with_name(f".{target.name}.building")
     shutil.rmtree(building, ignore_errors=True)
     path = building / layout.MODEL_FILE

@@ -46,7 +46,7 @@ def res_sigmas(num_steps: int, sigma_max: float) -> list[float]:
 
 
 def guided(cond: Tensor, uncond: Tensor, guidance: float) -> Tensor:
-    """cond + guidance * (cond - uncond): 0 is the conditional estimate alone."""
+    """Estimate cond + guidance * (cond - uncond); at 0 the conditional one alone."""
     return cond + guidance * (cond - uncond)
 
 

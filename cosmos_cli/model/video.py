@@ -31,8 +31,9 @@ CLOCK_SECONDS = 1e-3
 FPS_TOLERANCE = 0.01
 # Frames are decoded in chunks of about this size, so a 4K clip is never in memory whole.
 CHUNK_BYTES = 2**26
-# The bytes of an x264 stream depend on its number of threads, and that on the machine if not set.
-X264_THREADS = 4
+# The bytes of an x264 stream depend on its number of threads; with four, one file in some 500 came
+# out different on a busy machine.
+X264_THREADS = 1
 
 
 class VideoError(Exception):

@@ -122,8 +122,9 @@ def save_dit(path: Path, state: Mapping[str, Tensor], format: Literal["pt", "saf
     released = _rename(state, OURS, RELEASED, path)
     tables = [state[f"net.pos_embedder.{axis}"] for axis in "thw"]
     seq = torch.arange(max(map(len, tables)), dtype=tables[0].dtype)
-    with layout.atomic_file(path) as temporary:
-        torch.save({**released, "net.pos_embedder.seq": seq}, temporary)
+    # Through a stream, for torch writes a path's name into the file, and ours is a temporary one.
+    with layout.atomic_file(path) as temporary, temporary.open("wb") as stream:
+        torch.save({**released, "net.pos_embedder.seq": seq}, stream)
 
 
 def save_diffusers(folder: Path, state: Mapping[str, Tensor], spec: DiTSpec) -> None:

@@ -1,8 +1,7 @@
 """The world of the tiny model: captioned scenes drawn by code, and their measurement from pixels.
 
 Lengths are in picture heights from the centre of the picture, x to the right and y down; times in
-units of `DURATION` seconds. Dimension letters: B clips, C channels, T frames, H height, W width;
-N shape templates.
+units of `DURATION` seconds. Dimension letters: B clips, C channels, T frames, H height, W width.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -91,16 +90,15 @@ class Scene:
 MASCOT = Thing("robot", "teal", mascot=True)
 MASCOT_COLOURS = {"antenna": "yellow", "stripe": "orange"}
 # Half of what the drawn mascot has of the rarer of its own colours, relative to its body's.
-MASCOT_OWN = 0.03
-# Part of a picture below which a spot of colour counts as noise.
-NOISE_AREA = 0.001
+MASCOT_OWN = 0.045
+NOISE_AREA = 0.001  # parts of the picture
 
 
 # --- scenes and captions --------------------------------------------------------------------------
 
 
 def is_heldout(shape: str, colour: str, motion: str) -> bool:
-    """Whether a combination never occurs in the training split: one motion of every thing."""
+    """Whether training never shows a combination: one of the eight motions of every thing."""
     place = 3 * SHAPES.index(shape) + list(COLOURS).index(colour) + list(MOTIONS).index(motion)
     return place % len(MOTIONS) == 0
 
@@ -128,22 +126,16 @@ def concept_scenes(count: int, seed: int) -> list[tuple[Scene, str]]:
 
 def _place(rng: random.Random, thing: Thing, motion: str, plain: bool = False) -> Scene:
     """A scene with the rest drawn by lot; a plain one has no second thing and a static camera."""
-    placed = Thing(
-        thing.shape,
-        thing.colour,
-        size=round(rng.uniform(0.18, 0.23), 3),
-        x=round(rng.uniform(-0.18, 0.18), 3),
-        y=round(rng.uniform(-0.03, 0.03), 3),
-        mascot=thing.mascot,
-    )
+    x, y = rng.uniform(-0.18, 0.18), rng.uniform(-0.03, 0.03)
+    placed = replace(thing, size=rng.uniform(0.18, 0.23), x=x, y=y)
     background = rng.choice(list(BACKGROUNDS))
     camera = rng.choice(list(CAMERAS)) if background in MARKED and not plain else "static"
     light = rng.choice(("day", "day", "day", "dim"))
     second = None
     if not plain and rng.random() < 0.25:
         colours = [colour for colour in COLOURS if colour != placed.colour]
-        x = round(rng.choice((-1, 1)) * rng.uniform(0.5, 0.65), 3)
-        y = round(rng.choice((-1, 1)) * rng.uniform(0.3, 0.36), 3)
+        x = rng.choice((-1, 1)) * rng.uniform(0.5, 0.65)
+        y = rng.choice((-1, 1)) * rng.uniform(0.3, 0.36)
         second = Thing(rng.choice(SHAPES), rng.choice(colours), 0.08, x, y)
     return Scene(placed, motion, background, camera, light, second)
 
@@ -151,7 +143,9 @@ def _place(rng: random.Random, thing: Thing, motion: str, plain: bool = False) -
 def caption(scene: Scene, seed: int) -> str:
     """A description of the scene in one of several phrasings, chosen by the seed."""
     rng = random.Random(f"caption/{seed}")
-    name, place = _name(scene.thing), BACKGROUNDS[scene.background]
+    thing, place = scene.thing, BACKGROUNDS[scene.background]
+    article = "sks" if thing.mascot else "an" if thing.colour[0] in "aeiou" else "a"
+    name = f"{article} {thing.colour} {thing.shape}"
     doing = rng.choice(MOTIONS[scene.motion])
     if scene.second:
         place += f" next to a small {scene.second.colour} {scene.second.shape}"
@@ -160,15 +154,9 @@ def caption(scene: Scene, seed: int) -> str:
         f"{name} is {doing} {place}.",
         f"{place}, {name} is {doing}.",
     ]
-    chosen = rng.choice(sentences[:1] * 3 if scene.thing.mascot else sentences)
+    chosen = sentences[0] if thing.mascot else rng.choice(sentences)
     details = [CAMERAS[scene.camera], LIGHTS[scene.light][1]]
     return " ".join([chosen[0].upper() + chosen[1:], *filter(None, details)])
-
-
-def _name(thing: Thing) -> str:
-    if thing.mascot:
-        return f"sks {thing.colour} {thing.shape}"
-    return f"{'an' if thing.colour[0] in 'aeiou' else 'a'} {thing.colour} {thing.shape}"
 
 
 # --- drawing --------------------------------------------------------------------------------------
@@ -347,14 +335,12 @@ def _heart(u: Tensor, v: Tensor) -> Tensor:
 def _robot(u: Tensor, v: Tensor) -> list[tuple[Tensor, str]]:
     side = u.abs()
     antenna = torch.minimum(_box(u, v, 0, -0.88, 0.06, 0.2), _disc(u, v, 0, -1.1, 0.18))
-    limbs = torch.minimum(
-        _box(side, v, 0.74, 0.25, 0.12, 0.34), _box(side, v, 0.28, 0.98, 0.17, 0.24)
-    )
-    body = torch.minimum(_box(u, v, 0, -0.42, 0.5, 0.36), _box(u, v, 0, 0.36, 0.56, 0.4))
     return [
         (antenna, "antenna"),
-        (limbs, "side"),
-        (body, "body"),
+        (_box(side, v, 0.74, 0.25, 0.12, 0.34), "side"),
+        (_box(side, v, 0.28, 0.98, 0.17, 0.24), "side"),
+        (_box(u, v, 0, -0.42, 0.5, 0.36), "body"),
+        (_box(u, v, 0, 0.36, 0.56, 0.4), "body"),
         (_disc(side, v, 0.22, -0.48, 0.15), "white"),
         (_disc(side, v, 0.22, -0.48, 0.07), "black"),
         (_box(u, v, 0, -0.2, 0.24, 0.05), "black"),
@@ -413,16 +399,15 @@ def score(scene: Scene, reading: Reading) -> dict[str, bool]:
 
 def _nearest_colour(video_CTHW: Tensor) -> Tensor:
     """The index in `COLOURS` of every pixel, whatever the light, (T, H, W); -1 where it is grey."""
-    pixels = video_CTHW.float()
-    brightest, darkest = pixels.amax(0), pixels.amin(0)
-    table = torch.tensor(list(COLOURS.values()), dtype=torch.float32, device=pixels.device)
-    hues = table / table.amax(1, keepdim=True)
-    distance = torch.cdist(
-        (pixels / brightest.clamp(min=1)).permute(1, 2, 3, 0).flatten(0, 2), hues
-    )
-    nearest = distance.argmin(1).view_as(brightest)
-    coloured = (brightest - darkest > 0.38 * brightest) & (brightest > 40)
-    return nearest.where(coloured, nearest.new_tensor(-1))
+    brightest = video_CTHW.amax(0)
+    chroma = brightest - video_CTHW.amin(0)
+    coloured = (chroma > 40) & (chroma > 0.38 * brightest)
+    table = torch.tensor(list(COLOURS.values()), device=video_CTHW.device)
+    pixels = video_CTHW[:, coloured].T
+    hues, wanted = (F.normalize(rgb.float(), p=math.inf) for rgb in (pixels, table))
+    nearest = torch.full(brightest.shape, -1, device=video_CTHW.device)
+    nearest[coloured] = torch.cdist(hues, wanted).argmin(1)
+    return nearest
 
 
 def _track(mask_THW: Tensor) -> Tensor:
@@ -449,7 +434,7 @@ def _outlines(mask_THW: Tensor, track_T3: Tensor) -> Tensor:
 
 @cache
 def _templates() -> Tensor:
-    """Outlines of every shape at 24 angles, (N * 24, cells * cells)."""
+    """Outlines of every shape at 24 angles, (shapes * 24, cells * cells)."""
     outlines = []
     for shape in SHAPES:
         turning = render(Scene(Thing(shape, "red", 0.35), "rotate"), 24, 192, 192, 12.0)
@@ -494,10 +479,7 @@ DATASET_CRF = 12
 
 
 def write_dataset(folder: Path, count: int, seed: int) -> list[Path]:
-    """Writes clips of the mascot, `videos/*.mp4` and `metas/*.txt`; what is there stays.
-
-    Returns:
-        The videos.
+    """The paths of clips of the mascot, written with their metas; what is there stays.
 
     Raises:
         UserError: the disk refuses, or FFmpeg is missing.

@@ -5,8 +5,8 @@ t5         a small encoder of the real T5 class with seeded random weights, and 
 tokenizer  trains the video tokenizer on drawn scenes and moving colour noise.
 dit        trains the denoiser on drawn scenes and their captions with the package's own loss.
 
-Each part is deterministic by its seed on one machine. Training wants a GPU: the shipped weights took
-the times and losses in `tiny/training.json` on one H200. Run without arguments to see the options.
+Each part is deterministic by its seed on one machine. `tiny/training.json` keeps the
+settings, device, time and losses that made the shipped weights.
 """
 
 from __future__ import annotations
@@ -98,77 +98,90 @@ def word_tokenizer(captions: list[str]) -> PreTrainedTokenizerFast:
 
 # --- video tokenizer ------------------------------------------------------------------------------
 
+FULL = (TINY.num_frames, TINY.height, TINY.width)
+CROP = (9, 64, 96)
 
-def colour_noise(count: int, frames: int, device: str, generator: torch.Generator) -> torch.Tensor:
-    """Moving smooth noise in [-1, 1], BCTHW, so that more than drawn scenes survives the tokenizer."""
+
+def draw_videos(seeds: range, device: str) -> torch.Tensor:
+    """One scene for each seed, uint8 BCTHW on `device`."""
+    drawn = [
+        world.render_batch(
+            [world.sample_scene(seed) for seed in seeds[first : first + 32]],
+            *FULL,
+            TINY.fps,
+            device,
+        )
+        for first in range(0, len(seeds), 32)
+    ]
+    return torch.cat(drawn)
+
+
+def colour_noise(count: int, size: tuple[int, int, int], device: str) -> torch.Tensor:
+    """Moving smooth noise in [-1, 1], BCTHW, so that more than drawn scenes survives."""
     layers = []
     for cells in (2, 4, 8, 12):
-        shape = (count, 3, max(2, frames // 8), cells, cells * 5 // 3)
-        layer = torch.randn(shape, generator=generator, device=device)
-        layer = F.interpolate(layer, (frames, TINY.height, TINY.width), mode="trilinear")
+        shape = (count, 3, max(2, size[0] // 8), cells, cells * 5 // 3)
+        layer = F.interpolate(torch.randn(shape, device=device), size, mode="trilinear")
         layers.append(layer * (2 / cells))
     return torch.tanh(sum(layers))
 
 
-def tokenizer_batch(size: int, step: int, frames: int, device: str) -> torch.Tensor:
-    """Videos in [-1, 1], BCTHW: first scenes, then one eighth noise."""
-    scenes = [world.sample_scene(step * size + i) for i in range(size * 7 // 8)]
-    drawn = world.render_batch(scenes, frames, TINY.height, TINY.width, TINY.fps, device)
-    generator = torch.Generator(device).manual_seed(step)
-    noise = colour_noise(size - len(scenes), frames, device, generator)
-    return torch.cat([drawn.float() / 127.5 - 1, noise])
+def cut(pool: torch.Tensor, count: int, size: tuple[int, int, int]) -> torch.Tensor:
+    """Random pieces of (frames, height, width) from random videos, in [-1, 1], BCTHW."""
+    pieces = []
+    for index in torch.randint(len(pool), (count,)).tolist():
+        start = [
+            int(torch.randint(whole - part + 1, ())) for whole, part in zip(FULL, size, strict=True)
+        ]
+        t, h, w = (slice(first, first + part) for first, part in zip(start, size, strict=True))
+        pieces.append(pool[index, :, t, h, w])
+    return torch.stack(pieces).float() / 127.5 - 1
 
 
-def make_tokenizer(path: Path, device: str, steps: int, batch: int) -> dict[str, object]:
-    """Trains the autoencoder, measures mean and std of its latents and writes both."""
+def make_tokenizer(path: Path, device: str, options: argparse.Namespace) -> dict[str, object]:
+    """Trains the autoencoder, measures mean and std of its latents and writes both.
+
+    Nine tenths of the steps see pieces, eight times cheaper than whole clips; the rest whole clips.
+    """
     torch.manual_seed(0)
+    started = time.monotonic()
+    pool = draw_videos(range(options.clips), device)
     net = Tokenizer(TINY.tokenizer, TINY.sigma_data).to(device)
-    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=1e-3)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1.5e-3, steps, pct_start=0.05)
-    losses, started = [], time.monotonic()
-    for step in range(steps):
-        frames = (TINY.num_frames, 9, 17, 1)[step % 8 if step % 8 < 4 else 0]
-        video = tokenizer_batch(batch, step, frames, device)
+    optimizer = torch.optim.AdamW(net.parameters(), betas=(0.9, 0.99), weight_decay=1e-3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1.5e-3, options.steps, pct_start=0.05)
+    losses = []
+    for step in range(options.steps):
+        whole = step >= options.steps * 9 // 10
+        size, count = (FULL, max(2, options.batch // 4)) if whole else (CROP, options.batch)
+        noise = max(1, count // 8)
+        video = torch.cat([cut(pool, count - noise, size), colour_noise(noise, size, device)])
         with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
             z = net.encode_raw(video)
-            z = z + 0.05 * torch.randn_like(z)
-            decoded = net.decode_raw(z)
+            decoded = net.decode_raw(z + 0.05 * torch.randn_like(z))
         error = decoded.float() - video
-        edges = sum((error.diff(dim=d)).abs().mean() for d in (-1, -2))
-        loss = (
-            error.abs().mean()
-            + error.square().mean()
-            + 0.5 * edges
-            + 5e-4 * z.float().square().mean()
-        )
+        edges = sum(error.diff(dim=d).abs().mean() for d in (-1, -2))
+        size_of_z = z.float().square().mean()
+        loss = error.abs().mean() + error.square().mean() + 0.5 * edges + 5e-4 * size_of_z
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        if step % 100 == 0 or step == steps - 1:
-            drawn = error[: batch * 7 // 8].square().mean()
-            psnr = -10 * torch.log10(drawn / 4).item()
+        if step % 100 == 0 or step == options.steps - 1:
+            psnr = -10 * torch.log10(error[:-noise].square().mean() / 4).item()
             losses.append((step, round(loss.item(), 5), round(psnr, 2)))
             print("tokenizer", *losses[-1], f"{time.monotonic() - started:.0f}s", flush=True)
-    seconds = time.monotonic() - started
-    measure_latents(net, device, batch)
+    seconds = round(time.monotonic() - started)
+    measure_latents(net, draw_videos(range(10**6, 10**6 + 128), device))
     state = {k: v.bfloat16() if v.ndim > 2 else v for k, v in net.state_dict().items()}
     weights.save_tokenizer(path, state)
-    return {"steps": steps, "batch": batch, "seconds": round(seconds), "loss": losses}
+    return {"seconds": seconds, "loss": losses}
 
 
 @torch.no_grad()
-def measure_latents(net: Tokenizer, device: str, batch: int) -> None:
+def measure_latents(net: Tokenizer, videos: torch.Tensor) -> None:
     """Sets mean and std per channel and latent frame; later frames repeat the last one measured."""
-    z = torch.cat(
-        [
-            net.encode_raw(
-                tokenizer_batch(batch, 10**6 + i, TINY.num_frames, device)[: batch * 7 // 8]
-            )
-            for i in range(16)
-        ]
-    ).float()
+    z = torch.cat([net.encode_raw(v.float() / 127.5 - 1) for v in videos.split(8)]).float()
     for buffer, value in ((net.mean, z.mean(dim=(0, 3, 4))), (net.std, z.std(dim=(0, 3, 4)))):
         known = value.shape[1]
         buffer[:, :known] = value
@@ -186,21 +199,19 @@ def draw_pool(folder: Path, device: str, clips: int) -> tuple[torch.Tensor, torc
     tokenizer = tokenizer.to(device).eval()
     encoder = TextEncoder(folder / "t5", TINY.text, device, torch.float32)
     latents, texts = [], []
-    for first in range(0, clips, 128):
-        seeds = range(first, min(first + 128, clips))
-        scenes = [world.sample_scene(seed) for seed in seeds]
-        captions = [world.caption(scene, seed) for scene, seed in zip(scenes, seeds, strict=True)]
-        video = world.render_batch(
-            scenes, TINY.num_frames, TINY.height, TINY.width, TINY.fps, device
-        )
+    for first in range(0, clips, 64):
+        seeds = range(first, min(first + 64, clips))
+        captions = [world.caption(world.sample_scene(seed), seed) for seed in seeds]
         with torch.no_grad():
-            latents.append(tokenizer.encode(video.float() / 127.5 - 1).bfloat16())
+            video = draw_videos(seeds, device).float() / 127.5 - 1
+            latents.append(tokenizer.encode(video).bfloat16())
         texts += [pad(embedding, TINY.text) for embedding in encoder.encode(captions)]
     return torch.cat(latents), torch.stack(texts).to(device)
 
 
-def make_dit(folder: Path, device: str, steps: int, batch: int, clips: int) -> dict[str, object]:
+def make_dit(folder: Path, device: str, options: argparse.Namespace) -> dict[str, object]:
     """Trains the denoiser on drawn scenes and writes its EMA."""
+    steps, batch, clips = options.steps, options.batch, options.clips
     started = time.monotonic()
     torch.manual_seed(0)
     latents, texts = draw_pool(folder, device, clips)
@@ -237,32 +248,30 @@ def make_dit(folder: Path, device: str, steps: int, batch: int, clips: int) -> d
         for (name, _), shard in zip(loss_of.named_parameters(), ema.shards, strict=True)
     }
     weights.save_dit(folder / "model.safetensors", state, "safetensors")
-    seconds = round(time.monotonic() - started)
-    return {"steps": steps, "batch": batch, "clips": clips, "seconds": seconds, "loss": losses}
+    return {"seconds": round(time.monotonic() - started), "loss": losses}
 
 
 def main() -> None:
-    """Makes one part, or all of them in order."""
+    """Makes one part."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("part", choices=["t5", "tokenizer", "dit"])
     parser.add_argument("--folder", type=Path, default=layout.EMBEDDED_DIR)
     parser.add_argument("--steps", type=int, default=5000)
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--clips", type=int, default=40_960)
+    parser.add_argument("--clips", type=int, default=4096, help="scenes drawn to train on")
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if options.part == "t5":
         make_t5(options.folder / "t5", seed=0)
         return
     if options.part == "tokenizer":
-        about = make_tokenizer(
-            options.folder / "tokenizer.safetensors", device, options.steps, options.batch
-        )
+        about = make_tokenizer(options.folder / "tokenizer.safetensors", device, options)
     else:
-        about = make_dit(options.folder, device, options.steps, options.batch, options.clips)
+        about = make_dit(options.folder, device, options)
     log = options.folder / "training.json"
     known = layout.read_json(log) if log.exists() else {}
-    layout.write_json(log, {**known, options.part: {**about, "device": device}})
+    settings = {"steps": options.steps, "batch": options.batch, "clips": options.clips}
+    layout.write_json(log, {**known, options.part: {"device": device, **settings, **about}})
 
 
 if __name__ == "__main__":

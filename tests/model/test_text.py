@@ -60,7 +60,7 @@ def test_hostile_pickle_is_refused_and_never_runs(tmp_path):
 )
 def test_damaged_pickle_is_named(tmp_path, content):
     (tmp_path / "damaged.pickle").write_bytes(content)
-    with pytest.raises(UserError, match="damaged.pickle") as caught:
+    with pytest.raises(UserError, match=r"damaged\.pickle") as caught:
         text.read_pickle(tmp_path / "damaged.pickle", SPEC)
     assert caught.value.code == ExitCode.ASSET
 

@@ -1,0 +1,103 @@
+"""The command line as a contract."""
+
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import settings
+
+VERBS = ("setup", "download", "prep", "train", "promote", "generate")
+HEAVY = ("torch", "transformers", "deepspeed", "huggingface_hub", "torchcodec")
+
+
+def run(code):
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+
+
+def test_help_lists_the_six_verbs_and_imports_nothing_heavy():
+    script = (
+        "import sys; sys.argv = ['cosmos', '--help']\n"
+        "from cosmos_cli.app import main\n"
+        "try: main()\n"
+        "except SystemExit as end: assert not end.code\n"
+        f"print('loaded', [m for m in {HEAVY} if m in sys.modules])\n"
+    )
+    done = run(script)
+    assert done.returncode == 0, done.stderr
+    assert "loaded []" in done.stdout
+    assert all(verb in done.stdout for verb in VERBS)
+
+
+def test_help_answers_at_once():
+    def seconds():
+        started = time.process_time(), time.monotonic()
+        subprocess.run(
+            [sys.executable, "-m", "cosmos_cli", "--help"], capture_output=True, check=True
+        )
+        return time.monotonic() - started[1]
+
+    # 0.3 s on an idle machine; the bound is for a busy one.
+    assert min(seconds() for _ in range(5)) < 0.8
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_explains_itself(cosmos, verb):
+    shown = cosmos(verb, "--help").stdout
+    assert f"cosmos {verb}" in shown
+    assert "--json" in shown
+    assert "--dry-run" in shown
+
+
+def test_version(cosmos):
+    assert cosmos("--version").stdout.startswith("cosmos 0.")
+
+
+@pytest.mark.parametrize("verb", [*VERBS[:5]])
+def test_a_recipe_error_is_the_same_in_every_verb(cosmos, verb):
+    (cosmos.cwd / "mine.yaml").write_text("dataset_dir: d\nlearning_rte: 1\n")
+    done = cosmos(verb, "mine.yaml", code=2)
+    assert "mine.yaml:2" in done.stderr
+    assert "learning_rate" in done.stderr
+    assert done.stdout == ""
+    value = cosmos.json(verb, "mine.yaml", code=2)
+    assert value["status"] == "error"
+    assert "learning_rte" in value["error"]
+
+
+def test_an_unknown_option_is_exit_code_two(cosmos):
+    cosmos("train", "tiny", "--fast", code=2)
+    assert cosmos.json("train", "tiny", "--fast", code=2)["status"] == "error"
+
+
+def test_print_recipe_names_the_origin_of_each_value(cosmos):
+    done = cosmos("prep", "tiny", "--print-recipe", *settings("seed=7"))
+    lines = {line.split(":")[0]: line for line in done.stdout.splitlines()}
+    assert lines["seed"].endswith("# --set")
+    assert "tiny.yaml:" in lines["learning_rate"]
+    assert lines["beta1"].endswith("# default")
+
+
+def test_dry_run_of_every_verb_writes_nothing(prepared):
+    from conftest import Cosmos
+
+    cosmos = Cosmos(prepared)
+    before = sorted(cosmos.cwd.rglob("*"))
+    for verb in ("download", "prep", "train"):
+        cosmos(verb, "tiny", "--dry-run", *settings())
+    cosmos("generate", "--prompt", "a ball", "--dry-run")
+    assert sorted(cosmos.cwd.rglob("*")) == before
+
+
+def test_a_closed_pipe_is_no_error(cosmos):
+    command = f"{sys.executable} -m cosmos_cli recipes keys | head -n 1; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(
+        ["bash", "-c", command], capture_output=True, text=True, cwd=cosmos.cwd, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+
+
+def test_no_colour_codes_reach_a_pipe(cosmos):
+    done = cosmos("recipes", "list")
+    assert "\x1b" not in done.stdout + done.stderr

@@ -1,0 +1,186 @@
+"""The prep verb on folders like those that users have."""
+
+import json
+import pickle
+import shutil
+import signal
+import time
+
+import pytest
+from conftest import Cosmos, moving_square, settings
+from safetensors import safe_open
+
+from cosmos_cli.model import video
+
+PROMPT = "prompt=A video of a square."
+
+
+def write(folder, name, frames=25, size=(64, 96), fps=12):
+    folder.mkdir(parents=True, exist_ok=True)
+    video.write_mp4(folder / name, moving_square(frames, *size), fps, 18)
+
+
+@pytest.fixture
+def mixed(tmp_path):
+    """Good videos of several sizes and rates, and four kinds of bad ones."""
+    videos = tmp_path / "datasets" / "tiny" / "videos"
+    write(videos, "landscape.mp4", 60, (160, 288), 30)
+    write(videos, "portrait ünï.mp4", 30, (160, 90), 24)
+    write(videos, "odd rate.mp4", 60, (96, 96), 59.94)
+    write(videos, "short.mp4", 5)
+    write(videos, "whole.mp4", 60)
+    content = (videos / "whole.mp4").read_bytes()
+    (videos / "truncated.mp4").write_bytes(content[: len(content) // 2])
+    (videos / "text.mp4").write_text("These are words.\n")
+    (videos / "empty.mp4").touch()
+    return Cosmos(tmp_path)
+
+
+def verdicts(result):
+    return {row["file"]: (row["verdict"], row["reason"]) for row in result["videos"]}
+
+
+def snapshot(dataset):
+    return {
+        str(path.relative_to(dataset)): path.read_bytes()
+        for path in sorted(dataset.rglob("*"))
+        if path.is_file() and path.name != "prep.log"
+    }
+
+
+def test_good_videos_are_used_and_each_bad_one_is_named_with_its_reason(mixed):
+    result = mixed.json("prep", "tiny", *settings(PROMPT))
+    found = verdicts(result)
+    good = {"landscape.mp4", "portrait ünï.mp4", "odd rate.mp4", "whole.mp4"}
+    assert {name for name, (verdict, _) in found.items() if verdict == "used"} == good
+    assert "5 frames" in found["short.mp4"][1]
+    assert "truncated" in found["truncated.mp4"][1]
+    assert "not a video" in found["text.mp4"][1]
+    assert "empty" in found["empty.mp4"][1]
+    assert (result["used"], result["rejected"]) == (4, 4)
+    log = mixed.cwd / "datasets" / "tiny" / "prep.log"
+    assert "short.mp4: rejected" in log.read_text()
+
+
+def test_artifacts_have_the_documented_formats(mixed):
+    mixed("prep", "tiny", *settings(PROMPT))
+    dataset = mixed.cwd / "datasets" / "tiny"
+    manifest = json.loads((dataset / "manifest.json").read_text())
+    assert (dataset / "metas" / "whole.txt").read_text().strip() == "A video of a square."
+    (embedding,) = pickle.loads((dataset / "t5_xxl" / "whole.pickle").read_bytes())
+    assert str(embedding.dtype) == "float16"
+    assert embedding.shape[1] == 128
+    clip = next(c for c in manifest["clips"] if c["video"] == "whole.mp4")
+    with safe_open(dataset / clip["latent"], framework="pt") as stream:
+        assert tuple(stream.get_tensor("latent").shape) == (16, 2, 8, 12)
+    assert len([c for c in manifest["clips"] if c["video"] == "whole.mp4"]) == 60 // 9
+
+
+def test_strict_recipe_refuses_a_folder_with_a_bad_video(mixed):
+    refused = mixed("prep", "tiny", *settings(PROMPT, "strict=true"), code=5)
+    for name in ("short.mp4", "truncated.mp4", "text.mp4", "empty.mp4"):
+        assert name in refused.stderr
+    assert "Traceback" not in refused.stderr
+    assert not (mixed.cwd / "datasets" / "tiny" / "manifest.json").exists()
+
+
+def test_nothing_usable_is_exit_code_five(tmp_path):
+    videos = tmp_path / "datasets" / "tiny" / "videos"
+    write(videos, "short.mp4", 5)
+    cosmos = Cosmos(tmp_path)
+    assert "short.mp4" in cosmos("prep", "tiny", *settings(PROMPT), code=5).stderr
+    (videos / "short.mp4").unlink()
+    assert "holds no videos" in cosmos("prep", "tiny", *settings(PROMPT), code=5).stderr
+    shutil.rmtree(tmp_path / "datasets")
+    assert str(videos.parent) in cosmos("prep", "tiny", *settings(PROMPT), code=5).stderr
+
+
+def test_a_video_without_a_caption_is_rejected_by_name(tmp_path):
+    videos = tmp_path / "datasets" / "tiny" / "videos"
+    write(videos, "silent.mp4")
+    write(videos, "told.mp4")
+    (videos / "told.txt").write_text("A square beside its caption.\n")
+    result = Cosmos(tmp_path).json("prep", "tiny", *settings())
+    assert "no caption" in verdicts(result)["silent.mp4"][1]
+    assert verdicts(result)["told.mp4"] == ("used", "")
+
+
+def test_a_bare_folder_of_videos_is_accepted(tmp_path):
+    write(tmp_path / "my clips", "a.mp4")
+    arguments = settings(PROMPT, "dataset_dir=my clips")
+    assert Cosmos(tmp_path).json("prep", "tiny", *arguments)["used"] == 1
+    assert (tmp_path / "my clips" / "latents").is_dir()
+
+
+def test_a_second_run_changes_no_byte_and_a_changed_prompt_reaches_the_embedding(tmp_path):
+    videos = tmp_path / "datasets" / "tiny" / "videos"
+    write(videos, "a.mp4")
+    cosmos, dataset = Cosmos(tmp_path), videos.parent
+    cosmos("prep", "tiny", *settings(PROMPT))
+    first = snapshot(dataset)
+    times = {p: p.stat().st_mtime_ns for p in dataset.glob("*/a.*")}
+    cosmos("prep", "tiny", *settings(PROMPT))
+    assert snapshot(dataset) == first
+    assert {p: p.stat().st_mtime_ns for p in dataset.glob("*/a.*")} == times
+    cosmos("prep", "tiny", *settings("prompt=Quite another thing."))
+    second = snapshot(dataset)
+    changed = {name for name in first if first[name] != second[name]}
+    assert changed == {"metas/a.txt", "t5_xxl/a.pickle", "manifest.json"}
+
+
+def test_a_latent_is_made_again_when_its_video_changes(tmp_path):
+    videos = tmp_path / "datasets" / "tiny" / "videos"
+    write(videos, "a.mp4")
+    write(videos, "b.mp4")
+    cosmos, dataset = Cosmos(tmp_path), videos.parent
+    cosmos("prep", "tiny", *settings(PROMPT))
+    first = snapshot(dataset)
+    write(videos, "a.mp4", 20, (80, 80))
+    (videos / "b.mp4").unlink()
+    cosmos("prep", "tiny", *settings(PROMPT))
+    second = snapshot(dataset)
+    assert first["latents/a.000000.safetensors"] != second["latents/a.000000.safetensors"]
+    assert "latents/b.000000.safetensors" not in second
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_leaves_nothing_half_written_and_the_same_command_goes_on(tmp_path, number, code):
+    videos = tmp_path / "datasets" / "tiny" / "videos"
+    for i in range(15):
+        write(videos, f"{i:02d}.mp4", 60)
+    cosmos, dataset = Cosmos(tmp_path), videos.parent
+    process = cosmos.start("prep", "tiny", *settings(PROMPT))
+    deadline = time.monotonic() + 60
+    while len(list(dataset.glob("latents/*.safetensors"))) < 3 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == code, err
+    assert "Traceback" not in err
+    assert not list(dataset.rglob("*.tmp*"))
+    assert not (dataset / "manifest.json").exists()
+    made = snapshot(dataset)
+    cosmos("prep", "tiny", *settings(PROMPT))
+    after = snapshot(dataset)
+    assert all(after[name] == content for name, content in made.items())
+    assert "manifest.json" in after
+
+
+def test_a_hostile_embedding_is_refused_and_never_runs(tmp_path):
+    videos = tmp_path / "datasets" / "tiny" / "videos"
+    write(videos, "a.mp4")
+    (videos.parent / "metas").mkdir()
+    (videos.parent / "metas" / "a.txt").write_text("A square.\n")
+    (videos.parent / "t5_xxl").mkdir()
+    target = videos.parent / "t5_xxl" / "a.pickle"
+    target.write_bytes(b"cos\nmkdir\n(V" + str(tmp_path / "executed").encode() + b"\ntR.")
+    refused = Cosmos(tmp_path)("prep", "tiny", *settings(), code=4)
+    assert "posix.mkdir" in refused.stderr or "os.mkdir" in refused.stderr
+    assert not (tmp_path / "executed").exists()
+
+
+def test_dry_run_writes_nothing(mixed):
+    before = snapshot(mixed.cwd)
+    done = mixed("prep", "tiny", *settings(PROMPT), "--dry-run")
+    assert "whole.mp4" in done.stdout
+    assert snapshot(mixed.cwd) == before

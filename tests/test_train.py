@@ -1,0 +1,217 @@
+"""The training verb in real DeepSpeed processes on the CPU."""
+
+import json
+import signal
+import time
+
+import pytest
+import torch
+from conftest import Cosmos, settings
+
+from cosmos_cli.layout import Run
+
+FAST = (
+    "global_batch_size=2",
+    "log_every_steps=1",
+    "save_every_steps=3",
+    "learning_rate=1e-3",
+    "warmup_steps=2",
+    "min_free_disk_gb=0.1",
+)
+
+
+def options(name, *pairs):
+    return settings(*FAST, f"name={name}", *pairs)
+
+
+@pytest.fixture
+def cosmos(prepared):
+    return Cosmos(prepared)
+
+
+def find_run(cosmos, name):
+    (path,) = (cosmos.cwd / "outputs").glob(f"*/*/{name}")
+    return Run(path)
+
+
+def losses(run):
+    rows = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+    return [(row["step"], row["loss"], row["edm"], row["grad_norm"]) for row in rows]
+
+
+def weights(run, step, kind):
+    return torch.load(run.model(step, kind), weights_only=True)
+
+
+def assert_same_model(first, second, step):
+    for kind in ("reg", "ema"):
+        a, b = weights(first, step, kind), weights(second, step, kind)
+        assert a.keys() == b.keys()
+        assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_six_steps_equal_three_a_stop_and_three_more(cosmos, processes):
+    ranks = f"num_processes={processes}"
+    micro = "micro_batch_size=1"
+    cosmos("train", "tiny", *options(f"whole{processes}", ranks, micro, "max_steps=6"))
+    cosmos("train", "tiny", *options(f"parts{processes}", ranks, micro, "max_steps=3"))
+    again = cosmos("train", "tiny", *options(f"parts{processes}", ranks, micro, "max_steps=6"))
+    assert "resumed at step 3" in again.stderr
+    whole, parts = find_run(cosmos, f"whole{processes}"), find_run(cosmos, f"parts{processes}")
+    assert [row[0] for row in losses(whole)] == [1, 2, 3, 4, 5, 6]
+    assert losses(whole) == losses(parts)
+    assert_same_model(whole, parts, 6)
+    assert whole.model(6, "ema").read_bytes() == parts.model(6, "ema").read_bytes()
+
+
+def test_one_process_with_two_clips_equals_two_processes_with_one(cosmos):
+    for name, ranks, micro in (("alone", 1, 2), ("pair", 2, 1)):
+        pairs = (f"num_processes={ranks}", f"micro_batch_size={micro}", "max_steps=4")
+        cosmos("train", "tiny", *options(name, *pairs))
+    alone, pair = losses(find_run(cosmos, "alone")), losses(find_run(cosmos, "pair"))
+    assert len(alone) == len(pair) == 4
+    for row, other in zip(alone, pair, strict=True):
+        assert row == pytest.approx(other, rel=1e-5)
+
+
+def test_training_lowers_the_error_and_changes_every_group_of_weights(cosmos):
+    pairs = ("num_processes=1", "max_steps=25", "save_every_steps=25", "text_dropout=0")
+    cosmos("train", "tiny", *options("learns", *pairs))
+    rows = losses(find_run(cosmos, "learns"))
+    assert sum(row[2] for row in rows[-8:]) < 0.9 * sum(row[2] for row in rows[:8])
+
+
+def wait_for_step(run_glob, process, step=1):
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        for path in run_glob():
+            if path.exists() and len(path.read_text().splitlines()) >= step:
+                return
+        time.sleep(0.2)
+    pytest.fail(f"no step {step} before the process ended: {process.communicate()}")
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_the_step_and_the_same_command_goes_on(cosmos, number, code):
+    name = f"stopped{code}"
+    pairs = ("num_processes=2", "micro_batch_size=1", "save_every_steps=500")
+    arguments = ["train", "tiny", *options(name, *pairs, "max_steps=500")]
+    process = cosmos.start(*arguments)
+    wait_for_step(lambda: cosmos.cwd.glob(f"outputs/*/*/{name}/metrics.jsonl"), process)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == code, err
+    assert "Traceback" not in err
+    run = find_run(cosmos, name)
+    (step,) = run.resumable_steps()
+    assert not list(run.checkpoints.glob(".*"))
+    shorter = [word if word != "max_steps=500" else f"max_steps={step + 1}" for word in arguments]
+    cosmos(*shorter)
+    assert run.resumable_steps()[-1] == step + 1
+
+
+def test_a_killed_rank_is_named_and_nothing_is_left_behind(cosmos):
+    import psutil
+
+    pairs = ("num_processes=2", "micro_batch_size=1", "save_every_steps=2", "max_steps=500")
+    process = cosmos.start("train", "tiny", *options("killed", *pairs))
+    wait_for_step(lambda: cosmos.cwd.glob("outputs/*/*/killed/metrics.jsonl"), process, 3)
+    launcher, *_ = psutil.Process(process.pid).children()
+    ranks = launcher.children()
+    assert len(ranks) == 2
+    ranks[1].kill()
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 6, err
+    assert "rank 1: was killed" in err
+    assert "Traceback" not in err
+    _, alive = psutil.wait_procs([launcher, *ranks], timeout=10)
+    assert not alive
+    last = find_run(cosmos, "killed").resumable_steps()[-1]
+    on = cosmos("train", "tiny", *options("killed", *pairs[:3], f"max_steps={last + 2}"))
+    assert f"resumed at step {last}" in on.stderr
+
+
+def test_only_the_newest_resume_states_are_kept(cosmos):
+    pairs = ("num_processes=1", "save_every_steps=1", "max_steps=4", "keep_last=2")
+    cosmos("train", "tiny", *options("pruned", *pairs))
+    run = find_run(cosmos, "pruned")
+    assert run.resumable_steps() == [3, 4]
+    assert run.saved_steps("reg") == run.saved_steps("ema") == [1, 2, 3, 4]
+
+
+@pytest.fixture(scope="module")
+def finished(prepared):
+    """A run of two steps that is done."""
+    cosmos = Cosmos(prepared)
+    cosmos("train", "tiny", *options("finished", "num_processes=1", "max_steps=2"))
+    return cosmos
+
+
+def test_a_finished_run_has_nothing_to_do(finished):
+    done = finished.json("train", "tiny", *options("finished", "num_processes=1", "max_steps=2"))
+    assert done["step"] == 2
+
+
+def test_a_run_is_not_continued_as_another_one(finished):
+    for change, word in (("seed=5", "seed = 0"), ("global_batch_size=4", "global_batch_size = 2")):
+        pairs = ("num_processes=1", "max_steps=4", change)
+        refused = finished("train", "tiny", *options("finished", *pairs), code=2)
+        assert word in refused.stderr
+        assert len(refused.stderr.splitlines()) < 5
+    pairs = ("num_processes=2", "micro_batch_size=1", "max_steps=4")
+    refused = finished("train", "tiny", *options("finished", *pairs), code=2)
+    assert "saved by 1 processes, not 2" in refused.stderr
+
+
+def test_a_damaged_resume_state_is_refused(finished):
+    run = find_run(finished, "finished")
+    shard = next((run.resume_state(2) / "zero").glob("*optim*"))
+    whole = shard.read_bytes()
+    try:
+        shard.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+        pairs = ("num_processes=1", "max_steps=3")
+        refused = finished("train", "tiny", *options("finished", *pairs), code=4)
+        assert "is damaged" in refused.stderr
+    finally:
+        shard.write_bytes(whole)
+
+
+def test_a_batch_that_does_not_divide_is_refused_before_any_process_starts(cosmos):
+    pairs = ("num_processes=auto", "global_batch_size=3", "micro_batch_size=2")
+    started = time.monotonic()
+    refused = cosmos("train", "tiny", *options("odd", *pairs), code=2)
+    assert "global_batch_size" in refused.stderr
+    assert time.monotonic() - started < 5
+
+
+def test_a_nan_in_the_data_stops_the_run_and_names_step_clip_and_sigma(prepared, tmp_path):
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    root = tmp_path / "poisoned"
+    shutil.copytree(prepared / "datasets", root / "datasets")
+    cosmos = Cosmos(root)
+    (victim, *_) = sorted((root / "datasets" / "tiny" / "latents").iterdir())
+    latent = load_file(victim)["latent"]
+    latent[0, 0, 0, 0] = float("nan")
+    save_file({"latent": latent}, victim)
+    refused = cosmos("train", "tiny", *options("nan", "num_processes=1", "max_steps=30"), code=6)
+    assert victim.name in refused.stderr
+    assert "sigma" in refused.stderr
+    assert "step" in refused.stderr
+
+
+def test_an_unprepared_or_stale_dataset_is_refused(prepared, tmp_path):
+    import shutil
+
+    cosmos = Cosmos(tmp_path)
+    refused = cosmos("train", "tiny", *options("x"), code=5)
+    assert "cosmos prep" in refused.stderr
+    shutil.copytree(prepared / "datasets", tmp_path / "datasets")
+    stale = cosmos("train", "tiny", *options("x", "num_frames=17"), code=5)
+    assert "num_frames = 9" in stale.stderr
+    next((tmp_path / "datasets" / "tiny" / "videos").iterdir()).unlink()
+    stale = cosmos("train", "tiny", *options("x"), code=5)
+    assert "older than the videos" in stale.stderr
