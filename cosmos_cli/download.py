@@ -40,6 +40,12 @@ class Asset:
         middle = "datasets/" if self.kind == "dataset" else ""
         return f"https://huggingface.co/{middle}{self.repo}"
 
+    def path(self, name: str) -> Path:
+        """Where a file goes: as the hub has it, but the videos of a dataset all into `videos`."""
+        if self.kind == "dataset" and Path(name).suffix.lower() in layout.VIDEO_SUFFIXES:
+            return self.folder / "videos" / Path(name).name
+        return self.folder / name
+
 
 @dataclass(frozen=True)
 class RemoteFile:
@@ -92,7 +98,7 @@ def fetch(asset: Asset, *, dry_run: bool) -> dict[str, Any]:
             where=asset.url,
             fix="check the name and the revision",
         )
-    missing = [file for file in files if not _is_complete(asset.folder / file.name, file)]
+    missing = [file for file in files if not _is_complete(asset.path(file.name), file)]
     needed = sum(file.size for file in missing)
     total = sum(file.size for file in files)
     console.say(
@@ -118,8 +124,9 @@ def _remote_file(sibling: Any) -> RemoteFile:
 def _fetch_file(asset: Asset, file: RemoteFile, revision: str) -> None:
     from huggingface_hub import hf_hub_download
 
-    path = asset.folder / file.name
-    path.unlink(missing_ok=True)
+    path = asset.path(file.name)
+    arrival = asset.folder / file.name
+    arrival.unlink(missing_ok=True)
     with _hub_errors(asset), layout.disk_errors(path):
         hf_hub_download(
             asset.repo,
@@ -128,14 +135,17 @@ def _fetch_file(asset: Asset, file: RemoteFile, revision: str) -> None:
             revision=revision,
             local_dir=asset.folder,
         )
-    if not _is_complete(path, file):
-        path.unlink(missing_ok=True)
+    if not _is_complete(arrival, file):
+        arrival.unlink(missing_ok=True)
         raise UserError(
             "the hub sent other bytes than it announced; the file was removed",
             code=ExitCode.ASSET,
             where=str(path),
             fix="run the same command again",
         )
+    if arrival != path:
+        path.parent.mkdir(exist_ok=True)
+        arrival.rename(path)
 
 
 def _is_complete(path: Path, file: RemoteFile) -> bool:
@@ -191,23 +201,13 @@ def _hub_errors(asset: Asset) -> Iterator[None]:
         raise bad(f"cannot be reached: {type(error).__name__}", fix) from error
 
 
-# --- datasets -------------------------------------------------------------------------------------
-
-
-def dataset_ready(r: Recipe) -> int:
-    """The number of videos of the dataset, after putting a downloaded one into the layout.
+def count_videos(r: Recipe) -> int:
+    """The number of videos of the dataset.
 
     Raises:
         UserError: there is no video and nothing to fetch them from.
     """
-    root = Path(r.dataset_dir).absolute()
     dataset = Dataset.at(r.dataset_dir, r.videos_dir)
-    if r.dataset_repo and not dataset.videos.is_dir() and root.is_dir():
-        for folder in sorted(path for path in root.iterdir() if path.is_dir()):
-            if any(path.suffix.lower() in layout.VIDEO_SUFFIXES for path in folder.iterdir()):
-                folder.rename(root / "videos")
-                break
-        dataset = Dataset.at(r.dataset_dir, r.videos_dir)
     try:
         count = len(dataset.video_files())
     except UserError:

@@ -43,8 +43,8 @@ def download(
 
             world.write_dataset(root, EMBEDDED_CLIPS, seed=0)
     figures = {"assets": fetched, "dry_run": dry_run}
-    if not dry_run and r.dataset_dir:
-        figures["videos"] = hub.dataset_ready(r)
+    if not dry_run:
+        figures["videos"] = hub.count_videos(r)
         console.say(f"{figures['videos']} videos in {root}")
     console.emit(
         Result(str(root), [root], figures, command_line("prep", recipe, set_)), as_json=json_

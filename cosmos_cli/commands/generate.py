@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -169,5 +170,5 @@ def _result(jobs: list[Job], dry_run: bool) -> Result:
         "\n".join(str(job.path) for job in jobs),
         artifacts,
         {"videos": videos, "dry_run": dry_run},
-        "" if dry_run else f"open {jobs[0].path.with_suffix('.jpg')}",
+        "" if dry_run else f"xdg-open {shlex.quote(str(jobs[0].path))}",
     )

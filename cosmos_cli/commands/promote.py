@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -18,6 +20,9 @@ from cosmos_cli.commands.options import (
 from cosmos_cli.console import Result
 from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.layout import Run
+
+if TYPE_CHECKING:
+    from cosmos_cli.recipe import Recipe
 
 
 def promote(
@@ -46,17 +51,28 @@ def promote(
 
     manifest = model_promote.promote(r, number, weights, target)
     console.say(model_promote.change_table(manifest["relative_change"]))
-    prompt = (r.prompt or "A red ball moves left.").replace('"', "'")
     console.emit(
         Result(
             str(target),
             artifacts=[target / layout.MODEL_FILE],
             figures={key: manifest[key] for key in ("step", "weights", "sha256")},
-            next=f'cosmos generate --prompt "{prompt}"'
-            + ("" if r.checkpoints_dir == "checkpoints" else f" --model {target}"),
+            next=shlex.join(_generate_command(r, target)),
         ),
         as_json=json_,
     )
+
+
+def _generate_command(r: Recipe, target: Path) -> list[str]:
+    """A prompt like those it was trained on, and --model where generate would not look by itself."""
+    manifest = layout.Dataset.at(r.dataset_dir, r.videos_dir).manifest
+    captions = [
+        video["caption"]
+        for video in (layout.read_json(manifest)["videos"] if manifest.exists() else ())
+        if video["verdict"] == "used"
+    ]
+    prompt = captions[0] if captions else r.prompt or "A red ball moves left."
+    elsewhere = target.parent != Path("checkpoints").absolute()
+    return ["cosmos", "generate", "--prompt", prompt, *(["--model", str(target)] * elsewhere)]
 
 
 def choose_step(run: Run, step: str, weights: str) -> int:

@@ -41,6 +41,7 @@ def make_t5(folder: Path, seed: int) -> None:
     """Writes a T5 encoder of about a quarter of a million weights and its tokenizer."""
     folder.mkdir(parents=True, exist_ok=True)
     captions = [world.caption(world.sample_scene(i), i) for i in range(CAPTIONS)]
+    captions += [caption for _, caption in world.concept_scenes(12, seed=0)]
     tokenizer = word_tokenizer(captions)
     tokenizer.save_pretrained(folder)
     torch.manual_seed(seed)
@@ -148,7 +149,7 @@ def make_tokenizer(path: Path, device: str, options: argparse.Namespace) -> dict
     pool = draw_videos(range(options.clips), device)
     net = Tokenizer(TINY.tokenizer, TINY.sigma_data).to(device)
     optimizer = torch.optim.AdamW(net.parameters(), betas=(0.9, 0.99), weight_decay=1e-3)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1.5e-3, options.steps, pct_start=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-4, options.steps, pct_start=0.05)
     losses = []
     for step in range(options.steps):
         whole = step >= options.steps * 9 // 10
@@ -157,7 +158,7 @@ def make_tokenizer(path: Path, device: str, options: argparse.Namespace) -> dict
         video = torch.cat([cut(pool, count - noise, size), colour_noise(noise, size, device)])
         with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
             z = net.encode_raw(video)
-            decoded = net.decode_raw(z + 0.05 * torch.randn_like(z))
+            decoded = net.decode_raw(z + 0.03 * torch.randn_like(z))
         error = decoded.float() - video
         edges = sum(error.diff(dim=d).abs().mean() for d in (-1, -2))
         size_of_z = z.float().square().mean()
