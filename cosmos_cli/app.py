@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import signal
 import sys
 from types import FrameType
@@ -53,6 +54,9 @@ def main() -> None:
     signal.signal(signal.SIGINT, _interrupt)
     signal.signal(signal.SIGTERM, _interrupt)
     as_json = "--json" in sys.argv
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A file name that is no UTF-8 is printed as it is.
+        sys.stdout.reconfigure(errors="surrogateescape")
     try:
         app()
     except UserError as error:
@@ -70,7 +74,3 @@ def main() -> None:
         )
         console.emit(result, as_json=as_json)
         sys.exit(interruption.code)
-    except BrokenPipeError:
-        # The reader of stdout went away (`cosmos ... | head`); nothing is left to be said.
-        sys.stderr.close()
-        sys.exit(ExitCode.OK)

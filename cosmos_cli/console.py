@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -60,13 +61,21 @@ def emit(result: Result, *, as_json: bool) -> None:
             "artifacts": [str(path) for path in result.artifacts],
         }
         tail = {"error": result.error} if result.error else {}
-        print(json.dumps({**head, **result.figures, **tail, "next": result.next}), flush=True)
+        _print(json.dumps({**head, **result.figures, **tail, "next": result.next}))
     elif result.text:
-        print(result.text, flush=True)
+        _print(result.text)
     for line in result.error.splitlines():
         say(f"error: {line}")
     if result.next:
         say(f"next: {result.next}")
+
+
+def _print(text: str) -> None:
+    """Prints on stdout; that the reader went away (`| head`) is no failure of the command."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def failure(error: UserError) -> Result:
@@ -78,7 +87,7 @@ def failure(error: UserError) -> Result:
 def log_file(path: Path) -> Iterator[None]:
     """Appends what is said meanwhile to `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as stream:
+    with path.open("a", encoding="utf-8", errors="surrogateescape") as stream:
         _logs.append(stream)
         try:
             yield
@@ -169,7 +178,7 @@ def progress(label: str, total: int, unit: str, done: int = 0) -> Iterator[Progr
         yield counter
 
 
-def table(rows: list[tuple[str, ...]], header: tuple[str, ...]) -> str:
+def table(rows: Sequence[tuple[str, ...]], header: tuple[str, ...]) -> str:
     """Rows under a header, columns aligned by spaces."""
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
     lines = [

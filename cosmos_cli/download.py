@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from cosmos_cli import console, layout
 from cosmos_cli.errors import ExitCode, UserError
@@ -86,9 +86,11 @@ def fetch(asset: Asset, *, dry_run: bool) -> dict[str, Any]:
         info = HfApi().repo_info(
             asset.repo, repo_type=asset.kind, revision=asset.revision, files_metadata=True
         )
+    # Repositories of kernels, the third kind, have no siblings; ours are models and datasets.
+    siblings: list[Any] = getattr(info, "siblings", None) or []
     files = [
         _remote_file(sibling)
-        for sibling in info.siblings or ()
+        for sibling in siblings
         if any(fnmatch(sibling.rfilename, pattern) for pattern in asset.patterns)
     ]
     if not files:
@@ -177,7 +179,7 @@ def _hub_errors(asset: Asset) -> Iterator[None]:
     from huggingface_hub import errors
 
     # Of httpx or httpx2, whichever this version of the hub's library stands on.
-    transport_error = errors.HfHubHTTPError.__bases__[0]
+    transport_error = cast(type[Exception], errors.HfHubHTTPError.__bases__[0])
 
     def bad(what: str, fix: str) -> UserError:
         return UserError(what, code=ExitCode.ASSET, where=asset.url, fix=fix)

@@ -32,8 +32,15 @@ FIXED_KEYS = (
 )  # fmt: skip
 
 
+def under_launcher() -> bool:
+    """Whether torchrun or the like started this process as one rank of many."""
+    return {"RANK", "LOCAL_RANK", "WORLD_SIZE"} <= os.environ.keys()
+
+
 def world_size(r: Recipe) -> int:
-    """How many ranks this machine runs: the recipe's number, or one per GPU, or one on a CPU."""
+    """How many ranks train: the launcher's number, the recipe's, one per GPU, or one on a CPU."""
+    if under_launcher():
+        return int(os.environ["WORLD_SIZE"])
     if r.num_processes != "auto":
         return int(r.num_processes)
     return max(len(gpu_names()), 1)
@@ -86,7 +93,7 @@ def check_dataset(r: Recipe) -> list[dict[str, Any]]:
                 where=where,
                 fix="run cosmos prep again",
             )
-    present = {path.name: path.stat().st_size for path in dataset.video_files()}
+    present = {path.name: layout.size_of(path) for path in dataset.video_files()}
     listed = {video["file"]: video["bytes"] for video in manifest["videos"]}
     if changed := sorted(set(present.items()) ^ set(listed.items())):
         raise UserError(
@@ -203,6 +210,27 @@ def check_disk(r: Recipe, run: Run, start: int) -> None:
 # --- start, watch, stop ---------------------------------------------------------------------------
 
 
+def join(loaded: LoadedRecipe) -> dict[str, Any]:
+    """Runs this process as the rank that a launcher made it; the figures of the run's result.
+
+    Raises:
+        UserError: what ended this rank.
+        Interrupted: a signal ended the run after a clean save.
+    """
+    run = Run(loaded.recipe.run_dir.absolute())
+    rank = int(os.environ["RANK"])
+    if rank == 0:
+        run.checkpoints.mkdir(parents=True, exist_ok=True)
+        _prepare(loaded, run)
+    from cosmos_cli.model import train
+
+    code = train.run_rank(loaded.recipe)
+    if code:
+        failure = layout.read_json(run.rank_error(rank))
+        raise UserError(failure["error"], code=ExitCode(code), where=f"rank {rank}")
+    return _outcome(run) if rank == 0 else {}
+
+
 def start(loaded: LoadedRecipe, ranks: int) -> dict[str, Any]:
     """Runs the ranks to their end; the figures of the run's result.
 
@@ -212,10 +240,7 @@ def start(loaded: LoadedRecipe, ranks: int) -> dict[str, Any]:
     """
     run = Run(loaded.recipe.run_dir.absolute())
     with _locked(run):
-        _write_inputs(loaded, run)
-        run.result.unlink(missing_ok=True)
-        for stale in run.log.parent.glob("error*.json"):
-            stale.unlink()
+        _prepare(loaded, run)
         command = [
             sys.executable, "-m", "cosmos_cli.model.elastic", str(run.error),
             "--nproc-per-node", str(ranks), "-m", "cosmos_cli.model.train", str(run.resolved),
@@ -227,10 +252,7 @@ def start(loaded: LoadedRecipe, ranks: int) -> dict[str, Any]:
         )
         signal_seen = _watch(process)
     if run.result.exists():
-        result: dict[str, Any] = layout.read_json(run.result)
-        if result["exit_code"]:
-            raise Interrupted(ExitCode(result["exit_code"]))
-        return result
+        return _outcome(run)
     if signal_seen:
         raise Interrupted(signal_seen)
     failure = layout.read_json(run.error) if run.error.exists() else {}
@@ -239,6 +261,13 @@ def start(loaded: LoadedRecipe, ranks: int) -> dict[str, Any]:
         code=ExitCode(failure.get("exit_code", ExitCode.TRAINING)),
         where=str(failure.get("where", run.log)),
     )
+
+
+def _outcome(run: Run) -> dict[str, Any]:
+    result: dict[str, Any] = layout.read_json(run.result)
+    if result["exit_code"]:
+        raise Interrupted(ExitCode(result["exit_code"]))
+    return result
 
 
 def _watch(process: subprocess.Popen[bytes]) -> ExitCode | None:
@@ -308,10 +337,14 @@ def _locked(run: Run) -> Iterator[None]:
         yield
 
 
-def _write_inputs(loaded: LoadedRecipe, run: Run) -> None:
+def _prepare(loaded: LoadedRecipe, run: Run) -> None:
+    """Clears what an earlier start left and writes what the run is made from."""
     from cosmos_cli import recipe
 
     layout.remove_stale(run.checkpoints)
+    run.result.unlink(missing_ok=True)
+    for stale in run.log.parent.glob("error*.json"):
+        stale.unlink()
     if loaded.path is not None:
         layout.write_text(run.root / "recipe.yaml", loaded.path.read_text(encoding="utf-8"))
     layout.write_text(run.resolved, recipe.dump(loaded.recipe))

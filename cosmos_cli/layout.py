@@ -92,7 +92,8 @@ def sync_tree(folder: Path) -> None:
 def write_text(path: Path, text: str) -> None:
     """Writes UTF-8 text atomically."""
     with atomic_file(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        # File names need not be UTF-8; Python keeps what is not as surrogates.
+        temporary.write_text(text, encoding="utf-8", errors="surrogateescape")
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -107,7 +108,7 @@ def read_json(path: Path) -> Any:
         UserError: the file is missing or damaged.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8", errors="surrogateescape"))
     except FileNotFoundError as error:
         raise UserError("does not exist", code=ExitCode.ASSET, where=str(path)) from error
     except (ValueError, OSError) as error:
@@ -126,6 +127,14 @@ def remove_stale(folder: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
+
+
+def size_of(path: Path) -> int:
+    """Bytes of a file, 0 for what cannot be looked at, such as a broken link."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
 
 
 def sha256_file(path: Path) -> str:

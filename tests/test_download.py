@@ -7,6 +7,8 @@ from hub import serve
 from cosmos_cli import layout
 from cosmos_cli.model import video
 
+pytestmark = pytest.mark.workflow
+
 MODEL = ("models", "nvidia/Cosmos-Predict1-7B-Text2World")
 TOKENIZER = ("models", "nvidia/Cosmos-Tokenize1-CV8x8x8-720p")
 TEXT = ("models", "google-t5/t5-11b")

@@ -12,6 +12,8 @@ from conftest import Cosmos, settings
 from cosmos_cli import layout
 from cosmos_cli.model import video, weights
 
+pytestmark = pytest.mark.workflow
+
 QUICK = settings("num_steps=3", "guidance=2")
 
 

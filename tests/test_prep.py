@@ -12,6 +12,8 @@ from safetensors import safe_open
 
 from cosmos_cli.model import video
 
+pytestmark = pytest.mark.workflow
+
 PROMPT = "prompt=A video of a square."
 
 

@@ -2,6 +2,8 @@
 
 import json
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -9,6 +11,8 @@ import torch
 from conftest import Cosmos, settings
 
 from cosmos_cli.layout import Run
+
+pytestmark = pytest.mark.workflow
 
 FAST = (
     "global_batch_size=2",
@@ -73,6 +77,44 @@ def test_one_process_with_two_clips_equals_two_processes_with_one(cosmos):
     assert len(alone) == len(pair) == 4
     for row, other in zip(alone, pair, strict=True):
         assert row == pytest.approx(other, rel=1e-5)
+
+
+def test_under_a_launcher_the_command_is_one_rank(cosmos):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command = ["--nproc-per-node", "2", "-m", "cosmos_cli", "train", "tiny"]
+    pairs = ("micro_batch_size=1", "max_steps=4")
+    done = subprocess.run(
+        [*launcher, *command, *options("joined", *pairs)],
+        cwd=cosmos.cwd,
+        env=cosmos.environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    cosmos("train", "tiny", *options("own", "num_processes=2", *pairs))
+    assert losses(find_run(cosmos, "joined")) == losses(find_run(cosmos, "own"))
+
+
+def test_accumulated_gradients_equal_those_of_one_batch(cosmos):
+    for name, micro in (("accumulated", 1), ("at_once", 2)):
+        pairs = ("num_processes=1", f"micro_batch_size={micro}", "max_steps=3")
+        cosmos("train", "tiny", *options(name, *pairs))
+    accumulated, at_once = (losses(find_run(cosmos, n)) for n in ("accumulated", "at_once"))
+    for row, other in zip(accumulated, at_once, strict=True):
+        assert row == pytest.approx(other, rel=1e-5)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_every_zero_stage_trains_alike(cosmos, stage):
+    pairs = ("num_processes=2", "micro_batch_size=1", "max_steps=3")
+    cosmos("train", "tiny", *options(f"stage{stage}", *pairs, f"zero_stage={stage}"))
+    cosmos("train", "tiny", *options("stage3", *pairs))
+    stages = losses(find_run(cosmos, f"stage{stage}")), losses(find_run(cosmos, "stage3"))
+    for row, other in zip(*stages, strict=True):
+        # Stage 0 does not tell the norm of the gradient, the last figure of a row.
+        assert row[:3] == pytest.approx(other[:3], rel=1e-4)
+        assert (row[3] is None) if stage == 0 else row[3] == pytest.approx(other[3], rel=1e-4)
 
 
 def test_training_lowers_the_error_and_changes_every_group_of_weights(cosmos):

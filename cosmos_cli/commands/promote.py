@@ -63,7 +63,7 @@ def promote(
 
 
 def _generate_command(r: Recipe, target: Path) -> list[str]:
-    """A prompt like those it was trained on, and --model where generate would not look by itself."""
+    """A prompt like those of the training, and --model where generate would not look by itself."""
     manifest = layout.Dataset.at(r.dataset_dir, r.videos_dir).manifest
     captions = [
         video["caption"]

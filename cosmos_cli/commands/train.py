@@ -45,6 +45,8 @@ def train(
         figures["step"] = start
     elif dry_run:
         following = command_line("train", recipe, set_)
+    elif launch.under_launcher():
+        figures |= launch.join(loaded)
     else:
         figures |= launch.start(loaded, ranks)
     artifacts = [run.root] if run.root.exists() else []

@@ -102,8 +102,10 @@ def save(
             building.rename(final)
             layout.sync(run.checkpoints)
         for old in run.resumable_steps()[:-keep_last]:
-            if old != step:
-                shutil.rmtree(run.resume_state(old))
+            # Out of sight first: a half-removed folder must not look complete.
+            leaving = building.with_name(f".{run.resume_state(old).name}.tmp")
+            run.resume_state(old).rename(leaving)
+            shutil.rmtree(leaving)
     dist.barrier()
 
 

@@ -75,7 +75,7 @@ def prepare(r: Recipe, device: str) -> dict[str, Any]:
 
     _write_captions(dataset, sources)
     _write_embeddings(r, dataset, sources, before, device)
-    hashes = {source.path.name: layout.sha256_file(source.path) for source in sources}
+    hashes = {s.path.name: "" if s.reason else layout.sha256_file(s.path) for s in sources}
     clips = _write_latents(r, dataset, sources, hashes, device)
     require_usable(r, dataset, sources)
 
@@ -104,6 +104,8 @@ def inspect(r: Recipe, dataset: Dataset, before: dict[str, Any]) -> list[Source]
             first = stems.setdefault(source.stem, source.path)
             if first is not source.path:
                 source.reject(f"shares its name with {first.name}; rename one")
+            elif not source.path.is_file():
+                source.reject("not a file")
             else:
                 _inspect_one(r, source)
                 _caption(r, dataset, source, before)
@@ -212,7 +214,7 @@ def _row(source: Source, digest: str) -> dict[str, Any]:
     del facts["begin"]
     return {
         "file": source.path.name,
-        "bytes": source.path.stat().st_size,
+        "bytes": layout.size_of(source.path),
         "sha256": digest,
         "verdict": "rejected" if source.reason else "used",
         "reason": source.reason,

@@ -88,7 +88,7 @@ def train(r: Recipe, device: torch.device) -> dict[str, Any]:
             row = {
                 "step": done,
                 **stats.row(),
-                "grad_norm": float(engine.get_global_grad_norm() or 0.0),
+                "grad_norm": grad_norm(engine),
                 "learning_rate": learning_rate(r, step),
                 "seconds": round(time.monotonic() - began, 4),
             }
@@ -132,6 +132,12 @@ def build_engine(r: Recipe, share: data.Share, device: torch.device) -> Any:
     )
     engine, *_ = deepspeed.initialize(model=module, config=config, optimizer=optimizer)
     return engine
+
+
+def grad_norm(engine: Any) -> float | None:
+    """Global norm of the gradient before clipping; ZeRO stage 0 does not tell it."""
+    norm = engine.get_global_grad_norm()
+    return None if norm is None else float(norm)
 
 
 class Stats:
@@ -241,11 +247,10 @@ def _request_stop(number: int, _frame: FrameType | None) -> None:
     _stop_code = int(ExitCode.SIGTERM if number == signal.SIGTERM else ExitCode.SIGINT)
 
 
-def main(resolved: Path) -> int:
-    """Runs one rank; the exit code of its process. The first failure is left in the run's log."""
+def run_rank(r: Recipe) -> int:
+    """Runs one rank; the exit code of its process. A failure is left in the run's log."""
     signal.signal(signal.SIGINT, _request_stop)
     signal.signal(signal.SIGTERM, _request_stop)
-    r = recipe.load(str(resolved)).recipe
     run = Run(r.run_dir.absolute())
     rank = int(os.environ["RANK"])
     sys.excepthook = lambda kind, error, trace: _report(
@@ -294,4 +299,4 @@ def _report(run: Run, rank: int, code: ExitCode, message: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1])))
+    sys.exit(run_rank(recipe.load(sys.argv[1]).recipe))

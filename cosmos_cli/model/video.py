@@ -211,7 +211,7 @@ def to_uint8(video: Tensor) -> Tensor:
     return ((video.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
-def write_mp4(path: Path, video_CTHW: Tensor, fps: float, crf: int) -> None:
+def write_mp4(path: Path, video_CTHW: Tensor, fps: float, crf: float) -> None:
     """Writes H.264 yuv420p in an mp4 container, whatever the suffix of `path`; same bytes each run.
 
     Raises:
