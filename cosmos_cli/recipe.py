@@ -485,7 +485,7 @@ def _oddities(recipe: Recipe) -> Iterator[str]:
     if recipe.log_every_steps > recipe.max_steps:
         yield (
             f"log_every_steps {recipe.log_every_steps} is above max_steps {recipe.max_steps}: "
-            "no metrics are written"
+            "only the last step's are written"
         )
     if recipe.keep_last == 1:
         yield "keep_last 1 keeps one resume state: there is none to fall back on"

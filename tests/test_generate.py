@@ -31,7 +31,7 @@ def test_a_prompt_becomes_an_mp4_with_sidecar_text_and_contact_sheet(cosmos):
     result = generate(cosmos, "--prompt", "A red [bold]ball[/bold] moves left.")
     (path,) = result["artifacts"]
     info = video.probe(path)
-    assert (info.frames, info.fps, info.height, info.width) == (9, 12.0, 64, 96)
+    assert (info.frames, info.fps, info.height, info.width) == (9, 16.0, 64, 96)
     about = json.loads(path.with_suffix(".json").read_text())
     assert about["mp4_sha256"] == layout.sha256_file(path)
     assert about["seed"] == 1

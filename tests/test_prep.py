@@ -55,7 +55,7 @@ def test_good_videos_are_used_and_each_bad_one_is_named_with_its_reason(mixed):
     found = verdicts(result)
     good = {"landscape.mp4", "portrait ünï.mp4", "odd rate.mp4", "whole.mp4"}
     assert {name for name, (verdict, _) in found.items() if verdict == "used"} == good
-    assert "5 frames" in found["short.mp4"][1]
+    assert "from 5 at 12" in found["short.mp4"][1]
     assert "truncated" in found["truncated.mp4"][1]
     assert "not a video" in found["text.mp4"][1]
     assert "empty" in found["empty.mp4"][1]
@@ -75,7 +75,8 @@ def test_artifacts_have_the_documented_formats(mixed):
     clip = next(c for c in manifest["clips"] if c["video"] == "whole.mp4")
     with safe_open(dataset / clip["latent"], framework="pt") as stream:
         assert tuple(stream.get_tensor("latent").shape) == (16, 2, 8, 12)
-    assert len([c for c in manifest["clips"] if c["video"] == "whole.mp4"]) == 60 // 9
+    # 60 frames at 12 fps are 80 at the 16 of the recipe.
+    assert len([c for c in manifest["clips"] if c["video"] == "whole.mp4"]) == 80 // 9
 
 
 def test_strict_recipe_refuses_a_folder_with_a_bad_video(mixed):

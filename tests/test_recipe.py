@@ -216,7 +216,7 @@ def test_traps_of_yaml_1_1_are_gone(file: Path) -> None:
         ("num_frames: 57", "num_frames 57 is not the 121 that"),
         ("clip_stride_frames: 1", "clips overlap by 120 frames"),
         ("save_every_steps: 1001", "an interrupted run starts again"),
-        ("log_every_steps: 1001", "no metrics are written"),
+        ("log_every_steps: 1001", "only the last step's"),
         ("keep_last: 1", "none to fall back on"),
         ("dataset_revision: main", "dataset_revision has no effect without dataset_repo"),
         ("dataset_include: '*.mp4'", "dataset_include has no effect without dataset_repo"),

@@ -151,7 +151,7 @@ TINY = ModelSpec(
     num_frames=25,
     height=96,
     width=160,
-    fps=12.0,
+    fps=16.0,
     sizes=((96, 160),),
     embedded=True,
 )

@@ -54,7 +54,7 @@ MARKED = ("grid", "floor")
 CAMERAS = {"static": "", "pan": "The camera pans right.", "push": "The camera pushes in."}
 LIGHTS = {"day": (1.0, ""), "dim": (0.7, "The light is dim.")}
 
-DURATION = 2.0
+DURATION = 1.5
 TRAVEL_X, TRAVEL_Y, ORBIT = 0.7, 0.4, 0.19
 PAN, PUSH = 0.1, 0.12
 
@@ -437,7 +437,7 @@ def _templates() -> Tensor:
     """Outlines of every shape at 24 angles, (shapes * 24, cells * cells)."""
     outlines = []
     for shape in SHAPES:
-        turning = render(Scene(Thing(shape, "red", 0.35), "rotate"), 24, 192, 192, 12.0)
+        turning = render(Scene(Thing(shape, "red", 0.35), "rotate"), 24, 192, 192, 16.0)
         mask = (_nearest_colour(turning) == 0).float()
         outlines.append(_outlines(mask, _track(mask)))
     return torch.cat(outlines)
@@ -473,8 +473,8 @@ def _motion(track_T3: Tensor, turns: bool) -> str:
 
 # --- dataset --------------------------------------------------------------------------------------
 
-# Frames, height, width, fps: all two seconds, some as other cameras would have them.
-TAKES = ((25, 96, 160, 12.0), (49, 128, 208, 24.0), (25, 96, 160, 12.0), (61, 120, 160, 30.0))
+# Frames, height, width, fps: all a second and a half, some as other cameras would have them.
+TAKES = ((25, 96, 160, 16.0), (37, 128, 208, 24.0), (25, 96, 160, 16.0), (46, 120, 160, 30.0))
 DATASET_CRF = 12
 
 

@@ -8,7 +8,7 @@ import torch
 from cosmos_cli.model import video, world
 from cosmos_cli.model.world import Scene, Thing
 
-SIZE = (25, 96, 160, 12.0)
+SIZE = (25, 96, 160, 16.0)
 
 
 def measured(count: int):
@@ -51,7 +51,7 @@ def test_the_measurement_survives_compression_and_noise(tmp_path):
     scenes = [world.sample_scene(i) for i in range(16)]
     readings = []
     for scene in scenes:
-        video.write_mp4(tmp_path / "a.mp4", world.render(scene, *SIZE), 12.0, 28)
+        video.write_mp4(tmp_path / "a.mp4", world.render(scene, *SIZE), 16.0, 28)
         read = video.read_frames(tmp_path / "a.mp4", range(25)).float()
         noise = torch.randn(read.shape, generator=torch.Generator().manual_seed(0))
         readings.append(world.measure((read + 8 * noise).clamp(0, 255).byte()))
@@ -136,22 +136,22 @@ def test_a_caption_names_what_is_seen_in_several_phrasings():
 
 def test_a_batch_is_its_scenes_rendered_alone():
     scenes = [world.sample_scene(i) for i in range(12)]
-    batch = world.render_batch(scenes, 9, 64, 96, 12.0, "cpu")
+    batch = world.render_batch(scenes, 9, 64, 96, 16.0, "cpu")
     assert batch.shape == (12, 3, 9, 64, 96) and batch.dtype == torch.uint8
     for scene, clip in zip(scenes, batch, strict=True):
-        alone = world.render(scene, 9, 64, 96, 12.0)
+        alone = world.render(scene, 9, 64, 96, 16.0)
         assert (alone.int() - clip.int()).abs().max() <= 1
 
 
 def test_twice_the_rate_shows_the_same_motion_twice_as_often():
     scene = world.sample_scene(5)
-    slow, fast = world.render(scene, 25, 96, 160, 12.0), world.render(scene, 49, 96, 160, 24.0)
+    slow, fast = world.render(scene, 25, 96, 160, 16.0), world.render(scene, 49, 96, 160, 32.0)
     assert (fast[:, ::2].int() - slow.int()).abs().max() <= 1
 
 
 @pytest.mark.parametrize("shape", world.SHAPES)
 def test_edges_are_antialiased_and_shapes_fill_their_radius(shape):
-    clip = world.render(Scene(Thing(shape, "red", 0.3), "still", "light"), 1, 160, 160, 12.0)[:, 0]
+    clip = world.render(Scene(Thing(shape, "red", 0.3), "still", "light"), 1, 160, 160, 16.0)[:, 0]
     background = clip[:, 0, 0]
     changed = (clip != background[:, None, None]).any(0)
     rows, columns = changed.nonzero().T
@@ -181,7 +181,7 @@ def test_the_dataset_is_complete_deterministic_and_kept(tmp_path):
     sizes = collections.Counter((i.frames, i.height, i.width, i.fps) for i in found)
     assert sizes == collections.Counter(world.TAKES)
     for info in found:
-        assert video.frames_at_policy(info, "resample", 12.0) == 25
+        assert video.frames_at_policy(info, "resample", 16.0) == 25
     metas = sorted((tmp_path / "a" / "metas").iterdir())
     assert [meta.stem for meta in metas] == [path.stem for path in paths]
     assert all("sks teal robot" in meta.read_text() for meta in metas)
