@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from cosmos_cli.errors import ExitCode, UserError
+from cosmos_cli.layout import disk_errors
 
 PLAIN_SECONDS = 5.0
 SCHEMA_VERSION = 1
@@ -86,18 +88,23 @@ def failure(error: UserError) -> Result:
 @contextmanager
 def log_file(path: Path) -> Iterator[None]:
     """Appends what is said meanwhile to `path`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8", errors="surrogateescape") as stream:
-        _logs.append(stream)
-        try:
-            yield
-        finally:
-            _logs.remove(stream)
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        stream = path.open("a", encoding="utf-8", errors="surrogateescape")
+    _logs.append(stream)
+    try:
+        yield
+    finally:
+        _logs.remove(stream)
+        with contextlib.suppress(OSError):
+            stream.close()
 
 
 def _log(message: str) -> None:
-    for stream in () if _muted else _logs:
-        print(time.strftime("%Y-%m-%d %H:%M:%S"), message, file=stream, flush=True)
+    # A log that cannot be written, say on a full disk, must not hide what it would have said.
+    with contextlib.suppress(OSError):
+        for stream in () if _muted else _logs:
+            print(time.strftime("%Y-%m-%d %H:%M:%S"), message, file=stream, flush=True)
 
 
 def duration(seconds: float) -> str:
@@ -132,26 +139,24 @@ class Progress:
         """Counts `count` more; `note` is shown behind the rate."""
         self.done += count
         if self.bar is not None:
-            self.bar.update(self.bar.task_ids[0], completed=self.done, note=note)
+            shown = ", ".join(filter(None, [note, self.rate()]))
+            self.bar.update(self.bar.task_ids[0], completed=self.done, note=shown)
         if time.monotonic() - self.printed >= PLAIN_SECONDS:
             self.printed = time.monotonic()
             (say if self.bar is None else _log)(self.line(note))
 
     def line(self, note: str = "") -> str:
         """Where it stands, as one line with rate and time left."""
-        rate = (self.done - self.first) / max(time.monotonic() - self.started, 1e-9)
-        left = duration((self.total - self.done) / rate) if rate else "?"
-        return ", ".join(
-            filter(
-                None,
-                [
-                    f"{self.label} {self.done}/{self.total} {self.unit}",
-                    note,
-                    f"{rate:.2f} {self.unit}/s",
-                    f"{left} left",
-                ],
-            )
-        )
+        spent = time.monotonic() - self.started
+        counted = self.done - self.first
+        left = duration((self.total - self.done) / counted * spent) if counted else "?"
+        head = f"{self.label} {self.done}/{self.total} {self.unit}"
+        return ", ".join(filter(None, [head, note, self.rate(), f"{left} left"]))
+
+    def rate(self) -> str:
+        """How fast it goes, e.g. 1.25 clips/s."""
+        spent = max(time.monotonic() - self.started, 1e-9)
+        return f"{(self.done - self.first) / spent:.2f} {self.unit}/s"
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from cosmos_cli import __version__, console, layout
+from cosmos_cli import __version__, console, layout, mailbox
 from cosmos_cli.errors import ExitCode, Interrupted, UserError
 from cosmos_cli.layout import Dataset, Run
 
@@ -220,14 +220,10 @@ def join(loaded: LoadedRecipe) -> dict[str, Any]:
     run = Run(loaded.recipe.run_dir.absolute())
     rank = int(os.environ["RANK"])
     if rank == 0:
-        run.checkpoints.mkdir(parents=True, exist_ok=True)
         _prepare(loaded, run)
     from cosmos_cli.model import train
 
-    code = train.run_rank(loaded.recipe)
-    if code:
-        failure = layout.read_json(run.rank_error(rank))
-        raise UserError(failure["error"], code=ExitCode(code), where=f"rank {rank}")
+    train.run_rank(loaded.recipe)
     return _outcome(run) if rank == 0 else {}
 
 
@@ -239,28 +235,47 @@ def start(loaded: LoadedRecipe, ranks: int) -> dict[str, Any]:
         Interrupted: a signal ended the run after a clean save.
     """
     run = Run(loaded.recipe.run_dir.absolute())
+    box = mailbox.Mailbox()
     with _locked(run):
         _prepare(loaded, run)
         command = [
-            sys.executable, "-m", "cosmos_cli.model.elastic", str(run.error),
+            sys.executable, "-m", "cosmos_cli.model.elastic",
             "--nproc-per-node", str(ranks), "-m", "cosmos_cli.model.train", str(run.resolved),
         ]  # fmt: skip
         # A session of its own: Ctrl-C reaches us alone and is passed on to the ranks, not to
         # torchrun, which would kill them half a minute later, in the middle of a save.
         process = subprocess.Popen(
-            command, env=_environment(ranks), stdout=sys.stderr, start_new_session=True
+            command,
+            env={**_environment(ranks), mailbox.ADDRESS: box.address},
+            stdout=sys.stderr,
+            start_new_session=True,
         )
         signal_seen = _watch(process)
     if run.result.exists():
         return _outcome(run)
     if signal_seen:
         raise Interrupted(signal_seen)
-    failure = layout.read_json(run.error) if run.error.exists() else {}
-    raise UserError(
-        failure.get("error", f"the launcher ended with code {process.returncode}"),
-        code=ExitCode(failure.get("exit_code", ExitCode.TRAINING)),
-        where=str(failure.get("where", run.log)),
-    )
+    raise _failure(box.read(), process.returncode)
+
+
+def _failure(messages: list[dict[str, Any]], launcher_code: int) -> UserError:
+    """The failure of the rank that failed first."""
+    verdict = next((m for m in messages if "first" in m), {"first": 0, "process_code": None})
+    rank, process_code = verdict["first"], verdict["process_code"]
+    own = next((m for m in messages if m.get("rank") == rank), {})
+    if "error" in own:
+        return UserError(own["error"], code=ExitCode(own["code"]), where=f"rank {rank}")
+    if "traceback" in own:
+        print(own["traceback"], file=sys.stderr)
+        what, code = "failed; its traceback stands above", ExitCode.BUG
+    elif process_code is None:
+        what, code = f"the launcher ended with code {launcher_code}", ExitCode.TRAINING
+    elif process_code == -signal.SIGKILL:
+        what = "was killed; if nobody did it, host memory ran out (see dmesg); start it again"
+        code = ExitCode.TRAINING
+    else:
+        what, code = f"ended with code {process_code}; start it again", ExitCode.TRAINING
+    return UserError(what, code=code, where=f"rank {rank}")
 
 
 def _outcome(run: Run) -> dict[str, Any]:
@@ -307,8 +322,6 @@ def _environment(ranks: int) -> dict[str, str]:
         "TOKENIZERS_PARALLELISM": "false",
         "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
         "PYTHONUNBUFFERED": "1",
-        # torchrun's own log: what it says of a failure, elastic.py says in one line.
-        "LOGLEVEL": "CRITICAL",
     }
     if not gpu_names():
         # Without it DeepSpeed guesses, and prints the guess on stdout.
@@ -341,10 +354,9 @@ def _prepare(loaded: LoadedRecipe, run: Run) -> None:
     """Clears what an earlier start left and writes what the run is made from."""
     from cosmos_cli import recipe
 
+    run.checkpoints.mkdir(parents=True, exist_ok=True)
     layout.remove_stale(run.checkpoints)
     run.result.unlink(missing_ok=True)
-    for stale in run.log.parent.glob("error*.json"):
-        stale.unlink()
     if loaded.path is not None:
         layout.write_text(run.root / "recipe.yaml", loaded.path.read_text(encoding="utf-8"))
     layout.write_text(run.resolved, recipe.dump(loaded.recipe))

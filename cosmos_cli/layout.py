@@ -258,15 +258,6 @@ class Run:
         """The recipe with every value filled in."""
         return self.root / "resolved.yaml"
 
-    @property
-    def error(self) -> Path:
-        """The failure that ended the run, for the process that started the ranks."""
-        return self.root / "log" / "error.json"
-
-    def rank_error(self, rank: int) -> Path:
-        """The failure that one rank reported."""
-        return self.root / "log" / f"error.{rank}.json"
-
     def model(self, step: int, weights: str) -> Path:
         """The model file of a save; `weights` is reg or ema."""
         return self.checkpoints / f"iter_{step:09d}_{weights}_model.pt"

@@ -89,8 +89,12 @@ def save(
     if dist.get_rank() == 0:
         shutil.rmtree(building, ignore_errors=True)
     dist.barrier()
-    with layout.disk_errors(final):
-        engine.save_checkpoint(str(building), tag=SHARDS, save_latest=False)
+    try:
+        with weights.writing(final):
+            engine.save_checkpoint(str(building), tag=SHARDS, save_latest=False)
+    except UserError:
+        shutil.rmtree(building, ignore_errors=True)
+        raise
     dist.barrier()
     files = _hash_files(building)
     if dist.get_rank() == 0:

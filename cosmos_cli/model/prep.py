@@ -357,7 +357,7 @@ def _encode(
     parameter = next(tokenizer.parameters())
     x0 = tokenizer.encode(video.to_model(pixels)[None].to(parameter))[0]
     about = {"key": key, "fps": repr(clip.fps), "video": source.path.name, "caption": source.stem}
-    with layout.atomic_file(path) as temporary:
+    with weights.writing(path), layout.atomic_file(path) as temporary:
         save_file({"latent": x0.to("cpu", torch.bfloat16).contiguous()}, temporary, metadata=about)
 
 

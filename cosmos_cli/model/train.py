@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from cosmos_cli import console, layout, recipe
+from cosmos_cli import console, layout, mailbox, recipe
 from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.layout import Dataset, Run
 from cosmos_cli.model import checkpoint, data, edm, weights
@@ -247,32 +247,30 @@ def _request_stop(number: int, _frame: FrameType | None) -> None:
     _stop_code = int(ExitCode.SIGTERM if number == signal.SIGTERM else ExitCode.SIGINT)
 
 
-def run_rank(r: Recipe) -> int:
-    """Runs one rank; the exit code of its process. A failure is left in the run's log."""
+def run_rank(r: Recipe) -> None:
+    """Trains as one rank of the world that the environment describes.
+
+    Raises:
+        UserError: what ended the run on this rank.
+    """
     signal.signal(signal.SIGINT, _request_stop)
     signal.signal(signal.SIGTERM, _request_stop)
     run = Run(r.run_dir.absolute())
-    rank = int(os.environ["RANK"])
-    sys.excepthook = lambda kind, error, trace: _report(
-        run, rank, ExitCode.BUG, "".join(traceback.format_exception(kind, error, trace))
-    )
+    device = _join_world()
+    if dist.get_rank():
+        console.mute()
     try:
-        device = _join_world()
-        if rank:
-            console.mute()
         with console.log_file(run.log):
             outcome = train(r, device)
-        if rank == 0:
-            layout.write_json(run.result, outcome)
-    except UserError as error:
-        _report(run, rank, error.code, str(error))
-        return int(error.code)
     except torch.cuda.OutOfMemoryError as error:
-        fix = "use more GPUs, activation_checkpointing: all, or fewer frames"
-        _report(run, rank, ExitCode.GPU_MEMORY, f"out of GPU memory: {error}; {fix}")
-        return int(ExitCode.GPU_MEMORY)
+        raise UserError(
+            f"out of GPU memory: {error}",
+            code=ExitCode.GPU_MEMORY,
+            fix="use more GPUs, activation_checkpointing: all, or fewer frames",
+        ) from error
+    if dist.get_rank() == 0:
+        layout.write_json(run.result, outcome)
     dist.destroy_process_group()
-    return 0
 
 
 def _join_world() -> torch.device:
@@ -294,9 +292,22 @@ def _join_world() -> torch.device:
     return torch.device("cpu")
 
 
-def _report(run: Run, rank: int, code: ExitCode, message: str) -> None:
-    layout.write_json(run.rank_error(rank), {"exit_code": int(code), "error": message})
+def main(resolved: str) -> int:
+    """Runs one rank that torchrun started; the exit code of its process."""
+    rank = int(os.environ["RANK"])
+
+    def post_bug(kind: Any, error: BaseException, trace: Any) -> None:
+        text = "".join(traceback.format_exception(kind, error, trace))
+        mailbox.post({"rank": rank, "traceback": text[-mailbox.MAX_CHARACTERS :]})
+
+    sys.excepthook = post_bug
+    try:
+        run_rank(recipe.load(resolved).recipe)
+    except UserError as error:
+        mailbox.post({"rank": rank, "code": int(error.code), "error": str(error)})
+        return int(error.code)
+    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(run_rank(recipe.load(sys.argv[1]).recipe))
+    sys.exit(main(sys.argv[1]))

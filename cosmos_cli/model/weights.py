@@ -84,6 +84,9 @@ _STORAGES = {
 }
 _DIFFUSERS_FILE = "diffusion_pytorch_model.safetensors"
 
+# How torch's zip writer and safetensors word a failed write.
+_WRITE_FAILED = re.compile(r"PytorchStreamWriter|inline_container|I/O error|IoError|os error")
+
 # Reading damaged or hostile pickles may raise almost anything, says Python's documentation.
 _DAMAGE = (
     *(RuntimeError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError),
@@ -123,7 +126,7 @@ def save_dit(path: Path, state: Mapping[str, Tensor], format: Literal["pt", "saf
     tables = [state[f"net.pos_embedder.{axis}"] for axis in "thw"]
     seq = torch.arange(max(map(len, tables)), dtype=tables[0].dtype)
     # Through a stream, for torch writes a path's name into the file, and ours is a temporary one.
-    with layout.atomic_file(path) as temporary, temporary.open("wb") as stream:
+    with writing(path), layout.atomic_file(path) as temporary, temporary.open("wb") as stream:
         torch.save({**released, "net.pos_embedder.seq": seq}, stream)
 
 
@@ -344,8 +347,25 @@ def _read_safetensors(path: Path) -> State:
         return load_file(path)
 
 
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turns what torch and safetensors say of a disk that refuses into a line that names `path`."""
+    with layout.disk_errors(path):
+        try:
+            yield
+        except (RuntimeError, SafetensorError) as error:
+            if not _WRITE_FAILED.search(str(error)):
+                raise
+            raise UserError(
+                "cannot be written, the disk is full or broken",
+                code=ExitCode.ASSET,
+                where=str(path),
+                fix="free some space or choose another folder",
+            ) from error
+
+
 def _write_safetensors(path: Path, state: Mapping[str, Tensor]) -> None:
-    with layout.atomic_file(path) as temporary:
+    with writing(path), layout.atomic_file(path) as temporary:
         save_file({key: value.contiguous() for key, value in state.items()}, temporary)
 
 
