@@ -70,7 +70,13 @@ def main() -> None:
         raise
     except Interrupted as interruption:
         result = console.Result(
-            code=interruption.code, error="interrupted; the same command goes on where it stopped"
+            artifacts=list(interruption.artifacts),
+            code=interruption.code,
+            error="interrupted; the same command goes on where it stopped",
         )
         console.emit(result, as_json=as_json)
         sys.exit(interruption.code)
+    except Exception as bug:
+        if as_json:
+            console.emit(console.Result(code=ExitCode.BUG, error=repr(bug)), as_json=True)
+        raise

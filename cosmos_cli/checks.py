@@ -246,6 +246,8 @@ class Outcome:
 def _run_probes(*, on_gpu: bool) -> dict[str, Outcome]:
     """The outcome of every probe; they run side by side."""
     environment = {**os.environ, "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+    # Nothing in the working directory may pass for a package.
+    environment["PYTHONSAFEPATH"] = "1"
     environment.setdefault("OMP_NUM_THREADS", "1")
     if not on_gpu:
         # Without it DeepSpeed guesses, and prints the guess on stdout.
@@ -418,7 +420,7 @@ def _disk(r: Recipe) -> Check:
         launch.check_disk(r, run, (run.resumable_steps() or [0])[-1])
     except UserError as error:
         return Check("free disk", "fail", f"{error.what} at {error.where}", error.fix)
-    free = shutil.disk_usage(_nearest_existing(run.root)).free
+    free = layout.free_bytes(run.root)
     return Check("free disk", "ok", f"{console.size(free)} for {run.root}")
 
 
@@ -453,15 +455,13 @@ def _open_files() -> Check:
 def _writable(key: str, folder: str) -> Check:
     path = Path(folder).absolute()
     try:
-        with tempfile.TemporaryFile(dir=_nearest_existing(path)):
+        with tempfile.TemporaryFile(dir=layout.nearest_existing(path)):
             return Check(key, "ok", f"{path} can be written")
+    except UserError as error:
+        return Check(key, "fail", str(error), f"make it writable, or set {key}")
     except OSError as error:
         found = f"{path}: {os.strerror(error.errno or 0)}"
         return Check(key, "fail", found, f"make it writable, or set {key}")
-
-
-def _nearest_existing(path: Path) -> Path:
-    return next(parent for parent in [path, *path.parents] if parent.exists())
 
 
 def _clock() -> Check:

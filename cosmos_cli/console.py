@@ -55,6 +55,8 @@ def warn(message: str) -> None:
 
 def emit(result: Result, *, as_json: bool) -> None:
     """Prints the result on stdout; errors and the next command go to stderr."""
+    if _muted:
+        return
     if as_json:
         head = {
             "schema_version": SCHEMA_VERSION,
@@ -82,7 +84,7 @@ def _print(text: str) -> None:
 
 def failure(error: UserError) -> Result:
     """The result of a command that a UserError ended."""
-    return Result(code=error.code, error=str(error))
+    return Result(artifacts=list(error.artifacts), code=error.code, error=str(error))
 
 
 @contextmanager

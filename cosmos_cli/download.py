@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -100,6 +100,14 @@ def fetch(asset: Asset, *, dry_run: bool) -> dict[str, Any]:
             where=asset.url,
             fix="check the name and the revision",
         )
+    placed = Counter(asset.path(file.name) for file in files)
+    if twice := [path.name for path, count in placed.items() if count > 1]:
+        raise UserError(
+            f"has several files named {twice[0]}, and videos lie in one folder",
+            code=ExitCode.ASSET,
+            where=asset.url,
+            fix="choose some of them with dataset_include",
+        )
     missing = [file for file in files if not _is_complete(asset.path(file.name), file)]
     needed = sum(file.size for file in missing)
     total = sum(file.size for file in files)
@@ -108,7 +116,12 @@ def fetch(asset: Asset, *, dry_run: bool) -> dict[str, Any]:
         f"{console.size(needed)} to fetch into {asset.folder}"
     )
     if not dry_run:
-        _require_disk(asset.folder, needed)
+        layout.require_free(
+            asset.folder,
+            needed,
+            f"{len(missing)} files",
+            "free some space, or set checkpoints_dir or dataset_dir",
+        )
         with console.progress(asset.repo, len(missing), "files") as bar:
             for file in missing:
                 _fetch_file(asset, file, str(info.sha))
@@ -128,8 +141,8 @@ def _fetch_file(asset: Asset, file: RemoteFile, revision: str) -> None:
 
     path = asset.path(file.name)
     arrival = asset.folder / file.name
-    arrival.unlink(missing_ok=True)
     with _hub_errors(asset), layout.disk_errors(path):
+        arrival.unlink(missing_ok=True)
         hf_hub_download(
             asset.repo,
             file.name,
@@ -145,8 +158,8 @@ def _fetch_file(asset: Asset, file: RemoteFile, revision: str) -> None:
             where=str(path),
             fix="run the same command again",
         )
-    if arrival != path:
-        path.parent.mkdir(exist_ok=True)
+    with layout.disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
         arrival.rename(path)
 
 
@@ -159,18 +172,6 @@ def _is_complete(path: Path, file: RemoteFile) -> bool:
     content = path.read_bytes()
     header = f"blob {len(content)}\0".encode()
     return hashlib.sha1(header + content, usedforsecurity=False).hexdigest() == file.digest
-
-
-def _require_disk(folder: Path, needed: int) -> None:
-    existing = next(path for path in [folder, *folder.parents] if path.exists())
-    free = shutil.disk_usage(existing).free
-    if free < needed:
-        raise UserError(
-            f"{console.size(needed)} to fetch, {console.size(free)} free",
-            code=ExitCode.ASSET,
-            where=str(existing),
-            fix="free some space, or set checkpoints_dir or dataset_dir",
-        )
 
 
 @contextmanager
@@ -196,6 +197,8 @@ def _hub_errors(asset: Asset) -> Iterator[None]:
         raise bad("has no such revision", "check dataset_revision") from error
     except errors.EntryNotFoundError as error:
         raise bad(f"has no such file: {error}", "check the revision") from error
+    except errors.HFValidationError as error:
+        raise bad("is no name of a repository", "check dataset_repo") from error
     except errors.HfHubHTTPError as error:
         raise bad(f"the hub answered: {error}", "try again later") from error
     except (transport_error, errors.OfflineModeIsEnabled, ConnectionError) as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from enum import IntEnum
+from pathlib import Path
 
 
 class ExitCode(IntEnum):
@@ -47,6 +48,8 @@ class UserError(Exception):
         self.where = where
         self.fix = fix
         self.also = also
+        # What was finished before, for --json.
+        self.artifacts: tuple[Path, ...] = ()
 
     def __str__(self) -> str:
         head = f"{self.where}: " if self.where else ""
@@ -61,3 +64,4 @@ class Interrupted(BaseException):
     def __init__(self, code: ExitCode) -> None:
         super().__init__(code.name)
         self.code = code
+        self.artifacts: tuple[Path, ...] = ()

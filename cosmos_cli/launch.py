@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
+import itertools
 import json
 import os
 import platform
-import shutil
 import signal
 import subprocess
 import sys
@@ -25,6 +26,8 @@ from cosmos_cli.layout import Dataset, Run
 if TYPE_CHECKING:
     from cosmos_cli.recipe import LoadedRecipe, Recipe
 
+_CODES = {signal.SIGINT: ExitCode.SIGINT, signal.SIGTERM: ExitCode.SIGTERM}
+
 # A resumed run must agree with its checkpoint on these: another value would be another run.
 FIXED_KEYS = (
     "model", "base", "dataset_dir", "num_frames", "height", "width", "precision", "zero_stage",
@@ -35,6 +38,12 @@ FIXED_KEYS = (
 def under_launcher() -> bool:
     """Whether torchrun or the like started this process as one rank of many."""
     return {"RANK", "LOCAL_RANK", "WORLD_SIZE"} <= os.environ.keys()
+
+
+def mute_all_but_first() -> None:
+    """Has one of the ranks that a launcher started speak for all."""
+    if under_launcher() and os.environ["RANK"] != "0":
+        console.mute()
 
 
 def world_size(r: Recipe) -> int:
@@ -62,7 +71,9 @@ def gpu_names() -> list[str]:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
         return names
-    return names[: len([part for part in visible.split(",") if part.strip()])]
+    # CUDA ignores what comes behind the first entry that is no device.
+    listed = itertools.takewhile(lambda part: part.strip() not in ("", "-1"), visible.split(","))
+    return names[: len(list(listed))]
 
 
 # --- checks before any process starts -------------------------------------------------------------
@@ -76,14 +87,7 @@ def check_dataset(r: Recipe) -> list[dict[str, Any]]:
     """
     dataset = Dataset.at(r.dataset_dir, r.videos_dir)
     where = str(dataset.manifest)
-    if not dataset.manifest.exists():
-        raise UserError(
-            "the dataset is not prepared",
-            code=ExitCode.DATASET,
-            where=where,
-            fix="run cosmos prep first",
-        )
-    manifest = layout.read_json(dataset.manifest)
+    manifest = dataset.read_manifest()
     for key, prepared in manifest["settings"].items():
         wanted = getattr(r, key, None)
         if wanted != prepared:
@@ -112,6 +116,13 @@ def check_recipe(r: Recipe, ranks: int) -> None:
     Raises:
         UserError: the model is for generation only, the batch does not divide, no base weights.
     """
+    if int(os.environ.get("NNODES", "1")) > 1 and not under_launcher():
+        raise UserError(
+            f"NNODES is {os.environ['NNODES']}, and this command starts the ranks of one machine",
+            code=ExitCode.USAGE,
+            where="NNODES",
+            fix="on every node: torchrun --nnodes ... -m cosmos_cli train RECIPE",
+        )
     if not r.spec.trainable:
         raise UserError(
             f"{r.model} is for generation only",
@@ -169,21 +180,14 @@ def check_resume(r: Recipe, run: Run, ranks: int) -> int:
             where=str(folder),
             fix=f"set num_processes to {saved['world_size']}, or name to start another run",
         )
+    dataset = Dataset.at(r.dataset_dir, r.videos_dir).manifest
+    if saved["dataset"] != (now := layout.sha256_file(dataset)):
+        changes["clips"] = (f"manifest {saved['dataset'][:12]}", f"manifest {now[:12]}")
+        console.warn("the dataset has changed since this run was saved, and its order with it")
     if changes:
         rows = [(key, str(before), str(now), str(now)) for key, (before, now) in changes.items()]
         console.say(console.table(rows, ("key", "checkpoint", "recipe", "used")))
     return steps[-1]
-
-
-def checkpoint_bytes(r: Recipe) -> int:
-    """Disk that one save takes: bf16 and fp32 model files, fp32 masters and moments."""
-    parameters = r.spec.dit.parameters
-    return parameters * (r_bytes(r) + 4 + 12)
-
-
-def r_bytes(r: Recipe) -> int:
-    """Bytes of one weight in the recipe's precision."""
-    return 2 if r.precision == "bf16" else 4
 
 
 def check_disk(r: Recipe, run: Run, start: int) -> None:
@@ -193,18 +197,16 @@ def check_disk(r: Recipe, run: Run, start: int) -> None:
         UserError: less free than the remaining saves and min_free_disk_gb need.
     """
     saves = max(-(-(r.max_steps - start) // r.save_every_steps), 1)
-    per_model = r.spec.dit.parameters * (r_bytes(r) + 4)
-    states = min(saves, r.keep_last + 1)
-    needed = saves * per_model + states * r.spec.dit.parameters * 12 + r.min_free_disk_gb * 1e9
-    existing = next(path for path in [run.root, *run.root.parents] if path.exists())
-    free = shutil.disk_usage(existing).free
-    if free < needed:
-        raise UserError(
-            f"{saves} saves need {console.size(needed)}, {console.size(free)} are free",
-            code=ExitCode.ASSET,
-            where=str(existing),
-            fix="free some space, save less often, or set output_root",
-        )
+    # A save is two model files, in the recipe's precision and in fp32; a resume state is fp32
+    # masters and two moments.
+    model_files = saves * ((2 if r.precision == "bf16" else 4) + 4)
+    resume_states = min(saves, r.keep_last + 1) * 12
+    layout.require_free(
+        run.root,
+        r.spec.dit.parameters * (model_files + resume_states) + r.min_free_disk_gb * 1e9,
+        f"{saves} saves",
+        "free some space, save less often, or set output_root",
+    )
 
 
 # --- start, watch, stop ---------------------------------------------------------------------------
@@ -223,8 +225,10 @@ def join(loaded: LoadedRecipe) -> dict[str, Any]:
         _prepare(loaded, run)
     from cosmos_cli.model import train
 
-    train.run_rank(loaded.recipe)
-    return _outcome(run) if rank == 0 else {}
+    outcome = train.run_rank(loaded.recipe)
+    if outcome["exit_code"]:
+        raise Interrupted(ExitCode(outcome["exit_code"]))
+    return outcome
 
 
 def start(loaded: LoadedRecipe, ranks: int) -> dict[str, Any]:
@@ -235,36 +239,36 @@ def start(loaded: LoadedRecipe, ranks: int) -> dict[str, Any]:
         Interrupted: a signal ended the run after a clean save.
     """
     run = Run(loaded.recipe.run_dir.absolute())
-    box = mailbox.Mailbox()
-    with _locked(run):
+    with _locked(run) as lock, mailbox.Mailbox() as box:
         _prepare(loaded, run)
         command = [
             sys.executable, "-m", "cosmos_cli.model.elastic",
             "--nproc-per-node", str(ranks), "-m", "cosmos_cli.model.train", str(run.resolved),
         ]  # fmt: skip
-        # A session of its own: Ctrl-C reaches us alone and is passed on to the ranks, not to
-        # torchrun, which would kill them half a minute later, in the middle of a save.
-        process = subprocess.Popen(
+        code, signal_seen = _run_to_the_end(
             command,
             env={**_environment(ranks), mailbox.ADDRESS: box.address},
             stdout=sys.stderr,
-            start_new_session=True,
+            # The launcher holds the lock too: ranks may still save when this process is killed.
+            pass_fds=(lock,),
         )
-        signal_seen = _watch(process)
-    if run.result.exists():
-        return _outcome(run)
+        messages = box.read()
     if signal_seen:
         raise Interrupted(signal_seen)
-    raise _failure(box.read(), process.returncode)
+    if run.result.exists():
+        return _outcome(run)
+    raise _failure(messages, code)
 
 
 def _failure(messages: list[dict[str, Any]], launcher_code: int) -> UserError:
-    """The failure of the rank that failed first."""
+    """The failure to show: the first that a rank explained, else what torchrun saw first."""
+    explained = next((m for m in messages if "error" in m), None)
+    if explained:
+        code = ExitCode(explained["code"])
+        return UserError(explained["error"], code=code, where=f"rank {explained['rank']}")
     verdict = next((m for m in messages if "first" in m), {"first": 0, "process_code": None})
     rank, process_code = verdict["first"], verdict["process_code"]
     own = next((m for m in messages if m.get("rank") == rank), {})
-    if "error" in own:
-        return UserError(own["error"], code=ExitCode(own["code"]), where=f"rank {rank}")
     if "traceback" in own:
         print(own["traceback"], file=sys.stderr)
         what, code = "failed; its traceback stands above", ExitCode.BUG
@@ -285,28 +289,50 @@ def _outcome(run: Run) -> dict[str, Any]:
     return result
 
 
-def _watch(process: subprocess.Popen[bytes]) -> ExitCode | None:
-    """Waits for torchrun; passes signals on to the ranks; the exit code of the signal seen."""
-    seen: list[ExitCode] = []
+class _Signals:
+    """Passes SIGINT and SIGTERM on to the ranks as SIGTERM: they save and end. Twice kills them."""
 
-    def forward(number: int, _frame: FrameType | None) -> None:
-        code = ExitCode.SIGTERM if number == signal.SIGTERM else ExitCode.SIGINT
-        if seen:
-            os.killpg(process.pid, signal.SIGKILL)
-        else:
-            console.say("stopping: the step ends and is saved; once more to stop at once")
-            for rank in psutil.Process(process.pid).children():
+    def __init__(self) -> None:
+        self.seen: ExitCode | None = None
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def __call__(self, number: int, _frame: FrameType | None) -> None:
+        again, self.seen = self.seen, _CODES[signal.Signals(number)]
+        if again:
+            self.stop(signal.SIGKILL)
+            return
+        console.say("stopping: the step ends and is saved; once more to stop at once")
+        self.stop(signal.SIGTERM)
+
+    def stop(self, number: int) -> None:
+        """Signals the ranks, or the launcher while it has not started them."""
+        if self.process is None:
+            return
+        with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
+            ranks = psutil.Process(self.process.pid).children()
+            if not ranks or number == signal.SIGKILL:
+                os.killpg(self.process.pid, number)
+            for rank in ranks:
                 rank.send_signal(number)
-        seen.append(code)
 
-    before = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
+
+def _run_to_the_end(command: list[str], **options: Any) -> tuple[int, ExitCode | None]:
+    """The exit code of a command, and that of the signal that was passed on to it, if any."""
+    signals = _Signals()
+    before = {number: signal.signal(number, signals) for number in _CODES}
     try:
+        # A session of its own: Ctrl-C reaches us alone and is passed on to the ranks, not to
+        # torchrun, which would kill them half a minute later, in the middle of a save.
+        process = subprocess.Popen(command, start_new_session=True, **options)
+        signals.process = process
+        if signals.seen:
+            signals.stop(signal.SIGTERM)
         process.wait()
+        _kill_group(process.pid)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-        _kill_group(process.pid)
-    return seen[0] if seen else None
+    return process.returncode, signals.seen
 
 
 def _kill_group(group: int) -> None:
@@ -322,6 +348,8 @@ def _environment(ranks: int) -> dict[str, str]:
         "TOKENIZERS_PARALLELISM": "false",
         "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
         "PYTHONUNBUFFERED": "1",
+        # Folders like datasets/ in the working directory must not pass for packages.
+        "PYTHONSAFEPATH": "1",
     }
     if not gpu_names():
         # Without it DeepSpeed guesses, and prints the guess on stdout.
@@ -330,14 +358,16 @@ def _environment(ranks: int) -> dict[str, str]:
 
 
 @contextmanager
-def _locked(run: Run) -> Iterator[None]:
-    """Holds the run against a second process.
+def _locked(run: Run) -> Iterator[int]:
+    """Holds the run against a second process; the descriptor of the lock.
 
     Raises:
         UserError: another process trains it.
     """
-    run.checkpoints.mkdir(parents=True, exist_ok=True)
-    with (run.root / ".lock").open("w") as stream:
+    with layout.disk_errors(run.root):
+        run.checkpoints.mkdir(parents=True, exist_ok=True)
+        stream = (run.root / ".lock").open("w")
+    with stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -347,16 +377,17 @@ def _locked(run: Run) -> Iterator[None]:
                 where=str(run.root),
                 fix="wait for it, or set name to start another run",
             ) from error
-        yield
+        yield stream.fileno()
 
 
 def _prepare(loaded: LoadedRecipe, run: Run) -> None:
     """Clears what an earlier start left and writes what the run is made from."""
     from cosmos_cli import recipe
 
-    run.checkpoints.mkdir(parents=True, exist_ok=True)
-    layout.remove_stale(run.checkpoints)
-    run.result.unlink(missing_ok=True)
+    with layout.disk_errors(run.root):
+        run.checkpoints.mkdir(parents=True, exist_ok=True)
+        layout.remove_stale(run.checkpoints)
+        run.result.unlink(missing_ok=True)
     if loaded.path is not None:
         layout.write_text(run.root / "recipe.yaml", loaded.path.read_text(encoding="utf-8"))
     layout.write_text(run.resolved, recipe.dump(loaded.recipe))

@@ -24,9 +24,10 @@ MANIFEST_FILE = "manifest.json"
 TOKENIZER_DIR = "Cosmos-Tokenize1-CV8x8x8-720p"
 TEXT_ENCODER_DIR = "google-t5/t5-11b"
 
-_DISK_ERRORS = frozenset(
-    {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOTDIR}
-)
+_DISK_ERRORS = frozenset({
+    errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOTDIR,
+    errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG, errno.EFBIG, errno.ELOOP,
+})  # fmt: skip
 
 _UMASK = os.umask(0)
 os.umask(_UMASK)
@@ -60,7 +61,9 @@ def atomic_file(path: Path) -> Iterator[Path]:
     """
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
+        # Shorter than most names, so that a name that fits has a temporary one that fits.
+        mark = hashlib.sha256(os.fsencode(path.name)).hexdigest()[:8]
+        temporary = path.with_name(f".{os.getpid()}.{mark}.tmp{path.suffix}")
         try:
             yield temporary
             # Some writers make private files; what we write is as readable as the umask allows.
@@ -120,13 +123,48 @@ def read_json(path: Path) -> Any:
 def remove_stale(folder: Path) -> None:
     """Removes the temporary files and folders that a killed process left in `folder`."""
     for path in folder.glob(".*.tmp*"):
-        owner = re.search(r"\.(\d+)\.tmp", path.name)
+        owner = re.match(r"\.(\d+)\.", path.name)
         if owner and Path("/proc", owner[1]).exists():
             continue
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
+
+
+def nearest_existing(path: Path) -> Path:
+    """The path itself or the first folder above it that exists.
+
+    Raises:
+        UserError: a folder above it may not be looked into.
+    """
+    with disk_errors(path):
+        return next(parent for parent in [path, *path.parents] if parent.exists())
+
+
+def free_bytes(path: Path) -> int:
+    """Free space of the disk that `path` lies on or will lie on.
+
+    Raises:
+        UserError: a folder above it may not be looked into.
+    """
+    return shutil.disk_usage(nearest_existing(path)).free
+
+
+def require_free(path: Path, needed: float, what: str, fix: str) -> None:
+    """Refuses to start what the disk of `path` has no room for.
+
+    Raises:
+        UserError: less than `needed` bytes are free.
+    """
+    free = free_bytes(path)
+    if free < needed:
+        raise UserError(
+            f"{what} need {round(needed / 1e6):,} MB, {round(free / 1e6):,} MB are free",
+            code=ExitCode.ASSET,
+            where=str(path),
+            fix=fix,
+        )
 
 
 def size_of(path: Path) -> int:
@@ -173,7 +211,8 @@ class Dataset:
         if videos_dir:
             return cls(root, Path(videos_dir).absolute())
         below = root / "videos"
-        bare = not below.is_dir() and root.is_dir() and any(_videos_in(root))
+        with disk_errors(root):
+            bare = not below.is_dir() and root.is_dir() and any(_videos_in(root))
         return cls(root, root if bare else below)
 
     @property
@@ -192,9 +231,37 @@ class Dataset:
         return self.root / "latents"
 
     @property
+    def captions(self) -> Path:
+        """Where prep took each caption from, so that it knows its own files in `metas`."""
+        return self.root / "captions.json"
+
+    @property
     def manifest(self) -> Path:
         """What prep found and made; its presence means that prep finished."""
         return self.root / MANIFEST_FILE
+
+    def read_manifest(self) -> dict[str, Any]:
+        """What prep wrote.
+
+        Raises:
+            UserError: there is none, or it is not prep's.
+        """
+        if not self.manifest.exists():
+            raise UserError(
+                "the dataset is not prepared",
+                code=ExitCode.DATASET,
+                where=str(self.manifest),
+                fix="run cosmos prep first",
+            )
+        manifest = read_json(self.manifest)
+        if not isinstance(manifest, dict) or not {"settings", "videos", "clips"} <= manifest.keys():
+            raise UserError(
+                "was not written by cosmos prep",
+                code=ExitCode.DATASET,
+                where=str(self.manifest),
+                fix="move it away and run cosmos prep",
+            )
+        return manifest
 
     def video_files(self) -> list[Path]:
         """Every file whose suffix says video, by name.
@@ -269,12 +336,14 @@ class Run:
     def resumable_steps(self) -> list[int]:
         """Steps whose resume state is complete, ascending."""
         found = self.checkpoints.glob(f"iter_*/{MANIFEST_FILE}")
-        return sorted(int(path.parent.name.removeprefix("iter_")) for path in found)
+        names = (re.fullmatch(r"iter_(\d{9})", path.parent.name) for path in found)
+        return sorted(int(name[1]) for name in names if name)
 
     def saved_steps(self, weights: str) -> list[int]:
         """Steps that have a model file, ascending."""
-        found = self.checkpoints.glob(f"iter_*_{weights}_model.pt")
-        return sorted(int(path.name.split("_")[1]) for path in found)
+        found = self.checkpoints.glob("iter_*_model.pt")
+        names = (re.fullmatch(rf"iter_(\d{{9}})_{weights}_model\.pt", p.name) for p in found)
+        return sorted(int(name[1]) for name in names if name)
 
 
 # --- models ---------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ MAX_CHARACTERS = 20_000
 
 
 class Mailbox:
-    """The receiving end; `address` goes to the ranks in their environment."""
+    """The receiving end, to be closed; `address` goes to the ranks in their environment."""
 
     def __init__(self) -> None:
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
@@ -32,6 +32,14 @@ class Mailbox:
             while True:
                 messages.append(json.loads(self.socket.recv(2**20)))
         return messages
+
+    def __enter__(self) -> Mailbox:
+        """Nothing to do, the socket is open."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Closes the socket; messages not read are lost."""
+        self.socket.close()
 
 
 def post(message: dict[str, Any]) -> None:

@@ -139,6 +139,7 @@ def _shape(videos: Sequence[VideoInfo]) -> list[Choice]:
 def _schedule(clips: int, gpus: Sequence[str]) -> list[Choice]:
     count = max(len(gpus), 1)
     batch = count * -(-SMALLEST_BATCH // count)
+    clips = max(clips, 1)
     wanted = round(clips * PASSES / batch, -2)
     steps = int(min(max(wanted, FEWEST_STEPS), MOST_STEPS))
     here = (

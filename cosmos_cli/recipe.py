@@ -18,8 +18,10 @@ from cosmos_cli.flatyaml import Entry, problem
 from cosmos_cli.model.spec import COSMOS_7B, MODELS, ModelSpec
 
 TEXT = r"^[^\x00]+$"
-NAME = r"^\w[\w.-]*$"
+NAME = r"^\w[\w.-]{0,99}$"
 REPO = r"^(embedded|[\w-][\w.-]*/[\w-][\w.-]*)$"
+# As in the shell, ~/ is the home folder.
+PATHS = ("checkpoints_dir", "base", "dataset_dir", "videos_dir", "output_root")
 PATTERNS = {
     TEXT: "text that is not empty",
     NAME: "text of letters, digits, '.', '_' and '-'",
@@ -182,7 +184,9 @@ class Recipe(BaseModel):
     negative_prompt: str | None = _sampling(
         'Text to steer away from; null is the model\'s own, "" is none.', None
     )
-    sampling_seed: int = _sampling("Seed of the first video's noise.", 1, ge=0, lt=2**32)
+    sampling_seed: int = _sampling(
+        "Seed of a video's noise; the same seed and prompt give the same video.", 1, ge=0, lt=2**32
+    )
     video_crf: float = _sampling(
         "Quality of the mp4 as x264's CRF, smaller is better.", 18.0, ge=0, le=51
     )
@@ -198,7 +202,7 @@ class Recipe(BaseModel):
     )
     name: str = _output("Folder of the run itself.", "my_run", pattern=NAME)
     min_free_disk_gb: float = _output(
-        "Space that must stay free on the disk; below it nothing more is written.", 10.0, ge=0
+        "Space that must stay free when prep or train starts.", 10.0, ge=0
     )
 
     @property
@@ -347,6 +351,9 @@ def json_schema() -> dict[str, Any]:
 def _validate(entries: dict[str, Entry], path: Path) -> tuple[Recipe, list[UserError]]:
     """The recipe and its problems; a wrong value has its default instead."""
     values = {key: entry.value for key, entry in entries.items()}
+    for key in PATHS:
+        if isinstance(values.get(key), str) and values[key].startswith("~/"):
+            values[key] = str(Path(values[key]).expanduser())
     wrong: dict[str, UserError] = {}
     try:
         recipe = Recipe.model_validate(values)

@@ -13,12 +13,12 @@ def run(environment):
 
 
 def test_a_message_of_another_process_arrives():
-    box = Mailbox()
-    assert box.read() == []
-    run({**os.environ, ADDRESS: box.address})
-    run({**os.environ, ADDRESS: box.address})
-    assert box.read() == [{"rank": 1, "error": "ünï"}] * 2
-    assert box.read() == []
+    with Mailbox() as box:
+        assert box.read() == []
+        run({**os.environ, ADDRESS: box.address})
+        run({**os.environ, ADDRESS: box.address})
+        assert box.read() == [{"rank": 1, "error": "ünï"}] * 2
+        assert box.read() == []
 
 
 def test_without_a_receiver_the_message_is_printed():

@@ -128,7 +128,58 @@ def test_a_second_run_changes_no_byte_and_a_changed_prompt_reaches_the_embedding
     cosmos("prep", "tiny", *settings("prompt=Quite another thing."))
     second = snapshot(dataset)
     changed = {name for name in first if first[name] != second[name]}
-    assert changed == {"metas/a.txt", "t5_xxl/a.pickle", "manifest.json"}
+    assert changed == {
+        "metas/a.txt", "t5_xxl/a.pickle", "manifest.json", "captions.json", "resolved.yaml"
+    }  # fmt: skip
+
+
+def test_a_prompt_of_an_interrupted_run_is_not_taken_for_the_users_words(tmp_path):
+    videos = tmp_path / "datasets" / "tiny" / "videos"
+    write(videos, "a.mp4")
+    write(videos, "hostile.mp4")
+    cosmos, dataset = Cosmos(tmp_path), videos.parent
+    (dataset / "t5_xxl").mkdir()
+    # Ends the first run after it has written the captions.
+    (dataset / "t5_xxl" / "a.pickle").mkdir()
+    cosmos("prep", "tiny", *settings("prompt=Wrong words."), code=4)
+    assert (dataset / "metas" / "a.txt").read_text() == "Wrong words.\n"
+    (dataset / "t5_xxl" / "a.pickle").rmdir()
+    cosmos("prep", "tiny", *settings("prompt=Right words."))
+    assert (dataset / "metas" / "a.txt").read_text() == "Right words.\n"
+    result = cosmos.json("prep", "tiny", *settings())
+    assert result["used"] == 2
+
+
+def test_train_needs_no_prompt_that_prep_was_given(tmp_path):
+    videos = tmp_path / "datasets" / "tiny" / "videos"
+    write(videos, "a.mp4")
+    cosmos = Cosmos(tmp_path)
+    cosmos("prep", "tiny", *settings(PROMPT))
+    cosmos("train", "tiny", *settings("min_free_disk_gb=0.1"), "--dry-run")
+
+
+def test_an_interrupted_second_run_leaves_nothing_that_train_would_believe(tmp_path):
+    videos = tmp_path / "datasets" / "tiny" / "videos"
+    write(videos, "a.mp4")
+    write(videos, "b.mp4")
+    cosmos, dataset = Cosmos(tmp_path), videos.parent
+    cosmos("prep", "tiny", *settings(PROMPT))
+    (dataset / "latents" / "b.000000.safetensors").unlink()
+    (dataset / "latents" / "b.000000.safetensors").mkdir()
+    cosmos("prep", "tiny", *settings(PROMPT, "resize=pad"), code=4)
+    refused = cosmos("train", "tiny", *settings(), code=5)
+    assert "cosmos prep" in refused.stderr
+
+
+def test_a_manifest_of_something_else_is_left_alone(tmp_path):
+    videos = tmp_path / "datasets" / "tiny" / "videos"
+    write(videos, "a.mp4")
+    foreign = videos.parent / "manifest.json"
+    foreign.write_text('{"a": 1}')
+    for verb in ("prep", "train"):
+        refused = Cosmos(tmp_path)(verb, "tiny", *settings(PROMPT), code=5)
+        assert "was not written by cosmos prep" in refused.stderr
+    assert foreign.read_text() == '{"a": 1}'
 
 
 def test_a_latent_is_made_again_when_its_video_changes(tmp_path):

@@ -371,3 +371,9 @@ def test_the_recipe_is_read_without_torch_and_quickly() -> None:
         seconds.append(time.monotonic() - started)
     # 0.2 s on an idle core; the rest is for machines that are busy with other tests.
     assert min(seconds) < 1.0
+
+
+def test_a_tilde_is_the_home_folder_in_paths_alone(file: Path) -> None:
+    loaded = load(file, "output_root: ~/runs\nprompt: ~/runs").recipe
+    assert loaded.output_root == str(Path.home() / "runs")
+    assert loaded.prompt == "~/runs"

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 import torch
 from conftest import Cosmos, settings
@@ -153,9 +154,35 @@ def test_a_signal_saves_the_step_and_the_same_command_goes_on(cosmos, number, co
     assert run.resumable_steps()[-1] == step + 1
 
 
-def test_a_killed_rank_is_named_and_nothing_is_left_behind(cosmos):
-    import psutil
+def test_a_signal_in_the_first_second_ends_the_command(cosmos):
+    process = cosmos.start("train", "tiny", *options("early", "max_steps=500"))
+    started = time.monotonic()
+    while time.monotonic() - started < 60 and not psutil.Process(process.pid).children():
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 143, err
+    assert "Traceback" not in err
 
+
+def test_what_a_killed_command_leaves_keeps_the_run_until_it_has_saved(cosmos):
+    pairs = ("num_processes=1", "save_every_steps=500", "max_steps=500")
+    process = cosmos.start("train", "tiny", *options("orphan", *pairs))
+    wait_for_step(lambda: cosmos.cwd.glob("outputs/*/*/orphan/metrics.jsonl"), process)
+    (launcher,) = psutil.Process(process.pid).children()
+    ranks = launcher.children()
+    process.kill()
+    process.communicate()
+    again = cosmos.start("train", "tiny", *options("orphan", *pairs))
+    _, err = again.communicate(timeout=60)
+    assert again.returncode == 2, err
+    assert "another process" in err
+    _, alive = psutil.wait_procs([launcher, *ranks], timeout=60)
+    assert not alive
+    assert find_run(cosmos, "orphan").resumable_steps()
+
+
+def test_a_killed_rank_is_named_and_nothing_is_left_behind(cosmos):
     pairs = ("num_processes=2", "micro_batch_size=1", "save_every_steps=2", "max_steps=500")
     process = cosmos.start("train", "tiny", *options("killed", *pairs))
     wait_for_step(lambda: cosmos.cwd.glob("outputs/*/*/killed/metrics.jsonl"), process, 3)

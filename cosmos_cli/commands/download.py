@@ -21,7 +21,7 @@ EMBEDDED_CLIPS = 12
 
 
 def download(
-    recipe: RecipeArgument,
+    recipe: RecipeArgument = "tiny",
     set_: SetOption = None,
     print_recipe: PrintRecipeOption = False,
     dry_run: DryRunOption = False,
@@ -31,7 +31,7 @@ def download(
 
     Example: cosmos download nemo_assets
     """
-    r = open_recipe(recipe, set_, print_recipe).recipe
+    r = open_recipe(recipe, set_, print_recipe, json_).recipe
     fetched = [hub.fetch(asset, dry_run=dry_run) for asset in hub.assets(r)]
     if r.spec.embedded:
         console.say(f"{r.model}: its weights are part of the package, {layout.EMBEDDED_DIR}")

@@ -18,11 +18,14 @@ from cosmos_cli.commands.options import (
     open_recipe,
 )
 from cosmos_cli.console import Result
-from cosmos_cli.errors import ExitCode, UserError
+from cosmos_cli.errors import ExitCode, Interrupted, UserError
 
 if TYPE_CHECKING:
     from cosmos_cli.model.generate import Job
     from cosmos_cli.recipe import Recipe
+
+# As for sampling_seed.
+MAX_SEED = 2**32
 
 
 def generate(
@@ -53,8 +56,8 @@ def generate(
     Example: cosmos generate --prompt "A video of sks teal robot." --set num_steps=20
     """
     overrides = [*(set_ or ()), *([] if seed is None else [f"sampling_seed={seed}"])]
-    name, folder = choose_model(recipe, model)
-    r = open_recipe(name, overrides, print_recipe).recipe
+    name, folder = choose_model(recipe, model, overrides)
+    r = open_recipe(name, overrides, print_recipe, json_).recipe
     weights = folder or layout.model_files(r.spec, r.checkpoints_dir, r.base).dit
     weights = weights / layout.MODEL_FILE if (weights / layout.MODEL_FILE).is_file() else weights
     if not weights.exists():
@@ -63,7 +66,7 @@ def generate(
             fix="run cosmos download, or choose a --model",
         )  # fmt: skip
     from cosmos_cli.model import generate as model_generate
-    from cosmos_cli.model.device import best_device
+    from cosmos_cli.model.device import best_device, gpu_memory_errors
 
     jobs = _jobs(r, prompt or [], batch, output)
     console.say(
@@ -71,14 +74,19 @@ def generate(
         f"{r.width}x{r.height} at {r.fps:g} fps, {r.num_steps} steps, guidance {r.guidance:g}"
     )
     if not dry_run:
-        done = []
-        for job in model_generate.generate(r, weights, jobs, best_device()):
-            done.append(job)
-            console.say(f"saved {job.path}")
+        done: list[Path] = []
+        try:
+            with gpu_memory_errors("set a smaller height, width or num_frames"):
+                for job in model_generate.generate(r, weights, jobs, best_device()):
+                    done.append(job.path)
+                    console.say(f"saved {job.path}")
+        except (UserError, Interrupted) as end:
+            end.artifacts = tuple(done)
+            raise
     console.emit(_result(jobs, dry_run), as_json=json_)
 
 
-def choose_model(recipe: str | None, model: str) -> tuple[str, Path | None]:
+def choose_model(recipe: str | None, model: str, overrides: list[str]) -> tuple[str, Path | None]:
     """The recipe to use, and the folder or file of weights; None means the recipe's base.
 
     Raises:
@@ -100,7 +108,7 @@ def choose_model(recipe: str | None, model: str) -> tuple[str, Path | None]:
         return recipe, None
     from cosmos_cli.recipe import load
 
-    r = load(recipe).recipe
+    r = load(recipe, overrides).recipe
     promoted = layout.promoted_dir(r.spec, r.checkpoints_dir)
     return recipe, promoted if (promoted / layout.MANIFEST_FILE).is_file() else None
 
@@ -120,6 +128,11 @@ def _jobs(r: Recipe, prompts: list[str], batch: Path | None, output: Path) -> li
             fix='give --prompt "..." or --batch FILE',
         )  # fmt: skip
     for prompt, _ in wanted:
+        try:
+            prompt.encode()
+        except UnicodeEncodeError as error:
+            where = f"prompt {prompt!r}"
+            raise UserError("is no text", code=ExitCode.USAGE, where=where) from error
         if not prompt.strip():
             raise UserError(
                 "is empty", code=ExitCode.USAGE, where="--prompt", fix="say what to show"
@@ -154,7 +167,8 @@ def _read_batch(path: Path) -> list[dict[str, Any]]:
         except ValueError:
             entry = None
         fine = isinstance(entry, dict) and isinstance(entry.get("prompt"), str)
-        if not fine or not isinstance(entry.get("seed", 0), int):
+        seed = entry.get("seed", 0) if fine else 0
+        if not fine or type(seed) is not int or not 0 <= seed < MAX_SEED:
             raise UserError(
                 'is no object like {"prompt": "...", "seed": 1}', code=ExitCode.USAGE,
                 where=f"{path}:{number}",

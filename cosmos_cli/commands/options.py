@@ -47,13 +47,16 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as on
 YesOption = Annotated[bool, typer.Option("--yes", help="Do not ask before replacing something.")]
 
 
-def open_recipe(name: str, overrides: list[str] | None, print_recipe: bool = False) -> LoadedRecipe:
+def open_recipe(
+    name: str, overrides: list[str] | None, print_recipe: bool, as_json: bool
+) -> LoadedRecipe:
     """The recipe of a command; prints its warnings, or with --print-recipe prints it and exits."""
     from cosmos_cli import recipe
 
     loaded = recipe.load(name, overrides or ())
     if print_recipe:
-        console.emit(console.Result(text=recipe.explain(loaded)), as_json=False)
+        figures = {"recipe": loaded.recipe.model_dump(), "origins": dict(loaded.origins)}
+        console.emit(console.Result(recipe.explain(loaded), figures=figures), as_json=as_json)
         raise typer.Exit
     for warning in loaded.warnings:
         console.warn(warning)

@@ -18,7 +18,7 @@ from cosmos_cli.console import Result
 
 
 def prep(
-    recipe: RecipeArgument,
+    recipe: RecipeArgument = "tiny",
     set_: SetOption = None,
     print_recipe: PrintRecipeOption = False,
     dry_run: DryRunOption = False,
@@ -28,15 +28,16 @@ def prep(
 
     Example: cosmos prep my_videos.yaml --set prompt="A video of sks teal robot."
     """
-    r = open_recipe(recipe, set_, print_recipe).recipe
+    r = open_recipe(recipe, set_, print_recipe, json_).recipe
     dataset = layout.Dataset.at(r.dataset_dir, r.videos_dir)
     console.say(f"preparing {dataset.videos} into {dataset.root}")
     dataset.video_files()
     from cosmos_cli.model import prep as model_prep
-    from cosmos_cli.model.device import best_device
+    from cosmos_cli.model.device import best_device, gpu_memory_errors
 
     if dry_run:
-        sources = model_prep.inspect(r, dataset, {})
+        sources = model_prep.inspect(r, dataset)
+        model_prep.require_usable(r, dataset, sources)
         clips = sum(len(source.clips) for source in sources)
         bytes_needed = clips * model_prep.latent_bytes(r)
         console.say(f"would cache {clips} clips in {console.size(bytes_needed)}")
@@ -44,7 +45,7 @@ def prep(
         console.emit(Result(model_prep.verdicts(sources), figures=figures), as_json=json_)
         return
 
-    with console.log_file(dataset.root / "prep.log"):
+    with console.log_file(dataset.root / "prep.log"), gpu_memory_errors("use a smaller size"):
         manifest = model_prep.prepare(r, best_device())
         videos = manifest["videos"]
         rejected = [video for video in videos if video["verdict"] == "rejected"]

@@ -15,6 +15,7 @@ from cosmos_cli.commands.options import (
     PrintRecipeOption,
     RecipeArgument,
     SetOption,
+    YesOption,
     open_recipe,
 )
 from cosmos_cli.console import Result
@@ -26,21 +27,23 @@ if TYPE_CHECKING:
 
 
 def promote(
-    recipe: RecipeArgument,
+    recipe: RecipeArgument = "tiny",
     step: Annotated[str, typer.Option(help="latest, or the number of a saved step.")] = "latest",
     weights: Annotated[str, typer.Option(help="ema or reg.")] = "ema",
     set_: SetOption = None,
     print_recipe: PrintRecipeOption = False,
     dry_run: DryRunOption = False,
+    yes: YesOption = False,
     json_: JsonOption = False,
 ) -> None:
     """Make the model that generate loads from a checkpoint of a run.
 
     Example: cosmos promote nemo_assets --step 2000
     """
-    r = open_recipe(recipe, set_, print_recipe).recipe
+    r = open_recipe(recipe, set_, print_recipe, json_).recipe
     number = choose_step(Run(r.run_dir), step, weights)
     target = layout.promoted_dir(r.spec, r.checkpoints_dir)
+    require_own(target, Run(r.run_dir.absolute()), yes)
     console.say(f"promoting step {number} ({weights}) of {r.run_dir.absolute()} to {target}")
     if dry_run:
         figures = {"dry_run": True, "step": number}
@@ -73,6 +76,23 @@ def _generate_command(r: Recipe, target: Path) -> list[str]:
     prompt = captions[0] if captions else r.prompt or "A red ball moves left."
     elsewhere = target.parent != Path("checkpoints").absolute()
     return ["cosmos", "generate", "--prompt", prompt, *(["--model", str(target)] * elsewhere)]
+
+
+def require_own(target: Path, run: Run, yes: bool) -> None:
+    """Refuses to replace the model of another run without --yes.
+
+    Raises:
+        UserError: the folder holds one.
+    """
+    manifest = target / layout.MANIFEST_FILE
+    other = layout.read_json(manifest)["run"] if manifest.exists() else str(run.root)
+    if other != str(run.root) and not yes:
+        raise UserError(
+            f"holds the model of another run, {other}",
+            code=ExitCode.USAGE,
+            where=str(target),
+            fix="replace it with --yes, or set checkpoints_dir",
+        )
 
 
 def choose_step(run: Run, step: str, weights: str) -> int:

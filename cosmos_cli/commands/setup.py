@@ -39,7 +39,7 @@ def setup(
 
     Example: cosmos setup nemo_assets --install
     """
-    r = open_recipe(recipe, set_, print_recipe).recipe
+    r = open_recipe(recipe, set_, print_recipe, json_).recipe
     console.say(f"checking this machine for {recipe}, about 10 s")
     rows = checks.run_checks(r)
     if dry_run:

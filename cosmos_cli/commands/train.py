@@ -17,7 +17,7 @@ from cosmos_cli.layout import Run
 
 
 def train(
-    recipe: RecipeArgument,
+    recipe: RecipeArgument = "tiny",
     set_: SetOption = None,
     print_recipe: PrintRecipeOption = False,
     dry_run: DryRunOption = False,
@@ -27,7 +27,8 @@ def train(
 
     Example: cosmos train nemo_assets --set max_steps=400
     """
-    loaded = open_recipe(recipe, set_, print_recipe)
+    launch.mute_all_but_first()
+    loaded = open_recipe(recipe, set_, print_recipe, json_)
     r = loaded.recipe
     run, ranks = Run(r.run_dir.absolute()), launch.world_size(r)
     launch.check_recipe(r, ranks)

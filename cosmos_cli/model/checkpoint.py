@@ -93,12 +93,19 @@ def save(
         with weights.writing(final):
             engine.save_checkpoint(str(building), tag=SHARDS, save_latest=False)
     except UserError:
-        shutil.rmtree(building, ignore_errors=True)
+        if dist.get_rank() == 0:
+            shutil.rmtree(building, ignore_errors=True)
         raise
     dist.barrier()
     files = _hash_files(building)
     if dist.get_rank() == 0:
-        manifest = {"step": step, "world_size": dist.get_world_size(), **about, "files": files}
+        manifest = {
+            "step": step,
+            "world_size": dist.get_world_size(),
+            "ema_sha256": layout.sha256_file(run.model(step, "ema")),
+            **about,
+            "files": files,
+        }
         layout.write_json(building / MANIFEST_FILE, manifest)
         with layout.disk_errors(final):
             layout.sync_tree(building)
@@ -120,16 +127,17 @@ def resume(engine: Any, ema: PowerEMA, run: Run, step: int) -> None:
         UserError: a file of the resume state is missing or not as it was written.
     """
     folder = run.resume_state(step)
-    expected = layout.read_json(folder / MANIFEST_FILE)["files"]
-    if _hash_files(folder) != expected:
+    manifest = layout.read_json(folder / MANIFEST_FILE)
+    path = run.model(step, "ema")
+    whole = path.is_file() and layout.sha256_file(path) == manifest["ema_sha256"]
+    if _hash_files(folder) != manifest["files"] or not whole:
         raise UserError(
-            "is damaged: its files are not as they were written",
+            f"is damaged: its files or {path.name} are not as they were written",
             code=ExitCode.ASSET,
             where=str(folder),
             fix="delete this folder; the same command then resumes from the save before it",
         )
     engine.load_checkpoint(str(folder), tag=SHARDS)
-    path = run.model(step, "ema")
     state = weights.load_dit_state(path)
     for (name, parameter), part in zip(engine.module.named_parameters(), ema.shards, strict=True):
         scatter(state[name], parameter, part)

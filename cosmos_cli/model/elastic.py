@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import logging
-import os
 import signal
 import sys
 
@@ -27,15 +26,8 @@ def main(arguments: list[str]) -> int:
 
     # What torchrun says of a failure in a screenful, the post below says in a line.
     logging.disable(logging.ERROR)
-    nodes = int(os.environ.get("NNODES", "1"))
-    several = [
-        "--nnodes", str(nodes),
-        "--node-rank", os.environ.get("NODE_RANK", "0"),
-        "--master-addr", os.environ.get("MASTER_ADDR", "127.0.0.1"),
-        "--master-port", os.environ.get("MASTER_PORT", "29500"),
-    ]  # fmt: skip
     try:
-        run.main([*(several if nodes > 1 else ["--standalone"]), *arguments])
+        run.main(["--standalone", *arguments])
     except SignalException:
         return int(ExitCode.SIGTERM)
     except ChildFailedError as error:

@@ -7,7 +7,6 @@ prep may be interrupted anywhere and run again.
 from __future__ import annotations
 
 import json
-import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from cosmos_cli import console, layout
+from cosmos_cli import console, layout, recipe
 from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.layout import Dataset
 from cosmos_cli.model import text, video, weights
@@ -25,7 +24,7 @@ from cosmos_cli.recipe import Recipe
 
 # Recipe keys that decide the content of a prepared dataset.
 SETTINGS = (
-    "model", "prompt", "num_frames", "height", "width", "fps", "fps_policy", "resize",
+    "model", "num_frames", "height", "width", "fps", "fps_policy", "resize",
     "clip_stride_frames", "max_clips_per_video",
 )  # fmt: skip
 TEXT_BATCH = 16
@@ -65,16 +64,21 @@ def prepare(r: Recipe, device: str) -> dict[str, Any]:
         UserError: no video can be used, or one cannot and the recipe is strict.
     """
     dataset = Dataset.at(r.dataset_dir, r.videos_dir)
-    before = _previous(dataset, r)
-    sources = inspect(r, dataset, before)
+    sources = inspect(r, dataset)
     require_usable(r, dataset, sources)
     _check_disk(r, dataset, sources)
-    for folder in (dataset.metas, dataset.embeddings, dataset.latents):
+    for folder in (dataset.root, dataset.metas, dataset.embeddings, dataset.latents):
         if folder.is_dir():
             layout.remove_stale(folder)
 
-    _write_captions(dataset, sources)
-    _write_embeddings(r, dataset, sources, before, device)
+    if dataset.manifest.exists():
+        # What follows may replace what it lists; train must not read the mixture.
+        dataset.read_manifest()
+        dataset.manifest.unlink()
+    same_model = _known_captions(dataset).get("model", r.model) == r.model
+    _write_captions(r, dataset, sources)
+    _write_embeddings(r, dataset, sources, same_model, device)
+    console.say(f"hashing {len(sources)} videos")
     hashes = {s.path.name: "" if s.reason else layout.sha256_file(s.path) for s in sources}
     clips = _write_latents(r, dataset, sources, hashes, device)
     require_usable(r, dataset, sources)
@@ -84,19 +88,21 @@ def prepare(r: Recipe, device: str) -> dict[str, Any]:
         "videos": [_row(source, hashes[source.path.name]) for source in sources],
         "clips": clips,
     }
+    layout.write_text(dataset.root / "resolved.yaml", recipe.dump(r))
+    layout.write_json(dataset.manifest, manifest)
     listed = {Path(clip["latent"]).name for clip in clips}
     for path in dataset.latents.glob("*.safetensors"):
         if path.name not in listed:
             path.unlink()
-    layout.write_json(dataset.manifest, manifest)
     return manifest
 
 
 # --- verdicts -------------------------------------------------------------------------------------
 
 
-def inspect(r: Recipe, dataset: Dataset, before: dict[str, Any]) -> list[Source]:
+def inspect(r: Recipe, dataset: Dataset) -> list[Source]:
     """Every video of the dataset with its clips and caption, or the reason why it has none."""
+    known = _known_captions(dataset).get("videos", {})
     sources = [Source(path) for path in dataset.video_files()]
     stems: dict[str, Path] = {}
     with console.progress("inspect", len(sources), "videos") as bar:
@@ -108,7 +114,7 @@ def inspect(r: Recipe, dataset: Dataset, before: dict[str, Any]) -> list[Source]
                 source.reject("not a file")
             else:
                 _inspect_one(r, source)
-                _caption(r, dataset, source, before)
+                _caption(r, dataset, source, known.get(source.path.name, {}))
             bar.advance(source.path.name)
     return sources
 
@@ -128,16 +134,19 @@ def _inspect_one(r: Recipe, source: Source) -> None:
         source.reject(str(error))
 
 
-def _caption(r: Recipe, dataset: Dataset, source: Source, before: dict[str, Any]) -> None:
-    """Takes the caption from metas, else from beside the video, else from the recipe."""
+def _caption(r: Recipe, dataset: Dataset, source: Source, known: dict[str, str]) -> None:
+    """Takes the caption from metas, else from beside the video, else from the recipe.
+
+    `known` is the caption of the last run and its source.
+    """
     meta = dataset.metas / f"{source.stem}.txt"
     metas = _read_caption(meta, source)
     sidecar = _read_caption(source.path.with_suffix(".txt"), source)
-    known = before.get(source.path.name, {})
     if known.get("caption") == metas and known.get("caption_source") != "metas":
         # Prep wrote this file from the sidecar or prompt of then; those of now hold.
-        metas = ""
-    source.caption = metas or sidecar or r.prompt or ""
+        source.caption = sidecar or r.prompt or metas
+    else:
+        source.caption = metas or sidecar or r.prompt or ""
     origins = {"sidecar": sidecar, "prompt": r.prompt, "metas": source.caption}
     source.caption_source = next(o for o, text in origins.items() if text == source.caption)
     if not source.caption:
@@ -149,7 +158,8 @@ def _read_caption(path: Path, source: Source) -> str:
         if path.stat().st_size > MAX_CAPTION_BYTES:
             source.reject(f"the caption {path.name} is larger than a megabyte")
             return ""
-        return path.read_text(encoding="utf-8").strip()
+        # Editors on Windows put a mark in front.
+        return path.read_text(encoding="utf-8-sig").strip()
     except FileNotFoundError:
         return ""
     except (OSError, UnicodeDecodeError):
@@ -201,7 +211,7 @@ def verdict_table(videos: list[dict[str, Any]]) -> str:
             f"{row['frames']} at {row['fps']:.4g}" if row["frames"] else "-",
             f"{row['width']}x{row['height']}" if row["frames"] else "-",
             str(row["clips"]),
-            row["reason"] or row["caption"][:60],
+            " ".join((row["reason"] or row["caption"]).split())[:90],
         )
         for row in videos
     ]
@@ -228,14 +238,12 @@ def _row(source: Source, digest: str) -> dict[str, Any]:
 # --- files ----------------------------------------------------------------------------------------
 
 
-def _previous(dataset: Dataset, r: Recipe) -> dict[str, Any]:
-    """The videos of the last manifest by file name, if it was made for the same model."""
-    if not dataset.manifest.exists():
+def _known_captions(dataset: Dataset) -> dict[str, Any]:
+    """The captions that the last run used, however it ended."""
+    if not dataset.captions.exists():
         return {}
-    manifest = layout.read_json(dataset.manifest)
-    if manifest["settings"]["model"] != r.model:
-        return {}
-    return {video["file"]: video for video in manifest["videos"]}
+    known: dict[str, Any] = layout.read_json(dataset.captions)
+    return known
 
 
 def latent_bytes(r: Recipe) -> int:
@@ -250,32 +258,34 @@ def _check_disk(r: Recipe, dataset: Dataset, sources: list[Source]) -> None:
         for source in sources
         for clip in source.clips
     )
-    needed = missing * latent_bytes(r) + r.min_free_disk_gb * 1e9
-    free = shutil.disk_usage(dataset.root if dataset.root.exists() else dataset.videos).free
-    if free < needed:
-        raise UserError(
-            f"{missing} latents need {console.size(needed)}, {console.size(free)} are free",
-            code=ExitCode.ASSET,
-            where=str(dataset.root),
-            fix="free some space, or set clip_stride_frames or max_clips_per_video",
-        )
+    layout.require_free(
+        dataset.root,
+        missing * latent_bytes(r) + r.min_free_disk_gb * 1e9,
+        f"{missing} latents",
+        "free some space, or set clip_stride_frames or max_clips_per_video",
+    )
 
 
-def _write_captions(dataset: Dataset, sources: list[Source]) -> None:
-    for source in sources:
+def _write_captions(r: Recipe, dataset: Dataset, sources: list[Source]) -> None:
+    """Notes where every caption comes from, then writes those that are not yet in `metas`."""
+    used = [source for source in sources if not source.reason]
+    videos = {s.path.name: {"caption": s.caption, "caption_source": s.caption_source} for s in used}
+    layout.write_json(dataset.captions, {"model": r.model, "videos": videos})
+    for source in used:
         path = dataset.metas / f"{source.stem}.txt"
-        if not source.reason and _read_caption(path, source) != source.caption:
+        if _read_caption(path, source) != source.caption:
             layout.write_text(path, source.caption + "\n")
 
 
 def _write_embeddings(
-    r: Recipe, dataset: Dataset, sources: list[Source], before: dict[str, Any], device: str
+    r: Recipe, dataset: Dataset, sources: list[Source], same_model: bool, device: str
 ) -> None:
     """Encodes each distinct caption once, similar lengths together."""
     missing: dict[str, list[Path]] = {}
     for source in sources:
         path = dataset.embeddings / f"{source.stem}.pickle"
-        if not source.reason and not _embedding_is_current(r, dataset, source, before):
+        current = same_model and _embedding_is_current(r, dataset, source)
+        if not source.reason and not current:
             missing.setdefault(source.caption, []).append(path)
     if not missing:
         return
@@ -293,16 +303,11 @@ def _write_embeddings(
             bar.advance(count=len(batch))
 
 
-def _embedding_is_current(
-    r: Recipe, dataset: Dataset, source: Source, before: dict[str, Any]
-) -> bool:
-    """Whether the pickle on disk belongs to the caption; one of the reference's own counts too."""
+def _embedding_is_current(r: Recipe, dataset: Dataset, source: Source) -> bool:
+    """Whether the pickle on disk is younger than its caption; the reference's own counts too."""
     path = dataset.embeddings / f"{source.stem}.pickle"
     meta = dataset.metas / f"{source.stem}.txt"
-    if not path.exists() or path.stat().st_mtime_ns < meta.stat().st_mtime_ns:
-        return False
-    known = before.get(source.path.name)
-    if known and known["caption"] != source.caption:
+    if source.reason or not path.exists() or path.stat().st_mtime_ns < meta.stat().st_mtime_ns:
         return False
     text.read_pickle(path, r.spec.text)
     return True

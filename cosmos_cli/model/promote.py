@@ -23,17 +23,24 @@ from cosmos_cli.recipe import Recipe
 def promote(r: Recipe, step: int, kind: str, target: Path) -> dict[str, Any]:
     """Checks the weights of a step against the base and writes the model folder; its manifest.
 
+    The recipe that counts is the one the run was trained with, where it is still there.
+
     Raises:
         UserError: the checkpoint is missing, damaged, not finite, or no different from the base.
     """
-    run = Run(r.run_dir)
+    run = Run(r.run_dir.absolute())
+    if run.resolved.exists():
+        r = recipe.load(run.resolved).recipe
+    r = r.model_copy(update={"checkpoints_dir": str(target.parent)})
     source = run.model(step, kind)
+    console.say(f"reading {source}")
     base = layout.model_files(r.spec, r.checkpoints_dir, r.base).dit
     tuned, original = weights.load_dit_state(source), weights.load_dit_state(base)
     with torch.device("meta"):
         expected = {f"net.{k}": v.shape for k, v in DiT(r.spec.dit).state_dict().items()}
     net = {name: tensor for name, tensor in tuned.items() if name.startswith("net.")}
     weights.check_keys(expected, net, source)
+    weights.check_keys(expected, {k: v for k, v in original.items() if k in net}, base)
     changes = relative_changes(net, original)
     if bad := [group for group, change in changes.items() if math.isnan(change)]:
         raise UserError(
@@ -90,6 +97,10 @@ def _write_folder(
 ) -> dict[str, Any]:
     """Builds the folder under another name, reads its weights back, then puts it in place."""
     building = target.with_name(f".{target.name}.building")
+    old = target.with_name(f".{target.name}.old")
+    if old.exists() and not target.exists():
+        # A kill between the two renames below.
+        old.rename(target)
     shutil.rmtree(building, ignore_errors=True)
     path = building / layout.MODEL_FILE
     weights.save_dit(path, state, "pt")
@@ -107,7 +118,6 @@ def _write_folder(
     layout.write_text(building / "README.md", _card(r, manifest))
     layout.write_json(building / layout.MANIFEST_FILE, manifest)
     if target.exists():
-        old = target.with_name(f".{target.name}.old")
         shutil.rmtree(old, ignore_errors=True)
         target.rename(old)
         building.rename(target)

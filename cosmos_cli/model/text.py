@@ -48,8 +48,17 @@ class TextEncoder:
         logging.disable_progress_bar()
         self.spec = spec
         self.device = device
-        self.tokenizer = AutoTokenizer.from_pretrained(folder)
-        self.encoder = T5EncoderModel.from_pretrained(folder, dtype=dtype).to(device).eval()
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(folder)
+            encoder = T5EncoderModel.from_pretrained(folder, dtype=dtype)
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"is no whole T5 encoder: {str(error).splitlines()[0]}",
+                code=ExitCode.ASSET,
+                where=str(folder),
+                fix="run cosmos download",
+            ) from error
+        self.encoder = encoder.to(device).eval()
 
     @torch.inference_mode()
     def encode(self, captions: list[str]) -> list[Tensor]:
@@ -91,7 +100,7 @@ def read_pickle(path: Path, spec: TextSpec) -> Tensor:
         raise _bad(path, "does not exist") from error
     except (
         pickle.UnpicklingError, EOFError, ValueError, TypeError, AttributeError, IndexError,
-        KeyError, ImportError, UnicodeDecodeError, OverflowError, MemoryError,
+        KeyError, ImportError, UnicodeDecodeError, OverflowError, MemoryError, OSError,
     ) as error:  # fmt: skip
         raise _bad(path, f"is no embedding: {error}") from error
     arrays = value if isinstance(value, list) else [value]

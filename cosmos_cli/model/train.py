@@ -21,7 +21,9 @@ from cosmos_cli import console, layout, mailbox, recipe
 from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.layout import Dataset, Run
 from cosmos_cli.model import checkpoint, data, edm, weights
+from cosmos_cli.model.device import gpu_memory_errors
 from cosmos_cli.model.dit import DiT
+from cosmos_cli.model.elastic import die_with_parent
 from cosmos_cli.model.ema import PowerEMA
 from cosmos_cli.recipe import Recipe
 
@@ -46,7 +48,7 @@ def train(r: Recipe, device: torch.device) -> dict[str, Any]:
     """Trains to max_steps or until a signal; the figures of the run's result."""
     run = Run(r.run_dir.absolute())
     dataset = Dataset.at(r.dataset_dir, r.videos_dir)
-    clips = data.Clips(dataset.root, layout.read_json(dataset.manifest)["clips"], r.spec)
+    clips = data.Clips(dataset.root, dataset.read_manifest()["clips"], r.spec)
     share = data.Share.of(
         dist.get_rank(), dist.get_world_size(), r.global_batch_size, r.micro_batch_size
     )
@@ -61,6 +63,9 @@ def train(r: Recipe, device: torch.device) -> dict[str, Any]:
     start = (run.resumable_steps() or [0])[-1]
     if start:
         checkpoint.resume(engine, ema, run, start)
+        # DeepSpeed restores these from the checkpoint; the recipe's hold.
+        for group in engine.optimizer.param_groups:
+            group.update(optimizer_settings(r))
         console.say(f"resumed at step {start} from {run.resume_state(start)}")
     metrics = Metrics(run, start)
 
@@ -125,9 +130,7 @@ def build_engine(r: Recipe, share: data.Share, device: torch.device) -> Any:
     optimizer = torch.optim.AdamW(
         module.parameters(),
         lr=r.learning_rate,
-        betas=(r.beta1, r.beta2),
-        eps=r.adam_eps,
-        weight_decay=r.weight_decay,
+        **optimizer_settings(r),
         fused=True if device.type == "cuda" else None,
     )
     engine, *_ = deepspeed.initialize(model=module, config=config, optimizer=optimizer)
@@ -138,6 +141,13 @@ def grad_norm(engine: Any) -> float | None:
     """Global norm of the gradient before clipping; ZeRO stage 0 does not tell it."""
     norm = engine.get_global_grad_norm()
     return None if norm is None else float(norm)
+
+
+def optimizer_settings(r: Recipe) -> dict[str, Any]:
+    """What AdamW takes from the recipe besides the learning rate."""
+    return {
+        "betas": (r.beta1, r.beta2), "eps": r.adam_eps, "weight_decay": r.weight_decay
+    }  # fmt: skip
 
 
 class Stats:
@@ -247,8 +257,8 @@ def _request_stop(number: int, _frame: FrameType | None) -> None:
     _stop_code = int(ExitCode.SIGTERM if number == signal.SIGTERM else ExitCode.SIGINT)
 
 
-def run_rank(r: Recipe) -> None:
-    """Trains as one rank of the world that the environment describes.
+def run_rank(r: Recipe) -> dict[str, Any]:
+    """The figures of the run's result, after training as the rank that the environment names.
 
     Raises:
         UserError: what ended the run on this rank.
@@ -259,18 +269,13 @@ def run_rank(r: Recipe) -> None:
     device = _join_world()
     if dist.get_rank():
         console.mute()
-    try:
-        with console.log_file(run.log):
-            outcome = train(r, device)
-    except torch.cuda.OutOfMemoryError as error:
-        raise UserError(
-            f"out of GPU memory: {error}",
-            code=ExitCode.GPU_MEMORY,
-            fix="use more GPUs, activation_checkpointing: all, or fewer frames",
-        ) from error
+    fix = "use more GPUs, activation_checkpointing: all, or fewer frames"
+    with console.log_file(run.log), gpu_memory_errors(fix):
+        outcome = train(r, device)
     if dist.get_rank() == 0:
         layout.write_json(run.result, outcome)
     dist.destroy_process_group()
+    return outcome
 
 
 def _join_world() -> torch.device:
@@ -294,6 +299,7 @@ def _join_world() -> torch.device:
 
 def main(resolved: str) -> int:
     """Runs one rank that torchrun started; the exit code of its process."""
+    die_with_parent()
     rank = int(os.environ["RANK"])
 
     def post_bug(kind: Any, error: BaseException, trace: Any) -> None:

@@ -5,6 +5,7 @@ Dimension letters: C channels (RGB), T frames, H height, W width.
 
 from __future__ import annotations
 
+import os
 import struct
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -283,6 +284,13 @@ def _open(path: Path) -> VideoDecoder:
         from torchcodec.decoders import VideoDecoder
     if not path.is_file():
         raise VideoError("no such file")
+    try:
+        path.open("rb").close()
+        path.name.encode()
+    except OSError as error:
+        raise VideoError(f"cannot be read: {os.strerror(error.errno or 0)}") from error
+    except UnicodeEncodeError as error:
+        raise VideoError("its name is not UTF-8; rename it") from error
     if path.stat().st_size == 0:
         raise VideoError("the file is empty")
     try:

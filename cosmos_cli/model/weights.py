@@ -90,7 +90,7 @@ _WRITE_FAILED = re.compile(r"PytorchStreamWriter|inline_container|I/O error|IoEr
 # Reading damaged or hostile pickles may raise almost anything, says Python's documentation.
 _DAMAGE = (
     *(RuntimeError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError),
-    *(AssertionError, EOFError, OSError, MemoryError, struct.error),
+    *(AssertionError, EOFError, OSError, MemoryError, StopIteration, struct.error),
     *(pickle.UnpicklingError, zipfile.BadZipFile, SafetensorError),
 )
 
