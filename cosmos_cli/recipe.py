@@ -487,7 +487,7 @@ def _oddities(recipe: Recipe) -> Iterator[str]:
     if recipe.save_every_steps > recipe.max_steps:
         yield (
             f"save_every_steps {recipe.save_every_steps} is above max_steps {recipe.max_steps}: "
-            "an interrupted run starts again from the beginning"
+            "a run that is killed starts again from the beginning"
         )
     if recipe.log_every_steps > recipe.max_steps:
         yield (
@@ -496,7 +496,6 @@ def _oddities(recipe: Recipe) -> Iterator[str]:
         )
     if recipe.keep_last == 1:
         yield "keep_last 1 keeps one resume state: there is none to fall back on"
-    if not recipe.dataset_repo:
-        for key in ("dataset_revision", "dataset_include"):
-            if getattr(recipe, key):
-                yield f"{key} has no effect without dataset_repo"
+    for key in ("dataset_revision", "dataset_include"):
+        if getattr(recipe, key) and not recipe.dataset_repo:
+            yield f"{key} has no effect without dataset_repo"

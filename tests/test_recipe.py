@@ -215,7 +215,7 @@ def test_traps_of_yaml_1_1_are_gone(file: Path) -> None:
         ("height: 480", "480x1280 is not a size that"),
         ("num_frames: 57", "num_frames 57 is not the 121 that"),
         ("clip_stride_frames: 1", "clips overlap by 120 frames"),
-        ("save_every_steps: 1001", "an interrupted run starts again"),
+        ("save_every_steps: 1001", "a run that is killed starts again"),
         ("log_every_steps: 1001", "only the last step's"),
         ("keep_last: 1", "none to fall back on"),
         ("dataset_revision: main", "dataset_revision has no effect without dataset_repo"),
