@@ -6,32 +6,24 @@ from pathlib import Path
 
 from cosmos_cli import console, layout
 from cosmos_cli import download as hub
-from cosmos_cli.commands.options import (
-    DryRunOption,
-    JsonOption,
-    PrintRecipeOption,
-    RecipeArgument,
-    SetOption,
-    command_line,
-    open_recipe,
-)
+from cosmos_cli.commands import options
 from cosmos_cli.console import Result
 
 EMBEDDED_CLIPS = 12
 
 
 def download(
-    recipe: RecipeArgument = "tiny",
-    set_: SetOption = None,
-    print_recipe: PrintRecipeOption = False,
-    dry_run: DryRunOption = False,
-    json_: JsonOption = False,
+    recipe: options.RecipeArgument = "tiny",
+    set_: options.SetOption = None,
+    print_recipe: options.PrintRecipeOption = False,
+    dry_run: options.DryRunOption = False,
+    json_: options.JsonOption = False,
 ) -> None:
     """Fetch the weights and the dataset of a recipe; what is there and whole is kept.
 
     Example: cosmos download nemo_assets
     """
-    r = open_recipe(recipe, set_, print_recipe, json_).recipe
+    r = options.open_recipe(recipe, set_, print_recipe, json_).recipe
     fetched = [hub.fetch(asset, dry_run=dry_run) for asset in hub.assets(r)]
     if r.spec.embedded:
         console.say(f"{r.model}: its weights are part of the package, {layout.EMBEDDED_DIR}")
@@ -47,5 +39,6 @@ def download(
         figures["videos"] = hub.count_videos(r)
         console.say(f"{figures['videos']} videos in {root}")
     console.emit(
-        Result(str(root), [root], figures, command_line("prep", recipe, set_)), as_json=json_
+        Result(str(root), [root], figures, options.command_line("prep", recipe, set_)),
+        as_json=json_,
     )

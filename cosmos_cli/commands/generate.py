@@ -10,13 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cosmos_cli import console, layout
-from cosmos_cli.commands.options import (
-    DryRunOption,
-    JsonOption,
-    PrintRecipeOption,
-    SetOption,
-    open_recipe,
-)
+from cosmos_cli.commands import options
 from cosmos_cli.console import Result
 from cosmos_cli.errors import ExitCode, Interrupted, UserError
 
@@ -46,10 +40,10 @@ def generate(
     model: Annotated[
         str, typer.Option(help="promoted, base, or a folder or weights file.")
     ] = "promoted",
-    set_: SetOption = None,
-    print_recipe: PrintRecipeOption = False,
-    dry_run: DryRunOption = False,
-    json_: JsonOption = False,
+    set_: options.SetOption = None,
+    print_recipe: options.PrintRecipeOption = False,
+    dry_run: options.DryRunOption = False,
+    json_: options.JsonOption = False,
 ) -> None:
     """Generate videos with the model promoted last, or the embedded tiny one.
 
@@ -57,7 +51,7 @@ def generate(
     """
     overrides = [*(set_ or ()), *([] if seed is None else [f"sampling_seed={seed}"])]
     name, folder = choose_model(recipe, model, overrides)
-    r = open_recipe(name, overrides, print_recipe, json_).recipe
+    r = options.open_recipe(name, overrides, print_recipe, json_).recipe
     weights = folder or layout.model_files(r.spec, r.checkpoints_dir, r.base).dit
     weights = weights / layout.MODEL_FILE if (weights / layout.MODEL_FILE).is_file() else weights
     if not weights.exists():

@@ -5,30 +5,22 @@ from __future__ import annotations
 from pathlib import Path
 
 from cosmos_cli import console, layout
-from cosmos_cli.commands.options import (
-    DryRunOption,
-    JsonOption,
-    PrintRecipeOption,
-    RecipeArgument,
-    SetOption,
-    command_line,
-    open_recipe,
-)
+from cosmos_cli.commands import options
 from cosmos_cli.console import Result
 
 
 def prep(
-    recipe: RecipeArgument = "tiny",
-    set_: SetOption = None,
-    print_recipe: PrintRecipeOption = False,
-    dry_run: DryRunOption = False,
-    json_: JsonOption = False,
+    recipe: options.RecipeArgument = "tiny",
+    set_: options.SetOption = None,
+    print_recipe: options.PrintRecipeOption = False,
+    dry_run: options.DryRunOption = False,
+    json_: options.JsonOption = False,
 ) -> None:
     """Prepare a dataset: a verdict on every video, captions, embeddings, latents.
 
     Example: cosmos prep my_videos.yaml --set prompt="A video of sks teal robot."
     """
-    r = open_recipe(recipe, set_, print_recipe, json_).recipe
+    r = options.open_recipe(recipe, set_, print_recipe, json_).recipe
     dataset = layout.Dataset.at(r.dataset_dir, r.videos_dir)
     console.say(f"preparing {dataset.videos} into {dataset.root}")
     dataset.video_files()
@@ -68,7 +60,7 @@ def prep(
                     for video in videos
                 ],
             },
-            next=command_line("train", recipe, set_),
+            next=options.command_line("train", recipe, set_),
         ),
         as_json=json_,
     )

@@ -9,15 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cosmos_cli import console, layout
-from cosmos_cli.commands.options import (
-    DryRunOption,
-    JsonOption,
-    PrintRecipeOption,
-    RecipeArgument,
-    SetOption,
-    YesOption,
-    open_recipe,
-)
+from cosmos_cli.commands import options
 from cosmos_cli.console import Result
 from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.layout import Run
@@ -27,20 +19,20 @@ if TYPE_CHECKING:
 
 
 def promote(
-    recipe: RecipeArgument = "tiny",
+    recipe: options.RecipeArgument = "tiny",
     step: Annotated[str, typer.Option(help="latest, or the number of a saved step.")] = "latest",
     weights: Annotated[str, typer.Option(help="ema or reg.")] = "ema",
-    set_: SetOption = None,
-    print_recipe: PrintRecipeOption = False,
-    dry_run: DryRunOption = False,
-    yes: YesOption = False,
-    json_: JsonOption = False,
+    set_: options.SetOption = None,
+    print_recipe: options.PrintRecipeOption = False,
+    dry_run: options.DryRunOption = False,
+    yes: options.YesOption = False,
+    json_: options.JsonOption = False,
 ) -> None:
     """Make the model that generate loads from a checkpoint of a run.
 
     Example: cosmos promote nemo_assets --step 2000
     """
-    r = open_recipe(recipe, set_, print_recipe, json_).recipe
+    r = options.open_recipe(recipe, set_, print_recipe, json_).recipe
     number = choose_step(Run(r.run_dir), step, weights)
     target = layout.promoted_dir(r.spec, r.checkpoints_dir)
     require_own(target, Run(r.run_dir.absolute()), yes)

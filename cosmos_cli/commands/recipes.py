@@ -11,13 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cosmos_cli import console, layout
-from cosmos_cli.commands.options import (
-    JsonOption,
-    RecipeArgument,
-    SetOption,
-    YesOption,
-    shipped_names,
-)
+from cosmos_cli.commands import options
 from cosmos_cli.console import Result
 from cosmos_cli.errors import ExitCode, UserError
 
@@ -31,13 +25,13 @@ NameArgument = Annotated[
     typer.Argument(
         metavar="NAME",
         help="A shipped recipe, see `cosmos recipes list`.",
-        autocompletion=shipped_names,
+        autocompletion=options.shipped_names,
     ),
 ]
 
 
 @app.command("list")
-def list_(json_: JsonOption = False) -> None:
+def list_(json_: options.JsonOption = False) -> None:
     """List the shipped recipes.
 
     Example: cosmos recipes list
@@ -58,7 +52,7 @@ def _title(path: Path) -> str:
 
 
 @app.command()
-def show(name: NameArgument, json_: JsonOption = False) -> None:
+def show(name: NameArgument, json_: options.JsonOption = False) -> None:
     """Print a recipe as it is written, with its comments.
 
     Example: cosmos recipes show nemo_assets
@@ -77,8 +71,8 @@ def copy(
     destination: Annotated[
         Path | None, typer.Argument(metavar="DEST", help="File or folder; NAME.yaml by default.")
     ] = None,
-    yes: YesOption = False,
-    json_: JsonOption = False,
+    yes: options.YesOption = False,
+    json_: options.JsonOption = False,
 ) -> None:
     """Copy a shipped recipe, to change it.
 
@@ -106,7 +100,9 @@ def _check_free(target: Path, yes: bool) -> None:
 
 
 @app.command()
-def check(name: RecipeArgument, set_: SetOption = None, json_: JsonOption = False) -> None:
+def check(
+    name: options.RecipeArgument, set_: options.SetOption = None, json_: options.JsonOption = False
+) -> None:
     """Check a recipe: every problem at once, or ok and what is odd.
 
     Example: cosmos recipes check my_videos.yaml --set max_steps=400
@@ -121,7 +117,7 @@ def check(name: RecipeArgument, set_: SetOption = None, json_: JsonOption = Fals
 
 
 @app.command()
-def keys(json_: JsonOption = False) -> None:
+def keys(json_: options.JsonOption = False) -> None:
     """Explain every key of a recipe.
 
     Example: cosmos recipes keys
@@ -145,8 +141,8 @@ def schema(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Write it to this file instead.")
     ] = None,
-    yes: YesOption = False,
-    json_: JsonOption = False,
+    yes: options.YesOption = False,
+    json_: options.JsonOption = False,
 ) -> None:
     """Print the JSON Schema of a recipe, for editors and other programs.
 
@@ -168,8 +164,8 @@ def schema(
 def new(
     name: Annotated[str, typer.Argument(metavar="NAME", help="The recipe is NAME.yaml.")],
     videos: Annotated[Path, typer.Option("--videos", help="The folder that holds the videos.")],
-    yes: YesOption = False,
-    json_: JsonOption = False,
+    yes: options.YesOption = False,
+    json_: options.JsonOption = False,
 ) -> None:
     """Write a recipe for a folder of videos, with the reason of every choice.
 

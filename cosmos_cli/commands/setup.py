@@ -10,15 +10,7 @@ import typer
 
 from cosmos_cli import checks, console
 from cosmos_cli.checks import Check
-from cosmos_cli.commands.options import (
-    DryRunOption,
-    JsonOption,
-    PrintRecipeOption,
-    RecipeArgument,
-    SetOption,
-    command_line,
-    open_recipe,
-)
+from cosmos_cli.commands import options
 from cosmos_cli.console import Result
 from cosmos_cli.errors import ExitCode
 
@@ -28,22 +20,22 @@ InstallOption = Annotated[
 
 
 def setup(
-    recipe: RecipeArgument = "tiny",
+    recipe: options.RecipeArgument = "tiny",
     install: InstallOption = False,
-    set_: SetOption = None,
-    print_recipe: PrintRecipeOption = False,
-    dry_run: DryRunOption = False,
-    json_: JsonOption = False,
+    set_: options.SetOption = None,
+    print_recipe: options.PrintRecipeOption = False,
+    dry_run: options.DryRunOption = False,
+    json_: options.JsonOption = False,
 ) -> None:
     """Check this machine for a recipe; with --install mend what is missing.
 
     Example: cosmos setup nemo_assets --install
     """
-    r = open_recipe(recipe, set_, print_recipe, json_).recipe
+    r = options.open_recipe(recipe, set_, print_recipe, json_).recipe
     console.say(f"checking this machine for {recipe}, about 10 s")
     rows = checks.run_checks(r)
     if dry_run:
-        _emit_plan(rows, command_line("setup", recipe, set_, "--install"), as_json=json_)
+        _emit_plan(rows, options.command_line("setup", recipe, set_, "--install"), as_json=json_)
         return
     artifacts: list[Path] = []
     tried: list[tuple[str, ...]] = []
@@ -52,12 +44,14 @@ def setup(
         artifacts = [checks.install(commands)]
         tried += commands
         rows = checks.run_checks(r)
-    result = Result(_table(rows), artifacts, _figures(rows), command_line("download", recipe, set_))
+    result = Result(
+        _table(rows), artifacts, _figures(rows), options.command_line("download", recipe, set_)
+    )
     if failed := [row.name for row in rows if row.status == "fail"]:
         result.code = ExitCode.ENVIRONMENT
         result.error = f"this machine is not ready: {', '.join(failed)}"
         mendable = checks.repairs(rows) and not install
-        result.next = command_line("setup", recipe, set_, "--install" if mendable else "")
+        result.next = options.command_line("setup", recipe, set_, "--install" if mendable else "")
     console.emit(result, as_json=json_)
     raise typer.Exit(result.code)
 

@@ -3,32 +3,24 @@
 from __future__ import annotations
 
 from cosmos_cli import console, launch
-from cosmos_cli.commands.options import (
-    DryRunOption,
-    JsonOption,
-    PrintRecipeOption,
-    RecipeArgument,
-    SetOption,
-    command_line,
-    open_recipe,
-)
+from cosmos_cli.commands import options
 from cosmos_cli.console import Result
 from cosmos_cli.layout import Run
 
 
 def train(
-    recipe: RecipeArgument = "tiny",
-    set_: SetOption = None,
-    print_recipe: PrintRecipeOption = False,
-    dry_run: DryRunOption = False,
-    json_: JsonOption = False,
+    recipe: options.RecipeArgument = "tiny",
+    set_: options.SetOption = None,
+    print_recipe: options.PrintRecipeOption = False,
+    dry_run: options.DryRunOption = False,
+    json_: options.JsonOption = False,
 ) -> None:
     """Post-train on the prepared dataset, on all GPUs; the same command resumes.
 
     Example: cosmos train nemo_assets --set max_steps=400
     """
     launch.mute_all_but_first()
-    loaded = open_recipe(recipe, set_, print_recipe, json_)
+    loaded = options.open_recipe(recipe, set_, print_recipe, json_)
     r = loaded.recipe
     run, ranks = Run(r.run_dir.absolute()), launch.world_size(r)
     launch.check_recipe(r, ranks)
@@ -40,12 +32,12 @@ def train(
         f"{r.model}: {len(clips)} clips, {r.global_batch_size} a step, {ranks} processes, "
         f"ZeRO-{r.zero_stage}, {r.precision}, steps {start} to {r.max_steps}; run {run.root}"
     )
-    following = command_line("promote", recipe, set_)
+    following = options.command_line("promote", recipe, set_)
     if start >= r.max_steps:
         console.say(f"nothing to do: step {start} is saved; raise max_steps to go on")
         figures["step"] = start
     elif dry_run:
-        following = command_line("train", recipe, set_)
+        following = options.command_line("train", recipe, set_)
     elif launch.under_launcher():
         figures |= launch.join(loaded)
     else:
