@@ -210,16 +210,13 @@ def count_videos(r: Recipe) -> int:
     """The number of videos of the dataset.
 
     Raises:
-        UserError: there is no video and nothing to fetch them from.
+        UserError: there is none.
     """
     dataset = Dataset.at(r.dataset_dir, r.videos_dir)
-    try:
-        count = len(dataset.video_files())
-    except UserError:
-        count = 0
+    count = len(dataset.video_files())
     if not count:
         raise UserError(
-            "holds no videos, and the recipe names no dataset_repo to fetch them from",
+            "holds no videos",
             code=ExitCode.DATASET,
             where=str(dataset.videos),
             fix="put your videos there, or set videos_dir",

@@ -256,9 +256,8 @@ def load(name_or_path: str | Path, overrides: Sequence[str] = ()) -> LoadedRecip
     problems += wrong
     if problems:
         first, *rest = problems
-        raise UserError(
-            first.what, code=first.code, where=first.where, fix=first.fix, also=tuple(rest)
-        )
+        first.also = tuple(rest)
+        raise first
     origins = {key: _origin(key, entries.get(key)) for key in Recipe.model_fields}
     return LoadedRecipe(recipe, origins, (*warnings, *_oddities(recipe)), path)
 
