@@ -233,7 +233,7 @@ class Dataset:
     @property
     def captions(self) -> Path:
         """Where prep took each caption from, so that it knows its own files in `metas`."""
-        return self.root / "captions.json"
+        return self.root / "prep_captions.json"
 
     @property
     def manifest(self) -> Path:

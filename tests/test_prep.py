@@ -129,14 +129,14 @@ def test_a_second_run_changes_no_byte_and_a_changed_prompt_reaches_the_embedding
     second = snapshot(dataset)
     changed = {name for name in first if first[name] != second[name]}
     assert changed == {
-        "metas/a.txt", "t5_xxl/a.pickle", "manifest.json", "captions.json", "resolved.yaml"
+        "metas/a.txt", "t5_xxl/a.pickle", "manifest.json", "prep_captions.json", "resolved.yaml"
     }  # fmt: skip
 
 
 def test_a_prompt_of_an_interrupted_run_is_not_taken_for_the_users_words(tmp_path):
     videos = tmp_path / "datasets" / "tiny" / "videos"
     write(videos, "a.mp4")
-    write(videos, "hostile.mp4")
+    write(videos, "b.mp4")
     cosmos, dataset = Cosmos(tmp_path), videos.parent
     (dataset / "t5_xxl").mkdir()
     # Ends the first run after it has written the captions.

@@ -118,7 +118,7 @@ def test_every_zero_stage_trains_alike(cosmos, stage):
         assert (row[3] is None) if stage == 0 else row[3] == pytest.approx(other[3], rel=1e-4)
 
 
-def test_training_lowers_the_error_and_changes_every_group_of_weights(cosmos):
+def test_training_lowers_the_error(cosmos):
     pairs = ("num_processes=1", "max_steps=25", "save_every_steps=25", "text_dropout=0")
     cosmos("train", "tiny", *options("learns", *pairs))
     rows = losses(find_run(cosmos, "learns"))
