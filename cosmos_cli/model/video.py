@@ -32,9 +32,9 @@ CLOCK_SECONDS = 1e-3
 FPS_TOLERANCE = 0.01
 # Frames are decoded in chunks of about this size, so a 4K clip is never in memory whole.
 CHUNK_BYTES = 2**26
-# The bytes of an x264 stream depend on its number of threads; with four, one file in some 500 came
-# out different on a busy machine.
-X264_THREADS = 1
+# Same frames, same bytes: the AVX-512 code of x264's macroblock tree (seen in build 164) reads memory
+# it never wrote, and the stream depends on the number of threads.
+X264_REPRODUCIBLE = {"threads": 4, "x264-params": "cpu-independent=1"}
 
 
 class VideoError(Exception):
@@ -234,7 +234,7 @@ def write_mp4(path: Path, video_CTHW: Tensor, fps: float, crf: float) -> None:
             crf=crf,
             # The encoder converts with the BT.601 matrix; untagged, players take HD for BT.709.
             extra_options={
-                "threads": X264_THREADS,
+                **X264_REPRODUCIBLE,
                 "colorspace": "smpte170m",
                 "color_primaries": "bt709",
                 "color_trc": "bt709",
