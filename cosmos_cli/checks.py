@@ -32,7 +32,7 @@ from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.layout import Run
 
 if TYPE_CHECKING:
-    from cosmos_cli.recipe import Recipe
+    from cosmos_cli.keys import Recipe
 
 OLDEST_PYTHON, NEWEST_PYTHON = (3, 11), (3, 13)
 TORCHCODEC = "torchcodec>=0.13,<0.14"

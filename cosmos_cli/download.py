@@ -17,7 +17,7 @@ from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.layout import Dataset
 
 if TYPE_CHECKING:
-    from cosmos_cli.recipe import Recipe
+    from cosmos_cli.keys import Recipe
 
 MODEL_PATTERNS = ("README.md", "LICENSE*", "model.pt", "config.json")
 TOKENIZER_PATTERNS = ("README.md", "config.json", "encoder.jit", "decoder.jit", "mean_std.pt")

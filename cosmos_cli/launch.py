@@ -24,7 +24,8 @@ from cosmos_cli.errors import ExitCode, Interrupted, UserError
 from cosmos_cli.layout import Dataset, Run
 
 if TYPE_CHECKING:
-    from cosmos_cli.recipe import LoadedRecipe, Recipe
+    from cosmos_cli.keys import Recipe
+from cosmos_cli.recipe import LoadedRecipe
 
 _CODES = {signal.SIGINT: ExitCode.SIGINT, signal.SIGTERM: ExitCode.SIGTERM}
 

@@ -45,7 +45,7 @@ def test_leaves_do_not_import_one_another(leaf):
     assert siblings <= BELOW
 
 
-@pytest.mark.parametrize("name", ["errors", "layout", "recipe", "console"])
+@pytest.mark.parametrize("name", ["errors", "layout", "keys", "recipe", "console"])
 def test_the_lowest_modules_import_no_command_and_no_network(name):
     names = set(imports(PACKAGE / f"{name}.py", everywhere=True))
     allowed = ("cosmos_cli.model.spec", "cosmos_cli.errors", "cosmos_cli.layout")

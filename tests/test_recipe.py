@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 
 from cosmos_cli import recipe
 from cosmos_cli.errors import ExitCode, UserError
+from cosmos_cli.keys import Recipe
 from cosmos_cli.model.spec import MODELS, TINY
-from cosmos_cli.recipe import LoadedRecipe, Recipe
+from cosmos_cli.recipe import LoadedRecipe
 
 
 @pytest.fixture(autouse=True)

@@ -15,8 +15,8 @@ from cosmos_cli.console import Result
 from cosmos_cli.errors import ExitCode, Interrupted, UserError
 
 if TYPE_CHECKING:
+    from cosmos_cli.keys import Recipe
     from cosmos_cli.model.generate import Job
-    from cosmos_cli.recipe import Recipe
 
 # As for sampling_seed.
 MAX_SEED = 2**32

@@ -15,7 +15,7 @@ from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.layout import Run
 
 if TYPE_CHECKING:
-    from cosmos_cli.recipe import Recipe
+    from cosmos_cli.keys import Recipe
 
 
 def promote(

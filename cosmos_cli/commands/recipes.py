@@ -171,12 +171,12 @@ def new(
 
     Example: cosmos recipes new robot --videos ~/robot_videos
     """
-    from cosmos_cli import flatyaml, launch, propose, recipe
+    from cosmos_cli import flatyaml, keys, launch, propose, recipe
 
     name = name.removesuffix(".yaml")
     target = Path(f"{name}.yaml")
-    if not re.fullmatch(recipe.NAME, name):
-        raise flatyaml.problem(f"NAME {name}", f"must be {recipe.PATTERNS[recipe.NAME]}")
+    if not re.fullmatch(keys.NAME, name):
+        raise flatyaml.problem(f"NAME {name}", f"must be {keys.PATTERNS[keys.NAME]}")
     dataset = propose.dataset_of(name, videos)
     _check_free(target, yes)
     usable, bad = _probe(dataset)

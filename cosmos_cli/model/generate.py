@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from cosmos_cli import __version__, console, layout
+from cosmos_cli.keys import Recipe
 from cosmos_cli.model import edm, prep, sampler, text, video, weights
 from cosmos_cli.model.dit import DiT
-from cosmos_cli.recipe import Recipe
 
 
 @dataclass(frozen=True)

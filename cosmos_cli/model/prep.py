@@ -17,10 +17,10 @@ from safetensors.torch import save_file
 
 from cosmos_cli import console, layout, recipe
 from cosmos_cli.errors import ExitCode, UserError
+from cosmos_cli.keys import Recipe
 from cosmos_cli.layout import Dataset
 from cosmos_cli.model import text, video, weights
 from cosmos_cli.model.tokenizer import Tokenizer
-from cosmos_cli.recipe import Recipe
 
 # Recipe keys that decide the content of a prepared dataset.
 SETTINGS = (

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from cosmos_cli import __version__, console, layout, recipe
 from cosmos_cli.errors import ExitCode, UserError
+from cosmos_cli.keys import Recipe
 from cosmos_cli.layout import Run
 from cosmos_cli.model import weights
 from cosmos_cli.model.dit import DiT
-from cosmos_cli.recipe import Recipe
 
 
 def promote(r: Recipe, step: int, kind: str, target: Path) -> dict[str, Any]:

@@ -19,13 +19,13 @@ import torch.distributed as dist
 
 from cosmos_cli import console, layout, mailbox, recipe
 from cosmos_cli.errors import ExitCode, UserError
+from cosmos_cli.keys import Recipe
 from cosmos_cli.layout import Dataset, Run
 from cosmos_cli.model import checkpoint, data, edm, weights
 from cosmos_cli.model.device import gpu_memory_errors
 from cosmos_cli.model.dit import DiT
 from cosmos_cli.model.elastic import die_with_parent
 from cosmos_cli.model.ema import PowerEMA
-from cosmos_cli.recipe import Recipe
 
 _stop_code = 0
 

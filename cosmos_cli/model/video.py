@@ -32,8 +32,8 @@ CLOCK_SECONDS = 1e-3
 FPS_TOLERANCE = 0.01
 # Frames are decoded in chunks of about this size, so a 4K clip is never in memory whole.
 CHUNK_BYTES = 2**26
-# Same frames, same bytes: the AVX-512 code of x264's macroblock tree (seen in build 164) reads memory
-# it never wrote, and the stream depends on the number of threads.
+# Same frames, same bytes: with AVX-512, x264's macroblock tree (build 164) depends on where memory
+# lies, and any stream on the number of threads.
 X264_REPRODUCIBLE = {"threads": 4, "x264-params": "cpu-independent=1"}
 
 

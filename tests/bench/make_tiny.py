@@ -220,6 +220,9 @@ def make_dit(folder: Path, device: str, options: argparse.Namespace) -> dict[str
     net = DiT(TINY.dit)
     net.init_weights(torch.Generator().manual_seed(0))
     loss_of = edm.EDMLoss(net, TINY).to(device)
+    if device == "cuda":
+        for block in net.blocks:
+            block.compile()
     optimizer = torch.optim.AdamW(
         loss_of.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=0.01, fused=device == "cuda"
     )

@@ -1,0 +1,288 @@
+"""Every key of the recipe: type, default and sentence, and which values do not go together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from cosmos_cli.model.spec import COSMOS_7B, MODELS, ModelSpec
+
+TEXT = r"^[^\x00]+$"
+NAME = r"^\w[\w.-]{0,99}$"
+REPO = r"^(embedded|[\w-][\w.-]*/[\w-][\w.-]*)$"
+# As in the shell, ~/ is the home folder.
+PATHS = ("checkpoints_dir", "base", "dataset_dir", "videos_dir", "output_root")
+PATTERNS = {
+    TEXT: "text that is not empty",
+    NAME: "text of letters, digits, '.', '_' and '-'",
+    REPO: "a hub name like owner/name, or embedded",
+}
+
+if TYPE_CHECKING:
+    ModelName = str
+else:
+    ModelName = Literal[tuple(MODELS)]
+Processes = Annotated[int, Field(ge=1, le=65536)]
+
+
+def _key(group: str, description: str, default: Any = ..., **bounds: Any) -> Any:
+    return Field(default, description=description, json_schema_extra={"group": group}, **bounds)
+
+
+def _model_key(group: str, description: str, attribute: str, **bounds: Any) -> Any:
+    def default(earlier: dict[str, Any]) -> Any:
+        return getattr(MODELS[earlier.get("model", COSMOS_7B.name)], attribute)
+
+    return Field(
+        default_factory=default,
+        description=description,
+        json_schema_extra={"group": group},
+        **bounds,
+    )
+
+
+_model = partial(_key, "model")
+_data = partial(_key, "data")
+_clip = partial(_model_key, "data")
+_training = partial(_key, "training")
+_sampling = partial(_key, "sampling")
+_output = partial(_key, "output")
+
+
+class Recipe(BaseModel):
+    """One run from download to video. Each description is the reference of its key."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    model: ModelName = _model("Model to post-train and to generate with.", COSMOS_7B.name)
+    checkpoints_dir: str = _model(
+        "Folder of the downloaded and promoted models.", "checkpoints", pattern=TEXT
+    )
+    base: str | None = _model(
+        "Weights to start from, a .pt or .safetensors file or a diffusers folder; "
+        "null takes the model's own.",
+        None,
+        pattern=TEXT,
+    )
+
+    dataset_dir: str = _data(
+        "Folder of the dataset: videos, captions, embeddings and latents.", pattern=TEXT
+    )
+    dataset_repo: str | None = _data(
+        "Hub dataset that download fetches into dataset_dir; embedded draws clips instead.",
+        None,
+        pattern=REPO,
+    )
+    dataset_revision: str | None = _data(
+        "Commit, tag or branch of dataset_repo; null takes the newest.", None, pattern=TEXT
+    )
+    dataset_include: str | None = _data(
+        "Glob of the files to fetch from dataset_repo; null fetches all.", None, pattern=TEXT
+    )
+    videos_dir: str | None = _data(
+        "Folder of the videos; null means videos inside dataset_dir.", None, pattern=TEXT
+    )
+    prompt: str | None = _data("Caption of every video that has none.", None, pattern=TEXT)
+    num_frames: int = _clip("Frames of one clip, 8k + 1.", "num_frames", ge=1)
+    height: int = _clip("Height of a clip in pixels, a multiple of 16.", "height", ge=16)
+    width: int = _clip("Width of a clip in pixels, a multiple of 16.", "width", ge=16)
+    fps: float = _clip("Frames per second of a clip.", "fps", gt=0, le=240)
+    fps_policy: Literal["keep", "resample", "reject"] = _data(
+        "What to do with a video of another rate: keep its frames and its own rate, resample it "
+        "to fps, or reject it.",
+        "resample",
+    )
+    resize: Literal["stretch", "crop", "pad"] = _data(
+        "How a video of another shape becomes height x width: stretch it, crop its middle, or "
+        "pad it with black.",
+        "crop",
+    )
+    clip_stride_frames: int | None = _data(
+        "Frames from the start of one clip to the next; null means num_frames, without overlap.",
+        None,
+        ge=1,
+    )
+    max_clips_per_video: int | None = _data(
+        "Most clips taken from one video; null takes all.", None, ge=1
+    )
+    strict: bool = _data("Fail prep when one video is rejected, instead of counting it.", False)
+
+    learning_rate: float = _training(
+        "Step size of AdamW once the warm-up is over; 2^-14.3 in the reference.",
+        4.957595e-5,
+        gt=0,
+        le=1,
+    )
+    beta1: float = _training("Decay of AdamW's mean of the gradient.", 0.9, ge=0, lt=1)
+    beta2: float = _training("Decay of AdamW's mean of the squared gradient.", 0.99, ge=0, lt=1)
+    adam_eps: float = _training("Term that keeps AdamW's division finite.", 1e-10, gt=0, le=1)
+    weight_decay: float = _training("Decoupled weight decay of every weight.", 0.1, ge=0, le=10)
+    grad_clip: float = _training("Largest global norm of the gradient.", 1.0, gt=0)
+    warmup_steps: int = _training(
+        "Steps over which the learning rate rises to its value.", 100, ge=0
+    )
+    lr_start_factor: float = _training(
+        "Share of learning_rate at the first step of the warm-up.", 1e-6, ge=0, le=1
+    )
+    lr_end_factor: float = _training(
+        "Share of learning_rate at max_steps, reached in a line from the end of the warm-up.",
+        1.0,
+        ge=0,
+        le=1,
+    )
+    max_steps: int = _training("Optimizer steps of the whole run.", 1000, ge=1, le=10**8)
+    save_every_steps: int = _training("Steps between two checkpoints.", 200, ge=1)
+    log_every_steps: int = _training("Steps between two lines of metrics.", 10, ge=1)
+    keep_last: int = _training("Newest resume states that are kept on disk.", 2, ge=1)
+    global_batch_size: int = _training("Clips per optimizer step over all processes.", 8, ge=1)
+    micro_batch_size: int = _training("Clips that one process holds at a time.", 1, ge=1)
+    num_processes: Processes | Literal["auto"] = _training(
+        "Training processes; auto is one per GPU, or one on a CPU.", "auto"
+    )
+    zero_stage: int = _training(
+        "ZeRO stage: 1 shards the optimizer, 2 the gradients too, 3 the weights too.",
+        3,
+        ge=0,
+        le=3,
+    )
+    precision: Literal["bf16", "fp32"] = _training(
+        "Number format of weights and activations; the optimizer keeps fp32.", "bf16"
+    )
+    activation_checkpointing: Literal["none", "all"] = _training(
+        "Blocks whose activations are computed again in the backward pass, to save memory.", "all"
+    )
+    text_dropout: float = _training(
+        "Share of clips that are trained without their text, which guidance needs.",
+        0.2,
+        ge=0,
+        lt=1,
+    )
+    # Above 12^-0.5 = 0.2887 the power function of EDM2 has no positive exponent.
+    ema_rate: float = _training(
+        "Width of the EMA's memory as a share of the run (EDM2's relative deviation).",
+        0.1,
+        gt=0,
+        le=0.28,
+    )
+    seed: int = _training("Seed of clip order, noise and dropout.", 0, ge=0, lt=2**32)
+
+    sampler: Literal["euler", "res"] = _sampling("Solver of the sampling steps.", "euler")
+    num_steps: int = _sampling("Sampling steps of one video.", 35, ge=2, le=1000)
+    guidance: float = _sampling(
+        "Guidance g in cond + g (cond - uncond); 0 turns it off.", 7.0, ge=0, le=100
+    )
+    negative_prompt: str | None = _sampling(
+        'Text to steer away from; null is the model\'s own, "" is none.', None
+    )
+    sampling_seed: int = _sampling(
+        "Seed of a video's noise; the same seed and prompt give the same video.", 1, ge=0, lt=2**32
+    )
+    video_crf: float = _sampling(
+        "Quality of the mp4 as x264's CRF, smaller is better.", 18.0, ge=0, le=51
+    )
+
+    output_root: str = _output(
+        "Folder of all runs; the environment variable OUTPUT_ROOT wins.", "outputs", pattern=TEXT
+    )
+    project: str = _output(
+        "First folder of the run under output_root.", "posttraining", pattern=NAME
+    )
+    group: str = _output(
+        "Second folder of the run under output_root.", "diffusion_text2world", pattern=NAME
+    )
+    name: str = _output("Folder of the run itself.", "my_run", pattern=NAME)
+    min_free_disk_gb: float = _output(
+        "Space that must stay free when prep or train starts.", 10.0, ge=0
+    )
+
+    @property
+    def spec(self) -> ModelSpec:
+        """The numbers of the model."""
+        return MODELS[self.model]
+
+    @property
+    def stride(self) -> int:
+        """Frames from the start of one clip to the start of the next."""
+        return self.clip_stride_frames or self.num_frames
+
+    @property
+    def run_dir(self) -> Path:
+        """The folder of the run."""
+        return Path(self.output_root) / self.project / self.group / self.name
+
+
+def conflicts(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str, str]]:
+    """The keys, the problem and the fix of each set of values that cannot work together."""
+    spec, tok = recipe.spec, recipe.spec.tokenizer
+    if (recipe.num_frames - 1) % tok.temporal or recipe.num_frames > tok.chunk_frames:
+        rule = f"must be {tok.temporal}k + 1 and at most {tok.chunk_frames}"
+        fix = _neighbours(recipe.num_frames - 1, tok.temporal, tok.chunk_frames - 1, add=1)
+        yield ("num_frames",), f"{rule}, found {recipe.num_frames}", fix
+    for key, size in (("height", recipe.height), ("width", recipe.width)):
+        if size % spec.size_multiple or size > spec.max_size:
+            rule = f"must be a multiple of {spec.size_multiple} and at most {spec.max_size}"
+            fix = _neighbours(size, spec.size_multiple, spec.max_size)
+            yield (key,), f"{rule}, found {size}", fix
+    if recipe.num_processes != "auto":
+        micro, total = recipe.micro_batch_size, recipe.global_batch_size
+        held = micro * recipe.num_processes
+        if total % held:
+            what = (
+                f"global_batch_size {total} is no multiple of micro_batch_size x num_processes = "
+                f"{micro} x {recipe.num_processes} = {held}"
+            )
+            keys = ("global_batch_size", "num_processes", "micro_batch_size")
+            yield keys, what, f"{_neighbours(total, held)} for global_batch_size"
+
+
+def _neighbours(value: int, step: int, limit: float = float("inf"), add: int = 0) -> str:
+    below = value // step * step
+    near = [n + add for n in (below, below + step) if n <= limit and n + add > 0]
+    return f"try {' or '.join(map(str, near or [int(limit) + add]))}"
+
+
+def oddities(recipe: Recipe) -> Iterator[str]:
+    """What works but is rarely meant, a sentence each."""
+    spec = recipe.spec
+    if recipe.warmup_steps >= recipe.max_steps:
+        rise = (recipe.max_steps - 1) / recipe.warmup_steps
+        share = recipe.lr_start_factor + (1 - recipe.lr_start_factor) * rise
+        yield (
+            f"warmup_steps {recipe.warmup_steps} is not below max_steps {recipe.max_steps}: the "
+            f"learning rate only ever reaches {share:.1%} of learning_rate"
+        )
+    if (recipe.height, recipe.width) not in spec.sizes:
+        sizes = ", ".join(f"{height}x{width}" for height, width in spec.sizes)
+        yield (
+            f"{recipe.height}x{recipe.width} is not a size that {spec.name} was trained at "
+            f"({sizes}): expect to train longer"
+        )
+    if recipe.num_frames != spec.num_frames:
+        yield (
+            f"num_frames {recipe.num_frames} is not the {spec.num_frames} that {spec.name} was "
+            "trained at: expect to train longer"
+        )
+    if recipe.stride < recipe.num_frames:
+        yield (
+            f"clip_stride_frames {recipe.stride} is below num_frames {recipe.num_frames}: clips "
+            f"overlap by {recipe.num_frames - recipe.stride} frames"
+        )
+    if recipe.save_every_steps > recipe.max_steps:
+        yield (
+            f"save_every_steps {recipe.save_every_steps} is above max_steps {recipe.max_steps}: "
+            "a run that is killed starts again from the beginning"
+        )
+    if recipe.log_every_steps > recipe.max_steps:
+        yield (
+            f"log_every_steps {recipe.log_every_steps} is above max_steps {recipe.max_steps}: "
+            "only the last step's are written"
+        )
+    if recipe.keep_last == 1:
+        yield "keep_last 1 keeps one resume state: there is none to fall back on"
+    for key in ("dataset_revision", "dataset_include"):
+        if getattr(recipe, key) and not recipe.dataset_repo:
+            yield f"{key} has no effect without dataset_repo"
