@@ -142,17 +142,20 @@ def cut(pool: torch.Tensor, count: int, size: tuple[int, int, int]) -> torch.Ten
 def make_tokenizer(path: Path, device: str, options: argparse.Namespace) -> dict[str, object]:
     """Trains the autoencoder, measures mean and std of its latents and writes both.
 
-    Nine tenths of the steps see pieces, eight times cheaper than whole clips; the rest whole clips.
+    The first `--pieces` of the steps see pieces of clips, the rest whole clips.
     """
     torch.manual_seed(0)
     started = time.monotonic()
     pool = draw_videos(range(options.clips), device)
-    net = Tokenizer(TINY.tokenizer, TINY.sigma_data).to(device)
+    net = Tokenizer(TINY.tokenizer, TINY.sigma_data)
+    if options.resume:
+        weights.load_strict(net, weights.load_tokenizer_state(path), path)
+    net = net.to(device)
     optimizer = torch.optim.AdamW(net.parameters(), betas=(0.9, 0.99), weight_decay=1e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-4, options.steps, pct_start=0.05)
     losses = []
     for step in range(options.steps):
-        whole = step >= options.steps * 9 // 10
+        whole = step >= options.steps * options.pieces
         size, count = (FULL, max(2, options.batch // 4)) if whole else (CROP, options.batch)
         noise = max(1, count // 8)
         video = torch.cat([cut(pool, count - noise, size), colour_noise(noise, size, device)])
@@ -219,7 +222,11 @@ def make_dit(folder: Path, device: str, options: argparse.Namespace) -> dict[str
     print("dit", f"{clips} clips drawn in {time.monotonic() - started:.0f}s", flush=True)
     net = DiT(TINY.dit)
     net.init_weights(torch.Generator().manual_seed(0))
-    loss_of = edm.EDMLoss(net, TINY).to(device)
+    loss_of = edm.EDMLoss(net, TINY)
+    if options.resume:
+        path = folder / "model.safetensors"
+        weights.load_strict(loss_of, weights.load_dit_state(path), path)
+    loss_of = loss_of.to(device)
     if device == "cuda":
         for block in net.blocks:
             block.compile()
@@ -235,7 +242,7 @@ def make_dit(folder: Path, device: str, options: argparse.Namespace) -> dict[str
         x0, text_emb = latents[chosen].float(), texts[chosen].float()
         text_emb = text_emb * (torch.rand(batch, 1, 1, device=device) >= 0.15)
         sigma_B = torch.exp(1.2 * torch.randn(batch, device=device))
-        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+        with torch.autocast(device, torch.bfloat16):
             loss, edm_B = loss_of(x0, sigma_B, torch.randn_like(x0), text_emb, fps_B)
         optimizer.zero_grad()
         loss.backward()
@@ -263,6 +270,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5000)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--clips", type=int, default=4096, help="scenes drawn to train on")
+    parser.add_argument("--resume", action="store_true", help="from the weights that are there")
+    parser.add_argument("--pieces", type=float, default=0.5, help="tokenizer: share of the steps")
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if options.part == "t5":
@@ -274,8 +283,10 @@ def main() -> None:
         about = make_dit(options.folder, device, options)
     log = options.folder / "training.json"
     known = layout.read_json(log) if log.exists() else {}
-    settings = {"steps": options.steps, "batch": options.batch, "clips": options.clips}
-    layout.write_json(log, {**known, options.part: {"device": device, **settings, **about}})
+    runs = known[options.part] if options.resume else []
+    settings = {key: value for key, value in vars(options).items() if key not in ("part", "folder")}
+    runs.append({"device": device, **settings, **about})
+    layout.write_json(log, {**known, options.part: runs})
 
 
 if __name__ == "__main__":
