@@ -1,5 +1,22 @@
 """`python -m cosmos_cli` is `cosmos`."""
 
-from cosmos_cli.app import main
+import sys
 
-main()
+from cosmos_cli.errors import ExitCode
+
+
+def main() -> None:
+    """Runs the command, unless the system lacks what the modules behind it import."""
+    if sys.platform != "linux":
+        print(
+            "error: cosmos runs on Linux: on Windows use WSL2 with Ubuntu, macOS is not supported",
+            file=sys.stderr,
+        )
+        sys.exit(ExitCode.ENVIRONMENT)
+    from cosmos_cli import app
+
+    app.main()
+
+
+if __name__ == "__main__":
+    main()

@@ -11,7 +11,16 @@ from typing import Annotated
 import typer
 
 from cosmos_cli import __version__, console
-from cosmos_cli.commands import download, generate, prep, promote, recipes, setup, train
+from cosmos_cli.commands import (
+    download,
+    evaluate,
+    generate,
+    prep,
+    promote,
+    recipes,
+    setup,
+    train,
+)
 from cosmos_cli.errors import ExitCode, Interrupted, UserError
 
 app = typer.Typer(
@@ -23,7 +32,7 @@ app = typer.Typer(
     help="Post-train Cosmos-Predict1 Text2World on your own videos and generate videos with it. "
     "Every verb takes a recipe: a YAML file or a shipped name, see `cosmos recipes list`.",
 )
-for _verb in (setup, download, prep, train, promote, generate):
+for _verb in (setup, download, prep, train, promote, generate, evaluate):
     app.command()(getattr(_verb, _verb.__name__.rpartition(".")[2]))
 app.add_typer(recipes.app, name="recipes")
 
@@ -71,6 +80,7 @@ def main() -> None:
     except Interrupted as interruption:
         result = console.Result(
             artifacts=list(interruption.artifacts),
+            figures=dict(interruption.figures),
             code=interruption.code,
             error="interrupted; the same command goes on where it stopped",
         )

@@ -1,48 +1,42 @@
-"""Is this machine able to run a recipe? Checks, and the commands that mend it. No torch.
-
-What needs torch runs in a child process of its own, so that a broken installation is a failed row.
-"""
+"""Is this machine able to run a recipe? A verdict on each thing, and what mends it. No torch."""
 
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import platform
 import re
 import resource
-import shlex
 import shutil
-import signal
-import subprocess
 import sys
 import sysconfig
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import psutil
 
-from cosmos_cli import console, launch, layout
-from cosmos_cli.errors import ExitCode, UserError
+from cosmos_cli import assets, console, download, launch, layout, probes, repairs
+from cosmos_cli.errors import UserError
 from cosmos_cli.layout import Run
+from cosmos_cli.probes import Outcome, Probe
+from cosmos_cli.repairs import last_line
 
 if TYPE_CHECKING:
     from cosmos_cli.keys import Recipe
 
 OLDEST_PYTHON, NEWEST_PYTHON = (3, 11), (3, 13)
-TORCHCODEC = "torchcodec>=0.13,<0.14"
-DEEPSPEED = "deepspeed>=0.19.8,<0.20"
 
-PROBE_SECONDS = 60
 # Below these something is likely to fail, but not certain to.
 SHARED_MEMORY_BYTES = 1e9
 OPEN_FILES = 1024
 WORKING_MEMORY_BYTES = 4e9
+# The first with bf16.
+OLDEST_CAPABILITY = [8, 0]
 
 Status = Literal["ok", "warn", "fail"]
 
@@ -51,28 +45,39 @@ Status = Literal["ok", "warn", "fail"]
 class Check:
     """One row: what was looked at, the verdict, what was found and how a person mends it.
 
-    `commands` are those that `install` may run to mend it.
+    `commands` are those that mend it.
     """
 
     name: str
     status: Status
     found: str
     fix: str = ""
-    commands: tuple[tuple[str, ...], ...] = ()
+    commands: tuple[repairs.Command, ...] = ()
 
 
-def run_checks(r: Recipe) -> list[Check]:
-    """Every check that matters for the recipe, in the order in which they build on one another."""
+def run_checks(r: Recipe, wanted: Iterable[str] = ()) -> list[Check]:
+    """Every check that matters for the recipe, in the order in which they build on one another.
+
+    `wanted` names those of transformer-engine and apex whose absence is a failure.
+    """
     gpus = launch.gpu_names()
-    outcomes = _run_probes(on_gpu=bool(gpus))
+    absent = [asset for asset in assets.of_recipe(r) if not download.is_recorded(asset)]
+    outcomes = probes.run(list(_probes(gpus, absent)))
+    torch = outcomes["torch"]
+    usable = len(torch.facts.get("gpus", ()))
+    if usable > 1:
+        # Alone, since it measures how fast something is.
+        outcomes |= probes.run([Probe("nccl", "nccl", ranks=usable)])
     return [
         _python(),
         _system(),
-        _torch(outcomes["torch"]),
-        _gpus(outcomes["torch"], gpus, r),
+        _torch(torch),
+        _gpus(torch, gpus, r),
+        *_nccl(outcomes.get("nccl"), usable, r),
         _video(outcomes["video"]),
-        _deepspeed(outcomes["deepspeed"]),
-        *_apex(),
+        _deepspeed(outcomes["deepspeed"], outcomes["deepspeed in 2 processes"]),
+        *_transformer_engine(outcomes.get("transformer_engine"), torch, wanted),
+        *_apex(outcomes.get("apex"), torch, wanted),
         _transformers(outcomes["transformers"]),
         _disk(r),
         _memory(r),
@@ -81,214 +86,33 @@ def run_checks(r: Recipe) -> list[Check]:
         _writable("output_root", r.output_root),
         _writable("dataset_dir", r.dataset_dir),
         _writable("checkpoints_dir", r.checkpoints_dir),
+        _writable("XDG_CACHE_HOME", str(repairs.cache_dir())),
+        *_hub(outcomes.get("hub")),
         _clock(),
     ]
 
 
-# --- repairs --------------------------------------------------------------------------------------
-
-
-def repairs(checks: Iterable[Check]) -> list[tuple[str, ...]]:
+def mending(checks: Iterable[Check]) -> list[repairs.Command]:
     """The commands that mend the failed checks, each once; nothing that works is touched."""
     commands = (c for check in checks if check.status == "fail" for c in check.commands)
     return list(dict.fromkeys(commands))
 
 
-def install(commands: Sequence[tuple[str, ...]]) -> Path:
-    """Runs the commands, each shown first; the log of what they printed.
-
-    Raises:
-        UserError: one of them failed; names the log.
-    """
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    log = Path(cache) / "cosmos" / "setup.log"
-    console.say(f"installing what is missing; the output of the commands goes to {log}")
-    with layout.disk_errors(log):
-        log.parent.mkdir(parents=True, exist_ok=True)
-        stream = log.open("a", encoding="utf-8")
-    with stream:
-        for command in commands:
-            shown = shlex.join(command)
-            console.say(f"$ {shown}")
-            print(f"$ {shown}", file=stream, flush=True)
-            # No stdin: nobody may be there to answer.
-            done = subprocess.run(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=stream,
-                stderr=subprocess.STDOUT,
-                check=False,
-            )
-            if done.returncode:
-                raise UserError(
-                    f"`{shown}` failed with code {done.returncode}: {_last_line(log.read_text())}",
-                    code=ExitCode.ENVIRONMENT,
-                    where=str(log),
-                    fix="run it by hand, then cosmos setup again",
-                )
-    return log
-
-
-def _apt(package: str) -> tuple[tuple[str, ...], ...]:
-    """The commands that install a package of Debian or Ubuntu; none where they cannot run."""
-    root = () if os.geteuid() == 0 else ("sudo", "-n")
-    if not all(map(shutil.which, (*root[:1], "apt-get"))):
-        return ()
-    # A machine that has just booted may still be installing its own updates.
-    wait = ("-o", "DPkg::Lock::Timeout=120")
-    quiet = ("env", "DEBIAN_FRONTEND=noninteractive")
-    return (
-        (*root, "apt-get", *wait, "update"),
-        (*root, *quiet, "apt-get", *wait, "install", "-y", "--no-install-recommends", package),
-    )
-
-
-def _pip(requirement: str) -> tuple[tuple[str, ...], ...]:
-    return ((sys.executable, "-m", "pip", "install", requirement),)
-
-
-# --- probes, each in a child process --------------------------------------------------------------
-
-
-def probe_torch() -> dict[str, Any]:
-    """Version, CUDA version and usable GPUs of the installed torch."""
-    import torch
-
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    devices = [torch.cuda.get_device_properties(i) for i in range(count)]
-    return {
-        "version": torch.__version__,
-        "cuda": torch.version.cuda,
-        "gpus": [[device.name, device.total_memory] for device in devices],
-    }
-
-
-def probe_video() -> dict[str, Any]:
-    """Versions of torchcodec and FFmpeg, after two seconds of mp4 were written and read back."""
-    import torch
-    import torchcodec
-
-    from cosmos_cli.model import video
-
-    frames, height, width, fps = 48, 64, 96, 24.0
-    ramp = torch.arange(width).expand(3, frames, height, width)
-    moving = (ramp * 2 + torch.arange(frames).view(1, -1, 1, 1)).to(torch.uint8)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "two_seconds.mp4"
-        video.write_mp4(path, moving, fps, 18)
-        decoded = video.read_frames(path, range(frames))
-    error = (decoded.float() - moving.float()).abs().mean().item()
-    if decoded.shape != moving.shape or error > 4:
-        raise RuntimeError(f"the mp4 came back as {tuple(decoded.shape)}, {error:.1f} levels off")
-    return {"torchcodec": torchcodec.__version__, "ffmpeg": torchcodec.ffmpeg_major_version}
-
-
-def probe_deepspeed() -> dict[str, Any]:
-    """The version of DeepSpeed, after one step of ZeRO-3 in this process changed the weights."""
-    import deepspeed
-    import torch
-    from deepspeed import ops
-
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device.type == "cpu":
-        # Its shared-memory all-reduce would be compiled for over a minute.
-        ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    torch.distributed.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo",
-        store=torch.distributed.HashStore(),
-        rank=0,
-        world_size=1,
-    )
-    config = {
-        "train_micro_batch_size_per_gpu": 1,
-        "bf16": {"enabled": True},
-        "zero_optimization": {"stage": 3},
-    }
-    with deepspeed.zero.Init(config_dict_or_path=config):
-        model = torch.nn.Linear(64, 64)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
-    engine, *_ = deepspeed.initialize(model=model, config=config, optimizer=optimizer)
-    x = torch.ones(1, 64, dtype=torch.bfloat16, device=device)
-    before = engine(x).square().mean()
-    engine.backward(before)
-    engine.step()
-    after = engine(x).square().mean()
-    if before.item() == after.item():
-        raise RuntimeError("a ZeRO-3 step left the weights as they were")
-    torch.distributed.destroy_process_group()
-    return {"version": deepspeed.__version__, "backend": device.type}
-
-
-def probe_transformers() -> dict[str, Any]:
-    """The version of transformers, whose T5 encoder could be imported."""
-    import transformers
-    from transformers import T5EncoderModel, T5TokenizerFast  # noqa: F401
-
-    return {"version": transformers.__version__}
-
-
-PROBES = {
-    "torch": probe_torch,
-    "video": probe_video,
-    "deepspeed": probe_deepspeed,
-    "transformers": probe_transformers,
-}
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a probe found, or the end of its life as text; exactly one of them is filled."""
-
-    facts: dict[str, Any]
-    error: str = ""
-
-
-def _run_probes(*, on_gpu: bool) -> dict[str, Outcome]:
-    """The outcome of every probe; they run side by side."""
-    environment = {**os.environ, "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
-    # Nothing in the working directory may pass for a package.
-    environment["PYTHONSAFEPATH"] = "1"
-    environment.setdefault("OMP_NUM_THREADS", "1")
-    if not on_gpu:
-        # Without it DeepSpeed guesses, and prints the guess on stdout.
-        environment.setdefault("DS_ACCELERATOR", "cpu")
-    children = {
-        name: subprocess.Popen(
-            [sys.executable, "-m", "cosmos_cli.checks", name],
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for name in PROBES
-    }
-    try:
-        return {name: _outcome(child) for name, child in children.items()}
-    finally:
-        for child in children.values():
-            child.kill()
-            child.wait()
-
-
-def _outcome(child: subprocess.Popen[str]) -> Outcome:
-    try:
-        printed, complaints = child.communicate(timeout=PROBE_SECONDS)
-    except subprocess.TimeoutExpired:
-        return Outcome({}, f"did not finish within {PROBE_SECONDS} s")
-    if child.returncode < 0:
-        return Outcome({}, f"died of {signal.Signals(-child.returncode).name}")
-    if child.returncode:
-        return Outcome({}, complaints)
-    # Libraries print on stdout too; the answer is the last line.
-    return Outcome(json.loads(printed.splitlines()[-1]))
-
-
-def _last_line(text: str) -> str:
-    """The line of an output that says why: of a traceback its last exception."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    exceptions = [line for line in lines if re.match(r"(E|[\w.]+(Error|Exception)): ", line)]
-    return ["", *lines, *exceptions][-1][:160]
+def _probes(gpus: list[str], absent: list[assets.Asset]) -> Iterator[Probe]:
+    # Without it DeepSpeed guesses, and prints the guess on stdout. Two processes need two GPUs.
+    on_cpu = {"DS_ACCELERATOR": "cpu"}
+    yield Probe("torch", "torch")
+    yield Probe("video", "video")
+    yield Probe("deepspeed", "deepspeed", environment={} if gpus else on_cpu)
+    two = {} if len(gpus) > 1 else on_cpu
+    yield Probe("deepspeed in 2 processes", "deepspeed", ranks=2, environment=two)
+    yield Probe("transformers", "transformers")
+    if gpus and importlib.util.find_spec("transformer_engine"):
+        yield Probe("transformer_engine", "transformer_engine")
+    if gpus and importlib.util.find_spec("amp_C"):
+        yield Probe("apex", "apex")
+    if absent:
+        yield Probe("hub", "hub", tuple(sorted({f"{a.kind}:{a.repo}" for a in absent})))
 
 
 # --- rows -----------------------------------------------------------------------------------------
@@ -305,9 +129,6 @@ def _python() -> Check:
 
 
 def _system() -> Check:
-    if sys.platform != "linux":
-        sentence = "cosmos runs on Linux: on Windows use WSL2 with Ubuntu, macOS is not supported"
-        return Check("operating system", "fail", platform.platform(), sentence)
     try:
         name = platform.freedesktop_os_release()["PRETTY_NAME"]
     except (OSError, KeyError):
@@ -317,7 +138,7 @@ def _system() -> Check:
 
 def _torch(outcome: Outcome) -> Check:
     if outcome.error:
-        return Check("torch", "fail", _last_line(outcome.error), "bash recipes/install.sh")
+        return Check("torch", "fail", last_line(outcome.error), "bash recipes/install.sh")
     cuda = outcome.facts["cuda"]
     build = f"CUDA {cuda}" if cuda else "CPU"
     return Check("torch", "ok", f"{outcome.facts['version']}, {build}")
@@ -325,12 +146,9 @@ def _torch(outcome: Outcome) -> Check:
 
 def _gpus(outcome: Outcome, names: list[str], r: Recipe) -> Check:
     missing: Status = "warn" if r.spec.embedded else "fail"
-    usable = Counter(
-        f"{name}, {console.size(size)}" for name, size in outcome.facts.get("gpus", ())
-    )
+    usable = outcome.facts.get("gpus", ())
     if usable:
-        found = "; ".join(f"{count} x {text}" for text, count in usable.items())
-        return Check("GPUs", "ok", found)
+        return _usable_gpus(usable)
     if names:
         cuda = outcome.facts.get("cuda")
         fix = (
@@ -346,6 +164,72 @@ def _gpus(outcome: Outcome, names: list[str], r: Recipe) -> Check:
     )
 
 
+def _usable_gpus(gpus: list[dict[str, Any]]) -> Check:
+    kinds = Counter(
+        f"{gpu['name']}, {console.size(gpu['bytes'])}, "
+        f"compute capability {'.'.join(map(str, gpu['capability']))}"
+        for gpu in gpus
+    )
+    driver, health, damaged = _driver_facts()
+    found = "; ".join(f"{count} x {text}" for text, count in kinds.items())
+    found = ", ".join([found, *health, driver])
+    if damaged:
+        fix = "restart the machine; when it comes back, have the GPU replaced"
+        return Check("GPUs", "warn", f"{found}; uncorrected memory errors on GPU {damaged}", fix)
+    if any(gpu["capability"] < OLDEST_CAPABILITY for gpu in gpus):
+        return Check("GPUs", "warn", found, "bf16 is slow before Ampere: set precision to fp32")
+    return Check("GPUs", "ok", found)
+
+
+def _driver_facts() -> tuple[str, list[str], str]:
+    """The driver; ECC and NVLink of the GPUs; the indices of those with memory errors."""
+    import pynvml
+
+    pynvml.nvmlInit()
+    handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
+    cuda = pynvml.nvmlSystemGetCudaDriverVersion()
+    driver = (
+        f"driver {pynvml.nvmlSystemGetDriverVersion()} (CUDA {cuda // 1000}.{cuda % 1000 // 10})"
+    )
+    ecc: set[str] = set()
+    links: set[int] = set()
+    damaged = []
+    for i, handle in enumerate(handles):
+        links.add(sum(_has_link(handle, link) for link in range(pynvml.NVML_NVLINK_MAX_LINKS)))
+        try:
+            ecc.add("ECC on" if pynvml.nvmlDeviceGetEccMode(handle)[0] else "ECC off")
+            errors = pynvml.nvmlDeviceGetTotalEccErrors(
+                handle, pynvml.NVML_MEMORY_ERROR_TYPE_UNCORRECTED, pynvml.NVML_VOLATILE_ECC
+            )
+        except pynvml.NVMLError:
+            ecc.add("no ECC")
+            continue
+        damaged += [str(i)] if errors else []
+    pynvml.nvmlShutdown()
+    nvlink = [f"{'/'.join(map(str, sorted(links)))} NVLinks each"] if len(handles) > 1 else []
+    return driver, [*sorted(ecc), *nvlink], ", ".join(damaged)
+
+
+def _has_link(handle: Any, link: int) -> bool:
+    import pynvml
+
+    try:
+        return bool(pynvml.nvmlDeviceGetNvLinkState(handle, link))
+    except pynvml.NVMLError:
+        return False
+
+
+def _nccl(outcome: Outcome | None, gpus: int, r: Recipe) -> list[Check]:
+    if outcome is None:
+        return []
+    if outcome.error:
+        status: Status = "warn" if r.num_processes == 1 else "fail"
+        fix = "in a container: docker run --ipc=host; try NCCL_P2P_DISABLE=1 or NCCL_IB_DISABLE=1"
+        return [Check("NCCL", status, last_line(outcome.error), fix)]
+    rate = console.size(outcome.facts["bytes_per_second"])
+    return [Check("NCCL", "ok", f"all-reduce over {gpus} GPUs at {rate}/s")]
+
+
 def _video(outcome: Outcome) -> Check:
     name = "FFmpeg and torchcodec"
     if not outcome.error:
@@ -357,7 +241,7 @@ def _video(outcome: Outcome) -> Check:
     reasons = re.findall(r"^OSError: (?!Could not load)(.+)$", outcome.error, re.MULTILINE)
     others = [reason for reason in reasons if not re.search(r"lib(av|sw)\w*\.so", reason)]
     if reasons and not others:
-        commands = _apt("ffmpeg")
+        commands = repairs.apt("ffmpeg")
         fix = (
             "cosmos setup --install"
             if commands
@@ -368,11 +252,11 @@ def _video(outcome: Outcome) -> Check:
         return _shared_python(name)
     if others:
         found = f"torchcodec does not match torch: {others[0][:100]}"
-        return Check(name, "fail", found, "cosmos setup --install", _pip(TORCHCODEC))
+        return Check(name, "fail", found, "cosmos setup --install", repairs.pip(repairs.TORCHCODEC))
     if "No module named 'torchcodec'" in outcome.error:
         fix = "cosmos setup --install"
-        return Check(name, "fail", "torchcodec is missing", fix, _pip(TORCHCODEC))
-    return Check(name, "fail", _last_line(outcome.error), "mend what is named here")
+        return Check(name, "fail", "torchcodec is missing", fix, repairs.pip(repairs.TORCHCODEC))
+    return Check(name, "fail", last_line(outcome.error), "mend what is named here")
 
 
 def _shared_python(name: str) -> Check:
@@ -381,36 +265,75 @@ def _shared_python(name: str) -> Check:
     found = f"torchcodec needs {library}, which is missing"
     if Path(str(folder), str(library)).exists():
         return Check(name, "fail", found, f"export LD_LIBRARY_PATH={folder}")
-    commands = _apt(f"libpython3.{sys.version_info.minor}") if sys.base_prefix == "/usr" else ()
+    commands = (
+        repairs.apt(f"libpython3.{sys.version_info.minor}") if sys.base_prefix == "/usr" else ()
+    )
     fix = "cosmos setup --install" if commands else "use a Python that was built --enable-shared"
     return Check(name, "fail", found, fix, commands)
 
 
-def _deepspeed(outcome: Outcome) -> Check:
-    if not outcome.error:
-        facts = outcome.facts
-        found = f"{facts['version']}: one ZeRO-3 step on {facts['backend']}"
+def _deepspeed(alone: Outcome, in_two: Outcome) -> Check:
+    if not alone.error and not in_two.error:
+        found = (
+            f"{alone.facts['version']}: a ZeRO-3 step in 1 process on {alone.facts['backend']}, "
+            f"in 2 on {in_two.facts['backend']}"
+        )
         return Check("DeepSpeed", "ok", found)
-    if "No module named 'deepspeed'" in outcome.error:
+    if "No module named 'deepspeed'" in alone.error:
         fix = "cosmos setup --install"
-        return Check("DeepSpeed", "fail", "missing", fix, _pip(DEEPSPEED))
-    fix = f"pip install --force-reinstall --no-deps '{DEEPSPEED}'"
-    return Check("DeepSpeed", "fail", _last_line(outcome.error), fix)
+        return Check("DeepSpeed", "fail", "missing", fix, repairs.pip(repairs.DEEPSPEED))
+    found = last_line(alone.error) if alone.error else f"in 2 processes: {last_line(in_two.error)}"
+    fix = f"pip install --force-reinstall --no-deps '{repairs.DEEPSPEED}'"
+    return Check("DeepSpeed", "fail", found, fix)
 
 
-def _apex() -> list[Check]:
+def _transformer_engine(
+    outcome: Outcome | None, torch: Outcome, wanted: Iterable[str]
+) -> list[Check]:
+    name, asked = "Transformer Engine", "transformer-engine" in wanted
+    if outcome and not outcome.error:
+        return [Check(name, "ok", f"{outcome.facts['version']}: agrees with torch on the GPU")]
+    status: Status = "fail" if asked else "warn"
+    if outcome and "No module named 'transformer_engine" not in outcome.error:
+        fix = "pip uninstall transformer-engine, or install the one that matches torch"
+        return [Check(name, status, last_line(outcome.error), fix)]
+    if not torch.facts.get("gpus"):
+        fix = "use a machine with NVIDIA GPUs, or leave out --with transformer-engine"
+        return [Check(name, status, "there is no GPU to try it on", fix)] if asked else []
+    fix = "cosmos setup --install --with transformer-engine"
+    found = "missing; cosmos runs without it"
+    return [Check(name, status, found, fix, repairs.transformer_engine(torch.facts["cuda"]))]
+
+
+def _apex(outcome: Outcome | None, torch: Outcome, wanted: Iterable[str]) -> list[Check]:
+    if outcome and not outcome.error:
+        return [Check("Apex", "ok", "NVIDIA's: its fused Adam agrees with torch on the GPU")]
+    asked = "apex" in wanted
+    status: Status = "fail" if asked else "warn"
+    if outcome:
+        fix = "pip uninstall apex, or build it again: cosmos does not need it"
+        return [Check("Apex", status, last_line(outcome.error), fix)]
     spec = importlib.util.find_spec("apex")
     folders = (spec.submodule_search_locations if spec else None) or ()
-    if not spec or any(Path(folder, "optimizers").is_dir() for folder in folders):
+    if spec and not any(Path(folder, "optimizers").is_dir() for folder in folders):
+        found = "the package apex is not NVIDIA's but PyPI's unrelated one"
+        return [Check("Apex", "fail", found, "pip uninstall apex", repairs.pip_uninstall("apex"))]
+    if not asked or importlib.util.find_spec("amp_C"):
         return []
-    found = "the package apex is not NVIDIA's but PyPI's unrelated one"
-    return [Check("Apex", "warn", found, "pip uninstall apex; cosmos does not need it")]
+    if not torch.facts.get("cuda") or not shutil.which("nvcc"):
+        found = "NVIDIA's is missing, and it is built by nvcc"
+        fix = (
+            f"install CUDA's toolkit and a CUDA build of torch ({torch.facts.get('cuda') or 'CPU'})"
+        )
+        return [Check("Apex", "fail", found, fix)]
+    fix = "cosmos setup --install --with apex"
+    return [Check("Apex", "fail", "NVIDIA's is missing", fix, repairs.apex())]
 
 
 def _transformers(outcome: Outcome) -> Check:
     if outcome.error:
         fix = "bash recipes/install.sh"
-        return Check("transformers", "fail", _last_line(outcome.error), fix)
+        return Check("transformers", "fail", last_line(outcome.error), fix)
     return Check("transformers", "ok", outcome.facts["version"])
 
 
@@ -464,13 +387,28 @@ def _writable(key: str, folder: str) -> Check:
         return Check(key, "fail", found, f"make it writable, or set {key}")
 
 
+def _hub(outcome: Outcome | None) -> list[Check]:
+    """A row for each repository of the recipe that is still to be fetched and cannot be."""
+    if outcome is None:
+        return []
+    if outcome.error:
+        return [Check("model hub", "warn", last_line(outcome.error), "check the network")]
+    repositories = outcome.facts["repositories"]
+    closed = [(what, text) for _, what, text in repositories if what != "open"]
+    if not closed:
+        return [Check("model hub", "ok", f"{len(repositories)} repositories may be read")]
+    if all(what == "unknown" for what, _ in closed):
+        return [Check("model hub", "warn", closed[0][1], "what is not on disk cannot be fetched")]
+    return [
+        Check("model hub", "fail", *text.rsplit("; ", 1))
+        for what, text in closed
+        if what == "refused"
+    ]
+
+
 def _clock() -> Check:
     today = time.strftime("%Y-%m-%d %H:%M %Z")
     # A wrong year breaks every download with a message about certificates.
     if 2026 <= time.localtime().tm_year < 2100:
         return Check("clock", "ok", today)
     return Check("clock", "fail", today, "set the date: sudo timedatectl set-ntp true")
-
-
-if __name__ == "__main__":
-    print(json.dumps(PROBES[sys.argv[1]]()))

@@ -41,6 +41,12 @@ def mute() -> None:
     _muted = True
 
 
+def unmute() -> None:
+    """Lets this process speak again: its own failure must be seen."""
+    global _muted  # noqa: PLW0603
+    _muted = False
+
+
 def say(message: str) -> None:
     """Prints a line on stderr and in the open logs."""
     if not _muted:
@@ -74,6 +80,11 @@ def emit(result: Result, *, as_json: bool) -> None:
         say(f"next: {result.next}")
 
 
+def record(value: dict[str, Any]) -> None:
+    """Prints one of many results on stdout, as a line of JSON."""
+    _print(json.dumps(value))
+
+
 def _print(text: str) -> None:
     """Prints on stdout; that the reader went away (`| head`) is no failure of the command."""
     try:
@@ -84,7 +95,12 @@ def _print(text: str) -> None:
 
 def failure(error: UserError) -> Result:
     """The result of a command that a UserError ended."""
-    return Result(artifacts=list(error.artifacts), code=error.code, error=str(error))
+    return Result(
+        artifacts=list(error.artifacts),
+        figures=dict(error.figures),
+        code=error.code,
+        error=str(error),
+    )
 
 
 @contextmanager
@@ -183,6 +199,22 @@ def progress(label: str, total: int, unit: str, done: int = 0) -> Iterator[Progr
         bar.add_task(label, total=total, completed=done, note="")
         counter.bar = bar
         yield counter
+
+
+class Stopwatch:
+    """Adds up the seconds that each phase of something takes."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        """Counts what happens meanwhile as `phase`."""
+        started = time.monotonic()
+        try:
+            yield
+        finally:
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + time.monotonic() - started
 
 
 def table(rows: Sequence[tuple[str, ...]], header: tuple[str, ...]) -> str:

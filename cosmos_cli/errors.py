@@ -48,8 +48,9 @@ class UserError(Exception):
         self.where = where
         self.fix = fix
         self.also = also
-        # What was finished before, for --json.
+        # What was finished before, and what else --json says of it.
         self.artifacts: tuple[Path, ...] = ()
+        self.figures: dict[str, object] = {}
 
     def __str__(self) -> str:
         head = f"{self.where}: " if self.where else ""
@@ -65,3 +66,4 @@ class Interrupted(BaseException):
         super().__init__(code.name)
         self.code = code
         self.artifacts: tuple[Path, ...] = ()
+        self.figures: dict[str, object] = {}

@@ -9,13 +9,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from cosmos_cli.model.spec import COSMOS_7B, MODELS, ModelSpec
+from cosmos_cli.model.spec import COSMOS_7B, LORA_TARGETS, MODELS, ModelSpec
 
 TEXT = r"^[^\x00]+$"
 NAME = r"^\w[\w.-]{0,99}$"
 REPO = r"^(embedded|[\w-][\w.-]*/[\w-][\w.-]*)$"
 # As in the shell, ~/ is the home folder.
-PATHS = ("checkpoints_dir", "base", "dataset_dir", "videos_dir", "output_root")
+PATHS = (
+    "checkpoints_dir", "base", "dataset_dir", "videos_dir", "captions_file", "output_root",
+)  # fmt: skip
 PATTERNS = {
     TEXT: "text that is not empty",
     NAME: "text of letters, digits, '.', '_' and '-'",
@@ -24,8 +26,12 @@ PATTERNS = {
 
 if TYPE_CHECKING:
     ModelName = str
+    LoraTargets = str
 else:
     ModelName = Literal[tuple(MODELS)]
+    LoraTargets = Literal[tuple(LORA_TARGETS)]
+THIRD_PARTY_T5 = "comfyanonymous/cosmos_1.0_text_encoder_and_VAE_ComfyUI"
+TextEncoders = Literal["comfyanonymous/cosmos_1.0_text_encoder_and_VAE_ComfyUI", "google-t5/t5-11b"]
 Processes = Annotated[int, Field(ge=1, le=65536)]
 
 
@@ -62,6 +68,11 @@ class Recipe(BaseModel):
     checkpoints_dir: str = _model(
         "Folder of the downloaded and promoted models.", "checkpoints", pattern=TEXT
     )
+    text_encoder_repo: TextEncoders = _model(
+        "Hub repository of T5's weights: a third party's copy of the encoder in fp16 (10 GB), or "
+        "google-t5/t5-11b itself (45 GB, and 46 GB of memory to read it).",
+        THIRD_PARTY_T5,
+    )
     base: str | None = _model(
         "Weights to start from, a .pt or .safetensors file or a diffusers folder; "
         "null takes the model's own.",
@@ -84,7 +95,17 @@ class Recipe(BaseModel):
         "Glob of the files to fetch from dataset_repo; null fetches all.", None, pattern=TEXT
     )
     videos_dir: str | None = _data(
-        "Folder of the videos; null means videos inside dataset_dir.", None, pattern=TEXT
+        "Folder of the videos, or a LeRobot dataset; null means videos inside dataset_dir.",
+        None,
+        pattern=TEXT,
+    )
+    camera: str | None = _data(
+        "Camera of a LeRobot dataset; null takes the only one.", None, pattern=TEXT
+    )
+    captions_file: str | None = _data(
+        "CSV or JSONL file with the columns file and caption; null means there is none.",
+        None,
+        pattern=TEXT,
     )
     prompt: str | None = _data("Caption of every video that has none.", None, pattern=TEXT)
     num_frames: int = _clip("Frames of one clip, 8k + 1.", "num_frames", ge=1)
@@ -108,6 +129,15 @@ class Recipe(BaseModel):
     )
     max_clips_per_video: int | None = _data(
         "Most clips taken from one video; null takes all.", None, ge=1
+    )
+    holdout_share: float = _data(
+        "Share of the videos that train never sees, at least one when above 0, to measure on.",
+        0.0,
+        ge=0,
+        le=0.5,
+    )
+    check_every_clips: int = _data(
+        "One clip in so many is decoded back and shown in prep's report, at most 12.", 50, ge=1
     )
     strict: bool = _data("Fail prep when one video is rejected, instead of counting it.", False)
 
@@ -137,6 +167,15 @@ class Recipe(BaseModel):
     max_steps: int = _training("Optimizer steps of the whole run.", 1000, ge=1, le=10**8)
     save_every_steps: int = _training("Steps between two checkpoints.", 200, ge=1)
     log_every_steps: int = _training("Steps between two lines of metrics.", 10, ge=1)
+    validate_every_steps: int = _training(
+        "Steps between two measurements on held-out clips; every save has one too.", 100, ge=1
+    )
+    validate_clips: int = _training(
+        "Most held-out clips of a measurement, each at four noise levels.", 8, ge=1
+    )
+    max_restarts: int = _training(
+        "Times that training starts again from its last save, when a process is lost.", 0, ge=0
+    )
     keep_last: int = _training("Newest resume states that are kept on disk.", 2, ge=1)
     global_batch_size: int = _training("Clips per optimizer step over all processes.", 8, ge=1)
     micro_batch_size: int = _training("Clips that one process holds at a time.", 1, ge=1)
@@ -152,8 +191,10 @@ class Recipe(BaseModel):
     precision: Literal["bf16", "fp32"] = _training(
         "Number format of weights and activations; the optimizer keeps fp32.", "bf16"
     )
-    activation_checkpointing: Literal["none", "all"] = _training(
-        "Blocks whose activations are computed again in the backward pass, to save memory.", "all"
+    activation_checkpointing: Literal["none", "attention", "all"] = _training(
+        "What the backward pass computes again to save memory: nothing, all of a block but its "
+        "attention, which is most of the time, or all of it.",
+        "all",
     )
     text_dropout: float = _training(
         "Share of clips that are trained without their text, which guidance needs.",
@@ -169,6 +210,23 @@ class Recipe(BaseModel):
         le=0.28,
     )
     seed: int = _training("Seed of clip order, noise and dropout.", 0, ge=0, lt=2**32)
+    lora_rank: int = _training(
+        "Rank of a LoRA, which trains two small factors beside each of some frozen weights; "
+        "0 trains all weights.",
+        0,
+        ge=0,
+        le=1024,
+    )
+    lora_alpha: float | None = _training(
+        "The change is lora_alpha / lora_rank times the product of the factors; null is lora_rank.",
+        None,
+        gt=0,
+    )
+    lora_targets: LoraTargets = _training(
+        "Linears of every block that a LoRA changes: attention, attention_mlp, or all with the "
+        "modulation too.",
+        "attention",
+    )
 
     sampler: Literal["euler", "res"] = _sampling("Solver of the sampling steps.", "euler")
     num_steps: int = _sampling("Sampling steps of one video.", 35, ge=2, le=1000)
@@ -180,6 +238,16 @@ class Recipe(BaseModel):
     )
     sampling_seed: int = _sampling(
         "Seed of a video's noise; the same seed and prompt give the same video.", 1, ge=0, lt=2**32
+    )
+    upsampler: str = _sampling(
+        "Folder of the language model that makes short prompts long, or off.", "off", pattern=TEXT
+    )
+    upsampler_word_limit: int = _sampling(
+        "Most words of a prompt that is made longer; one with more stays as it is.", 250, ge=0
+    )
+    guardrails: Literal["on", "off"] = _sampling(
+        "Check prompts and videos; what is blocked is not made. off is noted in every sidecar.",
+        "on",
     )
     video_crf: float = _sampling(
         "Quality of the mp4 as x264's CRF, smaller is better.", 18.0, ge=0, le=51
@@ -208,6 +276,18 @@ class Recipe(BaseModel):
     def stride(self) -> int:
         """Frames from the start of one clip to the start of the next."""
         return self.clip_stride_frames or self.num_frames
+
+    @property
+    def lora_scale(self) -> float:
+        """What the product of a LoRA's factors is multiplied by."""
+        return 1.0 if self.lora_alpha is None else self.lora_alpha / self.lora_rank
+
+    @property
+    def trained_parameters(self) -> int:
+        """How many weights are trained."""
+        if self.lora_rank:
+            return self.spec.dit.lora_parameters(self.lora_rank, self.lora_targets)
+        return self.spec.dit.parameters
 
     @property
     def run_dir(self) -> Path:
@@ -283,6 +363,8 @@ def oddities(recipe: Recipe) -> Iterator[str]:
         )
     if recipe.keep_last == 1:
         yield "keep_last 1 keeps one resume state: there is none to fall back on"
+    if recipe.lora_alpha is not None and not recipe.lora_rank:
+        yield "lora_alpha has no effect without lora_rank"
     for key in ("dataset_revision", "dataset_include"):
         if getattr(recipe, key) and not recipe.dataset_repo:
             yield f"{key} has no effect without dataset_repo"

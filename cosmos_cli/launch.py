@@ -19,20 +19,22 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from cosmos_cli import __version__, console, layout, mailbox
+from cosmos_cli import __version__, console, history, layout, mailbox
 from cosmos_cli.errors import ExitCode, Interrupted, UserError
 from cosmos_cli.layout import Dataset, Run
+from cosmos_cli.model import plan
 
 if TYPE_CHECKING:
     from cosmos_cli.keys import Recipe
-from cosmos_cli.recipe import LoadedRecipe
+    from cosmos_cli.recipe import LoadedRecipe
 
 _CODES = {signal.SIGINT: ExitCode.SIGINT, signal.SIGTERM: ExitCode.SIGTERM}
 
 # A resumed run must agree with its checkpoint on these: another value would be another run.
 FIXED_KEYS = (
     "model", "base", "dataset_dir", "num_frames", "height", "width", "precision", "zero_stage",
-    "global_batch_size", "text_dropout", "ema_rate", "seed",
+    "global_batch_size", "text_dropout", "ema_rate", "seed", "lora_rank", "lora_alpha",
+    "lora_targets",
 )  # fmt: skip
 
 
@@ -77,11 +79,17 @@ def gpu_names() -> list[str]:
     return names[: len(list(listed))]
 
 
+def known_gpu() -> plan.Gpu | None:
+    """The kind of this machine's first GPU, where the planner knows it."""
+    names = gpu_names()
+    return plan.find_gpu(names[0]) if names else None
+
+
 # --- checks before any process starts -------------------------------------------------------------
 
 
-def check_dataset(r: Recipe) -> list[dict[str, Any]]:
-    """The clips that prep made for this recipe.
+def check_dataset(r: Recipe) -> tuple[int, int]:
+    """How many clips prep made for this recipe: to train on, and held out.
 
     Raises:
         UserError: prep has not run, or ran with other settings or other videos.
@@ -98,8 +106,9 @@ def check_dataset(r: Recipe) -> list[dict[str, Any]]:
                 where=where,
                 fix="run cosmos prep again",
             )
-    present = {path.name: layout.size_of(path) for path in dataset.video_files()}
-    listed = {video["file"]: video["bytes"] for video in manifest["videos"]}
+    listed = {video["path"]: video["bytes"] for video in manifest["videos"]}
+    paths = {*listed, *(path.name for path in dataset.video_files())}
+    present = {path: layout.size_of(dataset.videos / path) for path in paths}
     if changed := sorted(set(present.items()) ^ set(listed.items())):
         raise UserError(
             f"is older than the videos: {changed[0][0]} was added, removed or changed",
@@ -107,8 +116,8 @@ def check_dataset(r: Recipe) -> list[dict[str, Any]]:
             where=where,
             fix="run cosmos prep again",
         )
-    clips: list[dict[str, Any]] = manifest["clips"]
-    return clips
+    clips, held_out = layout.split_clips(manifest)
+    return len(clips), len(held_out)
 
 
 def check_recipe(r: Recipe, ranks: int) -> None:
@@ -197,15 +206,10 @@ def check_disk(r: Recipe, run: Run, start: int) -> None:
     Raises:
         UserError: less free than the remaining saves and min_free_disk_gb need.
     """
-    saves = max(-(-(r.max_steps - start) // r.save_every_steps), 1)
-    # A save is two model files, in the recipe's precision and in fp32; a resume state is fp32
-    # masters and two moments.
-    model_files = saves * ((2 if r.precision == "bf16" else 4) + 4)
-    resume_states = min(saves, r.keep_last + 1) * 12
     layout.require_free(
         run.root,
-        r.spec.dit.parameters * (model_files + resume_states) + r.min_free_disk_gb * 1e9,
-        f"{saves} saves",
+        plan.disk_bytes(r, start)["whole run"] + r.min_free_disk_gb * 1e9,
+        "the saves of the run",
         "free some space, save less often, or set output_root",
     )
 
@@ -240,25 +244,32 @@ def start(loaded: LoadedRecipe, ranks: int) -> dict[str, Any]:
         Interrupted: a signal ended the run after a clean save.
     """
     run = Run(loaded.recipe.run_dir.absolute())
+    command = [
+        sys.executable, "-m", "cosmos_cli.model.elastic",
+        "--nproc-per-node", str(ranks), "-m", "cosmos_cli.model.train", str(run.resolved),
+    ]  # fmt: skip
+    restarts = 0
     with _locked(run) as lock, mailbox.Mailbox() as box:
-        _prepare(loaded, run)
-        command = [
-            sys.executable, "-m", "cosmos_cli.model.elastic",
-            "--nproc-per-node", str(ranks), "-m", "cosmos_cli.model.train", str(run.resolved),
-        ]  # fmt: skip
-        code, signal_seen = _run_to_the_end(
-            command,
-            env={**_environment(ranks), mailbox.ADDRESS: box.address},
-            stdout=sys.stderr,
-            # The launcher holds the lock too: ranks may still save when this process is killed.
-            pass_fds=(lock,),
-        )
-        messages = box.read()
-    if signal_seen:
-        raise Interrupted(signal_seen)
-    if run.result.exists():
-        return _outcome(run)
-    raise _failure(messages, code)
+        while True:
+            _prepare(loaded, run)
+            code, signal_seen = _run_to_the_end(
+                command,
+                env={**environment(ranks), mailbox.ADDRESS: box.address},
+                stdout=sys.stderr,
+                # The launcher holds the lock too: ranks may still save when this process is killed.
+                pass_fds=(lock,),
+            )
+            messages = box.read()
+            if signal_seen:
+                raise Interrupted(signal_seen)
+            if run.result.exists():
+                return _outcome(run)
+            failure = _failure(messages, code)
+            # What a rank explained, a full disk or a loss that is not finite, would come again.
+            if restarts == loaded.recipe.max_restarts or any("error" in m for m in messages):
+                raise failure
+            restarts += 1
+            console.warn(f"{failure}: restart {restarts} of {loaded.recipe.max_restarts}")
 
 
 def _failure(messages: list[dict[str, Any]], launcher_code: int) -> UserError:
@@ -291,13 +302,20 @@ def _outcome(run: Run) -> dict[str, Any]:
 
 
 class _Signals:
-    """Passes SIGINT and SIGTERM on to the ranks as SIGTERM: they save and end. Twice kills them."""
+    """Passes signals on to the ranks.
+
+    SIGUSR1 has them save and go on; SIGINT and SIGTERM, as SIGTERM, save and end. Twice kills them.
+    """
 
     def __init__(self) -> None:
         self.seen: ExitCode | None = None
         self.process: subprocess.Popen[bytes] | None = None
 
     def __call__(self, number: int, _frame: FrameType | None) -> None:
+        if number == signal.SIGUSR1:
+            console.say("saving: the step ends and is saved, then training goes on")
+            self.pass_on(number)
+            return
         again, self.seen = self.seen, _CODES[signal.Signals(number)]
         if again:
             self.stop(signal.SIGKILL)
@@ -309,18 +327,26 @@ class _Signals:
         """Signals the ranks, or the launcher while it has not started them."""
         if self.process is None:
             return
-        with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
-            ranks = psutil.Process(self.process.pid).children()
-            if not ranks or number == signal.SIGKILL:
+        with contextlib.suppress(ProcessLookupError):
+            if not self.pass_on(number) or number == signal.SIGKILL:
                 os.killpg(self.process.pid, number)
+
+    def pass_on(self, number: int) -> bool:
+        """Signals the ranks; whether there are any yet."""
+        if self.process is None:
+            return False
+        ranks = []
+        with contextlib.suppress(psutil.NoSuchProcess):
+            ranks = psutil.Process(self.process.pid).children()
             for rank in ranks:
                 rank.send_signal(number)
+        return bool(ranks)
 
 
 def _run_to_the_end(command: list[str], **options: Any) -> tuple[int, ExitCode | None]:
     """The exit code of a command, and that of the signal that was passed on to it, if any."""
     signals = _Signals()
-    before = {number: signal.signal(number, signals) for number in _CODES}
+    before = {number: signal.signal(number, signals) for number in (*_CODES, signal.SIGUSR1)}
     try:
         # A session of its own: Ctrl-C reaches us alone and is passed on to the ranks, not to
         # torchrun, which would kill them half a minute later, in the middle of a save.
@@ -329,21 +355,23 @@ def _run_to_the_end(command: list[str], **options: Any) -> tuple[int, ExitCode |
         if signals.seen:
             signals.stop(signal.SIGTERM)
         process.wait()
-        _kill_group(process.pid)
+        kill_group(process.pid)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
     return process.returncode, signals.seen
 
 
-def _kill_group(group: int) -> None:
+def kill_group(group: int) -> None:
+    """Ends every process of a group that is still there."""
     try:
         os.killpg(group, signal.SIGKILL)
     except ProcessLookupError:
         return
 
 
-def _environment(ranks: int) -> dict[str, str]:
+def environment(ranks: int) -> dict[str, str]:
+    """The environment of `ranks` processes on this machine."""
     defaults = {
         "OMP_NUM_THREADS": str(max((os.cpu_count() or 1) // ranks, 1)),
         "TOKENIZERS_PARALLELISM": "false",
@@ -392,6 +420,8 @@ def _prepare(loaded: LoadedRecipe, run: Run) -> None:
     if loaded.path is not None:
         layout.write_text(run.root / "recipe.yaml", loaded.path.read_text(encoding="utf-8"))
     layout.write_text(run.resolved, recipe.dump(loaded.recipe))
+    step = (run.resumable_steps() or [0])[-1]
+    history.note(run, {"step": step, "max_steps": loaded.recipe.max_steps})
     facts = {
         "cosmos": __version__,
         "python": platform.python_version(),

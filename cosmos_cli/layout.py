@@ -10,7 +10,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,15 @@ from cosmos_cli.model.spec import ModelSpec
 EMBEDDED_DIR = Path(__file__).parent / "model" / "tiny"
 VIDEO_SUFFIXES = frozenset({".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi"})
 MODEL_FILE = "model.pt"
+# What a denoiser is called in a folder of ours, by format.
+MODEL_FORMATS = {"pt": MODEL_FILE, "safetensors": "model.safetensors", "diffusers": "transformer"}
 MANIFEST_FILE = "manifest.json"
 TOKENIZER_DIR = "Cosmos-Tokenize1-CV8x8x8-720p"
 TEXT_ENCODER_DIR = "google-t5/t5-11b"
+SIGLIP_DIR = "google/siglip-so400m-patch14-384"
+UPSAMPLER_DIR = "Cosmos-UpsamplePrompt1-12B-Text2World"
+# In a downloaded folder: what is no part of it.
+CACHE_DIR = ".cache"
 
 _DISK_ERRORS = frozenset({
     errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOTDIR,
@@ -167,12 +173,33 @@ def require_free(path: Path, needed: float, what: str, fix: str) -> None:
         )
 
 
+def require_writable(folder: Path) -> None:
+    """Makes a folder for output.
+
+    Raises:
+        UserError: it cannot be made or written to.
+    """
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(errno.EACCES, "")
+
+
 def size_of(path: Path) -> int:
     """Bytes of a file, 0 for what cannot be looked at, such as a broken link."""
     try:
         return path.stat().st_size
     except OSError:
         return 0
+
+
+def stamp_of(path: Path) -> tuple[int, int]:
+    """Bytes and time of the last change of a file, zeros for what cannot be looked at."""
+    try:
+        status = path.stat()
+    except OSError:
+        return 0, 0
+    return status.st_size, status.st_mtime_ns
 
 
 def sha256_file(path: Path) -> str:
@@ -182,11 +209,13 @@ def sha256_file(path: Path) -> str:
 
 
 def sha256_path(path: Path) -> str:
-    """The identity of a file, or of a folder by the files in it."""
+    """The identity of a file, or of a folder by the files in it, a download's notes aside."""
     if path.is_file():
         return sha256_file(path)
     files = sorted(file for file in path.rglob("*") if file.is_file())
-    return sha256_text(*(f"{file.relative_to(path)} {sha256_file(file)}" for file in files))
+    names = {file: str(file.relative_to(path)) for file in files}
+    kept = [file for file in files if not names[file].startswith(f"{CACHE_DIR}/")]
+    return sha256_text(*(f"{names[file]} {sha256_file(file)}" for file in kept))
 
 
 def sha256_text(*parts: str) -> str:
@@ -236,6 +265,16 @@ class Dataset:
         return self.root / "prep_captions.json"
 
     @property
+    def lock(self) -> Path:
+        """By which the processes that prepare the dataset know one another."""
+        return self.root / "prep.lock"
+
+    @property
+    def report(self) -> Path:
+        """What prep found and made, to look at."""
+        return self.root / "report.html"
+
+    @property
     def manifest(self) -> Path:
         """What prep found and made; its presence means that prep finished."""
         return self.root / MANIFEST_FILE
@@ -280,6 +319,16 @@ class Dataset:
             ) from error
 
 
+def split_clips(manifest: dict[str, Any]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The clips of a dataset to train on, and those of the videos that are held out."""
+    held_out = {video["file"] for video in manifest["videos"] if video.get("split") == "heldout"}
+    clips = manifest["clips"]
+    return (
+        [clip for clip in clips if clip["video"] not in held_out],
+        [clip for clip in clips if clip["video"] in held_out],
+    )
+
+
 def _videos_in(folder: Path) -> Iterator[Path]:
     for path in folder.iterdir():
         if path.suffix.lower() in VIDEO_SUFFIXES and not path.name.startswith("."):
@@ -321,6 +370,16 @@ class Run:
         return self.root / "result.json"
 
     @property
+    def report(self) -> Path:
+        """Curves, settings and provenance on one page."""
+        return self.root / "report.html"
+
+    @property
+    def save_request(self) -> Path:
+        """Whoever makes this file has the run save its next step."""
+        return self.root / "SAVE"
+
+    @property
     def resolved(self) -> Path:
         """The recipe with every value filled in."""
         return self.root / "resolved.yaml"
@@ -328,6 +387,10 @@ class Run:
     def model(self, step: int, weights: str) -> Path:
         """The model file of a save; `weights` is reg or ema."""
         return self.checkpoints / f"iter_{step:09d}_{weights}_model.pt"
+
+    def lora(self, step: int, weights: str) -> Path:
+        """The LoRA file of a save, where the run trains one."""
+        return self.checkpoints / f"iter_{step:09d}_{weights}_lora.safetensors"
 
     def resume_state(self, step: int) -> Path:
         """The folder a resume at `step` reads; complete when its manifest is there."""
@@ -340,9 +403,10 @@ class Run:
         return sorted(int(name[1]) for name in names if name)
 
     def saved_steps(self, weights: str) -> list[int]:
-        """Steps that have a model file, ascending."""
-        found = self.checkpoints.glob("iter_*_model.pt")
-        names = (re.fullmatch(rf"iter_(\d{{9}})_{weights}_model\.pt", p.name) for p in found)
+        """Steps that have a model or LoRA file, ascending."""
+        found = self.checkpoints.glob(f"iter_*_{weights}_*")
+        pattern = rf"iter_(\d{{9}})_{weights}_(model\.pt|lora\.safetensors)"
+        names = (re.fullmatch(pattern, path.name) for path in found)
         return sorted(int(name[1]) for name in names if name)
 
 
@@ -351,11 +415,12 @@ class Run:
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """Where the three networks of a model lie."""
+    """Where the three networks of a model lie, and what guards them."""
 
     dit: Path
     tokenizer: Path
     text_encoder: Path
+    guardrail: Path
 
 
 def model_files(spec: ModelSpec, checkpoints_dir: str, base: str | None = None) -> ModelFiles:
@@ -365,18 +430,28 @@ def model_files(spec: ModelSpec, checkpoints_dir: str, base: str | None = None) 
             EMBEDDED_DIR / "model.safetensors",
             EMBEDDED_DIR / "tokenizer.safetensors",
             EMBEDDED_DIR / "t5",
+            EMBEDDED_DIR / "guardrail",
         )
     else:
         root = Path(checkpoints_dir).absolute()
         files = ModelFiles(
-            root / spec.name / MODEL_FILE, root / TOKENIZER_DIR, root / TEXT_ENCODER_DIR
+            root / spec.name / MODEL_FILE,
+            root / TOKENIZER_DIR,
+            root / TEXT_ENCODER_DIR,
+            root / spec.name / "guardrail",
         )
-    return ModelFiles(Path(base).absolute(), files.tokenizer, files.text_encoder) if base else files
+    return replace(files, dit=Path(base).absolute()) if base else files
 
 
 def promoted_dir(spec: ModelSpec, checkpoints_dir: str) -> Path:
     """Where promote puts a post-trained model and generate finds it."""
     return Path(checkpoints_dir).absolute() / f"{spec.name}_post-trained"
+
+
+def weights_in(path: Path) -> Path:
+    """The denoiser in a model folder, whichever its format; `path` itself where there is none."""
+    found = (path / name for name in MODEL_FORMATS.values())
+    return next((file for file in found if file.exists()), path)
 
 
 def newest_promoted(checkpoints_dir: str) -> Path | None:

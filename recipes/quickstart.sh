@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# From a bare machine to a video: installs cosmos, then runs its six verbs on the tiny recipe.
+# From a bare machine to a video: installs cosmos, runs its six verbs on the tiny recipe, and measures
+# the model before and after.
 #
 #   bash recipes/quickstart.sh [PROMPT]
 #
@@ -22,5 +23,7 @@ cosmos prep tiny
 cosmos train tiny
 cosmos promote tiny
 video=$(cosmos generate tiny --prompt "$prompt")
+cosmos evaluate tiny --prompts 16
 
 echo "Your video: $video"
+echo "Before and after, with the curves of the training: $PWD/outputs/evaluation.html"

@@ -30,11 +30,10 @@ class Cosmos:
             [sys.executable, "-m", "cosmos_cli", *map(str, arguments)],
             cwd=self.cwd,
             env=self.environment(),
-            stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            **options,
+            **{"stdin": subprocess.DEVNULL, **options},
         )
 
     def __call__(self, *arguments, code=0):

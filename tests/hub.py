@@ -4,23 +4,38 @@ import hashlib
 import json
 import re
 import threading
+import time
 from contextlib import contextmanager
+from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from urllib.parse import unquote, urlsplit
+
+PIECE = 2**20
 
 
 class Hub(ThreadingHTTPServer):
-    """Serves `repos`: {(kind, id): {file: bytes}}, kind is models or datasets.
+    """Serves `repos`: {(kind, id): {file: bytes or the path of a large file}}.
 
-    `gated` ids want `token`; `corrupt` files arrive with one byte changed; `log` has every request.
+    The kind is models or datasets. `gated` ids want `token`; `corrupt` files arrive with one byte
+    changed; `moved` ones lie on another address, as in a CDN; of `cut` ones only so many bytes
+    come each time; `slow` ones come in that many pieces with a pause before each. `storm`
+    maps a part of an address to the codes that the next requests for it are answered with. `log`
+    has every request.
     """
 
     daemon_threads = True
 
-    def __init__(self, repos, gated=(), token="right", corrupt=()):
+    def __init__(self, repos, **faults):
         super().__init__(("127.0.0.1", 0), _Handler)
-        self.repos, self.gated, self.token, self.corrupt = repos, gated, token, corrupt
-        self.log = []
+        self.repos, self.token, self.log = repos, "right", []
+        self.gated = self.corrupt = self.moved = ()
+        self.cut, self.slow, self.storm = {}, {}, {}
+        self.pause = 0.3
+        vars(self).update(faults)
+
+    def handle_error(self, *_):
+        """A client that was killed is no error of the hub."""
 
     @property
     def url(self):
@@ -53,44 +68,110 @@ class _Handler(BaseHTTPRequestHandler):
     def answer(self, body):
         path = unquote(urlsplit(self.path).path)
         self.server.log.append((self.command, path))
-        api = re.fullmatch(r"/api/(models|datasets)/([^/]+/[^/]+)(?:/revision/([^/]+))?", path)
-        file = re.fullmatch(r"/(datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
+        codes = next((codes for part, codes in self.server.storm.items() if part in path), None)
+        if codes:
+            self.send(codes.pop(0), b"{}", {"Retry-After": "0"}, body)
+        else:
+            self.answer_calmly(path, body)
+
+    def answer_calmly(self, path, body):
+        api = re.fullmatch(
+            r"/api/(models|datasets)/([^/]+/[^/]+?)(?:/revision/([^/]+)|/auth-check)?", path
+        )
+        file = re.fullmatch(r"(?:/cdn)?/(datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
         if not api and not file:
             return self.refuse(404, "EntryNotFound", body)
         key = (api[1], api[2]) if api else ("datasets" if file[1] else "models", file[2])
         files = self.server.repos.get(key)
-        given = self.headers.get("Authorization")
         if files is None:
             return self.refuse(404, "RepoNotFound", body)
-        if key[1] in self.server.gated and given != f"Bearer {self.server.token}":
-            return self.refuse(403 if given else 401, "GatedRepo", body)
-        return self.answer_known(api, file, files, body)
+        return self.answer_known(key, path, (api, file), body)
 
-    def answer_known(self, api, file, files, body):
-        commit = hashlib.sha1(repr(sorted(files)).encode()).hexdigest()
+    def answer_known(self, key, path, match, body):
+        (api, file), files = match, self.server.repos[key]
+        given = self.headers.get("Authorization")
+        closed = key[1] in self.server.gated and given != f"Bearer {self.server.token}"
+        # What a gated repository holds may be seen, but not fetched.
+        if closed and (file or path.endswith("/auth-check")):
+            return self.refuse(403 if given else 401, "GatedRepo", body)
+        commit = commit_of(files)
         if (api or file)[3] not in (None, "main", commit):
             return self.refuse(404, "RevisionNotFound", body)
-        if api:
-            siblings = [describe(name, content) for name, content in sorted(files.items())]
-            about = {"id": api[2], "sha": commit, "siblings": siblings, "tags": [], "downloads": 0}
-            kind = {"Content-Type": "application/json"}
-            return self.send(200, json.dumps(about).encode(), kind, body)
-        if file[4] not in files:
+        if file:
+            return self.answer_file(file[4], files, commit, body)
+        siblings = [describe(name, content) for name, content in sorted(files.items())]
+        about = {"id": api[2], "sha": commit, "siblings": siblings, "tags": [], "downloads": 0}
+        kind = {"Content-Type": "application/json"}
+        return self.send(200, json.dumps(about).encode(), kind, body)
+
+    def answer_file(self, name, files, commit, body):
+        if name not in files:
             return self.refuse(404, "EntryNotFound", body)
-        content = files[file[4]]
-        headers = {"ETag": f'"{hashlib.sha256(content).hexdigest()}"', "X-Repo-Commit": commit}
-        if file[4] in self.server.corrupt:
+        content = files[name]
+        about = describe(name, content)
+        headers = {"ETag": f'"{about.get("lfs", {}).get("sha256", about["blobId"])}"'}
+        headers |= {"X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
+        if name in self.server.moved and not self.path.startswith("/cdn"):
+            linked = {"X-Linked-Size": str(about["size"]), "X-Linked-Etag": headers["ETag"]}
+            return self.send(302, b"", {**headers, **linked, "Location": "/cdn" + self.path}, body)
+        if name in self.server.corrupt:
             content = content[:-1] + bytes([content[-1] ^ 1])
-        return self.send(200, content, headers, body)
+        first = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
+        start = int(first[1]) if first else 0
+        length = {"Content-Length": str(about["size"] - start)}
+        if first:
+            length["Content-Range"] = f"bytes {start}-{about['size'] - 1}/{about['size']}"
+        self.send(206 if first else 200, b"", {**headers, **length}, False)
+        return self.stream(name, content, start) if body else None
+
+    def stream(self, name, content, start):
+        limit = self.server.cut.get(name)
+        for piece in pieces(content, start, self.server.slow.get(name)):
+            if name in self.server.slow:
+                time.sleep(self.server.pause)
+            self.wfile.write(piece[:limit])
+            if limit:
+                self.close_connection = True
+                return
+
+
+def pieces(content, start, count):
+    """The content from `start` on, all at once, in `count` pieces, or in small ones of a file."""
+    if isinstance(content, Path):
+        with content.open("rb") as stream:
+            stream.seek(start)
+            while piece := stream.read(PIECE):
+                yield piece
+        return
+    size = -(-len(content) // (count or 1))
+    yield from (content[i : i + size] for i in range(start, len(content), size))
+
+
+def commit_of(files):
+    return hashlib.sha1(repr(sorted(files)).encode()).hexdigest()
+
+
+@cache
+def hashes_of_file(path):
+    """sha256 and git hash; read in pieces, as a large file is served."""
+    git = hashlib.sha1(f"blob {path.stat().st_size}\0".encode())
+    sha256 = hashlib.sha256()
+    for piece in pieces(path, 0, None):
+        git.update(piece)
+        sha256.update(piece)
+    return sha256.hexdigest(), git.hexdigest()
 
 
 def describe(name, content):
     """A file as the hub lists it; those that are not text are in large-file storage."""
-    git = hashlib.sha1(f"blob {len(content)}\0".encode() + content).hexdigest()
-    entry = {"rfilename": name, "size": len(content), "blobId": git}
+    if isinstance(content, Path):
+        size, (sha256, git) = content.stat().st_size, hashes_of_file(content)
+    else:
+        size, sha256 = len(content), hashlib.sha256(content).hexdigest()
+        git = hashlib.sha1(f"blob {size}\0".encode() + content).hexdigest()
+    entry = {"rfilename": name, "size": size, "blobId": git}
     if not name.endswith((".json", ".md")):
-        sha256 = hashlib.sha256(content).hexdigest()
-        entry["lfs"] = {"sha256": sha256, "size": len(content), "pointerSize": 130}
+        entry["lfs"] = {"sha256": sha256, "size": size, "pointerSize": 130}
     return entry
 
 

@@ -1,8 +1,17 @@
 """The download verb against a hub on the loopback."""
 
+import json
+import os
+import re
+import time
+from pathlib import Path
+
 import pytest
+import torch
 from conftest import Cosmos, moving_square
-from hub import serve
+from hub import commit_of, serve
+from safetensors.torch import save
+from transformers import T5Config, T5EncoderModel
 
 from cosmos_cli import layout
 from cosmos_cli.model import video
@@ -12,17 +21,24 @@ pytestmark = pytest.mark.workflow
 MODEL = ("models", "nvidia/Cosmos-Predict1-7B-Text2World")
 TOKENIZER = ("models", "nvidia/Cosmos-Tokenize1-CV8x8x8-720p")
 TEXT = ("models", "google-t5/t5-11b")
+ENCODER = ("models", "comfyanonymous/cosmos_1.0_text_encoder_and_VAE_ComfyUI")
+ENCODER_FILE = "text_encoders/oldt5_xxl_fp16.safetensors"
+SIGLIP = ("models", "google/siglip-so400m-patch14-384")
 DATA = ("datasets", "nvidia/Cosmos-NeMo-Assets")
+
+
+T5 = T5Config(vocab_size=32, d_model=16, d_kv=4, d_ff=32, num_layers=2, num_heads=2)
 
 
 class Online(Cosmos):
     hub = None
     token = None
+    variables = None
 
     def environment(self):
         own = {"HF_ENDPOINT": self.hub.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(self.cwd / "hf")}
         own |= {"HF_TOKEN": self.token} if self.token else {}
-        return {**super().environment(), **own}
+        return {**super().environment(), **own, **(self.variables or {})}
 
 
 @pytest.fixture
@@ -30,14 +46,33 @@ def online(tmp_path):
     return Online(tmp_path)
 
 
+def t5_weights():
+    """T5's encoder in fp16 under the names of the third party's file."""
+    torch.manual_seed(0)
+    weights = T5EncoderModel(T5).state_dict()
+    del weights["encoder.embed_tokens.weight"]
+    return {name: tensor.half().clone() for name, tensor in weights.items()}
+
+
 @pytest.fixture
 def repos(tmp_path):
     clip = tmp_path / "clip.mp4"
     video.write_mp4(clip, moving_square(9, 64, 96), 24, 18)
     return {
-        MODEL: {"model.pt": b"weights" * 999, "config.json": b"{}", "other.bin": b"not wanted"},
+        MODEL: {
+            "model.pt": b"weights" * 999,
+            "config.json": b"{}",
+            "other.bin": b"not wanted",
+            "guardrail/blocklist/custom/words": b"word",
+        },
+        SIGLIP: {"config.json": b"{}", "model.safetensors": b"siglip"},
         TOKENIZER: {"encoder.jit": b"e" * 99, "decoder.jit": b"d" * 99, "mean_std.pt": b"m"},
-        TEXT: {"config.json": b"{}", "pytorch_model.bin": b"t5", "tf_model.h5": b"not wanted"},
+        TEXT: {
+            "config.json": json.dumps(T5.to_dict()).encode(),
+            "pytorch_model.bin": b"t5",
+            "tf_model.h5": b"not wanted",
+        },
+        ENCODER: {ENCODER_FILE: save(t5_weights()), "vae/vae.safetensors": b"not wanted"},
         DATA: {"nemo_diffusion_example_data/a.mp4": clip.read_bytes(), "README.md": b"text"},
     }
 
@@ -56,8 +91,10 @@ def test_everything_of_a_recipe_arrives_in_the_layout_of_the_reference(online, r
     found = content(online.cwd / "checkpoints")
     assert found["Cosmos-Predict1-7B-Text2World/model.pt"] == repos[MODEL]["model.pt"]
     assert found["Cosmos-Tokenize1-CV8x8x8-720p/mean_std.pt"] == b"m"
-    assert found["google-t5/t5-11b/pytorch_model.bin"] == b"t5"
-    assert not [name for name in found if name.endswith(("other.bin", ".h5"))]
+    assert found["google-t5/t5-11b/model.safetensors"] == repos[ENCODER][ENCODER_FILE]
+    assert found["Cosmos-Predict1-7B-Text2World/guardrail/blocklist/custom/words"] == b"word"
+    assert found["google/siglip-so400m-patch14-384/model.safetensors"] == b"siglip"
+    assert not [name for name in found if name.endswith((".bin", ".h5", "vae.safetensors"))]
     videos = online.cwd / "datasets" / "cosmos_nemo_assets" / "videos"
     assert [path.name for path in videos.iterdir()] == ["a.mp4"]
     assert result["videos"] == 1
@@ -110,7 +147,9 @@ def test_a_missing_repository_and_a_missing_hub_are_one_line_each(online, repos)
 def test_dry_run_says_the_bytes_and_fetches_none(online, repos):
     with serve(repos) as online.hub:
         result = online.json("download", "nemo_assets", "--dry-run")
-    assert result["assets"][0]["fetched"] == len(repos[MODEL]["model.pt"]) + 2
+    sizes = {asset["repo"]: asset["fetched"] for asset in result["assets"][:-2]}
+    assert sizes[MODEL[1]] == len(repos[MODEL]["model.pt"]) + 2
+    assert sizes[ENCODER[1]] == len(repos[ENCODER][ENCODER_FILE])
     assert not (online.cwd / "checkpoints").exists()
 
 
@@ -130,3 +169,170 @@ def test_a_recipe_without_videos_says_where_to_put_them(cosmos):
     (cosmos.cwd / "mine.yaml").write_text("model: Cosmos-Tiny-Text2World\ndataset_dir: data\n")
     refused = cosmos("download", "mine.yaml", code=5)
     assert str(cosmos.cwd / "data" / "videos") in refused.stderr
+
+
+def test_work_can_start_before_the_rest_arrives(online, repos):
+    with serve(repos) as online.hub:
+        first = online("download", "nemo_assets", "--for", "prep")
+        prep = {path.split("/")[0] for path in content(online.cwd / "checkpoints")}
+        online("download", "nemo_assets", "--for", "train")
+        train = {path.split("/")[0] for path in content(online.cwd / "checkpoints")} - prep
+        assert not list(online.cwd.glob("checkpoints/*/guardrail"))
+    assert prep == {"Cosmos-Tokenize1-CV8x8x8-720p", "google-t5"}
+    assert train == {"Cosmos-Predict1-7B-Text2World"}
+    lines = first.stderr.splitlines()
+    assert any(ENCODER[1] in line and "third party" in line for line in lines)
+    assert any(line.startswith("in all") for line in lines)
+
+
+def test_all_that_cannot_be_had_is_said_before_the_first_byte(online, repos):
+    del repos[TOKENIZER]
+    with serve(repos, gated=[MODEL[1]]) as online.hub:
+        refused = online("download", "nemo_assets", code=4)
+        assert not [path for _, path in online.hub.log if "/resolve/" in path]
+    errors = [line for line in refused.stderr.splitlines() if line.startswith("error: ")]
+    assert any(TOKENIZER[1] in line for line in errors)
+    assert any(MODEL[1] in line and "HF_TOKEN" in line for line in errors)
+
+
+@pytest.mark.parametrize("code", [429, 503])
+def test_a_busy_hub_is_asked_again(online, repos, code):
+    storm = {"/api/": [code] * 2, "/model.pt": [code] * 7}
+    with serve(repos, storm=storm) as online.hub:
+        done = online("download", "nemo_assets", "--for", "train")
+    assert not any(storm.values())
+    assert f"{MODEL[1]}: the hub answered {code}, next try in 1 s" in done.stderr
+    found = content(online.cwd / "checkpoints")
+    assert found["Cosmos-Predict1-7B-Text2World/model.pt"] == repos[MODEL]["model.pt"]
+
+
+def test_a_file_that_breaks_off_lies_elsewhere_and_trickles_arrives_whole(online, repos):
+    repos[MODEL]["model.pt"] = os.urandom(40_000)
+    online.variables = {"HF_HUB_DOWNLOAD_TIMEOUT": "1"}
+    faults = {"moved": ["model.pt"], "slow": {"model.pt": 6}}
+    with serve(repos, **faults) as online.hub:
+        online("download", "nemo_assets", "--for", "train")
+        assert any(path.startswith("/cdn/") for _, path in online.hub.log)
+    weights = online.cwd / "checkpoints/Cosmos-Predict1-7B-Text2World/model.pt"
+    assert weights.read_bytes() == repos[MODEL]["model.pt"]
+    weights.unlink()
+    with serve(repos, cut={"model.pt": 100}) as online.hub:
+        refused = online("download", "nemo_assets", "--for", "train", code=4)
+    assert "Traceback" not in refused.stderr
+    assert not weights.exists()
+
+
+def test_a_killed_download_keeps_whole_files_and_leaves_no_halves(online, repos):
+    repos[DATA] |= {f"{i}.mp4": os.urandom(3000) for i in range(3)}
+    repos[DATA]["9.mp4"] = os.urandom(4000)
+    with serve(repos, slow={"9.mp4": 1000}) as online.hub:
+        process = online.start("download", "nemo_assets", "--for", "prep")
+        folder = online.cwd / "datasets" / "cosmos_nemo_assets"
+        arriving = folder / ".cache" / "cosmos" / "arriving"
+        deadline = time.monotonic() + 60
+        while len(list(folder.glob("videos/*"))) < 3 or not list(arriving.rglob("*.incomplete")):
+            if time.monotonic() > deadline:
+                break
+            time.sleep(0.05)
+        process.kill()
+        process.communicate()
+        assert list(arriving.rglob("*.incomplete"))
+        assert not (folder / "videos" / "9.mp4").exists()
+        online.hub.slow, online.hub.log = {}, []
+        online("download", "nemo_assets", "--for", "prep")
+        fetched = {path.rpartition("/")[2] for _, path in online.hub.log if "/resolve/" in path}
+    assert "9.mp4" in fetched
+    assert not fetched & {"0.mp4", "1.mp4", "2.mp4"}
+    assert not list(online.cwd.rglob("*.incomplete"))
+    assert not arriving.exists()
+
+
+def test_two_processes_fetch_every_file_once(online, repos):
+    repos[DATA] = {f"{i}.mp4": os.urandom(3000) for i in range(5)}
+    with serve(repos, slow={f"{i}.mp4": 2 for i in range(5)}) as online.hub:
+        both = [online.start("download", "nemo_assets", "--for", "prep") for _ in range(2)]
+        ends = [process.communicate(timeout=200)[1] for process in both]
+        fetched = [path for method, path in online.hub.log if method == "GET" and ".mp4" in path]
+    assert [process.returncode for process in both] == [0, 0], ends
+    assert len(fetched) == 5
+    videos = online.cwd / "datasets" / "cosmos_nemo_assets" / "videos"
+    assert {path.name: path.read_bytes() for path in videos.iterdir()} == repos[DATA]
+
+
+def test_files_that_were_copied_by_hand_are_known_without_a_network(online, repos):
+    folder = online.cwd / "checkpoints" / "Cosmos-Predict1-7B-Text2World"
+    folder.mkdir(parents=True)
+    for name in ("model.pt", "config.json"):
+        (folder / name).write_bytes(repos[MODEL][name])
+    with serve(repos) as online.hub:
+        online("download", "nemo_assets", "--for", "train")
+        assert not [path for _, path in online.hub.log if "/resolve/" in path]
+    online.variables = {"HF_HUB_OFFLINE": "1"}
+    online("download", "nemo_assets", "--for", "train")
+
+
+def test_without_a_network_what_is_whole_will_do_and_what_is_not_is_named(online, repos):
+    with serve(repos) as online.hub:
+        online("download", "nemo_assets")
+    online.variables = {"HF_HUB_OFFLINE": "1"}
+    assert online.json("download", "nemo_assets")["videos"] == 1
+    (online.cwd / "checkpoints/Cosmos-Tokenize1-CV8x8x8-720p/encoder.jit").write_bytes(b"x" * 99)
+    refused = online("download", "nemo_assets", code=4)
+    (line,) = [line for line in refused.stderr.splitlines() if line.startswith("error: ")]
+    assert TOKENIZER[1] in line
+    assert "HF_HUB_OFFLINE" in line
+
+
+def test_a_pinned_revision_is_the_one_that_comes(online, repos):
+    words = ("download", "nemo_assets", "--for", "prep", "--set")
+    with serve(repos) as online.hub:
+        online(*words, f"dataset_revision={commit_of(repos[DATA])}")
+        refused = online(*words, f"dataset_revision={'f' * 40}", code=4)
+    assert "no such revision" in refused.stderr
+
+
+def test_the_encoder_of_the_third_party_is_the_one_that_text_loads(online, repos):
+    with serve(repos) as online.hub:
+        online("download", "nemo_assets", "--for", "prep")
+        folder = online.cwd / "checkpoints" / "google-t5" / "t5-11b"
+        loaded = T5EncoderModel.from_pretrained(folder, dtype=torch.float32).state_dict()
+        assert all(torch.equal(loaded[name], t.float()) for name, t in t5_weights().items())
+        official = "text_encoder_repo=google-t5/t5-11b"
+        refused = online("download", "nemo_assets", "--set", official, code=4)
+        assert str(folder / "model.safetensors") in refused.stderr
+        (folder / "model.safetensors").unlink()
+        online("download", "nemo_assets", "--for", "prep", "--set", official)
+    assert (folder / "pytorch_model.bin").read_bytes() == b"t5"
+
+
+def test_an_encoder_of_other_shapes_is_never_put_in_place(online, repos):
+    weights = t5_weights()
+    weights["encoder.block.1.layer.1.DenseReluDense.wo.weight"] = torch.zeros(16, 31)
+    for file, shape in ((save(weights), "[16, 31]"), (b"no such file", "None")):
+        repos[ENCODER][ENCODER_FILE] = file
+        with serve(repos) as online.hub:
+            refused = online("download", "nemo_assets", "--for", "prep", code=4)
+        assert f"has the shape {shape}, T5's encoder has [" in refused.stderr
+    assert not list((online.cwd / "checkpoints").rglob("*.safetensors"))
+
+
+@pytest.mark.slow
+def test_five_gigabytes_pass_through_less_than_300_megabytes_of_memory(online, repos, tmp_path):
+    large = tmp_path / "large"
+    with large.open("wb") as stream:
+        stream.truncate(5 * 10**9)
+    repos[MODEL]["model.pt"] = large
+    with serve(repos) as online.hub:
+        process = online.start("download", "nemo_assets", "--for", "train")
+        peak = 0
+        while process.poll() is None:
+            status = Path("/proc", str(process.pid), "status").read_text()
+            # The line is missing when the process has just ended.
+            found = re.search(r"VmHWM:\s+(\d+) kB", status)
+            peak = max(peak, int(found[1]) * 1024 if found else 0)
+            time.sleep(0.2)
+        process.communicate()
+    assert process.returncode == 0
+    assert 20e6 < peak < 300e6
+    weights = online.cwd / "checkpoints/Cosmos-Predict1-7B-Text2World/model.pt"
+    assert weights.stat().st_size == 5 * 10**9

@@ -3,8 +3,11 @@
 import json
 import shutil
 import signal
+import subprocess
 import time
+from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from conftest import Cosmos, settings
@@ -64,7 +67,9 @@ def test_the_same_seed_gives_the_same_file_alone_or_in_a_batch(cosmos):
         (["--batch", "missing.jsonl"], "missing.jsonl"),
         (["--batch", "bad.jsonl"], "bad.jsonl:2"),
         (["--prompt", "a", "--set", "num_frames=12"], "num_frames"),
-        (["--prompt", "a", "--set", "height=100"], "height"),
+        (["--prompt", "a", "--set", "height=705"], "height"),
+        (["--prompt", "a", "--prompts", "-"], "--prompts"),
+        (["--prompts", "file.txt"], "--prompts"),
         (["--prompt", "a", "--prompt", "b", "-o", "one.mp4"], "one file for 2"),
     ],
 )
@@ -104,6 +109,143 @@ def test_an_interrupted_batch_has_only_whole_videos(cosmos):
     made = list(cosmos.cwd.glob("outputs/[!.]*.mp4"))
     assert len(made) >= 2
     assert all(video.probe(path).frames == 9 for path in made)
+    assert not list(cosmos.cwd.glob("outputs/.*"))
+
+
+def lines(cosmos, name, *entries):
+    text = "\n".join(json.dumps(entry, ensure_ascii=False) for entry in entries)
+    (cosmos.cwd / name).write_text(text + "\n", encoding="utf-8")
+    return name
+
+
+def test_a_line_of_a_batch_has_its_own_settings_and_only_known_ones(cosmos):
+    prompt = {"prompt": "A red ball.", "seed": 5}
+    own = {"negative_prompt": "blue", "num_steps": 2, "guidance": 0}
+    made = generate(cosmos, "--batch", lines(cosmos, "b.jsonl", prompt, {**prompt, **own}))
+    plain, special = (
+        json.loads(path.with_suffix(".json").read_text())["recipe"] for path in made["artifacts"]
+    )
+    assert (plain["num_steps"], plain["guidance"], plain["sampling_seed"]) == (3, 2.0, 5)
+    assert {**own, "sampling_seed": 5} == {key: special[key] for key in (*own, "sampling_seed")}
+    for wrong, word in [({"steps": 2}, "'steps'"), ({"num_steps": 1}, "num_steps"),
+                        ({"guidance": "7"}, "guidance"), ({"seed": -1}, "seed")]:  # fmt: skip
+        batch = lines(cosmos, "w.jsonl", prompt, {**prompt, **wrong})
+        assert word in cosmos("generate", "--batch", batch, "--dry-run", code=2).stderr
+
+
+def test_what_is_made_is_not_made_again(cosmos):
+    batch = lines(cosmos, "b.jsonl", *({"prompt": "A ball.", "seed": seed} for seed in range(6)))
+    whole = generate(cosmos, "--batch", batch, "-o", "whole")["artifacts"]
+    process = cosmos.start("generate", "--batch", batch, "-o", "cut", *QUICK)
+    while not list(cosmos.cwd.glob("cut/[!.]*.mp4")) and process.poll() is None:
+        time.sleep(0.01)
+    process.kill()
+    process.communicate()
+    left = {path: path.stat().st_mtime_ns for path in cosmos.cwd.glob("cut/[!.]*.mp4")}
+    assert 0 < len(left) < 6
+    again = generate(cosmos, "--batch", batch, "-o", "cut")["artifacts"]
+    assert [path.name for path in again] == [path.name for path in whole]
+    assert [layout.sha256_file(p) for p in again] == [layout.sha256_file(p) for p in whole]
+    assert {path: path.stat().st_mtime_ns for path in left} == left
+    assert sorted(p.suffix for p in cosmos.cwd.glob("cut/[!.]*")) == sorted(
+        [".mp4", ".json", ".txt", ".jpg"] * 6
+    )
+    # A damaged video is made again, and --overwrite makes all again.
+    again[0].write_bytes(b"damaged")
+    assert "not again" in cosmos("generate", "--batch", batch, "-o", "cut", *QUICK).stderr
+    assert layout.sha256_file(again[0]) == layout.sha256_file(whole[0])
+    forced = cosmos("generate", "--batch", batch, "-o", "cut", "--overwrite", *QUICK)
+    assert "not again" not in forced.stderr
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".txt", ".json", ".jpg"])
+def test_files_of_somebody_else_are_not_overwritten(cosmos, suffix):
+    other = cosmos.cwd / f"mine{suffix}"
+    other.write_text("{}")
+    ask = ["--prompt", "A ball.", "-o", "mine.mp4"]
+    assert other.name in cosmos("generate", *ask, *QUICK, code=2).stderr
+    assert [path.name for path in cosmos.cwd.iterdir()] == [other.name]
+    if suffix == ".mp4":
+        generate(cosmos, *ask, "--overwrite")
+        assert "another video" in cosmos("generate", *ask, "--seed", 9, *QUICK, code=2).stderr
+
+
+def test_prompts_from_standard_input_become_videos_as_they_come(cosmos):
+    process = cosmos.start("generate", "--prompts", "-", *QUICK, stdin=subprocess.PIPE)
+
+    def answer(line):
+        process.stdin.write(line + "\n")
+        process.stdin.flush()
+        return json.loads(process.stdout.readline())
+
+    first = answer("A red ball moves left.")
+    assert first["status"] == "ok"
+    # The file is there while the command waits for more.
+    digest = layout.sha256_file(Path(first["path"]))
+    assert process.poll() is None
+    assert answer('{"prompt": "红色的球向左移动。", "seed": 4}')["seed"] == 4
+    refused = [answer('{"prompt": ""}'), answer('{"text": 1}'), answer("x" * 100_000)]
+    assert [line["exit_code"] for line in refused] == [2, 2, 2]
+    assert answer("A red ball moves left.")["path"] == first["path"]
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert out == ""
+    assert "not again" in err
+    assert "Traceback" not in err
+    alone = generate(cosmos, "--prompt", "A red ball moves left.", "-o", "alone")
+    assert layout.sha256_file(alone["artifacts"][0]) == digest
+
+
+def test_a_bad_prompt_of_a_batch_does_not_end_the_others(cosmos):
+    codes = {
+        " ": 2,
+        "A ball. " * 2000: 0,
+        "红色的球向左移动。": 0,
+        "A nude statue.": 8,
+        "x" * 10**7: 2,
+    }
+    batch = lines(cosmos, "b.jsonl", *({"prompt": prompt} for prompt in codes))
+    done = generate(cosmos, "--batch", batch, code=8)
+    assert {video["prompt"]: video["exit_code"] for video in done["videos"]} == codes
+    assert [video.probe(path).frames for path in done["artifacts"]] == [9, 9]
+    assert len(done["error"].splitlines()) == 3
+
+
+def test_two_processes_make_the_same_videos_as_one(cosmos):
+    prompts = ({"prompt": "A red ball.", "seed": seed} for seed in (1, 2, 3))
+    batch = lines(cosmos, "b.jsonl", *prompts, {"prompt": "A nude statue."})
+    one = generate(cosmos, "--batch", batch, "-o", "one", code=8)
+    two = generate(cosmos, "--batch", batch, "-o", "two", "--num-processes", "2", code=8)
+    names = sorted(path.name for path in one["artifacts"])
+    assert sorted(path.name for path in two["artifacts"]) == names
+    assert len(names) == 3
+    for name in names:
+        files = (cosmos.cwd / folder / name for folder in ("one", "two"))
+        assert len({layout.sha256_file(file) for file in files}) == 1
+    assert "nude" in two["error"]
+    assert not list(cosmos.cwd.glob("two/.*"))
+
+
+def test_two_processes_share_the_guidance_of_one_video(cosmos):
+    ask = ["--prompt", "A red ball.", "--set", "negative_prompt=a blue box"]
+    one = generate(cosmos, *ask, "-o", "one")
+    two = generate(cosmos, *ask, "-o", "two", "--num-processes", "2")
+    assert digest(one) == digest(two)
+    other = generate(cosmos, *ask[:2], "-o", "three")
+    assert digest(one) != digest(other)
+
+
+def test_several_processes_end_together(cosmos):
+    batch = lines(cosmos, "b.jsonl", *({"prompt": "A ball.", "seed": i} for i in range(200)))
+    process = cosmos.start("generate", "--batch", batch, "--num-processes", "2", *QUICK)
+    while len(list(cosmos.cwd.glob("outputs/[!.]*.mp4"))) < 2 and process.poll() is None:
+        time.sleep(0.05)
+    ranks = psutil.Process(process.pid).children(recursive=True)
+    assert len(ranks) >= 3
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 143, err
+    assert not psutil.wait_procs(ranks, timeout=10)[1]
     assert not list(cosmos.cwd.glob("outputs/.*"))
 
 
@@ -149,6 +291,44 @@ def test_promote_describes_the_model_and_generate_finds_it(trained):
     assert json.loads((trained.cwd / base["artifacts"][0]).with_suffix(".json").read_text())[
         "weights"
     ]["path"].endswith("model.safetensors")
+
+
+def test_compare_shows_base_and_promoted_beside_each_other(trained):
+    trained("promote", "tiny", *RUN)
+    ask = ["generate", "--compare", "--prompt", "A ball.", "--set", "num_steps=2", "-o", "both"]
+    done = trained.json(*ask)
+    base, tuned, both = map(Path, done["artifacts"])
+    info = video.probe(both)
+    assert (info.frames, info.width) == (9, 2 * 96)
+    label = info.height - 64
+    frames, left, right = (
+        video.read_frames(path, range(9)).float() for path in (both, base, tuned)
+    )
+    for place, alone in ((frames[..., :96], left), (frames[..., 96:], right)):
+        assert (place[:, :, label:] - alone).abs().mean() < 4
+        assert place[:, :, :label].max() > 200
+    about = json.loads(both.with_suffix(".json").read_text())["compared"]
+    assert {side["seed"] for side in about.values()} == {1}
+    hashes = [side["weights"]["sha256"] for side in about.values()]
+    assert len(set(hashes)) == 2
+    page = both.with_suffix(".html").read_text()
+    assert all(digest in page for digest in hashes)
+    assert page.count("data:video/mp4;base64,") == 2
+    assert "http" not in page
+    assert "not again" in trained(*ask).stderr
+    assert "--compare" in trained(*ask, "--model", "base", code=2).stderr
+
+
+def test_a_promoted_model_that_changed_is_refused(trained):
+    model = trained.cwd / "checkpoints" / "Cosmos-Tiny-Text2World_post-trained" / "model.pt"
+    whole = model.read_bytes()
+    try:
+        model.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+        refused = trained("generate", "--prompt", "A square.", code=4)
+    finally:
+        model.write_bytes(whole)
+    assert "is damaged" in refused.stderr
+    assert "cosmos promote" in refused.stderr
 
 
 def test_promote_names_the_steps_there_are(trained):

@@ -12,7 +12,8 @@ HEAVY = {"torch", "transformers", "deepspeed", "torchcodec", "safetensors", "hug
 TORCH_FREE = [
     path
     for path in sorted(PACKAGE.rglob("*.py"))
-    if path.parent != PACKAGE / "model" or path.name in ("__init__.py", "spec.py", "elastic.py")
+    if path.parent != PACKAGE / "model"
+    or path.name in ("__init__.py", "spec.py", "elastic.py", "plan.py")
 ]
 LEAVES = ("dit", "tokenizer", "text", "edm", "sampler", "video")
 BELOW = {"spec", "kernels"}

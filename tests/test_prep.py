@@ -2,15 +2,21 @@
 
 import json
 import pickle
+import random
+import re
 import shutil
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
-from conftest import Cosmos, moving_square, settings
+import torch
+from conftest import SMALL, Cosmos, moving_square, settings
 from safetensors import safe_open
 
-from cosmos_cli.model import video
+from cosmos_cli import claims, recipe
+from cosmos_cli.model import prep, prep_report, video
 
 pytestmark = pytest.mark.workflow
 
@@ -42,11 +48,15 @@ def verdicts(result):
     return {row["file"]: (row["verdict"], row["reason"]) for row in result["videos"]}
 
 
+# What tells when and by whom the rest was made.
+JOURNAL = {"prep.log", "prep.lock", "report.html"}
+
+
 def snapshot(dataset):
     return {
         str(path.relative_to(dataset)): path.read_bytes()
         for path in sorted(dataset.rglob("*"))
-        if path.is_file() and path.name != "prep.log"
+        if path.is_file() and path.name not in JOURNAL
     }
 
 
@@ -238,3 +248,184 @@ def test_dry_run_writes_nothing(mixed):
     done = mixed("prep", "tiny", *settings(PROMPT), "--dry-run")
     assert "whole.mp4" in done.stdout
     assert snapshot(mixed.cwd) == before
+
+
+# --- the report -----------------------------------------------------------------------------------
+
+
+def test_the_report_shows_every_video_and_loads_nothing(tmp_path):
+    videos = tmp_path / "datasets" / "tiny" / "videos"
+    write(videos, "a <b>.mp4", 60)
+    shutil.copy(videos / "a <b>.mp4", videos / "copy.mp4")
+    halves = torch.cat([moving_square(9, 64, 96), 255 - moving_square(9, 64, 96)], dim=1)
+    video.write_mp4(videos / "cut.mp4", halves, 16, 18)
+    write(videos, "short.mp4", 5)
+    (videos / "text.mp4").write_text("words")
+    arguments = settings("prompt=A <i>square</i>.", "num_frames=17", "check_every_clips=2")
+    done = Cosmos(tmp_path)("prep", "tiny", *arguments)
+    page = (videos.parent / "report.html").read_text()
+    assert page.count("data:image/jpeg;base64,") == 4
+    # 80 frames at 16 fps are four clips, twice, and 18 frames one more.
+    assert page.count("data:video/mp4;base64,") == 9 // 2
+    assert page.count("PSNR") == 9 // 2
+    for words in (
+        "a &lt;b&gt;.mp4", "A &lt;i&gt;square&lt;/i&gt;.", "rejected: not a video",
+        "rejected: too short: 7 frames", "copy.mp4: has the same bytes as a &lt;b&gt;.mp4",
+        "cut.mp4: the clip from frame 0 seems to have a cut at 9", "motion of a clip",
+        "disk of the latents", "<td>inspect</td>",
+    ):  # fmt: skip
+        assert words in page, words
+    assert "a &lt;b&gt;.mp4: the clip" not in page
+    assert "<i>" not in page
+    assert not re.search(r"""(src|href)=["'](?!data:)|url\(|@import""", page)
+    assert "4 clips decoded back: PSNR" in done.stderr
+
+
+def test_the_report_of_many_videos_stays_bounded(tmp_path, monkeypatch):
+    monkeypatch.setattr(prep_report, "MOST_PICTURES", 2)
+    monkeypatch.chdir(tmp_path)
+    videos = tmp_path / "datasets" / "tiny" / "videos"
+    for i in range(4):
+        write(videos, f"{i}.mp4", 9, fps=16)
+    prep.prepare(recipe.load("tiny", [*SMALL, PROMPT]).recipe, "cpu")
+    page = (videos.parent / "report.html").read_text()
+    assert page.count("data:image/jpeg;base64,") == 2
+    assert "Pictures are of 2 videos" in page
+    assert all(f"<td>{i}.mp4</td>" in page for i in range(4))
+
+
+# --- captions -------------------------------------------------------------------------------------
+
+
+def test_captions_come_from_the_documented_place_and_follow_it_when_it_changes(tmp_path):
+    videos = tmp_path / "datasets" / "tiny" / "videos"
+    for name in "abcd":
+        write(videos, f"{name}.mp4", 9, fps=16)
+    (videos.parent / "metas").mkdir()
+    (videos.parent / "metas" / "a.txt").write_text("From metas.")
+    listed = tmp_path / "captions.csv"
+    listed.write_text("file,caption\na.mp4,Listed.\nb.mp4,Listed.\nz.mp4,Nobody.\n")
+    for name in "abc":
+        (videos / f"{name}.txt").write_text("Beside.")
+    cosmos, arguments = Cosmos(tmp_path), settings(PROMPT, f"captions_file={listed}")
+
+    def found():
+        rows = json.loads((videos.parent / "manifest.json").read_text())["videos"]
+        return [(row["caption"], row["caption_source"]) for row in rows]
+
+    done = cosmos("prep", "tiny", *arguments)
+    assert "captions.csv:4: there is no video 'z.mp4'" in done.stderr
+    first = [("From metas.", "metas"), ("Listed.", "captions_file"), ("Beside.", "sidecar")]
+    assert found() == [*first, ("A video of a square.", "prompt")]
+    listed.write_text("file,caption\nc.mp4,Now listed.\n")
+    cosmos("prep", "tiny", *arguments)
+    assert found()[0] == first[0]
+    assert found()[1:3] == [("Beside.", "sidecar"), ("Now listed.", "captions_file")]
+    (videos.parent / "metas" / "c.txt").write_text("By hand.\n")
+    cosmos("prep", "tiny", *arguments)
+    assert found()[2] == ("By hand.", "metas")
+    listed.write_text("file,caption\nc.mp4\n")
+    refused = cosmos("prep", "tiny", *arguments, code=5)
+    assert "captions.csv:2: has no caption" in refused.stderr
+
+
+# --- several processes, and the end of one --------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """A folder of eight videos with five captions; what one process makes of it."""
+    root = tmp_path_factory.mktemp("undisturbed")
+    videos = root / "datasets" / "tiny" / "videos"
+    for i in range(8):
+        write(videos, f"{i}.mp4", 40, (96, 160))
+        if i % 2:
+            (videos / f"{i}.txt").write_text(f"Take {i}, " + "a square moves " * i)
+    content = (videos / "7.mp4").read_bytes()
+    (videos / "truncated.mp4").write_bytes(content[: len(content) // 2])
+    shutil.copytree(videos, root / "videos")
+    Cosmos(root)("prep", "tiny", *settings(PROMPT))
+    return root / "videos", snapshot(videos.parent)
+
+
+def fresh(undisturbed, root):
+    """A folder to prepare the same videos in again."""
+    shutil.copytree(undisturbed[0], root / "datasets" / "tiny" / "videos")
+    return Cosmos(root), root / "datasets" / "tiny"
+
+
+def test_two_processes_at_once_end_with_the_same_bytes(undisturbed, tmp_path):
+    cosmos, dataset = fresh(undisturbed, tmp_path)
+    both = [cosmos.start("prep", "tiny", *settings(PROMPT)) for _ in range(2)]
+    for process in both:
+        _, err = process.communicate(timeout=120)
+        assert process.returncode == 0, err
+    assert snapshot(dataset) == undisturbed[1]
+
+
+def test_the_ranks_of_a_launcher_share_the_work_and_one_speaks(undisturbed, tmp_path):
+    cosmos, dataset = fresh(undisturbed, tmp_path)
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    done = subprocess.run(
+        [
+            sys.executable,
+            *launcher,
+            "-m",
+            "cosmos_cli",
+            "prep",
+            "tiny",
+            *settings(PROMPT),
+            "--json",
+        ],
+        cwd=tmp_path,
+        env=cosmos.environment(),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    assert json.loads(done.stdout)["used"] == 8
+    assert snapshot(dataset) == undisturbed[1]
+
+
+def test_a_process_with_another_recipe_is_refused_while_one_is_at_work(undisturbed, tmp_path):
+    cosmos, dataset = fresh(undisturbed, tmp_path)
+    with claims.crew(dataset / "prep.lock", "another job") as crew:
+        crew.start()
+        refused = cosmos("prep", "tiny", *settings(PROMPT), code=2)
+    assert "another cosmos prep is at work" in refused.stderr
+    assert not (dataset / "metas").exists()
+    cosmos("prep", "tiny", *settings(PROMPT))
+    assert snapshot(dataset) == undisturbed[1]
+
+
+def wait_for(path, process):
+    while not (path.exists() and path.stat().st_size):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("kills", [5, pytest.param(50, marks=pytest.mark.slow)])
+def test_a_process_killed_at_any_moment_and_run_again_ends_with_the_same_bytes(
+    undisturbed, tmp_path, kills
+):
+    rng = random.Random(kills)
+    unfinished = 0
+    for i in range(kills):
+        cosmos, dataset = fresh(undisturbed, tmp_path / str(i))
+        process = cosmos.start("prep", "tiny", *settings(PROMPT))
+        # Every second time another process is at work, which goes on alone.
+        other = cosmos.start("prep", "tiny", *settings(PROMPT)) if i % 2 else None
+        wait_for(dataset / "prep.lock", process)
+        time.sleep(rng.uniform(0, 2))
+        process.kill()
+        process.communicate()
+        unfinished += not (dataset / "manifest.json").exists()
+        if other:
+            _, err = other.communicate(timeout=120)
+            assert other.returncode == 0, err
+        else:
+            cosmos("prep", "tiny", *settings(PROMPT))
+        assert snapshot(dataset) == undisturbed[1]
+        assert not list(dataset.rglob(".*.tmp*"))
+    assert unfinished > kills // 3

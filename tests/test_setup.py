@@ -7,18 +7,20 @@ import resource
 import shutil
 import subprocess
 import sys
+import time
 import tomllib
 from pathlib import Path
 
 import pytest
+from hub import serve
 from packaging.requirements import Requirement
 
-from cosmos_cli import checks
-from cosmos_cli.checks import Outcome
+from cosmos_cli import checks, probes, repairs
 from cosmos_cli.errors import ExitCode, UserError
+from cosmos_cli.probes import Outcome, Probe
 
 ROOT = Path(__file__).parents[1]
-RUN_COSMOS = "from cosmos_cli.app import main; main()"
+RUN_COSMOS = "from cosmos_cli.__main__ import main; main()"
 
 
 def cosmos(folder: Path, *words: str, python: str = sys.executable, **environment: str):
@@ -71,7 +73,7 @@ def test_a_ready_machine_ends_with_the_next_command_and_nothing_is_installed(tmp
     assert done.returncode == ExitCode.OK, done.stdout + done.stderr
     assert done.stderr.splitlines()[-1] == "next: cosmos download tiny"
     assert re.search(r"FFmpeg and torchcodec +ok +FFmpeg \d", done.stdout)
-    assert re.search(r"DeepSpeed +ok .*ZeRO-3 step", done.stdout)
+    assert re.search(r"DeepSpeed +ok .*ZeRO-3 step in 1 process on cpu, in 2 on cpu", done.stdout)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -105,9 +107,11 @@ def test_dry_run_prints_the_commands_that_mend_and_runs_none(
     assert found["torch"]["status"] == "ok"
     assert found["FFmpeg and torchcodec"]["found"] == "FFmpeg's libraries are missing"
     assert found["DeepSpeed"]["found"] == "missing"
-    assert found["Apex"]["status"] == "warn"
+    assert found["Apex"]["status"] == "fail"
+    assert "PyPI's unrelated one" in found["Apex"]["found"]
     commands = json.loads(done.stdout)["commands"]
-    assert commands[-1] == f"{python} -m pip install '{checks.DEEPSPEED}'"
+    assert commands[-2] == f"{python} -m pip install '{repairs.DEEPSPEED}'"
+    assert commands[-1] == f"{python} -m pip uninstall --yes apex"
     if shutil.which("apt-get"):
         assert "apt-get" in commands[0]
         assert commands[1].endswith("install -y --no-install-recommends ffmpeg")
@@ -119,13 +123,13 @@ def test_a_broken_deepspeed_is_named_with_its_error(tmp_path):
     package.mkdir(parents=True)
     (package / "__init__.py").write_text("raise OSError('half of it is gone')\n")
     done = subprocess.run(
-        [sys.executable, "-c", "from cosmos_cli import checks; checks.probe_deepspeed()"],
+        [sys.executable, "-c", "from cosmos_cli import probes; probes.probe_deepspeed('')"],
         env={**os.environ, "PYTHONPATH": f"{package.parent}{os.pathsep}{ROOT}"},
         capture_output=True,
         text=True,
         check=False,
     )
-    row = checks._deepspeed(Outcome({}, done.stderr))
+    row = checks._deepspeed(Outcome({}, done.stderr), Outcome({}))
     assert (row.status, row.found) == ("fail", "OSError: half of it is gone")
     assert not row.commands
     assert "--force-reinstall" in row.fix
@@ -137,7 +141,7 @@ def test_a_torchcodec_of_another_torch_is_told_apart_from_missing_ffmpeg():
     assert "FFmpeg" in checks._video(Outcome({}, absent)).found
     row = checks._video(Outcome({}, absent + wrong))
     assert "does not match torch: libnvrtc.so.13" in row.found
-    assert row.commands[0][-1] == checks.TORCHCODEC
+    assert row.commands[0][-1] == repairs.TORCHCODEC
 
 
 def test_a_low_limit_of_open_files_is_a_warning():
@@ -156,10 +160,10 @@ def test_install_shows_and_logs_every_command_and_stops_at_the_first_failure(
     works = (sys.executable, "-c", "print('done that')")
     fails = (sys.executable, "-c", "raise OSError('no network')")
     never = ("touch", str(tmp_path / "never"))
-    log = checks.install([works])
+    log = repairs.install([works])
     assert "done that" in log.read_text()
     with pytest.raises(UserError, match="OSError: no network") as caught:
-        checks.install([fails, never])
+        repairs.install([fails, never])
     assert (caught.value.code, caught.value.where) == (ExitCode.ENVIRONMENT, str(log))
     assert "no network" in capsys.readouterr().err
     assert not (tmp_path / "never").exists()
@@ -168,8 +172,8 @@ def test_install_shows_and_logs_every_command_and_stops_at_the_first_failure(
 def test_what_install_fetches_is_what_the_package_declares_and_the_pins_allow():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    assert checks.TORCHCODEC in project["dependencies"]
-    assert checks.DEEPSPEED in extras["train"]
+    assert repairs.TORCHCODEC in project["dependencies"]
+    assert repairs.DEEPSPEED in extras["train"]
     lines = (ROOT / ".ci" / "constraints.txt").read_text().splitlines()
     pins = dict(line.lower().split("==") for line in lines if "==" in line)
     for text in project["dependencies"] + extras["train"] + extras["test"]:
@@ -200,3 +204,114 @@ def test_the_install_script_names_the_python_it_needs(tmp_path):
     assert done.returncode == ExitCode.ENVIRONMENT
     assert done.stderr == "error: Python 3.11, 3.12 or 3.13 is needed, found Python 3.9.18\n"
     assert not (tmp_path / ".venv").exists()
+
+
+def test_print_is_install_as_a_script_that_bash_reads(tmp_path, environment_without):
+    python = environment_without("deepspeed")
+    words = ("setup", "--print", "--with", "transformer-engine", "--with", "apex")
+    done = cosmos(tmp_path, *words, python=python)
+    lines = done.stdout.splitlines()
+    assert lines[0] == "#!/usr/bin/env bash"
+    assert lines[-1] == f"{python} -m pip install '{repairs.DEEPSPEED}'"
+    assert [line for line in lines if line.startswith("# by hand: Transformer Engine: ")]
+    assert subprocess.run(["bash", "-n"], input=done.stdout, text=True, check=False).returncode == 0
+
+
+def test_transformer_engine_is_built_against_the_headers_of_the_wheels(tmp_path, monkeypatch):
+    for name in ("cudnn", "cu13"):
+        (tmp_path / "nvidia" / name / "include").mkdir(parents=True)
+    monkeypatch.setattr("sysconfig.get_path", lambda _: str(tmp_path))
+    *_, build = repairs.transformer_engine("13.0")
+    headers = [tmp_path / "nvidia" / name / "include" for name in ("cu13", "cudnn")]
+    assert build[1] == f"CPLUS_INCLUDE_PATH={headers[0]}:{headers[1]}"
+    assert build[-2:] == ("--no-build-isolation", "transformer-engine[pytorch,core-cu13]>=2.9,<3")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert project["optional-dependencies"]["te-cu13"] == [build[-1]]
+    *_, apex = repairs.apex()
+    assert re.fullmatch(r"git\+https://github.com/NVIDIA/apex@[0-9a-f]{40}", apex[-1])
+    assert {"APEX_CPP_EXT=1", "APEX_CUDA_EXT=1"} < set(apex)
+
+
+def test_a_missing_extra_is_a_failure_only_when_it_is_asked_for():
+    gpu = {"name": "H100", "bytes": 8e10, "capability": [9, 0]}
+    torch = Outcome({"cuda": "13.0", "gpus": [gpu]})
+    (row,) = checks._transformer_engine(None, torch, [])
+    assert (row.status, checks.mending([row])) == ("warn", [])
+    (row,) = checks._transformer_engine(None, torch, ["transformer-engine"])
+    assert checks.mending([row]) == list(repairs.transformer_engine("13.0"))
+    assert checks._apex(None, torch, []) == []
+    (row,) = checks._apex(None, torch, ["apex"])
+    assert row.status == "fail"
+
+
+def test_a_rank_that_fails_ends_its_group_at_once(monkeypatch, tmp_path):
+    (tmp_path / "deepspeed.py").write_text(
+        "import os, time\n"
+        "if os.environ['RANK'] == '0': time.sleep(50)\n"
+        "raise OSError('rank 1 has no link')\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{ROOT}")
+    started = time.monotonic()
+    outcome = probes.run([Probe("two", "deepspeed", ranks=2)])["two"]
+    assert "rank 1 has no link" in outcome.error
+    assert time.monotonic() - started < 30
+
+
+def test_a_probe_that_hangs_is_a_failed_row(monkeypatch, tmp_path):
+    (tmp_path / "deepspeed.py").write_text("import time\ntime.sleep(50)\n")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{ROOT}")
+    monkeypatch.setattr(probes, "PROBE_SECONDS", 3)
+    outcome = probes.run([Probe("one", "deepspeed")])["one"]
+    row = checks._deepspeed(outcome, outcome)
+    assert (row.status, row.found) == ("fail", "did not finish within 3 s")
+
+
+@pytest.mark.workflow
+def test_closed_repositories_are_failed_rows_and_a_missing_network_is_a_warning(tmp_path):
+    model, tokenizer = (
+        "nvidia/Cosmos-Predict1-7B-Text2World",
+        "nvidia/Cosmos-Tokenize1-CV8x8x8-720p",
+    )
+    repos = {("models", model): {"model.pt": b""}, ("models", tokenizer): {"mean_std.pt": b""}}
+    environment = {"HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path), "HF_TOKEN": ""}
+    with serve(repos, gated=[model]) as hub:
+        done = cosmos(tmp_path, "setup", "nemo_assets", HF_ENDPOINT=hub.url, **environment)
+    assert done.returncode == ExitCode.ENVIRONMENT
+    refused = [line for line in done.stdout.splitlines() if line.startswith("model hub  ")]
+    assert any(f"https://huggingface.co/{model}: needs a token" in line for line in refused)
+    assert not any(tokenizer in line for line in refused)
+    environment["HF_HUB_OFFLINE"] = "1"
+    done = cosmos(tmp_path, "setup", "nemo_assets", "--json", **environment)
+    assert rows(done.stdout)["model hub"]["status"] == "warn"
+
+
+@pytest.mark.workflow
+def test_a_read_only_home_and_a_full_disk_are_named(tmp_path):
+    words = ("setup", "tiny", "--json", "--set", "min_free_disk_gb=1e6")
+    done = cosmos(tmp_path, *words, HOME="/proc", XDG_CACHE_HOME="")
+    assert done.returncode == ExitCode.ENVIRONMENT, done.stderr
+    found = rows(done.stdout)
+    assert found["free disk"]["status"] == found["XDG_CACHE_HOME"]["status"] == "fail"
+    assert "/proc/.cache/cosmos" in found["XDG_CACHE_HOME"]["found"]
+    assert "set XDG_CACHE_HOME" in found["XDG_CACHE_HOME"]["fix"]
+
+
+@pytest.mark.parametrize("system", ["win32", "darwin"])
+def test_other_systems_are_refused_with_one_sentence(tmp_path, system):
+    # What Windows lacks cannot be imported.
+    program = (
+        f"import sys; sys.platform = {system!r}; sys.modules.update(fcntl=None, resource=None); "
+        + RUN_COSMOS
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, "setup"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == ExitCode.ENVIRONMENT
+    (line,) = done.stderr.splitlines()
+    assert "WSL2" in line
+    assert done.stdout == ""

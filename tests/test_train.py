@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import Cosmos, settings
 
-from cosmos_cli.layout import Run
+from cosmos_cli.layout import Run, read_json, split_clips
 
 pytestmark = pytest.mark.workflow
 
@@ -41,6 +41,7 @@ def find_run(cosmos, name):
 
 def losses(run):
     rows = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+    rows = [row for row in rows if "loss" in row]
     return [(row["step"], row["loss"], row["edm"], row["grad_norm"]) for row in rows]
 
 
@@ -118,6 +119,14 @@ def test_every_zero_stage_trains_alike(cosmos, stage):
         assert (row[3] is None) if stage == 0 else row[3] == pytest.approx(other[3], rel=1e-4)
 
 
+@pytest.mark.parametrize("mode", ["attention", "all"])
+def test_what_is_computed_again_does_not_change_what_is_learned(cosmos, mode):
+    pairs = ("num_processes=2", "micro_batch_size=1", "max_steps=2")
+    cosmos("train", "tiny", *options(mode, *pairs, f"activation_checkpointing={mode}"))
+    cosmos("train", "tiny", *options("none", *pairs))
+    assert losses(find_run(cosmos, mode)) == losses(find_run(cosmos, "none"))
+
+
 def test_training_lowers_the_error(cosmos):
     pairs = ("num_processes=1", "max_steps=25", "save_every_steps=25", "text_dropout=0")
     cosmos("train", "tiny", *options("learns", *pairs))
@@ -129,7 +138,7 @@ def wait_for_step(run_glob, process, step=1):
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None:
         for path in run_glob():
-            if path.exists() and len(path.read_text().splitlines()) >= step:
+            if path.exists() and path.read_text().count('"loss"') >= step:
                 return
         time.sleep(0.2)
     pytest.fail(f"no step {step} before the process ended: {process.communicate()}")
@@ -254,7 +263,8 @@ def test_a_batch_that_does_not_divide_is_refused_before_any_process_starts(cosmo
     assert time.monotonic() - started < 5
 
 
-def test_a_nan_in_the_data_stops_the_run_and_names_step_clip_and_sigma(prepared, tmp_path):
+@pytest.mark.parametrize("split", ["train", "heldout"])
+def test_a_nan_in_the_data_stops_the_run_and_names_clip_and_sigma(prepared, tmp_path, split):
     import shutil
 
     from safetensors.torch import load_file, save_file
@@ -262,14 +272,19 @@ def test_a_nan_in_the_data_stops_the_run_and_names_step_clip_and_sigma(prepared,
     root = tmp_path / "poisoned"
     shutil.copytree(prepared / "datasets", root / "datasets")
     cosmos = Cosmos(root)
-    (victim, *_) = sorted((root / "datasets" / "tiny" / "latents").iterdir())
+    folder = root / "datasets" / "tiny"
+    clips = split_clips(read_json(folder / "manifest.json"))[split == "heldout"]
+    victim = folder / clips[0]["latent"]
     latent = load_file(victim)["latent"]
     latent[0, 0, 0, 0] = float("nan")
     save_file({"latent": latent}, victim)
-    refused = cosmos("train", "tiny", *options("nan", "num_processes=1", "max_steps=30"), code=6)
+    pairs = ("num_processes=1", "max_steps=30", "max_restarts=2")
+    refused = cosmos("train", "tiny", *options("nan", *pairs), code=6)
+    # It would come again.
+    assert "restart" not in refused.stderr
     assert victim.name in refused.stderr
     assert "sigma" in refused.stderr
-    assert "step" in refused.stderr
+    assert ("held-out" if split == "heldout" else "step ") in refused.stderr
 
 
 def test_an_unprepared_or_stale_dataset_is_refused(prepared, tmp_path):
@@ -284,3 +299,17 @@ def test_an_unprepared_or_stale_dataset_is_refused(prepared, tmp_path):
     next((tmp_path / "datasets" / "tiny" / "videos").iterdir()).unlink()
     stale = cosmos("train", "tiny", *options("x"), code=5)
     assert "older than the videos" in stale.stderr
+
+
+def test_a_lost_process_restarts_the_run_from_its_last_save(cosmos):
+    pairs = ("num_processes=2", "micro_batch_size=1", "save_every_steps=2", "max_steps=10")
+    process = cosmos.start("train", "tiny", *options("lost", *pairs, "max_restarts=1"))
+    wait_for_step(lambda: cosmos.cwd.glob("outputs/*/*/lost/metrics.jsonl"), process, 3)
+    launcher, *_ = psutil.Process(process.pid).children()
+    launcher.children()[1].kill()
+    _, err = process.communicate(timeout=180)
+    assert process.returncode == 0, err
+    assert "rank 1: was killed" in err
+    assert "restart 1 of 1" in err
+    cosmos("train", "tiny", *options("kept", *pairs))
+    assert losses(find_run(cosmos, "lost")) == losses(find_run(cosmos, "kept"))

@@ -2,18 +2,42 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
-from cosmos_cli import console, layout
+import typer
+
+from cosmos_cli import assets, console, layout
 from cosmos_cli import download as hub
 from cosmos_cli.commands import options
 from cosmos_cli.console import Result
+from cosmos_cli.errors import ExitCode, UserError
+
+if TYPE_CHECKING:
+    from cosmos_cli.keys import Recipe
 
 EMBEDDED_CLIPS = 12
 
 
+class Stage(StrEnum):
+    """What --for takes."""
+
+    prep = "prep"
+    train = "train"
+    generate = "generate"
+    all = "all"
+
+
 def download(
     recipe: options.RecipeArgument = "tiny",
+    check: Annotated[
+        bool,
+        typer.Option("--check", help="Fetch nothing; try the weights that are there, in a minute."),
+    ] = False,
+    for_: Annotated[
+        Stage, typer.Option("--for", help="Fetch what this verb reads, the rest another time.")
+    ] = Stage.all,
     set_: options.SetOption = None,
     print_recipe: options.PrintRecipeOption = False,
     dry_run: options.DryRunOption = False,
@@ -24,21 +48,50 @@ def download(
     Example: cosmos download nemo_assets
     """
     r = options.open_recipe(recipe, set_, print_recipe, json_).recipe
-    fetched = [hub.fetch(asset, dry_run=dry_run) for asset in hub.assets(r)]
+    if check:
+        next_ = options.command_line("prep", recipe, set_)
+        console.emit(_check(r, next_, dry_run), as_json=json_)
+        return
+    listings = hub.survey(assets.of_recipe(r, for_))
+    if not dry_run:
+        hub.require_room(listings)
+        for listing in listings:
+            hub.fetch(listing)
     if r.spec.embedded:
         console.say(f"{r.model}: its weights are part of the package, {layout.EMBEDDED_DIR}")
     root = Path(r.dataset_dir).absolute()
+    figures = {"assets": [listing.figures for listing in listings], "dry_run": dry_run}
+    if for_ in (Stage.all, Stage.prep):
+        _draw(r, root, dry_run)
+        if not dry_run:
+            figures["videos"] = hub.count_videos(r)
+            console.say(f"{figures['videos']} videos in {root}")
+    following = "prep" if for_ == Stage.all else for_.value
+    next_ = options.command_line(following, recipe, set_)
+    console.emit(Result(str(root), [root], figures, next_), as_json=json_)
+
+
+def _draw(r: Recipe, root: Path, dry_run: bool) -> None:
     if r.dataset_repo == "embedded":
         console.say(f"drawing {EMBEDDED_CLIPS} captioned clips into {root}")
         if not dry_run:
             from cosmos_cli.model import world
 
             world.write_dataset(root, EMBEDDED_CLIPS, seed=0)
-    figures = {"assets": fetched, "dry_run": dry_run}
-    if not dry_run:
-        figures["videos"] = hub.count_videos(r)
-        console.say(f"{figures['videos']} videos in {root}")
-    console.emit(
-        Result(str(root), [root], figures, options.command_line("prep", recipe, set_)),
-        as_json=json_,
-    )
+
+
+def _check(r: Recipe, next_: str, dry_run: bool) -> Result:
+    """Measures the model against itself: do the weights do what such weights should?"""
+    files = layout.model_files(r.spec, r.checkpoints_dir, r.base)
+    console.say(f"checking {files.tokenizer} and {files.dit}")
+    if dry_run:
+        return Result(figures={"dry_run": True})
+    from cosmos_cli.model import check
+    from cosmos_cli.model.device import best_device, gpu_memory_errors
+
+    device = best_device()
+    if device == "cpu" and not r.spec.embedded:
+        raise UserError("would take days without a GPU", code=ExitCode.ENVIRONMENT, where=r.model)
+    with gpu_memory_errors("use a GPU with more memory"):
+        figures = check.check(r, device)
+    return Result("the weights work", figures=figures, next=next_)

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import shlex
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cosmos_cli import console, layout
+from cosmos_cli import console, jobs, layout, orders
 from cosmos_cli.commands import options
 from cosmos_cli.console import Result
 from cosmos_cli.errors import ExitCode, Interrupted, UserError
+from cosmos_cli.jobs import Lora, Order, Outcome, Weights, Wish
 
 if TYPE_CHECKING:
     from cosmos_cli.keys import Recipe
-    from cosmos_cli.model.generate import Job
-
-# As for sampling_seed.
-MAX_SEED = 2**32
 
 
 def generate(
@@ -31,7 +30,19 @@ def generate(
         list[str] | None, typer.Option(help="What to show; may be given repeatedly.")
     ] = None,
     batch: Annotated[
-        Path | None, typer.Option(help="JSONL file: an object with prompt, and maybe seed, a line.")
+        Path | None,
+        typer.Option(
+            help="JSONL file: an object with prompt, and maybe seed, negative_prompt, num_steps, "
+            "guidance, a line."
+        ),
+    ] = None,
+    prompts: Annotated[
+        str | None,
+        typer.Option(
+            metavar="-",
+            help="Read prompts or such objects from standard input, one a line, and keep the "
+            "model loaded; one JSON line per video on stdout.",
+        ),
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Default: sampling_seed.")] = None,
     output: Annotated[
@@ -40,6 +51,29 @@ def generate(
     model: Annotated[
         str, typer.Option(help="promoted, base, or a folder or weights file.")
     ] = "promoted",
+    lora: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PATH[:STRENGTH]",
+            help="LoRA file to merge in, whole or in part; may be given repeatedly.",
+        ),
+    ] = None,
+    compare: Annotated[
+        bool,
+        typer.Option("--compare", help="The base model's videos too, and both beside each other."),
+    ] = False,
+    overwrite: Annotated[
+        bool,
+        typer.Option("--overwrite", "--yes", help="Make again, and replace, what is there."),
+    ] = False,
+    num_processes: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Processes that share the videos, or the two halves of guidance of one; default: "
+            "one per GPU.",
+        ),
+    ] = None,
     set_: options.SetOption = None,
     print_recipe: options.PrintRecipeOption = False,
     dry_run: options.DryRunOption = False,
@@ -47,37 +81,38 @@ def generate(
 ) -> None:
     """Generate videos with the model promoted last, or the embedded tiny one.
 
+    What is there already is not made again, so the same command goes on where it stopped.
     Example: cosmos generate --prompt "A video of sks teal robot." --set num_steps=20
     """
     overrides = [*(set_ or ()), *([] if seed is None else [f"sampling_seed={seed}"])]
     name, folder = choose_model(recipe, model, overrides)
     r = options.open_recipe(name, overrides, print_recipe, json_).recipe
-    weights = folder or layout.model_files(r.spec, r.checkpoints_dir, r.base).dit
-    weights = weights / layout.MODEL_FILE if (weights / layout.MODEL_FILE).is_file() else weights
-    if not weights.exists():
+    if prompts is not None and (prompt or batch or compare or num_processes or prompts != "-"):
         raise UserError(
-            "the weights are missing", code=ExitCode.ASSET, where=str(weights),
-            fix="run cosmos download, or choose a --model",
+            "is for standard input alone", code=ExitCode.USAGE, where="--prompts",
+            fix="give --prompts - without --prompt, --batch, --compare and --num-processes",
         )  # fmt: skip
-    from cosmos_cli.model import generate as model_generate
-    from cosmos_cli.model.device import best_device, gpu_memory_errors
-
-    jobs = _jobs(r, prompt or [], batch, output)
+    wishes = [] if prompts else _wishes(prompt or [], batch)
+    if output.suffix.lower() == ".mp4" and (prompts or len(wishes) > 1):
+        raise UserError(
+            f"one file for {len(wishes) or 'many'} videos", code=ExitCode.USAGE, where="--output",
+            fix="give a folder",
+        )  # fmt: skip
+    weights = replace(read_weights(r, folder), loras=tuple(map(read_lora, lora or ())))
+    order = Order(r, weights, output, overwrite)
+    placed = [orders.base_order(order, read_weights(r, None)), order] if compare else [order]
     console.say(
-        f"{r.model} ({weights}): {len(jobs)} videos of {r.num_frames} frames, "
-        f"{r.width}x{r.height} at {r.fps:g} fps, {r.num_steps} steps, guidance {r.guidance:g}"
+        f"{r.model} ({order.weights.path}): {r.num_frames} frames, {r.width}x{r.height} at "
+        f"{r.fps:g} fps, {r.num_steps} steps, guidance {r.guidance:g}"
     )
-    if not dry_run:
-        done: list[Path] = []
-        try:
-            with gpu_memory_errors("set a smaller height, width or num_frames"):
-                for job in model_generate.generate(r, weights, jobs, best_device()):
-                    done.append(job.path)
-                    console.say(f"saved {job.path}")
-        except (UserError, Interrupted) as end:
-            end.artifacts = tuple(done)
-            raise
-    console.emit(_result(jobs, dry_run), as_json=json_)
+    if dry_run:
+        console.emit(_preview(placed, wishes), as_json=json_)
+        return
+    if prompts is None:
+        outcomes = orders.batch(placed, wishes, num_processes)
+    else:
+        outcomes = orders.stream(order)
+    console.emit(_finish(outcomes, streaming=prompts is not None), as_json=json_)
 
 
 def choose_model(recipe: str | None, model: str, overrides: list[str]) -> tuple[str, Path | None]:
@@ -107,76 +142,112 @@ def choose_model(recipe: str | None, model: str, overrides: list[str]) -> tuple[
     return recipe, promoted if (promoted / layout.MANIFEST_FILE).is_file() else None
 
 
-def _jobs(r: Recipe, prompts: list[str], batch: Path | None, output: Path) -> list[Job]:
-    """One job for every prompt; a batch's own seeds win over sampling_seed."""
-    from cosmos_cli.model.generate import Job, file_stem
-
-    wanted: list[tuple[str, int]] = [(prompt, r.sampling_seed) for prompt in prompts]
-    wanted += [
-        (entry["prompt"], entry.get("seed", r.sampling_seed))
-        for entry in (_read_batch(batch) if batch else ())
-    ]
-    if not wanted:
-        raise UserError(
-            "nothing to show", code=ExitCode.USAGE, where="--prompt",
-            fix='give --prompt "..." or --batch FILE',
-        )  # fmt: skip
-    for prompt, _ in wanted:
-        try:
-            prompt.encode()
-        except UnicodeEncodeError as error:
-            where = f"prompt {prompt!r}"
-            raise UserError("is no text", code=ExitCode.USAGE, where=where) from error
-        if not prompt.strip():
-            raise UserError(
-                "is empty", code=ExitCode.USAGE, where="--prompt", fix="say what to show"
-            )
-    if output.suffix.lower() == ".mp4":
-        if len(wanted) > 1:
-            raise UserError(
-                f"one file for {len(wanted)} videos", code=ExitCode.USAGE, where="--output",
-                fix="give a folder",
-            )  # fmt: skip
-        return [Job(*wanted[0], output.absolute())]
-    folder = output.absolute()
-    return [Job(p, s, folder / f"{file_stem(p, s)}.mp4") for p, s in dict.fromkeys(wanted)]
-
-
-def _read_batch(path: Path) -> list[dict[str, Any]]:
-    """The entries of a JSONL file; blank lines are skipped.
+def read_weights(r: Recipe, folder: Path | None) -> Weights:
+    """The weights to generate with, hashed; those of a promoted model must be what promote wrote.
 
     Raises:
-        UserError: the file is missing or a line is no object with a prompt.
+        UserError: they are missing or damaged.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot be read: {error}", code=ExitCode.USAGE, where=str(path)) from error
-    entries = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            entry = json.loads(line)
-        except ValueError:
-            entry = None
-        fine = isinstance(entry, dict) and isinstance(entry.get("prompt"), str)
-        seed = entry.get("seed", 0) if fine else 0
-        if not fine or type(seed) is not int or not 0 <= seed < MAX_SEED:
+    path = folder or layout.model_files(r.spec, r.checkpoints_dir, r.base).dit
+    path = layout.weights_in(path)
+    if not path.exists():
+        raise UserError(
+            "the weights are missing", code=ExitCode.ASSET, where=str(path),
+            fix="run cosmos download, or choose a --model",
+        )  # fmt: skip
+    found = Weights(path, layout.sha256_path(path))
+    manifest = path.parent / layout.MANIFEST_FILE
+    if path.name in layout.MODEL_FORMATS.values() and manifest.is_file():
+        written = layout.read_json(manifest)["sha256"]
+        if written != found.sha256:
             raise UserError(
-                'is no object like {"prompt": "...", "seed": 1}', code=ExitCode.USAGE,
-                where=f"{path}:{number}",
+                f"is damaged: its sha256 is {found.sha256[:12]}, {manifest.name} says "
+                f"{written[:12]}",
+                code=ExitCode.ASSET, where=str(path), fix="run cosmos promote again",
             )  # fmt: skip
-        entries.append(entry)
-    return entries
+    return found
 
 
-def _result(jobs: list[Job], dry_run: bool) -> Result:
-    videos = [{"prompt": j.prompt, "seed": j.seed, "path": str(j.path)} for j in jobs]
-    artifacts = [] if dry_run else [job.path for job in jobs]
+def read_lora(text: str) -> Lora:
+    """The LoRA that PATH or PATH:STRENGTH names.
+
+    Raises:
+        UserError: there is no such file.
+    """
+    name, _, strength = text.rpartition(":")
+    try:
+        path, share = Path(name).absolute(), float(strength)
+    except ValueError:
+        path, share = Path(text).absolute(), 1.0
+    if not path.is_file():
+        raise UserError(
+            "does not exist", code=ExitCode.ASSET, where=str(path),
+            fix="give a LoRA file, and maybe its strength, as in --lora FILE:0.8",
+        )  # fmt: skip
+    return Lora(path, share, layout.sha256_file(path))
+
+
+def _wishes(prompts: list[str], batch: Path | None) -> list[Wish]:
+    """What the options ask for.
+
+    Raises:
+        UserError: they ask for nothing, or the batch is damaged.
+    """
+    wishes = [Wish(prompt) for prompt in prompts] + (jobs.read_batch(batch) if batch else [])
+    if not wishes:
+        raise UserError(
+            "nothing to show", code=ExitCode.USAGE, where="--prompt",
+            fix='give --prompt "...", --batch FILE or --prompts -',
+        )  # fmt: skip
+    return wishes
+
+
+def _finish(outcomes: Iterator[Outcome], *, streaming: bool) -> Result:
+    """Sees every outcome through; the result when all are well.
+
+    Raises:
+        UserError: the gravest failure, with what was made.
+        Interrupted: a signal came, with what was made.
+    """
+    from cosmos_cli.model.device import gpu_memory_errors
+
+    seen: list[Outcome] = []
+    try:
+        with gpu_memory_errors("set a smaller height, width or num_frames"):
+            for outcome in outcomes:
+                seen.append(outcome)
+                if streaming:
+                    console.record(outcome.record())
+        if errors := [outcome.error for outcome in seen if outcome.error]:
+            raise jobs.gravest(errors)
+    except (UserError, Interrupted) as end:
+        end.artifacts = _paths(seen)
+        end.figures = {"videos": [outcome.record() for outcome in seen]}
+        raise
+    paths = _paths(seen)
+    shown = paths[-1].with_suffix(".html") if paths else Path()
+    shown = shown if shown.exists() else shown.with_suffix(".mp4")
     return Result(
-        "\n".join(str(job.path) for job in jobs),
-        artifacts,
-        {"videos": videos, "dry_run": dry_run},
-        "" if dry_run else f"xdg-open {shlex.quote(str(jobs[0].path))}",
+        "" if streaming else "\n".join(map(str, paths)),
+        list(paths),
+        {"videos": [outcome.record() for outcome in seen], "dry_run": False},
+        f"xdg-open {shlex.quote(str(shown))}" if paths and not streaming else "",
     )
+
+
+def _paths(seen: list[Outcome]) -> tuple[Path, ...]:
+    return tuple(outcome.job.path for outcome in seen if outcome.job and outcome.done)
+
+
+def _preview(orders: list[Order], wishes: list[Wish]) -> Result:
+    """What would be made.
+
+    Raises:
+        UserError: the gravest of what would be refused.
+    """
+    outcomes = [order.place(wish) for order, wish in product(orders, wishes)]
+    if errors := [outcome.error for outcome in outcomes if outcome.error]:
+        raise jobs.gravest(errors)
+    text = "\n".join(str(outcome.job.path) for outcome in outcomes if outcome.job)
+    figures = {"videos": [outcome.record() for outcome in outcomes], "dry_run": True}
+    return Result(text, figures=figures)

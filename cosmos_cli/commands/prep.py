@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from cosmos_cli import console, layout
+from cosmos_cli import console, launch, layout
 from cosmos_cli.commands import options
 from cosmos_cli.console import Result
+from cosmos_cli.errors import UserError
 
 
 def prep(
@@ -20,44 +21,52 @@ def prep(
 
     Example: cosmos prep my_videos.yaml --set prompt="A video of sks teal robot."
     """
+    launch.mute_all_but_first()
     r = options.open_recipe(recipe, set_, print_recipe, json_).recipe
     dataset = layout.Dataset.at(r.dataset_dir, r.videos_dir)
     console.say(f"preparing {dataset.videos} into {dataset.root}")
     dataset.video_files()
     from cosmos_cli.model import prep as model_prep
+    from cosmos_cli.model import sources
     from cosmos_cli.model.device import best_device, gpu_memory_errors
 
     if dry_run:
-        sources = model_prep.inspect(r, dataset)
-        model_prep.require_usable(r, dataset, sources)
-        clips = sum(len(source.clips) for source in sources)
+        videos = sources.inspect(r, dataset)
+        sources.find_captions(r, dataset, videos)
+        sources.require_usable(r, dataset, videos)
+        clips = sum(len(source.clips) for source in videos)
         bytes_needed = clips * model_prep.latent_bytes(r)
         console.say(f"would cache {clips} clips in {console.size(bytes_needed)}")
         figures = {"dry_run": True, "clips": clips, "bytes": bytes_needed}
-        console.emit(Result(model_prep.verdicts(sources), figures=figures), as_json=json_)
+        rows = [sources.row(dataset, source, "") for source in videos]
+        console.emit(Result(sources.verdict_table(rows), figures=figures), as_json=json_)
         return
 
     with console.log_file(dataset.root / "prep.log"), gpu_memory_errors("use a smaller size"):
-        manifest = model_prep.prepare(r, best_device())
-        videos = manifest["videos"]
-        rejected = [video for video in videos if video["verdict"] == "rejected"]
+        try:
+            manifest = model_prep.prepare(r, best_device())
+        except UserError:
+            console.unmute()
+            raise
+        verdicts = manifest["videos"]
+        rejected = [video for video in verdicts if video["verdict"] == "rejected"]
         for video in rejected:
             console.warn(f"{Path(dataset.videos, video['file'])}: rejected: {video['reason']}")
         console.say(
-            f"{len(videos) - len(rejected)} of {len(videos)} videos used, "
+            f"{len(verdicts) - len(rejected)} of {len(verdicts)} videos used, "
             f"{len(rejected)} rejected, {len(manifest['clips'])} clips"
         )
     console.emit(
         Result(
-            model_prep.verdict_table(videos),
-            artifacts=[dataset.manifest],
+            sources.verdict_table(verdicts),
+            artifacts=[dataset.manifest, dataset.report],
             figures={
-                "used": len(videos) - len(rejected),
+                "used": len(verdicts) - len(rejected),
                 "rejected": len(rejected),
                 "clips": len(manifest["clips"]),
                 "videos": [
                     {key: video[key] for key in ("file", "verdict", "reason", "clips")}
-                    for video in videos
+                    for video in verdicts
                 ],
             },
             next=options.command_line("train", recipe, set_),

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cosmos_cli import console, layout
+from cosmos_cli import console, history, layout
 from cosmos_cli.commands import options
 from cosmos_cli.console import Result
 from cosmos_cli.errors import ExitCode, UserError
@@ -20,8 +20,16 @@ if TYPE_CHECKING:
 
 def promote(
     recipe: options.RecipeArgument = "tiny",
-    step: Annotated[str, typer.Option(help="latest, or the number of a saved step.")] = "latest",
+    step: Annotated[
+        str, typer.Option(help="latest, best on held-out clips, or the number of a saved step.")
+    ] = "latest",
     weights: Annotated[str, typer.Option(help="ema or reg.")] = "ema",
+    format_: Annotated[
+        str,
+        typer.Option(
+            "--format", help="pt, which the reference reads too, safetensors, or diffusers."
+        ),
+    ] = "pt",
     set_: options.SetOption = None,
     print_recipe: options.PrintRecipeOption = False,
     dry_run: options.DryRunOption = False,
@@ -33,6 +41,12 @@ def promote(
     Example: cosmos promote nemo_assets --step 2000
     """
     r = options.open_recipe(recipe, set_, print_recipe, json_).recipe
+    if format_ not in layout.MODEL_FORMATS:
+        raise UserError(
+            f"{format_!r} is none of {', '.join(layout.MODEL_FORMATS)}",
+            code=ExitCode.USAGE,
+            where="--format",
+        )
     number = choose_step(Run(r.run_dir), step, weights)
     target = layout.promoted_dir(r.spec, r.checkpoints_dir)
     require_own(target, Run(r.run_dir.absolute()), yes)
@@ -44,13 +58,13 @@ def promote(
 
     from cosmos_cli.model import promote as model_promote
 
-    manifest = model_promote.promote(r, number, weights, target)
+    manifest = model_promote.promote(r, number, weights, format_, target)
     console.say(model_promote.change_table(manifest["relative_change"]))
     console.emit(
         Result(
             str(target),
-            artifacts=[target / layout.MODEL_FILE],
-            figures={key: manifest[key] for key in ("step", "weights", "sha256")},
+            artifacts=[target / layout.MODEL_FORMATS[format_]],
+            figures={key: manifest[key] for key in ("step", "weights", "format", "sha256")},
             next=shlex.join(_generate_command(r, target)),
         ),
         as_json=json_,
@@ -107,9 +121,19 @@ def choose_step(run: Run, step: str, weights: str) -> int:
         )
     if step == "latest":
         return saved[-1]
+    if step == "best":
+        best = history.best_step(run)
+        if best is None:
+            raise UserError(
+                "no saved step was measured on held-out clips",
+                code=ExitCode.ASSET,
+                where=str(run.metrics.absolute()),
+                fix="choose a step; a run measures when prep had a holdout_share",
+            )
+        return best
     if not step.isdecimal():
         raise UserError(
-            f"{step!r} is neither latest nor a number", code=ExitCode.USAGE, where="--step"
+            f"{step!r} is neither latest, best nor a number", code=ExitCode.USAGE, where="--step"
         )
     if int(step) not in saved:
         raise UserError(

@@ -3,25 +3,43 @@
 from __future__ import annotations
 
 import shlex
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from cosmos_cli import checks, console
+from cosmos_cli import checks, console, repairs
 from cosmos_cli.checks import Check
 from cosmos_cli.commands import options
 from cosmos_cli.console import Result
 from cosmos_cli.errors import ExitCode
 
+
+class Extra(StrEnum):
+    """What --with takes."""
+
+    transformer_engine = "transformer-engine"
+    apex = "apex"
+
+
 InstallOption = Annotated[
     bool, typer.Option("--install", help="Mend what can be mended; what works is left alone.")
+]
+PrintOption = Annotated[
+    bool, typer.Option("--print", help="Print what --install would run, as a shell script.")
+]
+WithOption = Annotated[
+    list[Extra] | None,
+    typer.Option("--with", help="Also require this, which cosmos runs without; repeatable."),
 ]
 
 
 def setup(
     recipe: options.RecipeArgument = "tiny",
     install: InstallOption = False,
+    print_: PrintOption = False,
+    with_: WithOption = None,
     set_: options.SetOption = None,
     print_recipe: options.PrintRecipeOption = False,
     dry_run: options.DryRunOption = False,
@@ -32,34 +50,42 @@ def setup(
     Example: cosmos setup nemo_assets --install
     """
     r = options.open_recipe(recipe, set_, print_recipe, json_).recipe
-    console.say(f"checking this machine for {recipe}, about 10 s")
-    rows = checks.run_checks(r)
-    if dry_run:
-        _emit_plan(rows, options.command_line("setup", recipe, set_, "--install"), as_json=json_)
+    wanted = [name.value for name in with_ or ()]
+    mend = " ".join(["--install", *(f"--with {name}" for name in wanted)])
+    console.say(f"checking this machine for {recipe}, about 15 s")
+    rows = checks.run_checks(r, wanted)
+    if print_ or dry_run:
+        following = options.command_line("setup", recipe, set_, mend)
+        _emit_plan(rows, following, as_script=print_, as_json=json_)
         return
     artifacts: list[Path] = []
-    tried: list[tuple[str, ...]] = []
+    tried: list[repairs.Command] = []
     # What is missing may hide the next missing thing, so what is mended is checked again.
-    while install and (commands := [c for c in checks.repairs(rows) if c not in tried]):
-        artifacts = [checks.install(commands)]
+    while install and (commands := [c for c in checks.mending(rows) if c not in tried]):
+        artifacts = [repairs.install(commands)]
         tried += commands
-        rows = checks.run_checks(r)
+        rows = checks.run_checks(r, wanted)
     result = Result(
         _table(rows), artifacts, _figures(rows), options.command_line("download", recipe, set_)
     )
     if failed := [row.name for row in rows if row.status == "fail"]:
         result.code = ExitCode.ENVIRONMENT
         result.error = f"this machine is not ready: {', '.join(failed)}"
-        mendable = checks.repairs(rows) and not install
-        result.next = options.command_line("setup", recipe, set_, "--install" if mendable else "")
+        mendable = checks.mending(rows) and not install
+        result.next = options.command_line("setup", recipe, set_, mend if mendable else "")
     console.emit(result, as_json=json_)
     raise typer.Exit(result.code)
 
 
-def _emit_plan(rows: list[Check], following: str, *, as_json: bool) -> None:
-    commands = [shlex.join(command) for command in checks.repairs(rows)]
-    text = "\n".join(commands) or "nothing to install"
-    figures = {"commands": commands, **_figures(rows)}
+def _emit_plan(rows: list[Check], following: str, *, as_script: bool, as_json: bool) -> None:
+    commands = checks.mending(rows)
+    shown = [shlex.join(command) for command in commands]
+    if as_script:
+        failed = [row for row in rows if row.status == "fail" and not row.commands]
+        text = repairs.script(commands, [f"{row.name}: {row.fix}" for row in failed])
+    else:
+        text = "\n".join(shown) or "nothing to install"
+    figures = {"commands": shown, **_figures(rows)}
     console.emit(Result(text, figures=figures, next=following), as_json=as_json)
 
 

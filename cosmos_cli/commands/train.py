@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from cosmos_cli import console, launch
+from typing import Annotated
+
+import typer
+
+from cosmos_cli import console, history, launch
 from cosmos_cli.commands import options
 from cosmos_cli.console import Result
 from cosmos_cli.layout import Run
+from cosmos_cli.model import plan as planner
 
 
 def train(
@@ -13,6 +18,15 @@ def train(
     set_: options.SetOption = None,
     print_recipe: options.PrintRecipeOption = False,
     dry_run: options.DryRunOption = False,
+    status: Annotated[
+        bool, typer.Option("--status", help="Say where the run stands, and do nothing.")
+    ] = False,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Say what memory, time and disk it takes; do nothing.")
+    ] = False,
+    gpus: Annotated[
+        str | None, typer.Option(metavar="8xH100-80GB", help="Plan for GPUs that are not here.")
+    ] = None,
     json_: options.JsonOption = False,
 ) -> None:
     """Post-train on the prepared dataset, on all GPUs; the same command resumes.
@@ -23,24 +37,42 @@ def train(
     loaded = options.open_recipe(recipe, set_, print_recipe, json_)
     r = loaded.recipe
     run, ranks = Run(r.run_dir.absolute()), launch.world_size(r)
+    if status:
+        stands = history.state(run)
+        console.emit(Result(history.state_table(stands), figures=stands), as_json=json_)
+        return
+    if plan or gpus:
+        count, gpu = planner.parse_gpus(gpus) if gpus else (ranks, launch.known_gpu())
+        figures = planner.check_memory(r, count, gpu)
+        console.emit(Result(planner.describe(r, count, gpu), figures=figures), as_json=json_)
+        return
     launch.check_recipe(r, ranks)
-    clips = launch.check_dataset(r)
+    clips, held_out = launch.check_dataset(r)
     start = launch.check_resume(r, run, ranks)
     launch.check_disk(r, run, start)
-    figures = {"run_dir": str(run.root), "clips": len(clips), "processes": ranks, "from": start}
+    figures = {
+        "run_dir": str(run.root), "clips": clips, "heldout_clips": held_out, "processes": ranks,
+        "from": start,
+    }  # fmt: skip
+    what = f"LoRA of rank {r.lora_rank} on {r.model}" if r.lora_rank else r.model
     console.say(
-        f"{r.model}: {len(clips)} clips, {r.global_batch_size} a step, {ranks} processes, "
-        f"ZeRO-{r.zero_stage}, {r.precision}, steps {start} to {r.max_steps}; run {run.root}"
+        f"{what}: {clips} clips, {held_out} more held out, {r.global_batch_size} a step, "
+        f"{ranks} processes, ZeRO-{r.zero_stage}, {r.precision}, steps {start} to {r.max_steps}; "
+        f"run {run.root}"
     )
-    following = options.command_line("promote", recipe, set_)
+    following = "promote"
     if start >= r.max_steps:
         console.say(f"nothing to do: step {start} is saved; raise max_steps to go on")
-        figures["step"] = start
+        figures |= {"step": start, "best_step": history.best_step(run)}
     elif dry_run:
-        following = options.command_line("train", recipe, set_)
+        following = "train"
+        figures["plan"] = planner.check_memory(r, ranks, launch.known_gpu())
+        console.say(planner.describe(r, ranks, launch.known_gpu()))
     elif launch.under_launcher():
         figures |= launch.join(loaded)
     else:
         figures |= launch.start(loaded, ranks)
     artifacts = [run.root] if run.root.exists() else []
-    console.emit(Result(str(run.root), artifacts, figures, following), as_json=json_)
+    best = "--step best" if figures.get("best_step") is not None else ""
+    next_ = options.command_line(following, recipe, set_, best)
+    console.emit(Result(str(run.root), artifacts, figures, next_), as_json=json_)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from cosmos_cli import layout
 from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.layout import MANIFEST_FILE, Run
-from cosmos_cli.model import weights
+from cosmos_cli.model import lora, weights
 from cosmos_cli.model.ema import PowerEMA
 
 # The folder of DeepSpeed's files inside a resume state.
@@ -25,9 +25,14 @@ def shard(parameter: nn.Parameter) -> Tensor:
     return parameter.ds_tensor if hasattr(parameter, "ds_tensor") else parameter.data
 
 
+def trained(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that are trained, by name: all of them, or the factors of a LoRA."""
+    return {name: p for name, p in module.named_parameters() if p.requires_grad}
+
+
 def shards(module: nn.Module) -> list[Tensor]:
-    """This rank's part of every parameter, in the order of `named_parameters`."""
-    return [shard(parameter) for parameter in module.parameters()]
+    """This rank's part of every trained parameter, in the order of `trained`."""
+    return [shard(parameter) for parameter in trained(module).values()]
 
 
 def full_shape(parameter: nn.Parameter) -> torch.Size:
@@ -82,8 +87,8 @@ def save(
     The resume state appears under its name only when all of it is on disk. Every rank must call it.
     """
     module = engine.module
-    _save_model(module, shards(module), run.model(step, "reg"))
-    _save_model(module, ema.shards, run.model(step, "ema"))
+    _save_model(module, shards(module), model_file(run, module, step, "reg"))
+    _save_model(module, ema.shards, model_file(run, module, step, "ema"))
     final = run.resume_state(step)
     building = final.with_name(f".{final.name}.tmp")
     if dist.get_rank() == 0:
@@ -91,7 +96,10 @@ def save(
     dist.barrier()
     try:
         with weights.writing(final):
-            engine.save_checkpoint(str(building), tag=SHARDS, save_latest=False)
+            # Frozen weights come from the base, not from the checkpoint.
+            engine.save_checkpoint(
+                str(building), tag=SHARDS, save_latest=False, exclude_frozen_parameters=True
+            )
     except UserError:
         if dist.get_rank() == 0:
             shutil.rmtree(building, ignore_errors=True)
@@ -102,7 +110,7 @@ def save(
         manifest = {
             "step": step,
             "world_size": dist.get_world_size(),
-            "ema_sha256": layout.sha256_file(run.model(step, "ema")),
+            "ema_sha256": layout.sha256_file(model_file(run, module, step, "ema")),
             **about,
             "files": files,
         }
@@ -128,7 +136,8 @@ def resume(engine: Any, ema: PowerEMA, run: Run, step: int) -> None:
     """
     folder = run.resume_state(step)
     manifest = layout.read_json(folder / MANIFEST_FILE)
-    path = run.model(step, "ema")
+    module = engine.module
+    path = model_file(run, module, step, "ema")
     whole = path.is_file() and layout.sha256_file(path) == manifest["ema_sha256"]
     if _hash_files(folder) != manifest["files"] or not whole:
         raise UserError(
@@ -137,20 +146,31 @@ def resume(engine: Any, ema: PowerEMA, run: Run, step: int) -> None:
             where=str(folder),
             fix="delete this folder; the same command then resumes from the save before it",
         )
-    engine.load_checkpoint(str(folder), tag=SHARDS)
-    state = weights.load_dit_state(path)
-    for (name, parameter), part in zip(engine.module.named_parameters(), ema.shards, strict=True):
+    adapted = lora.attached(module)
+    engine.load_checkpoint(str(folder), tag=SHARDS, load_module_strict=not adapted)
+    state = lora.load(path)[0] if adapted else weights.load_dit_state(path)
+    for (name, parameter), part in zip(trained(module).items(), ema.shards, strict=True):
         scatter(state[name], parameter, part)
 
 
+def model_file(run: Run, module: nn.Module, step: int, kind: str) -> Path:
+    """Where the reg or ema weights of a save lie: a whole model, or a LoRA."""
+    return run.lora(step, kind) if lora.attached(module) else run.model(step, kind)
+
+
 def _save_model(module: nn.Module, parts: list[Tensor], path: Path) -> None:
-    state = {name: buffer.cpu() for name, buffer in module.named_buffers()}
-    for (name, parameter), part in zip(module.named_parameters(), parts, strict=True):
+    state = {}
+    for (name, parameter), part in zip(trained(module).items(), parts, strict=True):
         full = gather(parameter, part)
         if dist.get_rank() == 0:
             state[name] = full.detach().cpu().clone()
-    if dist.get_rank() == 0:
-        weights.save_dit(path, state, "pt")
+    if dist.get_rank():
+        return
+    if lora.attached(module):
+        lora.save(path, state, lora.scale(module))
+    else:
+        buffers = {name: buffer.cpu() for name, buffer in module.named_buffers()}
+        weights.save_dit(path, {**buffers, **state}, "pt")
 
 
 def _hash_files(folder: Path) -> dict[str, dict[str, Any]]:

@@ -12,8 +12,9 @@ from cosmos_cli.errors import ExitCode, UserError
 
 
 def best_device() -> str:
-    """Returns cuda when there is a GPU, else cpu."""
+    """Returns cuda when there is a GPU, each rank of a launcher with its own, else cpu."""
     if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
         return "cuda"
     # transformers imports DeepSpeed when it is installed, which without this guesses on stdout.
     os.environ.setdefault("DS_ACCELERATOR", "cpu")

@@ -10,7 +10,8 @@ L = t h w video tokens, M text tokens, D width, E = 3 D, N heads, K head width.
 from __future__ import annotations
 
 import math
-from typing import Literal
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +24,16 @@ from cosmos_cli.model.spec import DiTSpec
 
 # Cosine and sine of the rotary angles, each (B, L, K/2) in fp32.
 Rope = tuple[Tensor, Tensor]
+# What a cross-attention reads of a text: its embeddings BMD, or the keys and values made of them.
+Text = Tensor | tuple[Tensor, Tensor]
+
+
+class Prompt(NamedTuple):
+    """What all steps of sampling share: where the tokens are, the text as each block reads it."""
+
+    pos_LD: Tensor
+    rope: Rope
+    texts: Sequence[Text]
 
 
 class DiT(nn.Module):
@@ -31,8 +42,9 @@ class DiT(nn.Module):
     def __init__(self, spec: DiTSpec) -> None:
         super().__init__()
         self.spec = spec
-        # "all" keeps only the input of each block for the backward pass and recomputes the rest.
-        self.activation_checkpointing: Literal["none", "all"] = "none"
+        # What the backward pass computes again instead of keeping it: of each block "all" but its
+        # input, or with "attention" all but its input and what self-attention gave.
+        self.activation_checkpointing: Literal["none", "attention", "all"] = "none"
         mask_channels = spec.patch_t * spec.patch_hw**2
         self.x_embedder = linear(spec.patch_channels + mask_channels, spec.width)
         self.pos_embedder = PositionTables(spec)
@@ -48,6 +60,7 @@ class DiT(nn.Module):
         text_emb_BMD: Tensor,
         fps_B: Tensor,
         padding_mask_BCHW: Tensor | None = None,
+        prompt: Prompt | None = None,
     ) -> Tensor:
         """The network output, BCTHW.
 
@@ -57,6 +70,8 @@ class DiT(nn.Module):
             text_emb_BMD: zeros pad its tail and take part in the softmax; there is no mask.
             fps_B: frames per second, one for each sample.
             padding_mask_BCHW: one channel of any size, 1 where there is no picture; default none.
+            prompt: where all steps share a text, a rate and a size, what `locate` and `read` made
+                of them; by default it is computed here.
 
         Raises:
             ValueError: the latent does not divide into patches or exceeds the position tables.
@@ -70,21 +85,19 @@ class DiT(nn.Module):
         x_BLC = rearrange(x_BCTHW, "B C (t dt) (h dh) (w dw) -> B (t h w) (C dt dh dw)", **patch)
         x_BLD = self.x_embedder(x_BLC)
 
-        # 2. Where a token is: a learned embedding, and the angles of the rotary one.
-        pos_LD = self.pos_embedder(t, h, w)
-        rope = rope_table(spec, (t, h, w), fps_B)
+        # 2. Where a token is: a learned embedding, and the angles of the rotary one; and the text.
+        if prompt is None:
+            texts = [text_emb_BMD] * len(self.blocks)
+            prompt = Prompt(*self.locate((t, h, w), fps_B), texts)
 
         # 3. The noise level: an embedding, and a modulation that all sub-blocks share.
         wave_BD = sinusoid(c_noise_B, spec.width).type_as(x_BLD)
         t_emb_BD, t_mod_BE = self.t_norm(wave_BD), self.t_embedder(wave_BD)
 
         # 4. The blocks.
-        for block in self.blocks:
-            inputs = (x_BLD, pos_LD, rope, t_emb_BD, t_mod_BE, text_emb_BMD)
-            if self.activation_checkpointing == "all":
-                x_BLD = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
-            else:
-                x_BLD = block(*inputs)
+        for block, text in zip(self.blocks, prompt.texts, strict=True):
+            inputs = (x_BLD, prompt.pos_LD, prompt.rope, t_emb_BD, t_mod_BE, text)
+            x_BLD = self.run(block, *inputs)
 
         # 5. Tokens become a latent. This is not the inverse of step 1: the model was trained with
         # the channel slowest on the way in and fastest on the way out.
@@ -92,6 +105,23 @@ class DiT(nn.Module):
         return rearrange(
             x_BLC, "B (t h w) (dh dw dt C) -> B C (t dt) (h dh) (w dw)", t=t, h=h, w=w, **patch
         )
+
+    def run(self, block: Block, *inputs: Any) -> Tensor:
+        """The output of a block, which keeps for its backward pass what the mode says."""
+        if self.activation_checkpointing == "none":
+            return block(*inputs)
+        options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+        if self.activation_checkpointing == "attention":
+            options["context_fn"] = kernels.keep_self_attention
+        return checkpoint(block, *inputs, **options)
+
+    def locate(self, grid: tuple[int, int, int], fps_B: Tensor) -> tuple[Tensor, Rope]:
+        """The position embedding (LD) and rotary table of a grid of (t, h, w) patches."""
+        return self.pos_embedder(*grid), rope_table(self.spec, grid, fps_B)
+
+    def read(self, text_emb_BMD: Tensor) -> list[Text]:
+        """The keys and values that each block makes of a text."""
+        return [block.cross_attn.keys_values(text_emb_BMD) for block in self.blocks]
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None = None) -> None:
@@ -129,7 +159,7 @@ class Block(nn.Module):
         rope: Rope,
         t_emb_BD: Tensor,
         t_mod_BE: Tensor,
-        text_emb_BMD: Tensor,
+        text: Text,
     ) -> Tensor:
         """The tokens after this block, BLD. The position is added anew in every block."""
         x = x_BLD + pos_LD
@@ -139,7 +169,7 @@ class Block(nn.Module):
         x = x + gate * self.self_attn(u, u, rope)
 
         shift, scale, gate = self.cross_attn_adaln(t_emb_BD, t_mod_BE)
-        x = x + gate * self.cross_attn(modulate(x, shift, scale), text_emb_BMD)
+        x = x + gate * self.cross_attn(modulate(x, shift, scale), text)
 
         shift, scale, gate = self.mlp_adaln(t_emb_BD, t_mod_BE)
         return x + gate * self.mlp(modulate(x, shift, scale))
@@ -158,10 +188,10 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(spec.head_width)
         self.k_norm = RMSNorm(spec.head_width)
 
-    def forward(self, u_BLD: Tensor, context_BMD: Tensor, rope: Rope | None = None) -> Tensor:
+    def forward(self, u_BLD: Tensor, context: Text, rope: Rope | None = None) -> Tensor:
         """What each of `u` reads from `context`, BLD; `rope` turns both when they are the same."""
         q = self.q_norm(self.q(u_BLD).unflatten(-1, (self.heads, -1)))
-        k, v = self.keys_values(context_BMD)
+        k, v = context if isinstance(context, tuple) else self.keys_values(context)
         if rope is not None:
             q, k = kernels.rotate(q, *rope), kernels.rotate(k, *rope)
         return self.out(kernels.attention(q, k, v).flatten(-2))

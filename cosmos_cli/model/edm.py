@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Callable
+from statistics import NormalDist
 from typing import NamedTuple
 
 import torch
@@ -22,6 +24,11 @@ P_MEAN = 0.0
 P_STD = 1.0
 # Edges of the noise bands that losses are reported in: fine detail, structure, layout.
 SIGMA_BANDS = (0.0, 0.5, 2.0, math.inf)
+# The middle of each quarter of the training's noise levels: 0.32, 0.73, 1.37, 3.16. A mean over
+# them estimates the mean over all.
+FIXED_SIGMAS = tuple(
+    math.exp(NormalDist(P_MEAN, P_STD).inv_cdf(share)) for share in (0.125, 0.375, 0.625, 0.875)
+)
 
 
 class Draw(NamedTuple):
@@ -38,11 +45,16 @@ def draw(key: tuple[int, int, int], shape: tuple[int, ...], text_dropout: float)
     They depend on `key` = (seed, optimizer step, sample of the step) only, so neither the number
     of processes nor an interruption changes them.
     """
-    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+    generator = keyed_generator(key)
     ln_sigma = P_MEAN + P_STD * torch.randn((), generator=generator).item()
     keep_text = torch.rand((), generator=generator).item() >= text_dropout
     return Draw(math.exp(ln_sigma), keep_text, torch.randn(shape, generator=generator))
+
+
+def keyed_generator(key: object) -> torch.Generator:
+    """A CPU generator whose numbers depend on the text of `key` only."""
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
 def precondition(sigma: Tensor, sigma_data: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -67,17 +79,21 @@ def loss_weight(sigma: Tensor, sigma_data: float) -> Tensor:
 
 
 def denoise(
-    net: nn.Module, xt: Tensor, sigma_B: Tensor, text_emb: Tensor, fps_B: Tensor, sigma_data: float
+    net: Callable[..., Tensor],
+    xt: Tensor,
+    sigma_B: Tensor,
+    text_emb: Tensor,
+    fps_B: Tensor,
+    sigma_data: float,
 ) -> Tensor:
     """The network's estimate of x0 (BCTHW, fp32) from the noised latent `xt`.
 
-    The arithmetic around the network is fp32; the network runs in its own dtype.
+    The arithmetic around the network is fp32; the network runs in the dtype of `text_emb`.
     """
-    dtype = next(net.parameters()).dtype
     c_skip, c_out, c_in, c_noise = (
         c.view(-1, 1, 1, 1, 1) for c in precondition(sigma_B.float(), sigma_data)
     )
-    net_out = net((c_in * xt).to(dtype), c_noise.flatten(), text_emb.to(dtype), fps_B)
+    net_out = net((c_in * xt).to(text_emb.dtype), c_noise.flatten(), text_emb, fps_B)
     return c_skip * xt + c_out * net_out.float()
 
 
@@ -125,6 +141,7 @@ class EDMLoss(nn.Module):
         error and so may well be negative; the plain error is the figure to watch.
         """
         xt = x0 + sigma_B.view(-1, 1, 1, 1, 1) * noise
+        text_emb = text_emb.to(next(self.net.parameters()).dtype)
         denoised = denoise(self.net, xt, sigma_B, text_emb, fps_B, self.sigma_data)
         error_B = (x0 - denoised).square().mean(dim=(1, 2, 3, 4))
         edm_B = loss_weight(sigma_B, self.sigma_data) * error_B

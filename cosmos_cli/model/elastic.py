@@ -24,6 +24,9 @@ def main(arguments: list[str]) -> int:
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+    # Ranks inherit this until they install their own handler; without, asking for a save would
+    # kill those that are still starting.
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     # What torchrun says of a failure in a screenful, the post below says in a line.
     logging.disable(logging.ERROR)
     try:

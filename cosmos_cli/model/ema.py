@@ -41,5 +41,6 @@ class PowerEMA:
     def update(self, sources: Sequence[Tensor], updates_before: int) -> None:
         """Moves the averages towards `sources` after an optimizer step."""
         beta = power_beta(updates_before, self.gamma)
-        current = [source.detach().float() for source in sources]
-        torch._foreach_lerp_(self.shards, current, 1 - beta)
+        # One at a time: fp32 copies of all sources together would be the peak of GPU memory.
+        for average, source in zip(self.shards, sources, strict=True):
+            average.lerp_(source.detach().float(), 1 - beta)

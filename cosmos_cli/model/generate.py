@@ -3,94 +3,287 @@
 from __future__ import annotations
 
 import gc
-import hashlib
 import json
 import platform
-import re
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import cache, cached_property, partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from cosmos_cli import __version__, console, layout
+from cosmos_cli.errors import UserError
+from cosmos_cli.jobs import Job, Lora, Weights
 from cosmos_cli.keys import Recipe
-from cosmos_cli.model import edm, prep, sampler, text, video, weights
-from cosmos_cli.model.dit import DiT
-
-
-@dataclass(frozen=True)
-class Job:
-    """One video to make."""
-
-    prompt: str
-    seed: int
-    path: Path
+from cosmos_cli.model import edm, guardrail, kernels, lora, prep, sampler, text, video, weights
+from cosmos_cli.model.device import gpu_memory_errors
+from cosmos_cli.model.dit import DiT, Prompt, patch_grid
+from cosmos_cli.model.upsampler import Upsampler
 
 
 @dataclass(frozen=True)
 class Conditioning:
-    """Text embeddings of a job, each (M, D): of its prompt and of what to steer away from."""
+    """The words that were encoded, and embeddings (M, D) of them and of what to steer away from."""
 
+    prompt: str
     cond: Tensor
     uncond: Tensor
 
 
-def generate(r: Recipe, base: Path, jobs: list[Job], device: str) -> Iterator[Job]:
-    """Writes the mp4, sidecar and contact sheet of each job; yields it when all three are there.
+@dataclass(frozen=True)
+class Pair:
+    """Two processes that make one video: 0 follows the prompt, and writes; 1 what to avoid."""
+
+    index: int
+    group: dist.ProcessGroup
+
+    def both(self, own: Tensor) -> list[Tensor]:
+        """The estimates of both processes."""
+        estimates = [torch.empty_like(own) for _ in range(2)]
+        dist.all_gather(estimates, own.contiguous(), group=self.group)
+        return estimates
+
+
+def generate(
+    jobs: list[Job], device: str, pair: Pair | None = None
+) -> Iterator[tuple[Job, UserError | None]]:
+    """Makes the jobs, phase by phase; yields each one when its files are there, or why not.
+
+    What one job's words or files do wrong does not end the others. The jobs share a model and its
+    sizes; those with the same weights stand together.
+    """
+    console.say(f"in memory in turn: {'; '.join(_phases(jobs[0].r))}")
+    prepared = TextModels(jobs[0].r, device, in_turn=True).prepare(jobs)
+    gc.collect()
+    for weights_, group in groupby(jobs, lambda job: job.weights):
+        studio: Studio | None = None
+        for job in group:
+            text_emb = prepared[job]
+            if isinstance(text_emb, UserError):
+                yield job, text_emb
+                continue
+            studio = studio or Studio(job.r, weights_, device, pair)
+            yield job, studio.make(job, text_emb)
+        del studio
+
+
+def _phases(r: Recipe) -> list[str]:
+    """What takes memory, in the order of its turns."""
+    last = "denoiser and decoder"
+    return [
+        *(["prompt upsampler"] if r.upsampler != "off" else []),
+        "text encoder",
+        last if r.guardrails == "off" or r.spec.embedded else f"{last} and frame filter",
+    ]
+
+
+@contextmanager
+def phase(name: str, device: str) -> Iterator[None]:
+    """Says how long something took and how much GPU memory it needed at most."""
+    began = time.monotonic()
+    if device != "cpu":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    yield
+    used = "" if device == "cpu" else f", peak {console.size(torch.cuda.max_memory_allocated())}"
+    console.say(f"{name}: {console.duration(time.monotonic() - began)}{used}")
+
+
+def number_format(device: str) -> torch.dtype:
+    """That of weights and activations."""
+    return torch.float32 if device == "cpu" else torch.bfloat16
+
+
+class TextModels:
+    """What turns a prompt into a conditioning; each model is loaded when first needed.
 
     Args:
-        r: the recipe, its sampling keys and sizes.
-        base: the denoiser's weights.
-        jobs: what to make.
+        r: the recipe that the jobs share.
         device: cpu or cuda.
+        in_turn: forget the upsampler before the text encoder is loaded.
     """
-    dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    with torch.inference_mode():
-        started = time.monotonic()
-        conditionings = _encode_prompts(r, jobs, device, dtype)
-        net = load_denoiser(r, base, device, dtype)
-        tokenizer = prep.load_tokenizer(r, device, dtype)
-        about = _provenance(r, base)
-        console.say(f"models loaded in {console.duration(time.monotonic() - started)}")
-        for number, job in enumerate(jobs):
-            began = time.monotonic()
-            x0 = sample(r, net, conditionings[job.prompt], job.seed, f"video {number + 1}")
-            pixels = video.to_uint8(tokenizer.decode(x0.to(dtype))[0]).cpu()
-            _write(r, job, pixels, {**about, "seconds": round(time.monotonic() - began, 2)})
-            yield job
+
+    def __init__(self, r: Recipe, device: str, *, in_turn: bool) -> None:
+        self.r = r
+        self.device = device
+        self.in_turn = in_turn
+        self.block_list = guardrail.block_list(r)
+
+    @cached_property
+    def upsampler(self) -> Upsampler:
+        """The recipe's language model."""
+        with gpu_memory_errors("set upsampler: off, or choose a smaller one"):
+            return Upsampler(Path(self.r.upsampler), self.device, number_format(self.device))
+
+    @cached_property
+    def encoder(self) -> text.TextEncoder:
+        """The model's text encoder."""
+        folder = layout.model_files(self.r.spec, self.r.checkpoints_dir).text_encoder
+        return text.TextEncoder(folder, self.r.spec.text, self.device, number_format(self.device))
+
+    def prepare(self, jobs: list[Job]) -> dict[Job, Conditioning | UserError]:
+        """The conditioning of each job, or what is wrong with its words."""
+        words = {job: self._guarded(job.prompt) for job in jobs}
+        if self.r.upsampler != "off":
+            with phase("prompt upsampler", self.device):
+                longer = cache(self._longer)
+                words = {
+                    job: w if isinstance(w, UserError) else longer(w) for job, w in words.items()
+                }
+            if self.in_turn:
+                self.__dict__.pop("upsampler", None)
+                gc.collect()
+        # One at a time, as the reference does: padding to a longer neighbour would move the last
+        # bits, and a video must not depend on the batch it was made in.
+        embed = cache(self._embed)
+        with phase("text encoder", self.device):
+            return {
+                job: w
+                if isinstance(w, UserError)
+                else Conditioning(w, embed(w), embed(negative_prompt(job.r)))
+                for job, w in words.items()
+            }
+
+    def _guarded(self, words: str) -> str | UserError:
+        reason = self.block_list.reason(words) if self.block_list else ""
+        return guardrail.blocked("block list", reason, words) if reason else words
+
+    def _longer(self, words: str) -> str | UserError:
+        """The upsampled prompt, for which the same rules hold."""
+        if len(words.split()) > self.r.upsampler_word_limit:
+            return words
+        longer = self.upsampler.upsample(words)
+        console.say(f"upsampled: {longer}")
+        return self._guarded(longer) if longer else words
+
+    def _embed(self, words: str) -> Tensor:
+        spec = self.r.spec.text
+        if not words:
+            return torch.zeros(spec.tokens, spec.channels)
+        embedding = self.encoder.encode([words])[0].float()
+        if len(embedding) == spec.tokens:
+            console.warn(f"only the first {len(embedding)} tokens are read of: {words[:60]} ...")
+        return text.pad(embedding, spec)
 
 
-def load_denoiser(r: Recipe, base: Path, device: str, dtype: torch.dtype) -> DiT:
-    """The denoiser with the weights of a model file, on `device` in `dtype`."""
+class Studio:
+    """Denoiser and decoder in memory, ready to make videos."""
+
+    def __init__(self, r: Recipe, weights_: Weights, device: str, pair: Pair | None = None) -> None:
+        self.device = device
+        self.pair = pair
+        self.frame_filter = guardrail.frame_filter(r, device)
+        self.dtype = number_format(device)
+        with phase("loading denoiser and decoder", device):
+            self.net = load_denoiser(r, weights_.path, device, self.dtype, weights_.loras)
+            self.tokenizer = prep.load_tokenizer(r, device, self.dtype)
+        self.attention = attention_backend(r, self.net)
+        console.say(f"attention: {self.attention}")
+
+    @torch.inference_mode()
+    def make(self, job: Job, text_emb: Conditioning) -> UserError | None:
+        """Writes the files of a job; returns what kept it from that."""
+        began = time.monotonic()
+        name, seed = job.path.stem, job.r.sampling_seed
+        with phase(f"{name}: denoiser", self.device):
+            x0 = sample(job.r, self.net, [text_emb], [seed], name[:40], self.pair)
+        if self.pair and self.pair.index:
+            return None
+        with phase(f"{name}: decoder", self.device):
+            pixels = video.to_uint8(self.tokenizer.decode(x0.to(self.dtype))[0]).cpu()
+        if self.frame_filter and (reason := self.frame_filter.reason(pixels)):
+            return guardrail.blocked("frame filter", reason, job.prompt)
+        seconds = round(time.monotonic() - began, 2)
+        try:
+            _write(job, text_emb, pixels, {"seconds": seconds, "attention": self.attention})
+        except UserError as error:
+            return error
+        return None
+
+
+class Resident:
+    """All networks in memory, for prompts that come one by one."""
+
+    def __init__(self, r: Recipe, weights_: Weights, device: str) -> None:
+        console.say(f"in memory together: {', '.join(_phases(r))}")
+        self.texts = TextModels(r, device, in_turn=False)
+        self.studio = Studio(r, weights_, device)
+
+    def make(self, job: Job) -> UserError | None:
+        """Writes the files of a job; returns what kept it from that."""
+        text_emb = self.texts.prepare([job])[job]
+        return text_emb if isinstance(text_emb, UserError) else self.studio.make(job, text_emb)
+
+
+def load_denoiser(
+    r: Recipe, base: Path, device: str, dtype: torch.dtype, loras: tuple[Lora, ...] = ()
+) -> DiT:
+    """The denoiser with the weights of a model file and LoRAs merged, on `device` in `dtype`."""
     with torch.device("meta"):
         net = DiT(r.spec.dit)
     state = weights.load_dit_state(base)
+    for adapter in loras:
+        state = lora.merge(state, adapter.path, adapter.strength)
     state = {k.removeprefix("net."): v for k, v in state.items() if k.startswith("net.")}
     net = net.to(dtype).to_empty(device=device)
     weights.load_strict(net, state, base)
     return net.eval()
 
 
-def sample(r: Recipe, net: DiT, text_emb: Conditioning, seed: int, label: str) -> Tensor:
-    """The denoised latent x0 (1, C, T, H, W), fp32, of one video."""
+def attention_backend(r: Recipe, net: DiT) -> str:
+    """What computes the self-attention of a video of the recipe's size: cudnn, flash, ..."""
+    size = r.spec.tokens(r.num_frames, r.height, r.width), net.spec.heads, net.spec.head_width
+    q_BLNK = next(net.parameters()).new_empty(1, *size)
+    return kernels.attention_backend(q_BLNK, q_BLNK, q_BLNK)
+
+
+def sample(
+    r: Recipe,
+    net: DiT,
+    text_embs: Sequence[Conditioning],
+    seeds: Sequence[int],
+    label: str,
+    pair: Pair | None = None,
+) -> Tensor:
+    """The denoised latents x0 (B, C, T, H, W), fp32, of B videos; the same in both of a pair.
+
+    A seed's noise does not depend on its neighbours, but the last bits of a result may.
+    """
     spec = r.spec
     device = next(net.parameters()).device
-    fps_B = torch.tensor([r.fps], device=device)
-    cond, uncond = text_emb.cond[None].to(device), text_emb.uncond[None].to(device)
+    fps_B = torch.full((len(seeds),), r.fps, device=device)
+    shape = (1, *spec.latent_shape(r.num_frames, r.height, r.width))
+    noise = torch.cat([sampler.start_noise(seed, shape) for seed in seeds])
+    place = net.locate(patch_grid(spec.dit, noise), fps_B)
+
+    def steered_by(embeddings: list[Tensor]) -> sampler.Denoiser:
+        text_emb_BMD = torch.stack(embeddings).to(next(net.parameters()))
+        prompted = partial(net, prompt=Prompt(*place, net.read(text_emb_BMD)))
+
+        def denoiser(xt: Tensor, sigma: float) -> Tensor:
+            sigma_B = torch.full((len(xt),), sigma, device=device)
+            return edm.denoise(prompted, xt, sigma_B, text_emb_BMD, fps_B, spec.sigma_data)
+
+        return denoiser
+
+    towards = steered_by([text_emb.cond for text_emb in text_embs])
+    away = steered_by([text_emb.uncond for text_emb in text_embs])
 
     def denoiser(xt: Tensor, sigma: float) -> Tensor:
-        sigma_B = torch.tensor([sigma], device=device)
-        towards = edm.denoise(net, xt, sigma_B, cond, fps_B, spec.sigma_data)
         if r.guidance == 0:
-            return towards
-        away = edm.denoise(net, xt, sigma_B, uncond, fps_B, spec.sigma_data)
-        return sampler.guided(towards, away, r.guidance)
+            return towards(xt, sigma)
+        if pair:
+            own = (towards, away)[pair.index]
+            return sampler.guided(*pair.both(own(xt, sigma)), r.guidance)
+        return sampler.guided(towards(xt, sigma), away(xt, sigma), r.guidance)
 
-    noise = sampler.start_noise(seed, (1, *spec.latent_shape(r.num_frames, r.height, r.width)))
     if r.sampler == "euler":
         solve, sigmas = (
             sampler.euler,
@@ -115,54 +308,35 @@ def negative_prompt(r: Recipe) -> str:
     return path.read_text(encoding="utf-8").strip()
 
 
-def _encode_prompts(
-    r: Recipe, jobs: list[Job], device: str, dtype: torch.dtype
-) -> dict[str, Conditioning]:
-    """The conditioning of each distinct prompt; the encoder is gone from memory afterwards."""
-    away = negative_prompt(r)
-    prompts = list(dict.fromkeys(job.prompt for job in jobs))
-    folder = layout.model_files(r.spec, r.checkpoints_dir).text_encoder
-    encoder = text.TextEncoder(folder, r.spec.text, device, dtype)
-    # One at a time, as the reference does: padding to a longer neighbour would move the last bits,
-    # and a video must not depend on the batch it was made in.
-    embedded = {p: text.pad(encoder.encode([p])[0].float(), r.spec.text) for p in prompts}
-    none = torch.zeros(r.spec.text.tokens, r.spec.text.channels)
-    uncond = text.pad(encoder.encode([away])[0].float(), r.spec.text) if away else none
-    del encoder
-    gc.collect()
-    if device != "cpu":
-        torch.cuda.empty_cache()
-    return {prompt: Conditioning(embedded[prompt], uncond) for prompt in prompts}
+def _write(job: Job, text_emb: Conditioning, pixels: Tensor, about: dict[str, Any]) -> None:
+    """The sidecar comes first, so that what a kill leaves is known as ours; the mp4 comes last."""
+    sidecar, words, sheet, mp4 = job.files
+    with layout.atomic_file(mp4) as temporary:
+        video.write_mp4(temporary, pixels, job.r.fps, job.r.video_crf)
+        digest = layout.sha256_file(temporary)
+        layout.write_json(
+            sidecar, {**_provenance(job, text_emb.prompt), "mp4_sha256": digest, **about}
+        )
+        layout.write_text(words, text_emb.prompt + "\n")
+        with layout.atomic_file(sheet) as picture:
+            video.contact_sheet(pixels).save(picture, quality=90)
 
 
-def _provenance(r: Recipe, base: Path) -> dict[str, Any]:
+def _provenance(job: Job, words: str) -> dict[str, Any]:
     return {
-        "model": r.model,
-        "weights": {"path": str(base), "sha256": layout.sha256_path(base)},
-        "negative_prompt": negative_prompt(r),
-        "recipe": json.loads(r.model_dump_json()),
+        "prompt": job.prompt,
+        "upsampled_prompt": None if words == job.prompt else words,
+        "guardrails": guardrail.names(job.r),
+        "seed": job.r.sampling_seed,
+        "key": job.key,
+        "model": job.r.model,
+        "weights": {"path": str(job.weights.path), "sha256": job.weights.sha256},
+        "loras": [{**asdict(used), "path": str(used.path)} for used in job.weights.loras],
+        "negative_prompt": negative_prompt(job.r),
+        "recipe": json.loads(job.r.model_dump_json()),
         "versions": {
             "cosmos": __version__,
             "torch": torch.__version__,
             "python": platform.python_version(),
         },
     }
-
-
-def _write(r: Recipe, job: Job, pixels: Tensor, about: dict[str, Any]) -> None:
-    """The mp4 comes last: where it is, its sidecar, prompt and sheet are."""
-    with layout.atomic_file(job.path.with_suffix(".jpg")) as temporary:
-        video.contact_sheet(pixels).save(temporary, quality=90)
-    layout.write_text(job.path.with_suffix(".txt"), job.prompt + "\n")
-    with layout.atomic_file(job.path) as temporary:
-        video.write_mp4(temporary, pixels, r.fps, r.video_crf)
-        digest = layout.sha256_file(temporary)
-        sidecar = {"prompt": job.prompt, "seed": job.seed, "mp4_sha256": digest, **about}
-        layout.write_json(job.path.with_suffix(".json"), sidecar)
-
-
-def file_stem(prompt: str, seed: int) -> str:
-    """A readable file name that differs between prompts that begin alike."""
-    slug = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:48].strip("-")
-    mark = hashlib.sha256(prompt.encode()).hexdigest()[:6]
-    return "-".join(filter(None, [slug, mark, f"seed{seed}"]))

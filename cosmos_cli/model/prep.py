@@ -1,13 +1,14 @@
 """Videos and captions -> metas, text embeddings, cached latents and a manifest that names them all.
 
 Every file appears whole or not at all and is kept while what it was made from stays the same, so
-prep may be interrupted anywhere and run again.
+prep may be killed anywhere and run again. Several processes may prepare one dataset at once: each
+takes the next video that nobody else works on, and the last one writes the manifest.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,46 +16,20 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from cosmos_cli import console, layout, recipe
-from cosmos_cli.errors import ExitCode, UserError
+from cosmos_cli import claims, console, layout, recipe
+from cosmos_cli.claims import Crew
+from cosmos_cli.console import Stopwatch
 from cosmos_cli.keys import Recipe
 from cosmos_cli.layout import Dataset
-from cosmos_cli.model import text, video, weights
+from cosmos_cli.model import looks, prep_report, sources, text, video, weights
+from cosmos_cli.model.sources import Source
 from cosmos_cli.model.tokenizer import Tokenizer
 
 # Recipe keys that decide the content of a prepared dataset.
 SETTINGS = (
-    "model", "num_frames", "height", "width", "fps", "fps_policy", "resize",
-    "clip_stride_frames", "max_clips_per_video",
+    "model", "num_frames", "height", "width", "fps", "fps_policy", "resize", "camera",
+    "clip_stride_frames", "max_clips_per_video", "holdout_share",
 )  # fmt: skip
-TEXT_BATCH = 16
-MAX_CAPTION_BYTES = 1_000_000
-
-
-@dataclass
-class Source:
-    """One video file and what prep decided about it."""
-
-    path: Path
-    info: video.VideoInfo | None = None
-    clips: list[video.Clip] = field(default_factory=list)
-    caption: str = ""
-    caption_source: str = ""
-    reason: str = ""
-
-    @property
-    def stem(self) -> str:
-        """The name that caption, embedding and latents share."""
-        return self.path.stem
-
-    def latent_name(self, clip: video.Clip) -> str:
-        """The file name of a clip's latent."""
-        return f"{self.stem}.{clip.start:06d}.safetensors"
-
-    def reject(self, reason: str) -> None:
-        """Excludes the video; the first reason stays."""
-        self.reason = self.reason or reason
-        self.clips = []
 
 
 def prepare(r: Recipe, device: str) -> dict[str, Any]:
@@ -64,186 +39,85 @@ def prepare(r: Recipe, device: str) -> dict[str, Any]:
         UserError: no video can be used, or one cannot and the recipe is strict.
     """
     dataset = Dataset.at(r.dataset_dir, r.videos_dir)
-    sources = inspect(r, dataset)
-    require_usable(r, dataset, sources)
-    _check_disk(r, dataset, sources)
+    times = Stopwatch()
+    with times("inspect"):
+        videos = sources.inspect(r, dataset)
+    sources.require_usable(r, dataset, videos)
+    with claims.crew(dataset.lock, _job(r, videos)) as crew:
+        sources.find_captions(r, dataset, videos)
+        sources.require_usable(r, dataset, videos)
+        if crew.first:
+            _check_disk(r, dataset, videos)
+            _clear(dataset)
+            sources.write_captions(r, dataset, videos)
+            _check_embeddings(r, dataset, videos)
+        crew.start()
+        with times("embed"):
+            _write_embeddings(r, dataset, videos, crew, device)
+        latents = Latents(r, dataset, device)
+        with times("encode"):
+            latents.make(videos, crew)
+        with times("wait for other processes"):
+            finished = crew.wait_for_others()
+        if not finished:
+            # Some may have been killed.
+            _write_embeddings(r, dataset, videos, crew, device)
+            latents.make(videos, crew)
+            _finish(r, latents, videos, times)
+            crew.finished()
+        return dataset.read_manifest()
+
+
+def _job(r: Recipe, videos: list[Source]) -> str:
+    """What decides the result; processes that differ in it must not work on one dataset."""
+    listed = [f"{v.name} {v.reason} {v.path} {layout.stamp_of(v.path)}" for v in videos]
+    return layout.sha256_text(recipe.dump(r), *listed)
+
+
+def _clear(dataset: Dataset) -> None:
+    """Removes what a killed process left, and the manifest: train must read no mixture."""
     for folder in (dataset.root, dataset.metas, dataset.embeddings, dataset.latents):
         if folder.is_dir():
             layout.remove_stale(folder)
-
     if dataset.manifest.exists():
-        # What follows may replace what it lists; train must not read the mixture.
         dataset.read_manifest()
         dataset.manifest.unlink()
-    same_model = _known_captions(dataset).get("model", r.model) == r.model
-    _write_captions(r, dataset, sources)
-    _write_embeddings(r, dataset, sources, same_model, device)
-    console.say(f"hashing {len(sources)} videos")
-    hashes = {s.path.name: "" if s.reason else layout.sha256_file(s.path) for s in sources}
-    clips = _write_latents(r, dataset, sources, hashes, device)
-    require_usable(r, dataset, sources)
 
+
+def _finish(r: Recipe, latents: Latents, videos: list[Source], times: Stopwatch) -> None:
+    """Writes the report, then the manifest, which says that all is there."""
+    dataset = latents.dataset
+    sources.require_usable(r, dataset, videos)
+    rows = [sources.row(dataset, v, latents.digest(v)) for v in videos]
+    held_out = choose_held_out([v["file"] for v in rows if v["clips"]], r.holdout_share)
+    for row in rows:
+        row["split"] = "heldout" if row["file"] in held_out else "train"
     manifest = {
         "settings": {key: getattr(r, key) for key in SETTINGS},
-        "videos": [_row(source, hashes[source.path.name]) for source in sources],
-        "clips": clips,
+        "videos": rows,
+        "clips": [clip for v in videos for clip in latents.rows.get(v.name, ())],
     }
-    layout.write_text(dataset.root / "resolved.yaml", recipe.dump(r))
-    layout.write_json(dataset.manifest, manifest)
-    listed = {Path(clip["latent"]).name for clip in clips}
+    listed = {Path(clip["latent"]).name for clip in manifest["clips"]}
     for path in dataset.latents.glob("*.safetensors"):
         if path.name not in listed:
             path.unlink()
-    return manifest
-
-
-# --- verdicts -------------------------------------------------------------------------------------
-
-
-def inspect(r: Recipe, dataset: Dataset) -> list[Source]:
-    """Every video of the dataset with its clips and caption, or the reason why it has none."""
-    known = _known_captions(dataset).get("videos", {})
-    sources = [Source(path) for path in dataset.video_files()]
-    stems: dict[str, Path] = {}
-    with console.progress("inspect", len(sources), "videos") as bar:
-        for source in sources:
-            first = stems.setdefault(source.stem, source.path)
-            if first is not source.path:
-                source.reject(f"shares its name with {first.name}; rename one")
-            elif not source.path.is_file():
-                source.reject("not a file")
-            else:
-                _inspect_one(r, source)
-                _caption(r, dataset, source, known.get(source.path.name, {}))
-            bar.advance(source.path.name)
-    return sources
-
-
-def _inspect_one(r: Recipe, source: Source) -> None:
-    try:
-        source.info = video.probe(source.path)
-        source.clips = video.select_clips(
-            source.info,
-            r.fps_policy,
-            r.fps,
-            r.num_frames,
-            r.stride,
-            r.max_clips_per_video,
-        )
-    except video.VideoError as error:
-        source.reject(str(error))
-
-
-def _caption(r: Recipe, dataset: Dataset, source: Source, known: dict[str, str]) -> None:
-    """Takes the caption from metas, else from beside the video, else from the recipe.
-
-    `known` is the caption of the last run and its source.
-    """
-    meta = dataset.metas / f"{source.stem}.txt"
-    metas = _read_caption(meta, source)
-    sidecar = _read_caption(source.path.with_suffix(".txt"), source)
-    if known.get("caption") == metas and known.get("caption_source") != "metas":
-        # Prep wrote this file from the sidecar or prompt of then; those of now hold.
-        source.caption = sidecar or r.prompt or metas
-    else:
-        source.caption = metas or sidecar or r.prompt or ""
-    origins = {"sidecar": sidecar, "prompt": r.prompt, "metas": source.caption}
-    source.caption_source = next(o for o, text in origins.items() if text == source.caption)
-    if not source.caption:
-        source.reject(f"no caption: write {meta}, or set prompt")
-
-
-def _read_caption(path: Path, source: Source) -> str:
-    try:
-        if path.stat().st_size > MAX_CAPTION_BYTES:
-            source.reject(f"the caption {path.name} is larger than a megabyte")
-            return ""
-        # Editors on Windows put a mark in front.
-        return path.read_text(encoding="utf-8-sig").strip()
-    except FileNotFoundError:
-        return ""
-    except (OSError, UnicodeDecodeError):
-        source.reject(f"the caption {path.name} is no readable UTF-8 text")
-        return ""
-
-
-def require_usable(r: Recipe, dataset: Dataset, sources: list[Source]) -> None:
-    """Ends prep when nothing is left to train on.
-
-    Raises:
-        UserError: there is no video, none can be used, or the recipe is strict and one cannot.
-    """
-    rejected = [source for source in sources if source.reason]
-    also = tuple(
-        UserError(source.reason, code=ExitCode.DATASET, where=str(source.path))
-        for source in rejected
+    layout.write_text(dataset.root / "resolved.yaml", recipe.dump(r))
+    tokenizer = latents.tokenizer
+    prep_report.write(
+        r, dataset, videos, prep_report.Findings(manifest, latents.looks, times.seconds), tokenizer
     )
-    if len(rejected) == len(sources):
-        found = f"none of {len(sources)} videos can be used" if sources else "holds no videos"
-        raise UserError(
-            found,
-            code=ExitCode.DATASET,
-            where=str(dataset.videos),
-            fix="see the reasons below" if sources else "put mp4 files there, or set videos_dir",
-            also=also,
-        )
-    if rejected and r.strict:
-        raise UserError(
-            f"{len(rejected)} of {len(sources)} videos are rejected and the recipe is strict",
-            code=ExitCode.DATASET,
-            where=str(dataset.videos),
-            fix="mend or remove them, or set strict to false",
-            also=also,
-        )
+    layout.write_json(dataset.manifest, manifest)
 
 
-def verdicts(sources: list[Source]) -> str:
-    """A table of all videos, as printed by --dry-run."""
-    return verdict_table([_row(source, "") for source in sources])
+def choose_held_out(names: list[str], share: float) -> set[str]:
+    """The videos to measure on: a `share` of `names`, at least one above 0 and never all.
 
-
-def verdict_table(videos: list[dict[str, Any]]) -> str:
-    """A table of the videos of a manifest."""
-    rows = [
-        (
-            row["file"],
-            row["verdict"],
-            f"{row['frames']} at {row['fps']:.4g}" if row["frames"] else "-",
-            f"{row['width']}x{row['height']}" if row["frames"] else "-",
-            str(row["clips"]),
-            " ".join((row["reason"] or row["caption"]).split())[:90],
-        )
-        for row in videos
-    ]
-    return console.table(rows, ("video", "verdict", "frames", "size", "clips", "caption or reason"))
-
-
-def _row(source: Source, digest: str) -> dict[str, Any]:
-    info = source.info or video.VideoInfo(0, 0.0, 0, 0, 0.0, "")
-    facts = asdict(info)
-    del facts["begin"]
-    return {
-        "file": source.path.name,
-        "bytes": layout.size_of(source.path),
-        "sha256": digest,
-        "verdict": "rejected" if source.reason else "used",
-        "reason": source.reason,
-        **facts,
-        "caption": source.caption,
-        "caption_source": source.caption_source,
-        "clips": len(source.clips),
-    }
-
-
-# --- files ----------------------------------------------------------------------------------------
-
-
-def _known_captions(dataset: Dataset) -> dict[str, Any]:
-    """The captions that the last run used, however it ended."""
-    if not dataset.captions.exists():
-        return {}
-    known: dict[str, Any] = layout.read_json(dataset.captions)
-    return known
+    They are the first by the hash of their name, so that a dataset that grows keeps most of them.
+    """
+    if share == 0:
+        return set()
+    count = min(max(round(share * len(names)), 1), len(names) - 1)
+    return set(sorted(names, key=layout.sha256_text)[:count])
 
 
 def latent_bytes(r: Recipe) -> int:
@@ -252,10 +126,10 @@ def latent_bytes(r: Recipe) -> int:
     return channels * t * h * w * 2
 
 
-def _check_disk(r: Recipe, dataset: Dataset, sources: list[Source]) -> None:
+def _check_disk(r: Recipe, dataset: Dataset, videos: list[Source]) -> None:
     missing = sum(
         not (dataset.latents / source.latent_name(clip)).exists()
-        for source in sources
+        for source in videos
         for clip in source.clips
     )
     layout.require_free(
@@ -266,84 +140,143 @@ def _check_disk(r: Recipe, dataset: Dataset, sources: list[Source]) -> None:
     )
 
 
-def _write_captions(r: Recipe, dataset: Dataset, sources: list[Source]) -> None:
-    """Notes where every caption comes from, then writes those that are not yet in `metas`."""
-    used = [source for source in sources if not source.reason]
-    videos = {s.path.name: {"caption": s.caption, "caption_source": s.caption_source} for s in used}
-    layout.write_json(dataset.captions, {"model": r.model, "videos": videos})
-    for source in used:
-        path = dataset.metas / f"{source.stem}.txt"
-        if _read_caption(path, source) != source.caption:
-            layout.write_text(path, source.caption + "\n")
+# --- embeddings -----------------------------------------------------------------------------------
 
 
 def _write_embeddings(
-    r: Recipe, dataset: Dataset, sources: list[Source], same_model: bool, device: str
+    r: Recipe, dataset: Dataset, videos: list[Source], crew: Crew, device: str
 ) -> None:
-    """Encodes each distinct caption once, similar lengths together."""
-    missing: dict[str, list[Path]] = {}
-    for source in sources:
-        path = dataset.embeddings / f"{source.stem}.pickle"
-        current = same_model and _embedding_is_current(r, dataset, source)
-        if not source.reason and not current:
-            missing.setdefault(source.caption, []).append(path)
-    if not missing:
+    """Encodes each distinct caption once, similar lengths together.
+
+    Which captions share a batch depends on all captions, not on those that are missing: the last
+    bits of an embedding depend on its batch, and a run that was killed must end with the same.
+    """
+    paths: dict[str, list[Path]] = {}
+    for source in videos:
+        if not source.reason:
+            path = dataset.embeddings / f"{source.stem}.pickle"
+            paths.setdefault(source.caption, []).append(path)
+    if not any(_stale(dataset, files) for files in paths.values()):
         return
     folder = layout.model_files(r.spec, r.checkpoints_dir).text_encoder
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     encoder = text.TextEncoder(folder, r.spec.text, device, dtype)
-    captions = sorted(missing, key=len)
-    with console.progress("embed", len(captions), "captions") as bar:
-        for first in range(0, len(captions), TEXT_BATCH):
-            batch = captions[first : first + TEXT_BATCH]
-            for caption, embedding in zip(batch, encoder.encode(batch), strict=True):
-                for path in missing[caption]:
-                    with layout.atomic_file(path) as temporary:
-                        text.write_pickle(temporary, embedding)
+    with console.progress("embed", len(paths), "captions") as bar:
+        for number, batch in enumerate(encoder.batches(list(paths))):
+            with crew.piece(len(videos) + number) as ours:
+                stale = {c: _stale(dataset, paths[c]) for c in batch} if ours else {}
+                if any(stale.values()):
+                    for caption, embedding in zip(batch, encoder.encode(batch), strict=True):
+                        for path in stale[caption]:
+                            with layout.atomic_file(path) as temporary:
+                                text.write_pickle(temporary, embedding)
             bar.advance(count=len(batch))
 
 
-def _embedding_is_current(r: Recipe, dataset: Dataset, source: Source) -> bool:
-    """Whether the pickle on disk is younger than its caption; the reference's own counts too."""
-    path = dataset.embeddings / f"{source.stem}.pickle"
-    meta = dataset.metas / f"{source.stem}.txt"
-    if source.reason or not path.exists() or path.stat().st_mtime_ns < meta.stat().st_mtime_ns:
-        return False
-    text.read_pickle(path, r.spec.text)
-    return True
+def _stale(dataset: Dataset, paths: list[Path]) -> list[Path]:
+    """The pickles that are missing or older than their caption."""
+    metas = [dataset.metas / f"{path.stem}.txt" for path in paths]
+    return [
+        path
+        for path, meta in zip(paths, metas, strict=True)
+        if not path.exists() or path.stat().st_mtime_ns < meta.stat().st_mtime_ns
+    ]
 
 
-def _write_latents(
-    r: Recipe, dataset: Dataset, sources: list[Source], hashes: dict[str, str], device: str
-) -> list[dict[str, Any]]:
-    """Encodes every clip whose latent is missing or was made from something else."""
-    files = layout.model_files(r.spec, r.checkpoints_dir)
-    dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    tokenizer = load_tokenizer(r, device, dtype)
-    identity = layout.sha256_path(files.tokenizer)
-    settings = {key: getattr(r, key) for key in ("height", "width", "num_frames", "resize")}
-    clips: list[dict[str, Any]] = []
-    with console.progress("encode", sum(len(s.clips) for s in sources), "clips") as bar:
-        for source in sources:
-            made = []
-            for clip in source.clips:
-                path = dataset.latents / source.latent_name(clip)
-                key = layout.sha256_text(
-                    hashes[source.path.name],
-                    json.dumps(asdict(clip)),
-                    json.dumps(settings),
-                    identity,
-                )
+def _check_embeddings(r: Recipe, dataset: Dataset, videos: list[Source]) -> None:
+    """Reads the pickles that will be kept, the reference's own among them.
+
+    Raises:
+        UserError: one is no embedding.
+    """
+    for source in videos:
+        path = dataset.embeddings / f"{source.stem}.pickle"
+        if not source.reason and not _stale(dataset, [path]):
+            text.read_pickle(path, r.spec.text)
+
+
+# --- latents --------------------------------------------------------------------------------------
+
+
+class Latents:
+    """Makes the latents of one video after the other, and remembers what it made."""
+
+    def __init__(self, r: Recipe, dataset: Dataset, device: str) -> None:
+        self.recipe, self.dataset = r, dataset
+        dtype = torch.float32 if device == "cpu" else torch.bfloat16
+        self.tokenizer = load_tokenizer(r, device, dtype)
+        identity = layout.sha256_path(layout.model_files(r.spec, r.checkpoints_dir).tokenizer)
+        settings = {key: getattr(r, key) for key in ("height", "width", "num_frames", "resize")}
+        self.settings = (json.dumps(settings), identity)
+        self.rows: dict[str, list[dict[str, Any]]] = {}
+        self.looks: dict[str, list[looks.Look]] = {}
+        self._digests: dict[Path, str] = {}
+
+    def digest(self, source: Source) -> str:
+        """The hash of a video's file, "" for a rejected one."""
+        if source.reason:
+            return ""
+        if source.path not in self._digests:
+            self._digests[source.path] = layout.sha256_file(source.path)
+        return self._digests[source.path]
+
+    def make(self, videos: list[Source], crew: Crew) -> None:
+        """Makes the latents of every video that is not done and that no other process works on."""
+        todo = [(i, v) for i, v in enumerate(videos) if not v.reason and v.name not in self.rows]
+        with console.progress("encode", sum(len(v.clips) for _, v in todo), "clips") as bar:
+            for number, source in todo:
+                count = len(source.clips)
+                with crew.piece(number) as ours:
+                    if ours:
+                        self._make_one(source)
+                bar.advance(source.name, count)
+
+    def _make_one(self, source: Source) -> None:
+        rows, seen = [], []
+        for clip in source.clips:
+            path = self.dataset.latents / source.latent_name(clip)
+            key = layout.sha256_text(self.digest(source), json.dumps(asdict(clip)), *self.settings)
+            about = _about(path)
+            if about.get("key") != key:
                 try:
-                    if _latent_key(path) != key:
-                        _encode(r, tokenizer, source, clip, path, key)
+                    about = self._encode(source, clip, path, key)
                 except video.VideoError as error:
                     source.reject(str(error))
-                    break
-                made.append(_clip_row(dataset, source, clip, path))
-                bar.advance(source.path.name)
-            clips += [] if source.reason else made
-    return clips
+                    return
+            rows.append(self._row(source, clip, path))
+            seen.append(looks.Look(*about["look"]))
+        self.rows[source.name], self.looks[source.name] = rows, seen
+
+    @torch.inference_mode()
+    def _encode(self, source: Source, clip: video.Clip, path: Path, key: str) -> dict[str, Any]:
+        """Writes the latent of a clip; what is noted in the file."""
+        r = self.recipe
+        pixels = video.read_clip(source.path, clip, r.height, r.width, r.resize)
+        parameter = next(self.tokenizer.parameters())
+        x0 = self.tokenizer.encode(video.to_model(pixels)[None].to(parameter))[0]
+        about = {
+            "key": key,
+            "fps": clip.fps,
+            "video": source.name,
+            "caption": source.stem,
+            "look": looks.measure(pixels),
+        }
+        with weights.writing(path), layout.atomic_file(path) as temporary:
+            latent = x0.to("cpu", torch.bfloat16).contiguous()
+            # One entry: safetensors writes several in an order that changes from run to run.
+            save_file({"latent": latent}, temporary, metadata={"about": json.dumps(about)})
+        return about
+
+    def _row(self, source: Source, clip: video.Clip, path: Path) -> dict[str, Any]:
+        root = self.dataset.root
+        return {
+            "latent": str(path.relative_to(root)),
+            "sha256": layout.sha256_file(path),
+            "text": str((self.dataset.embeddings / f"{source.stem}.pickle").relative_to(root)),
+            "video": source.name,
+            "first_frame": clip.start,
+            "fps": clip.fps,
+        }
 
 
 def load_tokenizer(r: Recipe, device: str, dtype: torch.dtype) -> Tokenizer:
@@ -354,34 +287,11 @@ def load_tokenizer(r: Recipe, device: str, dtype: torch.dtype) -> Tokenizer:
     return tokenizer.to(device=device, dtype=dtype).eval()
 
 
-@torch.inference_mode()
-def _encode(
-    r: Recipe, tokenizer: Tokenizer, source: Source, clip: video.Clip, path: Path, key: str
-) -> None:
-    pixels = video.read_clip(source.path, clip, r.height, r.width, r.resize)
-    parameter = next(tokenizer.parameters())
-    x0 = tokenizer.encode(video.to_model(pixels)[None].to(parameter))[0]
-    about = {"key": key, "fps": repr(clip.fps), "video": source.path.name, "caption": source.stem}
-    with weights.writing(path), layout.atomic_file(path) as temporary:
-        save_file({"latent": x0.to("cpu", torch.bfloat16).contiguous()}, temporary, metadata=about)
-
-
-def _latent_key(path: Path) -> str | None:
-    """What the latent on disk was made from, None when it is missing or damaged."""
+def _about(path: Path) -> dict[str, Any]:
+    """What is noted in a latent's file, nothing when it is missing or damaged."""
     try:
         with safe_open(path, framework="pt") as stream:
-            key: str | None = (stream.metadata() or {}).get("key")
+            about: dict[str, Any] = json.loads((stream.metadata() or {}).get("about", "{}"))
     except (OSError, SafetensorError):
-        return None
-    return key
-
-
-def _clip_row(dataset: Dataset, source: Source, clip: video.Clip, path: Path) -> dict[str, Any]:
-    return {
-        "latent": str(path.relative_to(dataset.root)),
-        "sha256": layout.sha256_file(path),
-        "text": str((dataset.embeddings / f"{source.stem}.pickle").relative_to(dataset.root)),
-        "video": source.path.name,
-        "first_frame": clip.start,
-        "fps": clip.fps,
-    }
+        return {}
+    return about

@@ -16,14 +16,25 @@ from cosmos_cli import __version__, console, layout, recipe
 from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.keys import Recipe
 from cosmos_cli.layout import Run
-from cosmos_cli.model import weights
+from cosmos_cli.model import lora, weights
 from cosmos_cli.model.dit import DiT
 
+LICENCE_URL = (
+    "https://www.nvidia.com/en-us/agreements/enterprise-software/nvidia-open-model-license/"
+)
 
-def promote(r: Recipe, step: int, kind: str, target: Path) -> dict[str, Any]:
+
+def promote(r: Recipe, step: int, kind: str, format: str, target: Path) -> dict[str, Any]:
     """Checks the weights of a step against the base and writes the model folder; its manifest.
 
     The recipe that counts is the one the run was trained with, where it is still there.
+
+    Args:
+        r: names the run and the base.
+        step: a saved step.
+        kind: ema or reg.
+        format: one of `layout.MODEL_FORMATS`.
+        target: the folder, which is replaced whole.
 
     Raises:
         UserError: the checkpoint is missing, damaged, not finite, or no different from the base.
@@ -32,16 +43,41 @@ def promote(r: Recipe, step: int, kind: str, target: Path) -> dict[str, Any]:
     if run.resolved.exists():
         r = recipe.load(run.resolved).recipe
     r = r.model_copy(update={"checkpoints_dir": str(target.parent)})
-    source = run.model(step, kind)
+    source = run.lora(step, kind) if r.lora_rank else run.model(step, kind)
     console.say(f"reading {source}")
     base = layout.model_files(r.spec, r.checkpoints_dir, r.base).dit
-    tuned, original = weights.load_dit_state(source), weights.load_dit_state(base)
+    original = weights.load_dit_state(base)
+    tuned = lora.merge(original, source, 1.0) if r.lora_rank else weights.load_dit_state(source)
     with torch.device("meta"):
         expected = {f"net.{k}": v.shape for k, v in DiT(r.spec.dit).state_dict().items()}
     net = {name: tensor for name, tensor in tuned.items() if name.startswith("net.")}
     weights.check_keys(expected, net, source)
     weights.check_keys(expected, {k: v for k, v in original.items() if k in net}, base)
     changes = relative_changes(net, original)
+    require_trained(changes, source)
+    # Diffusers has no place for the log-variance head, which training alone needs.
+    written = net if format == "diffusers" else tuned
+    return _write_folder(r, target, written, {
+        "model": r.model,
+        "format": format,
+        "weights": kind,
+        "step": step,
+        "run": str(run.root),
+        "checkpoint": {"path": str(source), "sha256": layout.sha256_path(source)},
+        "base": {"path": str(base), "sha256": layout.sha256_path(base)},
+        "dataset_manifest_sha256": _dataset_hash(run, step),
+        "relative_change": changes,
+        "recipe": json.loads(r.model_dump_json()),
+        "cosmos": __version__,
+    })  # fmt: skip
+
+
+def require_trained(changes: dict[str, float], source: Path) -> None:
+    """Refuses weights that training has spoiled or left as they were.
+
+    Raises:
+        UserError: they are not finite, or no different from the base.
+    """
     if bad := [group for group, change in changes.items() if math.isnan(change)]:
         raise UserError(
             f"holds numbers that are not finite in {', '.join(bad)}",
@@ -56,18 +92,6 @@ def promote(r: Recipe, step: int, kind: str, target: Path) -> dict[str, Any]:
             where=str(source),
             fix="train longer, or look at learning_rate and warmup_steps",
         )
-    return _write_folder(r, target, tuned, {
-        "model": r.model,
-        "weights": kind,
-        "step": step,
-        "run": str(run.root),
-        "checkpoint": {"path": str(source), "sha256": layout.sha256_path(source)},
-        "base": {"path": str(base), "sha256": layout.sha256_path(base)},
-        "dataset_manifest_sha256": _dataset_hash(run, step),
-        "relative_change": changes,
-        "recipe": json.loads(r.model_dump_json()),
-        "cosmos": __version__,
-    })  # fmt: skip
 
 
 def relative_changes(tuned: dict[str, Tensor], base: dict[str, Tensor]) -> dict[str, float]:
@@ -102,10 +126,15 @@ def _write_folder(
         # A kill between the two renames below.
         old.rename(target)
     shutil.rmtree(building, ignore_errors=True)
-    path = building / layout.MODEL_FILE
-    weights.save_dit(path, state, "pt")
+    path = building / layout.MODEL_FORMATS[manifest["format"]]
+    if manifest["format"] == "diffusers":
+        weights.save_diffusers(path, state, r.spec.dit)
+    else:
+        weights.save_dit(path, state, manifest["format"])
     written = weights.load_dit_state(path)
-    if any(not torch.equal(written[name], tensor) for name, tensor in state.items()):
+    if written.keys() != state.keys() or any(
+        not torch.equal(written[name], tensor) for name, tensor in state.items()
+    ):
         raise UserError(
             "was not written as it should be",
             code=ExitCode.ASSET,
@@ -113,9 +142,11 @@ def _write_folder(
             fix="check the disk and promote again",
         )
     del written
-    manifest["sha256"] = layout.sha256_file(path)
+    manifest["sha256"] = layout.sha256_path(path)
     layout.write_text(building / "recipe.yaml", recipe.dump(r))
     layout.write_text(building / "README.md", _card(r, manifest))
+    if not r.spec.embedded:
+        layout.write_text(building / "NOTICE", _NOTICE)
     layout.write_json(building / layout.MANIFEST_FILE, manifest)
     if target.exists():
         shutil.rmtree(old, ignore_errors=True)
@@ -134,10 +165,26 @@ def change_table(changes: dict[str, float]) -> str:
     return console.table(rows, ("weights", "relative change"))
 
 
+# The words that the licence asks of whoever passes on a model made from NVIDIA's, section 3.
+_NOTICE = "Licensed by NVIDIA Corporation under the NVIDIA Open Model License\n"
+_LICENCE_FIELDS = f"""license: other
+license_name: nvidia-open-model-license
+license_link: {LICENCE_URL}
+"""
+_TERMS = f"""
+Built on NVIDIA Cosmos.
+
+Derived from a model of NVIDIA Corporation and under the [NVIDIA Open Model License]({LICENCE_URL}).
+Who passes it on gives a copy of that licence and the file NOTICE along, and keeps the line above on
+a page about it. The licence ends for who disables a guardrail without an equal one in its place.
+"""
+
+
 def _card(r: Recipe, manifest: dict[str, Any]) -> str:
+    derived = not r.spec.embedded
     return f"""---
-base_model: {r.model}
-library_name: cosmos-posttrain
+base_model: {"nvidia/" if derived else ""}{r.model}
+{_LICENCE_FIELDS if derived else ""}library_name: cosmos-posttrain
 pipeline_tag: text-to-video
 ---
 
@@ -148,6 +195,6 @@ pipeline_tag: text-to-video
 
     cosmos generate --prompt "{(r.prompt or "...").replace('"', "'")}"
 
-`manifest.json` holds the hashes of weights, base and dataset and the recipe in full; `recipe.yaml`
-is that recipe.
-"""
+`{layout.MODEL_FORMATS[manifest["format"]]}` has the weights; `manifest.json` the hashes of weights,
+base and dataset and the recipe in full; `recipe.yaml` is that recipe.
+{_TERMS if derived else ""}"""

@@ -8,6 +8,22 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+# The linears of a block by name, and which of them a LoRA may change.
+_ATTENTION = (
+    "self_attn.q", "self_attn.k", "self_attn.v", "self_attn.out",
+    "cross_attn.q", "cross_attn.k", "cross_attn.v", "cross_attn.out",
+)  # fmt: skip
+_MLP = ("mlp.up", "mlp.down")
+_ADALN = (
+    "self_attn_adaln.down", "cross_attn_adaln.down", "mlp_adaln.down",
+    "self_attn_adaln.up", "cross_attn_adaln.up", "mlp_adaln.up",
+)  # fmt: skip
+LORA_TARGETS = {
+    "attention": _ATTENTION,
+    "attention_mlp": (*_ATTENTION, *_MLP),
+    "all": (*_ATTENTION, *_MLP, *_ADALN),
+}
+
 
 @dataclass(frozen=True)
 class DiTSpec:
@@ -45,6 +61,16 @@ class DiTSpec:
         tables = (self.max_t + self.max_hw) * d
         final = rank * 3 * d + d * self.patch_channels
         return self.blocks * block + embedders + tables + final
+
+    def lora_parameters(self, rank: int, targets: str) -> int:
+        """Weights that a LoRA of this rank trains; each linear has rank * (inputs + outputs)."""
+        d = self.width
+        sides = {
+            "cross_attn.k": self.text_channels + d, "cross_attn.v": self.text_channels + d,
+            **dict.fromkeys(_MLP, d + self.mlp_ratio * d),
+            **{n: self.adaln_rank + (d if n.endswith("down") else 3 * d) for n in _ADALN},
+        }  # fmt: skip
+        return self.blocks * rank * sum(sides.get(name, 2 * d) for name in LORA_TARGETS[targets])
 
     @property
     def patch_channels(self) -> int:

@@ -10,24 +10,25 @@ import sys
 import time
 import traceback
 import warnings
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from cosmos_cli import console, layout, mailbox, recipe
+from cosmos_cli import console, history, layout, mailbox, recipe
 from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.keys import Recipe
 from cosmos_cli.layout import Dataset, Run
-from cosmos_cli.model import checkpoint, data, edm, weights
+from cosmos_cli.model import checkpoint, data, edm, lora, plan, weights
 from cosmos_cli.model.device import gpu_memory_errors
 from cosmos_cli.model.dit import DiT
 from cosmos_cli.model.elastic import die_with_parent
 from cosmos_cli.model.ema import PowerEMA
+from cosmos_cli.model.heldout import HeldOut
 
 _stop_code = 0
+_save_asked = False
 
 
 def learning_rate(r: Recipe, step: int) -> float:
@@ -44,37 +45,35 @@ def learning_rate(r: Recipe, step: int) -> float:
     return r.learning_rate * factor
 
 
+def set_learning_rate(engine: Any, r: Recipe, step: int) -> float:
+    """Gives the optimizer the learning rate of a step; that rate."""
+    rate = learning_rate(r, step)
+    for group in engine.optimizer.param_groups:
+        group["lr"] = rate
+    return rate
+
+
 def train(r: Recipe, device: torch.device) -> dict[str, Any]:
     """Trains to max_steps or until a signal; the figures of the run's result."""
     run = Run(r.run_dir.absolute())
-    dataset = Dataset.at(r.dataset_dir, r.videos_dir)
-    clips = data.Clips(dataset.root, dataset.read_manifest()["clips"], r.spec)
+    clips, held_out, about = open_dataset(r)
     share = data.Share.of(
         dist.get_rank(), dist.get_world_size(), r.global_batch_size, r.micro_batch_size
     )
     settings = data.BatchSettings(r.seed, r.global_batch_size, r.text_dropout)
-    about = {
-        "recipe": json.loads(r.model_dump_json()),
-        "dataset": layout.sha256_file(dataset.manifest),
-    }
 
     engine = build_engine(r, share, device)
     ema = PowerEMA(checkpoint.shards(engine.module), r.ema_rate)
-    start = (run.resumable_steps() or [0])[-1]
-    if start:
-        checkpoint.resume(engine, ema, run, start)
-        # DeepSpeed restores these from the checkpoint; the recipe's hold.
-        for group in engine.optimizer.param_groups:
-            group.update(optimizer_settings(r))
-        console.say(f"resumed at step {start} from {run.resume_state(start)}")
-    metrics = Metrics(run, start)
+    start = resume(r, run, engine, ema)
+    metrics = Metrics(run, r, start)
+    if held_out:
+        metrics.write_held_out(start, held_out.measure(engine, device))
 
     saved = start
     with console.progress("train", r.max_steps, "steps", done=start) as bar:
         for step, micro_batches in data.batches(clips, share, settings, range(start, r.max_steps)):
             began = time.monotonic()
-            for group in engine.optimizer.param_groups:
-                group["lr"] = learning_rate(r, step)
+            rate = set_learning_rate(engine, r, step)
             losses, errors_B, sigmas_B = [], [], []
             for batch in micro_batches:
                 loss, edm_B = engine(*batch.to(device))
@@ -84,7 +83,7 @@ def train(r: Recipe, device: torch.device) -> dict[str, Any]:
                 sigmas_B.append(batch.sigma_B)
                 if batch is not micro_batches[-1]:
                     engine.step()
-            stats = Stats.over_ranks(losses, errors_B, sigmas_B, device)
+            stats = Stats.over_ranks(losses, errors_B, sigmas_B, requests(run))
             require_finite(stats, step, micro_batches, errors_B)
             engine.step()
             ema.update(checkpoint.shards(engine.module), step)
@@ -94,19 +93,52 @@ def train(r: Recipe, device: torch.device) -> dict[str, Any]:
                 "step": done,
                 **stats.row(),
                 "grad_norm": grad_norm(engine),
-                "learning_rate": learning_rate(r, step),
+                "learning_rate": rate,
                 "seconds": round(time.monotonic() - began, 4),
             }
-            bar.advance(f"loss {row['loss']:.4f}, edm {row['edm']:.4f}")
+            row |= gpu_row(r, device, row["seconds"])
+            bar.advance(words(row))
             if done % r.log_every_steps == 0 or done == r.max_steps:
                 metrics.write(row)
-            if done % r.save_every_steps == 0 or done == r.max_steps or stats.stop_code:
+            saving = done % r.save_every_steps == 0 or done == r.max_steps or stats.save_asked
+            if saving:
                 checkpoint.save(engine, ema, run, done, about, r.keep_last)
                 saved = done
                 console.say(f"saved step {done} to {run.resume_state(done)}")
+            # Whoever stops a run waits for it; it is measured when it goes on.
+            if held_out and not stats.stop_code and (saving or done % r.validate_every_steps == 0):
+                metrics.write_held_out(done, held_out.measure(engine, device))
+            if saving:
+                metrics.write_page()
             if stats.stop_code:
-                return {"step": saved, "exit_code": stats.stop_code}
-    return {"step": saved, "exit_code": int(ExitCode.OK)}
+                break
+    return {"step": saved, "exit_code": stats.stop_code}
+
+
+def open_dataset(r: Recipe) -> tuple[data.Clips, HeldOut | None, dict[str, Any]]:
+    """The clips to train on, those to measure on, and what a save says about the run's making."""
+    dataset = Dataset.at(r.dataset_dir, r.videos_dir)
+    clips, held_out = (
+        data.Clips(dataset.root, rows, r.spec)
+        for rows in layout.split_clips(dataset.read_manifest())
+    )
+    about = {
+        "recipe": json.loads(r.model_dump_json()),
+        "dataset": layout.sha256_file(dataset.manifest),
+    }
+    return clips, HeldOut(held_out, r.validate_clips) if len(held_out) else None, about
+
+
+def resume(r: Recipe, run: Run, engine: Any, ema: PowerEMA) -> int:
+    """The step to go on from, its state restored; 0 for a new run."""
+    start = (run.resumable_steps() or [0])[-1]
+    if start:
+        checkpoint.resume(engine, ema, run, start)
+        # DeepSpeed restores these from the checkpoint; the recipe's hold.
+        for group in engine.optimizer.param_groups:
+            group.update(optimizer_settings(r))
+        console.say(f"resumed at step {start} from {run.resume_state(start)}")
+    return start
 
 
 def build_engine(r: Recipe, share: data.Share, device: torch.device) -> Any:
@@ -124,11 +156,15 @@ def build_engine(r: Recipe, share: data.Share, device: torch.device) -> Any:
     with deepspeed.zero.Init(config_dict_or_path=config, enabled=r.zero_stage == 3):
         net = DiT(r.spec.dit)
         module = edm.EDMLoss(net, r.spec)
+        if r.lora_rank:
+            lora.attach(module, net.blocks, r.lora_rank, r.lora_scale, r.lora_targets)
     net.activation_checkpointing = r.activation_checkpointing
     base = layout.model_files(r.spec, r.checkpoints_dir, r.base).dit
-    checkpoint.load_weights(module, weights.load_dit_state(base), base)
+    shapes = {name: checkpoint.full_shape(p) for name, p in module.named_parameters()}
+    first = {**weights.load_dit_state(base), **lora.fresh_factors(shapes, r.seed)}
+    checkpoint.load_weights(module, first, base)
     optimizer = torch.optim.AdamW(
-        module.parameters(),
+        checkpoint.trained(module).values(),
         lr=r.learning_rate,
         **optimizer_settings(r),
         fused=True if device.type == "cuda" else None,
@@ -150,13 +186,25 @@ def optimizer_settings(r: Recipe) -> dict[str, Any]:
     }  # fmt: skip
 
 
-class Stats:
-    """Loss and EDM error of a step over all ranks, by noise band; and whether to stop."""
+def requests(run: Run) -> tuple[int, bool]:
+    """What was asked of this process since the last step: an exit code to stop with, and a save."""
+    global _save_asked
+    save, _save_asked = _save_asked or _stop_code > 0, False
+    if dist.get_rank() == 0 and run.save_request.exists():
+        with layout.disk_errors(run.save_request):
+            run.save_request.unlink(missing_ok=True)
+        save = True
+    return _stop_code, save
 
-    def __init__(self, totals: list[float]) -> None:
+
+class Stats:
+    """Loss and EDM error of a step over all ranks, by noise band; and what was asked of any."""
+
+    def __init__(self, totals: list[float], stop_code: int, save_asked: bool) -> None:
         bands = len(edm.SIGMA_BANDS) - 1
-        loss, micro_batches, self.stop_code = totals[0], totals[1], int(totals[2])
-        sums, counts = totals[3 : 3 + bands], totals[3 + bands :]
+        self.stop_code, self.save_asked = stop_code, save_asked
+        loss, micro_batches = totals[0], totals[1]
+        sums, counts = totals[2 : 2 + bands], totals[2 + bands :]
         self.loss = loss / micro_batches
         self.edm = sum(sums) / sum(counts)
         self.bands = [s / c if c else None for s, c in zip(sums, counts, strict=True)]
@@ -167,16 +215,17 @@ class Stats:
         losses: list[torch.Tensor],
         errors_B: list[torch.Tensor],
         sigmas_B: list[torch.Tensor],
-        device: torch.device,
+        asked: tuple[int, bool],
     ) -> Stats:
         """The sums of every rank's part of a step. The largest stop code wins."""
-        errors, sigmas = torch.cat(errors_B).double(), torch.cat(sigmas_B).to(device)
+        errors = torch.cat(errors_B).double()
+        sigmas, device = torch.cat(sigmas_B).to(errors.device), errors.device
         inside = [
             (sigmas >= low) & (sigmas < high)
             for low, high in zip(edm.SIGMA_BANDS, edm.SIGMA_BANDS[1:], strict=False)
         ]
-        own = torch.tensor([float(_stop_code)], dtype=torch.float64, device=device)
-        dist.all_reduce(own, dist.ReduceOp.MAX)
+        asked_of_any = torch.tensor(asked, dtype=torch.int64, device=device)
+        dist.all_reduce(asked_of_any, dist.ReduceOp.MAX)
         sums = torch.stack(
             [
                 torch.stack(losses).double().sum(),
@@ -186,14 +235,31 @@ class Stats:
             ]
         )
         dist.all_reduce(sums)
-        totals = sums.tolist()
-        return cls([*totals[:2], own.item(), *totals[2:]])
+        stop_code, save_asked = asked_of_any.tolist()
+        return cls(sums.tolist(), stop_code, bool(save_asked))
 
     def row(self) -> dict[str, Any]:
         """The figures for metrics.jsonl; a band without a sample is null."""
         names = [f"edm_sigma_below_{high:g}" for high in edm.SIGMA_BANDS[1:-1]]
         names.append(f"edm_sigma_from_{edm.SIGMA_BANDS[-2]:g}")
         return {"loss": self.loss, "edm": self.edm, **dict(zip(names, self.bands, strict=True))}
+
+
+def words(row: dict[str, Any]) -> str:
+    """The figures of a step that are worth a look while it trains."""
+    share = f", {row['mfu']:.0%} MFU" if "mfu" in row else ""
+    return f"loss {row['loss']:.4f}, edm {row['edm']:.4f}{share}"
+
+
+def gpu_row(r: Recipe, device: torch.device, seconds: float) -> dict[str, float]:
+    """The peak of this GPU's memory so far, and the share of all GPUs' peak rate in a step."""
+    if device.type == "cpu":
+        return {}
+    row = {"peak_memory_gb": round(torch.cuda.max_memory_allocated(device) / 1e9, 3)}
+    if gpu := plan.find_gpu(torch.cuda.get_device_name(device)):
+        rate = plan.model_tflop(r) / seconds / dist.get_world_size()
+        row["mfu"] = round(rate / gpu.tflops, 4)
+    return row
 
 
 def require_finite(
@@ -226,30 +292,54 @@ def require_finite(
 
 
 class Metrics:
-    """metrics.jsonl and status.json of a run, written by rank 0."""
+    """metrics.jsonl, status.json and report.html of a run, written by rank 0."""
 
-    def __init__(self, run: Run, start: int) -> None:
+    def __init__(self, run: Run, r: Recipe, start: int) -> None:
         self.run = run
+        self.status = {
+            "step": start,
+            "max_steps": r.max_steps,
+            "from": start,
+            "started": time.time(),
+            "planned_memory_gb": round(plan.plan(r, dist.get_world_size(), None).total_gb, 3),
+        }
         if dist.get_rank() == 0:
-            kept = _rows_until(run.metrics, start)
-            layout.write_text(run.metrics, "".join(kept))
+            # Those of steps that the resume state knows; at its own step it is measured anew.
+            kept = (
+                row
+                for row in history.rows(run)
+                if row["step"] < start or (row["step"] == start and history.HELD_OUT not in row)
+            )
+            layout.write_text(run.metrics, "".join(f"{json.dumps(row)}\n" for row in kept))
+            history.note(run, self.status)
 
     def write(self, row: dict[str, Any]) -> None:
-        """Appends one step."""
+        """Appends one step; the first one with a GPU's memory says what was planned."""
+        if "peak_memory_gb" in row and "peak_memory_gb" not in self.status:
+            console.say(
+                f"peak memory {row['peak_memory_gb']:.1f} GB on a GPU, "
+                f"{self.status['planned_memory_gb']:.1f} GB were planned"
+            )
+        self.status |= row
         if dist.get_rank() == 0:
             with layout.disk_errors(self.run.metrics), self.run.metrics.open("a") as stream:
                 stream.write(json.dumps(row) + "\n")
-            layout.write_json(self.run.status, {**row, "time": time.time(), "pid": os.getpid()})
+            history.note(self.run, self.status)
+
+    def write_held_out(self, step: int, errors: dict[str, float]) -> None:
+        """Appends what was measured at a step."""
+        self.write({"step": step, **errors})
+        console.say(f"step {step}: {errors[history.HELD_OUT]:.4f} on held-out clips")
+
+    def write_page(self) -> None:
+        """Writes the page of the run."""
+        if dist.get_rank() == 0:
+            history.write_page(self.run)
 
 
-def _rows_until(path: Path, step: int) -> list[str]:
-    """The lines of steps that the resume state knows; a line cut by a kill ends the list."""
-    kept = []
-    for line in path.read_text().splitlines(keepends=True) if path.exists() else ():
-        if not line.endswith("\n") or json.loads(line)["step"] > step:
-            break
-        kept.append(line)
-    return kept
+def _request_save(_number: int, _frame: FrameType | None) -> None:
+    global _save_asked  # noqa: PLW0603
+    _save_asked = True
 
 
 def _request_stop(number: int, _frame: FrameType | None) -> None:
@@ -265,6 +355,7 @@ def run_rank(r: Recipe) -> dict[str, Any]:
     """
     signal.signal(signal.SIGINT, _request_stop)
     signal.signal(signal.SIGTERM, _request_stop)
+    signal.signal(signal.SIGUSR1, _request_save)
     run = Run(r.run_dir.absolute())
     device = _join_world()
     if dist.get_rank():
@@ -273,7 +364,9 @@ def run_rank(r: Recipe) -> dict[str, Any]:
     with console.log_file(run.log), gpu_memory_errors(fix):
         outcome = train(r, device)
     if dist.get_rank() == 0:
+        outcome["best_step"] = history.best_step(run)
         layout.write_json(run.result, outcome)
+        history.write_page(run)
     dist.destroy_process_group()
     return outcome
 

@@ -5,11 +5,13 @@ Dimension letters: C channels (RGB), T frames, H height, W width.
 
 from __future__ import annotations
 
+import math
 import os
 import struct
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -43,7 +45,10 @@ class VideoError(Exception):
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """A video stream. Sizes in pixels as shown, after rotation; `begin` is its first time stamp."""
+    """A video stream, or a part of one. Sizes in pixels as shown, after rotation.
+
+    `begin` is the time stamp of its first frame, `first` that frame's number in the file.
+    """
 
     frames: int
     fps: float
@@ -52,25 +57,42 @@ class VideoInfo:
     seconds: float
     codec: str
     begin: float = 0.0
+    first: int = 0
 
 
 @dataclass(frozen=True)
 class Clip:
-    """Which frames of a file make one clip of rate `fps`; exactly one of the tuples is filled.
+    """`length` frames of rate `fps` in a row, number `start` of the video and those behind it.
 
     Args:
-        start: number of its first frame, counted at `fps` from the beginning of the file.
-        indices: the source frames by number.
-        seconds: time stamps; each stands for the source frame on screen at that time.
+        first: number in the file of the video's frame 0.
+        begin: time stamp of the video's frame 0. With it a frame is the one on screen at its time;
+            without it frames go by their number in the file.
     """
 
     start: int
     fps: float
-    indices: tuple[int, ...] = ()
-    seconds: tuple[float, ...] = ()
+    length: int
+    first: int = 0
+    begin: float | None = None
 
     def __len__(self) -> int:
-        return len(self.indices) + len(self.seconds)
+        return self.length
+
+    @property
+    def indices(self) -> range:
+        """The numbers of its frames in the file; none when they go by time."""
+        first = self.first + self.start
+        return range(first, first + (self.length if self.begin is None else 0))
+
+    @property
+    def seconds(self) -> list[float]:
+        """The time stamps of its frames; none when they go by number."""
+        if self.begin is None:
+            return []
+        # A clock's width late, so that a time stamp rounded up still counts as shown.
+        zero = self.begin + CLOCK_SECONDS
+        return [zero + k / self.fps for k in range(self.start, self.start + self.length)]
 
 
 def probe(path: Path) -> VideoInfo:
@@ -111,6 +133,23 @@ def probe(path: Path) -> VideoInfo:
     )
 
 
+def part(info: VideoInfo, span: range) -> VideoInfo:
+    """The frames `span` of a video of constant rate as a video of their own.
+
+    Raises:
+        VideoError: the file does not have them.
+    """
+    if span.stop > info.frames:
+        raise VideoError(f"ends at frame {span.stop} of a file of {info.frames}")
+    return replace(
+        info,
+        frames=len(span),
+        seconds=len(span) / info.fps,
+        begin=info.begin + span.start / info.fps,
+        first=span.start,
+    )
+
+
 def frames_at_policy(info: VideoInfo, policy: str, fps: float) -> int:
     """Number of frames the file has under a policy of `FPS_POLICIES`."""
     if policy != "resample":
@@ -141,11 +180,8 @@ def select_clips(
             f"too short: {available} frames at {rate:.4g} fps{source}, {num_frames} are needed"
         )
     starts = range(0, available - num_frames + 1, stride)[:max_clips]
-    if policy != "resample":
-        return [Clip(s, rate, indices=tuple(range(s, s + num_frames))) for s in starts]
-    # A clock's width late, so that a time stamp rounded up still counts as shown.
-    times = [info.begin + CLOCK_SECONDS + k / fps for k in range(available)]
-    return [Clip(s, rate, seconds=tuple(times[s : s + num_frames])) for s in starts]
+    begin = info.begin if policy == "resample" else None
+    return [Clip(s, rate, num_frames, info.first, begin) for s in starts]
 
 
 def read_frames(path: Path, indices: Sequence[int]) -> Tensor:
@@ -154,8 +190,7 @@ def read_frames(path: Path, indices: Sequence[int]) -> Tensor:
     Raises:
         VideoError: a frame does not exist or does not decode.
     """
-    clip = Clip(0, 0.0, indices=tuple(indices))
-    return torch.cat([chunk.transpose(0, 1) for chunk in _decode(path, clip)], dim=1)
+    return torch.cat([chunk.transpose(0, 1) for chunk in _decode(path, indices, ())], dim=1)
 
 
 def read_clip(path: Path, clip: Clip, height: int, width: int, resize: str) -> Tensor:
@@ -164,7 +199,21 @@ def read_clip(path: Path, clip: Clip, height: int, width: int, resize: str) -> T
     Raises:
         VideoError: a frame does not exist or does not decode.
     """
-    chunks = (resize_frames(chunk, height, width, resize) for chunk in _decode(path, clip))
+    decoded = _decode(path, clip.indices, clip.seconds)
+    chunks = (resize_frames(chunk, height, width, resize) for chunk in decoded)
+    return torch.cat([chunk.transpose(0, 1) for chunk in chunks], dim=1)
+
+
+def read_small(path: Path, info: VideoInfo, count: int, width: int) -> Tensor:
+    """`count` evenly spaced frames, first and last included, `width` pixels wide, uint8 CTHW.
+
+    Raises:
+        VideoError: one of them does not decode.
+    """
+    chosen = [info.first + round(k * (info.frames - 1) / max(1, count - 1)) for k in range(count)]
+    height = max(1, min(4 * width, round(info.height * width / info.width)))
+    decoded = _decode(path, chosen, ())
+    chunks = (resize_frames(chunk, height, width, "stretch") for chunk in decoded)
     return torch.cat([chunk.transpose(0, 1) for chunk in chunks], dim=1)
 
 
@@ -174,8 +223,8 @@ def resize_frames(frames: Tensor, height: int, width: int, mode: str) -> Tensor:
     stretch: the aspect ratio is not kept. crop: scaled to cover, the centre cut out. pad: scaled
     to fit, between black bars.
 
-    Source: stretch is cosmos-predict1 `training/datasets/dataset_video.py`: bilinear with
-    antialiasing on values / 255, clamped and truncated to uint8.
+    Source: stretch is cosmos-predict1 `training/datasets/dataset_video.py`, bilinear with
+    antialiasing. The reference truncates to uint8; rounding removes its loss of half a level.
     """
     if mode not in RESIZE_MODES:
         raise ValueError(f"resize {mode!r} is none of {RESIZE_MODES}")
@@ -244,6 +293,12 @@ def write_mp4(path: Path, video_CTHW: Tensor, fps: float, crf: float) -> None:
     path.write_bytes(data.numpy().tobytes())
 
 
+def psnr(a: Tensor, b: Tensor) -> float:
+    """Peak signal-to-noise ratio of two uint8 tensors in dB; 99 when they are equal."""
+    error = (a.double() - b.double()).square().mean().item()
+    return 10 * math.log10(255**2 / error) if error else 99.0
+
+
 def contact_sheet(
     video_CTHW: Tensor, columns: int = 4, rows: int = 2, width: int = 320
 ) -> Image.Image:
@@ -263,10 +318,10 @@ def _same_rate(a: float, b: float) -> bool:
 def _interpolate(frames: Tensor, height: int, width: int) -> Tensor:
     if frames.shape[-2:] == (height, width):
         return frames
-    resized = F.interpolate(
-        frames.float() / 255, (height, width), mode="bilinear", antialias=True, align_corners=False
+    # In integers: twenty times as fast as in floats, off by about a level at most.
+    return F.interpolate(
+        frames, (height, width), mode="bilinear", antialias=True, align_corners=False
     )
-    return (resized * 255).clamp(0, 255).to(torch.uint8)
 
 
 @contextmanager
@@ -325,24 +380,31 @@ def _mp4_boxes(path: Path) -> tuple[list[bytes], int]:
     return names, position - end
 
 
-def _decode(path: Path, clip: Clip) -> Iterator[Tensor]:
-    """The frames of a clip in order, in uint8 chunks (T, 3, H, W)."""
-    decoder = _open(path)
+def _decode(path: Path, indices: Sequence[int], seconds: Sequence[float]) -> Iterator[Tensor]:
+    """The frames of these numbers or, else, times, in uint8 chunks (T, 3, H, W)."""
+    status = path.stat() if path.is_file() else None
+    decoder = _open_again(path, status and (status.st_ino, status.st_size, status.st_mtime_ns))
     meta = decoder.metadata
     assert meta.height and meta.width
     size = max(1, CHUNK_BYTES // (3 * meta.height * meta.width))
-    for first in range(0, len(clip), size):
-        part = slice(first, first + size)
-        wanted = len(clip.indices[part]) + len(clip.seconds[part])
+    wanted = len(indices) + len(seconds)
+    for first in range(0, wanted, size):
+        piece = slice(first, min(first + size, wanted))
         try:
-            if clip.indices:
-                chunk = decoder.get_frames_at(list(clip.indices[part])).data
+            if indices:
+                chunk = decoder.get_frames_at(list(indices[piece])).data
             else:
-                chunk = decoder.get_frames_played_at(list(clip.seconds[part])).data
+                chunk = decoder.get_frames_played_at(list(seconds[piece])).data
         except (RuntimeError, IndexError) as error:
-            at = f"frame {clip.indices[first]}" if clip.indices else f"{clip.seconds[first]:.2f} s"
+            at = f"frame {indices[first]}" if indices else f"{seconds[first]:.2f} s"
             reason = f"damaged: decoding fails after {at} ({meta.num_frames} frames in the file)"
             raise VideoError(reason) from error
-        if len(chunk) != wanted:
-            raise VideoError(f"truncated: {first + len(chunk)} of {len(clip)} frames decode")
+        if len(chunk) != piece.stop - first:
+            raise VideoError(f"truncated: {first + len(chunk)} of {wanted} frames decode")
         yield chunk
+
+
+@lru_cache(maxsize=1)
+def _open_again(path: Path, _version: tuple[int, ...] | None) -> VideoDecoder:
+    """The decoder of a file, kept for its next clip, since opening one scans all its packets."""
+    return _open(path)

@@ -108,13 +108,13 @@ def load_dit_state(path: Path) -> State:
         UserError: the file is missing, damaged, of another model, or holds more than tensors.
     """
     if path.is_dir():
-        return _rename(_read_diffusers(path), DIFFUSERS, OURS, path)
+        return rename(_read_diffusers(path), DIFFUSERS, OURS, path)
     if path.suffix == ".safetensors":
-        return _rename(_read_safetensors(path), OURS, OURS, path)
-    with _reading(path):
+        return rename(_read_safetensors(path), OURS, OURS, path)
+    with reading(path):
         content = dict(_read_pt(path))
         state = {key: v for key, v in content.items() if not _NOT_WEIGHTS.fullmatch(key)}
-    return _rename(_check_tensors(state, path), RELEASED, OURS, path)
+    return rename(_check_tensors(state, path), RELEASED, OURS, path)
 
 
 def save_dit(path: Path, state: Mapping[str, Tensor], format: Literal["pt", "safetensors"]) -> None:
@@ -122,7 +122,7 @@ def save_dit(path: Path, state: Mapping[str, Tensor], format: Literal["pt", "saf
     if format == "safetensors":
         _write_safetensors(path, state)
         return
-    released = _rename(state, OURS, RELEASED, path)
+    released = rename(state, OURS, RELEASED, path)
     tables = [state[f"net.pos_embedder.{axis}"] for axis in "thw"]
     seq = torch.arange(max(map(len, tables)), dtype=tables[0].dtype)
     # Through a stream, for torch writes a path's name into the file, and ours is a temporary one.
@@ -133,8 +133,13 @@ def save_dit(path: Path, state: Mapping[str, Tensor], format: Literal["pt", "saf
 def save_diffusers(folder: Path, state: Mapping[str, Tensor], spec: DiTSpec) -> None:
     """Writes the denoiser, without its log-variance head, as a diffusers model folder."""
     net = {key: value for key, value in state.items() if key.startswith("net.")}
-    _write_safetensors(folder / _DIFFUSERS_FILE, _rename(net, OURS, DIFFUSERS, folder))
-    config = {
+    _write_safetensors(folder / _DIFFUSERS_FILE, rename(net, OURS, DIFFUSERS, folder))
+    layout.write_json(folder / "config.json", diffusers_config(spec))
+
+
+def diffusers_config(spec: DiTSpec) -> dict[str, Any]:
+    """What diffusers calls the numbers of a denoiser."""
+    return {
         "_class_name": "CosmosTransformer3DModel",
         "in_channels": spec.latent_channels,
         "out_channels": spec.latent_channels,
@@ -150,7 +155,6 @@ def save_diffusers(folder: Path, state: Mapping[str, Tensor], spec: DiTSpec) -> 
         "concat_padding_mask": True,
         "extra_pos_embed_type": "learnable",
     }
-    layout.write_json(folder / "config.json", config)
 
 
 def _names(source: int, target: int) -> dict[str, str]:
@@ -167,11 +171,16 @@ def _names(source: int, target: int) -> dict[str, str]:
     }
 
 
-def _rename(state: Mapping[str, Tensor], source: int, target: int, where: Path) -> State:
+def rename(state: Mapping[str, Tensor], source: int, target: int, where: Path) -> State:
+    """The tensors of a denoiser, or of a LoRA of it, under names of another column.
+
+    Raises:
+        UserError: a name is not in the tables.
+    """
     names = _names(source, target)
     renamed, unknown = {}, []
     for key, value in state.items():
-        stem = key.removesuffix(".weight")
+        stem = re.sub(r"(\.lora_[AB])?\.weight$", "", key)
         block = re.search(r"blocks\.(?:block)?(\d+)", stem)
         number = block[1] if block else ""
         general = f"{stem[: block.start(1)]}#{stem[block.end(1) :]}" if block else stem
@@ -180,8 +189,21 @@ def _rename(state: Mapping[str, Tensor], source: int, target: int, where: Path) 
         else:
             unknown.append(key)
     if unknown:
-        raise _another_model([_some(unknown, "unknown")], where)
+        raise another_model([_some(unknown, "unknown")], where)
     return renamed
+
+
+def load_tensors(path: Path) -> State:
+    """The tensors of a released `.pt` under their own names, memory-mapped.
+
+    Raises:
+        UserError: the file is missing, damaged, or holds more than tensors.
+    """
+    with reading(path):
+        content = dict(_read_pt(path))
+        content = dict(content.get("model", content))
+        state = {key: v for key, v in content.items() if not key.endswith("_extra_state")}
+    return _check_tensors(state, path)
 
 
 # --- the tokenizer --------------------------------------------------------------------------------
@@ -224,7 +246,7 @@ def load_tokenizer_state(path: Path) -> State:
         state = _read_safetensors(path / TOKENIZER_FILE)
     elif (path / "config.json").exists() and not (path / "encoder.jit").exists():
         state = _rename_tokenizer(_read_diffusers(path))
-        with _reading(path / "config.json"):
+        with reading(path / "config.json"):
             config = layout.read_json(path / "config.json")
             tables = config["latents_mean"], config["latents_std"]
         state |= _mean_std(tables, state, path / "config.json")
@@ -257,7 +279,7 @@ def _rename_tokenizer(state: State) -> State:
 def _mean_std(tables: Any, state: State, where: Path) -> State:
     """Mean and std as (channels, latent frames), however they were stored."""
     channels = len(state.get("quant_conv.conv3d.bias", ()))
-    with _reading(where):
+    with reading(where):
         mean, std = (torch.as_tensor(table).reshape(channels, -1).clone() for table in tables)
     return {"mean": mean, "std": std}
 
@@ -283,7 +305,7 @@ def check_keys(
     found = {"missing": missing, "unknown": unknown, "of another shape": other}
     problems = [_some(names, kind) for kind, names in found.items() if names]
     if problems:
-        raise _another_model(problems, where)
+        raise another_model(problems, where)
 
 
 @torch.no_grad()
@@ -299,7 +321,8 @@ def load_strict(module: nn.Module, state: Mapping[str, Tensor], where: Path) -> 
         tensor.copy_(state[name])
 
 
-def _another_model(problems: list[str], where: Path) -> UserError:
+def another_model(problems: list[str], where: Path) -> UserError:
+    """The error of a file that does not fit, with what is wrong about it."""
     return UserError(
         f"does not fit the model: {'; '.join(problems)}",
         code=ExitCode.ASSET,
@@ -317,7 +340,7 @@ def _some(names: list[str], kind: str) -> str:
 
 
 @contextmanager
-def _reading(path: Path) -> Iterator[None]:
+def reading(path: Path) -> Iterator[None]:
     """Turns whatever a missing or damaged file raises into one line."""
     try:
         yield
@@ -338,12 +361,12 @@ def _reading(path: Path) -> Iterator[None]:
 def _read_pt(path: Path) -> Any:
     # The reference's training leaves empty BytesIO objects of Transformer Engine in its files.
     safe = torch.serialization.safe_globals([io.BytesIO])
-    with _reading(path), safe, warnings.catch_warnings(action="ignore"):
+    with reading(path), safe, warnings.catch_warnings(action="ignore"):
         return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
 
 
 def _read_safetensors(path: Path) -> State:
-    with _reading(path):
+    with reading(path):
         return load_file(path)
 
 
@@ -374,7 +397,7 @@ def _read_diffusers(folder: Path) -> State:
     index = folder / f"{_DIFFUSERS_FILE}.index.json"
     if not index.exists():
         return _read_safetensors(folder / _DIFFUSERS_FILE)
-    with _reading(index):
+    with reading(index):
         shards = sorted(
             {Path(name).name for name in layout.read_json(index)["weight_map"].values()}
         )
@@ -389,7 +412,7 @@ def _read_torchscript(path: Path) -> State:
 
     torch.jit.load would compile the code that the archive brings along.
     """
-    with _reading(path), zipfile.ZipFile(path) as archive:
+    with reading(path), zipfile.ZipFile(path) as archive:
         pickled = next(name for name in archive.namelist() if name.endswith("/data.pkl"))
         root = pickled.removesuffix("data.pkl")
 
@@ -445,5 +468,5 @@ def _check_tensors(state: dict[str, Any], where: Path) -> State:
         if not (isinstance(value, Tensor) and value.device.type == "cpu" and not value.is_sparse)
     ]
     if others:
-        raise _another_model([_some(others, "that are no tensors")], where)
+        raise another_model([_some(others, "that are no tensors")], where)
     return state

@@ -6,6 +6,8 @@ import diffusers.models.transformers.transformer_cosmos as peer
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cosmos_cli.model import dit, edm, kernels, weights
 from cosmos_cli.model.dit import DiT
@@ -77,7 +79,7 @@ def test_keys_and_shapes_of_the_7b_are_the_released_ones():
     with torch.device("meta"):
         net = DiT(COSMOS_7B.dit)
     module = edm.EDMLoss(net, COSMOS_7B)
-    ours = weights._rename(module.state_dict(), weights.OURS, weights.RELEASED, KEYS)
+    ours = weights.rename(module.state_dict(), weights.OURS, weights.RELEASED, KEYS)
     shapes = {key: ",".join(map(str, value.shape)) for key, value in ours.items()}
     released = dict(line.split() for line in KEYS.read_text().splitlines())
     assert released.pop("net.pos_embedder.seq") == "128"
@@ -123,7 +125,7 @@ def test_gradient_of_every_parameter_equals_diffusers(tmp_path):
     (run_twin(twin, x) - target).square().mean().backward()
     ours = {f"net.{name}": p.grad for name, p in net.named_parameters()}
     theirs = {name: p.grad for name, p in twin.named_parameters()}
-    theirs = weights._rename(theirs, weights.DIFFUSERS, weights.OURS, tmp_path)
+    theirs = weights.rename(theirs, weights.DIFFUSERS, weights.OURS, tmp_path)
     assert ours.keys() == theirs.keys()
     for name, gradient in ours.items():
         assert gradient.abs().max() > 0, name
@@ -158,12 +160,30 @@ def test_bf16_is_within_one_percent_of_fp32(batch, c_noise):
 
 def test_checkpointed_blocks_give_the_same_loss_and_gradients():
     gradients = []
-    for mode in ("none", "all"):
+    for mode in ("none", "attention", "all"):
         net = network()
         net.activation_checkpointing = mode
         net(**inputs()).square().mean().backward()
         gradients.append(torch.cat([p.grad.flatten() for p in net.parameters()]))
-    assert torch.equal(*gradients)
+    assert torch.equal(gradients[0], gradients[1])
+    assert torch.equal(gradients[0], gradients[2])
+
+
+@pytest.mark.parametrize(("mode", "times"), [("none", 2), ("attention", 3), ("all", 4)])
+def test_a_checkpoint_that_keeps_attention_computes_only_that_of_the_text_again(mode, times):
+    net = network()
+    net.activation_checkpointing = mode
+    computed = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+            computed.append(operator)
+            return operator(*args, **(kwargs or {}))
+
+    with Watch():
+        net(**inputs()).square().mean().backward()
+    attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+    assert computed.count(attention) == times * len(net.blocks)
 
 
 def test_a_checkpointed_block_saves_only_its_input():
@@ -178,6 +198,31 @@ def test_a_checkpointed_block_saves_only_its_input():
         return sum(sizes)
 
     assert saved("all") < saved("none") / 3
+
+
+def test_steps_that_share_a_prepared_prompt_give_the_same_output_without_reading_the_text_again():
+    net, x = network(), inputs()
+    read = []
+    for block in net.blocks:
+        block.cross_attn.k.register_forward_hook(lambda *_: read.append(1))
+    with torch.no_grad():
+        place = net.locate(dit.patch_grid(SMALL, x["x_BCTHW"]), x["fps_B"])
+        prompt = dit.Prompt(*place, net.read(x["text_emb_BMD"]))
+        for c_noise in (-1.0, 0.5):
+            x["c_noise_B"] = torch.full((2,), c_noise)
+            read.clear()
+            prepared = net(**x, prompt=prompt)
+            assert not read
+            assert torch.equal(prepared, net(**x))
+            assert len(read) == 2
+
+
+@pytest.mark.parametrize("name", ["flash", "math"])
+def test_the_attention_backend_is_reported(name):
+    q = torch.randn(1, 64, 4, 32)
+    backends = {"flash": SDPBackend.FLASH_ATTENTION, "math": SDPBackend.MATH}
+    with sdpa_kernel(backends[name]):
+        assert kernels.attention_backend(q, q, q) == name
 
 
 def test_zero_padding_takes_part_in_the_softmax():

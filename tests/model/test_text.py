@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from cosmos_cli.errors import ExitCode, UserError
+from cosmos_cli.layout import EMBEDDED_DIR
 from cosmos_cli.model import text
-from cosmos_cli.model.spec import TextSpec
+from cosmos_cli.model.spec import TINY, TextSpec
 
 SPEC = TextSpec("test", channels=8, tokens=16)
 
@@ -70,3 +71,39 @@ def test_padding_is_zero_behind_the_real_tokens():
     assert padded.shape == (16, 8)
     assert padded[:5].eq(1).all()
     assert padded[5:].eq(0).all()
+
+
+@pytest.fixture(scope="module")
+def encoder():
+    return text.TextEncoder(EMBEDDED_DIR / "t5", TINY.text, "cpu", torch.float32)
+
+
+def captions(count):
+    """Distinct captions from one word to more than fit."""
+    return [f"take {i} " + "a red square moves left " * (i * i % 131) for i in range(count)]
+
+
+def test_batches_hold_each_caption_once_and_no_more_tokens_than_allowed(encoder, monkeypatch):
+    monkeypatch.setattr(text, "BATCH_TOKENS", 2048)
+    given = captions(60)
+    batches = encoder.batches(given)
+    assert sorted(caption for batch in batches for caption in batch) == sorted(given)
+    ids = [
+        encoder.tokenizer(b, truncation=True, max_length=encoder.spec.tokens).input_ids
+        for b in batches
+    ]
+    longest = [max(map(len, batch)) for batch in ids]
+    assert all(n * len(batch) <= 2048 for n, batch in zip(longest, ids, strict=True))
+    assert longest == sorted(longest, reverse=True) and longest[0] == encoder.spec.tokens
+    # Few tokens are there only to fill up: that is what sorting by length is for.
+    real = sum(len(row) for batch in ids for row in batch)
+    assert real > 0.7 * sum(n * len(batch) for n, batch in zip(longest, ids, strict=True))
+    assert encoder.batches(given[::-1]) == batches
+
+
+def test_a_batch_gives_what_each_caption_gives_alone(encoder):
+    given = captions(12)
+    for caption, embedding in zip(given, encoder.encode(given), strict=True):
+        (alone,) = encoder.encode([caption])
+        assert embedding.shape == alone.shape
+        torch.testing.assert_close(embedding, alone, rtol=2**-9, atol=2**-12)

@@ -1,0 +1,70 @@
+"""`cosmos evaluate`: how good a model is, before and after post-training."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cosmos_cli import console, layout
+from cosmos_cli.commands import options
+from cosmos_cli.commands.generate import choose_model, read_weights
+from cosmos_cli.console import Result
+
+EMBEDDED_PROMPTS = 24
+
+
+def evaluate(
+    recipe: options.RecipeArgument = "tiny",
+    model: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="base, promoted, or a folder or file of weights; may be given repeatedly. "
+            "Default: base, and promoted where there is one."
+        ),
+    ] = None,
+    prompts: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="Videos that each model makes: of the drawn world for the tiny model "
+            f"(default {EMBEDDED_PROMPTS}), of the dataset's captions for others (default 0).",
+        ),
+    ] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The HTML page.")] = Path(
+        "outputs/evaluation.html"
+    ),
+    set_: options.SetOption = None,
+    print_recipe: options.PrintRecipeOption = False,
+    json_: options.JsonOption = False,
+) -> None:
+    """Measure models: what their videos show, and their error on held-out clips.
+
+    Example: cosmos evaluate tiny --prompts 200
+    """
+    r = options.open_recipe(recipe, set_, print_recipe, json_).recipe
+    promoted = layout.promoted_dir(r.spec, r.checkpoints_dir) / layout.MANIFEST_FILE
+    names = model or (["base", "promoted"] if promoted.is_file() else ["base"])
+    weights = {
+        Path(name).name: read_weights(r, choose_model(recipe, name, set_ or [])[1])
+        for name in names
+    }
+    count = prompts if prompts is not None else EMBEDDED_PROMPTS if r.spec.embedded else 0
+    layout.require_writable(output.absolute().parent)
+
+    from cosmos_cli.model import evaluate as measure
+    from cosmos_cli.model.device import best_device
+
+    figures, samples = measure.evaluate(r, weights, count, best_device())
+    written = measure.write_page(output.absolute(), r, figures, samples)
+    console.emit(
+        Result(
+            console.table(measure.rows(figures), ("", "chance", *weights)),
+            written,
+            figures,
+            f"xdg-open {shlex.quote(str(output))}",
+        ),
+        as_json=json_,
+    )

@@ -1,0 +1,77 @@
+"""Two videos of one prompt and seed beside each other: one labelled mp4 and one HTML page."""
+
+from __future__ import annotations
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from cosmos_cli import layout, report
+from cosmos_cli.jobs import Job
+from cosmos_cli.model import video
+
+LABEL_SHARE = 0.08
+
+
+def compare(base: Job, tuned: Job, joined: Job) -> None:
+    """Writes the mp4, its sidecar and contact sheet, and a page with all three videos.
+
+    Raises:
+        UserError: a file cannot be written.
+    """
+    sides = {"base": base, "post-trained": tuned}
+    halves = [torch.cat([_label(name, job), _frames(job)], dim=2) for name, job in sides.items()]
+    pixels = torch.cat(halves, dim=3)
+    sidecar, words, sheet, mp4 = joined.files
+    about = {
+        "prompt": joined.prompt,
+        "seed": joined.r.sampling_seed,
+        "key": joined.key,
+        "compared": {name: layout.read_json(job.files[0]) for name, job in sides.items()},
+    }
+    with layout.atomic_file(mp4) as temporary:
+        video.write_mp4(temporary, pixels, joined.r.fps, joined.r.video_crf)
+        layout.write_json(sidecar, {**about, "mp4_sha256": layout.sha256_file(temporary)})
+        layout.write_text(words, joined.prompt + "\n")
+        with layout.atomic_file(sheet) as picture:
+            video.contact_sheet(pixels, columns=2, rows=4, width=640).save(picture, quality=90)
+        layout.write_text(mp4.with_suffix(".html"), _page(sides, joined))
+
+
+def _page(sides: dict[str, Job], joined: Job) -> str:
+    facts = [
+        (name, job.weights.path, job.weights.identity, job.path.name) for name, job in sides.items()
+    ]
+    r = joined.r
+    note = (
+        f"Seed {r.sampling_seed}, {r.num_steps} steps, guidance {r.guidance:g}, {r.num_frames} "
+        f"frames of {r.width}x{r.height} at {r.fps:g} fps. Only the weights differ."
+    )
+    return report.page(
+        joined.prompt,
+        [
+            ("Side by side", report.row(*(report.media(j.path, n) for n, j in sides.items()))),
+            ("Weights", report.table(facts, ("", "file", "sha256", "video"))),
+        ],
+        note,
+    )
+
+
+def _frames(job: Job) -> Tensor:
+    """The frames as they were written, uint8 CTHW."""
+    return video.read_frames(job.path, range(job.r.num_frames))
+
+
+def _label(name: str, job: Job) -> Tensor:
+    """A strip to stand above every frame, uint8 CTHW, with what made them."""
+    r = job.r
+    height = max(16, round(r.height * LABEL_SHARE / 2) * 2)
+    strip = Image.new("RGB", (r.width, height), "black")
+    words = f"{name} {job.weights.identity[:8]}"
+    ImageDraw.Draw(strip).text(
+        (height // 4, height // 2), words, "white", ImageFont.load_default(height * 0.6), "lm"
+    )
+    pixels = torch.frombuffer(bytearray(strip.tobytes()), dtype=torch.uint8)
+    return (
+        pixels.view(height, r.width, 3).permute(2, 0, 1)[:, None].expand(-1, r.num_frames, -1, -1)
+    )

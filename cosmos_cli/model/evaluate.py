@@ -1,0 +1,324 @@
+"""How good a model is, measured without a second model.
+
+In the drawn world of the tiny model, colour, shape and motion are read from the pixels of generated
+videos. On a prepared dataset it is the EDM error of held-out clips, and how far generated videos
+are from the training clip nearest to each.
+
+Dimension letters: C channels, T frames, H height, W width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cosmos_cli import console, history, layout, report
+from cosmos_cli.errors import ExitCode, UserError
+from cosmos_cli.jobs import Job, Weights
+from cosmos_cli.keys import Recipe
+from cosmos_cli.model import edm, generate, prep, video, world
+from cosmos_cli.model.data import Clips
+from cosmos_cli.model.heldout import HeldOut
+from cosmos_cli.model.world import Reading, Scene
+
+CHANCE = {
+    "colour": 1 / len(world.COLOURS),
+    "shape": 1 / len(world.SHAPES),
+    "motion": 1 / len(world.MOTIONS),
+    "concept": 0.0,
+    "consistency": 0.0,
+}
+# The mascot's antenna and stripe count as there when half of what is drawn is seen.
+CONCEPT_SEEN = 0.5
+# The fastest thing of the drawn world moves 0.05 picture heights a frame.
+LARGEST_MOVE = 0.1
+# Not the scenes of the dataset that teaches the mascot.
+CONCEPT_SEED = 1000
+RECONSTRUCTED = 16
+MOSAIC_COLUMNS, MOSAIC_ROWS = 4, 6
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A prompt and the seed to make it from; in the drawn world also the scene it describes."""
+
+    prompt: str
+    seed: int
+    scene: Scene | None = None
+
+    @property
+    def of_mascot(self) -> bool:
+        """Whether the concept that post-training teaches is asked for."""
+        return self.scene is not None and self.scene.thing.mascot
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A generated video: pixels uint8 (3, T, H, W) and latent (C, T, H, W)."""
+
+    trial: Trial
+    pixels: Tensor
+    latent: Tensor
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """What prep made: clips trained on, clips held out, captions."""
+
+    train: Clips
+    heldout: Clips
+    captions: tuple[str, ...]
+
+    @classmethod
+    def of(cls, r: Recipe) -> Dataset | None:
+        """The dataset of a recipe; None when prep has not run."""
+        files = layout.Dataset.at(r.dataset_dir, r.videos_dir)
+        if not files.manifest.exists():
+            return None
+        manifest = files.read_manifest()
+        train, heldout = (Clips(files.root, rows, r.spec) for rows in layout.split_clips(manifest))
+        used = (video["caption"] for video in manifest["videos"] if video["verdict"] == "used")
+        return cls(train, heldout, tuple(dict.fromkeys(used)))
+
+
+def evaluate(
+    r: Recipe, models: dict[str, Weights], prompts: int, device: str
+) -> tuple[dict[str, Any], dict[str, list[Sample]]]:
+    """The figures of some models by name, and the videos that each made.
+
+    Args:
+        r: the recipe; its dataset counts where prep has run.
+        models: the weights to measure, by name.
+        prompts: videos that each model makes, of the drawn world or of the dataset's captions.
+        device: cpu or cuda.
+
+    Raises:
+        UserError: there is nothing to measure on, or a file is missing or damaged.
+    """
+    dataset = Dataset.of(r)
+    if not r.spec.embedded and dataset is None:
+        raise UserError(
+            "there is no prepared dataset to measure on", code=ExitCode.ASSET,
+            where=str(Path(r.dataset_dir).absolute()), fix="run cosmos prep first",
+        )  # fmt: skip
+    figures: dict[str, Any] = {"model": r.model, "prompts": prompts, "models": {}}
+    if r.spec.embedded:
+        wanted = world_trials(prompts)
+        figures["psnr"] = reconstruction(r, RECONSTRUCTED, device)
+    else:
+        captions = dataset.captions[:prompts] if dataset else ()
+        wanted = [Trial(caption, seed) for seed, caption in enumerate(captions)]
+    samples = {}
+    for name, weights in models.items():
+        console.say(f"measuring {name}: {weights.path}")
+        about: dict[str, Any] = {"weights": weights.identity}
+        if dataset:
+            clips = dataset.heldout if len(dataset.heldout) else dataset.train
+            figures["clips"] = "held-out" if len(dataset.heldout) else "training"
+            about["edm"] = clip_errors(r, weights, clips, device)
+        if wanted:
+            samples[name] = draw(r, weights, wanted, device)
+            if r.spec.embedded:
+                about["scores"] = scores(samples[name])
+            if dataset and (distances := nearest_clips(samples[name], dataset.train)):
+                about["nearest_clip"], figures["clips_apart"] = distances
+        figures["models"][name] = about
+    return figures, samples
+
+
+# --- the drawn world ------------------------------------------------------------------------------
+
+
+def world_trials(count: int) -> list[Trial]:
+    """Prompts for combinations that training never shows, and a quarter as many for the mascot."""
+    heldout = [world.sample_scene(seed, "heldout") for seed in range(count)]
+    mascots = world.concept_scenes(-(-count // 4), CONCEPT_SEED)
+    return [
+        *(Trial(world.caption(scene, seed), seed, scene) for seed, scene in enumerate(heldout)),
+        *(Trial(words, CONCEPT_SEED + i, scene) for i, (scene, words) in enumerate(mascots)),
+    ]
+
+
+@torch.inference_mode()
+def draw(r: Recipe, weights: Weights, wanted: Sequence[Trial], device: str) -> list[Sample]:
+    """A video of each trial with one model.
+
+    Raises:
+        UserError: the weights are missing or damaged, or a prompt is blocked.
+    """
+    jobs = [
+        Job(t.prompt, r.model_copy(update={"sampling_seed": t.seed}), weights, Path())
+        for t in wanted
+    ]
+    prepared = generate.TextModels(r, device, in_turn=True).prepare(jobs)
+    dtype = generate.number_format(device)
+    net = generate.load_denoiser(r, weights.path, device, dtype, weights.loras)
+    tokenizer = prep.load_tokenizer(r, device, dtype)
+    samples: list[Sample] = []
+    at_once = (16 if device == "cpu" else 64) if r.spec.embedded else 1
+    for first in range(0, len(wanted), at_once):
+        trials = wanted[first : first + at_once]
+        text_embs = []
+        for job in jobs[first : first + at_once]:
+            text_emb = prepared[job]
+            if isinstance(text_emb, UserError):
+                raise text_emb
+            text_embs.append(text_emb)
+        label = f"videos {first + 1}-{first + len(trials)} of {len(wanted)}"
+        x0 = generate.sample(r, net, text_embs, [trial.seed for trial in trials], label)
+        for trial, latent in zip(trials, x0, strict=True):
+            pixels = video.to_uint8(tokenizer.decode(latent[None].to(dtype))[0]).cpu()
+            samples.append(Sample(trial, pixels, latent.cpu()))
+    return samples
+
+
+def scores(samples: Sequence[Sample]) -> dict[str, float]:
+    """What share of the videos of the drawn world shows what was asked for, and how steadily.
+
+    Colour, shape and motion are of the prompts without the mascot; `concept` is the share of the
+    others whose robot has the mascot's own antenna and stripe.
+    """
+    read = [(sample.trial, world.measure(sample.pixels)) for sample in samples]
+    right = [
+        world.score(trial.scene, reading)
+        for trial, reading in read
+        if trial.scene and not trial.of_mascot
+    ]
+    return {
+        **{name: fmean(found[name] for found in right) for name in ("colour", "shape", "motion")},
+        "concept": fmean(found.concept >= CONCEPT_SEEN for trial, found in read if trial.of_mascot),
+        "consistency": fmean(consistency(reading) for _, reading in read),
+    }
+
+
+def consistency(reading: Reading) -> float:
+    """The share of pairs of successive frames that show one thing, moved by a small step."""
+    steps = reading.track[:, :2].diff(dim=0).norm(dim=1)
+    # A step from or to a frame that shows nothing is nan, and so not small.
+    return float((steps < LARGEST_MOVE).float().mean())
+
+
+@torch.inference_mode()
+def reconstruction(r: Recipe, count: int, device: str) -> float:
+    """Mean PSNR in dB of held-out drawn clips that went through the tokenizer."""
+    dtype = generate.number_format(device)
+    tokenizer = prep.load_tokenizer(r, device, dtype)
+    found = []
+    for seed in range(count):
+        scene = world.sample_scene(seed, "heldout")
+        clip = video.to_model(world.render(scene, r.num_frames, r.height, r.width, r.fps))
+        x = clip[None].to(device, dtype)
+        back = tokenizer.decode(tokenizer.encode(x)).clamp(-1, 1)
+        found.append(float(-10 * torch.log10((back - x).float().square().mean() / 4)))
+    return fmean(found)
+
+
+# --- prepared datasets ----------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def clip_errors(r: Recipe, weights: Weights, clips: Clips, device: str) -> dict[float, float]:
+    """The mean EDM error of clips at each of `edm.FIXED_SIGMAS`, with fixed noise."""
+    dtype = generate.number_format(device)
+    net = generate.load_denoiser(r, weights.path, device, dtype, weights.loras)
+    loss_of = edm.EDMLoss(net, r.spec).to(device)
+    measured = HeldOut(clips, r.validate_clips)
+    errors: dict[float, list[float]] = {sigma: [] for sigma in edm.FIXED_SIGMAS}
+    with console.progress("clips", len(measured.samples), "samples") as bar:
+        for i, (_, level) in enumerate(measured.samples):
+            _, edm_B = loss_of(*measured.batch(i).to(torch.device(device)))
+            errors[edm.FIXED_SIGMAS[level]] += edm_B.tolist()
+            bar.advance()
+    return {sigma: fmean(found) for sigma, found in errors.items()}
+
+
+def nearest_clips(samples: Sequence[Sample], clips: Clips) -> tuple[float, float] | None:
+    """The least distance of a video to a training clip, and the usual one between such clips.
+
+    Distances are root mean squares between latents; None where their sizes differ. A video much
+    nearer to a clip than clips are to one another is a copy of what was learned by heart.
+    """
+    latents = [clips.read(i)[0] for i in range(len(clips))]
+    size = samples[0].latent.shape
+    if len(latents) < 2 or any(latent.shape != size for latent in latents):
+        return None
+    known = torch.stack(latents).flatten(1)
+    made = torch.stack([sample.latent for sample in samples]).flatten(1)
+    scale = known.shape[1] ** 0.5
+    apart = torch.cdist(known, known).fill_diagonal_(torch.inf).amin(1) / scale
+    return float(torch.cdist(made, known).min()) / scale, median(apart.tolist())
+
+
+# --- for people -----------------------------------------------------------------------------------
+
+
+def rows(figures: dict[str, Any]) -> list[tuple[str, ...]]:
+    """The figures as a table: a name, what chance gives, and the value of each model."""
+    models = figures["models"].values()
+    found: list[tuple[str, ...]] = []
+    if all("scores" in about for about in models):
+        found += [
+            (name, f"{chance:.0%}", *(f"{about['scores'][name]:.1%}" for about in models))
+            for name, chance in CHANCE.items()
+        ]
+    if "psnr" in figures:
+        found.append(("reconstruction", "", *[f"{figures['psnr']:.1f} dB"] * len(models)))
+    if all("edm" in about for about in models):
+        found += [
+            (f"EDM error, sigma {s:.2g}", "", *(f"{about['edm'][s]:.4f}" for about in models))
+            for s in edm.FIXED_SIGMAS
+        ]
+    if all("nearest_clip" in about for about in models):
+        apart = f"{figures['clips_apart']:.3f} between clips"
+        found.append(
+            ("nearest training clip", apart, *(f"{about['nearest_clip']:.3f}" for about in models))
+        )
+    return found
+
+
+def write_page(
+    path: Path, r: Recipe, figures: dict[str, Any], samples: dict[str, list[Sample]]
+) -> list[Path]:
+    """Writes one self-contained page, and beside it the videos it shows; the paths of all."""
+    sections = [("Figures", report.table(rows(figures), ("", "chance", *figures["models"])))]
+    written = [path]
+    for heading, mascot in (("The new concept", True), ("Other prompts", False)):
+        shown = {
+            name: [s for s in found if s.trial.of_mascot == mascot][: MOSAIC_COLUMNS * MOSAIC_ROWS]
+            for name, found in samples.items()
+        }
+        if not any(shown.values()):
+            continue
+        parts = []
+        for name, found in shown.items():
+            mosaic = path.with_name(f"{path.stem}_{name}_{'concept' if mascot else 'others'}.mp4")
+            write_mosaic(mosaic, found, r)
+            written.append(mosaic)
+            parts.append(report.media(mosaic, name))
+        prompts = ((s.trial.prompt,) for s in next(iter(shown.values())))
+        sections.append((heading, report.row(*parts) + report.table(prompts, ("row by row",))))
+    run = layout.Run(r.run_dir.absolute())
+    if run.metrics.exists():
+        sections += history.sections(run)
+    hashes = ((name, about["weights"]) for name, about in figures["models"].items())
+    sections.append(("Weights", report.table(hashes, ("", "sha256"))))
+    layout.write_text(path, report.page(f"Evaluation of {r.model}", sections))
+    return written
+
+
+def write_mosaic(path: Path, samples: Iterable[Sample], r: Recipe) -> None:
+    """Writes the videos in rows of one mp4."""
+    pixels = [sample.pixels for sample in samples]
+    pixels += [torch.zeros_like(pixels[0])] * (-len(pixels) % MOSAIC_COLUMNS)
+    strips = [
+        torch.cat(pixels[first : first + MOSAIC_COLUMNS], dim=3)
+        for first in range(0, len(pixels), MOSAIC_COLUMNS)
+    ]
+    with layout.atomic_file(path) as temporary:
+        video.write_mp4(temporary, torch.cat(strips, dim=2), r.fps, r.video_crf)

@@ -1,0 +1,77 @@
+"""The EDM error of clips that training never sees, at fixed noise levels with fixed noise."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from cosmos_cli.errors import ExitCode, UserError
+from cosmos_cli.model import edm
+from cosmos_cli.model.data import Batch, Clips
+
+
+class HeldOut:
+    """Some held-out clips, each at every one of `edm.FIXED_SIGMAS`.
+
+    Nothing about a sample depends on the step, the seed or the number of processes, so that all
+    measurements of one model compare, within a run and between runs.
+    """
+
+    def __init__(self, clips: Clips, most: int) -> None:
+        """At most `most` of the clips, evenly spread over them."""
+        self.clips = clips
+        count = min(most, len(clips))
+        chosen = [i * len(clips) // count for i in range(count)]
+        self.samples = [(clip, level) for clip in chosen for level in range(len(edm.FIXED_SIGMAS))]
+
+    def batch(self, sample: int) -> Batch:
+        """One clip at one noise level, with its text."""
+        clip, level = self.samples[sample]
+        x0, text_emb, fps = self.clips.read(clip)
+        name = self.clips.clips[clip]["latent"]
+        noise = torch.randn(x0.shape, generator=edm.keyed_generator((name, level)))
+        return Batch(
+            x0[None],
+            torch.tensor([edm.FIXED_SIGMAS[level]]),
+            noise[None],
+            text_emb[None],
+            torch.tensor([fps]),
+            (name,),
+        )
+
+    @torch.no_grad()
+    def measure(self, engine: Any, device: torch.device) -> dict[str, float]:
+        """The mean EDM error and that of each noise level; every rank must call it.
+
+        ZeRO-3 gathers weights in every forward pass, so that all ranks make as many: those without
+        a sample left repeat the last one and do not count it.
+        """
+        rank, world, levels = dist.get_rank(), dist.get_world_size(), len(edm.FIXED_SIGMAS)
+        sums = torch.zeros(levels, dtype=torch.float64, device=device)
+        culprits = []
+        engine.eval()
+        for first in range(0, len(self.samples), world):
+            sample = min(first + rank, len(self.samples) - 1)
+            batch = self.batch(sample)
+            _, edm_B = engine(*batch.to(device))
+            if first + rank == sample:
+                sums[self.samples[sample][1]] += edm_B.double().sum()
+                if not math.isfinite(edm_B.item()):
+                    culprits.append(f"{batch.names[0]} (sigma {batch.sigma_B.item():.4g})")
+        engine.train()
+        dist.all_reduce(sums)
+        errors = (sums / (len(self.samples) // levels)).tolist()
+        if not all(map(math.isfinite, errors)):
+            gathered: list[Any] = [None] * world
+            dist.all_gather_object(gathered, culprits)
+            raise UserError(
+                f"the error is not finite: {', '.join(name for part in gathered for name in part)}",
+                code=ExitCode.TRAINING,
+                where="held-out clips",
+                fix="look at these clips, or lower learning_rate; the last save is untouched",
+            )
+        names = [f"heldout_sigma_{sigma:.2g}" for sigma in edm.FIXED_SIGMAS]
+        return {"heldout": sum(errors) / levels, **dict(zip(names, errors, strict=True))}

@@ -1,0 +1,280 @@
+"""Memory, time and disk of a run before it starts, from the shapes of the model. No torch.
+
+Memory is what PyTorch calls allocated, at its peak, per GPU. Times are predictions: arithmetic over
+the rates that kernels of this model's shapes reach on a GPU, and the element-wise work of plain
+PyTorch. Bytes are decimal, a multiply-add counts as two operations.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from cosmos_cli import console
+from cosmos_cli.errors import ExitCode, UserError
+
+if TYPE_CHECKING:
+    from cosmos_cli.keys import Recipe
+
+# Of a GPU's memory, what PyTorch's allocator can hand out before fragments and CUDA's own share
+# leave nothing.
+USABLE = 0.92
+# Rates as shares of the peak, measured on one H100 with cuDNN attention at 56,320 tokens: linear
+# layers 720, attention forward 630 and backward 550 of 989 TFLOP/s.
+LINEAR, ATTENTION, ATTENTION_BACKWARD = 0.73, 0.64, 0.56
+# Passes of one bf16 activation through memory in a forward pass of a block, element-wise kernels
+# alone: 1,920 GB for the 28 blocks at 56,320 tokens, measured by counting.
+ELEMENTWISE_PASSES = 149
+# What a block holds at most while its backward runs, and what it keeps without checkpointing, in
+# units of one bf16 activation (tokens x width).
+BLOCK_WORK, BLOCK_KEPT = 24, 34
+# DeepSpeed's defaults: the bucket in which gradients are reduced, and the group of weights whose
+# fp32 gradients exist at one time during an optimizer step.
+REDUCE_BUCKET, STEP_GROUP = 5e8, 1e9
+KNOBS = (
+    {"zero_stage": 3},
+    {"activation_checkpointing": "attention"},
+    {"activation_checkpointing": "all"},
+    {"micro_batch_size": 1},
+    {"lora_rank": 16},
+)
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A kind of GPU: memory in GB, dense bf16 peak in TFLOP/s, memory and link rates in GB/s."""
+
+    name: str
+    memory_gb: float
+    tflops: float
+    memory_rate: float
+    link_rate: float
+
+
+# Source: the vendor's data sheets; link rates as NCCL reaches them, over NVLink or PCIe.
+GPUS = (
+    Gpu("H100-80GB", 85.0, 989, 3000, 370),
+    Gpu("H200", 150.0, 989, 4300, 370),
+    Gpu("H100-NVL", 100.0, 835, 3500, 240),
+    Gpu("H100-PCIe", 85.0, 756, 1900, 22),
+    Gpu("H800", 85.0, 989, 3000, 160),
+    Gpu("B200", 191.0, 2250, 7000, 740),
+    Gpu("A100-80GB", 85.0, 312, 1800, 230),
+    Gpu("A100-40GB", 42.4, 312, 1400, 230),
+    Gpu("L40S", 47.7, 362, 800, 20),
+    Gpu("A6000", 50.9, 155, 700, 20),
+    Gpu("RTX-4090", 25.4, 165, 940, 20),
+    Gpu("RTX-5090", 34.2, 210, 1650, 40),
+)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will need; times are None where the machine has no GPU that is known."""
+
+    memory_gb: dict[str, float]
+    total_gb: float
+    available_gb: float | None
+    step_seconds: float | None
+    run_hours: float | None
+    disk_gb: dict[str, float]
+
+    @property
+    def fits(self) -> bool:
+        """Whether the memory is enough, as far as that is known."""
+        return self.available_gb is None or self.total_gb <= self.available_gb
+
+
+def parse_gpus(text: str) -> tuple[int, Gpu]:
+    """The number and kind of "8xH100-80GB", or of "2xNVIDIA H200" as a driver calls it.
+
+    Raises:
+        UserError: not of that form, or a GPU that is not known.
+    """
+    count, _, name = text.partition("x")
+    gpu = find_gpu(name)
+    if not count.isdecimal() or int(count) < 1 or gpu is None:
+        raise UserError(
+            f"{text!r} is no number of known GPUs", code=ExitCode.USAGE, where="--gpus",
+            fix=f"for instance 8xH100-80GB; known are {', '.join(gpu.name for gpu in GPUS)}",
+        )  # fmt: skip
+    return int(count), gpu
+
+
+def find_gpu(name: str) -> Gpu | None:
+    """The known GPU whose words are all in a name such as "NVIDIA H100 80GB HBM3"."""
+    words = set(name.upper().replace("-", " ").split())
+    found = (gpu for gpu in GPUS if set(gpu.name.upper().split("-")) <= words)
+    return max(found, key=lambda gpu: len(gpu.name), default=None)
+
+
+def plan(r: Recipe, ranks: int, gpu: Gpu | None) -> Plan:
+    """What a run of the recipe on `ranks` GPUs needs of each, and for how long."""
+    memory = {part: size / 1e9 for part, size in _memory(r, ranks).items()}
+    seconds = None if gpu is None else step_seconds(r, ranks, gpu)
+    disk = {part: size / 1e9 for part, size in disk_bytes(r, 0).items()}
+    return Plan(
+        memory_gb=memory,
+        total_gb=sum(memory.values()),
+        available_gb=None if gpu is None else gpu.memory_gb * USABLE,
+        step_seconds=seconds,
+        run_hours=None if seconds is None else seconds * r.max_steps / 3600,
+        disk_gb=disk,
+    )
+
+
+def remedies(r: Recipe, ranks: int, gpu: Gpu) -> Iterator[tuple[str, float]]:
+    """Changes in the order in which to try them, each on top of those before, and their totals."""
+    changes: dict[str, Any] = {}
+    for change in KNOBS:
+        key, value = next(iter(change.items()))
+        milder = key == "activation_checkpointing" and r.activation_checkpointing == "all"
+        if getattr(r, key) == value or milder or (key == "lora_rank" and r.lora_rank):
+            continue
+        changes |= change
+        r = r.model_copy(update=change)
+        found = plan(r, ranks, gpu)
+        yield ", ".join(f"{key}: {value}" for key, value in changes.items()), found.total_gb
+        if found.fits:
+            return
+
+
+# --- memory ---------------------------------------------------------------------------------------
+
+
+def _memory(r: Recipe, ranks: int) -> dict[str, float]:
+    """Bytes at the peak, by part."""
+    whole, trained, stage = r.spec.dit.parameters, r.trained_parameters, r.zero_stage
+    number = 2 if r.precision == "bf16" else 4
+    frozen = whole if r.lora_rank else 0
+    held = (whole if not r.lora_rank else frozen + trained) * number
+    # fp32 masters beside weights of 16 bits, and two moments.
+    optimizer = trained * (12 if number == 2 else 8)
+    gradients = trained * number
+    activation = _activation(r)
+    blocks = r.spec.dit.blocks
+    kept = blocks * {"none": BLOCK_KEPT, "attention": 2, "all": 1}[r.activation_checkpointing]
+    buffers = min(REDUCE_BUCKET, trained) * number + min(STEP_GROUP, trained / ranks) * 4
+    if stage == 3:
+        # The block at work, the next one and a share of a third.
+        buffers += 3 * whole / blocks * number
+    return {
+        "weights": held / (ranks if stage == 3 else 1),
+        "optimizer": optimizer / (ranks if stage >= 1 else 1),
+        "gradients": gradients / (ranks if stage >= 2 else 1),
+        "EMA": trained * 4 / (ranks if stage >= 1 else 1),
+        "activations": activation * (kept + BLOCK_WORK),
+        "buffers": buffers,
+    }
+
+
+def _activation(r: Recipe) -> float:
+    """Bytes of one activation of a micro batch, tokens x width."""
+    tokens = r.spec.tokens(r.num_frames, r.height, r.width) * r.micro_batch_size
+    return tokens * r.spec.dit.width * (2 if r.precision == "bf16" else 4)
+
+
+# --- time -----------------------------------------------------------------------------------------
+
+
+def forward_flops(r: Recipe) -> tuple[float, float]:
+    """Operations of one clip's forward pass: in linear layers, in attention."""
+    dit, text = r.spec.dit, r.spec.text.tokens
+    tokens, d = r.spec.tokens(r.num_frames, r.height, r.width), dit.width
+    per_token = 2 * (4 + 2 + 2 * dit.mlp_ratio) * d * d
+    linear = dit.blocks * (tokens * per_token + 4 * text * d * dit.text_channels)
+    attention = dit.blocks * 4 * tokens * (tokens + text) * d
+    return float(linear), float(attention)
+
+
+def model_tflop(r: Recipe) -> float:
+    """What a training step has to compute at least: a forward pass and twice that backward."""
+    return 3 * sum(forward_flops(r)) * r.global_batch_size / 1e12
+
+
+def step_seconds(r: Recipe, ranks: int, gpu: Gpu) -> float:
+    """Seconds of an optimizer step; ZeRO-3's traffic is hidden behind the arithmetic if it can."""
+    linear, attention = forward_flops(r)
+    again = r.activation_checkpointing != "none"
+    # Gradients of the inputs and of the weights; a LoRA has none of the latter.
+    linear_passes = (3 if not r.lora_rank else 2) + again
+    peak = gpu.tflops * 1e12
+    arithmetic = linear * linear_passes / (LINEAR * peak)
+    arithmetic += attention * (1 + (r.activation_checkpointing == "all")) / (ATTENTION * peak)
+    arithmetic += attention * 2.5 / (ATTENTION_BACKWARD * peak)
+    passes = r.spec.dit.blocks * ELEMENTWISE_PASSES * (3 + again)
+    arithmetic += passes * _activation(r) / r.micro_batch_size / (gpu.memory_rate * 1e9)
+    traffic = 0.0
+    if ranks > 1:
+        gathers = 3 if r.zero_stage == 3 else 2
+        traffic = gathers * 2 * r.spec.dit.parameters * (ranks - 1) / ranks / (gpu.link_rate * 1e9)
+    micro_steps = math.ceil(r.global_batch_size / (ranks * r.micro_batch_size))
+    return micro_steps * max(arithmetic * r.micro_batch_size, traffic)
+
+
+# --- disk -----------------------------------------------------------------------------------------
+
+
+def disk_bytes(r: Recipe, start: int) -> dict[str, float]:
+    """Bytes of a save's model files and resume state, and of all that a run from `start` leaves."""
+    saves = max(-(-(r.max_steps - start) // r.save_every_steps), 1)
+    # Two model files, in the recipe's precision and in fp32; fp32 masters and two moments.
+    files = r.trained_parameters * ((2 if r.precision == "bf16" else 4) + 4)
+    state = r.trained_parameters * 12
+    # The new state is complete before the oldest one goes.
+    whole = saves * files + min(saves, r.keep_last + 1) * state
+    return {"model files of a save": files, "a resume state": state, "whole run": whole}
+
+
+# --- words ----------------------------------------------------------------------------------------
+
+
+def describe(r: Recipe, ranks: int, gpu: Gpu | None) -> str:
+    """The plan for a person."""
+    found = plan(r, ranks, gpu)
+    rows = [(part, f"{size:.1f} GB") for part, size in found.memory_gb.items()]
+    if gpu is None:
+        rows.append(("total", f"{found.total_gb:.1f} GB"))
+    else:
+        verdict = "fits" if found.fits else "does not fit"
+        usable = f"{found.available_gb:.0f} GB that PyTorch can use"
+        rows.append(("total", f"{found.total_gb:.1f} GB of {usable}: {verdict}"))
+    rows += [(part, f"{size:.1f} GB on disk") for part, size in found.disk_gb.items()]
+    if gpu is None or found.step_seconds is None:
+        rows.append(("time", "not predicted without a known GPU"))
+    else:
+        share = model_tflop(r) / (found.step_seconds * ranks * gpu.tflops)
+        rows.append(("step", f"{found.step_seconds:.1f} s predicted, {share:.0%} MFU"))
+        rows.append(("run", f"{found.run_hours:.1f} h for {r.max_steps} steps"))
+    name = f"{ranks} x {gpu.name}" if gpu else f"{ranks} process(es) without a known GPU"
+    lines = [console.table(rows, (name, ""))]
+    if gpu and not found.fits:
+        tried = list(remedies(r, ranks, gpu))
+        lines += [f"with {words}: {total:.1f} GB" for words, total in tried]
+    return "\n".join(lines)
+
+
+def check_memory(r: Recipe, ranks: int, gpu: Gpu | None) -> dict[str, Any]:
+    """The plan as figures.
+
+    Raises:
+        UserError: the memory is not enough; the line says what would make it so, the plan stands
+            above it.
+    """
+    found = plan(r, ranks, gpu)
+    figures = {"processes": ranks, "gpu": gpu and gpu.name, "fits": found.fits, **asdict(found)}
+    if gpu and not found.fits:
+        console.say(describe(r, ranks, gpu))
+        tried = list(remedies(r, ranks, gpu))
+        enough = bool(tried) and tried[-1][1] <= gpu.memory_gb * USABLE
+        fix = f"set {tried[-1][0]}" if enough else "use more or larger GPUs"
+        error = UserError(
+            f"needs {found.total_gb:.0f} GB on each of {ranks} x {gpu.name}, "
+            f"{found.available_gb:.0f} can be used",
+            code=ExitCode.GPU_MEMORY, where=r.name, fix=fix,
+        )  # fmt: skip
+        error.figures = figures
+        raise error
+    return figures

@@ -1,0 +1,68 @@
+"""One of several processes that make videos: its share of the jobs, or its half of guidance."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from types import FrameType
+
+import torch.distributed as dist
+
+from cosmos_cli import console, jobs, layout
+from cosmos_cli.errors import ExitCode, Interrupted, UserError
+from cosmos_cli.model.device import best_device, gpu_memory_errors
+from cosmos_cli.model.generate import Pair, generate
+
+# A line below the 4,096 bytes that a pipe takes at once is not torn by another process's.
+MAX_CHARACTERS = 500
+
+
+def main(listed: str) -> int:
+    """Makes this rank's part of the jobs in a file, a line of JSON on stdout for each."""
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    if rank:
+        console.mute()
+    todo = [jobs.from_json(entry) for entry in layout.read_json(Path(listed))]
+    device = best_device()
+    pair, teams = None, world
+    if world == 2 * len(todo):
+        dist.init_process_group("gloo" if device == "cpu" else "nccl")
+        pair, teams = _pair(rank, world), len(todo)
+    try:
+        with gpu_memory_errors("set a smaller height, width or num_frames"):
+            for job, error in generate(todo[rank * teams // world :: teams], device, pair):
+                if pair is None or pair.index == 0:
+                    _report(todo.index(job), error)
+    except UserError as error:
+        _report(None, error)
+    except Interrupted as end:
+        return int(end.code)
+    finally:
+        if pair:
+            dist.destroy_process_group()
+    return 0
+
+
+def _pair(rank: int, world: int) -> Pair:
+    """The pair of this rank; every rank takes part in making every group."""
+    groups = [dist.new_group([first, first + 1]) for first in range(0, world, 2)]
+    return Pair(rank % 2, groups[rank // 2])
+
+
+def _report(number: int | None, error: UserError | None) -> None:
+    line = {"job": number}
+    if error:
+        line |= {"error": str(error)[:MAX_CHARACTERS], "code": int(error.code)}
+    os.write(1, (json.dumps(line) + "\n").encode())
+
+
+def _interrupt(_number: int, _frame: FrameType | None) -> None:
+    raise Interrupted(ExitCode.SIGTERM)
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, _interrupt)
+    sys.exit(main(sys.argv[1]))

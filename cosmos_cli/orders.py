@@ -1,0 +1,107 @@
+"""From orders to outcomes: phase by phase, over processes, from a stream, beside each other."""
+
+from __future__ import annotations
+
+import io
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import product
+
+from cosmos_cli import console, jobs, layout, spread
+from cosmos_cli.errors import ExitCode, UserError
+from cosmos_cli.jobs import Job, Order, Outcome, Weights, Wish
+
+
+def base_order(order: Order, base: Weights) -> Order:
+    """The same order to the base model.
+
+    Raises:
+        UserError: there is nothing to compare it with.
+    """
+    if base.identity == order.weights.identity:
+        raise UserError(
+            "there is only the base model", code=ExitCode.USAGE, where="--compare",
+            fix="run cosmos promote first, or give --model FOLDER",
+        )  # fmt: skip
+    if order.output.suffix.lower() == ".mp4":
+        raise UserError(
+            "makes three videos of a prompt", code=ExitCode.USAGE, where="--compare",
+            fix="give a folder as --output",
+        )  # fmt: skip
+    return replace(order, weights=base)
+
+
+def batch(orders: list[Order], wishes: list[Wish], processes: int | None) -> Iterator[Outcome]:
+    """Phase by phase, what is there already and what is refused first; comparisons last."""
+    todo, done = [], []
+    for order, wish in product(orders, wishes):
+        outcome = order.place(wish)
+        if outcome.job and not outcome.done:
+            todo.append(outcome.job)
+        else:
+            done.append(outcome)
+            yield outcome
+    if todo:
+        layout.require_writable(todo[0].path.parent)
+        for job, error in _made(list(dict.fromkeys(todo)), processes):
+            if not error:
+                console.say(f"saved {job.path}")
+            done.append(Outcome(job.prompt, job, error, done=not error))
+            yield done[-1]
+    if len(orders) > 1:
+        yield from _comparisons(orders, [o.job for o in done if o.job and o.done])
+
+
+def _made(todo: list[Job], wanted: int | None) -> Iterator[tuple[Job, UserError | None]]:
+    """Each job when it is made, in this process or in several."""
+    processes = spread.processes_for(todo, wanted)
+    if processes > 1:
+        yield from spread.run(todo, processes)
+        return
+    from cosmos_cli.model.device import best_device
+    from cosmos_cli.model.generate import generate as make
+
+    yield from make(todo, best_device())
+
+
+def _comparisons(orders: list[Order], made: list[Job]) -> Iterator[Outcome]:
+    """The videos that both models made, beside each other."""
+    from cosmos_cli.model.compare import compare
+
+    base, tuned = orders
+    both = layout.sha256_text(base.weights.identity, tuned.weights.identity)
+    of_tuned = {(job.prompt, job.r): job for job in made if job.weights == tuned.weights}
+    for job in made:
+        other = of_tuned.get((job.prompt, job.r))
+        if job.weights != base.weights or other is None:
+            continue
+        joined = replace(
+            tuned,
+            r=job.r,
+            weights=Weights(tuned.weights.path, both),
+            output=tuned.output / "compare",
+        )
+        outcome = joined.place(Wish(job.prompt))
+        if outcome.job and not outcome.done:
+            compare(job, other, outcome.job)
+            outcome = replace(outcome, done=True)
+        yield outcome
+
+
+def stream(order: Order) -> Iterator[Outcome]:
+    """Each prompt of standard input as it comes, with all networks in memory."""
+    layout.require_writable(order.output.absolute())
+    from cosmos_cli.model.device import best_device
+    from cosmos_cli.model.generate import Resident
+
+    networks = Resident(order.r, order.weights, best_device())
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        # A line that is no UTF-8 is refused by itself.
+        sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
+    for wish in jobs.read_lines(sys.stdin):
+        outcome = order.place(wish)
+        if outcome.job and not outcome.done:
+            error = networks.make(outcome.job)
+            outcome = replace(outcome, error=error, done=not error)
+        yield outcome

@@ -1,0 +1,127 @@
+"""The commands that mend a machine, and how they are run or written down. No torch."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Sequence
+from pathlib import Path
+
+from cosmos_cli import console, layout
+from cosmos_cli.errors import ExitCode, UserError
+
+TORCHCODEC = "torchcodec>=0.13,<0.14"
+DEEPSPEED = "deepspeed>=0.19.8,<0.20"
+TRANSFORMER_ENGINE = "transformer-engine[pytorch,core-cu{major}]>=2.9,<3"
+# Apex has no releases; this commit builds with the torch that is pinned here.
+APEX = "git+https://github.com/NVIDIA/apex@6424da3b4faa6c8f062da4a48c424fff3f02d42d"
+# What the builds of both need and do not fetch, because they must see the installed torch.
+BUILD_TOOLS = ("setuptools", "wheel", "packaging", "ninja", "pybind11")
+
+Command = tuple[str, ...]
+
+
+def apt(package: str) -> tuple[Command, ...]:
+    """The commands that install a package of Debian or Ubuntu; none where they cannot run."""
+    root = () if os.geteuid() == 0 else ("sudo", "-n")
+    if not all(map(shutil.which, (*root[:1], "apt-get"))):
+        return ()
+    # A machine that has just booted may still be installing its own updates.
+    wait = ("-o", "DPkg::Lock::Timeout=120")
+    quiet = ("env", "DEBIAN_FRONTEND=noninteractive")
+    return (
+        (*root, "apt-get", *wait, "update"),
+        (*root, *quiet, "apt-get", *wait, "install", "-y", "--no-install-recommends", package),
+    )
+
+
+def pip(*requirements: str) -> tuple[Command, ...]:
+    """The command that installs packages into this environment."""
+    return ((sys.executable, "-m", "pip", "install", *requirements),)
+
+
+def pip_uninstall(package: str) -> tuple[Command, ...]:
+    """The command that removes a package from this environment."""
+    return ((sys.executable, "-m", "pip", "uninstall", "--yes", package),)
+
+
+def transformer_engine(cuda: str) -> tuple[Command, ...]:
+    """The commands that build Transformer Engine for torch's version of CUDA, such as 13.0.
+
+    Its bindings are C++ that includes CUDA's and cuDNN's headers; those came with torch's wheels.
+    """
+    wheels = Path(sysconfig.get_path("purelib"), "nvidia")
+    headers = ":".join(map(str, sorted(wheels.glob("*/include"))))
+    requirement = TRANSFORMER_ENGINE.format(major=cuda.partition(".")[0])
+    (build,) = pip("--no-build-isolation", requirement)
+    return (
+        *pip(*BUILD_TOOLS, "nvidia-cudnn-frontend"),
+        ("env", f"CPLUS_INCLUDE_PATH={headers}", "NVTE_FRAMEWORK=pytorch", *build),
+    )
+
+
+def apex() -> tuple[Command, ...]:
+    """The commands that build NVIDIA's Apex from its source; they need git and nvcc."""
+    (build,) = pip("--no-build-isolation", APEX)
+    return (*pip(*BUILD_TOOLS), ("env", "APEX_CPP_EXT=1", "APEX_CUDA_EXT=1", *build))
+
+
+def cache_dir() -> Path:
+    """Where the log of repairs goes."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cosmos"
+
+
+def install(commands: Sequence[Command]) -> Path:
+    """Runs the commands, each shown first; the log of what they printed.
+
+    Raises:
+        UserError: one of them failed; names the log.
+    """
+    log = cache_dir() / "setup.log"
+    console.say(f"installing what is missing; the output of the commands goes to {log}")
+    with layout.disk_errors(log):
+        log.parent.mkdir(parents=True, exist_ok=True)
+        stream = log.open("a", encoding="utf-8")
+    with stream:
+        for command in commands:
+            shown = shlex.join(command)
+            console.say(f"$ {shown}")
+            print(f"$ {shown}", file=stream, flush=True)
+            # No stdin: nobody may be there to answer.
+            done = subprocess.run(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=stream,
+                stderr=subprocess.STDOUT,
+                check=False,
+            )
+            if done.returncode:
+                raise UserError(
+                    f"`{shown}` failed with code {done.returncode}: {last_line(log.read_text())}",
+                    code=ExitCode.ENVIRONMENT,
+                    where=str(log),
+                    fix="run it by hand, then cosmos setup again",
+                )
+    return log
+
+
+def script(commands: Sequence[Command], by_hand: Sequence[str]) -> str:
+    """The commands as a shell script that stops at the first that fails.
+
+    What no command mends stands in its comments.
+    """
+    notes = [f"# by hand: {text}" for text in by_hand]
+    lines = [shlex.join(command) for command in commands]
+    return "\n".join(["#!/usr/bin/env bash", "set -euxo pipefail", *notes, *lines])
+
+
+def last_line(text: str) -> str:
+    """The line of an output that says why: of a traceback its last exception."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    exceptions = [line for line in lines if re.match(r"(E|[\w.]+(Error|Exception)): ", line)]
+    return ["", *lines, *exceptions][-1][:160]

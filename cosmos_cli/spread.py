@@ -1,0 +1,90 @@
+"""Videos over several processes: start them, pass on what they report, stop them. No torch."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+
+from cosmos_cli import console, jobs, launch, layout, mailbox
+from cosmos_cli.errors import ExitCode, UserError
+from cosmos_cli.jobs import Job
+
+# What torchrun gives its ranks to end in order.
+STOP_SECONDS = 40
+
+
+def processes_for(todo: list[Job], wanted: int | None) -> int:
+    """How many processes make the jobs: one per GPU, one or two a video, or the number wanted."""
+    most = wanted or max(len(launch.gpu_names()), 1)
+    pairs = 2 * len(todo)
+    guided = all(job.r.guidance for job in todo)
+    return pairs if guided and most >= pairs else min(most, len(todo))
+
+
+def run(todo: list[Job], processes: int) -> Iterator[tuple[Job, UserError | None]]:
+    """Makes the jobs; yields each one when its files are there, or why not.
+
+    Raises:
+        UserError: what ended a process.
+    """
+    listed = todo[0].path.parent / f".{os.getpid()}.jobs.tmp.json"
+    command = [
+        sys.executable, "-m", "cosmos_cli.model.elastic", "--nproc-per-node", str(processes),
+        "-m", "cosmos_cli.model.spread", str(listed),
+    ]  # fmt: skip
+    with mailbox.Mailbox() as box:
+        process = None
+        try:
+            layout.write_json(listed, [jobs.to_json(job) for job in todo])
+            process = subprocess.Popen(
+                command,
+                env={**launch.environment(processes), mailbox.ADDRESS: box.address},
+                stdout=subprocess.PIPE,
+                text=True,
+                # Ctrl-C reaches us alone, and is passed on in order.
+                start_new_session=True,
+            )
+            assert process.stdout
+            yield from _outcomes(process.stdout, todo)
+            process.wait()
+        finally:
+            if process:
+                _stop(process)
+            listed.unlink(missing_ok=True)
+        verdict = next((message for message in box.read() if "first" in message), None)
+    if process.returncode:
+        where = f"process {verdict['first']}" if verdict else "torchrun"
+        code = verdict["process_code"] if verdict else process.returncode
+        raise UserError(
+            f"ended with code {code}; what it said stands above", code=ExitCode.BUG, where=where,
+            fix="the same command goes on where it stopped",
+        )  # fmt: skip
+
+
+def _outcomes(lines: Iterator[str], todo: list[Job]) -> Iterator[tuple[Job, UserError | None]]:
+    for line in lines:
+        if not line.startswith('{"job":'):
+            console.say(line.rstrip())
+            continue
+        report = json.loads(line)
+        error = None
+        if "error" in report:
+            error = UserError(report["error"], code=ExitCode(report["code"]))
+        if report["job"] is None:
+            assert error
+            raise error
+        yield todo[report["job"]], error
+
+
+def _stop(process: subprocess.Popen[str]) -> None:
+    """Ends what still runs: in order, or after a while not."""
+    process.terminate()
+    try:
+        process.wait(STOP_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+    launch.kill_group(process.pid)

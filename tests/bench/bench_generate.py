@@ -1,0 +1,445 @@
+"""Measures generation on one GPU: `python tests/bench/bench_generate.py --scratch DIR --out FILE`.
+
+forward  one pass of the denoiser at 121 frames of 704x1280, ours and diffusers', each plain and
+         compiled, with the same random weights in one process: interleaved, medians; and the error
+         of the number format against fp32 at a smaller size.
+sample   a whole video as `generate` makes it: text encoder, all steps, decoder, mp4; time and peak
+         memory of each phase.
+load     host memory while a model file of full size is loaded to the GPU.
+
+With `--model tiny` the same runs on a CPU in a minute, to try the script itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import threading
+import time
+import types
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import diffusers
+import diffusers.models.transformers.transformer_cosmos as peer
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoTokenizer, T5Config, T5EncoderModel
+
+from cosmos_cli import layout, recipe
+from cosmos_cli.keys import Recipe
+from cosmos_cli.model import generate, text, video, weights
+from cosmos_cli.model.device import best_device
+from cosmos_cli.model.dit import DiT, Prompt, patch_grid
+from cosmos_cli.model.spec import COSMOS_7B, TINY, DiTSpec, ModelSpec
+from cosmos_cli.model.tokenizer import Tokenizer
+
+# Frames, height and width at which the error against fp32 is measured.
+SMALL = {COSMOS_7B.name: (25, 352, 640), TINY.name: (9, 64, 96)}
+# google-t5/t5-11b, of which the encoder is built.
+T5_11B = {
+    "vocab_size": 32128, "d_model": 1024, "d_kv": 128, "d_ff": 65536, "num_layers": 24,
+    "num_heads": 128,
+}  # fmt: skip
+TEXT_BATCH = 16
+PROMPT = "A video of a teal robot that pours coffee in a bright kitchen. " * 60
+
+
+@dataclass
+class Bench:
+    """What all parts share."""
+
+    r: Recipe
+    device: str
+    dtype: torch.dtype
+    scratch: Path
+    rounds: int
+    compiled: bool
+
+    @property
+    def spec(self) -> ModelSpec:
+        return self.r.spec
+
+    @property
+    def size(self) -> tuple[int, int, int]:
+        return self.r.num_frames, self.r.height, self.r.width
+
+
+# --- arithmetic -----------------------------------------------------------------------------------
+
+
+def forward_flops(spec: DiTSpec, tokens: int, text_tokens: int) -> int:
+    """Floating-point operations of one forward pass of one clip, a multiply-add as two.
+
+    The modulations, of one row each, are left out.
+    """
+    d, text_d = spec.width, spec.text_channels
+    self_attention = 2 * 4 * tokens * d * d + 2 * 2 * tokens * tokens * d
+    text_attention = 2 * 2 * tokens * d * d + 2 * 2 * text_tokens * text_d * d
+    text_attention += 2 * 2 * tokens * text_tokens * d
+    mlp = 2 * 2 * spec.mlp_ratio * tokens * d * d
+    patches_in = spec.patch_channels + spec.patch_t * spec.patch_hw**2
+    edges = 2 * tokens * d * (patches_in + spec.patch_channels)
+    return spec.blocks * (self_attention + text_attention + mlp) + edges
+
+
+# --- time and memory ------------------------------------------------------------------------------
+
+
+def synchronize(device: str) -> None:
+    if device != "cpu":
+        torch.cuda.synchronize()
+
+
+@contextmanager
+def measured(name: str, device: str, rows: list[dict[str, object]]) -> Iterator[None]:
+    """Adds the seconds and the peak of GPU memory of what happens inside to `rows`."""
+    synchronize(device)
+    if device != "cpu":
+        torch.cuda.reset_peak_memory_stats()
+    began = time.perf_counter()
+    yield
+    synchronize(device)
+    seconds = time.perf_counter() - began
+    peak = 0.0 if device == "cpu" else torch.cuda.max_memory_allocated() / 2**30
+    rows.append({"name": name, "seconds": round(seconds, 3), "peak_gib": round(peak, 2)})
+    print(f"{name}: {seconds:.3f} s, peak {peak:.2f} GiB", flush=True)
+
+
+def interleaved(
+    variants: dict[str, Callable[[], Tensor]], device: str, rounds: int
+) -> list[dict[str, object]]:
+    """Median seconds and peak memory of each variant, one of each in every round, after one that
+    warms up and compiles.
+    """
+    found: dict[str, list[dict[str, object]]] = {name: [] for name in variants}
+    for number in range(rounds + 1):
+        for name, run in variants.items():
+            with measured(f"round {number}, {name}", device, found[name]):
+                run()
+    return [
+        {
+            "name": name,
+            "seconds": statistics.median(float(row["seconds"]) for row in rows[1:]),
+            "fastest": min(float(row["seconds"]) for row in rows[1:]),
+            "peak_gib": max(float(row["peak_gib"]) for row in rows[1:]),
+            "first_seconds": rows[0]["seconds"],
+        }
+        for name, rows in found.items()
+    ]
+
+
+# --- networks with random weights -----------------------------------------------------------------
+
+
+@torch.no_grad()
+def random_denoiser(spec: DiTSpec, device: str, dtype: torch.dtype) -> DiT:
+    """A network none of whose terms is zero, drawn on the device."""
+    with torch.device("meta"):
+        net = DiT(spec)
+    net = net.to(dtype).to_empty(device=device).eval()
+    generator = torch.Generator(device).manual_seed(0)
+    for name, weight in net.named_parameters():
+        if weight.ndim == 1:
+            weight.uniform_(0.5, 1.5, generator=generator)
+        elif "adaln.up" in name or "t_embedder.linear_2" in name:
+            weight.normal_(std=0.3 * weight.shape[1] ** -0.5, generator=generator)
+        else:
+            weight.normal_(std=weight.shape[1] ** -0.5, generator=generator)
+    return net
+
+
+def sharing(net: DiT) -> DiT:
+    """Another network on the same tensors."""
+    with torch.device("meta"):
+        other = DiT(net.spec)
+    other.load_state_dict(net.state_dict(), assign=True)
+    return other.eval()
+
+
+def diffusers_twin(net: DiT) -> nn.Module:
+    """Diffusers' network on the same tensors."""
+    if not hasattr(peer, "transforms"):
+        # It resizes the padding mask with torchvision, which need not be there.
+        functional = types.SimpleNamespace(
+            resize=lambda x, size, interpolation: F.interpolate(x, size=size, mode=interpolation)
+        )
+        mode = types.SimpleNamespace(NEAREST="nearest")
+        peer.transforms = types.SimpleNamespace(functional=functional, InterpolationMode=mode)
+    with torch.device("meta"):
+        twin = peer.CosmosTransformer3DModel.from_config(weights.diffusers_config(net.spec))
+    state = {f"net.{name}": tensor for name, tensor in net.state_dict().items()}
+    renamed = weights.rename(state, weights.OURS, weights.DIFFUSERS, Path("diffusers"))
+    twin.load_state_dict(renamed, assign=True)
+    return twin.eval()
+
+
+@dataclass
+class Inputs:
+    """Of one forward pass."""
+
+    x_BCTHW: Tensor
+    c_noise_B: Tensor
+    text_emb_BMD: Tensor
+    fps_B: Tensor
+
+    @classmethod
+    def of(cls, spec: ModelSpec, size: tuple[int, int, int], device: str, dtype: torch.dtype):
+        generator = torch.Generator(device).manual_seed(1)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator, device=device).to(dtype)
+
+        return cls(
+            normal(1, *spec.latent_shape(*size)),
+            torch.tensor([-0.1], device=device),
+            normal(1, spec.text.tokens, spec.text.channels),
+            torch.tensor([spec.fps], device=device),
+        )
+
+    def to(self, dtype: torch.dtype) -> Inputs:
+        return Inputs(
+            self.x_BCTHW.to(dtype), self.c_noise_B, self.text_emb_BMD.to(dtype), self.fps_B
+        )
+
+
+def run_ours(net: DiT, x: Inputs) -> Callable[[], Tensor]:
+    """One step with all that it needs, as the peer's; sampling keeps what the steps share."""
+    return lambda: net(x.x_BCTHW, x.c_noise_B, x.text_emb_BMD, x.fps_B)
+
+
+def run_twin(twin: nn.Module, x: Inputs) -> Callable[[], Tensor]:
+    """One step as diffusers' pipeline takes it."""
+    mask = x.x_BCTHW.new_zeros(1, 1, *(8 * side for side in x.x_BCTHW.shape[-2:]))
+    return lambda: twin(
+        hidden_states=x.x_BCTHW,
+        timestep=x.c_noise_B.to(x.x_BCTHW.dtype),
+        encoder_hidden_states=x.text_emb_BMD,
+        fps=int(x.fps_B[0]),
+        padding_mask=mask,
+        return_dict=False,
+    )[0]
+
+
+# --- parts ----------------------------------------------------------------------------------------
+
+
+def bench_forward(bench: Bench, net: DiT) -> dict[str, object]:
+    """One forward pass of four networks on the same weights."""
+    x = Inputs.of(bench.spec, bench.size, bench.device, bench.dtype)
+    compiled, twin, compiled_twin = sharing(net), diffusers_twin(net), diffusers_twin(net)
+    for block in compiled.blocks:
+        block.compile()
+    compiled_twin.compile()
+    rows = interleaved(
+        {
+            "ours": run_ours(net, x),
+            "ours, blocks compiled": run_ours(compiled, x),
+            "diffusers": run_twin(twin, x),
+            "diffusers, compiled": run_twin(compiled_twin, x),
+        },
+        bench.device,
+        bench.rounds,
+    )
+    tokens = bench.spec.tokens(*bench.size)
+    flops = forward_flops(bench.spec.dit, tokens, bench.spec.text.tokens)
+    for row in rows:
+        row["tflops_per_second"] = round(flops / float(row["seconds"]) / 1e12, 1)
+    errors = number_format_errors(bench, net, compiled, twin)
+    for row in rows:
+        row["relative_l2"] = errors.get(str(row["name"]))
+    return {"tflop": flops / 1e12, "tokens": tokens, "rows": rows}
+
+
+def number_format_errors(
+    bench: Bench, net: DiT, compiled: DiT, twin: nn.Module
+) -> dict[str, float]:
+    """|output - fp32 output| / |fp32 output| at the small size."""
+    x = Inputs.of(bench.spec, SMALL[bench.spec.name], bench.device, bench.dtype)
+    outputs = {
+        "ours": run_ours(net, x)(),
+        "ours, blocks compiled": run_ours(compiled, x)(),
+        "diffusers": run_twin(twin, x)(),
+    }
+    exact_net = sharing(net).float()
+    exact = run_ours(exact_net, x.to(torch.float32))()
+    return {
+        name: ((output.float() - exact).norm() / exact.norm()).item()
+        for name, output in outputs.items()
+    }
+
+
+def bench_sample(bench: Bench, net: DiT) -> dict[str, object]:
+    """A whole video, phase by phase."""
+    r, device, rows = bench.r, bench.device, []
+    embedding = bench_text(bench, rows)
+    if bench.compiled:
+        net = sharing(net)
+        for block in net.blocks:
+            block.compile()
+        x = Inputs.of(bench.spec, bench.size, device, bench.dtype)
+        place = net.locate(patch_grid(bench.spec.dit, x.x_BCTHW), x.fps_B)
+        prompt = Prompt(*place, net.read(x.text_emb_BMD))
+        with measured("first step, compiles", device, rows):
+            net(x.x_BCTHW, x.c_noise_B, x.text_emb_BMD, x.fps_B, prompt=prompt)
+        del x, place, prompt
+    conditioning = generate.Conditioning(PROMPT, embedding, embedding.flip(0))
+    evaluations = 2 * r.num_steps
+    with measured(f"denoise, {r.num_steps} steps, {evaluations} passes", device, rows):
+        x0 = generate.sample(r, net, [conditioning], [r.sampling_seed], "denoise")
+    flops = evaluations * forward_flops(
+        bench.spec.dit, bench.spec.tokens(*bench.size), bench.spec.text.tokens
+    )
+    rows[-1]["tflops_per_second"] = round(flops / float(rows[-1]["seconds"]) / 1e12, 1)
+    tokenizer = Tokenizer(bench.spec.tokenizer, bench.spec.sigma_data)
+    tokenizer = tokenizer.to(device, bench.dtype).eval()
+    for turn in ("first", "second"):
+        with measured(f"decode, {turn} time", device, rows):
+            pixels = video.to_uint8(tokenizer.decode(x0.to(bench.dtype))[0]).cpu()
+    path = bench.scratch / "bench.mp4"
+    with measured("write mp4", device, rows):
+        video.write_mp4(path, pixels, r.fps, r.video_crf)
+    shape = video.probe(path)
+    assert (shape.frames, shape.height, shape.width) == bench.size
+    backend = generate.attention_backend(r, net)
+    return {"attention": backend, "mp4_bytes": path.stat().st_size, "rows": rows}
+
+
+def bench_text(bench: Bench, rows: list[dict[str, object]]) -> Tensor:
+    """The embedding (M, D) of a prompt of full length by an encoder of full size."""
+    folder, spec = bench.scratch / "t5", bench.spec.text
+    if bench.spec.embedded:
+        folder = layout.EMBEDDED_DIR / "t5"
+    elif not (folder / "config.json").exists():
+        tokenizer = AutoTokenizer.from_pretrained(layout.EMBEDDED_DIR / "t5")
+        tokenizer.save_pretrained(folder)
+        with torch.device(bench.device):
+            config = T5Config(**T5_11B, pad_token_id=0, eos_token_id=1)
+            T5EncoderModel(config).to(bench.dtype).save_pretrained(folder)
+    with measured("load text encoder", bench.device, rows):
+        encoder = text.TextEncoder(folder, spec, bench.device, bench.dtype)
+    with measured("text, first prompt", bench.device, rows):
+        (embedding,) = encoder.encode([PROMPT])
+    assert len(embedding) == spec.tokens
+    with measured("text, one prompt", bench.device, rows):
+        encoder.encode([PROMPT])
+    with measured(f"text, {TEXT_BATCH} prompts", bench.device, rows):
+        encoder.encode([PROMPT] * TEXT_BATCH)
+    rows[-1]["prompts_per_second"] = round(TEXT_BATCH / float(rows[-1]["seconds"]), 1)
+    return embedding.float()
+
+
+def bench_load(bench: Bench, net: DiT) -> dict[str, object]:
+    """Host memory while `generate` loads a model file of the full size to the device."""
+    path, rows = bench.scratch / layout.MODEL_FILE, []
+    if not path.exists():
+        state = {f"net.{name}": tensor.cpu() for name, tensor in net.state_dict().items()}
+        weights.save_dit(path, state, "pt")
+        del state
+    net.to("meta")
+    found = {"file_gb": round(path.stat().st_size / 1e9, 2)}
+    with measured("load model file", bench.device, rows), HostMemory() as memory:
+        loaded = generate.load_denoiser(bench.r, path, bench.device, bench.dtype)
+    found["host_gb_above_the_mapping"] = round(memory.peak / 1e9, 3)
+    assert next(loaded.parameters()).device.type == bench.device
+    return {**found, "rows": rows}
+
+
+class HostMemory:
+    """The most private memory that this process took more than at the start, in bytes.
+
+    Pages of mapped files are not in it.
+    """
+
+    def __enter__(self) -> HostMemory:
+        self.first = self.private()
+        self.peak, self.done = 0, threading.Event()
+        self.thread = threading.Thread(target=self.watch)
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.done.set()
+        self.thread.join()
+
+    def watch(self) -> None:
+        while not self.done.wait(0.005):
+            self.peak = max(self.peak, self.private() - self.first)
+
+    @staticmethod
+    def private() -> int:
+        status = Path("/proc/self/status").read_text()
+        return 1024 * sum(
+            int(line.split()[1])
+            for line in status.splitlines()
+            if line.startswith(("RssAnon", "RssShmem"))
+        )
+
+
+# --- result ---------------------------------------------------------------------------------------
+
+
+def markdown(rows: list[dict[str, object]]) -> str:
+    """One table of rows that may differ in what they have."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    lines = [columns, ["---"] * len(columns)]
+    for row in rows:
+        values = (row.get(column) for column in columns)
+        lines.append(["" if v is None else f"{v:.4g}" if isinstance(v, float) else str(v)
+                      for v in values])  # fmt: skip
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+PARTS = {"forward": bench_forward, "sample": bench_sample, "load": bench_load}
+
+
+def main() -> None:
+    """Runs the chosen parts and writes what they found."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", choices=["7b", "tiny"], default="7b")
+    parser.add_argument("--parts", default=",".join(PARTS), help="some of %(default)s")
+    parser.add_argument("--out", type=Path, required=True, help="JSON file of the figures")
+    parser.add_argument("--scratch", type=Path, required=True, help="folder with 30 GB of space")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, help="default: those of the recipe")
+    parser.add_argument("--compiled", action="store_true", help="sample with compiled blocks")
+    parser.add_argument("--attention", help="fail when another backend would run, e.g. cudnn")
+    options = parser.parse_args()
+    chosen = options.parts.split(",")
+    if not set(chosen) <= set(PARTS):
+        parser.error(f"--parts are some of {', '.join(PARTS)}")
+    options.scratch.mkdir(parents=True, exist_ok=True)
+    shipped, settings = {"7b": ("nemo_assets", ["height=704"]), "tiny": ("tiny", [])}[options.model]
+    if options.steps:
+        settings.append(f"num_steps={options.steps}")
+    r, device = recipe.load(shipped, settings).recipe, best_device()
+    dtype = generate.number_format(device)
+    bench = Bench(r, device, dtype, options.scratch, options.rounds, options.compiled)
+    with torch.inference_mode():
+        net = random_denoiser(r.spec.dit, device, dtype)
+        backend = generate.attention_backend(r, net)
+        if options.attention not in (None, backend):
+            raise SystemExit(f"attention would run as {backend}, not {options.attention}")
+        about = {
+            "model": r.model, "size": bench.size, "attention": backend, "dtype": str(dtype),
+            "device": platform.machine() if device == "cpu" else torch.cuda.get_device_name(),
+            "torch": torch.__version__, "diffusers": diffusers.__version__,
+        }  # fmt: skip
+        found: dict[str, object] = {"about": about}
+        # In this order, for the last one gives the network's memory back.
+        for part in filter(chosen.__contains__, PARTS):
+            found[part] = PARTS[part](bench, net)
+            layout.write_json(options.out, found)
+    print(json.dumps(about))
+    for part in filter(chosen.__contains__, PARTS):
+        rest = {key: value for key, value in found[part].items() if key != "rows"}
+        print(f"\n{part} {json.dumps(rest)}\n\n{markdown(found[part]['rows'])}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,88 @@
+"""Scores on rendered truth, on shuffled captions and on damaged videos; distances to clips."""
+
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from cosmos_cli.model import evaluate, world
+from cosmos_cli.model.data import Clips
+from cosmos_cli.model.evaluate import Sample, Trial
+from cosmos_cli.model.spec import TINY
+from cosmos_cli.model.text import write_pickle
+
+SIZE = (TINY.num_frames, TINY.height, TINY.width, TINY.fps)
+
+
+@pytest.fixture(scope="module")
+def truth():
+    """What a perfect model would make of 100 held-out prompts and 25 of the mascot."""
+    return [
+        Sample(trial, world.render(trial.scene, *SIZE), torch.zeros(1))
+        for trial in evaluate.world_trials(100)
+    ]
+
+
+def with_trials_of(samples, others):
+    return [
+        replace(sample, trial=other.trial) for sample, other in zip(samples, others, strict=True)
+    ]
+
+
+def test_the_truth_scores_full_marks(truth):
+    found = evaluate.scores(truth)
+    assert min(found[name] for name in ("colour", "shape", "motion", "concept")) >= 0.99
+    assert found["consistency"] >= 0.99
+
+
+def test_shuffled_captions_score_chance(truth):
+    plain = [sample for sample in truth if not sample.trial.of_mascot]
+    mascots = [sample for sample in truth if sample.trial.of_mascot]
+    others = random.Random(0).sample(plain, len(plain))
+    found = evaluate.scores(with_trials_of(plain, others) + mascots)
+    for name in ("colour", "shape", "motion"):
+        assert found[name] == pytest.approx(evaluate.CHANCE[name], abs=0.1)
+
+
+def test_a_plain_teal_robot_is_not_the_mascot(truth):
+    plain = replace(world.MASCOT, mascot=False)
+    mascots = [sample for sample in truth if sample.trial.of_mascot]
+    drawn = [
+        replace(s, pixels=world.render(replace(s.trial.scene, thing=plain), *SIZE)) for s in mascots
+    ]
+    others = [sample for sample in truth if not sample.trial.of_mascot]
+    assert evaluate.scores(others + drawn)["concept"] == 0
+
+
+def test_what_jumps_or_vanishes_is_not_consistent(truth):
+    pixels = truth[0].pixels
+    steady = evaluate.consistency(world.measure(pixels))
+    torn = pixels.clone()
+    torn[:, 12:] = torn[:, 12:].flip(3).roll(30, 3)
+    gone = pixels.clone()
+    gone[:, 10:15] = 0
+    assert steady == 1
+    assert evaluate.consistency(world.measure(gone)) == pytest.approx(1 - 6 / 24)
+    assert evaluate.consistency(world.measure(torn)) < 1
+
+
+def test_a_copy_of_a_training_clip_is_told_by_its_distance(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    latents = [torch.randn(16, 2, 8, 12, generator=generator) for _ in range(4)]
+    rows = []
+    write_pickle(tmp_path / "text.pickle", torch.zeros(3, TINY.text.channels))
+    for i, latent in enumerate(latents):
+        save_file({"latent": latent}, tmp_path / f"{i}.safetensors")
+        rows.append({"latent": f"{i}.safetensors", "text": "text.pickle", "fps": 16.0})
+    clips = Clips(tmp_path, rows, TINY)
+    pixels, trial = torch.zeros(0), Trial("a", 0)
+    new = Sample(trial, pixels, torch.randn(16, 2, 8, 12, generator=generator))
+    copy = Sample(trial, pixels, latents[2] + 0.01)
+    distance, apart = evaluate.nearest_clips([new], clips)
+    assert distance == pytest.approx(2**0.5, rel=0.1)
+    assert apart == pytest.approx(2**0.5, rel=0.1)
+    assert evaluate.nearest_clips([new, copy], clips)[0] == pytest.approx(0.01, rel=1e-3)
+    other_size = replace(new, latent=torch.zeros(16, 3, 8, 12))
+    assert evaluate.nearest_clips([other_size], clips) is None

@@ -1,0 +1,48 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cosmos_cli import layout
+from cosmos_cli.model import edm, prep
+from cosmos_cli.model.heldout import HeldOut
+
+names = st.lists(st.from_regex(r"[a-z0-9]{1,8}\.mp4", fullmatch=True), min_size=1, unique=True)
+
+
+@given(names=names, share=st.floats(0.001, 0.5))
+def test_some_videos_are_held_out_and_never_all(names, share):
+    held_out = prep.choose_held_out(names, share)
+    assert held_out <= set(names)
+    assert len(held_out) < len(names)
+    assert held_out or len(names) == 1
+    assert abs(len(held_out) - share * len(names)) <= 1
+    assert held_out == prep.choose_held_out(names[::-1], share)
+
+
+def test_no_share_holds_nothing_out():
+    assert prep.choose_held_out(["a.mp4", "b.mp4"], 0.0) == set()
+
+
+def test_a_video_is_held_out_with_all_of_its_clips():
+    manifest = {
+        "videos": [{"file": "a.mp4", "split": "train"}, {"file": "b.mp4", "split": "heldout"}],
+        "clips": [{"video": v, "latent": f"{v}{i}"} for i in range(3) for v in ("a.mp4", "b.mp4")],
+    }
+    train, held_out = layout.split_clips(manifest)
+    assert {clip["video"] for clip in train} == {"a.mp4"}
+    assert {clip["video"] for clip in held_out} == {"b.mp4"}
+    assert len(train) == len(held_out) == 3
+
+
+@pytest.mark.parametrize(("clips", "most", "chosen"), [(2, 8, [0, 1]), (10, 4, [0, 2, 5, 7])])
+def test_clips_to_measure_are_spread_and_each_has_every_level(clips, most, chosen):
+    samples = HeldOut(range(clips), most).samples
+    levels = range(len(edm.FIXED_SIGMAS))
+    assert samples == [(clip, level) for clip in chosen for level in levels]
+
+
+def test_the_fixed_noise_levels_cut_the_trained_ones_into_equal_parts():
+    drawn = sorted(edm.draw((0, 0, i), (1,), 0.0).sigma for i in range(4000))
+    for sigma, share in zip(edm.FIXED_SIGMAS, (0.125, 0.375, 0.625, 0.875), strict=True):
+        below = sum(value < sigma for value in drawn) / len(drawn)
+        assert below == pytest.approx(share, abs=0.02)

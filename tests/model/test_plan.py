@@ -1,0 +1,85 @@
+"""The planner against shapes counted elsewhere, and what it says of machines that are not here."""
+
+import json
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from cosmos_cli import recipe
+from cosmos_cli.errors import UserError
+from cosmos_cli.model import edm, plan
+from cosmos_cli.model.dit import DiT
+from cosmos_cli.model.spec import COSMOS_7B
+
+FULL = recipe.load("nemo_assets", ["height=704"]).recipe
+
+
+def changed(**changes):
+    return FULL.model_copy(update=changes)
+
+
+def test_the_arithmetic_of_a_forward_pass_is_that_which_pytorch_counts():
+    r = FULL
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        net = DiT(COSMOS_7B.dit)
+        x0 = torch.empty(1, *COSMOS_7B.latent_shape(r.num_frames, r.height, r.width))
+        text_emb = torch.empty(1, COSMOS_7B.text.tokens, COSMOS_7B.text.channels)
+        edm.denoise(net, x0, torch.ones(1), text_emb, torch.full((1,), 24.0), 0.5)
+    assert sum(plan.forward_flops(r)) == pytest.approx(counter.get_total_flops(), rel=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "ranks", "fits"),
+    [
+        ("8xH100-80GB", 8, True),
+        ("2xNVIDIA H200", 2, True),
+        ("1xH200", 1, False),
+        ("8xNVIDIA A100-SXM4-40GB", 8, False),
+        ("8xNVIDIA GeForce RTX 4090", 8, False),
+    ],
+)
+def test_a_full_fine_tune_needs_what_its_states_need(gpus, ranks, fits):
+    count, gpu = plan.parse_gpus(gpus)
+    found = plan.plan(changed(global_batch_size=ranks), count, gpu)
+    assert (count, found.fits) == (ranks, fits)
+    # bf16 weights and gradients, fp32 masters, moments and EMA: 20 bytes a weight over the ranks.
+    states = ("weights", "optimizer", "gradients", "EMA")
+    held = sum(found.memory_gb[part] for part in states)
+    assert held == pytest.approx(20 * COSMOS_7B.dit.parameters / ranks / 1e9)
+
+
+def test_what_does_not_fit_is_refused_with_what_would():
+    r = changed(micro_batch_size=4, activation_checkpointing="none")
+    with pytest.raises(UserError) as caught:
+        plan.check_memory(r, 8, plan.find_gpu("H100-80GB"))
+    assert caught.value.code == 7
+    assert caught.value.fix == "set activation_checkpointing: all, micro_batch_size: 1"
+    fixed = r.model_copy(update={"activation_checkpointing": "all", "micro_batch_size": 1})
+    assert plan.check_memory(fixed, 8, plan.find_gpu("H100-80GB"))["fits"]
+
+
+def test_times_scale_with_the_work():
+    h100 = plan.find_gpu("NVIDIA H100 80GB HBM3")
+    one = plan.step_seconds(FULL, 8, h100)
+    assert plan.step_seconds(changed(global_batch_size=32), 8, h100) == pytest.approx(4 * one)
+    assert plan.step_seconds(changed(activation_checkpointing="none"), 8, h100) < 0.85 * one
+    # Below the bf16 peak, and no worse than twice the time measured for the plain peer.
+    peak = 3 * sum(plan.forward_flops(FULL)) / 989e12
+    assert 2 * peak < one < 2 * 19.2
+
+
+@pytest.mark.parametrize("words", ["H100", "8x", "8xGTX-1080", "0xH200", "x"])
+def test_gpus_that_are_not_known_are_refused(words):
+    with pytest.raises(UserError, match="known GPUs"):
+        plan.parse_gpus(words)
+
+
+def test_the_command_plans_for_hardware_that_is_not_there(cosmos):
+    done = cosmos.json("train", "nemo_assets", "--gpus", "8xH100-80GB")
+    assert done["fits"]
+    assert done["gpu"] == "H100-80GB"
+    refused = cosmos.json("train", "nemo_assets", "--gpus", "1xRTX-4090", code=7)
+    assert not refused["fits"]
+    assert json.dumps(refused["memory_gb"])
+    assert "total" in cosmos("train", "tiny", "--plan").stdout
