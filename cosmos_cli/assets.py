@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import struct
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from cosmos_cli import console, layout
-from cosmos_cli.errors import ExitCode, UserError
+from cosmos_cli import layout
 
 if TYPE_CHECKING:
     from cosmos_cli.keys import Recipe
@@ -18,14 +16,44 @@ if TYPE_CHECKING:
 DIT_PATTERNS = ("README.md", "LICENSE*", "model.pt", "config.json")
 GUARD_PATTERNS = (
     "guardrail/blocklist/*", "guardrail/video_content_safety_filter/safety_filter.pt",
+    "guardrail/face_blur_filter/Resnet50_Final.pth",
 )  # fmt: skip
-SIGLIP_PATTERNS = ("README.md", "config.json", "preprocessor_config.json", "model.safetensors")
+# By repository, which is their folder's name too.
+OTHER_GUARDS = {
+    layout.LLAMA_GUARD_DIR: ("README.md", "*.json", "tokenizer.*", "model*.safetensors"),
+    layout.AEGIS_DIR: ("README.md", "adapter_config.json", "adapter_model.safetensors"),
+    layout.SIGLIP_DIR: (
+        "README.md", "config.json", "preprocessor_config.json", "model.safetensors",
+    ),
+}  # fmt: skip
 TOKENIZER_PATTERNS = ("README.md", "config.json", "encoder.jit", "decoder.jit", "mean_std.pt")
 UPSAMPLER_PATTERNS = ("README.md", "*.json", "tokenizer*", "model.pt")
 TEXT_PATTERNS = ("config.json", "spiece.model", "tokenizer*.json")
 TEXT_ORIGINAL = "pytorch_model.bin"
 TEXT_THIRD_PARTY = "text_encoders/oldt5_xxl_fp16.safetensors"
 TEXT_WEIGHTS = "model.safetensors"
+
+# MD5s of released weights by file name: what this code was written for. The tokenizer's are of
+# nvidia-cosmos/cosmos-transfer1, scripts/download_checkpoints.py, SigLIP's and the face detector's
+# of nvidia-cosmos/cosmos-predict2, the others of nvidia-cosmos/cosmos-predict1 at 4ed35fa,
+# scripts/download_diffusion_checkpoints.py.
+PUBLISHED_MD5 = {
+    "nvidia/Cosmos-Predict1-7B-Text2World": {
+        "model.pt": "fe9ed68e16cf37b10e7414c9b3ee81e1",
+        "safety_filter.pt": "b46dc2ad821fc3b0d946549d7ade19cf",
+        "Resnet50_Final.pth": "bce939bc22d8cec91229716dd932e56e",
+    },
+    "nvidia/Cosmos-Tokenize1-CV8x8x8-720p": {
+        "encoder.jit": "f5834d03645c379bc0f8ad14b9bc0299",
+        "decoder.jit": "ff21a63ed817ffdbe4b6841111ec79a8",
+        "mean_std.pt": "f07680ad7eefae57d698778e2a0c7c96",
+    },
+    "nvidia/Cosmos-UpsamplePrompt1-12B-Text2World": {
+        "model.pt": "52d7a6b8b1ac44d856b4c1ea3f8c8c74",
+    },
+    "google-t5/t5-11b": {"pytorch_model.bin": "f890878d8a162e0045a25196e27089a3"},
+    "google/siglip-so400m-patch14-384": {"model.safetensors": "f4c887e55e159f96453e18a1d6ca984f"},
+}
 
 # The verbs that need something from the hub, in the order in which they are run.
 STAGES = ("prep", "train", "generate")
@@ -83,6 +111,16 @@ class RemoteFile:
     digest: str
     is_git_hash: bool
 
+    def is_at(self, path: Path) -> bool:
+        """Whether what lies there is the hub's file, by size and hash."""
+        if not path.is_file() or path.stat().st_size != self.size:
+            return False
+        if not self.is_git_hash:
+            return layout.sha256_file(path) == self.digest
+        content = path.read_bytes()
+        header = f"blob {len(content)}\0".encode()
+        return hashlib.sha1(header + content, usedforsecurity=False).hexdigest() == self.digest
+
 
 def of_recipe(r: Recipe, stage: str = "all") -> list[Asset]:
     """What the hub has for a recipe, what is needed first first; for one of `STAGES` or all."""
@@ -114,8 +152,9 @@ def _models(r: Recipe) -> Iterator[Asset]:
     yield Asset(repo, "model", files.dit.parent, DIT_PATTERNS, stages=("train", "generate"))
     if r.guardrails == "on":
         yield Asset(repo, "model", files.dit.parent, GUARD_PATTERNS, stages=("generate",))
-        siglip = Path(r.checkpoints_dir).absolute() / layout.SIGLIP_DIR
-        yield Asset(layout.SIGLIP_DIR, "model", siglip, SIGLIP_PATTERNS, stages=("generate",))
+        for name, patterns in OTHER_GUARDS.items():
+            folder = Path(r.checkpoints_dir).absolute() / name
+            yield Asset(name, "model", folder, patterns, stages=("generate",))
 
 
 def _upsampler(r: Recipe) -> Iterator[Asset]:
@@ -123,78 +162,3 @@ def _upsampler(r: Recipe) -> Iterator[Asset]:
     if folder.name == layout.UPSAMPLER_DIR:
         repo = f"nvidia/{folder.name}"
         yield Asset(repo, "model", folder, UPSAMPLER_PATTERNS, stages=("generate",))
-
-
-# --- T5 -------------------------------------------------------------------------------------------
-
-
-def require_t5(path: Path, asset: Asset) -> None:
-    """Refuses a file that is not the encoder that `config.json` beside it describes.
-
-    transformers would fill in what is missing with random numbers. What is there beyond it is
-    ignored.
-
-    Raises:
-        UserError: a tensor is missing or has another shape.
-    """
-    header = _safetensors_header(path)
-    for name, shape in _t5_shapes(layout.read_json(asset.folder / "config.json")).items():
-        found = header.get(name, {}).get("shape")
-        if found != shape:
-            path.unlink()
-            raise UserError(
-                f"{name} has the shape {found}, T5's encoder has {shape}; the file was removed",
-                code=ExitCode.ASSET,
-                where=asset.url,
-                fix="set text_encoder_repo to google-t5/t5-11b",
-            )
-
-
-def _safetensors_header(path: Path) -> dict[str, Any]:
-    """Names, types and shapes of a file's tensors; nothing for what is no such file.
-
-    Source: huggingface/safetensors, README.md, which also limits the header's length.
-    """
-    with path.open("rb") as stream:
-        try:
-            (length,) = struct.unpack("<Q", stream.read(8))
-            header: dict[str, Any] = json.loads(stream.read(min(length, 10**8)))
-        except (struct.error, ValueError):
-            return {}
-    return header
-
-
-def _t5_shapes(config: dict[str, Any]) -> dict[str, list[int]]:
-    """Names and shapes of the encoder's tensors, as transformers has them for T5 1.0."""
-    width, inner, hidden = config["d_model"], config["d_kv"] * config["num_heads"], config["d_ff"]
-    shapes = {
-        "shared.weight": [config["vocab_size"], width],
-        "encoder.final_layer_norm.weight": [width],
-        "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight": [
-            config["relative_attention_num_buckets"],
-            config["num_heads"],
-        ],
-    }
-    for i in range(config["num_layers"]):
-        attention, feed = (f"encoder.block.{i}.layer.{layer}" for layer in (0, 1))
-        shapes |= {f"{attention}.SelfAttention.{part}.weight": [inner, width] for part in "qkv"}
-        shapes[f"{attention}.SelfAttention.o.weight"] = [width, inner]
-        shapes[f"{feed}.DenseReluDense.wi.weight"] = [hidden, width]
-        shapes[f"{feed}.DenseReluDense.wo.weight"] = [width, hidden]
-        shapes |= {f"{layer}.layer_norm.weight": [width] for layer in (attention, feed)}
-    return shapes
-
-
-def require_one_encoder(asset: Asset) -> None:
-    """Two files of T5's weights in one folder: transformers would read the safetensors."""
-    original, other = asset.folder / TEXT_ORIGINAL, asset.folder / TEXT_WEIGHTS
-    if TEXT_ORIGINAL in asset.patterns and other.exists():
-        raise UserError(
-            f"would be read instead of {TEXT_ORIGINAL}",
-            code=ExitCode.ASSET,
-            where=str(other),
-            fix="delete it, or set text_encoder_repo to where it came from",
-        )
-    if asset.target and original.exists():
-        size = console.size(layout.size_of(original))
-        console.say(f"{original} is not read any more and may be deleted: {size}")

@@ -14,7 +14,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -68,7 +68,7 @@ def run_checks(r: Recipe, wanted: Iterable[str] = ()) -> list[Check]:
     if usable > 1:
         # Alone, since it measures how fast something is.
         outcomes |= probes.run([Probe("nccl", "nccl", ranks=usable)])
-    return [
+    rows = [
         _python(),
         _system(),
         _torch(torch),
@@ -90,6 +90,8 @@ def run_checks(r: Recipe, wanted: Iterable[str] = ()) -> list[Check]:
         *_hub(outcomes.get("hub")),
         _clock(),
     ]
+    patience = "try again when the machine is less busy; is a driver or a network disk hanging?"
+    return [replace(row, fix=patience) if probes.HUNG in row.found else row for row in rows]
 
 
 def mending(checks: Iterable[Check]) -> list[repairs.Command]:

@@ -7,6 +7,7 @@ import hashlib
 import math
 import os
 import shutil
+import threading
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -14,21 +15,22 @@ from contextlib import contextmanager
 from dataclasses import astuple, dataclass
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import Any, TypeVar, cast
 
-from cosmos_cli import assets, console, layout, lerobot
+from cosmos_cli import assets, console, layout, t5
 from cosmos_cli.assets import Asset, RemoteFile
 from cosmos_cli.errors import ExitCode, UserError
-from cosmos_cli.layout import Dataset
-
-if TYPE_CHECKING:
-    from cosmos_cli.keys import Recipe
 
 T = TypeVar("T")
+
+# Threads that fetch share one progress bar.
+_COUNTING = threading.Lock()
 
 # What a busy hub answers, and how long to wait before each further try, in seconds.
 BUSY = frozenset({408, 429, 500, 502, 503, 504})
 WAITS = (1, 2, 4, 8, 16, 32, 60)
+# Files of a repository that are fetched side by side.
+AT_ONCE = 4
 UNREACHABLE = "cannot be reached"
 
 
@@ -50,6 +52,12 @@ class Listing:
     def needed(self) -> int:
         """Bytes that are to be fetched."""
         return sum(file.size for file in self.missing)
+
+    @property
+    def room(self) -> int:
+        """Bytes on disk while they arrive; T5's encoder is less than half of Google's file."""
+        originals = (file for file in self.missing if file.name == assets.TEXT_ORIGINAL)
+        return self.needed + sum(file.size // 2 for file in originals)
 
     @property
     def figures(self) -> dict[str, Any]:
@@ -88,15 +96,20 @@ def survey(wanted: Sequence[Asset]) -> list[Listing]:
             f"{console.size(listing.total)}, {console.size(listing.needed)} to fetch "
             f"into {asset.folder}{note}"
         )
+    _raise_all(problems)
+    if listings:
+        total, needed = (sum(getattr(x, key) for x in listings) for key in ("total", "needed"))
+        console.say(f"in all {console.size(total)}, {console.size(needed)} to fetch")
+    return listings
+
+
+def _raise_all(problems: Sequence[UserError]) -> None:
+    """Raises some errors as one, if there are any."""
     if problems:
         first, *others = problems
         raise UserError(
             first.what, code=first.code, where=first.where, fix=first.fix, also=tuple(others)
         )
-    if listings:
-        total, needed = (sum(getattr(x, key) for x in listings) for key in ("total", "needed"))
-        console.say(f"in all {console.size(total)}, {console.size(needed)} to fetch")
-    return listings
 
 
 def require_room(listings: Sequence[Listing]) -> None:
@@ -112,7 +125,7 @@ def require_room(listings: Sequence[Listing]) -> None:
     for group in on_disk.values():
         layout.require_free(
             group[0].asset.folder,
-            sum(listing.needed for listing in group),
+            sum(listing.room for listing in group),
             f"{sum(len(listing.missing) for listing in group)} files",
             "free some space, or set checkpoints_dir or dataset_dir",
         )
@@ -140,24 +153,33 @@ def require_access(asset: Asset) -> None:
 def is_recorded(asset: Asset) -> bool:
     """Whether the files were fetched and still have their sizes; asks nobody and reads no file."""
     files = _matching(asset, _recorded(asset)[1])
-    return bool(files) and all(layout.size_of(asset.path(f.name)) == f.size for f in files)
+    return bool(files) and all(
+        any(layout.size_of(path) == form.size for path, form in _forms(asset, f)) for f in files
+    )
+
+
+def _forms(asset: Asset, file: RemoteFile) -> Iterator[tuple[Path, RemoteFile]]:
+    """Where a file may lie, with the size and hash it has there: converted, or as it came."""
+    yield from t5.converted(asset, file)
+    yield asset.path(file.name), file
 
 
 def _look(asset: Asset) -> Listing:
     from huggingface_hub import HfApi
 
-    assets.require_one_encoder(asset)
+    # Where the recipe names no revision, the one that came first stays the one.
+    revision, known = _recorded(asset)
+    wanted = asset.revision or revision or None
     try:
         with _hub_errors(asset):
             info = _retrying(
                 asset,
                 lambda: HfApi().repo_info(
-                    asset.repo, repo_type=asset.kind, revision=asset.revision, files_metadata=True
+                    asset.repo, repo_type=asset.kind, revision=wanted, files_metadata=True
                 ),
             )
     except UserError as error:
         # Without a network, what was fetched before and is whole will do.
-        revision, known = _recorded(asset)
         files = _matching(asset, known)
         if not error.what.startswith(UNREACHABLE) or not files or _missing(asset, files):
             raise
@@ -188,7 +210,7 @@ def _matching(asset: Asset, files: Sequence[RemoteFile]) -> list[RemoteFile]:
 
 
 def _missing(asset: Asset, files: Sequence[RemoteFile]) -> list[RemoteFile]:
-    return [file for file in files if not _is_complete(asset.path(file.name), file)]
+    return [f for f in files if not any(form.is_at(path) for path, form in _forms(asset, f))]
 
 
 def _remote_file(sibling: Any) -> RemoteFile:
@@ -202,25 +224,56 @@ def _remote_file(sibling: Any) -> RemoteFile:
 
 
 def fetch(listing: Listing) -> None:
-    """Brings the files of an asset that are missing or damaged.
+    """Brings the files of an asset that are missing or damaged, several at a time.
 
     Raises:
         UserError: no access, no network, no such file, no disk, or other bytes than the hub says.
     """
     asset = listing.asset
-    if not listing.missing:
-        # Files that were copied here by hand are known from now on; a shared folder stays as it is.
-        if not is_recorded(asset) and os.access(asset.folder, os.W_OK):
+    if listing.missing:
+        with _alone_in(asset):
+            # Another process may have brought them meanwhile.
+            missing = _missing(asset, listing.missing)
+            with console.progress(asset.repo, _megabytes(missing), "MB") as bar:
+                _fetch_files(listing, missing, bar)
+            shutil.rmtree(asset.arrivals, ignore_errors=True)
             _write_record(listing)
-        return
-    with _alone_in(asset):
-        # Another process may have brought them meanwhile.
-        missing = _missing(asset, listing.missing)
-        with console.progress(asset.repo, _megabytes(missing), "MB") as bar:
-            for file in missing:
-                _fetch_file(listing, file, _counter(bar, file))
-        shutil.rmtree(asset.arrivals, ignore_errors=True)
+    # Files that were copied here by hand are known from now on; a shared folder stays as it is.
+    elif not is_recorded(asset) and os.access(asset.folder, os.W_OK):
         _write_record(listing)
+    originals = [file for file in listing.files if file.name == assets.TEXT_ORIGINAL]
+    if originals and os.access(asset.folder, os.W_OK):
+        with _alone_in(asset):
+            t5.convert(asset, originals[0])
+
+
+def _fetch_files(listing: Listing, files: Sequence[RemoteFile], bar: console.Progress) -> None:
+    """Brings files side by side; after a failure none is begun, those under way still arrive."""
+    problems: list[UserError] = []
+    done = []
+    # A list's iterator gives each of its items to one thread alone.
+    left = iter(files)
+
+    def work() -> None:
+        for file in left:
+            if problems:
+                return
+            try:
+                _fetch_file(listing, file, _counter(bar, file))
+            except UserError as error:
+                problems.append(error)
+            else:
+                done.append(file)
+
+    # As daemons they end with the process when it is interrupted, whatever they wait for.
+    threads = [threading.Thread(target=work, daemon=True) for _ in files[:AT_ONCE]]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    _raise_all(problems)
+    # The traceback of what went wrong instead has been printed by its thread.
+    assert len(done) == len(files)
 
 
 def _fetch_file(listing: Listing, file: RemoteFile, counter: type) -> None:
@@ -228,9 +281,12 @@ def _fetch_file(listing: Listing, file: RemoteFile, counter: type) -> None:
 
     asset = listing.asset
     path, arrival = asset.path(file.name), asset.arrivals / file.name
-    if not _is_complete(arrival, file):
-        with _hub_errors(asset), layout.disk_errors(path):
+    with layout.disk_errors(path):
+        if not file.is_at(arrival):
             arrival.unlink(missing_ok=True)
+            _take_from_cache(listing, file, arrival)
+    if not arrival.exists():
+        with _hub_errors(asset), layout.disk_errors(path):
             _retrying(
                 asset,
                 lambda: hf_hub_download(
@@ -239,10 +295,12 @@ def _fetch_file(listing: Listing, file: RemoteFile, counter: type) -> None:
                     repo_type=asset.kind,
                     revision=listing.revision,
                     local_dir=asset.arrivals,
+                    # Not the shared cache, from which the library would copy what it never checks.
+                    cache_dir=asset.arrivals / layout.CACHE_DIR,
                     tqdm_class=counter,
                 ),
             )
-    if not _is_complete(arrival, file):
+    if not file.is_at(arrival):
         arrival.unlink(missing_ok=True)
         raise UserError(
             "the hub sent other bytes than it announced; the file was removed",
@@ -250,12 +308,42 @@ def _fetch_file(listing: Listing, file: RemoteFile, counter: type) -> None:
             where=str(path),
             fix="run the same command again",
         )
+    _compare_published(asset, file, arrival)
     if asset.target:
-        assets.require_t5(arrival, asset)
+        t5.require_encoder(arrival, asset)
     with layout.disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         layout.sync(arrival)
         arrival.replace(path)
+
+
+def _take_from_cache(listing: Listing, file: RemoteFile, arrival: Path) -> None:
+    """Links or copies a whole file that another program left in the hub's cache."""
+    from huggingface_hub import try_to_load_from_cache
+
+    asset = listing.asset
+    found = try_to_load_from_cache(
+        asset.repo, file.name, revision=listing.revision, repo_type=asset.kind
+    )
+    if isinstance(found, str) and file.is_at(Path(found)):
+        arrival.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            arrival.hardlink_to(Path(found).resolve())
+        except OSError:
+            # On another disk, or of another user.
+            shutil.copyfile(found, arrival)
+
+
+def _compare_published(asset: Asset, file: RemoteFile, path: Path) -> None:
+    published = assets.PUBLISHED_MD5.get(asset.repo, {}).get(path.name)
+    if published:
+        with path.open("rb") as stream:
+            found = hashlib.file_digest(stream, "md5").hexdigest()
+        if found != published:
+            console.warn(
+                f"{asset.repo}: {file.name} is as the hub has it, but not the one that this "
+                f"version was written for: MD5 {found} instead of {published}"
+            )
 
 
 def _megabytes(files: Sequence[RemoteFile]) -> int:
@@ -276,7 +364,8 @@ def _counter(bar: console.Progress, file: RemoteFile) -> type:
         def update(self, count: float | None = 1) -> None:
             before = self.arrived // 10**6
             self.arrived += int(count or 0)
-            bar.advance(file.name, self.arrived // 10**6 - before)
+            with _COUNTING:
+                bar.advance(file.name, self.arrived // 10**6 - before)
 
     return Counting
 
@@ -302,17 +391,6 @@ def _retrying(asset: Asset, call: Callable[[], T]) -> T:
             )
             time.sleep(pause)
     return call()
-
-
-def _is_complete(path: Path, file: RemoteFile) -> bool:
-    """Whether the file on disk is the hub's, by size and hash."""
-    if not path.is_file() or path.stat().st_size != file.size:
-        return False
-    if not file.is_git_hash:
-        return layout.sha256_file(path) == file.digest
-    content = path.read_bytes()
-    header = f"blob {len(content)}\0".encode()
-    return hashlib.sha1(header + content, usedforsecurity=False).hexdigest() == file.digest
 
 
 # --- what a folder remembers of its downloads -----------------------------------------------------
@@ -388,7 +466,9 @@ def _hub_errors(asset: Asset) -> Iterator[None]:
     except errors.RepositoryNotFoundError as error:
         raise bad("does not exist, or is private", "check the name, set HF_TOKEN") from error
     except errors.RevisionNotFoundError as error:
-        raise bad("has no such revision", "check dataset_revision") from error
+        held = f"delete {asset.record} to take the newest"
+        fix = "check dataset_revision" if asset.revision else held
+        raise bad("has no such revision", fix) from error
     except errors.LocalEntryNotFoundError as error:
         raise unreachable(error) from error
     except errors.EntryNotFoundError as error:
@@ -404,23 +484,3 @@ def _hub_errors(asset: Asset) -> Iterator[None]:
             raise
         # How the library says that fewer bytes came than were announced.
         raise bad("sent a part of a file", "run the same command again") from error
-
-
-def count_videos(r: Recipe) -> int:
-    """The number of videos of the dataset.
-
-    Raises:
-        UserError: there is none.
-    """
-    dataset = Dataset.at(r.dataset_dir, r.videos_dir)
-    if lerobot.is_lerobot(dataset.videos):
-        return len(lerobot.episodes(dataset.videos, r.camera))
-    count = len(dataset.video_files())
-    if not count:
-        raise UserError(
-            "holds no videos",
-            code=ExitCode.DATASET,
-            where=str(dataset.videos),
-            fix="put your videos there, or set videos_dir",
-        )
-    return count

@@ -10,7 +10,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import psutil
@@ -18,9 +18,13 @@ import psutil
 from cosmos_cli import console, layout, report
 from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.layout import Run
+from cosmos_cli.model.spec import PREVIEW_SIGMAS
 
 Row = dict[str, Any]
 HELD_OUT = "heldout"
+NEAREST = "nearest_clip"
+# Steps whose pictures a page shows at most, besides the first.
+MOST_STEPS = 10
 
 
 def rows(run: Run) -> list[Row]:
@@ -156,6 +160,7 @@ def sections(run: Run) -> list[tuple[str, str]]:
             report.chart(_against_base(measured), "step", "EDM error, and that of the base"),
             _curves(measured, {key: _band(key) for key in levels}, "EDM error by noise level"),
         )))  # fmt: skip
+    shown += _pictures(run, [row for row in known if NEAREST in row])
     words = (
         "The loss is edm * exp(-v) + v with a learned log-variance v and may be negative; "
         "the EDM error is the figure to watch."
@@ -170,6 +175,34 @@ def sections(run: Run) -> list[tuple[str, str]]:
         ("Provenance", report.table(_provenance(run))),
         ("Recipe", report.code(run.resolved.read_text(encoding="utf-8"))),
     ]  # fmt: skip
+
+
+def _pictures(run: Run, samples: list[Row]) -> Iterator[tuple[str, str]]:
+    """What the model made while it was trained: a section for each kind that there is."""
+    if steps := _some(run.picture_steps("preview")):
+        note = (
+            "The last of some frames of a clip, then what one step of the denoiser makes of it "
+            f"under noise of sigma {', '.join(f'{sigma:g}' for sigma in PREVIEW_SIGMAS)}."
+        )
+        rows = ((f"step {step}", report.media(run.preview(step))) for step in steps)
+        yield "Previews", report.text(note) + report.table(rows)
+    if steps := _some(run.picture_steps("sample0")):
+        prompts = layout.read_json(run.sample_prompts)
+        sheets = (
+            [run.sample(step, i).with_suffix(".jpg") for i in range(len(prompts))] for step in steps
+        )
+        pictures = (
+            (f"step {step}", *(report.media(path) for path in paths if path.exists()))
+            for step, paths in zip(steps, sheets, strict=True)
+        )
+        names = {NEAREST: "least of a sample", "clips_apart": "usual between training clips"}
+        distances = _curves(samples, names, "distance to the nearest training clip")
+        yield "Samples", report.table(pictures, ("", *prompts)) + (distances if samples else "")
+
+
+def _some(steps: list[int]) -> list[int]:
+    """The first, the last and some steps between."""
+    return sorted({*steps[:1], *steps[:: -max(1, -(-len(steps) // MOST_STEPS))]})
 
 
 def _curves(points: Iterable[Row], names: dict[str, str], title: str) -> str:

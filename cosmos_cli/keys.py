@@ -70,7 +70,7 @@ class Recipe(BaseModel):
     )
     text_encoder_repo: TextEncoders = _model(
         "Hub repository of T5's weights: a third party's copy of the encoder in fp16 (10 GB), or "
-        "google-t5/t5-11b itself (45 GB, and 46 GB of memory to read it).",
+        "google-t5/t5-11b itself (45 GB, of which 19.5 GB are kept).",
         THIRD_PARTY_T5,
     )
     base: str | None = _model(
@@ -89,7 +89,9 @@ class Recipe(BaseModel):
         pattern=REPO,
     )
     dataset_revision: str | None = _data(
-        "Commit, tag or branch of dataset_repo; null takes the newest.", None, pattern=TEXT
+        "Commit, tag or branch of dataset_repo; null takes the newest, and from then on that one.",
+        None,
+        pattern=TEXT,
     )
     dataset_include: str | None = _data(
         "Glob of the files to fetch from dataset_repo; null fetches all.", None, pattern=TEXT
@@ -107,7 +109,21 @@ class Recipe(BaseModel):
         None,
         pattern=TEXT,
     )
-    prompt: str | None = _data("Caption of every video that has none.", None, pattern=TEXT)
+    prompt: str | None = _data(
+        "Caption of every video that has none; with caption vlm, the words in front of what the "
+        "model writes.",
+        None,
+        pattern=TEXT,
+    )
+    caption: Literal["given", "vlm"] = _data(
+        "Where missing captions come from: prompt, or a vision-language model that sees the video.",
+        "given",
+    )
+    caption_model: str | None = _data(
+        "Vision-language model for caption vlm: a folder, or a repository in the local hub cache.",
+        None,
+        pattern=TEXT,
+    )
     num_frames: int = _clip("Frames of one clip, 8k + 1.", "num_frames", ge=1)
     height: int = _clip("Height of a clip in pixels, a multiple of 16.", "height", ge=16)
     width: int = _clip("Width of a clip in pixels, a multiple of 16.", "width", ge=16)
@@ -173,6 +189,35 @@ class Recipe(BaseModel):
     validate_clips: int = _training(
         "Most held-out clips of a measurement, each at four noise levels.", 8, ge=1
     )
+    preview_every_steps: int = _training(
+        "Steps between two previews: what one denoising step makes of a few clips; 0 makes none.",
+        100,
+        ge=0,
+    )
+    sample_every_saves: int = _training(
+        "One save in so many also makes whole videos of the same clips' captions; 0 makes none.",
+        5,
+        ge=0,
+    )
+    preview_clips: int = _training(
+        "Clips of a preview and videos of a sample, of held-out clips where there are some.",
+        2,
+        ge=1,
+        le=16,
+    )
+    preview_share: float = _training(
+        "Largest share of the run's time for previews and samples; they are made less often when "
+        "they would take more, the first ones aside.",
+        0.02,
+        gt=0,
+        le=1,
+    )
+    tracker: Literal["none", "tensorboard", "wandb", "trackio"] = _training(
+        "What shows the metrics besides the run's own files.", "none"
+    )
+    timeout_seconds: float = _training(
+        "Seconds without a sign of life of a process after which the run ends.", 1800.0, ge=1
+    )
     max_restarts: int = _training(
         "Times that training starts again from its last save, when a process is lost.", 0, ge=0
     )
@@ -182,11 +227,22 @@ class Recipe(BaseModel):
     num_processes: Processes | Literal["auto"] = _training(
         "Training processes; auto is one per GPU, or one on a CPU.", "auto"
     )
+    sequence_parallel: int = _training(
+        "Processes that share the tokens of one clip, where one alone has too little memory or a "
+        "step takes too long; they divide the attention heads.",
+        1,
+        ge=1,
+    )
     zero_stage: int = _training(
         "ZeRO stage: 1 shards the optimizer, 2 the gradients too, 3 the weights too.",
         3,
         ge=0,
         le=3,
+    )
+    offload: Literal["none", "ema", "optimizer", "parameters"] = _training(
+        "What the memory of the host holds instead of the GPU's: nothing, the EMA, the optimizer "
+        "and gradients too, or the weights too; each costs more time than the one before.",
+        "none",
     )
     precision: Literal["bf16", "fp32"] = _training(
         "Number format of weights and activations; the optimizer keeps fp32.", "bf16"
@@ -249,6 +305,14 @@ class Recipe(BaseModel):
         "Check prompts and videos; what is blocked is not made. off is noted in every sidecar.",
         "on",
     )
+    memory: Literal["auto", "together", "in_turn"] = _sampling(
+        "Whether generate keeps all networks in memory together, or has them in turn, each loaded "
+        "once a batch; auto keeps them for prompts that come one by one, if they fit.",
+        "auto",
+    )
+    compile: Literal["auto", "on", "off"] = _sampling(
+        "Have torch compile the denoiser's blocks; auto does on a GPU where it saves time.", "auto"
+    )
     video_crf: float = _sampling(
         "Quality of the mp4 as x264's CRF, smaller is better.", 18.0, ge=0, le=51
     )
@@ -298,6 +362,8 @@ class Recipe(BaseModel):
 def conflicts(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str, str]]:
     """The keys, the problem and the fix of each set of values that cannot work together."""
     spec, tok = recipe.spec, recipe.spec.tokenizer
+    if recipe.caption == "vlm" and not recipe.caption_model:
+        yield ("caption", "caption_model"), "caption vlm needs a model", "set caption_model"
     if (recipe.num_frames - 1) % tok.temporal or recipe.num_frames > tok.chunk_frames:
         rule = f"must be {tok.temporal}k + 1 and at most {tok.chunk_frames}"
         fix = _neighbours(recipe.num_frames - 1, tok.temporal, tok.chunk_frames - 1, add=1)
@@ -307,16 +373,33 @@ def conflicts(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str, str]]:
             rule = f"must be a multiple of {spec.size_multiple} and at most {spec.max_size}"
             fix = _neighbours(size, spec.size_multiple, spec.max_size)
             yield (key,), f"{rule}, found {size}", fix
-    if recipe.num_processes != "auto":
-        micro, total = recipe.micro_batch_size, recipe.global_batch_size
-        held = micro * recipe.num_processes
-        if total % held:
-            what = (
-                f"global_batch_size {total} is no multiple of micro_batch_size x num_processes = "
-                f"{micro} x {recipe.num_processes} = {held}"
-            )
-            keys = ("global_batch_size", "num_processes", "micro_batch_size")
-            yield keys, what, f"{_neighbours(total, held)} for global_batch_size"
+    least = {"none": 0, "ema": 0, "optimizer": 1, "parameters": 3}[recipe.offload]
+    if recipe.zero_stage < least:
+        what = f"{recipe.offload} needs zero_stage {least} or above, found {recipe.zero_stage}"
+        yield ("offload", "zero_stage"), what, f"set zero_stage: {least}"
+    shared = recipe.sequence_parallel
+    tokens = spec.tokens(recipe.num_frames, recipe.height, recipe.width)
+    if spec.dit.heads % shared or tokens % shared:
+        what = f"must divide {spec.dit.heads} heads and {tokens} tokens, found {shared}"
+        yield ("sequence_parallel",), what, "use a power of two"
+    if recipe.num_processes == "auto":
+        return
+    if recipe.num_processes % shared:
+        what = f"must be a multiple of sequence_parallel {shared}, found {recipe.num_processes}"
+        fix = _neighbours(recipe.num_processes, shared)
+        yield ("num_processes", "sequence_parallel"), what, fix
+        return
+    micro, total = recipe.micro_batch_size, recipe.global_batch_size
+    teams = recipe.num_processes // shared
+    held = micro * teams
+    if total % held:
+        counted = "num_processes" if shared == 1 else "(num_processes / sequence_parallel)"
+        what = (
+            f"global_batch_size {total} is no multiple of micro_batch_size x {counted} = "
+            f"{micro} x {teams} = {held}"
+        )
+        keys = ("global_batch_size", "num_processes", "micro_batch_size", "sequence_parallel")
+        yield keys, what, f"{_neighbours(total, held)} for global_batch_size"
 
 
 def _neighbours(value: int, step: int, limit: float = float("inf"), add: int = 0) -> str:
@@ -365,6 +448,8 @@ def oddities(recipe: Recipe) -> Iterator[str]:
         yield "keep_last 1 keeps one resume state: there is none to fall back on"
     if recipe.lora_alpha is not None and not recipe.lora_rank:
         yield "lora_alpha has no effect without lora_rank"
+    if recipe.caption_model and recipe.caption != "vlm":
+        yield "caption_model has no effect without caption vlm"
     for key in ("dataset_revision", "dataset_include"):
         if getattr(recipe, key) and not recipe.dataset_repo:
             yield f"{key} has no effect without dataset_repo"

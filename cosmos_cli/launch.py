@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from cosmos_cli import __version__, console, history, layout, mailbox
+from cosmos_cli import __version__, console, history, layout, mailbox, trackers
 from cosmos_cli.errors import ExitCode, Interrupted, UserError
 from cosmos_cli.layout import Dataset, Run
 from cosmos_cli.model import plan
@@ -133,6 +133,7 @@ def check_recipe(r: Recipe, ranks: int) -> None:
             where="NNODES",
             fix="on every node: torchrun --nnodes ... -m cosmos_cli train RECIPE",
         )
+    trackers.check(r)
     if not r.spec.trainable:
         raise UserError(
             f"{r.model} is for generation only",
@@ -140,13 +141,21 @@ def check_recipe(r: Recipe, ranks: int) -> None:
             where="model",
             fix="use Cosmos-Predict1-7B-Text2World",
         )
-    if r.global_batch_size % (ranks * r.micro_batch_size):
+    if ranks % r.sequence_parallel:
+        raise UserError(
+            f"{ranks} processes do not divide into groups of {r.sequence_parallel}",
+            code=ExitCode.USAGE,
+            where="sequence_parallel",
+            fix="use a divisor of the number of processes",
+        )
+    at_once = ranks // r.sequence_parallel * r.micro_batch_size
+    if r.global_batch_size % at_once:
         raise UserError(
             f"{r.global_batch_size} clips do not divide into micro batches of "
             f"{r.micro_batch_size} on {ranks} processes",
             code=ExitCode.USAGE,
             where="global_batch_size",
-            fix=f"use a multiple of {ranks * r.micro_batch_size}",
+            fix=f"use a multiple of {at_once}",
         )
     base = layout.model_files(r.spec, r.checkpoints_dir, r.base).dit
     if not base.exists():
@@ -162,7 +171,7 @@ def check_resume(r: Recipe, run: Run, ranks: int) -> int:
     """The step at which the run goes on, 0 for a new one.
 
     Raises:
-        UserError: the saved run was another one, or used another number of processes.
+        UserError: the saved run was another one.
     """
     steps = run.resumable_steps()
     if not steps:
@@ -184,12 +193,7 @@ def check_resume(r: Recipe, run: Run, ranks: int) -> int:
                 fix="set name to start another run",
             )
     if saved["world_size"] != ranks:
-        raise UserError(
-            f"was saved by {saved['world_size']} processes, not {ranks}",
-            code=ExitCode.USAGE,
-            where=str(folder),
-            fix=f"set num_processes to {saved['world_size']}, or name to start another run",
-        )
+        changes["num_processes"] = (saved["world_size"], ranks)
     dataset = Dataset.at(r.dataset_dir, r.videos_dir).manifest
     if saved["dataset"] != (now := layout.sha256_file(dataset)):
         changes["clips"] = (f"manifest {saved['dataset'][:12]}", f"manifest {now[:12]}")
@@ -230,7 +234,9 @@ def join(loaded: LoadedRecipe) -> dict[str, Any]:
         _prepare(loaded, run)
     from cosmos_cli.model import train
 
-    outcome = train.run_rank(loaded.recipe)
+    shown = trackers.following(loaded.recipe, run) if rank == 0 else contextlib.nullcontext()
+    with shown:
+        outcome = train.run_rank(loaded.recipe)
     if outcome["exit_code"]:
         raise Interrupted(ExitCode(outcome["exit_code"]))
     return outcome
@@ -252,13 +258,15 @@ def start(loaded: LoadedRecipe, ranks: int) -> dict[str, Any]:
     with _locked(run) as lock, mailbox.Mailbox() as box:
         while True:
             _prepare(loaded, run)
-            code, signal_seen = _run_to_the_end(
-                command,
-                env={**environment(ranks), mailbox.ADDRESS: box.address},
-                stdout=sys.stderr,
-                # The launcher holds the lock too: ranks may still save when this process is killed.
-                pass_fds=(lock,),
-            )
+            with trackers.following(loaded.recipe, run):
+                code, signal_seen = _run_to_the_end(
+                    command,
+                    env={**environment(ranks), mailbox.ADDRESS: box.address},
+                    stdout=sys.stderr,
+                    # The launcher holds the lock too: ranks may still save when this process is
+                    # killed.
+                    pass_fds=(lock,),
+                )
             messages = box.read()
             if signal_seen:
                 raise Interrupted(signal_seen)
@@ -266,7 +274,8 @@ def start(loaded: LoadedRecipe, ranks: int) -> dict[str, Any]:
                 return _outcome(run)
             failure = _failure(messages, code)
             # What a rank explained, a full disk or a loss that is not finite, would come again.
-            if restarts == loaded.recipe.max_restarts or any("error" in m for m in messages):
+            explained = any("error" in m and "lost" not in m for m in messages)
+            if restarts == loaded.recipe.max_restarts or explained:
                 raise failure
             restarts += 1
             console.warn(f"{failure}: restart {restarts} of {loaded.recipe.max_restarts}")
@@ -421,6 +430,10 @@ def _prepare(loaded: LoadedRecipe, run: Run) -> None:
         layout.write_text(run.root / "recipe.yaml", loaded.path.read_text(encoding="utf-8"))
     layout.write_text(run.resolved, recipe.dump(loaded.recipe))
     step = (run.resumable_steps() or [0])[-1]
+    with layout.disk_errors(run.samples):
+        for path in run.samples.glob("step_*"):
+            if int(path.name.split("_")[1]) > step:
+                path.unlink()
     history.note(run, {"step": step, "max_steps": loaded.recipe.max_steps})
     facts = {
         "cosmos": __version__,

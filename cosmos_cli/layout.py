@@ -26,6 +26,8 @@ MANIFEST_FILE = "manifest.json"
 TOKENIZER_DIR = "Cosmos-Tokenize1-CV8x8x8-720p"
 TEXT_ENCODER_DIR = "google-t5/t5-11b"
 SIGLIP_DIR = "google/siglip-so400m-patch14-384"
+LLAMA_GUARD_DIR = "meta-llama/LlamaGuard-7b"
+AEGIS_DIR = "nvidia/Aegis-AI-Content-Safety-LlamaGuard-Defensive-1.0"
 UPSAMPLER_DIR = "Cosmos-UpsamplePrompt1-12B-Text2World"
 # In a downloaded folder: what is no part of it.
 CACHE_DIR = ".cache"
@@ -265,6 +267,11 @@ class Dataset:
         return self.root / "prep_captions.json"
 
     @property
+    def descriptions(self) -> Path:
+        """What a vision-language model wrote about each video, `<stem>.json`."""
+        return self.root / "vlm"
+
+    @property
     def lock(self) -> Path:
         """By which the processes that prepare the dataset know one another."""
         return self.root / "prep.lock"
@@ -380,9 +387,37 @@ class Run:
         return self.root / "SAVE"
 
     @property
+    def sample_request(self) -> Path:
+        """Whoever makes this file has the run make samples after its next step."""
+        return self.root / "SAMPLE"
+
+    @property
+    def samples(self) -> Path:
+        """What the model made while it was trained."""
+        return self.root / "samples"
+
+    def preview(self, step: int) -> Path:
+        """Clips of the dataset, and what one step of the denoiser makes of their noised latents."""
+        return self.samples / f"step_{step:09d}_preview.jpg"
+
+    def sample(self, step: int, index: int) -> Path:
+        """A whole video by the model at a step; its contact sheet lies beside it, as .jpg."""
+        return self.samples / f"step_{step:09d}_sample{index}.mp4"
+
+    @property
+    def sample_prompts(self) -> Path:
+        """What the samples of every step were asked to show, in their order."""
+        return self.samples / "prompts.json"
+
+    @property
     def resolved(self) -> Path:
         """The recipe with every value filled in."""
         return self.root / "resolved.yaml"
+
+    def picture_steps(self, kind: str) -> list[int]:
+        """Steps that have pictures of a kind, "preview" or "sample0", ascending."""
+        names = (path.name for path in self.samples.glob(f"step_*_{kind}.jpg"))
+        return sorted(int(name.split("_")[1]) for name in names)
 
     def model(self, step: int, weights: str) -> Path:
         """The model file of a save; `weights` is reg or ema."""

@@ -90,18 +90,18 @@ def _comparisons(orders: list[Order], made: list[Job]) -> Iterator[Outcome]:
 
 
 def stream(order: Order) -> Iterator[Outcome]:
-    """Each prompt of standard input as it comes, with all networks in memory."""
+    """Each prompt of standard input as it comes, with all networks in memory if they fit."""
     layout.require_writable(order.output.absolute())
     from cosmos_cli.model.device import best_device
-    from cosmos_cli.model.generate import Resident
+    from cosmos_cli.model.generate import one_by_one
 
-    networks = Resident(order.r, order.weights, best_device())
+    make = one_by_one(order.r, order.weights, best_device())
     if isinstance(sys.stdin, io.TextIOWrapper):
         # A line that is no UTF-8 is refused by itself.
         sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
     for wish in jobs.read_lines(sys.stdin):
         outcome = order.place(wish)
         if outcome.job and not outcome.done:
-            error = networks.make(outcome.job)
+            error = make(outcome.job)
             outcome = replace(outcome, error=error, done=not error)
         yield outcome

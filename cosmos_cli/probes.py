@@ -23,7 +23,9 @@ from cosmos_cli import download
 from cosmos_cli.assets import Asset
 from cosmos_cli.errors import UserError
 
-PROBE_SECONDS = 60
+# On a busy machine, or from a cold network disk, importing torch alone takes a minute.
+PROBE_SECONDS = 180
+HUNG = "did not finish within"
 NCCL_BYTES = 2**28
 
 
@@ -108,7 +110,7 @@ def _wait(groups: dict[str, list[subprocess.Popen[bytes]]]) -> dict[str, tuple[i
 
 def _outcome(home: Path, ended: tuple[int, int] | None) -> Outcome:
     if ended is None:
-        return Outcome({}, f"did not finish within {PROBE_SECONDS} s")
+        return Outcome({}, f"{HUNG} {PROBE_SECONDS} s")
     rank, code = ended
     if code < 0:
         return Outcome({}, f"died of {signal.Signals(-code).name}")

@@ -11,17 +11,28 @@ from collections.abc import Iterator
 from cosmos_cli import console, jobs, launch, layout, mailbox
 from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.jobs import Job
+from cosmos_cli.keys import Recipe
 
 # What torchrun gives its ranks to end in order.
 STOP_SECONDS = 40
 
 
 def processes_for(todo: list[Job], wanted: int | None) -> int:
-    """How many processes make the jobs: one per GPU, one or two a video, or the number wanted."""
+    """How many processes make the jobs, at most one per GPU or as many as wanted.
+
+    One a video; or two, one for each side of guidance; or more, which share the tokens of a side.
+    """
     most = wanted or max(len(launch.gpu_names()), 1)
-    pairs = 2 * len(todo)
-    guided = all(job.r.guidance for job in todo)
-    return pairs if guided and most >= pairs else min(most, len(todo))
+    for team in (8, 4, 2):
+        if most >= team * len(todo) and all(_divides(job.r, team) for job in todo):
+            return team * len(todo)
+    return min(most, len(todo))
+
+
+def _divides(r: Recipe, team: int) -> bool:
+    """Whether so many processes can make one video."""
+    tokens = r.spec.tokens(r.num_frames, r.height, r.width)
+    return r.guidance > 0 and not tokens % (team // 2) and not r.spec.dit.heads % (team // 2)
 
 
 def run(todo: list[Job], processes: int) -> Iterator[tuple[Job, UserError | None]]:

@@ -10,11 +10,11 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-extras=train
+extras=train,guardrails
 torch=
 while (($#)); do
   case $1 in
-    --test) extras=train,test ;;
+    --test) extras=$extras,test ;;
     --torch) torch=${2:?cpu or cuda} && shift ;;
     *) sed -n '2,9s/^# \{0,1\}//p' "$0" && exit 2 ;;
   esac
@@ -89,5 +89,5 @@ echo "Installing the packages, about a minute."
 PYTHONWARNINGS=ignore "${pip[@]}" install --quiet --constraint .ci/constraints.txt --editable ".[$extras]"
 .venv/bin/cosmos setup tiny --install
 
-touch "$stamp-train" "$stamp-$extras"
+touch "$stamp-train,guardrails" "$stamp-$extras"
 echo "Installed. Use it with: source $PWD/.venv/bin/activate"

@@ -19,9 +19,10 @@ class Hub(ThreadingHTTPServer):
 
     The kind is models or datasets. `gated` ids want `token`; `corrupt` files arrive with one byte
     changed; `moved` ones lie on another address, as in a CDN; of `cut` ones only so many bytes
-    come each time; `slow` ones come in that many pieces with a pause before each. `storm`
-    maps a part of an address to the codes that the next requests for it are answered with. `log`
-    has every request.
+    come each time; `slow` ones come in that many pieces with a pause before each; those that are
+    `together` come when so many are asked for at once. `storm` maps a part of an address to the
+    codes that the next requests for it are answered with. `older` maps commits before the newest
+    to their files. `log` has every request.
     """
 
     daemon_threads = True
@@ -31,7 +32,7 @@ class Hub(ThreadingHTTPServer):
         self.repos, self.token, self.log = repos, "right", []
         self.gated = self.corrupt = self.moved = ()
         self.cut, self.slow, self.storm = {}, {}, {}
-        self.pause = 0.3
+        self.older, self.together, self.pause = {}, None, 0.3
         vars(self).update(faults)
 
     def handle_error(self, *_):
@@ -94,8 +95,10 @@ class _Handler(BaseHTTPRequestHandler):
         # What a gated repository holds may be seen, but not fetched.
         if closed and (file or path.endswith("/auth-check")):
             return self.refuse(403 if given else 401, "GatedRepo", body)
+        revision = (api or file)[3]
+        files = self.server.older.get(revision, files)
         commit = commit_of(files)
-        if (api or file)[3] not in (None, "main", commit):
+        if revision not in (None, "main", commit):
             return self.refuse(404, "RevisionNotFound", body)
         if file:
             return self.answer_file(file[4], files, commit, body)
@@ -126,6 +129,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def stream(self, name, content, start):
         limit = self.server.cut.get(name)
+        if self.server.together:
+            self.server.together.wait()
         for piece in pieces(content, start, self.server.slow.get(name)):
             if name in self.server.slow:
                 time.sleep(self.server.pause)

@@ -1,8 +1,13 @@
 """The download verb against a hub on the loopback."""
 
+import io
 import json
 import os
 import re
+import signal
+import subprocess
+import sys
+import threading
 import time
 from pathlib import Path
 
@@ -24,6 +29,8 @@ TEXT = ("models", "google-t5/t5-11b")
 ENCODER = ("models", "comfyanonymous/cosmos_1.0_text_encoder_and_VAE_ComfyUI")
 ENCODER_FILE = "text_encoders/oldt5_xxl_fp16.safetensors"
 SIGLIP = ("models", "google/siglip-so400m-patch14-384")
+LLAMA_GUARD = ("models", "meta-llama/LlamaGuard-7b")
+AEGIS = ("models", "nvidia/Aegis-AI-Content-Safety-LlamaGuard-Defensive-1.0")
 DATA = ("datasets", "nvidia/Cosmos-NeMo-Assets")
 
 
@@ -54,6 +61,13 @@ def t5_weights():
     return {name: tensor.half().clone() for name, tensor in weights.items()}
 
 
+def old_format(weights):
+    """The bytes of a file as torch wrote it before 1.6."""
+    stream = io.BytesIO()
+    torch.save(weights, stream, _use_new_zipfile_serialization=False)
+    return stream.getvalue()
+
+
 @pytest.fixture
 def repos(tmp_path):
     clip = tmp_path / "clip.mp4"
@@ -64,12 +78,15 @@ def repos(tmp_path):
             "config.json": b"{}",
             "other.bin": b"not wanted",
             "guardrail/blocklist/custom/words": b"word",
+            "guardrail/face_blur_filter/Resnet50_Final.pth": b"faces",
         },
         SIGLIP: {"config.json": b"{}", "model.safetensors": b"siglip"},
+        LLAMA_GUARD: {"model-00001-of-00001.safetensors": b"guard", "pytorch_model.bin": b"twice"},
+        AEGIS: {"adapter_config.json": b"{}", "adapter_model.safetensors": b"lora"},
         TOKENIZER: {"encoder.jit": b"e" * 99, "decoder.jit": b"d" * 99, "mean_std.pt": b"m"},
         TEXT: {
             "config.json": json.dumps(T5.to_dict()).encode(),
-            "pytorch_model.bin": b"t5",
+            "pytorch_model.bin": old_format(T5EncoderModel(T5).state_dict()),
             "tf_model.h5": b"not wanted",
         },
         ENCODER: {ENCODER_FILE: save(t5_weights()), "vae/vae.safetensors": b"not wanted"},
@@ -93,7 +110,11 @@ def test_everything_of_a_recipe_arrives_in_the_layout_of_the_reference(online, r
     assert found["Cosmos-Tokenize1-CV8x8x8-720p/mean_std.pt"] == b"m"
     assert found["google-t5/t5-11b/model.safetensors"] == repos[ENCODER][ENCODER_FILE]
     assert found["Cosmos-Predict1-7B-Text2World/guardrail/blocklist/custom/words"] == b"word"
+    guards = "Cosmos-Predict1-7B-Text2World/guardrail/face_blur_filter/Resnet50_Final.pth"
+    assert found[guards] == b"faces"
     assert found["google/siglip-so400m-patch14-384/model.safetensors"] == b"siglip"
+    assert found["meta-llama/LlamaGuard-7b/model-00001-of-00001.safetensors"] == b"guard"
+    assert found[f"{AEGIS[1]}/adapter_model.safetensors"] == b"lora"
     assert not [name for name in found if name.endswith((".bin", ".h5", "vae.safetensors"))]
     videos = online.cwd / "datasets" / "cosmos_nemo_assets" / "videos"
     assert [path.name for path in videos.iterdir()] == ["a.mp4"]
@@ -147,7 +168,7 @@ def test_a_missing_repository_and_a_missing_hub_are_one_line_each(online, repos)
 def test_dry_run_says_the_bytes_and_fetches_none(online, repos):
     with serve(repos) as online.hub:
         result = online.json("download", "nemo_assets", "--dry-run")
-    sizes = {asset["repo"]: asset["fetched"] for asset in result["assets"][:-2]}
+    sizes = {asset["repo"]: asset["fetched"] for asset in result["assets"][:-4]}
     assert sizes[MODEL[1]] == len(repos[MODEL]["model.pt"]) + 2
     assert sizes[ENCODER[1]] == len(repos[ENCODER][ENCODER_FILE])
     assert not (online.cwd / "checkpoints").exists()
@@ -291,18 +312,147 @@ def test_a_pinned_revision_is_the_one_that_comes(online, repos):
     assert "no such revision" in refused.stderr
 
 
+def test_the_revision_that_came_first_stays_the_one(online, repos):
+    first = dict(repos[MODEL])
+    weights = online.cwd / "checkpoints/Cosmos-Predict1-7B-Text2World/model.pt"
+    with serve(repos) as online.hub:
+        online("download", "nemo_assets", "--for", "train")
+    repos[MODEL] |= {"model.pt": b"newer", "notes.txt": b""}
+    with serve(repos, older={commit_of(first): first}) as online.hub:
+        online("download", "nemo_assets", "--for", "train")
+        assert weights.read_bytes() == first["model.pt"]
+        weights.write_bytes(b"damaged")
+        found = online.json("download", "nemo_assets", "--for", "train")
+        assert weights.read_bytes() == first["model.pt"]
+        assert found["assets"][0]["revision"] == commit_of(first)
+        online.hub.older = {}
+        refused = online("download", "nemo_assets", "--for", "train", code=4)
+        (record,) = re.findall(r"delete (\S+) to take the newest", refused.stderr)
+        Path(record).unlink()
+        done = online("download", "nemo_assets", "--for", "train")
+    assert weights.read_bytes() == b"newer"
+    assert "model.pt is as the hub has it, but not the one" in done.stderr
+
+
+def test_files_come_side_by_side(online, repos):
+    repos[DATA] = {f"{i}.mp4": os.urandom(3000) for i in range(4)}
+    mine = "dataset_dir: data\ndataset_repo: nvidia/Cosmos-NeMo-Assets\n"
+    (online.cwd / "mine.yaml").write_text(f"model: Cosmos-Tiny-Text2World\n{mine}")
+    # The hub sends none of them before it was asked for all.
+    with serve(repos, together=threading.Barrier(4, timeout=60)) as online.hub:
+        online("download", "mine.yaml")
+    videos = online.cwd / "data" / "videos"
+    assert {path.name: path.read_bytes() for path in videos.iterdir()} == repos[DATA]
+
+
+def test_one_bad_file_does_not_keep_the_others_from_arriving(online, repos):
+    repos[DATA] |= {f"{i}.mp4": os.urandom(3000) for i in range(3)}
+    with serve(repos, corrupt=["0.mp4"], slow={"1.mp4": 3, "2.mp4": 3}) as online.hub:
+        refused = online("download", "nemo_assets", "--for", "prep", code=4)
+    (line,) = [line for line in refused.stderr.splitlines() if line.startswith("error: ")]
+    assert "0.mp4: the hub sent other bytes" in line
+    videos = online.cwd / "datasets" / "cosmos_nemo_assets" / "videos"
+    assert {path.name for path in videos.iterdir()} >= {"1.mp4", "2.mp4"}
+
+
+def test_an_interrupted_download_ends_at_once_and_the_same_command_goes_on(online, repos):
+    repos[DATA] |= {f"{i}.mp4": os.urandom(3000) for i in range(2)}
+    folder = online.cwd / "datasets" / "cosmos_nemo_assets"
+    with serve(repos, slow={"0.mp4": 3000, "1.mp4": 3000}) as online.hub:
+        process = online.start("download", "nemo_assets", "--for", "prep")
+        deadline = time.monotonic() + 60
+        while len(list(folder.rglob("*.incomplete"))) < 2 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        started = time.monotonic()
+        _, err = process.communicate(timeout=60)
+        assert time.monotonic() - started < 10
+        assert process.returncode == 130
+        assert err.splitlines()[-1].startswith("error: interrupted; the same command goes on")
+        assert "Traceback" not in err
+        assert not {"0.mp4", "1.mp4"} & {path.name for path in folder.glob("videos/*")}
+        online.hub.slow = {}
+        online("download", "nemo_assets", "--for", "prep")
+    assert (folder / "videos" / "1.mp4").read_bytes() == repos[DATA]["1.mp4"]
+
+
+def test_what_the_cache_of_the_hub_has_is_linked_and_damage_in_it_is_not(online, repos):
+    for name in ("model.pt", "config.json"):
+        fetch = f"import huggingface_hub as h; h.hf_hub_download({MODEL[1]!r}, {name!r})"
+        with serve(repos) as online.hub:
+            subprocess.run([sys.executable, "-c", fetch], env=online.environment(), check=True)
+    cached = next(online.cwd.glob("hf/hub/models--*/snapshots/*"))
+    damaged = (cached / "config.json").resolve()
+    damaged.write_bytes(b"[]")
+    folder = online.cwd / "checkpoints" / "Cosmos-Predict1-7B-Text2World"
+    with serve(repos) as online.hub:
+        online("download", "nemo_assets", "--for", "train")
+        fetched = {p.rpartition("/")[2] for m, p in online.hub.log if m == "GET" and "resolve" in p}
+    assert fetched == {"config.json"}
+    assert (folder / "model.pt").samefile(cached / "model.pt")
+    assert (folder / "config.json").read_bytes() == b"{}"
+
+
 def test_the_encoder_of_the_third_party_is_the_one_that_text_loads(online, repos):
     with serve(repos) as online.hub:
         online("download", "nemo_assets", "--for", "prep")
         folder = online.cwd / "checkpoints" / "google-t5" / "t5-11b"
         loaded = T5EncoderModel.from_pretrained(folder, dtype=torch.float32).state_dict()
         assert all(torch.equal(loaded[name], t.float()) for name, t in t5_weights().items())
-        official = "text_encoder_repo=google-t5/t5-11b"
-        refused = online("download", "nemo_assets", "--set", official, code=4)
-        assert str(folder / "model.safetensors") in refused.stderr
-        (folder / "model.safetensors").unlink()
-        online("download", "nemo_assets", "--for", "prep", "--set", official)
-    assert (folder / "pytorch_model.bin").read_bytes() == b"t5"
+
+
+def test_googles_file_becomes_the_encoder_that_text_loads_and_is_not_needed_again(online, repos):
+    torch.manual_seed(1)
+    model = T5EncoderModel(T5)
+    # Some writers leave parameters, and what is not the encoder's.
+    weights = {**model.state_dict(), "lm_head.weight": torch.zeros(9)}
+    weights["shared.weight"] = torch.nn.Parameter(weights["shared.weight"])
+    repos[TEXT]["pytorch_model.bin"] = old_format(weights)
+    words = ("download", "nemo_assets", "--for", "prep", "--set")
+    official = (*words, f"text_encoder_repo={TEXT[1]}")
+    folder = online.cwd / "checkpoints" / "google-t5" / "t5-11b"
+    with serve(repos) as online.hub:
+        online("download", "nemo_assets", "--for", "prep")
+        done = online(*official)
+        assert f"{folder / 'pytorch_model.bin'} is not read any more" in done.stderr
+        (folder / "pytorch_model.bin").unlink()
+        online.hub.log.clear()
+        online(*official)
+        assert not [path for _, path in online.hub.log if "/resolve/" in path]
+        loaded = T5EncoderModel.from_pretrained(folder, dtype=torch.float32).state_dict()
+        assert all(torch.equal(loaded[name], t) for name, t in model.state_dict().items())
+        encoder = folder / "model.safetensors"
+        whole = encoder.read_bytes()
+        assert b"lm_head" not in whole
+        encoder.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+        online(*official)
+    assert encoder.read_bytes() == whole
+
+
+class Hostile:
+    def __reduce__(self):
+        return os.mkdir, ("hostile",)
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (old_format({"shared.weight": Hostile()}), "refused"),
+        (old_format({"shared.weight": torch.zeros(32, 16)})[:-9], "ends too early"),
+        (old_format({"shared.weight": torch.zeros(16, 32).T}), "as a whole"),
+        (old_format({"shared.weight": torch.zeros(32, 15)}), "has the shape [32, 15]"),
+        (save({"shared.weight": torch.zeros(32, 16)}), "nothing in it was run"),
+    ],
+)
+def test_a_file_of_google_that_is_not_t5_is_read_as_data_and_refused(online, repos, content, why):
+    repos[TEXT]["pytorch_model.bin"] = content
+    words = ("--for", "prep", "--set", f"text_encoder_repo={TEXT[1]}")
+    with serve(repos) as online.hub:
+        refused = online("download", "nemo_assets", *words, code=4)
+    assert why in refused.stderr
+    assert "Traceback" not in refused.stderr
+    assert not list(online.cwd.rglob("hostile"))
+    assert not list((online.cwd / "checkpoints").rglob("*.safetensors"))
 
 
 def test_an_encoder_of_other_shapes_is_never_put_in_place(online, repos):

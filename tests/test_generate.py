@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -12,8 +13,17 @@ import pytest
 import torch
 from conftest import Cosmos, settings
 
-from cosmos_cli import layout
+from cosmos_cli import layout, recipe
 from cosmos_cli.model import video, weights
+from cosmos_cli.model.dit import DiT
+from cosmos_cli.model.generate import (
+    Conditioning,
+    bytes_together,
+    load_denoiser,
+    sample,
+    worth_compiling,
+)
+from cosmos_cli.model.spec import COSMOS_14B, MODELS
 
 pytestmark = pytest.mark.workflow
 
@@ -57,6 +67,38 @@ def test_the_same_seed_gives_the_same_file_alone_or_in_a_batch(cosmos):
     other = generate(cosmos, "--prompt", "A red ball.", "--seed", "6", "-o", "other")
     assert digest(batch, 1) == digest(alone)
     assert digest(other) != digest(alone)
+
+
+@pytest.mark.slow
+def test_compiled_blocks_make_the_same_video_and_no_compiler_is_no_obstacle(cosmos, monkeypatch):
+    ask = ["--prompt", "A red ball."]
+    wish = [*ask, "--set", "compile=on"]
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(cosmos.cwd / "cache"))
+    plain, compiled = generate(cosmos, *ask, "-o", "a"), generate(cosmos, *wish, "-o", "b")
+    assert list((cosmos.cwd / "cache").rglob("*.so"))
+    one, two = (video.read_frames(made["artifacts"][0], range(9)) for made in (plain, compiled))
+    assert (one.float() - two.float()).abs().mean() < 0.1
+    monkeypatch.setenv("CXX", "/nowhere/g++")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(cosmos.cwd / "empty"))
+    done = cosmos("generate", *wish, "-o", "c", *QUICK)
+    (warning,) = (line for line in done.stderr.splitlines() if "not compiled" in line)
+    assert "compiler" in warning
+    (without,) = cosmos.cwd.glob("c/*.mp4")
+    assert layout.sha256_file(without) == digest(plain)
+    noted = [
+        json.loads(next(cosmos.cwd.glob(f"{folder}/*.json")).read_text())["compiled"]
+        for folder in "abc"
+    ]
+    assert noted == [False, True, False]
+
+
+def test_a_video_is_compiled_for_when_its_own_passes_are_many():
+    seven = recipe.load("nemo_assets", []).recipe
+    assert worth_compiling(seven, "cuda")
+    assert not worth_compiling(seven, "cpu")
+    assert not worth_compiling(seven.model_copy(update={"compile": "off"}), "cuda")
+    assert not worth_compiling(seven.model_copy(update={"num_steps": 10}), "cuda")
+    assert not worth_compiling(recipe.load("tiny", []).recipe, "cuda")
 
 
 @pytest.mark.parametrize(
@@ -194,6 +236,74 @@ def test_prompts_from_standard_input_become_videos_as_they_come(cosmos):
     assert "Traceback" not in err
     alone = generate(cosmos, "--prompt", "A red ball moves left.", "-o", "alone")
     assert layout.sha256_file(alone["artifacts"][0]) == digest
+
+
+def test_networks_together_or_in_turn_make_the_same_files(cosmos):
+    prompts = [{"prompt": "A red ball."}, {"prompt": "A nude statue."}, {"prompt": "A blue box."}]
+    batch = lines(cosmos, "b.jsonl", *prompts)
+    ask = ["generate", "--batch", batch, *QUICK]
+    assert "in memory in turn" in cosmos(*ask, "-o", "turn", code=8).stderr
+    together = cosmos(*ask, "--set", "memory=together", "-o", "together", code=8).stderr
+    assert together.count("loading denoiser") == together.count("in memory together") == 1
+    process = cosmos.start(
+        "generate", "--prompts", "-", "--set", "memory=in_turn", "-o", "stream", *QUICK,
+        stdin=subprocess.PIPE,
+    )  # fmt: skip
+    out, err = process.communicate("\n".join(map(json.dumps, prompts)), timeout=90)
+    assert [json.loads(line)["exit_code"] for line in out.splitlines()] == [0, 8, 0]
+    assert err.count("loading denoiser") == 2
+    made = sorted(path.name for path in cosmos.cwd.glob("turn/*.mp4"))
+    assert len(made) == 2
+    for name in made:
+        files = (cosmos.cwd / folder / name for folder in ("turn", "together", "stream"))
+        assert len({layout.sha256_file(file) for file in files}) == 1
+
+
+def test_memory_of_all_networks_is_that_of_their_files_and_a_pass(tmp_path):
+    settings = [f"checkpoints_dir={tmp_path}", f"upsampler={tmp_path / 'chat'}", "height=704"]
+    seven = recipe.load("nemo_assets", settings).recipe
+    t5, guard = tmp_path / layout.TEXT_ENCODER_DIR, tmp_path / layout.LLAMA_GUARD_DIR
+    sizes = {
+        t5 / "model.safetensors": 9.8e9,
+        t5 / "pytorch_model.bin": 45e9,  # Google's, of which the other was made.
+        tmp_path / "chat" / "model.pt": 24.5e9,
+        guard / "model-00001-of-00002.safetensors": 9.9e9,
+        guard / "model-00002-of-00002.safetensors": 3.5e9,
+    }
+    for path, size in sizes.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("wb") as sparse:
+            sparse.truncate(int(size))
+    denoiser = 2 * 7_236_192_384 + 2 * 15 * 56_320 * 4096
+    assert bytes_together(seven) == pytest.approx(denoiser + 9.8e9 + 24.5e9 + 13.4e9, rel=1e-6)
+    off = seven.model_copy(update={"guardrails": "off", "upsampler": "off"})
+    assert bytes_together(off) == pytest.approx(denoiser + 9.8e9, rel=1e-6)
+
+
+def test_the_14b_is_loaded_and_sampled_by_its_own_numbers(tmp_path, monkeypatch):
+    with torch.device("meta"):
+        whole = DiT(COSMOS_14B.dit)
+    assert sum(p.numel() for p in whole.parameters()) == COSMOS_14B.dit.parameters
+    small = replace(COSMOS_14B.dit, width=64, blocks=3, heads=2, text_channels=32, adaln_rank=8)
+    text = replace(COSMOS_14B.text, channels=32, tokens=8)
+    small_size = ["num_frames=9", "height=64", "width=96", "num_steps=4"]
+    generator = torch.Generator().manual_seed(0)
+    state = {f"net.{name}": tensor for name, tensor in DiT(small).state_dict().items()}
+    for weight in state.values():
+        if weight.ndim == 2:
+            weight.normal_(std=weight.shape[1] ** -0.5, generator=generator)
+    weights.save_dit(tmp_path / "model.pt", state, "pt")
+    words = torch.randn(8, 32, generator=generator)
+    made = []
+    for dit in (small, replace(small, rope_ratio=(2.0, 1.0, 1.0))):
+        monkeypatch.setitem(MODELS, COSMOS_14B.name, replace(COSMOS_14B, dit=dit, text=text))
+        r = recipe.load("nemo_assets", [f"model={COSMOS_14B.name}", *small_size]).recipe
+        loaded = load_denoiser(r, tmp_path / "model.pt", "cpu", torch.float32)
+        with torch.inference_mode():
+            made.append(sample(r, loaded, [Conditioning("", words, 0 * words)], [1], "14B"))
+    assert made[0].shape == (1, 16, 2, 8, 12)
+    assert made[0].isfinite().all()
+    assert (made[0] - made[1]).abs().max() > 0.01
 
 
 def test_a_bad_prompt_of_a_batch_does_not_end_the_others(cosmos):

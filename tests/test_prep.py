@@ -354,10 +354,15 @@ def fresh(undisturbed, root):
     return Cosmos(root), root / "datasets" / "tiny"
 
 
-def test_two_processes_at_once_end_with_the_same_bytes(undisturbed, tmp_path):
+def test_the_tasks_of_an_array_end_with_the_bytes_of_one_process(
+    undisturbed, tmp_path, monkeypatch
+):
     cosmos, dataset = fresh(undisturbed, tmp_path)
-    both = [cosmos.start("prep", "tiny", *settings(PROMPT)) for _ in range(2)]
-    for process in both:
+    tasks = []
+    for number in range(3):
+        monkeypatch.setenv("SLURM_ARRAY_TASK_ID", str(number))
+        tasks.append(cosmos.start("prep", "tiny", *settings(PROMPT)))
+    for process in tasks:
         _, err = process.communicate(timeout=120)
         assert process.returncode == 0, err
     assert snapshot(dataset) == undisturbed[1]

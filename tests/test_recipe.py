@@ -100,6 +100,7 @@ WRONG = [
     ("clip_stride_frames: 0", "must be a whole number, at least 1, or null, found 0"),
     ("ema_rate: 0.3", "must be a number, above 0 and at most 0.28, found 0.3"),
     ("num_processes: 3", "global_batch_size 8 is no multiple of micro_batch_size x num_processes"),
+    ("sequence_parallel: 3", "must divide 32 heads and 56320 tokens, found 3"),
     ("seed: 4294967296", "at least 0 and below 4294967296, found 4294967296"),
     ("video_crf: 52", "found 52"),
     ("max_steps: " + "9" * 400, "99..."),

@@ -9,13 +9,14 @@ import subprocess
 import sys
 import time
 import tomllib
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 from hub import serve
 from packaging.requirements import Requirement
 
-from cosmos_cli import checks, probes, repairs
+from cosmos_cli import checks, probes, recipe, repairs
 from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.probes import Outcome, Probe
 
@@ -63,8 +64,8 @@ def without_ffmpeg(tmp_path):
     """A folder for LD_LIBRARY_PATH in which FFmpeg's libraries are empty files."""
     folder = tmp_path / "libraries"
     folder.mkdir()
-    for version in range(56, 62):
-        (folder / f"libavutil.so.{version}").touch()
+    for number in range(56, 62):
+        (folder / f"libavutil.so.{number}").touch()
     return str(folder)
 
 
@@ -257,13 +258,35 @@ def test_a_rank_that_fails_ends_its_group_at_once(monkeypatch, tmp_path):
     assert time.monotonic() - started < 30
 
 
-def test_a_probe_that_hangs_is_a_failed_row(monkeypatch, tmp_path):
+def test_a_probe_that_hangs_is_a_failed_row_that_blames_no_package(monkeypatch, tmp_path):
     (tmp_path / "deepspeed.py").write_text("import time\ntime.sleep(50)\n")
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{ROOT}")
     monkeypatch.setattr(probes, "PROBE_SECONDS", 3)
-    outcome = probes.run([Probe("one", "deepspeed")])["one"]
-    row = checks._deepspeed(outcome, outcome)
+    tiny = recipe.load("tiny").recipe
+    (row,) = [row for row in checks.run_checks(tiny) if row.name == "DeepSpeed"]
     assert (row.status, row.found) == ("fail", "did not finish within 3 s")
+    assert "less busy" in row.fix
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not version("torch").endswith("+cpu"), reason="CUDA's torch fits the wheel")
+def test_install_mends_a_wrong_torchcodec_and_a_missing_deepspeed(tmp_path, environment_without):
+    python = environment_without("torchcodec", "deepspeed")
+    wrong = [python, "-m", "pip", "install", "--quiet", "--no-deps", "torchcodec==0.17.0"]
+    if subprocess.run(wrong, check=False).returncode:
+        pytest.skip("there is no package index")
+    words = ("setup", "tiny", "--json")
+    own = {"python": python, "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    done = cosmos(tmp_path, *words, **own)
+    assert done.returncode == ExitCode.ENVIRONMENT
+    found = rows(done.stdout)
+    assert "torchcodec does not match torch" in found["FFmpeg and torchcodec"]["found"]
+    assert found["DeepSpeed"]["found"] == "missing"
+    done = cosmos(tmp_path, *words, "--install", **own)
+    assert done.returncode == ExitCode.OK, done.stdout + done.stderr
+    assert not [name for name, row in rows(done.stdout).items() if row["status"] == "fail"]
+    log = (tmp_path / "cache" / "cosmos" / "setup.log").read_text()
+    assert log.count("-m pip install") == 2
 
 
 @pytest.mark.workflow

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cosmos_cli import assets, console, layout
+from cosmos_cli import assets, console, layout, lerobot
 from cosmos_cli import download as hub
 from cosmos_cli.commands import options
 from cosmos_cli.console import Result
 from cosmos_cli.errors import ExitCode, UserError
+from cosmos_cli.layout import Dataset
 
 if TYPE_CHECKING:
     from cosmos_cli.keys import Recipe
@@ -64,7 +65,7 @@ def download(
     if for_ in (Stage.all, Stage.prep):
         _draw(r, root, dry_run)
         if not dry_run:
-            figures["videos"] = hub.count_videos(r)
+            figures["videos"] = _count_videos(r)
             console.say(f"{figures['videos']} videos in {root}")
     following = "prep" if for_ == Stage.all else for_.value
     next_ = options.command_line(following, recipe, set_)
@@ -78,6 +79,26 @@ def _draw(r: Recipe, root: Path, dry_run: bool) -> None:
             from cosmos_cli.model import world
 
             world.write_dataset(root, EMBEDDED_CLIPS, seed=0)
+
+
+def _count_videos(r: Recipe) -> int:
+    """The number of videos of the dataset.
+
+    Raises:
+        UserError: there is none.
+    """
+    dataset = Dataset.at(r.dataset_dir, r.videos_dir)
+    if lerobot.is_lerobot(dataset.videos):
+        return len(lerobot.episodes(dataset.videos, r.camera))
+    count = len(dataset.video_files())
+    if not count:
+        raise UserError(
+            "holds no videos",
+            code=ExitCode.DATASET,
+            where=str(dataset.videos),
+            fix="put your videos there, or set videos_dir",
+        )
+    return count
 
 
 def _check(r: Recipe, next_: str, dry_run: bool) -> Result:

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from cosmos_cli import layout
 from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.layout import MANIFEST_FILE, Run
-from cosmos_cli.model import lora, weights
+from cosmos_cli.model import lora, reshard, weights
+from cosmos_cli.model.device import best_device
 from cosmos_cli.model.ema import PowerEMA
 
 # The folder of DeepSpeed's files inside a resume state.
@@ -55,6 +56,8 @@ def gather(parameter: nn.Parameter, part: Tensor) -> Tensor:
     """The full tensor whose shards the ranks hold in `part`; every rank must call it."""
     if not hasattr(parameter, "ds_tensor"):
         return part
+    # Where the ranks exchange tensors, which need not be where the part is kept.
+    part = part.to(best_device())
     joined = part.new_empty(dist.get_world_size() * part.numel())
     dist.all_gather_into_tensor(joined, part.contiguous())
     return joined[: parameter.ds_numel].view(full_shape(parameter))
@@ -131,6 +134,8 @@ def save(
 def resume(engine: Any, ema: PowerEMA, run: Run, step: int) -> None:
     """Restores weights, masters, moments and EMA as they were after `step` updates.
 
+    Another number of ranks than saved them may call it.
+
     Raises:
         UserError: a file of the resume state is missing or not as it was written.
     """
@@ -146,8 +151,11 @@ def resume(engine: Any, ema: PowerEMA, run: Run, step: int) -> None:
             where=str(folder),
             fix="delete this folder; the same command then resumes from the save before it",
         )
-    adapted = lora.attached(module)
-    engine.load_checkpoint(str(folder), tag=SHARDS, load_module_strict=not adapted)
+    adapted, saved_by = lora.attached(module), manifest["world_size"]
+    if saved_by == dist.get_world_size() or not engine.zero_optimization_stage():
+        engine.load_checkpoint(str(folder), tag=SHARDS, load_module_strict=not adapted)
+    else:
+        reshard.load(engine, folder / SHARDS, saved_by)
     state = lora.load(path)[0] if adapted else weights.load_dit_state(path)
     for (name, parameter), part in zip(trained(module).items(), ema.shards, strict=True):
         scatter(state[name], parameter, part)

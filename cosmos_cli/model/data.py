@@ -80,9 +80,13 @@ class Clips:
     def read(self, index: int) -> tuple[Tensor, Tensor, float]:
         """x0 (C, T, H, W) fp32, the padded text embedding (M, D) fp32, frames per second."""
         clip = self.clips[index]
-        x0 = read_latent(self.root / clip["latent"])
         embedding = text.read_pickle(self.root / clip["text"], self.spec.text)
-        return x0, text.pad(embedding.float(), self.spec.text), float(clip["fps"])
+        text_emb = text.pad(embedding.float(), self.spec.text)
+        return self.latent(index), text_emb, float(clip["fps"])
+
+    def latent(self, index: int) -> Tensor:
+        """x0 (C, T, H, W) fp32."""
+        return read_latent(self.root / self.clips[index]["latent"])
 
     def batch(self, step: int, samples: range, settings: BatchSettings) -> Batch:
         """The micro batch of some samples of an optimizer step."""

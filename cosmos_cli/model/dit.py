@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from cosmos_cli.model import kernels
+from cosmos_cli.model.sequence import SequenceGroup
 from cosmos_cli.model.spec import DiTSpec
 
 # Cosine and sine of the rotary angles, each (B, L, K/2) in fp32.
@@ -45,6 +46,7 @@ class DiT(nn.Module):
         # What the backward pass computes again instead of keeping it: of each block "all" but its
         # input, or with "attention" all but its input and what self-attention gave.
         self.activation_checkpointing: Literal["none", "attention", "all"] = "none"
+        self.sequence = SequenceGroup()
         mask_channels = spec.patch_t * spec.patch_hw**2
         self.x_embedder = linear(spec.patch_channels + mask_channels, spec.width)
         self.pos_embedder = PositionTables(spec)
@@ -80,10 +82,11 @@ class DiT(nn.Module):
         t, h, w = patch_grid(spec, x_BCTHW)
         patch = {"dt": spec.patch_t, "dh": spec.patch_hw, "dw": spec.patch_hw}
 
-        # 1. Patches of the latent and its padding mask become tokens.
+        # 1. Patches of the latent and its padding mask become tokens. Up to step 5 L is those of
+        # this process, all of them unless processes share the clip.
         x_BCTHW = append_mask(x_BCTHW, padding_mask_BCHW)
         x_BLC = rearrange(x_BCTHW, "B C (t dt) (h dh) (w dw) -> B (t h w) (C dt dh dw)", **patch)
-        x_BLD = self.x_embedder(x_BLC)
+        x_BLD = self.x_embedder(self.sequence.own(x_BLC, 1))
 
         # 2. Where a token is: a learned embedding, and the angles of the rotary one; and the text.
         if prompt is None:
@@ -101,7 +104,7 @@ class DiT(nn.Module):
 
         # 5. Tokens become a latent. This is not the inverse of step 1: the model was trained with
         # the channel slowest on the way in and fastest on the way out.
-        x_BLC = self.final(x_BLD, t_emb_BD, t_mod_BE)
+        x_BLC = self.sequence.gather(self.final(x_BLD, t_emb_BD, t_mod_BE))
         return rearrange(
             x_BLC, "B (t h w) (dh dw dt C) -> B C (t dt) (h dh) (w dw)", t=t, h=h, w=w, **patch
         )
@@ -116,8 +119,21 @@ class DiT(nn.Module):
         return checkpoint(block, *inputs, **options)
 
     def locate(self, grid: tuple[int, int, int], fps_B: Tensor) -> tuple[Tensor, Rope]:
-        """The position embedding (LD) and rotary table of a grid of (t, h, w) patches."""
-        return self.pos_embedder(*grid), rope_table(self.spec, grid, fps_B)
+        """The position embedding (LD) and rotary table of a grid of (t, h, w) patches.
+
+        Raises:
+            ValueError: the tokens do not divide among the processes that share the clip.
+        """
+        if math.prod(grid) % self.sequence.size:
+            raise ValueError(f"{math.prod(grid)} tokens over {self.sequence.size} processes")
+        cos, sin = (self.sequence.own(x, 1) for x in rope_table(self.spec, grid, fps_B))
+        return self.sequence.own(self.pos_embedder(*grid), 0), (cos, sin)
+
+    def share(self, sequence: SequenceGroup) -> None:
+        """Has the processes of a group, which get the same inputs, compute the output together."""
+        self.sequence = sequence
+        for block in self.blocks:
+            block.self_attn.sequence = sequence
 
     def read(self, text_emb_BMD: Tensor) -> list[Text]:
         """The keys and values that each block makes of a text."""
@@ -181,6 +197,7 @@ class Attention(nn.Module):
     def __init__(self, spec: DiTSpec, kv_channels: int) -> None:
         super().__init__()
         self.heads = spec.heads
+        self.sequence = SequenceGroup()
         self.q = linear(spec.width, spec.width)
         self.k = linear(kv_channels, spec.width)
         self.v = linear(kv_channels, spec.width)
@@ -194,7 +211,8 @@ class Attention(nn.Module):
         k, v = context if isinstance(context, tuple) else self.keys_values(context)
         if rope is not None:
             q, k = kernels.rotate(q, *rope), kernels.rotate(k, *rope)
-        return self.out(kernels.attention(q, k, v).flatten(-2))
+        q, k, v = (self.sequence.to_heads(x) for x in (q, k, v))
+        return self.out(self.sequence.to_tokens(kernels.attention(q, k, v)).flatten(-2))
 
     def keys_values(self, context_BMD: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values, each BMNK; for a text they are the same at every noise level."""

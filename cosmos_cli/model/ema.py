@@ -33,9 +33,10 @@ def power_beta(updates_before: int, gamma: float) -> float:
 class PowerEMA:
     """fp32 averages of some tensors, e.g. this rank's shards of the parameters."""
 
-    def __init__(self, sources: Sequence[Tensor], rate: float) -> None:
+    def __init__(self, sources: Sequence[Tensor], rate: float, device: str | None = None) -> None:
+        """Begins with the sources as they are, on `device`, by default each where its source is."""
         self.gamma = power_gamma(rate)
-        self.shards = [source.detach().float().clone() for source in sources]
+        self.shards = [s.detach().to(device or s.device, torch.float32, copy=True) for s in sources]
 
     @torch.no_grad()
     def update(self, sources: Sequence[Tensor], updates_before: int) -> None:
@@ -43,4 +44,4 @@ class PowerEMA:
         beta = power_beta(updates_before, self.gamma)
         # One at a time: fp32 copies of all sources together would be the peak of GPU memory.
         for average, source in zip(self.shards, sources, strict=True):
-            average.lerp_(source.detach().float(), 1 - beta)
+            average.lerp_(source.detach().to(average.device).float(), 1 - beta)

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean, median
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from cosmos_cli import console, history, layout, report
 from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.jobs import Job, Weights
 from cosmos_cli.keys import Recipe
-from cosmos_cli.model import edm, generate, prep, video, world
+from cosmos_cli.model import edm, generate, nearest, prep, video, world
 from cosmos_cli.model.data import Clips
 from cosmos_cli.model.heldout import HeldOut
 from cosmos_cli.model.world import Reading, Scene
@@ -241,18 +241,12 @@ def clip_errors(r: Recipe, weights: Weights, clips: Clips, device: str) -> dict[
 def nearest_clips(samples: Sequence[Sample], clips: Clips) -> tuple[float, float] | None:
     """The least distance of a video to a training clip, and the usual one between such clips.
 
-    Distances are root mean squares between latents; None where their sizes differ. A video much
-    nearer to a clip than clips are to one another is a copy of what was learned by heart.
+    None where there are no two clips, or the videos are of another size.
     """
-    latents = [clips.read(i)[0] for i in range(len(clips))]
-    size = samples[0].latent.shape
-    if len(latents) < 2 or any(latent.shape != size for latent in latents):
+    if len(clips) < 2 or clips.latent(0).shape != samples[0].latent.shape:
         return None
-    known = torch.stack(latents).flatten(1)
-    made = torch.stack([sample.latent for sample in samples]).flatten(1)
-    scale = known.shape[1] ** 0.5
-    apart = torch.cdist(known, known).fill_diagonal_(torch.inf).amin(1) / scale
-    return float(torch.cdist(made, known).min()) / scale, median(apart.tolist())
+    made, apart = nearest.distances([sample.latent for sample in samples], clips)
+    return float(made.min()), float(apart.median())
 
 
 # --- for people -----------------------------------------------------------------------------------

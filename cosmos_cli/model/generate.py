@@ -1,4 +1,4 @@
-"""Prompt -> video: text encoder, denoiser and decoder in turn, each loaded once for all prompts."""
+"""Prompt -> video: networks in turn, each loaded once for all prompts, or all kept in memory."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import gc
 import json
 import platform
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import cache, cached_property, partial
 from itertools import groupby
@@ -23,9 +23,18 @@ from cosmos_cli.errors import UserError
 from cosmos_cli.jobs import Job, Lora, Weights
 from cosmos_cli.keys import Recipe
 from cosmos_cli.model import edm, guardrail, kernels, lora, prep, sampler, text, video, weights
+from cosmos_cli.model.aegis import Aegis
 from cosmos_cli.model.device import gpu_memory_errors
 from cosmos_cli.model.dit import DiT, Prompt, patch_grid
+from cosmos_cli.model.sequence import SequenceGroup
 from cosmos_cli.model.upsampler import Upsampler
+
+# Values of the tokens in all blocks and passes of a video for which a compiled block saves the 10 s
+# that compiling takes: at 121 frames of 704x1280 the 7B has 6.5e9 a pass and saves 0.34 s.
+WORTH_COMPILING = 2e11
+# What a pass of the denoiser takes beside its weights, in activations of all tokens: measured were
+# 14.2, and 10.3 with compiled blocks.
+PASS_ACTIVATIONS = 15
 
 
 @dataclass(frozen=True)
@@ -39,10 +48,19 @@ class Conditioning:
 
 @dataclass(frozen=True)
 class Pair:
-    """Two processes that make one video: 0 follows the prompt, and writes; 1 what to avoid."""
+    """Two processes that make one video: 0 follows the prompt, and writes; 1 what to avoid.
+
+    Each of the two may be several that share the tokens, the first of which then writes.
+    """
 
     index: int
     group: dist.ProcessGroup
+    sequence: SequenceGroup
+
+    @property
+    def writes(self) -> bool:
+        """Whether this process decodes and writes the video."""
+        return self.index == self.sequence.index == 0
 
     def both(self, own: Tensor) -> list[Tensor]:
         """The estimates of both processes."""
@@ -59,6 +77,9 @@ def generate(
     What one job's words or files do wrong does not end the others. The jobs share a model and its
     sizes; those with the same weights stand together.
     """
+    if jobs[0].r.memory == "together":
+        yield from _with_all_in_memory(jobs, device, pair)
+        return
     console.say(f"in memory in turn: {'; '.join(_phases(jobs[0].r))}")
     prepared = TextModels(jobs[0].r, device, in_turn=True).prepare(jobs)
     gc.collect()
@@ -74,13 +95,65 @@ def generate(
         del studio
 
 
+def _with_all_in_memory(
+    jobs: list[Job], device: str, pair: Pair | None
+) -> Iterator[tuple[Job, UserError | None]]:
+    for weights_, group in groupby(jobs, lambda job: job.weights):
+        networks = Resident(jobs[0].r, weights_, device, pair)
+        for job in group:
+            yield job, networks.make(job)
+        del networks
+
+
+def one_by_one(r: Recipe, weights_: Weights, device: str) -> Callable[[Job], UserError | None]:
+    """What makes the jobs of these weights as they come, and returns what kept it from that."""
+    if keeps_all(r, device):
+        return Resident(r, weights_, device).make
+    return lambda job: dict(generate([job], device))[job]
+
+
+def keeps_all(r: Recipe, device: str) -> bool:
+    """Whether all networks stay in memory between prompts: if the recipe says so, or they fit.
+
+    A batch loads each network once either way.
+    """
+    if r.memory != "auto" or device == "cpu":
+        return r.memory != "in_turn"
+    needed, (free, _) = bytes_together(r), torch.cuda.mem_get_info()
+    console.say(f"together they need {console.size(needed)}; free are {console.size(free)}")
+    return needed < free
+
+
+def bytes_together(r: Recipe) -> int:
+    """About the GPU memory of all networks at once, and of a pass of the denoiser.
+
+    The denoiser in bf16, the others as their files.
+    """
+    root = Path(r.checkpoints_dir)
+    folders = [layout.model_files(r.spec, r.checkpoints_dir).text_encoder]
+    if r.upsampler != "off":
+        folders.append(Path(r.upsampler))
+    if guardrail.has_all(r):
+        folders += [root / layout.LLAMA_GUARD_DIR, root / layout.SIGLIP_DIR]
+    others = sum(
+        layout.size_of(path)
+        for folder in folders
+        for path in folder.rglob("*")
+        if path.suffix == ".safetensors" or path.name == layout.MODEL_FILE
+    )
+    tokens = r.spec.tokens(r.num_frames, r.height, r.width)
+    activations = PASS_ACTIVATIONS * tokens * r.spec.dit.width
+    return others + torch.bfloat16.itemsize * (r.spec.dit.parameters + activations)
+
+
 def _phases(r: Recipe) -> list[str]:
     """What takes memory, in the order of its turns."""
-    last = "denoiser and decoder"
+    guarded = guardrail.has_all(r)
     return [
         *(["prompt upsampler"] if r.upsampler != "off" else []),
+        *(["Aegis"] if guarded else []),
         "text encoder",
-        last if r.guardrails == "off" or r.spec.embedded else f"{last} and frame filter",
+        "denoiser and decoder" + (", frame filter and face blur" if guarded else ""),
     ]
 
 
@@ -107,7 +180,7 @@ class TextModels:
     Args:
         r: the recipe that the jobs share.
         device: cpu or cuda.
-        in_turn: forget the upsampler before the text encoder is loaded.
+        in_turn: forget the upsampler and Aegis before what comes next is loaded.
     """
 
     def __init__(self, r: Recipe, device: str, *, in_turn: bool) -> None:
@@ -121,6 +194,12 @@ class TextModels:
         """The recipe's language model."""
         with gpu_memory_errors("set upsampler: off, or choose a smaller one"):
             return Upsampler(Path(self.r.upsampler), self.device, number_format(self.device))
+
+    @cached_property
+    def aegis(self) -> Aegis | None:
+        """The language model among the guards."""
+        with gpu_memory_errors("free 14 GB of GPU memory for the guard Aegis"):
+            return guardrail.aegis(self.r, self.device, number_format(self.device))
 
     @cached_property
     def encoder(self) -> text.TextEncoder:
@@ -137,9 +216,15 @@ class TextModels:
                 words = {
                     job: w if isinstance(w, UserError) else longer(w) for job, w in words.items()
                 }
-            if self.in_turn:
-                self.__dict__.pop("upsampler", None)
-                gc.collect()
+            self._forget("upsampler")
+        if guardrail.has_all(self.r):
+            with phase("Aegis", self.device):
+                judged = cache(self._judged)
+                words = {
+                    job: w if isinstance(w, UserError) else judged(job.prompt, w)
+                    for job, w in words.items()
+                }
+            self._forget("aegis")
         # One at a time, as the reference does: padding to a longer neighbour would move the last
         # bits, and a video must not depend on the batch it was made in.
         embed = cache(self._embed)
@@ -150,6 +235,18 @@ class TextModels:
                 else Conditioning(w, embed(w), embed(negative_prompt(job.r)))
                 for job, w in words.items()
             }
+
+    def _forget(self, model: str) -> None:
+        if self.in_turn:
+            self.__dict__.pop(model, None)
+            gc.collect()
+
+    def _judged(self, prompt: str, words: str) -> str | UserError:
+        """The words, unless Aegis finds them or the prompt that they were made of unsafe."""
+        for version in dict.fromkeys((prompt, words)):
+            if self.aegis and (reason := self.aegis.reason(version)):
+                return guardrail.blocked("guard Aegis", reason, version)
+        return words
 
     def _guarded(self, words: str) -> str | UserError:
         reason = self.block_list.reason(words) if self.block_list else ""
@@ -180,29 +277,46 @@ class Studio:
         self.device = device
         self.pair = pair
         self.frame_filter = guardrail.frame_filter(r, device)
+        self.face_blur = guardrail.face_blur(r, device)
         self.dtype = number_format(device)
         with phase("loading denoiser and decoder", device):
             self.net = load_denoiser(r, weights_.path, device, self.dtype, weights_.loras)
             self.tokenizer = prep.load_tokenizer(r, device, self.dtype)
+        if pair:
+            self.net.share(pair.sequence)
         self.attention = attention_backend(r, self.net)
         console.say(f"attention: {self.attention}")
+
+    @cached_property
+    def compiles(self) -> bool:
+        """Whether the denoiser's blocks were compiled, which the first asking tries."""
+        return compile_blocks(self.net)
+
+    def _plain_or(self, compiled: bool) -> AbstractContextManager[Any]:
+        """Keeps blocks that were compiled for another video from being used."""
+        plain = not compiled and "compiles" in self.__dict__
+        return torch.compiler.set_stance("force_eager") if plain else nullcontext()
 
     @torch.inference_mode()
     def make(self, job: Job, text_emb: Conditioning) -> UserError | None:
         """Writes the files of a job; returns what kept it from that."""
         began = time.monotonic()
         name, seed = job.path.stem, job.r.sampling_seed
-        with phase(f"{name}: denoiser", self.device):
+        compiled = worth_compiling(job.r, self.device) and self.compiles
+        with phase(f"{name}: denoiser", self.device), self._plain_or(compiled):
             x0 = sample(job.r, self.net, [text_emb], [seed], name[:40], self.pair)
-        if self.pair and self.pair.index:
+        if self.pair and not self.pair.writes:
             return None
         with phase(f"{name}: decoder", self.device):
             pixels = video.to_uint8(self.tokenizer.decode(x0.to(self.dtype))[0]).cpu()
         if self.frame_filter and (reason := self.frame_filter.reason(pixels)):
             return guardrail.blocked("frame filter", reason, job.prompt)
+        faces = self.face_blur.blur(pixels) if self.face_blur else None
         seconds = round(time.monotonic() - began, 2)
+        about = {"seconds": seconds, "attention": self.attention, "compiled": compiled}
+        about["blurred_faces"] = faces
         try:
-            _write(job, text_emb, pixels, {"seconds": seconds, "attention": self.attention})
+            _write(job, text_emb, pixels, about)
         except UserError as error:
             return error
         return None
@@ -211,10 +325,10 @@ class Studio:
 class Resident:
     """All networks in memory, for prompts that come one by one."""
 
-    def __init__(self, r: Recipe, weights_: Weights, device: str) -> None:
+    def __init__(self, r: Recipe, weights_: Weights, device: str, pair: Pair | None = None) -> None:
         console.say(f"in memory together: {', '.join(_phases(r))}")
         self.texts = TextModels(r, device, in_turn=False)
-        self.studio = Studio(r, weights_, device)
+        self.studio = Studio(r, weights_, device, pair)
 
     def make(self, job: Job) -> UserError | None:
         """Writes the files of a job; returns what kept it from that."""
@@ -235,6 +349,35 @@ def load_denoiser(
     net = net.to(dtype).to_empty(device=device)
     weights.load_strict(net, state, base)
     return net.eval()
+
+
+def worth_compiling(r: Recipe, device: str) -> bool:
+    """Whether a video is made with compiled blocks.
+
+    It is the video that decides, not its batch, on which its last bits must not depend.
+    """
+    if r.compile != "auto":
+        return r.compile == "on"
+    passes = r.num_steps * (2 if r.guidance else 1)
+    tokens = r.spec.tokens(r.num_frames, r.height, r.width)
+    values = passes * tokens * r.spec.dit.width * r.spec.dit.blocks
+    return device != "cpu" and values > WORTH_COMPILING
+
+
+def compile_blocks(net: DiT) -> bool:
+    """Has torch compile the blocks when they are first called; says so and is False if it cannot.
+
+    It needs a C compiler, Python's headers and on a GPU Triton, which a first small try shows.
+    """
+    try:
+        torch.compile(torch.neg)(next(net.parameters()).new_zeros(1))
+    except torch._dynamo.exc.TorchDynamoException as error:
+        reason = str(error).partition("\n")[0]
+        console.warn(f"the denoiser is not compiled, which costs a tenth of its speed: {reason}")
+        return False
+    for block in net.blocks:
+        block.compile()
+    return True
 
 
 def attention_backend(r: Recipe, net: DiT) -> str:
@@ -284,17 +427,13 @@ def sample(
             return sampler.guided(*pair.both(own(xt, sigma)), r.guidance)
         return sampler.guided(towards(xt, sigma), away(xt, sigma), r.guidance)
 
-    if r.sampler == "euler":
-        solve, sigmas = (
-            sampler.euler,
-            sampler.euler_sigmas(r.num_steps, spec.sigma_min, spec.sigma_max),
-        )
-        evaluations = r.num_steps
-    else:
-        solve, sigmas = sampler.res, sampler.res_sigmas(r.num_steps, spec.sigma_max)
-        evaluations = r.num_steps + 1
+    # The last evaluation of res gives the result.
+    evaluations = r.num_steps + (r.sampler == "res")
     with console.progress(label, evaluations, "steps") as bar:
-        return solve(denoiser, noise.to(device), sigmas, lambda _: bar.advance())
+        sigmas = spec.sigma_min, spec.sigma_max
+        return sampler.solve(
+            r.sampler, r.num_steps, sigmas, denoiser, noise.to(device), lambda _: bar.advance()
+        )
 
 
 def negative_prompt(r: Recipe) -> str:

@@ -1,4 +1,6 @@
-"""What may be shown: the block list for prompts, the frame filter for videos. Both fail closed.
+"""What may be shown: the guards of prompts and videos, which all fail closed.
+
+Here are the block list and the frame filter; `aegis` and `faces` are the other two.
 
 Source: the rules of nvidia-cosmos/cosmos-predict1 at 4ed35fa, `auxiliary/guardrail`, and of the
 libraries it calls there: better-profanity 0.7.0, and the noun lemmas of NLTK 3.9.1's WordNet.
@@ -6,21 +8,26 @@ libraries it calls there: better-profanity 0.7.0, and the noun lemmas of NLTK 3.
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import zipfile
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import astuple, dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from cosmos_cli import console, layout
 from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.keys import Recipe
 from cosmos_cli.model import weights
+from cosmos_cli.model.aegis import Aegis
+from cosmos_cli.model.faces import FaceBlur
 
 # What may stand for a letter of a listed word.
 LOOKALIKES = {
@@ -43,7 +50,8 @@ def block_list(r: Recipe) -> BlockList | None:
     """The block list of the recipe's model; none, and said aloud, when the recipe turns it off.
 
     Raises:
-        UserError: (ASSET) it is missing or damaged, or the frame filter is missing.
+        UserError: (ASSET) it is missing or damaged, or another guard is missing; (ENVIRONMENT) a
+            package is.
     """
     if r.guardrails == "off":
         console.warn(
@@ -52,10 +60,29 @@ def block_list(r: Recipe) -> BlockList | None:
         return None
     if not r.spec.embedded:
         # Said before any time is spent on a video that could not be checked.
-        for path in _filter_files(r):
+        for path in astuple(_files(r)):
             with _reading(path):
                 path.stat()
+        if not importlib.util.find_spec("peft"):
+            raise UserError(
+                "the guardrail Aegis needs the package peft",
+                code=ExitCode.ENVIRONMENT,
+                fix='run pip install -e ".[guardrails]" in the clone',
+            )
     return BlockList(layout.model_files(r.spec, r.checkpoints_dir).guardrail / "blocklist")
+
+
+def aegis(r: Recipe, device: str, dtype: torch.dtype) -> Aegis | None:
+    """The language model that judges the prompts; the embedded model has none.
+
+    Raises:
+        UserError: (ASSET) it is missing or damaged.
+    """
+    if not has_all(r):
+        return None
+    files = _files(r)
+    with _reading(files.aegis):
+        return Aegis(files.llama_guard, files.aegis, device, dtype)
 
 
 def frame_filter(r: Recipe, device: str) -> FrameFilter | None:
@@ -64,23 +91,55 @@ def frame_filter(r: Recipe, device: str) -> FrameFilter | None:
     Raises:
         UserError: (ASSET) it is missing or damaged.
     """
-    if r.guardrails == "off" or r.spec.embedded:
+    if not has_all(r):
         return None
-    return FrameFilter(*_filter_files(r), device)
+    files = _files(r)
+    return FrameFilter(files.classifier, files.siglip, device)
 
 
-def _filter_files(r: Recipe) -> tuple[Path, Path]:
-    """The released classifier and the folder of SigLIP."""
-    guardrails = layout.model_files(r.spec, r.checkpoints_dir).guardrail
-    classifier = guardrails / "video_content_safety_filter" / "safety_filter.pt"
-    return classifier, Path(r.checkpoints_dir).absolute() / layout.SIGLIP_DIR
+def face_blur(r: Recipe, device: str) -> FaceBlur | None:
+    """What makes the faces of a video unrecognisable; the embedded model has no such thing.
+
+    Raises:
+        UserError: (ASSET) it is missing or damaged.
+    """
+    return FaceBlur(_files(r).faces, device) if has_all(r) else None
+
+
+def has_all(r: Recipe) -> bool:
+    """Whether more than the block list is on."""
+    return r.guardrails == "on" and not r.spec.embedded
 
 
 def names(r: Recipe) -> list[str] | str:
     """The guards of the recipe's model, for its sidecars."""
     if r.guardrails == "off":
         return "off"
-    return ["block list"] if r.spec.embedded else ["block list", "frame filter"]
+    more = ["Aegis", "frame filter", "face blur"] if has_all(r) else []
+    return ["block list", *more]
+
+
+@dataclass(frozen=True)
+class _Files:
+    """What the guards of a released model read beside the block list."""
+
+    llama_guard: Path
+    aegis: Path
+    siglip: Path
+    classifier: Path
+    faces: Path
+
+
+def _files(r: Recipe) -> _Files:
+    root = Path(r.checkpoints_dir).absolute()
+    guardrails = layout.model_files(r.spec, r.checkpoints_dir).guardrail
+    return _Files(
+        root / layout.LLAMA_GUARD_DIR,
+        root / layout.AEGIS_DIR,
+        root / layout.SIGLIP_DIR,
+        guardrails / "video_content_safety_filter" / "safety_filter.pt",
+        guardrails / "face_blur_filter" / "Resnet50_Final.pth",
+    )
 
 
 def blocked(guard: str, reason: str, prompt: str) -> UserError:
@@ -177,8 +236,15 @@ class FrameFilter:
         state = weights.load_tensors(classifier)
         state = {key.removeprefix("network.layers."): value for key, value in state.items()}
         with _reading(siglip):
+            # transformers makes up a configuration that is not there.
+            (siglip / "config.json").stat()
             self.processor = SiglipImageProcessorPil.from_pretrained(siglip)
-            vision = SiglipVisionModel.from_pretrained(siglip, dtype=torch.float32)
+            vision, about = SiglipVisionModel.from_pretrained(
+                siglip, dtype=torch.float32, output_loading_info=True
+            )
+            # transformers would fill them in with random numbers.
+            if about["missing_keys"]:
+                raise ValueError(f"it lacks weights, {min(about['missing_keys'])} among them")
         with _reading(classifier):
             self.classifier = _classifier(state).to(device).eval()
         self.vision = vision.to(device).eval()
@@ -304,9 +370,10 @@ def _wordnet(nltk_data: Path, name: str) -> list[str]:
 def _reading(path: Path) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile, SafetensorError) as error:
+        line = str(error).partition("\n")[0]
         raise UserError(
-            f"the guardrail cannot be read: {error}",
+            f"the guardrail cannot be read: {line}",
             code=ExitCode.ASSET,
             where=str(path),
             fix="run cosmos download; `guardrails: off` in the recipe goes without",

@@ -13,19 +13,26 @@ from cosmos_cli.model import edm
 from cosmos_cli.model.data import Batch, Clips
 
 
+def spread(count: int, most: int) -> list[int]:
+    """At most `most` of `count` indices, evenly spread over them."""
+    most = min(most, count)
+    return [i * count // most for i in range(most)]
+
+
 class HeldOut:
-    """Some held-out clips, each at every one of `edm.FIXED_SIGMAS`.
+    """Some clips, each at every one of some noise levels.
 
     Nothing about a sample depends on the step, the seed or the number of processes, so that all
     measurements of one model compare, within a run and between runs.
     """
 
-    def __init__(self, clips: Clips, most: int) -> None:
+    def __init__(
+        self, clips: Clips, most: int, sigmas: tuple[float, ...] = edm.FIXED_SIGMAS
+    ) -> None:
         """At most `most` of the clips, evenly spread over them."""
-        self.clips = clips
-        count = min(most, len(clips))
-        chosen = [i * len(clips) // count for i in range(count)]
-        self.samples = [(clip, level) for clip in chosen for level in range(len(edm.FIXED_SIGMAS))]
+        self.clips, self.sigmas = clips, sigmas
+        self.chosen = spread(len(clips), most)
+        self.samples = [(clip, level) for clip in self.chosen for level in range(len(sigmas))]
 
     def batch(self, sample: int) -> Batch:
         """One clip at one noise level, with its text."""
@@ -35,7 +42,7 @@ class HeldOut:
         noise = torch.randn(x0.shape, generator=edm.keyed_generator((name, level)))
         return Batch(
             x0[None],
-            torch.tensor([edm.FIXED_SIGMAS[level]]),
+            torch.tensor([self.sigmas[level]]),
             noise[None],
             text_emb[None],
             torch.tensor([fps]),
@@ -43,13 +50,15 @@ class HeldOut:
         )
 
     @torch.no_grad()
-    def measure(self, engine: Any, device: torch.device) -> dict[str, float]:
+    def measure(self, engine: Any, device: torch.device, step: int) -> dict[str, float]:
         """The mean EDM error and that of each noise level; every rank must call it.
 
         ZeRO-3 gathers weights in every forward pass, so that all ranks make as many: those without
         a sample left repeat the last one and do not count it.
         """
-        rank, world, levels = dist.get_rank(), dist.get_world_size(), len(edm.FIXED_SIGMAS)
+        levels, shared = len(self.sigmas), engine.module.net.sequence.size
+        # Processes that share a clip measure the same one, and count it that often.
+        rank, world = dist.get_rank() // shared, dist.get_world_size() // shared
         sums = torch.zeros(levels, dtype=torch.float64, device=device)
         culprits = []
         engine.eval()
@@ -63,15 +72,16 @@ class HeldOut:
                     culprits.append(f"{batch.names[0]} (sigma {batch.sigma_B.item():.4g})")
         engine.train()
         dist.all_reduce(sums)
-        errors = (sums / (len(self.samples) // levels)).tolist()
+        errors = (sums / (len(self.samples) // levels * shared)).tolist()
         if not all(map(math.isfinite, errors)):
-            gathered: list[Any] = [None] * world
+            gathered: list[Any] = [None] * dist.get_world_size()
             dist.all_gather_object(gathered, culprits)
+            names = dict.fromkeys(name for part in gathered for name in part)
             raise UserError(
-                f"the error is not finite: {', '.join(name for part in gathered for name in part)}",
+                f"the error is not finite: {', '.join(names)}",
                 code=ExitCode.TRAINING,
-                where="held-out clips",
+                where=f"step {step}, held-out clips",
                 fix="look at these clips, or lower learning_rate; the last save is untouched",
             )
-        names = [f"heldout_sigma_{sigma:.2g}" for sigma in edm.FIXED_SIGMAS]
+        names = [f"heldout_sigma_{sigma:.2g}" for sigma in self.sigmas]
         return {"heldout": sum(errors) / levels, **dict(zip(names, errors, strict=True))}

@@ -1,6 +1,6 @@
 """The few operations where a faster kernel may take the place of plain PyTorch.
 
-Every attention of the denoiser goes through `attention`: sequence parallel and fp8 attach there.
+Every attention of the denoiser goes through `attention`: fp8 attaches there.
 
 Dimension letters: B batch, L queries, M keys, N heads, K head width.
 """

@@ -38,8 +38,21 @@ KNOBS = (
     {"activation_checkpointing": "attention"},
     {"activation_checkpointing": "all"},
     {"micro_batch_size": 1},
+    {"sequence_parallel": 2},
+    {"offload": "ema"},
+    {"offload": "optimizer"},
+    {"offload": "parameters"},
     {"lora_rank": 16},
 )
+# What moves to the memory of the host, by the recipe's key.
+OFFLOADED = {
+    "none": (),
+    "ema": ("EMA",),
+    "optimizer": ("EMA", "optimizer", "gradients"),
+    "parameters": ("EMA", "optimizer", "gradients", "weights"),
+}
+# GB/s at which a GPU's share of what the host holds is updated and sent: PCIe's rate, about.
+HOST_RATE = 20
 
 
 @dataclass(frozen=True)
@@ -72,11 +85,15 @@ GPUS = (
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run will need; times are None where the machine has no GPU that is known."""
+    """What a run will need; times are None where the machine has no GPU that is known.
+
+    `host_gb` is what all processes together hold in the memory of their hosts.
+    """
 
     memory_gb: dict[str, float]
     total_gb: float
     available_gb: float | None
+    host_gb: float
     step_seconds: float | None
     run_hours: float | None
     disk_gb: dict[str, float]
@@ -113,12 +130,14 @@ def find_gpu(name: str) -> Gpu | None:
 def plan(r: Recipe, ranks: int, gpu: Gpu | None) -> Plan:
     """What a run of the recipe on `ranks` GPUs needs of each, and for how long."""
     memory = {part: size / 1e9 for part, size in _memory(r, ranks).items()}
+    host = ranks * sum(memory.pop(part) for part in OFFLOADED[r.offload])
     seconds = None if gpu is None else step_seconds(r, ranks, gpu)
     disk = {part: size / 1e9 for part, size in disk_bytes(r, 0).items()}
     return Plan(
         memory_gb=memory,
         total_gb=sum(memory.values()),
         available_gb=None if gpu is None else gpu.memory_gb * USABLE,
+        host_gb=host,
         step_seconds=seconds,
         run_hours=None if seconds is None else seconds * r.max_steps / 3600,
         disk_gb=disk,
@@ -130,8 +149,7 @@ def remedies(r: Recipe, ranks: int, gpu: Gpu) -> Iterator[tuple[str, float]]:
     changes: dict[str, Any] = {}
     for change in KNOBS:
         key, value = next(iter(change.items()))
-        milder = key == "activation_checkpointing" and r.activation_checkpointing == "all"
-        if getattr(r, key) == value or milder or (key == "lora_rank" and r.lora_rank):
+        if not _helps(r, ranks, key, value):
             continue
         changes |= change
         r = r.model_copy(update=change)
@@ -139,6 +157,18 @@ def remedies(r: Recipe, ranks: int, gpu: Gpu) -> Iterator[tuple[str, float]]:
         yield ", ".join(f"{key}: {value}" for key, value in changes.items()), found.total_gb
         if found.fits:
             return
+
+
+def _helps(r: Recipe, ranks: int, key: str, value: Any) -> bool:
+    """Whether a knob is not yet turned as far, and can be."""
+    if key == "activation_checkpointing" and r.activation_checkpointing == "all":
+        return False
+    if key == "offload":
+        order = list(OFFLOADED)
+        return order.index(value) > order.index(r.offload)
+    if key == "sequence_parallel":
+        return r.sequence_parallel == 1 and ranks % value == 0
+    return not getattr(r, key) if key == "lora_rank" else getattr(r, key) != value
 
 
 # --- memory ---------------------------------------------------------------------------------------
@@ -171,8 +201,9 @@ def _memory(r: Recipe, ranks: int) -> dict[str, float]:
 
 
 def _activation(r: Recipe) -> float:
-    """Bytes of one activation of a micro batch, tokens x width."""
-    tokens = r.spec.tokens(r.num_frames, r.height, r.width) * r.micro_batch_size
+    """Bytes of one activation of a micro batch on one GPU, tokens x width."""
+    clip = r.spec.tokens(r.num_frames, r.height, r.width) / r.sequence_parallel
+    tokens = clip * r.micro_batch_size
     return tokens * r.spec.dit.width * (2 if r.precision == "bf16" else 4)
 
 
@@ -196,7 +227,8 @@ def model_tflop(r: Recipe) -> float:
 
 def step_seconds(r: Recipe, ranks: int, gpu: Gpu) -> float:
     """Seconds of an optimizer step; ZeRO-3's traffic is hidden behind the arithmetic if it can."""
-    linear, attention = forward_flops(r)
+    shared = r.sequence_parallel
+    linear, attention = (flops / shared for flops in forward_flops(r))
     again = r.activation_checkpointing != "none"
     # Gradients of the inputs and of the weights; a LoRA has none of the latter.
     linear_passes = (3 if not r.lora_rank else 2) + again
@@ -205,13 +237,19 @@ def step_seconds(r: Recipe, ranks: int, gpu: Gpu) -> float:
     arithmetic += attention * (1 + (r.activation_checkpointing == "all")) / (ATTENTION * peak)
     arithmetic += attention * 2.5 / (ATTENTION_BACKWARD * peak)
     passes = r.spec.dit.blocks * ELEMENTWISE_PASSES * (3 + again)
-    arithmetic += passes * _activation(r) / r.micro_batch_size / (gpu.memory_rate * 1e9)
+    activation = _activation(r) / r.micro_batch_size
+    arithmetic += passes * activation / (gpu.memory_rate * 1e9)
+    # Queries, keys, values and the result of every self-attention change places.
+    exchanged = r.spec.dit.blocks * 4 * (2 + again) * activation * (shared - 1) / shared
+    arithmetic += exchanged / (gpu.link_rate * 1e9)
     traffic = 0.0
     if ranks > 1:
         gathers = 3 if r.zero_stage == 3 else 2
         traffic = gathers * 2 * r.spec.dit.parameters * (ranks - 1) / ranks / (gpu.link_rate * 1e9)
-    micro_steps = math.ceil(r.global_batch_size / (ranks * r.micro_batch_size))
-    return micro_steps * max(arithmetic * r.micro_batch_size, traffic)
+    micro_steps = math.ceil(r.global_batch_size * shared / (ranks * r.micro_batch_size))
+    held = _memory(r, ranks)
+    host = sum(held[part] for part in OFFLOADED[r.offload]) / (HOST_RATE * 1e9)
+    return micro_steps * max(arithmetic * r.micro_batch_size, traffic) + host
 
 
 # --- disk -----------------------------------------------------------------------------------------
@@ -241,6 +279,8 @@ def describe(r: Recipe, ranks: int, gpu: Gpu | None) -> str:
         verdict = "fits" if found.fits else "does not fit"
         usable = f"{found.available_gb:.0f} GB that PyTorch can use"
         rows.append(("total", f"{found.total_gb:.1f} GB of {usable}: {verdict}"))
+    if found.host_gb:
+        rows.append(("host", f"{found.host_gb:.1f} GB of its memory, by all processes"))
     rows += [(part, f"{size:.1f} GB on disk") for part, size in found.disk_gb.items()]
     if gpu is None or found.step_seconds is None:
         rows.append(("time", "not predicted without a known GPU"))

@@ -21,7 +21,7 @@ from cosmos_cli.claims import Crew
 from cosmos_cli.console import Stopwatch
 from cosmos_cli.keys import Recipe
 from cosmos_cli.layout import Dataset
-from cosmos_cli.model import looks, prep_report, sources, text, video, weights
+from cosmos_cli.model import captioner, looks, prep_report, sources, text, video, weights
 from cosmos_cli.model.sources import Source
 from cosmos_cli.model.tokenizer import Tokenizer
 
@@ -43,8 +43,12 @@ def prepare(r: Recipe, device: str) -> dict[str, Any]:
     with times("inspect"):
         videos = sources.inspect(r, dataset)
     sources.require_usable(r, dataset, videos)
-    with claims.crew(dataset.lock, _job(r, videos)) as crew:
-        sources.find_captions(r, dataset, videos)
+    job = _job(r, videos)
+    with times("describe"):
+        captioner.describe(r, dataset, videos, job, device)
+    with claims.crew(dataset.lock, job) as crew:
+        for source in sources.find_captions(r, dataset, videos):
+            source.reject("no caption: its frames do not decode")
         sources.require_usable(r, dataset, videos)
         if crew.first:
             _check_disk(r, dataset, videos)
@@ -251,8 +255,10 @@ class Latents:
     def _encode(self, source: Source, clip: video.Clip, path: Path, key: str) -> dict[str, Any]:
         """Writes the latent of a clip; what is noted in the file."""
         r = self.recipe
-        pixels = video.read_clip(source.path, clip, r.height, r.width, r.resize)
         parameter = next(self.tokenizer.parameters())
+        pixels = video.read_clip(
+            source.path, clip, r.height, r.width, r.resize, parameter.device.type
+        )
         x0 = self.tokenizer.encode(video.to_model(pixels)[None].to(parameter))[0]
         about = {
             "key": key,

@@ -57,7 +57,7 @@ def write(
         ("Distributions", _histograms(findings)),
         ("What the tokenizer keeps", checked),
         ("Videos", _table(findings, pictures)),
-        ("Time", _times(findings.seconds)),
+        ("Time", _times(findings.seconds, next(tokenizer.parameters()).device.type)),
     ]
     note = f"{dataset.videos} prepared for {r.model}: {_settings(findings.manifest['settings'])}."
     layout.write_text(dataset.report, report.page(f"Dataset {dataset.root.name}", sections, note))
@@ -207,7 +207,10 @@ def _side_by_side(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     return torch.cat(both, dim=3)
 
 
-def _times(seconds: dict[str, float]) -> str:
+def _times(seconds: dict[str, float], device: str) -> str:
     rows = [(phase, console.duration(spent)) for phase, spent in seconds.items()]
-    note = "Of the process that wrote this page; what was there before took no time."
+    note = (
+        "Of the process that wrote this page; what was there before took no time. Frames were "
+        f"decoded on the cpu, and resized and encoded on {device}."
+    )
     return report.text(note) + report.table(rows)

@@ -98,6 +98,21 @@ def _res_step(
     return decay * x + h * ((phi1 - b2) * denoised + b2 * previous[1])
 
 
+def solve(
+    solver: str,
+    steps: int,
+    sigma_range: tuple[float, float],
+    denoiser: Denoiser,
+    noise: Tensor,
+    on_step: OnStep,
+) -> Tensor:
+    """x0 by the solver that a recipe names, "euler" or "res"; both start at the larger sigma."""
+    sigma_min, sigma_max = sigma_range
+    if solver == "euler":
+        return euler(denoiser, noise, euler_sigmas(steps, sigma_min, sigma_max), on_step)
+    return res(denoiser, noise, res_sigmas(steps, sigma_max), on_step)
+
+
 def start_noise(seed: int, shape: tuple[int, ...]) -> Tensor:
     """Unit noise (fp32, CPU) that depends on the seed alone, whatever the device or batch."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))

@@ -102,11 +102,12 @@ def known_captions(dataset: Dataset) -> dict[str, Any]:
     return known
 
 
-def find_captions(r: Recipe, dataset: Dataset, sources: list[Source]) -> None:
-    """Gives every usable video its caption; rejects those that have none.
+def find_captions(r: Recipe, dataset: Dataset, sources: list[Source]) -> list[Source]:
+    """Gives every usable video its caption; those that a vision-language model must see first.
 
     The first of these holds: `metas`, captions_file, the text beside the video, the robot's task,
-    prompt. What prep itself wrote into `metas` does not count as such.
+    then the model's words or prompt. What prep itself wrote into `metas` does not count as such.
+    A video that has none of them is rejected.
 
     Raises:
         UserError: captions_file cannot be used.
@@ -118,38 +119,67 @@ def find_captions(r: Recipe, dataset: Dataset, sources: list[Source]) -> None:
         listed, unknown = captions.read(Path(r.captions_file).absolute(), names)
         for line in unknown:
             console.warn(line)
+    unseen = []
     for source in sources:
         if source.reason:
             continue
-        beside = source.path.with_suffix(".txt") if source.span is None else None
-        offered = {
-            "captions_file": listed.get(source.name, ""),
-            "sidecar": read_caption(beside, source) if beside else "",
-            "task": source.task,
-            "prompt": (r.prompt or "").strip(),
-        }
-        meta = dataset.metas / f"{source.stem}.txt"
-        _choose_caption(source, read_caption(meta, source), offered, known.get(source.name, {}))
-        if not source.caption:
-            source.reject(f"no caption: write {meta}, or set prompt")
+        path = dataset.metas / f"{source.stem}.txt"
+        offered = _offered(r, dataset, source, listed.get(source.name, ""))
+        meta = read_caption(path, source)
+        best = next(filter(None, offered.values()), "")
+        # Prep wrote this file from what was offered then; what is offered now holds.
+        ours = _is_ours(meta, known.get(source.name, {}))
+        source.caption = (best if ours else meta) or best or (meta if r.caption == "given" else "")
+        origins = [name for name, text in offered.items() if text == source.caption]
+        source.caption_source = origins[0] if origins else "metas"
+        if source.caption or source.reason:
+            continue
+        if r.caption == "vlm" and read_description(r, dataset, source) is None:
+            source.caption_source = "vlm"
+            unseen.append(source)
+        else:
+            source.reject(f"no caption: write {path}, or set prompt")
+    return unseen
 
 
-def _choose_caption(
-    source: Source, meta: str, offered: Mapping[str, str], known: Mapping[str, str]
-) -> None:
-    """Takes what is in `metas`, else the first that is offered.
+def _offered(r: Recipe, dataset: Dataset, source: Source, listed: str) -> dict[str, str]:
+    """The captions of a video by their origin, the first that is not empty holds."""
+    beside = source.path.with_suffix(".txt") if source.span is None else None
+    offered = {
+        "captions_file": listed,
+        "sidecar": read_caption(beside, source) if beside else "",
+        "task": source.task,
+    }
+    prompt = (r.prompt or "").strip()
+    if r.caption == "given":
+        return {**offered, "prompt": prompt}
+    words = read_description(r, dataset, source)
+    return {**offered, "vlm": "" if words is None else f"{prompt} {words}".strip()}
+
+
+def _is_ours(meta: str, known: Mapping[str, str]) -> bool:
+    """Whether prep wrote what is in `metas`.
 
     `known` is the caption of the last run, its source, and what it found in `metas`.
     """
-    best = next(filter(None, offered.values()), "")
-    ours = known.get("caption_source") != "metas" and meta in (
-        known.get("caption"),
-        known.get("replaced"),
-    )
-    # Prep wrote this file from what was offered then; what is offered now holds.
-    source.caption = (best if ours else "") or meta or best
-    origins = [name for name, text in offered.items() if text == source.caption]
-    source.caption_source = origins[0] if origins else "metas"
+    texts = (known.get("caption"), known.get("replaced"))
+    return known.get("caption_source") != "metas" and meta in texts
+
+
+def description_key(r: Recipe, source: Source) -> str:
+    """What decides the words of a vision-language model about a video."""
+    file = map(str, layout.stamp_of(source.path))
+    return layout.sha256_text(str(r.caption_model), str(source.span), *file)
+
+
+def read_description(r: Recipe, dataset: Dataset, source: Source) -> str | None:
+    """The words of the vision-language model, None when it has not seen the video as it is now."""
+    path = dataset.descriptions / f"{source.stem}.json"
+    if not path.exists():
+        return None
+    value = layout.read_json(path)
+    words: str = value["caption"]
+    return words if value["key"] == description_key(r, source) else None
 
 
 def read_caption(path: Path, source: Source) -> str:

@@ -23,6 +23,8 @@ LORA_TARGETS = {
     "attention_mlp": (*_ATTENTION, *_MLP),
     "all": (*_ATTENTION, *_MLP, *_ADALN),
 }
+# Noise of the previews: little, much, and so much that a clip is all but lost in it.
+PREVIEW_SIGMAS = (0.5, 2.0, 8.0)
 
 
 @dataclass(frozen=True)

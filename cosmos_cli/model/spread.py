@@ -1,4 +1,4 @@
-"""One of several processes that make videos: its share of the jobs, or its half of guidance."""
+"""One of several processes that make videos: its share of the jobs, or its part of one."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from cosmos_cli import console, jobs, layout
 from cosmos_cli.errors import ExitCode, Interrupted, UserError
 from cosmos_cli.model.device import best_device, gpu_memory_errors
 from cosmos_cli.model.generate import Pair, generate
+from cosmos_cli.model.sequence import neighbours
 
 # A line below the 4,096 bytes that a pipe takes at once is not torn by another process's.
 MAX_CHARACTERS = 500
@@ -28,13 +29,13 @@ def main(listed: str) -> int:
     todo = [jobs.from_json(entry) for entry in layout.read_json(Path(listed))]
     device = best_device()
     pair, teams = None, world
-    if world == 2 * len(todo):
+    if world > len(todo):
         dist.init_process_group("gloo" if device == "cpu" else "nccl")
-        pair, teams = _pair(rank, world), len(todo)
+        pair, teams = _pair(world // len(todo)), len(todo)
     try:
         with gpu_memory_errors("set a smaller height, width or num_frames"):
             for job, error in generate(todo[rank * teams // world :: teams], device, pair):
-                if pair is None or pair.index == 0:
+                if pair is None or pair.writes:
                     _report(todo.index(job), error)
     except UserError as error:
         _report(None, error)
@@ -46,10 +47,17 @@ def main(listed: str) -> int:
     return 0
 
 
-def _pair(rank: int, world: int) -> Pair:
-    """The pair of this rank; every rank takes part in making every group."""
-    groups = [dist.new_group([first, first + 1]) for first in range(0, world, 2)]
-    return Pair(rank % 2, groups[rank // 2])
+def _pair(size: int) -> Pair:
+    """The pair of this rank in its team of `size`; every rank takes part in making every group.
+
+    One half of a team follows the prompt, the other what to avoid; the halves share the tokens
+    alike, so that a pair is of two with the same tokens.
+    """
+    sequence = neighbours(size // 2)
+    team, place = divmod(dist.get_rank(), size)
+    firsts = [t * size + i for t in range(dist.get_world_size() // size) for i in range(size // 2)]
+    groups = {first: dist.new_group([first, first + size // 2]) for first in firsts}
+    return Pair(place // (size // 2), groups[team * size + sequence.index], sequence)
 
 
 def _report(number: int | None, error: UserError | None) -> None:

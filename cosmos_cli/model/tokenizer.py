@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 
 import torch
@@ -142,7 +143,16 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """The mirror of the encoder, with one residual block more at each level."""
+    """The mirror of the encoder, with one residual block more at each level.
+
+    The middle, small and with attention over time, takes all frames at once. The levels above it
+    take most of the memory, and no convolution there reads more than two earlier frames: they work
+    through the latent in pieces. Always, since it costs but the copies of those frames, and since a
+    video must not depend on how much memory is free.
+    """
+
+    # Latent frames of a piece: the memory grows with it and not with the length of the video.
+    piece = 4
 
     def __init__(self, spec: TokenizerSpec) -> None:
         super().__init__()
@@ -166,16 +176,25 @@ class Decoder(nn.Module):
     def forward(self, z: Tensor) -> Tensor:
         """The video, BCTHW."""
         x = self.mid(self.conv_in(z))
+        with carrying_on(self.up, self.conv_out):
+            pixels = [self._pixels(part) for part in x.split(self.piece, dim=2)]
+        return torch.cat(pixels, dim=2)[:, :, self.patch - 1 :]
+
+    def _pixels(self, x: Tensor) -> Tensor:
+        """The frames of the next piece."""
         for level in reversed(self.up):
             x = level(x)
         x = self.conv_out(F.silu(self.norm_out(x)))
         for _ in range(round(math.log2(self.patch))):
             x = inverse_haar(x)
-        return x[:, :, self.patch - 1 :]
+        return x
 
 
 class CausalConv(nn.Module):
-    """A 3-D convolution whose past is copies of the first frame and whose border is zero."""
+    """A 3-D convolution whose past is copies of the first frame and whose border is zero.
+
+    Inside `carrying_on` the past of all inputs but the first is the end of the input before.
+    """
 
     def __init__(
         self, inputs: int, outputs: int, kernel: Extent = POINT, stride: Extent = POINT
@@ -183,13 +202,31 @@ class CausalConv(nn.Module):
         super().__init__()
         border = kernel[1] // 2 if stride[1] == 1 else 0
         self.past = kernel[0] - stride[0]
+        self.carries = False
+        self.carried: Tensor | None = None
         self.conv3d = nn.Conv3d(inputs, outputs, kernel, stride, padding=(0, border, border))
 
     def forward(self, x: Tensor) -> Tensor:
         """The convolution; with stride 1 as many frames as `x`."""
         if self.past:
-            x = torch.cat((x[:, :, :1].expand(-1, -1, self.past, -1, -1), x), dim=2)
+            first = x[:, :, :1].expand(-1, -1, self.past, -1, -1)
+            x = torch.cat((first if self.carried is None else self.carried, x), dim=2)
+        if self.past and self.carries:
+            self.carried = x[:, :, -self.past :].clone()
         return self.conv3d(x)
+
+
+@contextmanager
+def carrying_on(*parts: nn.Module) -> Iterator[None]:
+    """Inside, each input of the parts is the continuation in time of the one before."""
+    layers = [m for part in parts for m in part.modules() if isinstance(m, CausalConv)]
+    for layer in layers:
+        layer.carries = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.carries, layer.carried = False, None
 
 
 class FrameNorm(nn.Module):
@@ -241,8 +278,10 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """`x` plus what its tokens read from one another."""
         u = self.norm(x)
+        # Contiguous, for else no fused kernel takes them and all scores of a frame, 14,080 x 14,080
+        # at 704x1280, would lie in memory.
         q, k, v = (
-            rearrange(project(u), f"B C T H W -> {self.arrangement}")
+            rearrange(project(u), f"B C T H W -> {self.arrangement}").contiguous()
             for project in (self.q, self.k, self.v)
         )
         _, _, t, h, w = x.shape
@@ -279,8 +318,9 @@ class Upsample(nn.Module):
         self.conv3 = CausalConv(channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        """From T frames of HxW to 2 T - 1 frames of 2H x 2W."""
-        x = x.repeat_interleave(2, dim=2)[:, :, 1:]
+        """From T frames of HxW to 2T - 1 frames of 2H x 2W; 2T when they carry on."""
+        x = x.repeat_interleave(2, dim=2)
+        x = x[:, :, 1:] if self.conv1.carried is None else x
         x = self.conv1(x) + x
         x = x.repeat_interleave(2, dim=3).repeat_interleave(2, dim=4)
         x = self.conv2(x) + x

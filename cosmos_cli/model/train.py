@@ -10,6 +10,8 @@ import sys
 import time
 import traceback
 import warnings
+from datetime import timedelta
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -26,6 +28,9 @@ from cosmos_cli.model.dit import DiT
 from cosmos_cli.model.elastic import die_with_parent
 from cosmos_cli.model.ema import PowerEMA
 from cosmos_cli.model.heldout import HeldOut
+from cosmos_cli.model.preview import Pictures
+from cosmos_cli.model.pulse import Pulse
+from cosmos_cli.model.sequence import neighbours
 
 _stop_code = 0
 _save_asked = False
@@ -57,17 +62,27 @@ def train(r: Recipe, device: torch.device) -> dict[str, Any]:
     """Trains to max_steps or until a signal; the figures of the run's result."""
     run = Run(r.run_dir.absolute())
     clips, held_out, about = open_dataset(r)
+    sequence = neighbours(r.sequence_parallel)
     share = data.Share.of(
-        dist.get_rank(), dist.get_world_size(), r.global_batch_size, r.micro_batch_size
+        dist.get_rank() // sequence.size,
+        dist.get_world_size() // sequence.size,
+        r.global_batch_size,
+        r.micro_batch_size,
     )
     settings = data.BatchSettings(r.seed, r.global_batch_size, r.text_dropout)
 
     engine = build_engine(r, share, device)
-    ema = PowerEMA(checkpoint.shards(engine.module), r.ema_rate)
+    engine.module.net.share(sequence)
+    ema = PowerEMA(
+        checkpoint.shards(engine.module), r.ema_rate, None if r.offload == "none" else "cpu"
+    )
     start = resume(r, run, engine, ema)
     metrics = Metrics(run, r, start)
     if held_out:
-        metrics.write_held_out(start, held_out.measure(engine, device))
+        metrics.write_held_out(start, held_out.measure(engine, device, start))
+    pictures = Pictures(r, run, clips, held_out.clips if held_out else clips)
+    if start == 0:
+        metrics.write_samples(start, pictures.make(engine, start, asked=False))
 
     saved = start
     with console.progress("train", r.max_steps, "steps", done=start) as bar:
@@ -86,13 +101,15 @@ def train(r: Recipe, device: torch.device) -> dict[str, Any]:
             stats = Stats.over_ranks(losses, errors_B, sigmas_B, requests(run))
             require_finite(stats, step, micro_batches, errors_B)
             engine.step()
+            norm = grad_norm(engine)
+            require_finite_gradient(norm, step, micro_batches)
             ema.update(checkpoint.shards(engine.module), step)
 
             done = step + 1
             row = {
                 "step": done,
                 **stats.row(),
-                "grad_norm": grad_norm(engine),
+                "grad_norm": norm,
                 "learning_rate": rate,
                 "seconds": round(time.monotonic() - began, 4),
             }
@@ -107,7 +124,9 @@ def train(r: Recipe, device: torch.device) -> dict[str, Any]:
                 console.say(f"saved step {done} to {run.resume_state(done)}")
             # Whoever stops a run waits for it; it is measured when it goes on.
             if held_out and not stats.stop_code and (saving or done % r.validate_every_steps == 0):
-                metrics.write_held_out(done, held_out.measure(engine, device))
+                metrics.write_held_out(done, held_out.measure(engine, device, done))
+            if not stats.stop_code:
+                metrics.write_samples(done, pictures.make(engine, done, stats.sample_asked))
             if saving:
                 metrics.write_page()
             if stats.stop_code:
@@ -145,13 +164,21 @@ def build_engine(r: Recipe, share: data.Share, device: torch.device) -> Any:
     """The DeepSpeed engine around the loss, with the base weights in its shards."""
     import deepspeed
 
+    on_host = {"device": "cpu", "pin_memory": device.type == "cuda"}
+    host = {}
+    if r.offload in ("optimizer", "parameters"):
+        host["offload_optimizer"] = on_host
+    if r.offload == "parameters":
+        host["offload_param"] = on_host
     config = {
         "train_micro_batch_size_per_gpu": r.micro_batch_size,
         "gradient_accumulation_steps": share.count // share.micro,
         "gradient_clipping": r.grad_clip,
         "steps_per_print": 10**9,
         "bf16": {"enabled": r.precision == "bf16"},
-        "zero_optimization": {"stage": r.zero_stage, "contiguous_gradients": True},
+        "zero_optimization": {"stage": r.zero_stage, "contiguous_gradients": True, **host},
+        # PyTorch's fused AdamW does as well on a CPU as DeepSpeed's, which wants a compiler.
+        "zero_force_ds_cpu_optimizer": False,
     }
     with deepspeed.zero.Init(config_dict_or_path=config, enabled=r.zero_stage == 3):
         net = DiT(r.spec.dit)
@@ -167,7 +194,7 @@ def build_engine(r: Recipe, share: data.Share, device: torch.device) -> Any:
         checkpoint.trained(module).values(),
         lr=r.learning_rate,
         **optimizer_settings(r),
-        fused=True if device.type == "cuda" else None,
+        fused=True,
     )
     engine, *_ = deepspeed.initialize(model=module, config=config, optimizer=optimizer)
     return engine
@@ -186,23 +213,28 @@ def optimizer_settings(r: Recipe) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def requests(run: Run) -> tuple[int, bool]:
-    """What was asked of this process since the last step: an exit code to stop with, and a save."""
+def requests(run: Run) -> tuple[int, bool, bool]:
+    """What was asked of this process since the last step: a code to end with, a save, samples."""
     global _save_asked
     save, _save_asked = _save_asked or _stop_code > 0, False
-    if dist.get_rank() == 0 and run.save_request.exists():
-        with layout.disk_errors(run.save_request):
-            run.save_request.unlink(missing_ok=True)
-        save = True
-    return _stop_code, save
+    return _stop_code, save or _was_touched(run.save_request), _was_touched(run.sample_request)
+
+
+def _was_touched(request: Path) -> bool:
+    """Whether somebody made this file, which rank 0 takes away."""
+    if dist.get_rank() or not request.exists():
+        return False
+    with layout.disk_errors(request):
+        request.unlink(missing_ok=True)
+    return True
 
 
 class Stats:
     """Loss and EDM error of a step over all ranks, by noise band; and what was asked of any."""
 
-    def __init__(self, totals: list[float], stop_code: int, save_asked: bool) -> None:
+    def __init__(self, totals: list[float], asked: list[int]) -> None:
         bands = len(edm.SIGMA_BANDS) - 1
-        self.stop_code, self.save_asked = stop_code, save_asked
+        self.stop_code, self.save_asked, self.sample_asked = asked
         loss, micro_batches = totals[0], totals[1]
         sums, counts = totals[2 : 2 + bands], totals[2 + bands :]
         self.loss = loss / micro_batches
@@ -215,7 +247,7 @@ class Stats:
         losses: list[torch.Tensor],
         errors_B: list[torch.Tensor],
         sigmas_B: list[torch.Tensor],
-        asked: tuple[int, bool],
+        asked: tuple[int, bool, bool],
     ) -> Stats:
         """The sums of every rank's part of a step. The largest stop code wins."""
         errors = torch.cat(errors_B).double()
@@ -235,8 +267,7 @@ class Stats:
             ]
         )
         dist.all_reduce(sums)
-        stop_code, save_asked = asked_of_any.tolist()
-        return cls(sums.tolist(), stop_code, bool(save_asked))
+        return cls(sums.tolist(), asked_of_any.tolist())
 
     def row(self) -> dict[str, Any]:
         """The figures for metrics.jsonl; a band without a sample is null."""
@@ -272,19 +303,40 @@ def require_finite(
     """
     if math.isfinite(stats.loss) and math.isfinite(stats.edm):
         return
-    own = [
+    errors = torch.cat(errors_B).tolist()
+    samples = zip(_samples(micro_batches), errors, strict=True)
+    raise _not_finite("loss", step, [name for name, error in samples if not math.isfinite(error)])
+
+
+def require_finite_gradient(norm: float | None, step: int, micro_batches: list[data.Batch]) -> None:
+    """Ends the run before a save of weights that a non-finite gradient has reached.
+
+    Raises:
+        UserError: names step, clips and noise levels.
+    """
+    # DeepSpeed's -1 stands for infinite and for not a number.
+    if norm is None or (math.isfinite(norm) and norm >= 0):
+        return
+    raise _not_finite("gradient", step, _samples(micro_batches))
+
+
+def _samples(micro_batches: list[data.Batch]) -> list[str]:
+    return [
         f"{name} (sigma {sigma:.4g})"
-        for batch, errors in zip(micro_batches, errors_B, strict=True)
-        for name, sigma, error in zip(
-            batch.names, batch.sigma_B.tolist(), errors.tolist(), strict=True
-        )
-        if not math.isfinite(error)
+        for batch in micro_batches
+        for name, sigma in zip(batch.names, batch.sigma_B.tolist(), strict=True)
     ]
+
+
+def _not_finite(what: str, step: int, own: list[str]) -> UserError:
+    """The failure, with the samples of all ranks; every rank must call it."""
     gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, own)
-    culprits = ", ".join(name for part in gathered for name in part) or "the log-variance head"
-    raise UserError(
-        f"the loss is not finite: {culprits}",
+    # Processes that share a clip name it each.
+    names = dict.fromkeys(name for part in gathered for name in part)
+    culprits = ", ".join(names) or "the log-variance head"
+    return UserError(
+        f"the {what} is not finite: {culprits}",
         code=ExitCode.TRAINING,
         where=f"step {step + 1}",
         fix="look at these clips, or lower learning_rate; the last save is untouched",
@@ -331,6 +383,11 @@ class Metrics:
         self.write({"step": step, **errors})
         console.say(f"step {step}: {errors[history.HELD_OUT]:.4f} on held-out clips")
 
+    def write_samples(self, step: int, distances: dict[str, float]) -> None:
+        """Appends how far samples of a step are from training clips, where some were made."""
+        if distances:
+            self.write({"step": step, **distances})
+
     def write_page(self) -> None:
         """Writes the page of the run."""
         if dist.get_rank() == 0:
@@ -357,9 +414,11 @@ def run_rank(r: Recipe) -> dict[str, Any]:
     signal.signal(signal.SIGTERM, _request_stop)
     signal.signal(signal.SIGUSR1, _request_save)
     run = Run(r.run_dir.absolute())
-    device = _join_world()
+    device = _join_world(r.timeout_seconds)
     if dist.get_rank():
         console.mute()
+    pulse = Pulse(r.timeout_seconds)
+    pulse.start()
     fix = "use more GPUs, activation_checkpointing: all, or fewer frames"
     with console.log_file(run.log), gpu_memory_errors(fix):
         outcome = train(r, device)
@@ -367,11 +426,12 @@ def run_rank(r: Recipe) -> dict[str, Any]:
         outcome["best_step"] = history.best_step(run)
         layout.write_json(run.result, outcome)
         history.write_page(run)
+    pulse.end()
     dist.destroy_process_group()
     return outcome
 
 
-def _join_world() -> torch.device:
+def _join_world(timeout_seconds: float) -> torch.device:
     # DeepSpeed calls collectives by the names that torch 2.13 began to rename.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     import deepspeed
@@ -379,14 +439,16 @@ def _join_world() -> torch.device:
     from deepspeed.utils import logger
 
     logger.setLevel("WARNING")
+    # The pulse ends a run earlier, and knows whom all wait for.
+    patience = timedelta(seconds=2 * timeout_seconds)
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-        deepspeed.init_distributed("nccl")
+        deepspeed.init_distributed("nccl", timeout=patience)
         return device
     # Its shared-memory all-reduce needs a compiler and over a minute to build; gloo serves a CPU.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed("gloo")
+    deepspeed.init_distributed("gloo", timeout=patience)
     return torch.device("cpu")
 
 

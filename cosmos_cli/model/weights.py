@@ -362,7 +362,9 @@ def _read_pt(path: Path) -> Any:
     # The reference's training leaves empty BytesIO objects of Transformer Engine in its files.
     safe = torch.serialization.safe_globals([io.BytesIO])
     with reading(path), safe, warnings.catch_warnings(action="ignore"):
-        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        # Files from before torch 1.6 are no zip archives.
+        mmap = zipfile.is_zipfile(path)
+        return torch.load(path, map_location="cpu", mmap=mmap, weights_only=True)
 
 
 def _read_safetensors(path: Path) -> State:

@@ -3,8 +3,8 @@
 forward  one pass of the denoiser at 121 frames of 704x1280, ours and diffusers', each plain and
          compiled, with the same random weights in one process: interleaved, medians; and the error
          of the number format against fp32 at a smaller size.
-sample   a whole video as `generate` makes it: text encoder, all steps, decoder, mp4; time and peak
-         memory of each phase.
+sample   a whole video as `generate` makes it: text encoder, all steps with the compiling of the
+         blocks, decoder, mp4; time and peak memory of each phase.
 load     host memory while a model file of full size is loaded to the GPU.
 
 With `--model tiny` the same runs on a CPU in a minute, to try the script itself.
@@ -35,7 +35,7 @@ from cosmos_cli import layout, recipe
 from cosmos_cli.keys import Recipe
 from cosmos_cli.model import generate, text, video, weights
 from cosmos_cli.model.device import best_device
-from cosmos_cli.model.dit import DiT, Prompt, patch_grid
+from cosmos_cli.model.dit import DiT
 from cosmos_cli.model.spec import COSMOS_7B, TINY, DiTSpec, ModelSpec
 from cosmos_cli.model.tokenizer import Tokenizer
 
@@ -59,7 +59,6 @@ class Bench:
     dtype: torch.dtype
     scratch: Path
     rounds: int
-    compiled: bool
 
     @property
     def spec(self) -> ModelSpec:
@@ -233,8 +232,7 @@ def bench_forward(bench: Bench, net: DiT) -> dict[str, object]:
     """One forward pass of four networks on the same weights."""
     x = Inputs.of(bench.spec, bench.size, bench.device, bench.dtype)
     compiled, twin, compiled_twin = sharing(net), diffusers_twin(net), diffusers_twin(net)
-    for block in compiled.blocks:
-        block.compile()
+    generate.compile_blocks(compiled)
     compiled_twin.compile()
     rows = interleaved(
         {
@@ -278,16 +276,7 @@ def bench_sample(bench: Bench, net: DiT) -> dict[str, object]:
     """A whole video, phase by phase."""
     r, device, rows = bench.r, bench.device, []
     embedding = bench_text(bench, rows)
-    if bench.compiled:
-        net = sharing(net)
-        for block in net.blocks:
-            block.compile()
-        x = Inputs.of(bench.spec, bench.size, device, bench.dtype)
-        place = net.locate(patch_grid(bench.spec.dit, x.x_BCTHW), x.fps_B)
-        prompt = Prompt(*place, net.read(x.text_emb_BMD))
-        with measured("first step, compiles", device, rows):
-            net(x.x_BCTHW, x.c_noise_B, x.text_emb_BMD, x.fps_B, prompt=prompt)
-        del x, place, prompt
+    compiled = generate.worth_compiling(r, device) and generate.compile_blocks(net)
     conditioning = generate.Conditioning(PROMPT, embedding, embedding.flip(0))
     evaluations = 2 * r.num_steps
     with measured(f"denoise, {r.num_steps} steps, {evaluations} passes", device, rows):
@@ -307,7 +296,8 @@ def bench_sample(bench: Bench, net: DiT) -> dict[str, object]:
     shape = video.probe(path)
     assert (shape.frames, shape.height, shape.width) == bench.size
     backend = generate.attention_backend(r, net)
-    return {"attention": backend, "mp4_bytes": path.stat().st_size, "rows": rows}
+    found = {"attention": backend, "compiled": compiled, "mp4_bytes": path.stat().st_size}
+    return {**found, "rows": rows}
 
 
 def bench_text(bench: Bench, rows: list[dict[str, object]]) -> Tensor:
@@ -407,7 +397,6 @@ def main() -> None:
     parser.add_argument("--scratch", type=Path, required=True, help="folder with 30 GB of space")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, help="default: those of the recipe")
-    parser.add_argument("--compiled", action="store_true", help="sample with compiled blocks")
     parser.add_argument("--attention", help="fail when another backend would run, e.g. cudnn")
     options = parser.parse_args()
     chosen = options.parts.split(",")
@@ -419,7 +408,7 @@ def main() -> None:
         settings.append(f"num_steps={options.steps}")
     r, device = recipe.load(shipped, settings).recipe, best_device()
     dtype = generate.number_format(device)
-    bench = Bench(r, device, dtype, options.scratch, options.rounds, options.compiled)
+    bench = Bench(r, device, dtype, options.scratch, options.rounds)
     with torch.inference_mode():
         net = random_denoiser(r.spec.dit, device, dtype)
         backend = generate.attention_backend(r, net)

@@ -13,6 +13,7 @@ from cosmos_cli.model.dit import DiT
 from cosmos_cli.model.spec import COSMOS_7B
 
 FULL = recipe.load("nemo_assets", ["height=704"]).recipe
+FAST = plan.find_gpu("H200")
 
 
 def changed(**changes):
@@ -67,6 +68,34 @@ def test_times_scale_with_the_work():
     # Below the bf16 peak, and no worse than twice the time measured for the plain peer.
     peak = 3 * sum(plan.forward_flops(FULL)) / 989e12
     assert 2 * peak < one < 2 * 19.2
+
+
+def test_processes_that_share_a_clip_halve_its_activations_and_its_time():
+    alone, pair = (plan.plan(changed(sequence_parallel=n), 8, FAST) for n in (1, 2))
+    for part, size in alone.memory_gb.items():
+        expected = size / 2 if part == "activations" else size
+        assert pair.memory_gb[part] == pytest.approx(expected)
+    # Half as many clips at a time, each in half the time and what the exchange takes.
+    assert alone.step_seconds < pair.step_seconds < 1.1 * alone.step_seconds
+
+
+def test_what_the_host_holds_the_gpu_does_not():
+    none, *others = (
+        plan.plan(changed(offload=value), 2, FAST)
+        for value in ("none", "ema", "optimizer", "parameters")
+    )
+    assert none.host_gb == 0
+    for less in others:
+        held = sum(size for part, size in none.memory_gb.items() if part not in less.memory_gb)
+        assert less.host_gb == pytest.approx(2 * held)
+        assert none.total_gb - less.total_gb == pytest.approx(held)
+        assert less.step_seconds > none.step_seconds
+
+
+def test_one_h200_is_enough_with_the_optimizer_on_the_host():
+    with pytest.raises(UserError) as caught:
+        plan.check_memory(changed(global_batch_size=1), 1, FAST)
+    assert caught.value.fix == "set offload: optimizer"
 
 
 @pytest.mark.parametrize("words", ["H100", "8x", "8xGTX-1080", "0xH200", "x"])

@@ -377,3 +377,25 @@ def test_a_4k_clip_is_never_in_memory_at_full_size(tmp_path):
     assert shape == "torch.Size([3, 40, 96, 160])"
     clip_kib = 40 * 3840 * 2160 * 3 / 1024
     assert int(grown_kib) < 0.5 * clip_kib
+
+
+@settings(max_examples=60, deadline=None)
+# PyTorch's own does not make pictures of 1x1.
+@given(*[st.integers(1, 130)] * 2, *[st.integers(2, 130)] * 2, st.booleans())
+def test_the_resize_of_a_gpu_gives_the_numbers_of_the_cpu(old_h, old_w, new_h, new_w, last):
+    generator = torch.Generator().manual_seed(old_h * old_w)
+    frames = torch.randint(0, 256, (2, 3, old_h, old_w), generator=generator, dtype=torch.uint8)
+    if last:
+        frames = frames.contiguous(memory_format=torch.channels_last)
+    on_cpu = video.resize_frames(frames, new_h, new_w, "stretch")
+    assert torch.equal(video.interpolate_exactly(frames, new_h, new_w), on_cpu)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_a_clip_that_a_gpu_resized_is_the_cpus(tmp_path):
+    path = lossless(tmp_path / "a.mp4", numbered_frames(9, 144, 256))
+    for mode in video.RESIZE_MODES:
+        arguments = (path, Clip(0, 24, 9), 96, 160, mode)
+        on_cpu = video.read_clip(*arguments)
+        assert torch.equal(video.read_clip(*arguments, "cuda").cpu(), on_cpu)

@@ -1,0 +1,109 @@
+"""Aegis: a language model that says whether a prompt is safe, and if not, which rule it breaks.
+
+It is LlamaGuard-7b with NVIDIA's LoRA, asked as the reference asks it, and it answers greedily. The
+rules it is to judge by are part of the question; `aegis_policy.txt` has those of the reference's
+categories, in words of our own.
+
+Source: nvidia-cosmos/cosmos-predict1 at 4ed35fa, `auxiliary/guardrail/aegis`; Ghosh et al. 2024,
+AEGIS, arXiv 2404.05993.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from pathlib import Path
+
+import torch
+
+MAX_NEW_TOKENS = 100
+POLICY = Path(__file__).with_name("aegis_policy.txt").read_text(encoding="utf-8")
+CATEGORIES = dict(re.findall(r"^O(\d+): (.+)\.$", POLICY, re.MULTILINE))
+# Its lines are indented as in the reference.
+QUESTION = """\
+[INST] Task: Check if there is unsafe content in 'User' messages in conversations according our \
+safety policy with the below categories.
+
+        <BEGIN UNSAFE CONTENT CATEGORIES>
+        {policy}
+        <END UNSAFE CONTENT CATEGORIES>
+
+        <BEGIN CONVERSATION>
+
+        User: {prompt}
+
+<END CONVERSATION>
+
+        Provide your safety assessment for User in the above conversation:
+        - First line must read 'safe' or 'unsafe'.
+        - If unsafe, a second line must include a comma-separated list of violated categories. \
+[/INST]"""
+
+
+class Aegis:
+    """The language model in memory.
+
+    Args:
+        base: a folder of meta-llama/LlamaGuard-7b.
+        adapter: a folder of nvidia/Aegis-AI-Content-Safety-LlamaGuard-Defensive-1.0.
+        device: cpu or cuda.
+        dtype: of the weights and activations.
+
+    Raises:
+        OSError, ValueError: a file is missing or damaged.
+    """
+
+    def __init__(self, base: Path, adapter: Path, device: str, dtype: torch.dtype) -> None:
+        from peft import PeftModel
+        from transformers import AutoTokenizer, LlamaForCausalLM
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+        # transformers makes up a configuration that is not there, peft asks the hub for files.
+        (base / "config.json").stat()
+        for name in ("adapter_config.json", "adapter_model.safetensors"):
+            (adapter / name).stat()
+        self.tokenizer = AutoTokenizer.from_pretrained(base, local_files_only=True)
+        llama, about = LlamaForCausalLM.from_pretrained(
+            base, dtype=dtype, local_files_only=True, output_loading_info=True
+        )
+        if about["missing_keys"]:
+            raise ValueError(f"it lacks weights, {min(about['missing_keys'])} among them")
+        # peft asks transformers for something by its old name.
+        with warnings.catch_warnings(action="ignore", category=FutureWarning):
+            warnings.filterwarnings("error", message=".*missing adapter keys")
+            try:
+                model = PeftModel.from_pretrained(llama, adapter)
+            except (RuntimeError, UserWarning) as error:
+                raise ValueError(f"the LoRA does not fit the model: {error}") from error
+        self.model = model.to(device=device, dtype=dtype).eval()
+        self.longest = llama.config.max_position_embeddings - MAX_NEW_TOKENS
+
+    @torch.inference_mode()
+    def reason(self, prompt: str) -> str:
+        """Why the prompt is blocked, in a few words; empty when it is not.
+
+        As in the reference, an answer with "unsafe" in it blocks. One that is no answer does too.
+        """
+        question = QUESTION.format(policy=POLICY, prompt=prompt)
+        tokens = self.tokenizer(question, add_special_tokens=False, return_tensors="pt")
+        length = tokens.input_ids.shape[1]
+        if length > self.longest:
+            return f"it is too long to be judged, by {length - self.longest} tokens"
+        output = self.model.generate(
+            input_ids=tokens.input_ids.to(self.model.device),
+            attention_mask=tokens.attention_mask.to(self.model.device),
+            max_new_tokens=MAX_NEW_TOKENS,
+            do_sample=False,
+            pad_token_id=self.tokenizer.eos_token_id,
+        )
+        return verdict(self.tokenizer.decode(output[0, length:], skip_special_tokens=True))
+
+
+def verdict(answer: str) -> str:
+    """Why an answer blocks a prompt; empty when it says that the prompt is safe."""
+    if "unsafe" in answer.lower():
+        numbers = dict.fromkeys(re.findall(r"\bO(\d+)\b", answer))
+        named = [CATEGORIES[number] for number in numbers if number in CATEGORIES]
+        return ", ".join(named) or "it is unsafe"
+    return "" if answer.lower().split()[:1] == ["safe"] else "it could not be judged"

@@ -1,0 +1,217 @@
+"""Pictures of what the model under training makes, within a small share of the run's time.
+
+A preview is cheap: what one step of the denoiser makes of a few noised clips. Samples are whole
+videos of the same clips' captions by generate's own solver, steered away from no text, since the
+text encoder takes no part in training; how near they are to training clips is measured.
+
+The network is that inside the DeepSpeed engine. ZeRO-3 gathers its weights in every forward pass,
+so all ranks make as many: those without work of their own repeat the last.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from cosmos_cli import console, layout
+from cosmos_cli.keys import Recipe
+from cosmos_cli.layout import Dataset, Run
+from cosmos_cli.model import edm, nearest, prep, sampler, video
+from cosmos_cli.model.data import Clips
+from cosmos_cli.model.heldout import HeldOut
+from cosmos_cli.model.spec import PREVIEW_SIGMAS
+from cosmos_cli.model.tokenizer import Tokenizer
+
+# A preview shows the last frame that so many frames of the latent decode to.
+LATENT_FRAMES = 2
+CELL_PIXELS = 200
+SHEET_COLUMNS = 4
+
+
+class Pictures:
+    """Writes previews and samples into the folder of a run; every rank must call it alike."""
+
+    def __init__(self, r: Recipe, run: Run, clips: Clips, shown: Clips) -> None:
+        """Of some of the clips `shown`; samples are compared with `clips`, those trained on."""
+        self.r, self.run, self.clips = r, run, clips
+        self.shown = HeldOut(shown, r.preview_clips, PREVIEW_SIGMAS)
+        self.allowance = Allowance(r.preview_share)
+
+    def make(self, engine: Any, step: int, asked: bool) -> dict[str, float]:
+        """Makes what is due after a step, or asked for; the figures of the samples, if any."""
+        r, figures = self.r, {}
+        previews = _due(step, r.preview_every_steps, r.max_steps)
+        samples = _due(step, r.sample_every_saves * r.save_every_steps, r.max_steps)
+        if previews and self.allowance.grants("previews", step, engine.device):
+            with self.allowance.spending("previews", step):
+                self._preview(engine, step)
+        if asked or (samples and self.allowance.grants("samples", step, engine.device)):
+            with self.allowance.spending("samples", step):
+                figures = self._sample(engine, step)
+        return figures
+
+    @torch.no_grad()
+    def _preview(self, engine: Any, step: int) -> None:
+        """Writes a row for each clip: a frame of it, and of the estimates at each noise level."""
+        net, device = engine.module.net, engine.device
+        dtype = next(net.parameters()).dtype
+
+        def estimate(i: int) -> Tensor:
+            x0, sigma_B, noise, text_emb, fps_B = self.shown.batch(i).to(device)
+            xt = x0 + sigma_B.view(-1, 1, 1, 1, 1) * noise
+            denoised = edm.denoise(
+                net, xt, sigma_B, text_emb.to(dtype), fps_B, self.r.spec.sigma_data
+            )
+            return denoised[:, :, :LATENT_FRAMES]
+
+        estimates = iter(_by_all_ranks(estimate, len(self.shown.samples), net.sequence.size))
+        if dist.get_rank():
+            return
+        cells = []
+        for clip in self.shown.chosen:
+            cells.append(self.shown.clips.latent(clip)[None, :, :LATENT_FRAMES])
+            cells += [next(estimates) for _ in PREVIEW_SIGMAS]
+        with self._decoder(device) as decode:
+            frames = torch.cat([decode(cell)[:, -1:] for cell in cells], dim=1)
+            size = (1 + len(PREVIEW_SIGMAS), len(self.shown.chosen), CELL_PIXELS)
+            with layout.atomic_file(self.run.preview(step)) as temporary:
+                video.contact_sheet(frames, *size).save(temporary, quality=90)
+
+    @torch.no_grad()
+    def _sample(self, engine: Any, step: int) -> dict[str, float]:
+        """Writes a video of each clip's caption; their distance to the nearest training clips."""
+        net, device, chosen = engine.module.net, engine.device, self.shown.chosen
+        x0 = _by_all_ranks(lambda i: self._draw(net, device, i), len(chosen), net.sequence.size)
+        rank, world = dist.get_rank(), dist.get_world_size()
+        with self._decoder(device) as decode:
+            for i in range(rank, len(chosen), world):
+                self._write_sample(self.run.sample(step, i), decode(x0[i]))
+        if rank == 0:
+            layout.write_json(self.run.sample_prompts, [self._caption(clip) for clip in chosen])
+        if len(self.clips) < 2:
+            return {}
+        latents = [latent[0].cpu() for latent in x0]
+        least = torch.cat(nearest.distances(latents, self.clips, rank, world)).to(device)
+        dist.all_reduce(least, dist.ReduceOp.MIN)
+        made, apart = least[: len(latents)].min().item(), least[len(latents) :].median().item()
+        console.say(
+            f"step {step}: the nearest training clip of a sample is {made:.3f} away; "
+            f"such clips are {apart:.3f} apart"
+        )
+        return {"nearest_clip": made, "clips_apart": apart}
+
+    def _draw(self, net: Any, device: torch.device, i: int) -> Tensor:
+        """The latent of one sample, (1, C, T, H, W)."""
+        r = self.r
+        fps_B = torch.tensor([r.fps], device=device)
+        cond = self.shown.clips.read(self.shown.chosen[i])[1][None]
+        cond = cond.to(device, next(net.parameters()).dtype)
+
+        def towards(xt: Tensor, sigma: float, text_emb: Tensor) -> Tensor:
+            sigma_B = torch.full((1,), sigma, device=device)
+            return edm.denoise(net, xt, sigma_B, text_emb, fps_B, r.spec.sigma_data)
+
+        def denoiser(xt: Tensor, sigma: float) -> Tensor:
+            estimate = towards(xt, sigma, cond)
+            if r.guidance == 0:
+                return estimate
+            return sampler.guided(estimate, towards(xt, sigma, torch.zeros_like(cond)), r.guidance)
+
+        shape = (1, *r.spec.latent_shape(r.num_frames, r.height, r.width))
+        noise = sampler.start_noise(r.sampling_seed + i, shape).to(device)
+        sigmas = r.spec.sigma_min, r.spec.sigma_max
+        return sampler.solve(r.sampler, r.num_steps, sigmas, denoiser, noise, lambda _: None)
+
+    def _write_sample(self, path: Path, pixels: Tensor) -> None:
+        with layout.atomic_file(path) as temporary:
+            video.write_mp4(temporary, pixels, self.r.fps, self.r.video_crf)
+        with layout.atomic_file(path.with_suffix(".jpg")) as temporary:
+            sheet = video.contact_sheet(pixels, SHEET_COLUMNS, 1, CELL_PIXELS)
+            sheet.save(temporary, quality=90)
+
+    def _caption(self, clip: int) -> str:
+        metas = Dataset.at(self.r.dataset_dir, self.r.videos_dir).metas
+        name = Path(self.shown.clips.clips[clip]["text"]).stem
+        return (metas / f"{name}.txt").read_text(encoding="utf-8").strip()
+
+    @cached_property
+    def _tokenizer(self) -> Tokenizer:
+        dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
+        return prep.load_tokenizer(self.r, "cpu", dtype)
+
+    @contextmanager
+    def _decoder(self, device: torch.device) -> Iterator[Callable[[Tensor], Tensor]]:
+        """Decodes a latent (1, C, T, H, W) to pixels, uint8 CTHW on the CPU.
+
+        What a GPU has no memory for beside the training is left out.
+        """
+        tokenizer = self._tokenizer.to(device)
+        dtype = next(tokenizer.parameters()).dtype
+        try:
+            yield lambda x0: video.to_uint8(tokenizer.decode(x0.to(device, dtype))[0]).cpu()
+        except torch.cuda.OutOfMemoryError:
+            console.warn("pictures are left out: the GPU has no memory to decode them")
+        finally:
+            tokenizer.cpu()
+
+
+class Allowance:
+    """Keeps pictures to a share of a run's time. Rank 0's clock decides for all ranks."""
+
+    def __init__(self, share: float) -> None:
+        self.share = share
+        self.began = time.monotonic()
+        self.spent = 0.0
+        self.cost: dict[str, float] = {}
+        self.told: set[str] = set()
+
+    def grants(self, kind: str, step: int, device: torch.device) -> bool:
+        """Whether there is time for one more of a kind; always for the first."""
+        cost = self.cost.get(kind, 0.0)
+        with_it = time.monotonic() - self.began + cost
+        missing = self.spent + cost - self.share * with_it
+        granted = torch.tensor(kind not in self.cost or missing <= 0, device=device)
+        dist.broadcast(granted, 0)
+        if not granted and kind not in self.told:
+            self.told.add(kind)
+            console.say(
+                f"step {step}: {kind} wait until they take {self.share:.0%} of the time at most, "
+                f"{console.duration(missing / self.share)} from now (preview_share)"
+            )
+        return bool(granted)
+
+    @contextmanager
+    def spending(self, kind: str, step: int) -> Iterator[None]:
+        """Counts the time of what is made meanwhile, and says it."""
+        began = time.monotonic()
+        yield
+        now = time.monotonic()
+        self.spent += now - began
+        self.cost[kind] = now - began
+        share = f"; pictures took {self.spent / (now - self.began):.1%} of the time" if step else ""
+        console.say(f"step {step}: {kind} in {now - began:.1f} s{share}")
+
+
+def _due(step: int, every: int, last: int) -> bool:
+    """Whether a step is one of those with pictures: every so many, 0 for none, and the last."""
+    return every > 0 and (step % every == 0 or step == last)
+
+
+def _by_all_ranks(work: Callable[[int], Tensor], count: int, team: int) -> list[Tensor]:
+    """work(0) to work(count - 1), each by `team` ranks that share a clip; in all ranks the same."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    results: list[Tensor] = []
+    for first in range(0, count, world // team):
+        own = work(min(first + rank // team, count - 1))
+        parts = [torch.empty_like(own) for _ in range(world)]
+        dist.all_gather(parts, own.contiguous())
+        results += parts[::team]
+    return results[:count]
