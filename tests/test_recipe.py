@@ -231,7 +231,9 @@ def test_what_is_odd_is_a_warning(file: Path, line: str, warning: str) -> None:
 
 
 def test_every_shipped_recipe_loads_and_fits_the_schema() -> None:
-    assert set(recipe.shipped()) == {"tiny", "nemo_assets", "hdvila", "my_videos", "lora"}
+    assert set(recipe.shipped()) == {
+        "tiny", "nemo_assets", "hdvila", "my_videos", "lora", "two_gpus", "four_gpus", "two_nodes",
+    }  # fmt: skip
     validator = jsonschema.Draft202012Validator(recipe.json_schema())
     for name, path in recipe.shipped().items():
         loaded = recipe.load(name)
@@ -284,7 +286,7 @@ def test_a_recipe_is_found_by_path_first_then_by_name(
     ("name", "message"),
     [
         ("nemo_asets", "nemo_asets: no such recipe; did you mean 'nemo_assets'? shipped recipes: "),
-        ("zzz", "zzz: no such recipe; shipped recipes: hdvila, lora, my_videos, nemo_assets, tiny"),
+        ("zzz", "zzz: no such recipe; shipped recipes: four_gpus, hdvila, lora, my_videos, "),
         ("no/tiny.yaml", "no/tiny.yaml: no such file; did you mean 'tiny'?"),
         ("nope.yaml", "nope.yaml: no such file"),
         (".", ".: a folder, not a recipe"),

@@ -50,6 +50,16 @@ def test_a_full_fine_tune_needs_what_its_states_need(gpus, ranks, fits):
     assert held == pytest.approx(20 * COSMOS_7B.dit.parameters / ranks / 1e9)
 
 
+@pytest.mark.parametrize(
+    ("name", "gpus"),
+    [("lora", 1), ("two_gpus", 2), ("four_gpus", 4), ("my_videos", 8), ("two_nodes", 16)],
+)
+def test_a_shipped_recipe_fits_the_machines_it_names(name, gpus):
+    r = recipe.load(name).recipe
+    assert plan.plan(r, gpus, plan.find_gpu("H100-80GB")).fits
+    assert r.num_processes in ("auto", gpus)
+
+
 def test_what_does_not_fit_is_refused_with_what_would():
     r = changed(micro_batch_size=4, activation_checkpointing="none")
     with pytest.raises(UserError) as caught:
