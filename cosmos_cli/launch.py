@@ -230,6 +230,8 @@ def join(loaded: LoadedRecipe) -> dict[str, Any]:
     """
     run = Run(loaded.recipe.run_dir.absolute())
     rank = int(os.environ["RANK"])
+    # What `start` gives its ranks; torch, imported below, reads it.
+    os.environ.update(environment(int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
     if rank == 0:
         _prepare(loaded, run)
     from cosmos_cli.model import train

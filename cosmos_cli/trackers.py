@@ -11,6 +11,7 @@ import importlib.util
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -188,6 +189,8 @@ class News:
 
 def main(root: str) -> None:
     """Follows the run in a folder until stdin ends."""
+    # Slurm signals all processes of a job; a run that is told to end still has figures to show.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     run = Run(Path(root))
     r = recipe.load(str(run.resolved)).recipe
     news, ended = News(run), threading.Event()

@@ -14,7 +14,7 @@ def test_a_model_is_measured_on_the_drawn_world_and_on_the_dataset(prepared, tmp
     (about,) = done["models"].values()
     assert set(about) == {"weights", "edm", "scores", "nearest_clip"}
     assert all(0 <= share <= 1 for share in about["scores"].values())
-    assert all(0 < error < 2 for error in about["edm"].values())
+    assert all(0 < error < 5 for error in about["edm"].values())
     html = page.read_text()
     assert done["artifacts"][0] == str(page)
     assert html.count("<video") == len(list(tmp_path.glob("*.mp4"))) == 2
