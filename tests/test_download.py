@@ -251,9 +251,9 @@ def test_a_killed_download_keeps_whole_files_and_leaves_no_halves(online, repos)
         folder = online.cwd / "datasets" / "cosmos_nemo_assets"
         arriving = folder / ".cache" / "cosmos" / "arriving"
         deadline = time.monotonic() + 60
-        while len(list(folder.glob("videos/*"))) < 3 or not list(arriving.rglob("*.incomplete")):
-            if time.monotonic() > deadline:
-                break
+        whole = [folder / "videos" / f"{i}.mp4" for i in range(3)]
+        while not (all(map(Path.exists, whole)) and list(arriving.rglob("*.incomplete"))):
+            assert time.monotonic() < deadline
             time.sleep(0.05)
         process.kill()
         process.communicate()
