@@ -21,59 +21,67 @@ if TYPE_CHECKING:
     from cosmos_cli.keys import Recipe
 
 
+RecipeArgument = Annotated[
+    str | None,
+    typer.Argument(metavar="[RECIPE]", help="Default: the recipe of the promoted model."),
+]
+PromptOption = Annotated[
+    list[str] | None, typer.Option(help="What to show; may be given repeatedly.")
+]
+BatchOption = Annotated[
+    Path | None,
+    typer.Option(
+        help="JSONL file: an object with prompt, and maybe seed, negative_prompt, num_steps, "
+        "guidance, a line."
+    ),
+]
+PromptsOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="-",
+        help="Read prompts or such objects from standard input, one a line, and keep the "
+        "model loaded; one JSON line per video on stdout.",
+    ),
+]
+SeedOption = Annotated[int | None, typer.Option(help="Default: sampling_seed.")]
+OutputOption = Annotated[Path, typer.Option("--output", "-o", help="An .mp4 file, or a folder.")]
+ModelOption = Annotated[str, typer.Option(help="promoted, base, or a folder or weights file.")]
+LoraOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="PATH[:STRENGTH]",
+        help="LoRA file to merge in, whole or in part; may be given repeatedly.",
+    ),
+]
+CompareOption = Annotated[
+    bool,
+    typer.Option("--compare", help="The base model's videos too, and both beside each other."),
+]
+OverwriteOption = Annotated[
+    bool, typer.Option("--overwrite", "--yes", help="Make again, and replace, what is there.")
+]
+ProcessesOption = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="Processes that share the videos, or the two halves of guidance of one; default: "
+        "one per GPU.",
+    ),
+]
+
+
 def generate(
-    recipe: Annotated[
-        str | None,
-        typer.Argument(metavar="[RECIPE]", help="Default: the recipe of the promoted model."),
-    ] = None,
-    prompt: Annotated[
-        list[str] | None, typer.Option(help="What to show; may be given repeatedly.")
-    ] = None,
-    batch: Annotated[
-        Path | None,
-        typer.Option(
-            help="JSONL file: an object with prompt, and maybe seed, negative_prompt, num_steps, "
-            "guidance, a line."
-        ),
-    ] = None,
-    prompts: Annotated[
-        str | None,
-        typer.Option(
-            metavar="-",
-            help="Read prompts or such objects from standard input, one a line, and keep the "
-            "model loaded; one JSON line per video on stdout.",
-        ),
-    ] = None,
-    seed: Annotated[int | None, typer.Option(help="Default: sampling_seed.")] = None,
-    output: Annotated[
-        Path, typer.Option("--output", "-o", help="An .mp4 file, or a folder.")
-    ] = Path("outputs"),
-    model: Annotated[
-        str, typer.Option(help="promoted, base, or a folder or weights file.")
-    ] = "promoted",
-    lora: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="PATH[:STRENGTH]",
-            help="LoRA file to merge in, whole or in part; may be given repeatedly.",
-        ),
-    ] = None,
-    compare: Annotated[
-        bool,
-        typer.Option("--compare", help="The base model's videos too, and both beside each other."),
-    ] = False,
-    overwrite: Annotated[
-        bool,
-        typer.Option("--overwrite", "--yes", help="Make again, and replace, what is there."),
-    ] = False,
-    num_processes: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            help="Processes that share the videos, or the two halves of guidance of one; default: "
-            "one per GPU.",
-        ),
-    ] = None,
+    recipe: RecipeArgument = None,
+    prompt: PromptOption = None,
+    batch: BatchOption = None,
+    prompts: PromptsOption = None,
+    seed: SeedOption = None,
+    output: OutputOption = Path("outputs"),
+    model: ModelOption = "promoted",
+    lora: LoraOption = None,
+    compare: CompareOption = False,
+    overwrite: OverwriteOption = False,
+    num_processes: ProcessesOption = None,
     set_: options.SetOption = None,
     print_recipe: options.PrintRecipeOption = False,
     dry_run: options.DryRunOption = False,
