@@ -87,33 +87,8 @@ def train(r: Recipe, device: torch.device) -> dict[str, Any]:
     saved = start
     with console.progress("train", r.max_steps, "steps", done=start) as bar:
         for step, micro_batches in data.batches(clips, share, settings, range(start, r.max_steps)):
-            began = time.monotonic()
-            rate = set_learning_rate(engine, r, step)
-            losses, errors_B, sigmas_B = [], [], []
-            for batch in micro_batches:
-                loss, edm_B = engine(*batch.to(device))
-                engine.backward(loss)
-                losses.append(loss.detach())
-                errors_B.append(edm_B)
-                sigmas_B.append(batch.sigma_B)
-                if batch is not micro_batches[-1]:
-                    engine.step()
-            stats = Stats.over_ranks(losses, errors_B, sigmas_B, requests(run))
-            require_finite(stats, step, micro_batches, errors_B)
-            engine.step()
-            norm = grad_norm(engine)
-            require_finite_gradient(norm, step, micro_batches)
-            ema.update(checkpoint.shards(engine.module), step)
-
+            stats, row = optimize(r, run, engine, ema, step, micro_batches)
             done = step + 1
-            row = {
-                "step": done,
-                **stats.row(),
-                "grad_norm": norm,
-                "learning_rate": rate,
-                "seconds": round(time.monotonic() - began, 4),
-            }
-            row |= gpu_row(r, device, row["seconds"])
             bar.advance(words(row))
             if done % r.log_every_steps == 0 or done == r.max_steps:
                 metrics.write(row)
@@ -132,6 +107,46 @@ def train(r: Recipe, device: torch.device) -> dict[str, Any]:
             if stats.stop_code:
                 break
     return {"step": saved, "exit_code": stats.stop_code}
+
+
+def optimize(
+    r: Recipe,
+    run: Run,
+    engine: Any,
+    ema: PowerEMA,
+    step: int,
+    micro_batches: list[data.Batch],
+) -> tuple[Stats, dict[str, Any]]:
+    """One optimizer step: what it measured and was asked meanwhile, and its row of metrics.jsonl.
+
+    Raises:
+        UserError: the loss or the gradient is not finite.
+    """
+    began = time.monotonic()
+    rate = set_learning_rate(engine, r, step)
+    losses, errors_B, sigmas_B = [], [], []
+    for batch in micro_batches:
+        loss, edm_B = engine(*batch.to(engine.device))
+        engine.backward(loss)
+        losses.append(loss.detach())
+        errors_B.append(edm_B)
+        sigmas_B.append(batch.sigma_B)
+        if batch is not micro_batches[-1]:
+            engine.step()
+    stats = Stats.over_ranks(losses, errors_B, sigmas_B, requests(run))
+    require_finite(stats, step, micro_batches, errors_B)
+    engine.step()
+    norm = grad_norm(engine)
+    require_finite_gradient(norm, step, micro_batches)
+    ema.update(checkpoint.shards(engine.module), step)
+    row = {
+        "step": step + 1,
+        **stats.row(),
+        "grad_norm": norm,
+        "learning_rate": rate,
+        "seconds": round(time.monotonic() - began, 4),
+    }
+    return stats, row | gpu_row(r, engine.device, row["seconds"])
 
 
 def open_dataset(r: Recipe) -> tuple[data.Clips, HeldOut | None, dict[str, Any]]:
