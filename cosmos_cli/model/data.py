@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -33,6 +34,26 @@ class Batch:
         tensors = (self.x0, self.sigma_B, self.noise, self.text_emb, self.fps_B)
         x0, sigma, noise, text_emb, fps = (t.to(device, non_blocking=True) for t in tensors)
         return x0, sigma, noise, text_emb, fps
+
+    @property
+    def samples(self) -> list[str]:
+        """Name and noise level of each clip, for messages."""
+        pairs = zip(self.names, self.sigma_B.tolist(), strict=True)
+        return [f"{name} (sigma {sigma:.4g})" for name, sigma in pairs]
+
+
+def not_finite(what: str, where: str, own: list[str]) -> UserError:
+    """The failure of a run, with the samples to blame of all ranks; every rank must call it."""
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, own)
+    # Processes that share a clip name it each.
+    names = dict.fromkeys(name for part in gathered for name in part)
+    return UserError(
+        f"the {what} is not finite: {', '.join(names) or 'the log-variance head'}",
+        code=ExitCode.TRAINING,
+        where=where,
+        fix="look at these clips, or lower learning_rate; the last save is untouched",
+    )
 
 
 @dataclass(frozen=True)

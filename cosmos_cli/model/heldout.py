@@ -8,8 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from cosmos_cli.errors import ExitCode, UserError
-from cosmos_cli.model import edm
+from cosmos_cli.model import data, edm
 from cosmos_cli.model.data import Batch, Clips
 
 
@@ -69,19 +68,11 @@ class HeldOut:
             if first + rank == sample:
                 sums[self.samples[sample][1]] += edm_B.double().sum()
                 if not math.isfinite(edm_B.item()):
-                    culprits.append(f"{batch.names[0]} (sigma {batch.sigma_B.item():.4g})")
+                    culprits += batch.samples
         engine.train()
         dist.all_reduce(sums)
         errors = (sums / (len(self.samples) // levels * shared)).tolist()
         if not all(map(math.isfinite, errors)):
-            gathered: list[Any] = [None] * dist.get_world_size()
-            dist.all_gather_object(gathered, culprits)
-            names = dict.fromkeys(name for part in gathered for name in part)
-            raise UserError(
-                f"the error is not finite: {', '.join(names)}",
-                code=ExitCode.TRAINING,
-                where=f"step {step}, held-out clips",
-                fix="look at these clips, or lower learning_rate; the last save is untouched",
-            )
+            raise data.not_finite("error", f"step {step}, held-out clips", culprits)
         names = [f"heldout_sigma_{sigma:.2g}" for sigma in self.sigmas]
         return {"heldout": sum(errors) / levels, **dict(zip(names, errors, strict=True))}

@@ -320,7 +320,8 @@ def require_finite(
         return
     errors = torch.cat(errors_B).tolist()
     samples = zip(_samples(micro_batches), errors, strict=True)
-    raise _not_finite("loss", step, [name for name, error in samples if not math.isfinite(error)])
+    culprits = [name for name, error in samples if not math.isfinite(error)]
+    raise data.not_finite("loss", f"step {step + 1}", culprits)
 
 
 def require_finite_gradient(norm: float | None, step: int, micro_batches: list[data.Batch]) -> None:
@@ -332,30 +333,11 @@ def require_finite_gradient(norm: float | None, step: int, micro_batches: list[d
     # DeepSpeed's -1 stands for infinite and for not a number.
     if norm is None or (math.isfinite(norm) and norm >= 0):
         return
-    raise _not_finite("gradient", step, _samples(micro_batches))
+    raise data.not_finite("gradient", f"step {step + 1}", _samples(micro_batches))
 
 
 def _samples(micro_batches: list[data.Batch]) -> list[str]:
-    return [
-        f"{name} (sigma {sigma:.4g})"
-        for batch in micro_batches
-        for name, sigma in zip(batch.names, batch.sigma_B.tolist(), strict=True)
-    ]
-
-
-def _not_finite(what: str, step: int, own: list[str]) -> UserError:
-    """The failure, with the samples of all ranks; every rank must call it."""
-    gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, own)
-    # Processes that share a clip name it each.
-    names = dict.fromkeys(name for part in gathered for name in part)
-    culprits = ", ".join(names) or "the log-variance head"
-    return UserError(
-        f"the {what} is not finite: {culprits}",
-        code=ExitCode.TRAINING,
-        where=f"step {step + 1}",
-        fix="look at these clips, or lower learning_rate; the last save is untouched",
-    )
+    return [sample for batch in micro_batches for sample in batch.samples]
 
 
 class Metrics:
