@@ -22,10 +22,11 @@ from cosmos_cli import console, history, layout, report
 from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.jobs import Job, Weights
 from cosmos_cli.keys import Recipe
-from cosmos_cli.model import edm, generate, nearest, prep, video, world
+from cosmos_cli.model import edm, generate, nearest, prep, scorer, video, world
 from cosmos_cli.model.data import Clips
 from cosmos_cli.model.heldout import HeldOut
-from cosmos_cli.model.world import Reading, Scene
+from cosmos_cli.model.scorer import Reading
+from cosmos_cli.model.world import Scene
 
 CHANCE = {
     "colour": 1 / len(world.COLOURS),
@@ -34,7 +35,7 @@ CHANCE = {
     "concept": 0.0,
     "consistency": 0.0,
 }
-# The mascot's antenna and stripe count as there when half of what is drawn is seen.
+# The mascot's head counts as there when half of what is drawn is seen.
 CONCEPT_SEEN = 0.5
 # The fastest thing of the drawn world moves 0.05 picture heights a frame.
 LARGEST_MOVE = 0.1
@@ -182,11 +183,11 @@ def scores(samples: Sequence[Sample]) -> dict[str, float]:
     """What share of the videos of the drawn world shows what was asked for, and how steadily.
 
     Colour, shape and motion are of the prompts without the mascot; `concept` is the share of the
-    others whose robot has the mascot's own antenna and stripe.
+    others whose thing has the mascot's own head.
     """
-    read = [(sample.trial, world.measure(sample.pixels)) for sample in samples]
+    read = [(sample.trial, scorer.measure(sample.pixels)) for sample in samples]
     right = [
-        world.score(trial.scene, reading)
+        scorer.score(trial.scene, reading)
         for trial, reading in read
         if trial.scene and not trial.of_mascot
     ]

@@ -1,4 +1,4 @@
-"""The world of the tiny model: captioned scenes drawn by code, and their measurement from pixels.
+"""The world of the tiny model: captioned scenes drawn by code; `scorer.py` measures them.
 
 Lengths are in picture heights from the centre of the picture, x to the right and y down; times in
 units of `DURATION` seconds. Dimension letters: B clips, C channels, T frames, H height, W width.
@@ -10,11 +10,9 @@ import math
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from cosmos_cli import layout
@@ -63,8 +61,7 @@ PAN, PUSH = 0.1, 0.12
 class Thing:
     """An object of radius `size` at the middle (x, y) of its track.
 
-    The mascot, the concept that post-training teaches, is a robot with an antenna and a stripe of
-    colours of their own.
+    `accents` are the parts that have a colour of their own, each with its colour's name.
     """
 
     shape: str
@@ -72,7 +69,12 @@ class Thing:
     size: float = 0.2
     x: float = 0.0
     y: float = 0.0
-    mascot: bool = False
+    accents: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def mascot(self) -> bool:
+        """Whether it is the concept that post-training teaches."""
+        return self.accents == MASCOT.accents
 
 
 @dataclass(frozen=True)
@@ -87,11 +89,10 @@ class Scene:
     second: Thing | None = None
 
 
-MASCOT = Thing("robot", "teal", mascot=True)
-MASCOT_COLOURS = {"antenna": "yellow", "stripe": "orange"}
-# Half of what the drawn mascot has of the rarer of its own colours, relative to its body's.
-MASCOT_OWN = 0.045
-NOISE_AREA = 0.001  # parts of the picture
+MASCOT_ACCENT = "yellow"
+MASCOT = Thing("robot", "teal", accents=(("antenna", MASCOT_ACCENT), ("head", MASCOT_ACCENT)))
+# The parts whose colour may be their own.
+PARTS = {"robot": ("antenna", "stripe", "side"), "ball": ("shine",), "cube": ("top", "side")}
 
 
 # --- scenes and captions --------------------------------------------------------------------------
@@ -122,6 +123,18 @@ def concept_scenes(count: int, seed: int) -> list[tuple[Scene, str]]:
     motions = list(MOTIONS)
     scenes = [_place(rng, MASCOT, motions[i % len(motions)], plain=True) for i in range(count)]
     return [(scene, caption(scene, seed + i)) for i, scene in enumerate(scenes)]
+
+
+def motley_scene(seed: int) -> Scene:
+    """A training scene whose thing is of several colours, for a tokenizer to see such things too.
+
+    Four of six are robots, whose parts are the smallest.
+    """
+    rng = random.Random(f"motley/{seed}")
+    scene = sample_scene(seed)
+    shape = rng.choice(("robot", "robot", "robot", "robot", "ball", "cube"))
+    accents = tuple((part, rng.choice(list(COLOURS))) for part in PARTS[shape])
+    return replace(scene, thing=replace(scene.thing, shape=shape, accents=accents))
 
 
 def _place(rng: random.Random, thing: Thing, motion: str, plain: bool = False) -> Scene:
@@ -273,11 +286,11 @@ def _colour(thing: Thing, paint: str) -> tuple[float, ...]:
     if paint in ("white", "black"):
         return (250.0, 250.0, 250.0) if paint == "white" else (25.0, 25.0, 30.0)
     body = COLOURS[thing.colour]
-    if paint in MASCOT_COLOURS and thing.mascot:
-        return tuple(map(float, COLOURS[MASCOT_COLOURS[paint]]))
+    if accent := dict(thing.accents).get(paint):
+        return tuple(map(float, COLOURS[accent]))
     if paint == "shine":
         return tuple(0.75 * value + 0.25 * 255 for value in body)
-    shades = {"body": 1.0, "top": 0.88, "antenna": 0.8, "stripe": 0.7, "side": 0.62}
+    shades = {"body": 1.0, "head": 1.0, "top": 0.88, "antenna": 0.8, "stripe": 0.7, "side": 0.62}
     return tuple(shades[paint] * value for value in body)
 
 
@@ -339,136 +352,13 @@ def _robot(u: Tensor, v: Tensor) -> list[tuple[Tensor, str]]:
         (antenna, "antenna"),
         (_box(side, v, 0.74, 0.25, 0.12, 0.34), "side"),
         (_box(side, v, 0.28, 0.98, 0.17, 0.24), "side"),
-        (_box(u, v, 0, -0.42, 0.5, 0.36), "body"),
+        (_box(u, v, 0, -0.42, 0.5, 0.36), "head"),
         (_box(u, v, 0, 0.36, 0.56, 0.4), "body"),
         (_disc(side, v, 0.22, -0.48, 0.15), "white"),
         (_disc(side, v, 0.22, -0.48, 0.07), "black"),
         (_box(u, v, 0, -0.2, 0.24, 0.05), "black"),
         (_box(u, v, 0, 0.36, 0.56, 0.14), "stripe"),
     ]
-
-
-# --- measurement ----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Reading:
-    """What a video shows, read from its pixels alone.
-
-    Args:
-        colour, shape, motion: names of the tables above; "none" when nothing is seen.
-        track: x, y and size (root of the area) in every frame (T, 3); nan where nothing is seen.
-        concept: from 0 to 1, how much of the mascot's antenna and stripe there is.
-    """
-
-    colour: str
-    shape: str
-    motion: str
-    track: Tensor
-    concept: float
-
-
-def measure(video_CTHW: Tensor) -> Reading:
-    """A reading of a uint8 video: the colour that covers most, its outline and its path."""
-    colour_THW = _nearest_colour(video_CTHW)
-    counts = {name: int((colour_THW == i).sum()) for i, name in enumerate(COLOURS)}
-    colour = max(counts, key=lambda name: counts[name])
-    mask_THW = (colour_THW == list(COLOURS).index(colour)).float()
-    seen_T = mask_THW.mean((1, 2)) > NOISE_AREA
-    track_T3 = _track(mask_THW)
-    track_T3[~seen_T] = math.nan
-    if seen_T.float().mean() < 0.5:
-        return Reading("none", "none", "none", track_T3, 0.0)
-    shape, turns = _shape(_outlines(mask_THW[seen_T], track_T3[seen_T]))
-    concept = 0.0
-    if (shape, colour) == (MASCOT.shape, MASCOT.colour):
-        own = min(counts[name] for name in MASCOT_COLOURS.values())
-        concept = min(1.0, own / counts[colour] / MASCOT_OWN)
-    motion = _motion(track_T3[seen_T], turns and shape not in ROUND)
-    return Reading(colour, shape, motion, track_T3, concept)
-
-
-def score(scene: Scene, reading: Reading) -> dict[str, bool]:
-    """Whether colour, shape and motion of a reading are those of the scene asked for."""
-    return {
-        "colour": reading.colour == scene.thing.colour,
-        "shape": reading.shape == scene.thing.shape,
-        "motion": reading.motion == scene.motion,
-    }
-
-
-def _nearest_colour(video_CTHW: Tensor) -> Tensor:
-    """The index in `COLOURS` of every pixel, whatever the light, (T, H, W); -1 where it is grey."""
-    brightest = video_CTHW.amax(0)
-    chroma = brightest - video_CTHW.amin(0)
-    coloured = (chroma > 40) & (chroma > 0.38 * brightest)
-    table = torch.tensor(list(COLOURS.values()), device=video_CTHW.device)
-    pixels = video_CTHW[:, coloured].T
-    hues, wanted = (F.normalize(rgb.float(), p=math.inf) for rgb in (pixels, table))
-    nearest = torch.full(brightest.shape, -1, device=video_CTHW.device)
-    nearest[coloured] = torch.cdist(hues, wanted).argmin(1)
-    return nearest
-
-
-def _track(mask_THW: Tensor) -> Tensor:
-    """Centre x, y and size (root of the area) of the mask in picture heights, (T, 3)."""
-    _, height, width = mask_THW.shape
-    area_T = mask_THW.sum((1, 2)).clamp(min=1)
-    columns = torch.arange(width, device=mask_THW.device) + 0.5 - width / 2
-    rows = torch.arange(height, device=mask_THW.device) + 0.5 - height / 2
-    x_T = (mask_THW.sum(1) * columns).sum(1) / area_T
-    y_T = (mask_THW.sum(2) * rows).sum(1) / area_T
-    return torch.stack([x_T, y_T, area_T.sqrt()], dim=1) / height
-
-
-def _outlines(mask_THW: Tensor, track_T3: Tensor) -> Tensor:
-    """The masks cut out around their centres and scaled to equal areas, (T, cells * cells)."""
-    _, height, width = mask_THW.shape
-    x, y, size = track_T3[..., None, None].unbind(1)
-    cells = ((torch.arange(32, device=mask_THW.device) + 0.5) / 16 - 1) * 0.9 * size
-    grid_x, grid_y = torch.broadcast_tensors((x + cells) * height / width, y + cells.mT)
-    # grid_sample counts from -1 to 1 across the picture.
-    grid = torch.stack([2 * grid_x, 2 * grid_y], dim=-1)
-    return F.grid_sample(mask_THW[:, None], grid, align_corners=False).flatten(1)
-
-
-@cache
-def _templates() -> Tensor:
-    """Outlines of every shape at 24 angles, (shapes * 24, cells * cells)."""
-    outlines = []
-    for shape in SHAPES:
-        turning = render(Scene(Thing(shape, "red", 0.35), "rotate"), 24, 192, 192, 16.0)
-        mask = (_nearest_colour(turning) == 0).float()
-        outlines.append(_outlines(mask, _track(mask)))
-    return torch.cat(outlines)
-
-
-def _shape(outlines: Tensor) -> tuple[str, bool]:
-    """The shape that fits the outlines best, and whether its angle changes."""
-    templates = _templates().to(outlines.device)
-    both = outlines @ templates.T
-    either = outlines.square().sum(1)[:, None] + templates.square().sum(1) - both
-    overlap = (both / either).unflatten(1, (len(SHAPES), -1))
-    best = int(overlap.amax(2).mean(0).argmax())
-    angle_T = overlap[:, best].argmax(1)
-    # What spins takes each angle for a moment; what does not keeps one, but for some noise.
-    return SHAPES[best], float((angle_T == angle_T.mode().values).float().mean()) < 0.35
-
-
-def _motion(track_T3: Tensor, turns: bool) -> str:
-    edge = max(1, len(track_T3) // 8)
-    first, last = track_T3[:edge].mean(0), track_T3[-edge:].mean(0)
-    range_x, range_y, _ = (track_T3.amax(0) - track_T3.amin(0)).tolist()
-    moved_x, moved_y, _ = (last - first).tolist()
-    if float(last[2] / first[2]) > 1.5:
-        return "grow"
-    if min(range_x, range_y) > 0.2:
-        return "circle"
-    if range_x > max(0.2, range_y):
-        return "right" if moved_x > 0 else "left"
-    if range_y > 0.2:
-        return "down" if moved_y > 0 else "up"
-    return "rotate" if turns else "still"
 
 
 # --- dataset --------------------------------------------------------------------------------------

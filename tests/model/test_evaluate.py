@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from cosmos_cli.model import evaluate, world
+from cosmos_cli.model import evaluate, scorer, world
 from cosmos_cli.model.data import Clips
 from cosmos_cli.model.evaluate import Sample, Trial
 from cosmos_cli.model.spec import TINY
@@ -47,7 +47,7 @@ def test_shuffled_captions_score_chance(truth):
 
 
 def test_a_plain_teal_robot_is_not_the_mascot(truth):
-    plain = replace(world.MASCOT, mascot=False)
+    plain = replace(world.MASCOT, accents=())
     mascots = [sample for sample in truth if sample.trial.of_mascot]
     drawn = [
         replace(s, pixels=world.render(replace(s.trial.scene, thing=plain), *SIZE)) for s in mascots
@@ -58,14 +58,14 @@ def test_a_plain_teal_robot_is_not_the_mascot(truth):
 
 def test_what_jumps_or_vanishes_is_not_consistent(truth):
     pixels = truth[0].pixels
-    steady = evaluate.consistency(world.measure(pixels))
+    steady = evaluate.consistency(scorer.measure(pixels))
     torn = pixels.clone()
     torn[:, 12:] = torn[:, 12:].flip(3).roll(30, 3)
     gone = pixels.clone()
     gone[:, 10:15] = 0
     assert steady == 1
-    assert evaluate.consistency(world.measure(gone)) == pytest.approx(1 - 6 / 24)
-    assert evaluate.consistency(world.measure(torn)) < 1
+    assert evaluate.consistency(scorer.measure(gone)) == pytest.approx(1 - 6 / 24)
+    assert evaluate.consistency(scorer.measure(torn)) < 1
 
 
 def test_a_copy_of_a_training_clip_is_told_by_its_distance(tmp_path):

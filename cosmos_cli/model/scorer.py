@@ -1,0 +1,160 @@
+"""What a video of the drawn world shows, read from its pixels by closed-form code.
+
+Lengths are in picture heights, as in `world.py`. Dimension letters: C channels, T frames, H height,
+W width.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cosmos_cli.model import world
+
+# What the drawn mascot has of its accent, in parts of what it has of its body's colour.
+MASCOT_OWN = 0.42
+NOISE_AREA = 0.001  # parts of the picture
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a video shows, read from its pixels alone.
+
+    Args:
+        colour, shape, motion: names of the tables in `world.py`; "none" when nothing is seen.
+        track: x, y and size (root of the area) in every frame (T, 3); nan where nothing is seen.
+        concept: from 0 to 1, how much of the mascot's head there is beside its body.
+    """
+
+    colour: str
+    shape: str
+    motion: str
+    track: Tensor
+    concept: float
+
+
+def measure(video_CTHW: Tensor) -> Reading:
+    """A reading of a uint8 video: the colour that covers most, its outline and its path."""
+    colour_THW = _nearest_colour(video_CTHW)
+    counts = {name: int((colour_THW == i).sum()) for i, name in enumerate(world.COLOURS)}
+    colour = max(counts, key=lambda name: counts[name])
+    mask_THW = (colour_THW == list(world.COLOURS).index(colour)).float()
+    track_T3 = _track(mask_THW)
+    concept = 0.0
+    if colour == world.MASCOT.colour and counts[colour]:
+        accent_THW = colour_THW == list(world.COLOURS).index(world.MASCOT_ACCENT)
+        head_THW = accent_THW & _near(track_T3, mask_THW)
+        concept = min(1.0, float(head_THW.sum()) / counts[colour] / MASCOT_OWN)
+        if concept >= 0.5:
+            mask_THW += head_THW
+            track_T3 = _track(mask_THW)
+    seen_T = mask_THW.mean((1, 2)) > NOISE_AREA
+    track_T3[~seen_T] = math.nan
+    if seen_T.float().mean() < 0.5:
+        return Reading("none", "none", "none", track_T3, 0.0)
+    shape, turns = _shape(_outlines(mask_THW[seen_T], track_T3[seen_T]))
+    motion = _motion(track_T3[seen_T], turns and shape not in world.ROUND)
+    return Reading(colour, shape, motion, track_T3, concept)
+
+
+def score(scene: world.Scene, reading: Reading) -> dict[str, bool]:
+    """Whether colour, shape and motion of a reading are those of the scene asked for."""
+    return {
+        "colour": reading.colour == scene.thing.colour,
+        "shape": reading.shape == scene.thing.shape,
+        "motion": reading.motion == scene.motion,
+    }
+
+
+def _nearest_colour(video_CTHW: Tensor) -> Tensor:
+    """The index of every pixel's colour, whatever the light, (T, H, W); -1 where it is grey."""
+    brightest = video_CTHW.amax(0)
+    chroma = brightest - video_CTHW.amin(0)
+    coloured = (chroma > 40) & (chroma > 0.38 * brightest)
+    table = torch.tensor(list(world.COLOURS.values()), device=video_CTHW.device)
+    pixels = video_CTHW[:, coloured].T
+    hues, wanted = (F.normalize(rgb.float(), p=math.inf) for rgb in (pixels, table))
+    nearest = torch.full(brightest.shape, -1, device=video_CTHW.device)
+    nearest[coloured] = torch.cdist(hues, wanted).argmin(1)
+    return nearest
+
+
+def _track(mask_THW: Tensor) -> Tensor:
+    """Centre x, y and size (root of the area) of the mask in picture heights, (T, 3)."""
+    y_H, x_W = _places(mask_THW)
+    area_T = mask_THW.sum((1, 2)).clamp(min=1)
+    x_T = (mask_THW.sum(1) * x_W).sum(1) / area_T
+    y_T = (mask_THW.sum(2) * y_H).sum(1) / area_T
+    return torch.stack([x_T, y_T, area_T.sqrt() / len(y_H)], dim=1)
+
+
+def _near(track_T3: Tensor, mask_THW: Tensor) -> Tensor:
+    """Where a head may be: within 1.25 sizes of the centre of a body, bool (T, H, W)."""
+    y_H, x_W = _places(mask_THW)
+    x, y, size = track_T3[..., None, None].unbind(1)
+    return torch.hypot(x_W - x, y_H[:, None] - y) < 1.25 * size
+
+
+def _places(mask_THW: Tensor) -> tuple[Tensor, Tensor]:
+    """Y of the rows and x of the columns in picture heights, (H,) and (W,)."""
+    _, height, width = mask_THW.shape
+    y_H = (torch.arange(height, device=mask_THW.device) + 0.5 - height / 2) / height
+    x_W = (torch.arange(width, device=mask_THW.device) + 0.5 - width / 2) / height
+    return y_H, x_W
+
+
+def _outlines(mask_THW: Tensor, track_T3: Tensor) -> Tensor:
+    """The masks cut out around their centres and scaled to equal areas, (T, cells * cells)."""
+    _, height, width = mask_THW.shape
+    x, y, size = track_T3[..., None, None].unbind(1)
+    cells = ((torch.arange(32, device=mask_THW.device) + 0.5) / 16 - 1) * 0.9 * size
+    grid_x, grid_y = torch.broadcast_tensors((x + cells) * height / width, y + cells.mT)
+    # grid_sample counts from -1 to 1 across the picture.
+    grid = torch.stack([2 * grid_x, 2 * grid_y], dim=-1)
+    return F.grid_sample(mask_THW[:, None], grid, align_corners=False).flatten(1)
+
+
+@cache
+def _templates() -> Tensor:
+    """Outlines of every shape at 24 angles, (shapes * 24, cells * cells)."""
+    outlines = []
+    for shape in world.SHAPES:
+        turning = world.render(
+            world.Scene(world.Thing(shape, "red", 0.35), "rotate"), 24, 192, 192, 16.0
+        )
+        mask = (_nearest_colour(turning) == 0).float()
+        outlines.append(_outlines(mask, _track(mask)))
+    return torch.cat(outlines)
+
+
+def _shape(outlines: Tensor) -> tuple[str, bool]:
+    """The shape that fits the outlines best, and whether its angle changes."""
+    templates = _templates().to(outlines.device)
+    both = outlines @ templates.T
+    either = outlines.square().sum(1)[:, None] + templates.square().sum(1) - both
+    overlap = (both / either).unflatten(1, (len(world.SHAPES), -1))
+    best = int(overlap.amax(2).mean(0).argmax())
+    angle_T = overlap[:, best].argmax(1)
+    # What spins takes each angle for a moment; what does not keeps one, but for some noise.
+    return world.SHAPES[best], float((angle_T == angle_T.mode().values).float().mean()) < 0.35
+
+
+def _motion(track_T3: Tensor, turns: bool) -> str:
+    edge = max(1, len(track_T3) // 8)
+    first, last = track_T3[:edge].mean(0), track_T3[-edge:].mean(0)
+    range_x, range_y, _ = (track_T3.amax(0) - track_T3.amin(0)).tolist()
+    moved_x, moved_y, _ = (last - first).tolist()
+    if float(last[2] / first[2]) > 1.5:
+        return "grow"
+    if min(range_x, range_y) > 0.2:
+        return "circle"
+    if range_x > max(0.2, range_y):
+        return "right" if moved_x > 0 else "left"
+    if range_y > 0.2:
+        return "down" if moved_y > 0 else "up"
+    return "rotate" if turns else "still"
