@@ -38,6 +38,9 @@ WORKING_MEMORY_BYTES = 4e9
 # The first with bf16.
 OLDEST_CAPABILITY = [8, 0]
 
+# pip alone would fetch the CUDA build, of gigabytes, on every machine.
+TORCH_FIX = "bash recipes/install.sh"
+
 Status = Literal["ok", "warn", "fail"]
 
 
@@ -74,11 +77,7 @@ def run_checks(r: Recipe, wanted: Iterable[str] = ()) -> list[Check]:
         _torch(torch),
         _gpus(torch, gpus, r),
         *_nccl(outcomes.get("nccl"), usable, r),
-        _video(outcomes["video"]),
-        _deepspeed(outcomes["deepspeed"], outcomes["deepspeed in 2 processes"]),
-        *_transformer_engine(outcomes.get("transformer_engine"), torch, wanted),
-        *_apex(outcomes.get("apex"), torch, wanted),
-        _transformers(outcomes["transformers"]),
+        *_on_torch(outcomes, wanted),
         _disk(r),
         _memory(r),
         _shared_memory(),
@@ -140,10 +139,25 @@ def _system() -> Check:
 
 def _torch(outcome: Outcome) -> Check:
     if outcome.error:
-        return Check("torch", "fail", last_line(outcome.error), "bash recipes/install.sh")
+        return Check("torch", "fail", last_line(outcome.error), TORCH_FIX)
     cuda = outcome.facts["cuda"]
     build = f"CUDA {cuda}" if cuda else "CPU"
     return Check("torch", "ok", f"{outcome.facts['version']}, {build}")
+
+
+def _on_torch(outcomes: dict[str, Outcome], wanted: Iterable[str]) -> list[Check]:
+    """The rows of what stands on torch; without it none of them can be tried, or mended."""
+    torch = outcomes["torch"]
+    if torch.error:
+        names = ("FFmpeg and torchcodec", "DeepSpeed", "transformers")
+        return [Check(name, "fail", "not tried, for want of torch", TORCH_FIX) for name in names]
+    return [
+        _video(outcomes["video"]),
+        _deepspeed(outcomes["deepspeed"], outcomes["deepspeed in 2 processes"]),
+        *_transformer_engine(outcomes.get("transformer_engine"), torch, wanted),
+        *_apex(outcomes.get("apex"), torch, wanted),
+        _transformers(outcomes["transformers"]),
+    ]
 
 
 def _gpus(outcome: Outcome, names: list[str], r: Recipe) -> Check:
@@ -334,8 +348,7 @@ def _apex(outcome: Outcome | None, torch: Outcome, wanted: Iterable[str]) -> lis
 
 def _transformers(outcome: Outcome) -> Check:
     if outcome.error:
-        fix = "bash recipes/install.sh"
-        return Check("transformers", "fail", last_line(outcome.error), fix)
+        return Check("transformers", "fail", last_line(outcome.error), TORCH_FIX)
     return Check("transformers", "ok", outcome.facts["version"])
 
 
