@@ -41,6 +41,8 @@ OLDEST_CAPABILITY = [8, 0]
 # pip alone would fetch the CUDA build, of gigabytes, on every machine.
 TORCH_FIX = "bash recipes/install.sh"
 
+CACHE = "XDG_CACHE_HOME"
+
 Status = Literal["ok", "warn", "fail"]
 
 
@@ -85,7 +87,7 @@ def run_checks(r: Recipe, wanted: Iterable[str] = ()) -> list[Check]:
         _writable("output_root", r.output_root),
         _writable("dataset_dir", r.dataset_dir),
         _writable("checkpoints_dir", r.checkpoints_dir),
-        _writable("XDG_CACHE_HOME", str(repairs.cache_dir())),
+        _writable(CACHE, str(repairs.cache_dir())),
         *_hub(outcomes.get("hub")),
         _clock(),
     ]
@@ -94,9 +96,14 @@ def run_checks(r: Recipe, wanted: Iterable[str] = ()) -> list[Check]:
 
 
 def mending(checks: Iterable[Check]) -> list[repairs.Command]:
-    """The commands that mend the failed checks, each once; nothing that works is touched."""
-    commands = (c for check in checks if check.status == "fail" for c in check.commands)
-    return list(dict.fromkeys(commands))
+    """The commands that mend the failed checks, each once; nothing that works is touched.
+
+    None before the cache can be written, where pip and the log of the commands want to write.
+    """
+    failed = [check for check in checks if check.status == "fail"]
+    if any(check.name == CACHE for check in failed):
+        return []
+    return list(dict.fromkeys(command for check in failed for command in check.commands))
 
 
 def _probes(gpus: list[str], absent: list[assets.Asset]) -> Iterator[Probe]:

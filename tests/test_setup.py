@@ -49,7 +49,7 @@ def environment_without(tmp_path):
     def make(*prefixes: str) -> str:
         home = tmp_path / "environment"
         subprocess.run([sys.executable, "-m", "venv", "--without-pip", home], check=True)
-        site = next(home.glob("lib/python3.*/site-packages"))
+        (site,) = home.glob("lib/python3.*/site-packages")
         for folder in (p for p in map(Path, sys.path) if p.name.endswith("-packages")):
             for entry in folder.iterdir():
                 if not re.match(rf"({'|'.join(prefixes)})\b", entry.name):
@@ -213,6 +213,27 @@ def test_the_install_script_names_the_python_it_needs(tmp_path):
     assert not (tmp_path / ".venv").exists()
 
 
+def test_the_install_script_names_the_room_it_needs(tmp_path):
+    for folder in ("recipes", ".ci"):
+        shutil.copytree(ROOT / folder, tmp_path / folder)
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    small = tmp_path / "bin" / "df"
+    small.parent.mkdir()
+    small.write_text("#!/usr/bin/env bash\necho Avail; echo '  105'\n")
+    small.chmod(0o755)
+    done = subprocess.run(
+        ["bash", "recipes/install.sh", "--torch", "cpu"],
+        cwd=tmp_path,
+        env={**os.environ, "PATH": f"{small.parent}{os.pathsep}{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == ExitCode.ENVIRONMENT
+    assert done.stderr == f"error: 1300 MB of disk are needed, {tmp_path} has 105 MB\n"
+    assert not (tmp_path / ".venv").exists()
+
+
 def test_print_is_install_as_a_script_that_bash_reads(tmp_path, environment_without):
     python = environment_without("deepspeed")
     words = ("setup", "--print", "--with", "transformer-engine", "--with", "apex")
@@ -315,10 +336,14 @@ def test_closed_repositories_are_failed_rows_and_a_missing_network_is_a_warning(
 
 
 @pytest.mark.workflow
-def test_a_read_only_home_and_a_full_disk_are_named(tmp_path):
-    words = ("setup", "tiny", "--json", "--set", "min_free_disk_gb=1e6")
-    done = cosmos(tmp_path, *words, HOME="/proc", XDG_CACHE_HOME="")
+def test_a_read_only_home_and_a_full_disk_are_named_and_keep_install_from_trying(
+    tmp_path, environment_without
+):
+    words = ("setup", "tiny", "--install", "--json", "--set", "min_free_disk_gb=1e6")
+    own = {"python": environment_without("deepspeed"), "HOME": "/proc", "XDG_CACHE_HOME": ""}
+    done = cosmos(tmp_path, *words, **own)
     assert done.returncode == ExitCode.ENVIRONMENT, done.stderr
+    assert "-m pip" not in done.stderr
     found = rows(done.stdout)
     assert found["free disk"]["status"] == found["XDG_CACHE_HOME"]["status"] == "fail"
     assert "/proc/.cache/cosmos" in found["XDG_CACHE_HOME"]["found"]
