@@ -28,7 +28,7 @@ from cosmos_cli.errors import UserError
 
 # On a busy machine, or from a cold network disk, importing torch alone takes a minute.
 PROBE_SECONDS = 180
-HUNG = "did not finish within"
+HUNG = "did not finish in time"
 NCCL_BYTES = 2**28
 
 
@@ -72,93 +72,65 @@ def run(probes: Sequence[Probe]) -> dict[str, Outcome]:
             start_new_session=True,
         )
         try:
-            # It ends those that hang, and may hang itself while it imports.
+            # It may hang as well, while it imports.
             out, err = stem.communicate(timeout=PROBE_SECONDS + 20)
         except subprocess.TimeoutExpired:
-            return dict.fromkeys((probe.label for probe in probes), _hung(PROBE_SECONDS))
+            return {probe.label: Outcome({}, HUNG) for probe in probes}
         finally:
             # With all that it forked, also after Ctrl-C.
             with suppress(ProcessLookupError):
                 os.killpg(stem.pid, signal.SIGKILL)
             stem.communicate()
     if stem.returncode:
-        return dict.fromkeys((probe.label for probe in probes), _failure(stem.returncode, err))
-    found = _answer(out)
+        return {probe.label: _outcome(stem.returncode, out, err) for probe in probes}
+    found = _outcome(stem.returncode, out, err).facts
     return {probe.label: Outcome(**found[probe.label]) for probe in probes}
 
 
-def _hung(seconds: float) -> Outcome:
-    return Outcome({}, f"{HUNG} {seconds:g} s")
-
-
-def _failure(code: int, said: str) -> Outcome:
-    """The outcome of a process that ended with another code than 0."""
-    return Outcome({}, f"died of {signal.Signals(-code).name}" if code < 0 else said)
-
-
-def _answer(out: str) -> dict[str, Any]:
-    """The last line of an output; libraries print on stdout too."""
-    answer: dict[str, Any] = json.loads(out.splitlines()[-1])
-    return answer
+def _outcome(code: int, out: str, err: str) -> Outcome:
+    """What became of a process; libraries print on stdout too, the answer is the last line."""
+    if code == -signal.SIGALRM:
+        return Outcome({}, HUNG)
+    if code:
+        return Outcome({}, f"died of {signal.Signals(-code).name}" if code < 0 else err)
+    return Outcome(json.loads(out.splitlines()[-1]))
 
 
 # --- the process that forks -----------------------------------------------------------------------
 
 
-def _fork(folder: Path, probes: Sequence[Probe], seconds: float) -> Probe | None:
+def _fork(folder: Path, probes: Sequence[Probe], seconds: int) -> Probe | None:
     """Forks each rank of each probe; in each of them it returns what is to be tried out there.
 
     In this process it returns nothing, when all have ended and their outcomes were printed.
     """
-    children: dict[int, tuple[str, int]] = {}
-    for probe in probes:
-        home = folder / probe.label
-        home.mkdir()
-        for rank in range(probe.ranks):
-            pid = os.fork()
-            if not pid:
-                _settle(home, probe, rank)
-                return probe
-            children[pid] = probe.label, rank
-    outcomes = _wait(folder, children, seconds)
-    found = {probe.label: outcomes.get(probe.label, _hung(seconds)) for probe in probes}
-    print(json.dumps({label: asdict(outcome) for label, outcome in found.items()}))
-    return None
-
-
-def _settle(home: Path, probe: Probe, rank: int) -> None:
-    """Gives a forked process its output files and its environment."""
-    for stream, name in ((1, "out"), (2, "err")):
-        file = os.open(home / f"{name}{rank}", os.O_WRONLY | os.O_CREAT)
-        os.dup2(file, stream)
-    own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": probe.ranks, **probe.environment}
-    os.environ.update({name: str(value) for name, value in own.items()})
-
-
-def _wait(folder: Path, children: dict[int, tuple[str, int]], seconds: float) -> dict[str, Outcome]:
-    """The outcomes of all whose processes end in time; one that fails decides for its mates."""
-    outcomes: dict[str, Outcome] = {}
-    deadline = time.monotonic() + seconds
-    while children and time.monotonic() < deadline:
-        pid, status = os.waitpid(-1, os.WNOHANG)
+    children: dict[int, tuple[str, list[Path]]] = {}
+    for probe, rank in [(each, rank) for each in probes for rank in range(each.ranks)]:
+        said = [folder / f"{probe.label}.{name}{rank}" for name in ("out", "err")]
+        files = [os.open(path, os.O_WRONLY | os.O_CREAT) for path in said]
+        pid = os.fork()
         if not pid:
-            time.sleep(0.05)
-            continue
-        label, rank = children.pop(pid)
-        mates = [pid for pid, (other, _) in children.items() if other == label]
+            signal.alarm(seconds)
+            for stream, file in enumerate(files, start=1):
+                os.dup2(file, stream)
+            own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": probe.ranks}
+            os.environ.update({k: str(v) for k, v in own.items()} | probe.environment)
+            return probe
+        children[pid] = probe.label, said
+    outcomes: dict[str, dict[str, Any]] = {}
+    while children:
+        pid, status = os.wait()
+        label, said = children.pop(pid)
+        mates = [other for other, (its, _) in children.items() if its == label]
         code = os.waitstatus_to_exitcode(status)
         if label not in outcomes and (code or not mates):
-            outcomes[label] = _outcome(folder / label, rank, code)
+            out, err = (path.read_text(errors="replace") for path in said)
+            outcomes[label] = asdict(_outcome(code, out, err))
             # They would wait for it.
             for mate in mates:
                 os.kill(mate, signal.SIGKILL)
-    return outcomes
-
-
-def _outcome(home: Path, rank: int, code: int) -> Outcome:
-    if code:
-        return _failure(code, (home / f"err{rank}").read_text(errors="replace"))
-    return Outcome(_answer((home / "out0").read_text()))
+    print(json.dumps(outcomes))
+    return None
 
 
 # --- inside a forked process ----------------------------------------------------------------------
@@ -348,13 +320,13 @@ PROBES: dict[str, Callable[..., dict[str, Any]]] = {
 TRAINING = ("deepspeed", "nccl")
 
 
-def main(folder: Path, seconds: float, probes: Sequence[dict[str, Any]]) -> None:
+def main(folder: Path, seconds: int, probes: Sequence[dict[str, Any]]) -> None:
     """Imports what most probes import, forks them, and is then one of them."""
     # What is missing or broken is told by those that need it. Neither starts a thread or a GPU.
     with suppress(ImportError, OSError, RuntimeError):
         importlib.import_module("torch._dynamo")
     if probe := _fork(folder, [Probe(**about) for about in probes], seconds):
-        meeting = (str(folder / probe.label / "store"),) if probe.function in TRAINING else ()
+        meeting = (str(folder / f"{probe.label}.store"),) if probe.function in TRAINING else ()
         print(json.dumps(PROBES[probe.function](*meeting, *probe.arguments)))
     # To take down a Python with all of torch in it costs each process as much as its probe.
     sys.stdout.flush()

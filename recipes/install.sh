@@ -58,7 +58,7 @@ fi
 if [[ $torch == cuda ]]; then
   room=7000 cost="3 GB to download, 7 GB on disk, 5 to 15 minutes"
 else
-  room=1300 cost="300 MB to download, 1.3 GB on disk, 2 minutes"
+  room=1300 cost="270 MB to download, 1.3 GB on disk, 2 minutes"
 fi
 free=$(df --output=avail --block-size=1MB . | tail -n 1)
 [[ -n $present ]] || ((free >= room)) || fail "$room MB of disk are needed, $PWD has ${free// /} MB"

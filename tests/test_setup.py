@@ -288,10 +288,10 @@ def test_a_rank_that_fails_ends_its_group_at_once(monkeypatch, tmp_path):
 def test_a_probe_that_hangs_is_a_failed_row_that_blames_no_package(monkeypatch, tmp_path):
     (tmp_path / "deepspeed.py").write_text("import time\ntime.sleep(50)\n")
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{ROOT}")
-    monkeypatch.setattr(probes, "PROBE_SECONDS", 10)
+    monkeypatch.setattr(probes, "PROBE_SECONDS", 8)
     tiny = recipe.load("tiny").recipe
     (row,) = [row for row in checks.run_checks(tiny) if row.name == "DeepSpeed"]
-    assert (row.status, row.found) == ("fail", "did not finish within 10 s")
+    assert (row.status, row.found) == ("fail", "did not finish in time")
     assert "less busy" in row.fix
 
 
