@@ -189,49 +189,47 @@ def test_what_install_fetches_is_what_the_package_declares_and_the_pins_allow():
         assert wanted.specifier.contains(pin), f"{text}, pinned {pin}"
 
 
+def install_script(folder: Path, *words: str, path: str):
+    """Runs recipes/install.sh of a clone in `folder`, with another PATH."""
+    for name in ("recipes", ".ci"):
+        shutil.copytree(ROOT / name, folder / name)
+    shutil.copy(ROOT / "pyproject.toml", folder)
+    done = subprocess.run(
+        ["bash", "recipes/install.sh", *words],
+        cwd=folder,
+        env={"PATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == ExitCode.ENVIRONMENT
+    assert not (folder / ".venv").exists()
+    return done.stderr
+
+
+def fake(program: Path, script: str) -> None:
+    program.write_text(f"#!/usr/bin/env bash\n{script}\n")
+    program.chmod(0o755)
+
+
 def test_the_install_script_names_the_python_it_needs(tmp_path):
-    for folder in ("recipes", ".ci"):
-        shutil.copytree(ROOT / folder, tmp_path / folder)
-    shutil.copy(ROOT / "pyproject.toml", tmp_path)
     tools = tmp_path / "bin"
     tools.mkdir()
     for name in ("bash", "cat", "cut", "dirname", "sed", "sha256sum"):
         (tools / name).symlink_to(shutil.which(name))
-    old = tools / "python3"
-    old.write_text('#!/usr/bin/env bash\n[ "$1" = --version ] && echo Python 3.9.18 || exit 1\n')
-    old.chmod(0o755)
-    done = subprocess.run(
-        ["bash", "recipes/install.sh"],
-        cwd=tmp_path,
-        env={"PATH": f"{tools}"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == ExitCode.ENVIRONMENT
-    assert done.stderr == "error: Python 3.11, 3.12 or 3.13 is needed, found Python 3.9.18\n"
-    assert not (tmp_path / ".venv").exists()
+    fake(tools / "python3", '[ "$1" = --version ] && echo Python 3.9.18 || exit 1')
+    said = install_script(tmp_path, path=str(tools))
+    assert said == "error: Python 3.11, 3.12 or 3.13 is needed, found Python 3.9.18\n"
 
 
 def test_the_install_script_names_the_room_it_needs(tmp_path):
-    for folder in ("recipes", ".ci"):
-        shutil.copytree(ROOT / folder, tmp_path / folder)
-    shutil.copy(ROOT / "pyproject.toml", tmp_path)
-    small = tmp_path / "bin" / "df"
-    small.parent.mkdir()
-    small.write_text("#!/usr/bin/env bash\necho Avail; echo '  105'\n")
-    small.chmod(0o755)
-    done = subprocess.run(
-        ["bash", "recipes/install.sh", "--torch", "cpu"],
-        cwd=tmp_path,
-        env={**os.environ, "PATH": f"{small.parent}{os.pathsep}{os.environ['PATH']}"},
-        capture_output=True,
-        text=True,
-        check=False,
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    fake(tools / "df", "echo Avail; echo '  105'")
+    said = install_script(
+        tmp_path, "--torch", "cpu", path=f"{tools}{os.pathsep}{os.environ['PATH']}"
     )
-    assert done.returncode == ExitCode.ENVIRONMENT
-    assert done.stderr == f"error: 1300 MB of disk are needed, {tmp_path} has 105 MB\n"
-    assert not (tmp_path / ".venv").exists()
+    assert said == f"error: 1300 MB of disk are needed, {tmp_path} has 105 MB\n"
 
 
 def test_print_is_install_as_a_script_that_bash_reads(tmp_path, environment_without):
@@ -283,6 +281,16 @@ def test_a_rank_that_fails_ends_its_group_at_once(monkeypatch, tmp_path):
     outcome = probes.run([Probe("two", "deepspeed", ranks=2)])["two"]
     assert "rank 1 has no link" in outcome.error
     assert time.monotonic() - started < 30
+
+
+@pytest.mark.parametrize("package", ["torch", "deepspeed"])
+def test_a_crash_is_named_wherever_it_happens(monkeypatch, tmp_path, package):
+    """In a probe, or in the process from which all are forked."""
+    (tmp_path / f"{package}.py").write_text("import os\nos.abort()\n")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{ROOT}")
+    outcomes = probes.run([Probe(name, name) for name in ("torch", "deepspeed")])
+    assert outcomes[package].error == "died of SIGABRT"
+    assert (outcomes["torch"].error == "") == (package == "deepspeed")
 
 
 def test_a_probe_that_hangs_is_a_failed_row_that_blames_no_package(monkeypatch, tmp_path):
