@@ -32,6 +32,8 @@ TEXT_PATTERNS = ("config.json", "spiece.model", "tokenizer*.json")
 TEXT_ORIGINAL = "pytorch_model.bin"
 TEXT_THIRD_PARTY = "text_encoders/oldt5_xxl_fp16.safetensors"
 TEXT_WEIGHTS = "model.safetensors"
+# What a repository must have when it is asked for; texts and settings beside it come and go.
+WEIGHTS = (".bin", ".jit", ".pt", ".pth", ".safetensors")
 
 # MD5s of released weights by file name: what this code was written for. The tokenizer's are of
 # nvidia-cosmos/cosmos-transfer1, scripts/download_checkpoints.py, SigLIP's and the face detector's

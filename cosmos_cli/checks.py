@@ -38,6 +38,11 @@ WORKING_MEMORY_BYTES = 4e9
 # The first with bf16.
 OLDEST_CAPABILITY = [8, 0]
 
+# pip alone would fetch the CUDA build, of gigabytes, on every machine.
+TORCH_FIX = "bash recipes/install.sh"
+
+CACHE = "XDG_CACHE_HOME"
+
 Status = Literal["ok", "warn", "fail"]
 
 
@@ -74,11 +79,7 @@ def run_checks(r: Recipe, wanted: Iterable[str] = ()) -> list[Check]:
         _torch(torch),
         _gpus(torch, gpus, r),
         *_nccl(outcomes.get("nccl"), usable, r),
-        _video(outcomes["video"]),
-        _deepspeed(outcomes["deepspeed"], outcomes["deepspeed in 2 processes"]),
-        *_transformer_engine(outcomes.get("transformer_engine"), torch, wanted),
-        *_apex(outcomes.get("apex"), torch, wanted),
-        _transformers(outcomes["transformers"]),
+        *_on_torch(outcomes, wanted),
         _disk(r),
         _memory(r),
         _shared_memory(),
@@ -86,7 +87,7 @@ def run_checks(r: Recipe, wanted: Iterable[str] = ()) -> list[Check]:
         _writable("output_root", r.output_root),
         _writable("dataset_dir", r.dataset_dir),
         _writable("checkpoints_dir", r.checkpoints_dir),
-        _writable("XDG_CACHE_HOME", str(repairs.cache_dir())),
+        _writable(CACHE, str(repairs.cache_dir())),
         *_hub(outcomes.get("hub")),
         _clock(),
     ]
@@ -95,9 +96,14 @@ def run_checks(r: Recipe, wanted: Iterable[str] = ()) -> list[Check]:
 
 
 def mending(checks: Iterable[Check]) -> list[repairs.Command]:
-    """The commands that mend the failed checks, each once; nothing that works is touched."""
-    commands = (c for check in checks if check.status == "fail" for c in check.commands)
-    return list(dict.fromkeys(commands))
+    """The commands that mend the failed checks, each once; nothing that works is touched.
+
+    None before the cache can be written, where pip and the log of the commands want to write.
+    """
+    failed = [check for check in checks if check.status == "fail"]
+    if any(check.name == CACHE for check in failed):
+        return []
+    return list(dict.fromkeys(command for check in failed for command in check.commands))
 
 
 def _probes(gpus: list[str], absent: list[assets.Asset]) -> Iterator[Probe]:
@@ -140,10 +146,25 @@ def _system() -> Check:
 
 def _torch(outcome: Outcome) -> Check:
     if outcome.error:
-        return Check("torch", "fail", last_line(outcome.error), "bash recipes/install.sh")
+        return Check("torch", "fail", last_line(outcome.error), TORCH_FIX)
     cuda = outcome.facts["cuda"]
     build = f"CUDA {cuda}" if cuda else "CPU"
     return Check("torch", "ok", f"{outcome.facts['version']}, {build}")
+
+
+def _on_torch(outcomes: dict[str, Outcome], wanted: Iterable[str]) -> list[Check]:
+    """The rows of what stands on torch; without it none of them can be tried, or mended."""
+    torch = outcomes["torch"]
+    if torch.error:
+        names = ("FFmpeg and torchcodec", "DeepSpeed", "transformers")
+        return [Check(name, "fail", "not tried, for want of torch", TORCH_FIX) for name in names]
+    return [
+        _video(outcomes["video"]),
+        _deepspeed(outcomes["deepspeed"], outcomes["deepspeed in 2 processes"]),
+        *_transformer_engine(outcomes.get("transformer_engine"), torch, wanted),
+        *_apex(outcomes.get("apex"), torch, wanted),
+        _transformers(outcomes["transformers"]),
+    ]
 
 
 def _gpus(outcome: Outcome, names: list[str], r: Recipe) -> Check:
@@ -334,8 +355,7 @@ def _apex(outcome: Outcome | None, torch: Outcome, wanted: Iterable[str]) -> lis
 
 def _transformers(outcome: Outcome) -> Check:
     if outcome.error:
-        fix = "bash recipes/install.sh"
-        return Check("transformers", "fail", last_line(outcome.error), fix)
+        return Check("transformers", "fail", last_line(outcome.error), TORCH_FIX)
     return Check("transformers", "ok", outcome.facts["version"])
 
 

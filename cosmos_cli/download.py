@@ -13,6 +13,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass
+from fnmatch import filter as filter_names
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -187,9 +188,12 @@ def _look(asset: Asset) -> Listing:
     # Repositories of kernels, the third kind, have no siblings; ours are models and datasets.
     siblings: list[Any] = getattr(info, "siblings", None) or []
     files = _matching(asset, [_remote_file(sibling) for sibling in siblings])
-    if not files:
+    names = [file.name for file in files]
+    weights = [pattern for pattern in asset.patterns if pattern.endswith(assets.WEIGHTS)]
+    lacking = [pattern for pattern in weights if not filter_names(names, pattern)]
+    if lacking or not files:
         raise UserError(
-            f"has no file like {', '.join(asset.patterns)}",
+            f"has no file like {', '.join(lacking or asset.patterns)}",
             code=ExitCode.ASSET,
             where=asset.url,
             fix="check the name and the revision",

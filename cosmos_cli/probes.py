@@ -1,11 +1,13 @@
-"""What is tried out on this machine, each thing in child processes of its own. No torch at import.
+"""What is tried out on this machine, each thing in processes of its own. No torch at import.
 
-A broken installation, a hanging network or a crash is thereby an outcome like any other.
+A broken installation, a hanging network or a crash is thereby an outcome like any other. The
+processes are forked from one that has imported what takes longest: torch and its compiler, which
+DeepSpeed, transformers and torchcodec all import.
 """
 
 from __future__ import annotations
 
-import itertools
+import importlib
 import json
 import os
 import signal
@@ -15,7 +17,8 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +28,7 @@ from cosmos_cli.errors import UserError
 
 # On a busy machine, or from a cold network disk, importing torch alone takes a minute.
 PROBE_SECONDS = 180
-HUNG = "did not finish within"
+HUNG = "did not finish in time"
 NCCL_BYTES = 2**28
 
 
@@ -54,73 +57,83 @@ class Outcome:
 
 def run(probes: Sequence[Probe]) -> dict[str, Outcome]:
     """The outcome of every probe by its label; they run side by side."""
+    # Nothing in the working directory may pass for a package. And DeepSpeed would import torch's
+    # compiler whole, for an optimizer that is not used here.
+    own = {"PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"}
+    asked = json.dumps({"seconds": PROBE_SECONDS, "probes": [asdict(probe) for probe in probes]})
     with tempfile.TemporaryDirectory() as folder:
-        groups = {
-            probe.label: [_start(probe, rank, Path(folder)) for rank in range(probe.ranks)]
-            for probe in probes
-        }
-        try:
-            ended = _wait(groups)
-        finally:
-            for child in itertools.chain(*groups.values()):
-                child.kill()
-                child.wait()
-        return {label: _outcome(Path(folder, label), ended.get(label)) for label in groups}
-
-
-def _start(probe: Probe, rank: int, folder: Path) -> subprocess.Popen[bytes]:
-    environment = {
-        **os.environ,
-        # Nothing in the working directory may pass for a package.
-        "PYTHONSAFEPATH": "1",
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(probe.ranks),
-    }
-    environment.setdefault("OMP_NUM_THREADS", "1")
-    meeting = (str(folder / f"{probe.label}.store"),) if probe.function in TRAINING else ()
-    home = folder / probe.label
-    home.mkdir(exist_ok=True)
-    with (home / f"out{rank}").open("wb") as out, (home / f"err{rank}").open("wb") as err:
-        return subprocess.Popen(
-            [sys.executable, "-m", "cosmos_cli.probes", probe.function, *meeting, *probe.arguments],
-            env=environment | probe.environment,
+        stem = subprocess.Popen(
+            [sys.executable, "-m", "cosmos_cli.probes", folder, asked],
+            env=os.environ | own,
             stdin=subprocess.DEVNULL,
-            stdout=out,
-            stderr=err,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
         )
+        try:
+            # It may hang as well, while it imports.
+            out, err = stem.communicate(timeout=PROBE_SECONDS + 20)
+        except subprocess.TimeoutExpired:
+            return {probe.label: Outcome({}, HUNG) for probe in probes}
+        finally:
+            # With all that it forked, also after Ctrl-C.
+            with suppress(ProcessLookupError):
+                os.killpg(stem.pid, signal.SIGKILL)
+            stem.communicate()
+    if stem.returncode:
+        return {probe.label: _outcome(stem.returncode, out, err) for probe in probes}
+    found = _outcome(stem.returncode, out, err).facts
+    return {probe.label: Outcome(**found[probe.label]) for probe in probes}
 
 
-def _wait(groups: dict[str, list[subprocess.Popen[bytes]]]) -> dict[str, tuple[int, int]]:
-    """Rank and exit code that decided each group; none for a group that ran out of time."""
-    ended: dict[str, tuple[int, int]] = {}
-    deadline = time.monotonic() + PROBE_SECONDS
-    while len(ended) < len(groups) and time.monotonic() < deadline:
-        time.sleep(0.05)
-        for label in groups.keys() - ended:
-            codes = [child.poll() for child in groups[label]]
-            # One that failed leaves the others waiting for it.
-            failed = [(rank, code) for rank, code in enumerate(codes) if code]
-            if failed or None not in codes:
-                ended[label] = failed[0] if failed else (0, 0)
-                for child in groups[label]:
-                    child.kill()
-    return ended
-
-
-def _outcome(home: Path, ended: tuple[int, int] | None) -> Outcome:
-    if ended is None:
-        return Outcome({}, f"{HUNG} {PROBE_SECONDS} s")
-    rank, code = ended
-    if code < 0:
-        return Outcome({}, f"died of {signal.Signals(-code).name}")
+def _outcome(code: int, out: str, err: str) -> Outcome:
+    """What became of a process; libraries print on stdout too, the answer is the last line."""
+    if code == -signal.SIGALRM:
+        return Outcome({}, HUNG)
     if code:
-        return Outcome({}, (home / f"err{rank}").read_text(errors="replace"))
-    # Libraries print on stdout too; the answer is the last line.
-    return Outcome(json.loads((home / "out0").read_text().splitlines()[-1]))
+        return Outcome({}, f"died of {signal.Signals(-code).name}" if code < 0 else err)
+    return Outcome(json.loads(out.splitlines()[-1]))
 
 
-# --- inside a child -------------------------------------------------------------------------------
+# --- the process that forks -----------------------------------------------------------------------
+
+
+def _fork(folder: Path, probes: Sequence[Probe], seconds: int) -> Probe | None:
+    """Forks each rank of each probe; in each of them it returns what is to be tried out there.
+
+    In this process it returns nothing, when all have ended and their outcomes were printed.
+    """
+    children: dict[int, tuple[str, list[Path]]] = {}
+    for probe, rank in [(each, rank) for each in probes for rank in range(each.ranks)]:
+        said = [folder / f"{probe.label}.{name}{rank}" for name in ("out", "err")]
+        files = [os.open(path, os.O_WRONLY | os.O_CREAT) for path in said]
+        pid = os.fork()
+        if not pid:
+            signal.alarm(seconds)
+            for stream, file in enumerate(files, start=1):
+                os.dup2(file, stream)
+            own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": probe.ranks}
+            os.environ.update({k: str(v) for k, v in own.items()} | probe.environment)
+            return probe
+        children[pid] = probe.label, said
+    outcomes: dict[str, dict[str, Any]] = {}
+    while children:
+        pid, status = os.wait()
+        label, said = children.pop(pid)
+        mates = [other for other, (its, _) in children.items() if its == label]
+        code = os.waitstatus_to_exitcode(status)
+        if label not in outcomes and (code or not mates):
+            out, err = (path.read_text(errors="replace") for path in said)
+            outcomes[label] = asdict(_outcome(code, out, err))
+            # They would wait for it.
+            for mate in mates:
+                os.kill(mate, signal.SIGKILL)
+    print(json.dumps(outcomes))
+    return None
+
+
+# --- inside a forked process ----------------------------------------------------------------------
 
 
 def probe_torch() -> dict[str, Any]:
@@ -306,5 +319,19 @@ PROBES: dict[str, Callable[..., dict[str, Any]]] = {
 }
 TRAINING = ("deepspeed", "nccl")
 
+
+def main(folder: Path, seconds: int, probes: Sequence[dict[str, Any]]) -> None:
+    """Imports what most probes import, forks them, and is then one of them."""
+    # What is missing or broken is told by those that need it. Neither starts a thread or a GPU.
+    with suppress(ImportError, OSError, RuntimeError):
+        importlib.import_module("torch._dynamo")
+    if probe := _fork(folder, [Probe(**about) for about in probes], seconds):
+        meeting = (str(folder / f"{probe.label}.store"),) if probe.function in TRAINING else ()
+        print(json.dumps(PROBES[probe.function](*meeting, *probe.arguments)))
+    # To take down a Python with all of torch in it costs each process as much as its probe.
+    sys.stdout.flush()
+    os._exit(0)
+
+
 if __name__ == "__main__":
-    print(json.dumps(PROBES[sys.argv[1]](*sys.argv[2:])))
+    main(Path(sys.argv[1]), **json.loads(sys.argv[2]))

@@ -41,7 +41,8 @@ for candidate in python3.11 python3.12 python3.13 python3; do
     break
   fi
 done
-[[ -n $python ]] || fail "Python 3.11, 3.12 or 3.13 is needed, found $(python3 --version 2>&1)"
+[[ -n $python ]] ||
+  fail "Python 3.11, 3.12 or 3.13 is needed, found $(python3 --version 2>/dev/null || echo none)"
 
 pip=(.venv/bin/python -m pip --disable-pip-version-check)
 installed_torch() {
@@ -55,10 +56,12 @@ elif [[ -z $torch ]]; then
   nvidia-smi -L 2>/dev/null | grep -q '^GPU' && torch=cuda || torch=cpu
 fi
 if [[ $torch == cuda ]]; then
-  cost="3 GB to download, 7 GB on disk, 5 to 15 minutes"
+  room=7000 cost="3 GB to download, 7 GB on disk, 5 to 15 minutes"
 else
-  cost="300 MB to download, 1.3 GB on disk, 2 minutes"
+  room=1300 cost="270 MB to download, 1.3 GB on disk, 2 minutes"
 fi
+free=$(df --output=avail --block-size=1MB . | tail -n 1)
+[[ -n $present ]] || ((free >= room)) || fail "$room MB of disk are needed, $PWD has ${free// /} MB"
 echo "Installing cosmos into $PWD/.venv ($("$python" --version), torch for $torch): about $cost."
 echo "FFmpeg is added with apt-get when it is missing (60 MB). Nothing else outside .venv changes."
 

@@ -11,7 +11,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 prompt=${1:-A video of sks teal robot moving left on a light background.}
 echo "Post-training a tiny video model on drawn clips, then making a video of: $prompt"
-echo "This takes under 10 minutes on 2 cores, 4 GB of memory, and 300 MB of downloads the first time."
+echo "This takes under 10 minutes on 2 cores, 4 GB of memory, and 330 MB of downloads the first time."
 echo "Needed are Linux and Python 3.11 to 3.13. Everything stays in $PWD."
 
 bash recipes/install.sh

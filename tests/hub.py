@@ -18,11 +18,11 @@ class Hub(ThreadingHTTPServer):
     """Serves `repos`: {(kind, id): {file: bytes or the path of a large file}}.
 
     The kind is models or datasets. `gated` ids want `token`; `corrupt` files arrive with one byte
-    changed; `moved` ones lie on another address, as in a CDN; of `cut` ones only so many bytes
-    come each time; `slow` ones come in that many pieces with a pause before each; those that are
-    `together` come when so many are asked for at once. `storm` maps a part of an address to the
-    codes that the next requests for it are answered with. `older` maps commits before the newest
-    to their files. `log` has every request.
+    changed; `lost` ones are listed but not there; `moved` ones lie on another address, as in a CDN;
+    of `cut` ones only so many bytes come each time; `slow` ones come in that many pieces with a
+    pause before each; those that are `together` come when so many are asked for at once. `storm`
+    maps a part of an address to the codes that the next requests for it are answered with. `older`
+    maps commits before the newest to their files. `log` has every request.
     """
 
     daemon_threads = True
@@ -30,7 +30,7 @@ class Hub(ThreadingHTTPServer):
     def __init__(self, repos, **faults):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.repos, self.token, self.log = repos, "right", []
-        self.gated = self.corrupt = self.moved = ()
+        self.gated = self.corrupt = self.lost = self.moved = ()
         self.cut, self.slow, self.storm = {}, {}, {}
         self.older, self.together, self.pause = {}, None, 0.3
         vars(self).update(faults)
@@ -108,7 +108,7 @@ class _Handler(BaseHTTPRequestHandler):
         return self.send(200, json.dumps(about).encode(), kind, body)
 
     def answer_file(self, name, files, commit, body):
-        if name not in files:
+        if name not in files or Path(name).name in self.server.lost:
             return self.refuse(404, "EntryNotFound", body)
         content = files[name]
         about = describe(name, content)

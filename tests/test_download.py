@@ -79,6 +79,7 @@ def repos(tmp_path):
             "other.bin": b"not wanted",
             "guardrail/blocklist/custom/words": b"word",
             "guardrail/face_blur_filter/Resnet50_Final.pth": b"faces",
+            "guardrail/video_content_safety_filter/safety_filter.pt": b"frames",
         },
         SIGLIP: {"config.json": b"{}", "model.safetensors": b"siglip"},
         LLAMA_GUARD: {"model-00001-of-00001.safetensors": b"guard", "pytorch_model.bin": b"twice"},
@@ -163,6 +164,22 @@ def test_a_missing_repository_and_a_missing_hub_are_one_line_each(online, repos)
     refused = online("download", "nemo_assets", code=4)
     assert "cannot be reached" in refused.stderr
     assert "Traceback" not in refused.stderr
+
+
+def test_a_file_that_the_hub_lacks_is_named(online, repos):
+    """Whether it is not listed, or is listed and cannot be fetched."""
+    del repos[TOKENIZER]["mean_std.pt"]
+    with serve(repos, lost=["a.mp4"]) as online.hub:
+        refused = online("download", "nemo_assets", "--for", "prep", code=4)
+        assert f"{TOKENIZER[1]}: has no file like mean_std.pt" in refused.stderr
+        assert not (online.cwd / "checkpoints").exists()
+        repos[TOKENIZER]["mean_std.pt"] = b"m"
+        refused = online("download", "nemo_assets", "--for", "prep", code=4)
+    (line,) = [line for line in refused.stderr.splitlines() if line.startswith("error: ")]
+    assert f"datasets/{DATA[1]}: has no such file: " in line
+    assert "a.mp4" in line
+    assert not list(online.cwd.rglob("*.incomplete"))
+    assert not list(online.cwd.glob("datasets/*/videos/*"))
 
 
 def test_dry_run_says_the_bytes_and_fetches_none(online, repos):

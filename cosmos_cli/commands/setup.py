@@ -52,7 +52,7 @@ def setup(
     r = options.open_recipe(recipe, set_, print_recipe, json_).recipe
     wanted = [name.value for name in with_ or ()]
     mend = " ".join(["--install", *(f"--with {name}" for name in wanted)])
-    console.say(f"checking this machine for {recipe}, about 15 s")
+    console.say(f"checking this machine for {recipe}, about 10 s")
     rows = checks.run_checks(r, wanted)
     if print_ or dry_run:
         following = options.command_line("setup", recipe, set_, mend)
