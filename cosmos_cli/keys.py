@@ -222,6 +222,9 @@ class Recipe(BaseModel):
         "Times that training starts again from its last save, when a process is lost.", 0, ge=0
     )
     keep_last: int = _training("Newest resume states that are kept on disk.", 2, ge=1)
+    keep_every_steps: int = _training(
+        "Resume states of every so many steps are kept too; 0 keeps none.", 0, ge=0
+    )
     global_batch_size: int = _training("Clips per optimizer step over all processes.", 8, ge=1)
     micro_batch_size: int = _training("Clips that one process holds at a time.", 1, ge=1)
     num_processes: Processes | Literal["auto"] = _training(
@@ -438,6 +441,11 @@ def oddities(recipe: Recipe) -> Iterator[str]:
         yield (
             f"save_every_steps {recipe.save_every_steps} is above max_steps {recipe.max_steps}: "
             "a run that is killed starts again from the beginning"
+        )
+    if recipe.keep_every_steps % recipe.save_every_steps:
+        yield (
+            f"keep_every_steps {recipe.keep_every_steps} is no multiple of save_every_steps "
+            f"{recipe.save_every_steps}: only the saves of both are kept"
         )
     if recipe.log_every_steps > recipe.max_steps:
         yield (

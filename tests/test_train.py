@@ -212,12 +212,12 @@ def test_a_killed_rank_is_named_and_nothing_is_left_behind(cosmos):
     assert f"resumed at step {last}" in on.stderr
 
 
-def test_only_the_newest_resume_states_are_kept(cosmos):
-    pairs = ("num_processes=1", "save_every_steps=1", "max_steps=4", "keep_last=2")
-    cosmos("train", "tiny", *options("pruned", *pairs))
+def test_the_newest_resume_states_and_every_so_many_are_kept(cosmos):
+    pairs = ("num_processes=1", "save_every_steps=1", "max_steps=5", "keep_last=2")
+    cosmos("train", "tiny", *options("pruned", *pairs, "keep_every_steps=2"))
     run = find_run(cosmos, "pruned")
-    assert run.resumable_steps() == [3, 4]
-    assert run.saved_steps("reg") == run.saved_steps("ema") == [1, 2, 3, 4]
+    assert run.resumable_steps() == [2, 4, 5]
+    assert run.saved_steps("reg") == run.saved_steps("ema") == [1, 2, 3, 4, 5]
 
 
 @pytest.fixture(scope="module")

@@ -262,7 +262,10 @@ def disk_bytes(r: Recipe, start: int) -> dict[str, float]:
     files = r.trained_parameters * ((2 if r.precision == "bf16" else 4) + 4)
     state = r.trained_parameters * 12
     # The new state is complete before the oldest one goes.
-    whole = saves * files + min(saves, r.keep_last + 1) * state
+    states = min(saves, r.keep_last + 1)
+    if r.keep_every_steps:
+        states = min(saves, states + (r.max_steps - start) // r.keep_every_steps)
+    whole = saves * files + states * state
     return {"model files of a save": files, "a resume state": state, "whole run": whole}
 
 

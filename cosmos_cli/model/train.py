@@ -94,9 +94,8 @@ def train(r: Recipe, device: torch.device) -> dict[str, Any]:
                 metrics.write(row)
             saving = done % r.save_every_steps == 0 or done == r.max_steps or stats.save_asked
             if saving:
-                checkpoint.save(engine, ema, run, done, about, r.keep_last)
+                save(r, run, engine, ema, done, about)
                 saved = done
-                console.say(f"saved step {done} to {run.resume_state(done)}")
             # Whoever stops a run waits for it; it is measured when it goes on.
             if held_out and not stats.stop_code and (saving or done % r.validate_every_steps == 0):
                 metrics.write_held_out(done, held_out.measure(engine, device, done))
@@ -173,6 +172,23 @@ def resume(r: Recipe, run: Run, engine: Any, ema: PowerEMA) -> int:
             group.update(optimizer_settings(r))
         console.say(f"resumed at step {start} from {run.resume_state(start)}")
     return start
+
+
+def save(r: Recipe, run: Run, engine: Any, ema: PowerEMA, step: int, about: dict[str, Any]) -> None:
+    """Saves a step and drops what the recipe does not keep.
+
+    Raises:
+        UserError: the disk has no room for it, or refuses.
+    """
+    if dist.get_rank() == 0:
+        sizes = plan.disk_bytes(r, step)
+        needed = sizes["model files of a save"] + sizes["a resume state"]
+        fix = "free some space and start the same command; the last save is untouched"
+        layout.require_free(run.checkpoints, needed, f"the files of step {step}", fix)
+    checkpoint.save(engine, ema, run, step, about)
+    if dist.get_rank() == 0:
+        checkpoint.prune(run, r)
+    console.say(f"saved step {step} to {run.resume_state(step)}")
 
 
 def build_engine(r: Recipe, share: data.Share, device: torch.device) -> Any:

@@ -9,6 +9,7 @@ and `tokenizer/networks`; diffusers 0.42 `CosmosTransformer3DModel` and `Autoenc
 from __future__ import annotations
 
 import io
+import os
 import pickle
 import re
 import struct
@@ -122,12 +123,17 @@ def save_dit(path: Path, state: Mapping[str, Tensor], format: Literal["pt", "saf
     if format == "safetensors":
         _write_safetensors(path, state)
         return
+    save_released(path, state)
+
+
+def save_released(path: Path, state: Mapping[str, Tensor]) -> str:
+    """Writes the denoiser's weights as the file that the reference reads; its sha256."""
     released = rename(state, OURS, RELEASED, path)
     tables = [state[f"net.pos_embedder.{axis}"] for axis in "thw"]
     seq = torch.arange(max(map(len, tables)), dtype=tables[0].dtype)
-    # Through a stream, for torch writes a path's name into the file, and ours is a temporary one.
-    with writing(path), layout.atomic_file(path) as temporary, temporary.open("wb") as stream:
-        torch.save({**released, "net.pos_embedder.seq": seq}, stream)
+    with writing(path), layout.atomic_file(path) as temporary:
+        _, sha256 = write_pt({**released, "net.pos_embedder.seq": seq}, temporary)
+    return sha256
 
 
 def save_diffusers(folder: Path, state: Mapping[str, Tensor], spec: DiTSpec) -> None:
@@ -365,6 +371,17 @@ def _read_pt(path: Path) -> Any:
         # Files from before torch 1.6 are no zip archives.
         mmap = zipfile.is_zipfile(path)
         return torch.load(path, map_location="cpu", mmap=mmap, weights_only=True)
+
+
+def write_pt(content: Any, path: Path) -> tuple[int, str]:
+    """Writes a file of torch's to the disk itself; its bytes and sha256, taken while writing."""
+    # Through a stream, for torch writes a path's name into the file, which may be a temporary one.
+    with path.open("wb") as stream:
+        hashing = layout.Hashing(stream)
+        torch.save(content, hashing)
+        stream.flush()
+        os.fsync(stream.fileno())
+    return hashing.bytes, hashing.sha256
 
 
 def _read_safetensors(path: Path) -> State:
