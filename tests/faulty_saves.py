@@ -20,7 +20,7 @@ import torch.distributed as dist
 from cosmos_cli import layout
 from cosmos_cli.errors import UserError
 from cosmos_cli.keys import Recipe
-from cosmos_cli.model import checkpoint, edm, spec, train, weights
+from cosmos_cli.model import checkpoint, edm, engine, spec, train, weights
 from cosmos_cli.model.data import Share
 from cosmos_cli.model.dit import DiT
 from cosmos_cli.model.ema import PowerEMA
@@ -68,7 +68,7 @@ class Saver:
         weights.save_dit(base, edm.EDMLoss(net, SMALL).state_dict(), "safetensors")
         r = Recipe(dataset_dir="none", precision="fp32", zero_stage=3, global_batch_size=1)
         self.r = r = r.model_copy(update={"model": "small", "base": str(base)})
-        self.engine = train.build_engine(r, Share(0, 1, 1), torch.device("cpu"))
+        self.engine = engine.build(r, Share(0, 1, 1), torch.device("cpu"))
         self.ema = PowerEMA(checkpoint.shards(self.engine.module), r.ema_rate)
         self.run = layout.Run(folder / "run")
         self.backup = folder / "backup"

@@ -81,6 +81,14 @@ def load_weights(module: nn.Module, state: dict[str, Tensor], where: Path) -> No
         scatter(state[name], parameter, shard(parameter))
     for name, buffer in buffers.items():
         buffer.copy_(state[name])
+    forget_copies(module)
+
+
+def forget_copies(module: nn.Module) -> None:
+    """Drops what hpZ has copied of the weights before they changed, which it would gather."""
+    for parameter in module.parameters():
+        if hasattr(parameter, "ds_secondary_tensor"):
+            parameter.ds_secondary_tensor = None
 
 
 def save(engine: Any, ema: PowerEMA, run: Run, step: int, about: dict[str, Any]) -> None:
@@ -158,6 +166,7 @@ def resume(engine: Any, ema: PowerEMA, run: Run, step: int) -> None:
         engine.load_checkpoint(str(folder), tag=SHARDS, load_module_strict=not adapted)
     else:
         reshard.load(engine, folder / SHARDS, saved_by)
+    forget_copies(module)
     state = lora.load(path)[0] if adapted else weights.load_dit_state(path)
     for (name, parameter), part in zip(trained(module).items(), ema.shards, strict=True):
         scatter(state[name], parameter, part)

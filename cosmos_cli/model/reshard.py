@@ -12,6 +12,7 @@ stage 3 it holds an equal part of all parameters laid end to end. Zeros fill the
 from __future__ import annotations
 
 from collections.abc import Iterator
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -80,10 +81,9 @@ def _state(
     }
     first = files[0][optimizer]
     groups = range(len(held))
-    state = {
-        i: {"step": first["state"][0]["step"].clone(), **{key: moments[key][i] for key in _MOMENTS}}
-        for i in groups
-    }
+    # The number of the step, the same everywhere.
+    others = {key: v for key, v in first["state"][0].items() if key not in _MOMENTS}
+    state = {i: {**deepcopy(others), **{key: moments[key][i] for key in _MOMENTS}} for i in groups}
     settings = [{**first["param_groups"][0], "params": list(groups)}]
     return {
         **files[0],

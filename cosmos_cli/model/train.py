@@ -22,9 +22,9 @@ from cosmos_cli import console, history, layout, mailbox, recipe
 from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.keys import Recipe
 from cosmos_cli.layout import Dataset, Run
-from cosmos_cli.model import checkpoint, data, edm, lora, plan, weights
+from cosmos_cli.model import checkpoint, data, edm, plan
+from cosmos_cli.model import engine as engines
 from cosmos_cli.model.device import gpu_memory_errors
-from cosmos_cli.model.dit import DiT
 from cosmos_cli.model.elastic import die_with_parent
 from cosmos_cli.model.ema import PowerEMA
 from cosmos_cli.model.heldout import HeldOut
@@ -71,7 +71,7 @@ def train(r: Recipe, device: torch.device) -> dict[str, Any]:
     )
     settings = data.BatchSettings(r.seed, r.global_batch_size, r.text_dropout)
 
-    engine = build_engine(r, share, device)
+    engine = engines.build(r, share, device)
     engine.module.net.share(sequence)
     ema = PowerEMA(
         checkpoint.shards(engine.module), r.ema_rate, None if r.offload == "none" else "cpu"
@@ -81,8 +81,7 @@ def train(r: Recipe, device: torch.device) -> dict[str, Any]:
     if held_out:
         metrics.write_held_out(start, held_out.measure(engine, device, start))
     pictures = Pictures(r, run, clips, held_out.clips if held_out else clips)
-    if start == 0:
-        metrics.write_samples(start, pictures.make(engine, start, asked=False))
+    metrics.write_samples(start, pictures.make(engine, start, asked=False))
 
     saved = start
     with console.progress("train", r.max_steps, "steps", done=start) as bar:
@@ -169,7 +168,7 @@ def resume(r: Recipe, run: Run, engine: Any, ema: PowerEMA) -> int:
         checkpoint.resume(engine, ema, run, start)
         # DeepSpeed restores these from the checkpoint; the recipe's hold.
         for group in engine.optimizer.param_groups:
-            group.update(optimizer_settings(r))
+            group.update(engines.optimizer_settings(r))
         console.say(f"resumed at step {start} from {run.resume_state(start)}")
     return start
 
@@ -191,57 +190,10 @@ def save(r: Recipe, run: Run, engine: Any, ema: PowerEMA, step: int, about: dict
     console.say(f"saved step {step} to {run.resume_state(step)}")
 
 
-def build_engine(r: Recipe, share: data.Share, device: torch.device) -> Any:
-    """The DeepSpeed engine around the loss, with the base weights in its shards."""
-    import deepspeed
-
-    on_host = {"device": "cpu", "pin_memory": device.type == "cuda"}
-    host = {}
-    if r.offload in ("optimizer", "parameters"):
-        host["offload_optimizer"] = on_host
-    if r.offload == "parameters":
-        host["offload_param"] = on_host
-    config = {
-        "train_micro_batch_size_per_gpu": r.micro_batch_size,
-        "gradient_accumulation_steps": share.count // share.micro,
-        "gradient_clipping": r.grad_clip,
-        "steps_per_print": 10**9,
-        "bf16": {"enabled": r.precision == "bf16"},
-        "zero_optimization": {"stage": r.zero_stage, "contiguous_gradients": True, **host},
-        # PyTorch's fused AdamW does as well on a CPU as DeepSpeed's, which wants a compiler.
-        "zero_force_ds_cpu_optimizer": False,
-    }
-    with deepspeed.zero.Init(config_dict_or_path=config, enabled=r.zero_stage == 3):
-        net = DiT(r.spec.dit)
-        module = edm.EDMLoss(net, r.spec)
-        if r.lora_rank:
-            lora.attach(module, net.blocks, r.lora_rank, r.lora_scale, r.lora_targets)
-    net.activation_checkpointing = r.activation_checkpointing
-    base = layout.model_files(r.spec, r.checkpoints_dir, r.base).dit
-    shapes = {name: checkpoint.full_shape(p) for name, p in module.named_parameters()}
-    first = {**weights.load_dit_state(base), **lora.fresh_factors(shapes, r.seed)}
-    checkpoint.load_weights(module, first, base)
-    optimizer = torch.optim.AdamW(
-        checkpoint.trained(module).values(),
-        lr=r.learning_rate,
-        **optimizer_settings(r),
-        fused=True,
-    )
-    engine, *_ = deepspeed.initialize(model=module, config=config, optimizer=optimizer)
-    return engine
-
-
 def grad_norm(engine: Any) -> float | None:
     """Global norm of the gradient before clipping; ZeRO stage 0 does not tell it."""
     norm = engine.get_global_grad_norm()
     return None if norm is None else float(norm)
-
-
-def optimizer_settings(r: Recipe) -> dict[str, Any]:
-    """What AdamW takes from the recipe besides the learning rate."""
-    return {
-        "betas": (r.beta1, r.beta2), "eps": r.adam_eps, "weight_decay": r.weight_decay
-    }  # fmt: skip
 
 
 def requests(run: Run) -> tuple[int, bool, bool]:
@@ -318,7 +270,7 @@ def gpu_row(r: Recipe, device: torch.device, seconds: float) -> dict[str, float]
     if device.type == "cpu":
         return {}
     row = {"peak_memory_gb": round(torch.cuda.max_memory_allocated(device) / 1e9, 3)}
-    if gpu := plan.find_gpu(torch.cuda.get_device_name(device)):
+    if gpu := engines.known_gpu(device):
         rate = plan.model_tflop(r) / seconds / dist.get_world_size()
         row["mfu"] = round(rate / gpu.tflops, 4)
     return row
