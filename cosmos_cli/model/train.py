@@ -83,11 +83,11 @@ def train(r: Recipe, device: torch.device) -> dict[str, Any]:
     pictures = Pictures(r, run, clips, held_out.clips if held_out else clips)
     metrics.write_samples(start, pictures.make(engine, start, asked=False))
 
-    saved = start
+    saved, stop_code = start, 0
     with console.progress("train", r.max_steps, "steps", done=start) as bar:
         for step, micro_batches in data.batches(clips, share, settings, range(start, r.max_steps)):
             stats, row = optimize(r, run, engine, ema, step, micro_batches)
-            done = step + 1
+            done, stop_code = step + 1, stats.stop_code
             bar.advance(words(row))
             if done % r.log_every_steps == 0 or done == r.max_steps:
                 metrics.write(row)
@@ -96,15 +96,15 @@ def train(r: Recipe, device: torch.device) -> dict[str, Any]:
                 save(r, run, engine, ema, done, about)
                 saved = done
             # Whoever stops a run waits for it; it is measured when it goes on.
-            if held_out and not stats.stop_code and (saving or done % r.validate_every_steps == 0):
+            if held_out and not stop_code and (saving or done % r.validate_every_steps == 0):
                 metrics.write_held_out(done, held_out.measure(engine, device, done))
-            if not stats.stop_code:
+            if not stop_code:
                 metrics.write_samples(done, pictures.make(engine, done, stats.sample_asked))
             if saving:
                 metrics.write_page()
-            if stats.stop_code:
+            if stop_code:
                 break
-    return {"step": saved, "exit_code": stats.stop_code}
+    return {"step": saved, "exit_code": stop_code}
 
 
 def optimize(
