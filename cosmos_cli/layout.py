@@ -12,13 +12,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import Any
 
 from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.model.spec import ModelSpec
-
-if TYPE_CHECKING:
-    from typing_extensions import Buffer
 
 EMBEDDED_DIR = Path(__file__).parent / "model" / "tiny"
 VIDEO_SUFFIXES = frozenset({".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi"})
@@ -205,29 +202,6 @@ def stamp_of(path: Path) -> tuple[int, int]:
     except OSError:
         return 0, 0
     return status.st_size, status.st_mtime_ns
-
-
-class Hashing:
-    """Passes on what is written to a stream, and knows its size and sha256."""
-
-    def __init__(self, stream: BinaryIO) -> None:
-        self.stream, self.bytes, self._digest = stream, 0, hashlib.sha256()
-
-    def write(self, data: Buffer) -> int:
-        """Writes all of `data`; its bytes."""
-        self._digest.update(data)
-        count = self.stream.write(data)
-        self.bytes += count
-        return count
-
-    def flush(self) -> None:
-        """Empties the stream's own buffer."""
-        self.stream.flush()
-
-    @property
-    def sha256(self) -> str:
-        """Of what was written so far, as hex."""
-        return self._digest.hexdigest()
 
 
 def sha256_file(path: Path) -> str:

@@ -49,7 +49,7 @@ def deepspeed_config(r: Recipe, share: data.Share, device: torch.device) -> dict
     if r.offload == "parameters":
         zero["offload_param"] = on_host
     world = int(os.environ["WORLD_SIZE"])
-    node = int(os.environ["LOCAL_WORLD_SIZE"])
+    node = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     second = node if r.hpz_partition_size == "auto" else r.hpz_partition_size
     if r.zero_stage == 3 and 1 < second < world:
         zero["zero_hpz_partition_size"] = second
