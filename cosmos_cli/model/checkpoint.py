@@ -129,13 +129,13 @@ def save(engine: Any, ema: PowerEMA, run: Run, step: int, about: dict[str, Any])
 
 def prune(run: Run, r: Recipe) -> None:
     """Drops the resume states that the recipe does not keep, once a newer one is complete."""
-    for step in run.resumable_steps()[: -r.keep_last]:
-        if r.keep_every_steps and step % r.keep_every_steps == 0:
-            continue
-        old = run.resume_state(step)
-        # Out of sight first: a half-removed folder must not look complete.
-        leaving = old.with_name(f".{old.name}.tmp")
-        with layout.disk_errors(old):
+    with layout.disk_errors(run.checkpoints):
+        for step in run.resumable_steps()[: -r.keep_last]:
+            if r.keep_every_steps and step % r.keep_every_steps == 0:
+                continue
+            old = run.resume_state(step)
+            # Out of sight first: a half-removed folder must not look complete.
+            leaving = old.with_name(f".{old.name}.tmp")
             old.rename(leaving)
             shutil.rmtree(leaving)
 
