@@ -41,6 +41,11 @@ def note(run: Run, figures: Row) -> None:
     layout.write_json(run.status, {**figures, **who})
 
 
+def is_finished(run: Run) -> bool:
+    """Whether a run came to its end, what is measured and made after its last save included."""
+    return run.result.exists() and not layout.read_json(run.result)["exit_code"]
+
+
 def best_step(run: Run) -> int | None:
     """The saved step with the least error on held-out clips, None when none was measured."""
     saved = set(run.saved_steps("ema"))

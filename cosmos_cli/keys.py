@@ -222,6 +222,9 @@ class Recipe(BaseModel):
         "Times that training starts again from its last save, when a process is lost.", 0, ge=0
     )
     keep_last: int = _training("Newest resume states that are kept on disk.", 2, ge=1)
+    keep_every_steps: int = _training(
+        "Resume states of every so many steps are kept too; 0 keeps none.", 0, ge=0
+    )
     global_batch_size: int = _training("Clips per optimizer step over all processes.", 8, ge=1)
     micro_batch_size: int = _training("Clips that one process holds at a time.", 1, ge=1)
     num_processes: Processes | Literal["auto"] = _training(
@@ -247,10 +250,27 @@ class Recipe(BaseModel):
     precision: Literal["bf16", "fp32"] = _training(
         "Number format of weights and activations; the optimizer keeps fp32.", "bf16"
     )
-    activation_checkpointing: Literal["none", "attention", "all"] = _training(
+    hpz_partition_size: Processes | Literal["auto"] = _training(
+        "Processes that hold a second copy of the weights among them, so that the backward pass "
+        "gathers within a node (ZeRO++ hpZ); auto is those of a node where there are several, 1 "
+        "is none.",
+        "auto",
+    )
+    activation_checkpointing: Literal["none", "most", "attention", "all"] = _training(
         "What the backward pass computes again to save memory: nothing, all of a block but its "
-        "attention, which is most of the time, or all of it.",
+        "attention, which is most of the time, or all of it; most is attention, but keeps the "
+        "linears too in as many blocks as fit.",
         "all",
+    )
+    fp8_linears: bool = _training(
+        "Compute the linears of all blocks but the first and last in fp8, through Transformer "
+        "Engine; weights and files stay as they are.",
+        False,
+    )
+    optimizer: Literal["auto", "torch", "deepspeed", "apex"] = _training(
+        "Whose AdamW: torch's fused one, which auto takes, DeepSpeed's, which is compiled at its "
+        "first use, or that of NVIDIA's Apex.",
+        "auto",
     )
     text_dropout: float = _training(
         "Share of clips that are trained without their text, which guidance needs.",
@@ -377,6 +397,12 @@ def conflicts(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str, str]]:
     if recipe.zero_stage < least:
         what = f"{recipe.offload} needs zero_stage {least} or above, found {recipe.zero_stage}"
         yield ("offload", "zero_stage"), what, f"set zero_stage: {least}"
+    if recipe.hpz_partition_size not in ("auto", 1) and recipe.zero_stage < 3:
+        what = f"hpz_partition_size shards weights, zero_stage {recipe.zero_stage} does not"
+        yield ("hpz_partition_size", "zero_stage"), what, "set zero_stage: 3"
+    if recipe.fp8_linears and (recipe.precision != "bf16" or recipe.lora_rank):
+        what = "fp8_linears needs precision bf16 and no lora_rank"
+        yield ("fp8_linears", "precision", "lora_rank"), what, "set fp8_linears: false"
     shared = recipe.sequence_parallel
     tokens = spec.tokens(recipe.num_frames, recipe.height, recipe.width)
     if spec.dit.heads % shared or tokens % shared:
@@ -438,6 +464,11 @@ def oddities(recipe: Recipe) -> Iterator[str]:
         yield (
             f"save_every_steps {recipe.save_every_steps} is above max_steps {recipe.max_steps}: "
             "a run that is killed starts again from the beginning"
+        )
+    if recipe.keep_every_steps % recipe.save_every_steps:
+        yield (
+            f"keep_every_steps {recipe.keep_every_steps} is no multiple of save_every_steps "
+            f"{recipe.save_every_steps}: only the saves of both are kept"
         )
     if recipe.log_every_steps > recipe.max_steps:
         yield (

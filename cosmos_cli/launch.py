@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import importlib.util
 import itertools
 import json
 import os
@@ -58,25 +59,31 @@ def world_size(r: Recipe) -> int:
     return max(len(gpu_names()), 1)
 
 
-def gpu_names() -> list[str]:
-    """The names of the GPUs this process may use, without torch; empty without a driver."""
+def gpus() -> list[tuple[str, tuple[int, int]]]:
+    """Name and compute capability of the GPUs this process may use; empty without a driver."""
     import pynvml
 
     try:
         pynvml.nvmlInit()
     except pynvml.NVMLError:
         return []
-    names = [
-        str(pynvml.nvmlDeviceGetName(pynvml.nvmlDeviceGetHandleByIndex(i)))
-        for i in range(pynvml.nvmlDeviceGetCount())
+    handles = map(pynvml.nvmlDeviceGetHandleByIndex, range(pynvml.nvmlDeviceGetCount()))
+    found = [
+        (str(pynvml.nvmlDeviceGetName(gpu)), pynvml.nvmlDeviceGetCudaComputeCapability(gpu))
+        for gpu in handles
     ]
     pynvml.nvmlShutdown()
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
-        return names
+        return found
     # CUDA ignores what comes behind the first entry that is no device.
     listed = itertools.takewhile(lambda part: part.strip() not in ("", "-1"), visible.split(","))
-    return names[: len(list(listed))]
+    return found[: len(list(listed))]
+
+
+def gpu_names() -> list[str]:
+    """Their names alone."""
+    return [name for name, _ in gpus()]
 
 
 def known_gpu() -> plan.Gpu | None:
@@ -134,6 +141,14 @@ def check_recipe(r: Recipe, ranks: int) -> None:
             fix="on every node: torchrun --nnodes ... -m cosmos_cli train RECIPE",
         )
     trackers.check(r)
+    check_kernels(r)
+    if r.hpz_partition_size != "auto" and ranks % r.hpz_partition_size:
+        raise UserError(
+            f"{ranks} processes do not divide into groups of {r.hpz_partition_size}",
+            code=ExitCode.USAGE,
+            where="hpz_partition_size",
+            fix="use a divisor of the number of processes, or auto",
+        )
     if not r.spec.trainable:
         raise UserError(
             f"{r.model} is for generation only",
@@ -165,6 +180,30 @@ def check_recipe(r: Recipe, ranks: int) -> None:
             where=str(base),
             fix="run cosmos download, or set base",
         )
+
+
+def check_kernels(r: Recipe) -> None:
+    """Refuses kernels that this machine does not have.
+
+    Raises:
+        UserError: a package is not installed, or a GPU too old.
+    """
+
+    def missing(key: str, what: str, fix: str) -> UserError:
+        return UserError(what, code=ExitCode.ENVIRONMENT, where=key, fix=fix)
+
+    # The package called apex on PyPI is another one.
+    if r.optimizer == "apex" and importlib.util.find_spec("amp_C") is None:
+        fix = "run cosmos setup --install --with apex, or set optimizer: auto"
+        raise missing("optimizer", "NVIDIA's Apex is not installed", fix)
+    if not r.fp8_linears:
+        return
+    if importlib.util.find_spec("transformer_engine") is None:
+        fix = "run cosmos setup --install --with transformer-engine, or set fp8_linears: false"
+        raise missing("fp8_linears", "Transformer Engine is not installed", fix)
+    if min((capability for _, capability in gpus()), default=(0, 0)) < (8, 9):
+        fix = "use GPUs of compute capability 8.9 or above, or set fp8_linears: false"
+        raise missing("fp8_linears", "these GPUs do not compute in fp8", fix)
 
 
 def check_resume(r: Recipe, run: Run, ranks: int) -> int:

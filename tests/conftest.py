@@ -36,10 +36,10 @@ class Cosmos:
             **{"stdin": subprocess.DEVNULL, **options},
         )
 
-    def __call__(self, *arguments, code=0):
+    def __call__(self, *arguments, code=0, seconds=300):
         """Runs the command to its end; fails the test when it ends with another code."""
         process = self.start(*arguments)
-        out, err = process.communicate(timeout=300)
+        out, err = process.communicate(timeout=seconds)
         assert process.returncode == code, (
             f"{arguments} ended with {process.returncode}\n{out}{err}"
         )

@@ -12,7 +12,7 @@ from test_train import find_run, options
 
 from cosmos_cli import layout
 from cosmos_cli.errors import UserError
-from cosmos_cli.model import train
+from cosmos_cli.model import metrics
 from cosmos_cli.model.data import Batch
 
 
@@ -40,10 +40,10 @@ def test_a_gradient_that_is_not_finite_stops_the_run(norm):
     batch = Batch(latent, one, latent, torch.zeros(1, 512, 64), one, ("a.safetensors",))
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        train.require_finite_gradient(12.5, 4, [batch])
-        train.require_finite_gradient(None, 4, [batch])
+        metrics.require_finite_gradient(12.5, 4, [batch])
+        metrics.require_finite_gradient(None, 4, [batch])
         with pytest.raises(UserError) as raised:
-            train.require_finite_gradient(norm, 4, [batch])
+            metrics.require_finite_gradient(norm, 4, [batch])
     finally:
         dist.destroy_process_group()
     words = "step 5: the gradient is not finite: a.safetensors (sigma 0.5)"

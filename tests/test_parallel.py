@@ -74,6 +74,17 @@ def test_processes_that_share_a_clip_learn_what_one_does(cosmos, alone, processe
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("setting", ["lora_rank=0", "lora_rank=4"])
+def test_a_second_copy_of_the_weights_within_a_node_changes_nothing(cosmos, setting):
+    name = setting.replace("=", "")
+    train(cosmos, f"one-copy-{name}", 4, 3, setting)
+    for steps in (1, 3):
+        train(cosmos, f"two-copies-{name}", 4, steps, setting, "hpz_partition_size=2")
+    one, two = (find_run(cosmos, f"{n}-{name}") for n in ("one-copy", "two-copies"))
+    assert losses(one) == losses(two)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("offload", ["ema", "optimizer", "parameters"])
 def test_what_the_host_holds_learns_the_same_and_resumes_to_the_bit(cosmos, alone, offload):
     setting = f"offload={offload}"

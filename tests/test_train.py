@@ -121,7 +121,7 @@ def test_every_zero_stage_trains_alike(cosmos, stage):
         assert (row[3] is None) if stage == 0 else row[3] == pytest.approx(other[3], rel=1e-4)
 
 
-@pytest.mark.parametrize("mode", ["attention", "all"])
+@pytest.mark.parametrize("mode", ["most", "attention", "all"])
 def test_what_is_computed_again_does_not_change_what_is_learned(cosmos, mode):
     pairs = ("num_processes=2", "micro_batch_size=1", "max_steps=2")
     cosmos("train", "tiny", *options(mode, *pairs, f"activation_checkpointing={mode}"))
@@ -212,12 +212,12 @@ def test_a_killed_rank_is_named_and_nothing_is_left_behind(cosmos):
     assert f"resumed at step {last}" in on.stderr
 
 
-def test_only_the_newest_resume_states_are_kept(cosmos):
-    pairs = ("num_processes=1", "save_every_steps=1", "max_steps=4", "keep_last=2")
-    cosmos("train", "tiny", *options("pruned", *pairs))
+def test_the_newest_resume_states_and_every_so_many_are_kept(cosmos):
+    pairs = ("num_processes=1", "save_every_steps=1", "max_steps=5", "keep_last=2")
+    cosmos("train", "tiny", *options("pruned", *pairs, "keep_every_steps=2"))
     run = find_run(cosmos, "pruned")
-    assert run.resumable_steps() == [3, 4]
-    assert run.saved_steps("reg") == run.saved_steps("ema") == [1, 2, 3, 4]
+    assert run.resumable_steps() == [2, 4, 5]
+    assert run.saved_steps("reg") == run.saved_steps("ema") == [1, 2, 3, 4, 5]
 
 
 @pytest.fixture(scope="module")
@@ -231,6 +231,47 @@ def finished(prepared):
 def test_a_finished_run_has_nothing_to_do(finished):
     done = finished.json("train", "tiny", *options("finished", "num_processes=1", "max_steps=2"))
     assert done["step"] == 2
+
+
+def test_a_run_that_ended_between_its_last_save_and_its_last_measurement_goes_on(finished):
+    run, pairs = find_run(finished, "finished"), ("num_processes=1", "max_steps=2")
+    rows = run.metrics.read_text().splitlines(keepends=True)
+    assert "heldout" in rows[-1]
+    run.metrics.write_text("".join(rows[:-1]))
+    run.result.unlink()
+    done = finished.json("train", "tiny", *options("finished", *pairs))
+    assert done["best_step"] == 2
+    assert run.metrics.read_text().splitlines(keepends=True) == rows
+    assert read_json(run.result)["step"] == 2
+
+
+@pytest.mark.parametrize(
+    ("pairs", "word"),
+    [
+        (["fp8_linears=true", "precision=bf16"], "Transformer Engine is not installed"),
+        (["optimizer=apex"], "NVIDIA's Apex is not installed"),
+    ],
+)
+def test_kernels_that_are_not_there_are_refused_before_any_process_starts(cosmos, pairs, word):
+    started = time.monotonic()
+    refused = cosmos("train", "tiny", *options("kernels", *pairs), code=3)
+    (line,) = [line for line in refused.stderr.splitlines() if line.startswith("error")]
+    assert word in line
+    assert time.monotonic() - started < 5
+
+
+@pytest.mark.slow
+def test_the_adamw_of_deepspeed_learns_what_that_of_torch_does_and_resumes_to_the_bit(cosmos):
+    compiled = ("num_processes=1", "optimizer=deepspeed")
+    cosmos("train", "tiny", *options("torch", "num_processes=1", "max_steps=3"), seconds=900)
+    cosmos("train", "tiny", *options("deepspeed", *compiled, "max_steps=3"), seconds=900)
+    for steps in (2, 3):
+        done = cosmos("train", "tiny", *options("halves", *compiled, f"max_steps={steps}"))
+        assert "optimizer: DeepSpeedCPUAdam" in done.stderr
+    by_torch, by_deepspeed = (losses(find_run(cosmos, name)) for name in ("torch", "deepspeed"))
+    for row, other in zip(by_torch, by_deepspeed, strict=True):
+        assert row == pytest.approx(other, rel=1e-5)
+    assert by_deepspeed == losses(find_run(cosmos, "halves"))
 
 
 def test_a_run_is_not_continued_as_another_one(finished):

@@ -61,7 +61,7 @@ def train(
         f"run {run.root}"
     )
     following = "promote"
-    if start >= r.max_steps:
+    if start >= r.max_steps and history.is_finished(run):
         console.say(f"nothing to do: step {start} is saved; raise max_steps to go on")
         figures |= {"step": start, "best_step": history.best_step(run)}
     elif dry_run:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from cosmos_cli import layout
 from cosmos_cli.errors import ExitCode, UserError
+from cosmos_cli.keys import Recipe
 from cosmos_cli.layout import MANIFEST_FILE, Run
 from cosmos_cli.model import lora, reshard, weights
 from cosmos_cli.model.device import best_device
@@ -80,18 +81,24 @@ def load_weights(module: nn.Module, state: dict[str, Tensor], where: Path) -> No
         scatter(state[name], parameter, shard(parameter))
     for name, buffer in buffers.items():
         buffer.copy_(state[name])
+    forget_copies(module)
 
 
-def save(
-    engine: Any, ema: PowerEMA, run: Run, step: int, about: dict[str, Any], keep_last: int
-) -> None:
-    """Saves model files and resume state of `step`, then drops the oldest resume states.
+def forget_copies(module: nn.Module) -> None:
+    """Drops what hpZ has copied of the weights before they changed, which it would gather."""
+    for parameter in module.parameters():
+        if hasattr(parameter, "ds_secondary_tensor"):
+            parameter.ds_secondary_tensor = None
 
-    The resume state appears under its name only when all of it is on disk. Every rank must call it.
+
+def save(engine: Any, ema: PowerEMA, run: Run, step: int, about: dict[str, Any]) -> None:
+    """Saves model files and resume state of `step`; every rank must call it.
+
+    The resume state appears under its name only when all of it is on disk.
     """
     module = engine.module
     _save_model(module, shards(module), model_file(run, module, step, "reg"))
-    _save_model(module, ema.shards, model_file(run, module, step, "ema"))
+    ema_sha256 = _save_model(module, ema.shards, model_file(run, module, step, "ema"))
     final = run.resume_state(step)
     building = final.with_name(f".{final.name}.tmp")
     if dist.get_rank() == 0:
@@ -99,36 +106,38 @@ def save(
     dist.barrier()
     try:
         with weights.writing(final):
-            # Frozen weights come from the base, not from the checkpoint.
-            engine.save_checkpoint(
-                str(building), tag=SHARDS, save_latest=False, exclude_frozen_parameters=True
-            )
+            files = _save_state(engine, building)
+            if dist.get_rank() == 0:
+                manifest = {
+                    "step": step,
+                    "world_size": dist.get_world_size(),
+                    "ema_sha256": ema_sha256,
+                    **about,
+                    "files": files,
+                }
+                layout.write_json(building / MANIFEST_FILE, manifest)
+                layout.sync(building / SHARDS)
+                shutil.rmtree(final, ignore_errors=True)
+                building.rename(final)
+                layout.sync(run.checkpoints)
     except UserError:
         if dist.get_rank() == 0:
             shutil.rmtree(building, ignore_errors=True)
         raise
     dist.barrier()
-    files = _hash_files(building)
-    if dist.get_rank() == 0:
-        manifest = {
-            "step": step,
-            "world_size": dist.get_world_size(),
-            "ema_sha256": layout.sha256_file(model_file(run, module, step, "ema")),
-            **about,
-            "files": files,
-        }
-        layout.write_json(building / MANIFEST_FILE, manifest)
-        with layout.disk_errors(final):
-            layout.sync_tree(building)
-            shutil.rmtree(final, ignore_errors=True)
-            building.rename(final)
-            layout.sync(run.checkpoints)
-        for old in run.resumable_steps()[:-keep_last]:
+
+
+def prune(run: Run, r: Recipe) -> None:
+    """Drops the resume states that the recipe does not keep, once a newer one is complete."""
+    with layout.disk_errors(run.checkpoints):
+        for step in run.resumable_steps()[: -r.keep_last]:
+            if r.keep_every_steps and step % r.keep_every_steps == 0:
+                continue
+            old = run.resume_state(step)
             # Out of sight first: a half-removed folder must not look complete.
-            leaving = building.with_name(f".{run.resume_state(old).name}.tmp")
-            run.resume_state(old).rename(leaving)
+            leaving = old.with_name(f".{old.name}.tmp")
+            old.rename(leaving)
             shutil.rmtree(leaving)
-    dist.barrier()
 
 
 def resume(engine: Any, ema: PowerEMA, run: Run, step: int) -> None:
@@ -153,9 +162,11 @@ def resume(engine: Any, ema: PowerEMA, run: Run, step: int) -> None:
         )
     adapted, saved_by = lora.attached(module), manifest["world_size"]
     if saved_by == dist.get_world_size() or not engine.zero_optimization_stage():
+        engine.checkpoint_engine.load = reshard.read
         engine.load_checkpoint(str(folder), tag=SHARDS, load_module_strict=not adapted)
     else:
         reshard.load(engine, folder / SHARDS, saved_by)
+    forget_copies(module)
     state = lora.load(path)[0] if adapted else weights.load_dit_state(path)
     for (name, parameter), part in zip(trained(module).items(), ema.shards, strict=True):
         scatter(state[name], parameter, part)
@@ -166,19 +177,42 @@ def model_file(run: Run, module: nn.Module, step: int, kind: str) -> Path:
     return run.lora(step, kind) if lora.attached(module) else run.model(step, kind)
 
 
-def _save_model(module: nn.Module, parts: list[Tensor], path: Path) -> None:
+def _save_state(engine: Any, folder: Path) -> dict[str, dict[str, Any]]:
+    """Writes what DeepSpeed needs to go on; size and sha256 of the files of all ranks."""
+    written = {}
+
+    def write(state_dict: Any, path: str) -> None:
+        file = Path(path)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        size, sha256 = weights.write_pt(state_dict, file)
+        written[str(file.relative_to(folder))] = {"bytes": size, "sha256": sha256}
+
+    engine.checkpoint_engine.save = write
+    # Frozen weights come from the base, not from the checkpoint.
+    engine.save_checkpoint(
+        str(folder), tag=SHARDS, save_latest=False, exclude_frozen_parameters=True
+    )
+    if dist.get_rank() == 0:
+        # DeepSpeed's tools to make a model file of it; we have one.
+        for script in folder.glob("*.py"):
+            script.unlink()
+    return _of_all_ranks(written)
+
+
+def _save_model(module: nn.Module, parts: list[Tensor], path: Path) -> str:
+    """Writes the trained weights whose shards the ranks hold in `parts`; its sha256, on rank 0."""
     state = {}
     for (name, parameter), part in zip(trained(module).items(), parts, strict=True):
         full = gather(parameter, part)
         if dist.get_rank() == 0:
             state[name] = full.detach().cpu().clone()
     if dist.get_rank():
-        return
+        return ""
     if lora.attached(module):
         lora.save(path, state, lora.scale(module))
-    else:
-        buffers = {name: buffer.cpu() for name, buffer in module.named_buffers()}
-        weights.save_dit(path, {**buffers, **state}, "pt")
+        return layout.sha256_file(path)
+    buffers = {name: buffer.cpu() for name, buffer in module.named_buffers()}
+    return weights.save_released(path, {**buffers, **state})
 
 
 def _hash_files(folder: Path) -> dict[str, dict[str, Any]]:
@@ -188,14 +222,17 @@ def _hash_files(folder: Path) -> dict[str, dict[str, Any]]:
         for path in folder.rglob("*")
         if path.is_file() and path.name != MANIFEST_FILE
     )
-    rank, world = dist.get_rank(), dist.get_world_size()
-    own = {
+    return _of_all_ranks({
         name: {
             "bytes": (folder / name).stat().st_size,
             "sha256": layout.sha256_file(folder / name),
         }
-        for name in names[rank::world]
-    }
-    gathered: list[Any] = [None] * world
+        for name in names[dist.get_rank() :: dist.get_world_size()]
+    })  # fmt: skip
+
+
+def _of_all_ranks(own: dict[str, Any]) -> dict[str, Any]:
+    """What the ranks know of some files each, put together by name."""
+    gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, own)
-    return {name: entry for part in gathered for name, entry in sorted(part.items())}
+    return dict(sorted(item for part in gathered for item in part.items()))

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -44,8 +45,10 @@ class DiT(nn.Module):
         super().__init__()
         self.spec = spec
         # What the backward pass computes again instead of keeping it: of each block "all" but its
-        # input, or with "attention" all but its input and what self-attention gave.
-        self.activation_checkpointing: Literal["none", "attention", "all"] = "none"
+        # input, with "attention" all but that and what self-attention gave, and with "most" not
+        # what linears gave either in the first `blocks_kept` blocks.
+        self.activation_checkpointing: Literal["none", "most", "attention", "all"] = "none"
+        self.blocks_kept = 0
         self.sequence = SequenceGroup()
         mask_channels = spec.patch_t * spec.patch_hw**2
         self.x_embedder = linear(spec.patch_channels + mask_channels, spec.width)
@@ -98,9 +101,9 @@ class DiT(nn.Module):
         t_emb_BD, t_mod_BE = self.t_norm(wave_BD), self.t_embedder(wave_BD)
 
         # 4. The blocks.
-        for block, text in zip(self.blocks, prompt.texts, strict=True):
+        for i, text in enumerate(prompt.texts):
             inputs = (x_BLD, prompt.pos_LD, prompt.rope, t_emb_BD, t_mod_BE, text)
-            x_BLD = self.run(block, *inputs)
+            x_BLD = self.run(i, *inputs)
 
         # 5. Tokens become a latent. This is not the inverse of step 1: the model was trained with
         # the channel slowest on the way in and fastest on the way out.
@@ -109,13 +112,16 @@ class DiT(nn.Module):
             x_BLC, "B (t h w) (dh dw dt C) -> B C (t dt) (h dh) (w dw)", t=t, h=h, w=w, **patch
         )
 
-    def run(self, block: Block, *inputs: Any) -> Tensor:
-        """The output of a block, which keeps for its backward pass what the mode says."""
-        if self.activation_checkpointing == "none":
+    def run(self, i: int, *inputs: Any) -> Tensor:
+        """The output of block `i`, which keeps for its backward pass what the mode says."""
+        mode, block = self.activation_checkpointing, self.blocks[i]
+        if mode == "none":
             return block(*inputs)
         options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
-        if self.activation_checkpointing == "attention":
-            options["context_fn"] = kernels.keep_self_attention
+        if mode != "all":
+            linears_too = mode == "most" and i < self.blocks_kept
+            chosen = kernels.is_costly if linears_too else kernels.is_self_attention
+            options["context_fn"] = partial(kernels.keep, chosen)
         return checkpoint(block, *inputs, **options)
 
     def locate(self, grid: tuple[int, int, int], fps_B: Tensor) -> tuple[Tensor, Rope]:

@@ -1,6 +1,7 @@
 """The few operations where a faster kernel may take the place of plain PyTorch.
 
-Every attention of the denoiser goes through `attention`: fp8 attaches there.
+Every attention of the denoiser goes through `attention`. What a backward pass finds kept instead
+of computing it again is here too, for it is told by the kernels that computed it.
 
 Dimension letters: B batch, L queries, M keys, N heads, K head width.
 """
@@ -8,13 +9,15 @@ Dimension letters: B batch, L queries, M keys, N heads, K head width.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 # What scaled_dot_product_attention becomes, by backend; its first arguments are q and k, BNLK.
 _ATTENTION = (
@@ -31,37 +34,77 @@ def attention(q_BLNK: Tensor, k_BMNK: Tensor, v_BMNK: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
 
-def keep_self_attention() -> tuple[KeptAttention, KeptAttention]:
-    """Contexts for `checkpoint` that keep what self-attention gave and compute the rest again.
-
-    Attention is two thirds of a forward pass, its output one activation of a block's 34.
-    """
-    kept: deque[tuple[Any, ...]] = deque()
-    return KeptAttention(kept, again=False), KeptAttention(kept, again=True)
+def is_self_attention(operator: Any, args: tuple[Any, ...]) -> bool:
+    """Whether as many keys as queries are attended to; two thirds of a forward pass."""
+    return operator in _ATTENTION and args[0].shape[2] == args[1].shape[2]
 
 
-class KeptAttention(TorchDispatchMode):
-    """Keeps the results of self-attention in order, or `again` gives those instead of computing.
+def is_costly(operator: Any, args: tuple[Any, ...]) -> bool:
+    """Whether it is a linear layer, or self-attention."""
+    return operator is torch.ops.aten.mm.default or is_self_attention(operator, args)
+
+
+def keep(chosen: Callable[[Any, tuple[Any, ...]], bool]) -> tuple[Kept, Kept]:
+    """Contexts for `checkpoint` that keep what some operators gave and compute the rest again."""
+    kept: deque[Any] = deque()
+    return Kept(chosen, kept, again=False), Kept(chosen, kept, again=True)
+
+
+class Kept(TorchDispatchMode):
+    """Keeps the results of chosen operators in order, or `again` gives those without computing.
 
     PyTorch's own selective checkpoints want every operator to come again, which it does not with
     ZeRO-3: what gathers weights in the forward pass finds them gathered in the backward pass.
     """
 
-    def __init__(self, kept: deque[tuple[Any, ...]], *, again: bool) -> None:
+    def __init__(
+        self, chosen: Callable[[Any, tuple[Any, ...]], bool], kept: deque[Any], *, again: bool
+    ) -> None:
         super().__init__()
-        self.kept, self.again = kept, again
+        self.chosen, self.kept, self.again = chosen, kept, again
 
     def __torch_dispatch__(
         self, operator: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         """The result of an operator."""
-        if operator not in _ATTENTION or args[0].shape[2] != args[1].shape[2]:
-            return operator(*args, **(kwargs or {}))
-        if self.again:
+        chosen = self.chosen(operator, args)
+        if chosen and self.again:
             return self.kept.popleft()
         result = operator(*args, **(kwargs or {}))
-        self.kept.append(tuple(x.detach() if isinstance(x, Tensor) else x for x in result))
+        if chosen:
+            self.kept.append(tree_map_only(Tensor, Tensor.detach, result))
         return result
+
+
+def use_fp8(blocks: nn.ModuleList) -> None:
+    """Has the linears of blocks compute in fp8, under their names, with their own weights.
+
+    The first and the last block and every modulation stay as they are. The scale of each tensor is
+    that of its own largest value, so there is nothing to remember from step to step.
+    """
+    import transformer_engine.pytorch as te
+    from transformer_engine.common.recipe import Float8CurrentScaling
+
+    scaling = Float8CurrentScaling()
+
+    class FP8Linear(te.Linear):
+        # Without any state but its weight, a model has the same keys with it as without.
+        get_extra_state, set_extra_state = nn.Module.get_extra_state, nn.Module.set_extra_state
+
+        def forward(self, x: Tensor) -> Tensor:
+            # Within, so that it holds too where a checkpoint computes a block again.
+            with te.autocast(enabled=True, recipe=scaling):
+                return super().forward(x)
+
+    for block in blocks[1:-1]:
+        for name, linear in list(block.named_modules()):
+            if isinstance(linear, nn.Linear) and "adaln" not in name:
+                size = linear.in_features, linear.out_features
+                dtype = linear.weight.dtype
+                fp8 = FP8Linear(*size, bias=False, params_dtype=dtype, device="meta")
+                fp8.weight = linear.weight
+                parent, _, child = name.rpartition(".")
+                setattr(block.get_submodule(parent), child, fp8)
 
 
 def attention_backend(q_BLNK: Tensor, k_BMNK: Tensor, v_BMNK: Tensor) -> str:

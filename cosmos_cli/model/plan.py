@@ -30,6 +30,10 @@ ELEMENTWISE_PASSES = 149
 # What a block holds at most while its backward runs, and what it keeps without checkpointing, in
 # units of one bf16 activation (tokens x width).
 BLOCK_WORK, BLOCK_KEPT = 24, 34
+# In the same unit what all linears of a block give; a plan leaves some memory for its own error.
+LINEARS_KEPT, MARGIN = 11, 0.97
+# GPUs of a node where a plan must guess.
+NODE = 8
 # DeepSpeed's defaults: the bucket in which gradients are reduced, and the group of weights whose
 # fp32 gradients exist at one time during an optimizer step.
 REDUCE_BUCKET, STEP_GROUP = 5e8, 1e9
@@ -129,7 +133,7 @@ def find_gpu(name: str) -> Gpu | None:
 
 def plan(r: Recipe, ranks: int, gpu: Gpu | None) -> Plan:
     """What a run of the recipe on `ranks` GPUs needs of each, and for how long."""
-    memory = {part: size / 1e9 for part, size in _memory(r, ranks).items()}
+    memory = {part: size / 1e9 for part, size in _memory(r, ranks, gpu).items()}
     host = ranks * sum(memory.pop(part) for part in OFFLOADED[r.offload])
     seconds = None if gpu is None else step_seconds(r, ranks, gpu)
     disk = {part: size / 1e9 for part, size in disk_bytes(r, 0).items()}
@@ -161,8 +165,13 @@ def remedies(r: Recipe, ranks: int, gpu: Gpu) -> Iterator[tuple[str, float]]:
 
 def _helps(r: Recipe, ranks: int, key: str, value: Any) -> bool:
     """Whether a knob is not yet turned as far, and can be."""
-    if key == "activation_checkpointing" and r.activation_checkpointing == "all":
-        return False
+    if key == "activation_checkpointing":
+        order = ["none", "most", "attention", "all"]
+        # most is no more than fits, and so attention where nothing does.
+        current = max(
+            order.index(r.activation_checkpointing), 2 * (r.activation_checkpointing == "most")
+        )
+        return order.index(value) > current
     if key == "offload":
         order = list(OFFLOADED)
         return order.index(value) > order.index(r.offload)
@@ -174,7 +183,19 @@ def _helps(r: Recipe, ranks: int, key: str, value: Any) -> bool:
 # --- memory ---------------------------------------------------------------------------------------
 
 
-def _memory(r: Recipe, ranks: int) -> dict[str, float]:
+def blocks_kept(r: Recipe, ranks: int, gpu: Gpu | None) -> int:
+    """Blocks that keep what their linears give, with activation_checkpointing most."""
+    if r.activation_checkpointing != "most":
+        return 0
+    if gpu is None:
+        return r.spec.dit.blocks
+    parts = _memory(r.model_copy(update={"activation_checkpointing": "attention"}), ranks, gpu)
+    held = sum(size for part, size in parts.items() if part not in OFFLOADED[r.offload])
+    left = gpu.memory_gb * 1e9 * USABLE * MARGIN - held
+    return max(0, min(r.spec.dit.blocks, int(left / (LINEARS_KEPT * _activation(r)))))
+
+
+def _memory(r: Recipe, ranks: int, gpu: Gpu | None) -> dict[str, float]:
     """Bytes at the peak, by part."""
     whole, trained, stage = r.spec.dit.parameters, r.trained_parameters, r.zero_stage
     number = 2 if r.precision == "bf16" else 4
@@ -185,11 +206,15 @@ def _memory(r: Recipe, ranks: int) -> dict[str, float]:
     gradients = trained * number
     activation = _activation(r)
     blocks = r.spec.dit.blocks
-    kept = blocks * {"none": BLOCK_KEPT, "attention": 2, "all": 1}[r.activation_checkpointing]
+    kept = blocks * {"none": BLOCK_KEPT, "all": 1}.get(r.activation_checkpointing, 2)
+    kept += blocks_kept(r, ranks, gpu) * LINEARS_KEPT
     buffers = min(REDUCE_BUCKET, trained) * number + min(STEP_GROUP, trained / ranks) * 4
     if stage == 3:
         # The block at work, the next one and a share of a third.
         buffers += 3 * whole / blocks * number
+        node = min(NODE, ranks) if r.hpz_partition_size == "auto" else r.hpz_partition_size
+        if 1 < node < ranks:
+            buffers += held / node
     return {
         "weights": held / (ranks if stage == 3 else 1),
         "optimizer": optimizer / (ranks if stage >= 1 else 1),
@@ -229,9 +254,10 @@ def step_seconds(r: Recipe, ranks: int, gpu: Gpu) -> float:
     """Seconds of an optimizer step; ZeRO-3's traffic is hidden behind the arithmetic if it can."""
     shared = r.sequence_parallel
     linear, attention = (flops / shared for flops in forward_flops(r))
-    again = r.activation_checkpointing != "none"
+    again = float(r.activation_checkpointing != "none")
+    again_linears = again - blocks_kept(r, ranks, gpu) / r.spec.dit.blocks
     # Gradients of the inputs and of the weights; a LoRA has none of the latter.
-    linear_passes = (3 if not r.lora_rank else 2) + again
+    linear_passes = (3 if not r.lora_rank else 2) + again_linears
     peak = gpu.tflops * 1e12
     arithmetic = linear * linear_passes / (LINEAR * peak)
     arithmetic += attention * (1 + (r.activation_checkpointing == "all")) / (ATTENTION * peak)
@@ -247,7 +273,7 @@ def step_seconds(r: Recipe, ranks: int, gpu: Gpu) -> float:
         gathers = 3 if r.zero_stage == 3 else 2
         traffic = gathers * 2 * r.spec.dit.parameters * (ranks - 1) / ranks / (gpu.link_rate * 1e9)
     micro_steps = math.ceil(r.global_batch_size * shared / (ranks * r.micro_batch_size))
-    held = _memory(r, ranks)
+    held = _memory(r, ranks, gpu)
     host = sum(held[part] for part in OFFLOADED[r.offload]) / (HOST_RATE * 1e9)
     return micro_steps * max(arithmetic * r.micro_batch_size, traffic) + host
 
@@ -262,7 +288,10 @@ def disk_bytes(r: Recipe, start: int) -> dict[str, float]:
     files = r.trained_parameters * ((2 if r.precision == "bf16" else 4) + 4)
     state = r.trained_parameters * 12
     # The new state is complete before the oldest one goes.
-    whole = saves * files + min(saves, r.keep_last + 1) * state
+    states = min(saves, r.keep_last + 1)
+    if r.keep_every_steps:
+        states = min(saves, states + (r.max_steps - start) // r.keep_every_steps)
+    whole = saves * files + states * state
     return {"model files of a save": files, "a resume state": state, "whole run": whole}
 
 

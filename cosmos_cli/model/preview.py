@@ -50,6 +50,9 @@ class Pictures:
         r, figures = self.r, {}
         previews = _due(step, r.preview_every_steps, r.max_steps)
         samples = _due(step, r.sample_every_saves * r.save_every_steps, r.max_steps)
+        # A run that goes on may have made those of its first step already.
+        previews = previews and not self.run.preview(step).exists()
+        samples = samples and not self.run.sample(step, 0).with_suffix(".jpg").exists()
         if previews and self.allowance.grants("previews", step, engine.device):
             with self.allowance.spending("previews", step):
                 self._preview(engine, step)

@@ -12,6 +12,7 @@ stage 3 it holds an equal part of all parameters laid end to end. Zeros fill the
 from __future__ import annotations
 
 from collections.abc import Iterator
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -48,19 +49,21 @@ def load(engine: Any, folder: Path, saved_by: int) -> None:
 
 def _read(folder: Path, saved_by: int) -> list[dict[str, Any]]:
     """What each rank saved of its optimizer, mapped into memory."""
-    from deepspeed.runtime.fp16.loss_scaler import LossScaler
-    from deepspeed.runtime.zero.config import ZeroStageEnum
-    from deepspeed.utils.tensor_fragment import fragment_address
-
     paths = (
         next(folder.glob(f"*zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"))
         for rank in range(saved_by)
     )
+    return [read(path)["optimizer_state_dict"] for path in paths]
+
+
+def read(path: Path | str, map_location: Any = "cpu") -> Any:
+    """The content of a file of DeepSpeed's, mapped into memory; nothing in it is run."""
+    from deepspeed.runtime.fp16.loss_scaler import LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
     with torch.serialization.safe_globals([LossScaler, ZeroStageEnum, fragment_address]):
-        return [
-            torch.load(path, "cpu", weights_only=True, mmap=True)["optimizer_state_dict"]
-            for path in paths
-        ]
+        return torch.load(path, map_location, weights_only=True, mmap=True)
 
 
 def _state(
@@ -78,10 +81,9 @@ def _state(
     }
     first = files[0][optimizer]
     groups = range(len(held))
-    state = {
-        i: {"step": first["state"][0]["step"].clone(), **{key: moments[key][i] for key in _MOMENTS}}
-        for i in groups
-    }
+    # The number of the step, the same everywhere.
+    others = {key: v for key, v in first["state"][0].items() if key not in _MOMENTS}
+    state = {i: {**deepcopy(others), **{key: moments[key][i] for key in _MOMENTS}} for i in groups}
     settings = [{**first["param_groups"][0], "params": list(groups)}]
     return {
         **files[0],

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import signal
 import sys
@@ -22,9 +21,9 @@ from cosmos_cli import console, history, layout, mailbox, recipe
 from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.keys import Recipe
 from cosmos_cli.layout import Dataset, Run
-from cosmos_cli.model import checkpoint, data, edm, lora, plan, weights
+from cosmos_cli.model import checkpoint, data, metrics, plan
+from cosmos_cli.model import engine as engines
 from cosmos_cli.model.device import gpu_memory_errors
-from cosmos_cli.model.dit import DiT
 from cosmos_cli.model.elastic import die_with_parent
 from cosmos_cli.model.ema import PowerEMA
 from cosmos_cli.model.heldout import HeldOut
@@ -71,42 +70,40 @@ def train(r: Recipe, device: torch.device) -> dict[str, Any]:
     )
     settings = data.BatchSettings(r.seed, r.global_batch_size, r.text_dropout)
 
-    engine = build_engine(r, share, device)
+    engine = engines.build(r, share, device)
     engine.module.net.share(sequence)
     ema = PowerEMA(
         checkpoint.shards(engine.module), r.ema_rate, None if r.offload == "none" else "cpu"
     )
     start = resume(r, run, engine, ema)
-    metrics = Metrics(run, r, start)
+    record = metrics.Metrics(run, r, start)
     if held_out:
-        metrics.write_held_out(start, held_out.measure(engine, device, start))
+        record.write_held_out(start, held_out.measure(engine, device, start))
     pictures = Pictures(r, run, clips, held_out.clips if held_out else clips)
-    if start == 0:
-        metrics.write_samples(start, pictures.make(engine, start, asked=False))
+    record.write_samples(start, pictures.make(engine, start, asked=False))
 
-    saved = start
+    saved, stop_code = start, 0
     with console.progress("train", r.max_steps, "steps", done=start) as bar:
         for step, micro_batches in data.batches(clips, share, settings, range(start, r.max_steps)):
             stats, row = optimize(r, run, engine, ema, step, micro_batches)
-            done = step + 1
-            bar.advance(words(row))
+            done, stop_code = step + 1, stats.stop_code
+            bar.advance(metrics.words(row))
             if done % r.log_every_steps == 0 or done == r.max_steps:
-                metrics.write(row)
+                record.write(row)
             saving = done % r.save_every_steps == 0 or done == r.max_steps or stats.save_asked
             if saving:
-                checkpoint.save(engine, ema, run, done, about, r.keep_last)
+                save(r, run, engine, ema, done, about)
                 saved = done
-                console.say(f"saved step {done} to {run.resume_state(done)}")
             # Whoever stops a run waits for it; it is measured when it goes on.
-            if held_out and not stats.stop_code and (saving or done % r.validate_every_steps == 0):
-                metrics.write_held_out(done, held_out.measure(engine, device, done))
-            if not stats.stop_code:
-                metrics.write_samples(done, pictures.make(engine, done, stats.sample_asked))
+            if held_out and not stop_code and (saving or done % r.validate_every_steps == 0):
+                record.write_held_out(done, held_out.measure(engine, device, done))
+            if not stop_code:
+                record.write_samples(done, pictures.make(engine, done, stats.sample_asked))
             if saving:
-                metrics.write_page()
-            if stats.stop_code:
+                record.write_page()
+            if stop_code:
                 break
-    return {"step": saved, "exit_code": stats.stop_code}
+    return {"step": saved, "exit_code": stop_code}
 
 
 def optimize(
@@ -116,7 +113,7 @@ def optimize(
     ema: PowerEMA,
     step: int,
     micro_batches: list[data.Batch],
-) -> tuple[Stats, dict[str, Any]]:
+) -> tuple[metrics.Stats, dict[str, Any]]:
     """One optimizer step: what it measured and was asked meanwhile, and its row of metrics.jsonl.
 
     Raises:
@@ -133,11 +130,11 @@ def optimize(
         sigmas_B.append(batch.sigma_B)
         if batch is not micro_batches[-1]:
             engine.step()
-    stats = Stats.over_ranks(losses, errors_B, sigmas_B, requests(run))
-    require_finite(stats, step, micro_batches, errors_B)
+    stats = metrics.Stats.over_ranks(losses, errors_B, sigmas_B, requests(run))
+    metrics.require_finite(stats, step, micro_batches, errors_B)
     engine.step()
-    norm = grad_norm(engine)
-    require_finite_gradient(norm, step, micro_batches)
+    norm = metrics.grad_norm(engine)
+    metrics.require_finite_gradient(norm, step, micro_batches)
     ema.update(checkpoint.shards(engine.module), step)
     row = {
         "step": step + 1,
@@ -146,7 +143,7 @@ def optimize(
         "learning_rate": rate,
         "seconds": round(time.monotonic() - began, 4),
     }
-    return stats, row | gpu_row(r, engine.device, row["seconds"])
+    return stats, row | metrics.gpu_row(r, engine.device, row["seconds"])
 
 
 def open_dataset(r: Recipe) -> tuple[data.Clips, HeldOut | None, dict[str, Any]]:
@@ -170,62 +167,26 @@ def resume(r: Recipe, run: Run, engine: Any, ema: PowerEMA) -> int:
         checkpoint.resume(engine, ema, run, start)
         # DeepSpeed restores these from the checkpoint; the recipe's hold.
         for group in engine.optimizer.param_groups:
-            group.update(optimizer_settings(r))
+            group.update(engines.optimizer_settings(r))
         console.say(f"resumed at step {start} from {run.resume_state(start)}")
     return start
 
 
-def build_engine(r: Recipe, share: data.Share, device: torch.device) -> Any:
-    """The DeepSpeed engine around the loss, with the base weights in its shards."""
-    import deepspeed
+def save(r: Recipe, run: Run, engine: Any, ema: PowerEMA, step: int, about: dict[str, Any]) -> None:
+    """Saves a step and drops what the recipe does not keep.
 
-    on_host = {"device": "cpu", "pin_memory": device.type == "cuda"}
-    host = {}
-    if r.offload in ("optimizer", "parameters"):
-        host["offload_optimizer"] = on_host
-    if r.offload == "parameters":
-        host["offload_param"] = on_host
-    config = {
-        "train_micro_batch_size_per_gpu": r.micro_batch_size,
-        "gradient_accumulation_steps": share.count // share.micro,
-        "gradient_clipping": r.grad_clip,
-        "steps_per_print": 10**9,
-        "bf16": {"enabled": r.precision == "bf16"},
-        "zero_optimization": {"stage": r.zero_stage, "contiguous_gradients": True, **host},
-        # PyTorch's fused AdamW does as well on a CPU as DeepSpeed's, which wants a compiler.
-        "zero_force_ds_cpu_optimizer": False,
-    }
-    with deepspeed.zero.Init(config_dict_or_path=config, enabled=r.zero_stage == 3):
-        net = DiT(r.spec.dit)
-        module = edm.EDMLoss(net, r.spec)
-        if r.lora_rank:
-            lora.attach(module, net.blocks, r.lora_rank, r.lora_scale, r.lora_targets)
-    net.activation_checkpointing = r.activation_checkpointing
-    base = layout.model_files(r.spec, r.checkpoints_dir, r.base).dit
-    shapes = {name: checkpoint.full_shape(p) for name, p in module.named_parameters()}
-    first = {**weights.load_dit_state(base), **lora.fresh_factors(shapes, r.seed)}
-    checkpoint.load_weights(module, first, base)
-    optimizer = torch.optim.AdamW(
-        checkpoint.trained(module).values(),
-        lr=r.learning_rate,
-        **optimizer_settings(r),
-        fused=True,
-    )
-    engine, *_ = deepspeed.initialize(model=module, config=config, optimizer=optimizer)
-    return engine
-
-
-def grad_norm(engine: Any) -> float | None:
-    """Global norm of the gradient before clipping; ZeRO stage 0 does not tell it."""
-    norm = engine.get_global_grad_norm()
-    return None if norm is None else float(norm)
-
-
-def optimizer_settings(r: Recipe) -> dict[str, Any]:
-    """What AdamW takes from the recipe besides the learning rate."""
-    return {
-        "betas": (r.beta1, r.beta2), "eps": r.adam_eps, "weight_decay": r.weight_decay
-    }  # fmt: skip
+    Raises:
+        UserError: the disk has no room for it, or refuses.
+    """
+    if dist.get_rank() == 0:
+        sizes = plan.disk_bytes(r, step)
+        needed = sizes["model files of a save"] + sizes["a resume state"]
+        fix = "free some space and start the same command; the last save is untouched"
+        layout.require_free(run.checkpoints, needed, f"the files of step {step}", fix)
+    checkpoint.save(engine, ema, run, step, about)
+    if dist.get_rank() == 0:
+        checkpoint.prune(run, r)
+    console.say(f"saved step {step} to {run.resume_state(step)}")
 
 
 def requests(run: Run) -> tuple[int, bool, bool]:
@@ -242,153 +203,6 @@ def _was_touched(request: Path) -> bool:
     with layout.disk_errors(request):
         request.unlink(missing_ok=True)
     return True
-
-
-class Stats:
-    """Loss and EDM error of a step over all ranks, by noise band; and what was asked of any."""
-
-    def __init__(self, totals: list[float], asked: list[int]) -> None:
-        bands = len(edm.SIGMA_BANDS) - 1
-        self.stop_code, self.save_asked, self.sample_asked = asked
-        loss, micro_batches = totals[0], totals[1]
-        sums, counts = totals[2 : 2 + bands], totals[2 + bands :]
-        self.loss = loss / micro_batches
-        self.edm = sum(sums) / sum(counts)
-        self.bands = [s / c if c else None for s, c in zip(sums, counts, strict=True)]
-
-    @classmethod
-    def over_ranks(
-        cls,
-        losses: list[torch.Tensor],
-        errors_B: list[torch.Tensor],
-        sigmas_B: list[torch.Tensor],
-        asked: tuple[int, bool, bool],
-    ) -> Stats:
-        """The sums of every rank's part of a step. The largest stop code wins."""
-        errors = torch.cat(errors_B).double()
-        sigmas, device = torch.cat(sigmas_B).to(errors.device), errors.device
-        inside = [
-            (sigmas >= low) & (sigmas < high)
-            for low, high in zip(edm.SIGMA_BANDS, edm.SIGMA_BANDS[1:], strict=False)
-        ]
-        asked_of_any = torch.tensor(asked, dtype=torch.int64, device=device)
-        dist.all_reduce(asked_of_any, dist.ReduceOp.MAX)
-        sums = torch.stack(
-            [
-                torch.stack(losses).double().sum(),
-                torch.tensor(float(len(losses)), dtype=torch.float64, device=device),
-                *[errors[band].sum() for band in inside],
-                *[band.sum().double() for band in inside],
-            ]
-        )
-        dist.all_reduce(sums)
-        return cls(sums.tolist(), asked_of_any.tolist())
-
-    def row(self) -> dict[str, Any]:
-        """The figures for metrics.jsonl; a band without a sample is null."""
-        names = [f"edm_sigma_below_{high:g}" for high in edm.SIGMA_BANDS[1:-1]]
-        names.append(f"edm_sigma_from_{edm.SIGMA_BANDS[-2]:g}")
-        return {"loss": self.loss, "edm": self.edm, **dict(zip(names, self.bands, strict=True))}
-
-
-def words(row: dict[str, Any]) -> str:
-    """The figures of a step that are worth a look while it trains."""
-    share = f", {row['mfu']:.0%} MFU" if "mfu" in row else ""
-    return f"loss {row['loss']:.4f}, edm {row['edm']:.4f}{share}"
-
-
-def gpu_row(r: Recipe, device: torch.device, seconds: float) -> dict[str, float]:
-    """The peak of this GPU's memory so far, and the share of all GPUs' peak rate in a step."""
-    if device.type == "cpu":
-        return {}
-    row = {"peak_memory_gb": round(torch.cuda.max_memory_allocated(device) / 1e9, 3)}
-    if gpu := plan.find_gpu(torch.cuda.get_device_name(device)):
-        rate = plan.model_tflop(r) / seconds / dist.get_world_size()
-        row["mfu"] = round(rate / gpu.tflops, 4)
-    return row
-
-
-def require_finite(
-    stats: Stats, step: int, micro_batches: list[data.Batch], errors_B: list[torch.Tensor]
-) -> None:
-    """Ends the run before a non-finite loss reaches the weights.
-
-    Raises:
-        UserError: names step, clips and noise levels.
-    """
-    if math.isfinite(stats.loss) and math.isfinite(stats.edm):
-        return
-    errors = torch.cat(errors_B).tolist()
-    samples = zip(_samples(micro_batches), errors, strict=True)
-    culprits = [name for name, error in samples if not math.isfinite(error)]
-    raise data.not_finite("loss", f"step {step + 1}", culprits)
-
-
-def require_finite_gradient(norm: float | None, step: int, micro_batches: list[data.Batch]) -> None:
-    """Ends the run before a save of weights that a non-finite gradient has reached.
-
-    Raises:
-        UserError: names step, clips and noise levels.
-    """
-    # DeepSpeed's -1 stands for infinite and for not a number.
-    if norm is None or (math.isfinite(norm) and norm >= 0):
-        return
-    raise data.not_finite("gradient", f"step {step + 1}", _samples(micro_batches))
-
-
-def _samples(micro_batches: list[data.Batch]) -> list[str]:
-    return [sample for batch in micro_batches for sample in batch.samples]
-
-
-class Metrics:
-    """metrics.jsonl, status.json and report.html of a run, written by rank 0."""
-
-    def __init__(self, run: Run, r: Recipe, start: int) -> None:
-        self.run = run
-        self.status = {
-            "step": start,
-            "max_steps": r.max_steps,
-            "from": start,
-            "started": time.time(),
-            "planned_memory_gb": round(plan.plan(r, dist.get_world_size(), None).total_gb, 3),
-        }
-        if dist.get_rank() == 0:
-            # Those of steps that the resume state knows; at its own step it is measured anew.
-            kept = (
-                row
-                for row in history.rows(run)
-                if row["step"] < start or (row["step"] == start and history.HELD_OUT not in row)
-            )
-            layout.write_text(run.metrics, "".join(f"{json.dumps(row)}\n" for row in kept))
-            history.note(run, self.status)
-
-    def write(self, row: dict[str, Any]) -> None:
-        """Appends one step; the first one with a GPU's memory says what was planned."""
-        if "peak_memory_gb" in row and "peak_memory_gb" not in self.status:
-            console.say(
-                f"peak memory {row['peak_memory_gb']:.1f} GB on a GPU, "
-                f"{self.status['planned_memory_gb']:.1f} GB were planned"
-            )
-        self.status |= row
-        if dist.get_rank() == 0:
-            with layout.disk_errors(self.run.metrics), self.run.metrics.open("a") as stream:
-                stream.write(json.dumps(row) + "\n")
-            history.note(self.run, self.status)
-
-    def write_held_out(self, step: int, errors: dict[str, float]) -> None:
-        """Appends what was measured at a step."""
-        self.write({"step": step, **errors})
-        console.say(f"step {step}: {errors[history.HELD_OUT]:.4f} on held-out clips")
-
-    def write_samples(self, step: int, distances: dict[str, float]) -> None:
-        """Appends how far samples of a step are from training clips, where some were made."""
-        if distances:
-            self.write({"step": step, **distances})
-
-    def write_page(self) -> None:
-        """Writes the page of the run."""
-        if dist.get_rank() == 0:
-            history.write_page(self.run)
 
 
 def _request_save(_number: int, _frame: FrameType | None) -> None:

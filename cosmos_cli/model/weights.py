@@ -8,7 +8,9 @@ and `tokenizer/networks`; diffusers 0.42 `CosmosTransformer3DModel` and `Autoenc
 
 from __future__ import annotations
 
+import hashlib
 import io
+import os
 import pickle
 import re
 import struct
@@ -119,15 +121,17 @@ def load_dit_state(path: Path) -> State:
 
 def save_dit(path: Path, state: Mapping[str, Tensor], format: Literal["pt", "safetensors"]) -> None:
     """Writes the denoiser's weights: `pt` is the file the reference reads, `safetensors` ours."""
-    if format == "safetensors":
-        _write_safetensors(path, state)
-        return
+    write = save_released if format == "pt" else _write_safetensors
+    write(path, state)
+
+
+def save_released(path: Path, state: Mapping[str, Tensor]) -> str:
+    """Writes the denoiser's weights as the file that the reference reads; its sha256."""
     released = rename(state, OURS, RELEASED, path)
     tables = [state[f"net.pos_embedder.{axis}"] for axis in "thw"]
     seq = torch.arange(max(map(len, tables)), dtype=tables[0].dtype)
-    # Through a stream, for torch writes a path's name into the file, and ours is a temporary one.
-    with writing(path), layout.atomic_file(path) as temporary, temporary.open("wb") as stream:
-        torch.save({**released, "net.pos_embedder.seq": seq}, stream)
+    with writing(path), layout.atomic_file(path) as temporary:
+        return write_pt({**released, "net.pos_embedder.seq": seq}, temporary)[1]
 
 
 def save_diffusers(folder: Path, state: Mapping[str, Tensor], spec: DiTSpec) -> None:
@@ -365,6 +369,28 @@ def _read_pt(path: Path) -> Any:
         # Files from before torch 1.6 are no zip archives.
         mmap = zipfile.is_zipfile(path)
         return torch.load(path, map_location="cpu", mmap=mmap, weights_only=True)
+
+
+class _Hashing(io.BufferedWriter):
+    """A file that knows the sha256 of what was written to it."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(io.FileIO(path, "wb"))
+        self.digest = hashlib.sha256()
+
+    def write(self, data: Any) -> int:
+        self.digest.update(data)
+        return super().write(data)
+
+
+def write_pt(content: Any, path: Path) -> tuple[int, str]:
+    """Writes a file of torch's to the disk itself; its bytes and sha256, taken while writing."""
+    # Through a stream, for torch writes a path's name into the file, which may be a temporary one.
+    with _Hashing(path) as stream:
+        torch.save(content, stream)
+        stream.flush()
+        os.fsync(stream.fileno())
+        return stream.tell(), stream.digest.hexdigest()
 
 
 def _read_safetensors(path: Path) -> State:

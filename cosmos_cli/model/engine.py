@@ -1,0 +1,107 @@
+"""The DeepSpeed engine around the loss: its settings, its weights, its optimizer."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from cosmos_cli import console, layout
+from cosmos_cli.errors import ExitCode, UserError
+from cosmos_cli.keys import Recipe
+from cosmos_cli.model import checkpoint, data, edm, kernels, lora, plan, weights
+from cosmos_cli.model.dit import DiT
+
+
+def build(r: Recipe, share: data.Share, device: torch.device) -> Any:
+    """The DeepSpeed engine around the loss, with the base weights in its shards."""
+    import deepspeed
+
+    config = deepspeed_config(r, share, device)
+    with deepspeed.zero.Init(config_dict_or_path=config, enabled=r.zero_stage == 3):
+        net = DiT(r.spec.dit)
+        module = edm.EDMLoss(net, r.spec)
+        if r.lora_rank:
+            lora.attach(module, net.blocks, r.lora_rank, r.lora_scale, r.lora_targets)
+    net.activation_checkpointing = r.activation_checkpointing
+    net.blocks_kept = plan.blocks_kept(r, dist.get_world_size(), known_gpu(device))
+    if r.fp8_linears:
+        kernels.use_fp8(net.blocks)
+    base = layout.model_files(r.spec, r.checkpoints_dir, r.base).dit
+    shapes = {name: checkpoint.full_shape(p) for name, p in module.named_parameters()}
+    first = {**weights.load_dit_state(base), **lora.fresh_factors(shapes, r.seed)}
+    checkpoint.load_weights(module, first, base)
+    optimizer = build_optimizer(r, list(checkpoint.trained(module).values()), device)
+    kind = type(optimizer)
+    console.say(f"optimizer: {kind.__name__} of {kind.__module__.partition('.')[0]}")
+    engine, *_ = deepspeed.initialize(model=module, config=config, optimizer=optimizer)
+    return engine
+
+
+def deepspeed_config(r: Recipe, share: data.Share, device: torch.device) -> dict[str, Any]:
+    """What DeepSpeed calls the recipe."""
+    zero = {"stage": r.zero_stage, "contiguous_gradients": True}
+    on_host = {"device": "cpu", "pin_memory": device.type == "cuda"}
+    if r.offload in ("optimizer", "parameters"):
+        zero["offload_optimizer"] = on_host
+    if r.offload == "parameters":
+        zero["offload_param"] = on_host
+    world = int(os.environ["WORLD_SIZE"])
+    node = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    second = node if r.hpz_partition_size == "auto" else r.hpz_partition_size
+    if r.zero_stage == 3 and 1 < second < world:
+        zero["zero_hpz_partition_size"] = second
+    return {
+        "train_micro_batch_size_per_gpu": r.micro_batch_size,
+        "gradient_accumulation_steps": share.count // share.micro,
+        "gradient_clipping": r.grad_clip,
+        "steps_per_print": 10**9,
+        "bf16": {"enabled": r.precision == "bf16"},
+        "zero_optimization": zero,
+        # PyTorch's fused AdamW does as well on a CPU as DeepSpeed's, which wants a compiler.
+        "zero_force_ds_cpu_optimizer": False,
+    }
+
+
+def build_optimizer(r: Recipe, parameters: list[torch.nn.Parameter], device: torch.device) -> Any:
+    """The AdamW that the recipe asks for.
+
+    Raises:
+        UserError: DeepSpeed's cannot be compiled here.
+    """
+    settings = {"lr": r.learning_rate, **optimizer_settings(r)}
+    if r.optimizer == "apex":
+        from apex.optimizers import FusedAdam
+
+        return FusedAdam(parameters, adam_w_mode=True, **settings)
+    if r.optimizer == "deepspeed":
+        from deepspeed.ops import adam, op_builder
+
+        on_host = device.type == "cpu" or r.offload in ("optimizer", "parameters")
+        builder = op_builder.CPUAdamBuilder() if on_host else op_builder.FusedAdamBuilder()
+        if not builder.is_compatible(verbose=False):
+            raise UserError(
+                "DeepSpeed cannot compile its AdamW here",
+                code=ExitCode.ENVIRONMENT,
+                where="optimizer",
+                fix="install a compiler (g++, and nvcc for a GPU), or set optimizer: torch",
+            )
+        if on_host:
+            return adam.DeepSpeedCPUAdam(parameters, adamw_mode=True, **settings)
+        return adam.FusedAdam(parameters, adam_w_mode=True, **settings)
+    return torch.optim.AdamW(parameters, fused=True, **settings)
+
+
+def optimizer_settings(r: Recipe) -> dict[str, Any]:
+    """What AdamW takes from the recipe besides the learning rate."""
+    return {
+        "betas": (r.beta1, r.beta2), "eps": r.adam_eps, "weight_decay": r.weight_decay
+    }  # fmt: skip
+
+
+def known_gpu(device: torch.device) -> plan.Gpu | None:
+    """The kind of a GPU, where the planner knows it."""
+    name = "" if device.type == "cpu" else torch.cuda.get_device_name(device)
+    return plan.find_gpu(name)

@@ -1,0 +1,102 @@
+"""A save that the disk refuses: one line, exit 4, and the save before it is as it was."""
+
+import contextlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import Cosmos
+from test_train import losses, options
+
+from cosmos_cli.layout import Run
+
+pytestmark = pytest.mark.workflow
+
+
+@pytest.fixture
+def strace(tmp_path):
+    """strace, where there is one that may do its work."""
+    if shutil.which("strace") is None:
+        pytest.skip("strace is not installed (apt-get install strace)")
+    log = tmp_path / "strace"
+    command = ["strace", "-o", log, "-e", "inject=fsync:error=EIO", "true"]
+    tried = subprocess.run(command, capture_output=True, text=True, check=False)
+    if tried.returncode:
+        pytest.skip(f"strace may not trace here: {tried.stderr.strip()}")
+
+
+@pytest.mark.parametrize("sample", [10, pytest.param(None, marks=pytest.mark.slow)])
+def test_whichever_system_call_fails_the_save_before_it_loads(strace, tmp_path, sample):
+    script = Path(__file__).with_name("faulty_saves.py")
+    ranks = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "DS_ACCELERATOR": "cpu"}
+    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, script, tmp_path, *([str(sample)] if sample else [])],
+        env={**os.environ, **ranks, **where},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    counts, *rows = map(json.loads, done.stdout.splitlines())
+    assert {"openat", "write", "fsync", "rename"} <= counts["counts"].keys()
+    assert len(rows) == (sample or 2 * sum(counts["counts"].values()))
+    for row in rows:
+        assert row["injected"], row
+        assert row["whole"], row
+        # What is on its way out is out of sight, and goes with the next start.
+        assert not {*row["left"]} - {".iter_000000001.tmp"}, row
+        # A folder that cannot be made is made once more.
+        assert row["code"] == 4 if "code" in row else row["call"] == "mkdir", row
+        assert "\n" not in row.get("line", "")
+
+
+@pytest.fixture
+def disk(prepared, tmp_path):
+    """A small disk of its own, and the datasets beside it."""
+    path = tmp_path / "disk"
+    path.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1g", "tmpfs", path]
+    tried = subprocess.run(mount, capture_output=True, text=True, check=False)
+    if tried.returncode:
+        pytest.skip(f"a small disk cannot be made here: {tried.stderr.strip()}")
+    shutil.copytree(prepared / "datasets", tmp_path / "datasets")
+    yield path
+    subprocess.run(["umount", path], check=True)
+
+
+def fill(disk, but):
+    """Takes all but some bytes of a disk."""
+    with (disk / "ballast").open("ab", buffering=0) as stream, contextlib.suppress(OSError):
+        while (free := shutil.disk_usage(disk).free) > but:
+            stream.write(bytes(min(free - but, 2**23)))
+
+
+@pytest.mark.parametrize("inside_a_save", [True, False])
+def test_a_full_disk_ends_the_run_in_one_line_and_room_goes_on(disk, inside_a_save):
+    cosmos = Cosmos(disk.parent)
+    pairs = ("num_processes=1", "output_root=disk", "min_free_disk_gb=0", "save_every_steps=1")
+    # Room for two saves of 140 MB and the state that goes.
+    cosmos("train", "tiny", *options("full", *pairs, "max_steps=2"))
+    run = Run(next(disk.glob("*/*/full")))
+    fill(disk, 300_000_000 if inside_a_save else 100_000_000)
+    process = cosmos.start("train", "tiny", *options("full", *pairs, "max_steps=3"))
+    while inside_a_save and process.poll() is None:
+        if list(run.checkpoints.glob(".*.tmp*")):
+            fill(disk, 10_000_000)
+            break
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 4, err
+    assert "Traceback" not in err
+    (line,) = [line for line in err.splitlines() if line.startswith("error")]
+    assert ("cannot be written" if inside_a_save else "MB are free") in line
+    assert run.resumable_steps() == [1, 2]
+    assert not list(run.checkpoints.glob(".*"))
+    (disk / "ballast").unlink()
+    on = cosmos("train", "tiny", *options("full", *pairs, "max_steps=3"))
+    assert "resumed at step 2" in on.stderr
+    assert [row[0] for row in losses(run)] == [1, 2, 3]
