@@ -32,8 +32,9 @@ RESIZE_MODES = ("stretch", "crop", "pad")
 CLOCK_SECONDS = 1e-3
 # Rates this close are the same rate: 23.976 is 24, 25 is not.
 FPS_TOLERANCE = 0.01
-# Frames are decoded in chunks of about this size, so a 4K clip is never in memory whole.
-CHUNK_BYTES = 2**26
+# Frames are decoded in chunks of about this size, so a 4K clip is never in memory whole. Below 32
+# MiB glibc uses the memory of a chunk again for the next; above, every page of it is mapped anew.
+CHUNK_BYTES = 2**24
 # Same frames, same bytes: with AVX-512, x264's macroblock tree (build 164) depends on where memory
 # lies, and any stream on the number of threads.
 X264_REPRODUCIBLE = {"threads": 4, "x264-params": "cpu-independent=1"}
