@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+import stat
 import struct
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from cosmos_cli import layout
 from cosmos_cli.errors import ExitCode, UserError
 
 if TYPE_CHECKING:
@@ -106,23 +108,19 @@ def probe(path: Path) -> VideoInfo:
     meta = decoder.metadata
     if not meta.num_frames or not meta.average_fps:
         raise VideoError("0 frames")
-    assert meta.duration_seconds and meta.height and meta.width
+    if not meta.duration_seconds:
+        raise VideoError("no video stream but a picture, as the cover of a song")
+    assert meta.height and meta.width
     fps = meta.average_fps
     header_fps = meta.average_fps_from_header
     # The header has the exact rate, but for variable rates it names the clock's instead.
     if header_fps and _same_rate(fps, header_fps):
         fps = header_fps
-    if _mp4_boxes(path)[1] > 0:
-        wanted = meta.num_frames_from_header or "more"
-        raise VideoError(f"truncated: {meta.num_frames} of {wanted} frames are in the file")
-    try:
-        first = decoder.get_frame_at(0).pts_seconds
-    except RuntimeError as error:
-        raise VideoError("damaged: the first frame does not decode") from error
-    # Trap: when an edit list hides the first key frame, torchcodec 0.13 silently returns the frames
-    # of the next one instead.
-    if abs(first - (meta.begin_stream_seconds or 0)) > CLOCK_SECONDS:
-        raise VideoError("cut without re-encoding, its first key frame is hidden: re-encode it")
+    if _mp4_boxes(path)[1] > 0 or _matroska_lacks(path) > 0:
+        wanted = meta.num_frames_from_header
+        found = f"{meta.num_frames} of {wanted}" if wanted else f"only {meta.num_frames}"
+        raise VideoError(f"truncated: {found} frames are in the file")
+    _check_first_frame(path, decoder)
     return VideoInfo(
         frames=meta.num_frames,
         fps=float(fps),
@@ -132,6 +130,28 @@ def probe(path: Path) -> VideoInfo:
         codec=meta.codec or "unknown",
         begin=meta.begin_stream_seconds or 0.0,
     )
+
+
+def _check_first_frame(path: Path, decoder: VideoDecoder) -> None:
+    """Refuses what torchcodec 0.13 cannot go back to the start of.
+
+    Traps: of MPEG's streams, which have no index, it finds no frame or a later one; when an edit
+    list hides the first key frame, it silently returns the frames of the next one instead.
+    """
+    try:
+        late = decoder.get_frame_at(0).pts_seconds - (decoder.metadata.begin_stream_seconds or 0)
+    except RuntimeError:
+        late = math.inf
+    if abs(late) <= CLOCK_SECONDS:
+        return
+    with path.open("rb") as file:
+        start = file.read(5)
+    # Program streams start with a pack, transport streams with 0x47, of Blu-ray behind a time.
+    if start[:4] == b"\0\0\1\xba" or b"G" in (start[:1], start[4:]):
+        raise VideoError("an MPEG stream has no index: `ffmpeg -i IN -c copy OUT.mp4` makes one")
+    if late == math.inf:
+        raise VideoError("damaged: the first frame does not decode")
+    raise VideoError("cut without re-encoding, its first key frame is hidden: re-encode it")
 
 
 def part(info: VideoInfo, span: range) -> VideoInfo:
@@ -381,16 +401,20 @@ def _needs_ffmpeg(what: str) -> Iterator[None]:
 def _open(path: Path) -> VideoDecoder:
     with _needs_ffmpeg("FFmpeg is missing"):
         from torchcodec.decoders import VideoDecoder
-    if not path.is_file():
-        raise VideoError("no such file")
     try:
+        status = path.stat()
+        # Only then opened: a pipe would have us wait for whoever writes to it.
+        if not stat.S_ISREG(status.st_mode):
+            raise VideoError("not a file")
         path.open("rb").close()
         path.name.encode()
+    except FileNotFoundError as error:
+        raise VideoError("no such file") from error
     except OSError as error:
         raise VideoError(f"cannot be read: {os.strerror(error.errno or 0)}") from error
     except UnicodeEncodeError as error:
         raise VideoError("its name is not UTF-8; rename it") from error
-    if path.stat().st_size == 0:
+    if status.st_size == 0:
         raise VideoError("the file is empty")
     try:
         return VideoDecoder(path, seek_mode="exact", num_ffmpeg_threads=0)
@@ -424,10 +448,28 @@ def _mp4_boxes(path: Path) -> tuple[list[bytes], int]:
     return names, position - end
 
 
+def _matroska_lacks(path: Path) -> int:
+    """The bytes that lack at the end of a Matroska file, 0 for others and where it does not say.
+
+    Source: RFC 8794, section 4; RFC 9559, section 5.1.
+    """
+    with path.open("rb") as file:
+        start = file.read(4096)
+    position = size = length = 0
+    for name in (b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67"):
+        position += size + 4
+        if start[position - 4 : position] != name or len(start) < position + 8:
+            return 0
+        length = 9 - start[position].bit_length()
+        size = int.from_bytes(start[position : position + length]) & (1 << 7 * length) - 1
+        position += length
+    unknown = size == (1 << 7 * length) - 1
+    return 0 if unknown else position + size - path.stat().st_size
+
+
 def _decode(path: Path, indices: Sequence[int], seconds: Sequence[float]) -> Iterator[Tensor]:
     """The frames of these numbers or, else, times, in uint8 chunks (T, 3, H, W)."""
-    status = path.stat() if path.is_file() else None
-    decoder = _open_again(path, status and (status.st_ino, status.st_size, status.st_mtime_ns))
+    decoder = _open_again(path, layout.stamp_of(path))
     meta = decoder.metadata
     assert meta.height and meta.width
     size = max(1, CHUNK_BYTES // (3 * meta.height * meta.width))
@@ -449,6 +491,6 @@ def _decode(path: Path, indices: Sequence[int], seconds: Sequence[float]) -> Ite
 
 
 @lru_cache(maxsize=1)
-def _open_again(path: Path, _version: tuple[int, ...] | None) -> VideoDecoder:
+def _open_again(path: Path, _version: tuple[int, int]) -> VideoDecoder:
     """The decoder of a file, kept for its next clip, since opening one scans all its packets."""
     return _open(path)
