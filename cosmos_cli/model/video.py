@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 import os
 import stat
-import struct
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -23,6 +22,7 @@ from torch import Tensor
 
 from cosmos_cli import layout
 from cosmos_cli.errors import ExitCode, UserError
+from cosmos_cli.model import containers
 
 if TYPE_CHECKING:
     from torchcodec.decoders import VideoDecoder
@@ -116,7 +116,7 @@ def probe(path: Path) -> VideoInfo:
     # The header has the exact rate, but for variable rates it names the clock's instead.
     if header_fps and _same_rate(fps, header_fps):
         fps = header_fps
-    if _mp4_boxes(path)[1] > 0 or _matroska_lacks(path) > 0:
+    if containers.lacks(path) > 0:
         wanted = meta.num_frames_from_header
         found = f"{meta.num_frames} of {wanted}" if wanted else f"only {meta.num_frames}"
         raise VideoError(f"truncated: {found} frames are in the file")
@@ -144,10 +144,7 @@ def _check_first_frame(path: Path, decoder: VideoDecoder) -> None:
         late = math.inf
     if abs(late) <= CLOCK_SECONDS:
         return
-    with path.open("rb") as file:
-        start = file.read(5)
-    # Program streams start with a pack, transport streams with 0x47, of Blu-ray behind a time.
-    if start[:4] == b"\0\0\1\xba" or b"G" in (start[:1], start[4:]):
+    if containers.is_mpeg_stream(path):
         raise VideoError("an MPEG stream has no index: `ffmpeg -i IN -c copy OUT.mp4` makes one")
     if late == math.inf:
         raise VideoError("damaged: the first frame does not decode")
@@ -421,50 +418,10 @@ def _open(path: Path) -> VideoDecoder:
     except ValueError as error:
         raise VideoError("no video stream") from error
     except RuntimeError as error:
-        boxes, missing = _mp4_boxes(path)
-        if boxes and (missing > 0 or b"moov" not in boxes):
+        boxes, lacking = containers.mp4_boxes(path)
+        if boxes and (lacking > 0 or b"moov" not in boxes):
             raise VideoError("truncated: the index of the mp4 is missing") from error
         raise VideoError("no video stream" if boxes else "not a video") from error
-
-
-def _mp4_boxes(path: Path) -> tuple[list[bytes], int]:
-    """Names of the top-level boxes of an mp4 file, and the bytes lacking at its end.
-
-    Other files have no boxes. Frame counts would not show a truncation: edit lists hide frames.
-    Source: ISO/IEC 14496-12, section 4.2.
-    """
-    names: list[bytes] = []
-    end, position = path.stat().st_size, 0
-    with path.open("rb") as file:
-        while position + 8 <= end:
-            file.seek(position)
-            size, name = struct.unpack(">I4s", file.read(8))
-            if not names and name != b"ftyp":
-                return [], 0
-            if size == 1 and position + 16 <= end:
-                (size,) = struct.unpack(">Q", file.read(8))
-            names.append(name)
-            position = end if size == 0 else position + max(size, 8)
-    return names, position - end
-
-
-def _matroska_lacks(path: Path) -> int:
-    """The bytes that lack at the end of a Matroska file, 0 for others and where it does not say.
-
-    Source: RFC 8794, section 4; RFC 9559, section 5.1.
-    """
-    with path.open("rb") as file:
-        start = file.read(4096)
-    position = size = length = 0
-    for name in (b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67"):
-        position += size + 4
-        if start[position - 4 : position] != name or len(start) < position + 8:
-            return 0
-        length = 9 - start[position].bit_length()
-        size = int.from_bytes(start[position : position + length]) & (1 << 7 * length) - 1
-        position += length
-    unknown = size == (1 << 7 * length) - 1
-    return 0 if unknown else position + size - path.stat().st_size
 
 
 def _decode(path: Path, indices: Sequence[int], seconds: Sequence[float]) -> Iterator[Tensor]:
