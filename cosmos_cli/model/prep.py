@@ -55,7 +55,8 @@ def prepare(r: Recipe, device: str) -> dict[str, Any]:
         sources.require_usable(r, dataset, videos)
         if crew.first:
             _check_disk(r, dataset, videos)
-            _clear(dataset)
+            _remove_stale(dataset)
+            _remove_manifest(dataset)
             sources.write_captions(r, dataset, videos)
             _check_embeddings(r, dataset, videos)
         crew.start()
@@ -81,11 +82,15 @@ def _job(r: Recipe, videos: list[Source]) -> str:
     return layout.sha256_text(recipe.dump(r), *listed)
 
 
-def _clear(dataset: Dataset) -> None:
-    """Removes what a killed process left, and the manifest: train must read no mixture."""
+def _remove_stale(dataset: Dataset) -> None:
+    """Removes what killed processes left half written."""
     for folder in (dataset.root, dataset.metas, dataset.embeddings, dataset.latents):
         if folder.is_dir():
             layout.remove_stale(folder)
+
+
+def _remove_manifest(dataset: Dataset) -> None:
+    """So that train reads no mixture when this run ends early."""
     if dataset.manifest.exists():
         dataset.read_manifest()
         dataset.manifest.unlink()
@@ -109,10 +114,12 @@ def _finish(r: Recipe, latents: Latents, videos: list[Source], times: Stopwatch)
         if path.name not in listed:
             path.unlink()
     layout.write_text(dataset.root / "resolved.yaml", recipe.dump(r))
-    tokenizer = latents.tokenizer
-    prep_report.write(
-        r, dataset, videos, prep_report.Findings(manifest, latents.looks, times.seconds), tokenizer
-    )
+    # In the order of the videos, not in that in which this process came to them.
+    seen = {v.name: latents.looks[v.name] for v in videos if v.name in latents.looks}
+    findings = prep_report.Findings(manifest, seen, times.seconds)
+    prep_report.write(r, dataset, videos, findings, latents.tokenizer)
+    # Of one that was killed while this one waited for it.
+    _remove_stale(dataset)
     layout.write_json(dataset.manifest, manifest)
 
 
