@@ -18,7 +18,10 @@ from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.model.spec import ModelSpec
 
 EMBEDDED_DIR = Path(__file__).parent / "model" / "tiny"
-VIDEO_SUFFIXES = frozenset({".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi"})
+VIDEO_SUFFIXES = frozenset({
+    ".mp4", ".m4v", ".mov", ".3gp", ".mkv", ".webm", ".avi", ".flv", ".wmv", ".ogv", ".mxf", ".gif",
+    ".y4m", ".ts", ".mts", ".m2ts", ".mpg", ".mpeg", ".vob",
+})  # fmt: skip
 MODEL_FILE = "model.pt"
 # What a denoiser is called in a folder of ours, by format.
 MODEL_FORMATS = {"pt": MODEL_FILE, "safetensors": "model.safetensors", "diffusers": "transformer"}

@@ -16,7 +16,7 @@ from conftest import SMALL, Cosmos, moving_square, settings
 from safetensors import safe_open
 
 from cosmos_cli import claims, recipe
-from cosmos_cli.model import prep, prep_report, video
+from cosmos_cli.model import prep, prep_report, sources, video
 
 pytestmark = pytest.mark.workflow
 
@@ -354,6 +354,12 @@ def fresh(undisturbed, root):
     return Cosmos(root), root / "datasets" / "tiny"
 
 
+def wait_for(path, process):
+    while not (path.exists() and path.stat().st_size):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+
+
 def test_the_tasks_of_an_array_end_with_the_bytes_of_one_process(
     undisturbed, tmp_path, monkeypatch
 ):
@@ -366,6 +372,31 @@ def test_the_tasks_of_an_array_end_with_the_bytes_of_one_process(
         _, err = process.communicate(timeout=120)
         assert process.returncode == 0, err
     assert snapshot(dataset) == undisturbed[1]
+    # The copies are told by the order of the videos, whoever made them.
+    page = (dataset / "report.html").read_text()
+    assert "<td>7.mp4: has the same bytes as 0.mp4" in page
+    assert "<td>0.mp4: has" not in page
+
+
+def test_the_one_that_ends_last_clears_up_behind_one_that_was_killed(
+    undisturbed, tmp_path, monkeypatch
+):
+    cosmos, dataset = fresh(undisturbed, tmp_path)
+    cosmos("prep", "tiny", *settings(PROMPT))
+    monkeypatch.chdir(tmp_path)
+    r = recipe.load("tiny", [*SMALL, PROMPT]).recipe
+    job = prep._job(r, sources.inspect(r, prep.Dataset.at(r.dataset_dir, r.videos_dir)))
+    with claims.crew(dataset / "prep.lock", job) as crew:
+        crew.start()
+        (dataset / ".99999999.report.tmp").mkdir()
+        shutil.rmtree(dataset / "latents")
+        other = cosmos.start("prep", "tiny", *settings(PROMPT))
+        # Then it is at work beside us, and waits for us at its end.
+        wait_for(dataset / "latents", other)
+    _, err = other.communicate(timeout=120)
+    assert other.returncode == 0, err
+    assert snapshot(dataset) == undisturbed[1]
+    assert not list(dataset.rglob(".*.tmp*"))
 
 
 def test_the_ranks_of_a_launcher_share_the_work_and_one_speaks(undisturbed, tmp_path):
@@ -402,12 +433,6 @@ def test_a_process_with_another_recipe_is_refused_while_one_is_at_work(undisturb
     assert not (dataset / "metas").exists()
     cosmos("prep", "tiny", *settings(PROMPT))
     assert snapshot(dataset) == undisturbed[1]
-
-
-def wait_for(path, process):
-    while not (path.exists() and path.stat().st_size):
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.01)
 
 
 @pytest.mark.parametrize("kills", [5, pytest.param(50, marks=pytest.mark.slow)])

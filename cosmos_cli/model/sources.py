@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -10,10 +11,12 @@ from typing import Any
 from cosmos_cli import captions, console, layout, lerobot
 from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.keys import Recipe
-from cosmos_cli.layout import Dataset
+from cosmos_cli.layout import VIDEO_SUFFIXES, Dataset
 from cosmos_cli.model import video
 
 MAX_CAPTION_BYTES = 1_000_000
+# What file systems allow.
+MAX_NAME_BYTES = 255
 
 
 @dataclass
@@ -61,8 +64,6 @@ def inspect(r: Recipe, dataset: Dataset) -> list[Source]:
             first = stems.setdefault(source.stem, source.name)
             if first != source.name:
                 source.reject(f"shares its name with {first}; rename one")
-            elif not source.path.is_file():
-                source.reject("not a file" if source.path.exists() else "no such file")
             else:
                 try:
                     # The episodes of a file follow one another; its packets are scanned once.
@@ -77,6 +78,9 @@ def inspect(r: Recipe, dataset: Dataset) -> list[Source]:
 
 def _find(r: Recipe, dataset: Dataset) -> list[Source]:
     if not lerobot.is_lerobot(dataset.videos):
+        below = (p for p in dataset.videos.glob("*/*") if p.suffix.lower() in VIDEO_SUFFIXES)
+        for folder in sorted({path.parent for path in below}):
+            console.warn(f"{folder}: the videos in this folder are not taken; move them up")
         return [Source(path.name, path) for path in dataset.video_files()]
     return [
         Source(e.name, e.path, range(e.first, e.first + e.frames), e.task)
@@ -89,6 +93,9 @@ def _choose_clips(r: Recipe, source: Source, info: video.VideoInfo) -> None:
     source.clips = video.select_clips(
         source.info, r.fps_policy, r.fps, r.num_frames, r.stride, r.max_clips_per_video
     )
+    excess = len(os.fsencode(source.latent_name(source.clips[-1]))) - MAX_NAME_BYTES
+    if excess > 0:
+        raise video.VideoError(f"its name is {excess} bytes too long to name latents by; rename it")
 
 
 # --- captions -------------------------------------------------------------------------------------

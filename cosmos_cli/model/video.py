@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import os
-import struct
+import stat
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -20,7 +20,9 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from cosmos_cli import layout
 from cosmos_cli.errors import ExitCode, UserError
+from cosmos_cli.model import containers
 
 if TYPE_CHECKING:
     from torchcodec.decoders import VideoDecoder
@@ -32,8 +34,9 @@ RESIZE_MODES = ("stretch", "crop", "pad")
 CLOCK_SECONDS = 1e-3
 # Rates this close are the same rate: 23.976 is 24, 25 is not.
 FPS_TOLERANCE = 0.01
-# Frames are decoded in chunks of about this size, so a 4K clip is never in memory whole.
-CHUNK_BYTES = 2**26
+# Frames are decoded in chunks of about this size, so a 4K clip is never in memory whole. Below 32
+# MiB glibc uses the memory of a chunk again for the next; above, every page of it is mapped anew.
+CHUNK_BYTES = 2**24
 # Same frames, same bytes: with AVX-512, x264's macroblock tree (build 164) depends on where memory
 # lies, and any stream on the number of threads.
 X264_REPRODUCIBLE = {"threads": 4, "x264-params": "cpu-independent=1"}
@@ -105,23 +108,19 @@ def probe(path: Path) -> VideoInfo:
     meta = decoder.metadata
     if not meta.num_frames or not meta.average_fps:
         raise VideoError("0 frames")
-    assert meta.duration_seconds and meta.height and meta.width
+    if not meta.duration_seconds:
+        raise VideoError("no video stream but a picture, as the cover of a song")
+    assert meta.height and meta.width
     fps = meta.average_fps
     header_fps = meta.average_fps_from_header
     # The header has the exact rate, but for variable rates it names the clock's instead.
     if header_fps and _same_rate(fps, header_fps):
         fps = header_fps
-    if _mp4_boxes(path)[1] > 0:
-        wanted = meta.num_frames_from_header or "more"
-        raise VideoError(f"truncated: {meta.num_frames} of {wanted} frames are in the file")
-    try:
-        first = decoder.get_frame_at(0).pts_seconds
-    except RuntimeError as error:
-        raise VideoError("damaged: the first frame does not decode") from error
-    # Trap: when an edit list hides the first key frame, torchcodec 0.13 silently returns the frames
-    # of the next one instead.
-    if abs(first - (meta.begin_stream_seconds or 0)) > CLOCK_SECONDS:
-        raise VideoError("cut without re-encoding, its first key frame is hidden: re-encode it")
+    if containers.lacks(path) > 0:
+        wanted = meta.num_frames_from_header
+        found = f"{meta.num_frames} of {wanted}" if wanted else f"only {meta.num_frames}"
+        raise VideoError(f"truncated: {found} frames are in the file")
+    _check_first_frame(path, decoder)
     return VideoInfo(
         frames=meta.num_frames,
         fps=float(fps),
@@ -131,6 +130,25 @@ def probe(path: Path) -> VideoInfo:
         codec=meta.codec or "unknown",
         begin=meta.begin_stream_seconds or 0.0,
     )
+
+
+def _check_first_frame(path: Path, decoder: VideoDecoder) -> None:
+    """Refuses what torchcodec 0.13 cannot go back to the start of.
+
+    Traps: of MPEG's streams, which have no index, it finds no frame or a later one; when an edit
+    list hides the first key frame, it silently returns the frames of the next one instead.
+    """
+    try:
+        late = decoder.get_frame_at(0).pts_seconds - (decoder.metadata.begin_stream_seconds or 0)
+    except RuntimeError:
+        late = math.inf
+    if abs(late) <= CLOCK_SECONDS:
+        return
+    if containers.is_mpeg_stream(path):
+        raise VideoError("an MPEG stream has no index: `ffmpeg -i IN -c copy OUT.mp4` makes one")
+    if late == math.inf:
+        raise VideoError("damaged: the first frame does not decode")
+    raise VideoError("cut without re-encoding, its first key frame is hidden: re-encode it")
 
 
 def part(info: VideoInfo, span: range) -> VideoInfo:
@@ -380,53 +398,35 @@ def _needs_ffmpeg(what: str) -> Iterator[None]:
 def _open(path: Path) -> VideoDecoder:
     with _needs_ffmpeg("FFmpeg is missing"):
         from torchcodec.decoders import VideoDecoder
-    if not path.is_file():
-        raise VideoError("no such file")
     try:
+        status = path.stat()
+        # Only then opened: a pipe would have us wait for whoever writes to it.
+        if not stat.S_ISREG(status.st_mode):
+            raise VideoError("not a file")
         path.open("rb").close()
         path.name.encode()
+    except FileNotFoundError as error:
+        raise VideoError("no such file") from error
     except OSError as error:
         raise VideoError(f"cannot be read: {os.strerror(error.errno or 0)}") from error
     except UnicodeEncodeError as error:
         raise VideoError("its name is not UTF-8; rename it") from error
-    if path.stat().st_size == 0:
+    if status.st_size == 0:
         raise VideoError("the file is empty")
     try:
         return VideoDecoder(path, seek_mode="exact", num_ffmpeg_threads=0)
     except ValueError as error:
         raise VideoError("no video stream") from error
     except RuntimeError as error:
-        boxes, missing = _mp4_boxes(path)
-        if boxes and (missing > 0 or b"moov" not in boxes):
+        boxes, lacking = containers.mp4_boxes(path)
+        if boxes and (lacking > 0 or b"moov" not in boxes):
             raise VideoError("truncated: the index of the mp4 is missing") from error
         raise VideoError("no video stream" if boxes else "not a video") from error
 
 
-def _mp4_boxes(path: Path) -> tuple[list[bytes], int]:
-    """Names of the top-level boxes of an mp4 file, and the bytes lacking at its end.
-
-    Other files have no boxes. Frame counts would not show a truncation: edit lists hide frames.
-    Source: ISO/IEC 14496-12, section 4.2.
-    """
-    names: list[bytes] = []
-    end, position = path.stat().st_size, 0
-    with path.open("rb") as file:
-        while position + 8 <= end:
-            file.seek(position)
-            size, name = struct.unpack(">I4s", file.read(8))
-            if not names and name != b"ftyp":
-                return [], 0
-            if size == 1 and position + 16 <= end:
-                (size,) = struct.unpack(">Q", file.read(8))
-            names.append(name)
-            position = end if size == 0 else position + max(size, 8)
-    return names, position - end
-
-
 def _decode(path: Path, indices: Sequence[int], seconds: Sequence[float]) -> Iterator[Tensor]:
     """The frames of these numbers or, else, times, in uint8 chunks (T, 3, H, W)."""
-    status = path.stat() if path.is_file() else None
-    decoder = _open_again(path, status and (status.st_ino, status.st_size, status.st_mtime_ns))
+    decoder = _open_again(path, layout.stamp_of(path))
     meta = decoder.metadata
     assert meta.height and meta.width
     size = max(1, CHUNK_BYTES // (3 * meta.height * meta.width))
@@ -448,6 +448,6 @@ def _decode(path: Path, indices: Sequence[int], seconds: Sequence[float]) -> Ite
 
 
 @lru_cache(maxsize=1)
-def _open_again(path: Path, _version: tuple[int, ...] | None) -> VideoDecoder:
+def _open_again(path: Path, _version: tuple[int, int]) -> VideoDecoder:
     """The decoder of a file, kept for its next clip, since opening one scans all its packets."""
     return _open(path)
