@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from cosmos_cli import claims, console, layout, recipe
 from cosmos_cli.claims import Crew
@@ -282,7 +282,8 @@ class Latents:
         with weights.writing(path), layout.atomic_file(path) as temporary:
             latent = x0.to("cpu", torch.bfloat16).contiguous()
             # One entry: safetensors writes several in an order that changes from run to run.
-            save_file({"latent": latent}, temporary, metadata={"about": json.dumps(about)})
+            # Trap: save_file writes to a name of its own, which nobody removes after a kill.
+            temporary.write_bytes(save({"latent": latent}, {"about": json.dumps(about)}))
         return about
 
     def _row(self, source: Source, clip: video.Clip, path: Path) -> dict[str, Any]:
