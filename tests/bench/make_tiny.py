@@ -6,7 +6,8 @@ tokenizer  trains the video tokenizer on drawn scenes and moving colour noise.
 dit        trains the denoiser on drawn scenes and their captions with the package's own loss.
 
 Each part is deterministic by its seed on one machine. `tiny/training.json` keeps the
-settings, device, time and losses that made the shipped weights.
+settings, device, time and losses that made the shipped weights. The first three runs of the
+tokenizer saw things of one colour only.
 """
 
 from __future__ import annotations
