@@ -35,8 +35,6 @@ CHANCE = {
     "concept": 0.0,
     "consistency": 0.0,
 }
-# The mascot's head counts as there when half of what is drawn is seen.
-CONCEPT_SEEN = 0.5
 # The fastest thing of the drawn world moves 0.05 picture heights a frame.
 LARGEST_MOVE = 0.1
 # Not the scenes of the dataset that teaches the mascot.
@@ -193,7 +191,9 @@ def scores(samples: Sequence[Sample]) -> dict[str, float]:
     ]
     return {
         **{name: fmean(found[name] for found in right) for name in ("colour", "shape", "motion")},
-        "concept": fmean(found.concept >= CONCEPT_SEEN for trial, found in read if trial.of_mascot),
+        "concept": fmean(
+            found.concept >= scorer.CONCEPT_SEEN for trial, found in read if trial.of_mascot
+        ),
         "consistency": fmean(consistency(reading) for _, reading in read),
     }
 

@@ -18,6 +18,8 @@ from cosmos_cli.model import world
 
 # What the drawn mascot has of its accent, in parts of what it has of its body's colour.
 MASCOT_OWN = 0.42
+# Its head counts as there when half of what is drawn is seen.
+CONCEPT_SEEN = 0.5
 NOISE_AREA = 0.001  # parts of the picture
 
 
@@ -50,7 +52,7 @@ def measure(video_CTHW: Tensor) -> Reading:
         accent_THW = colour_THW == list(world.COLOURS).index(world.MASCOT_ACCENT)
         head_THW = accent_THW & _near(track_T3, mask_THW)
         concept = min(1.0, float(head_THW.sum()) / counts[colour] / MASCOT_OWN)
-        if concept >= 0.5:
+        if concept >= CONCEPT_SEEN:
             mask_THW += head_THW
             track_T3 = _track(mask_THW)
     seen_T = mask_THW.mean((1, 2)) > NOISE_AREA

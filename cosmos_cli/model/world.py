@@ -91,7 +91,7 @@ class Scene:
 
 MASCOT_ACCENT = "yellow"
 MASCOT = Thing("robot", "teal", accents=(("antenna", MASCOT_ACCENT), ("head", MASCOT_ACCENT)))
-# The parts whose colour may be their own.
+# The parts that a motley thing has in colours of their own.
 PARTS = {"robot": ("antenna", "stripe", "side"), "ball": ("shine",), "cube": ("top", "side")}
 
 
