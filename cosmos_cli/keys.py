@@ -331,7 +331,9 @@ class Recipe(BaseModel):
         "auto",
     )
     compile: Literal["auto", "on", "off"] = _sampling(
-        "Have torch compile the denoiser's blocks; auto does on a GPU where it saves time.", "auto"
+        "Have torch compile the denoiser's blocks, and in training what lies between their "
+        "linears; auto does on a GPU where it saves time.",
+        "auto",
     )
     video_crf: float = _sampling(
         "Quality of the mp4 as x264's CRF, smaller is better.", 18.0, ge=0, le=51

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 import torch
 
+from cosmos_cli import console
 from cosmos_cli.errors import ExitCode, UserError
 
 
@@ -19,6 +20,20 @@ def best_device() -> str:
     # transformers imports DeepSpeed when it is installed, which without this guesses on stdout.
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     return "cpu"
+
+
+def can_compile(device: torch.device, loss: str) -> bool:
+    """Whether torch can compile for a device; where it cannot, says so and what that costs.
+
+    It needs a C compiler, Python's headers and on a GPU Triton, which a small try shows.
+    """
+    try:
+        torch.compile(torch.neg)(torch.zeros(1, device=device))
+    except torch._dynamo.exc.TorchDynamoException as error:
+        reason = str(error).partition("\n")[0]
+        console.warn(f"nothing is compiled here, so {loss}: {reason}")
+        return False
+    return True
 
 
 @contextmanager

@@ -46,9 +46,10 @@ class DiT(nn.Module):
         self.spec = spec
         # What the backward pass computes again instead of keeping it: of each block "all" but its
         # input, with "attention" all but that and what self-attention gave, and with "most" not
-        # what linears gave either in the first `blocks_kept` blocks.
+        # what the MLP gave either in the first `mlps_kept` blocks, nor what any linear gave in the
+        # first `blocks_kept`.
         self.activation_checkpointing: Literal["none", "most", "attention", "all"] = "none"
-        self.blocks_kept = 0
+        self.mlps_kept = self.blocks_kept = 0
         self.sequence = SequenceGroup()
         mask_channels = spec.patch_t * spec.patch_hw**2
         self.x_embedder = linear(spec.patch_channels + mask_channels, spec.width)
@@ -119,8 +120,11 @@ class DiT(nn.Module):
             return block(*inputs)
         options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
         if mode != "all":
-            linears_too = mode == "most" and i < self.blocks_kept
-            chosen = kernels.is_costly if linears_too else kernels.is_self_attention
+            chosen = kernels.is_self_attention
+            if mode == "most" and i < self.mlps_kept:
+                chosen = kernels.is_costly_for_its_size
+            if mode == "most" and i < self.blocks_kept:
+                chosen = kernels.is_costly
             options["context_fn"] = partial(kernels.keep, chosen)
         return checkpoint(block, *inputs, **options)
 
@@ -184,17 +188,17 @@ class Block(nn.Module):
         text: Text,
     ) -> Tensor:
         """The tokens after this block, BLD. The position is added anew in every block."""
-        x = x_BLD + pos_LD
-
         shift, scale, gate = self.self_attn_adaln(t_emb_BD, t_mod_BE)
-        u = modulate(x, shift, scale)
-        x = x + gate * self.self_attn(u, u, rope)
+        x, u = kernels.add_modulate(x_BLD, None, pos_LD, shift, scale)
+        y = self.self_attn(u, u, rope)
 
-        shift, scale, gate = self.cross_attn_adaln(t_emb_BD, t_mod_BE)
-        x = x + gate * self.cross_attn(modulate(x, shift, scale), text)
+        shift, scale, next_gate = self.cross_attn_adaln(t_emb_BD, t_mod_BE)
+        x, u = kernels.add_modulate(x, gate, y, shift, scale)
+        y, gate = self.cross_attn(u, text), next_gate
 
-        shift, scale, gate = self.mlp_adaln(t_emb_BD, t_mod_BE)
-        return x + gate * self.mlp(modulate(x, shift, scale))
+        shift, scale, next_gate = self.mlp_adaln(t_emb_BD, t_mod_BE)
+        x, u = kernels.add_modulate(x, gate, y, shift, scale)
+        return kernels.add(x, next_gate, self.mlp(u))
 
 
 class Attention(nn.Module):
@@ -213,16 +217,14 @@ class Attention(nn.Module):
 
     def forward(self, u_BLD: Tensor, context: Text, rope: Rope | None = None) -> Tensor:
         """What each of `u` reads from `context`, BLD; `rope` turns both when they are the same."""
-        q = self.q_norm(self.q(u_BLD).unflatten(-1, (self.heads, -1)))
-        k, v = context if isinstance(context, tuple) else self.keys_values(context)
-        if rope is not None:
-            q, k = kernels.rotate(q, *rope), kernels.rotate(k, *rope)
+        q = self.q_norm(self.q(u_BLD).unflatten(-1, (self.heads, -1)), rope)
+        k, v = context if isinstance(context, tuple) else self.keys_values(context, rope)
         q, k, v = (self.sequence.to_heads(x) for x in (q, k, v))
         return self.out(self.sequence.to_tokens(kernels.attention(q, k, v)).flatten(-2))
 
-    def keys_values(self, context_BMD: Tensor) -> tuple[Tensor, Tensor]:
+    def keys_values(self, context_BMD: Tensor, rope: Rope | None = None) -> tuple[Tensor, Tensor]:
         """Keys and values, each BMNK; for a text they are the same at every noise level."""
-        k = self.k_norm(self.k(context_BMD).unflatten(-1, (self.heads, -1)))
+        k = self.k_norm(self.k(context_BMD).unflatten(-1, (self.heads, -1)), rope)
         return k, self.v(context_BMD).unflatten(-1, (self.heads, -1))
 
 
@@ -265,7 +267,7 @@ class Final(nn.Module):
     def forward(self, x_BLD: Tensor, t_emb_BD: Tensor, t_mod_BE: Tensor) -> Tensor:
         """The values of each patch, BLC."""
         shift, scale = self.adaln(t_emb_BD, t_mod_BE)
-        return self.linear(modulate(x_BLD, shift, scale))
+        return self.linear(kernels.modulate(x_BLD, shift, scale))
 
 
 class TimeMLP(nn.Module):
@@ -306,19 +308,16 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Of the shape and dtype of `x`."""
-        return kernels.rms_norm(x, self.weight)
+    def forward(self, x: Tensor, rope: Rope | None = None) -> Tensor:
+        """Of the shape and dtype of `x`; heads of queries or keys are turned by `rope`."""
+        if rope is None:
+            return kernels.rms_norm(x, self.weight)
+        return kernels.rms_norm_rotate(x, self.weight, *rope)
 
 
 def linear(inputs: int, outputs: int) -> nn.Linear:
     """A linear layer as everywhere in this network: without bias."""
     return nn.Linear(inputs, outputs, bias=False)
-
-
-def modulate(x_BLD: Tensor, shift_B1D: Tensor, scale_B1D: Tensor) -> Tensor:
-    """LayerNorm without gain, scaled by 1 + scale and shifted, BLD."""
-    return F.layer_norm(x_BLD, x_BLD.shape[-1:], eps=1e-6) * (1 + scale_B1D) + shift_B1D
 
 
 def sinusoid(c_noise_B: Tensor, width: int) -> Tensor:

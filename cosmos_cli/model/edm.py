@@ -107,13 +107,14 @@ class LogVariance(nn.Module):
         super().__init__()
         self.register_buffer("freqs", torch.empty(features))
         self.register_buffer("phases", torch.empty(features))
-        self.weight = nn.Parameter(torch.zeros(1, features))
-        self.reset_features()
+        self.weight = nn.Parameter(torch.empty(1, features))
+        self.reset()
 
-    def reset_features(self) -> None:
-        """Draws the frequencies and phases anew, the same in every process."""
+    def reset(self) -> None:
+        """Draws the frequencies and phases, the same in every process, and expects a loss of 1."""
         generator = torch.Generator().manual_seed(0)
         with torch.no_grad():
+            self.weight.zero_()
             self.freqs.copy_(2 * math.pi * torch.randn(self.freqs.shape, generator=generator))
             self.phases.copy_(2 * math.pi * torch.rand(self.phases.shape, generator=generator))
 

@@ -12,6 +12,7 @@ from cosmos_cli import console, layout
 from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.keys import Recipe
 from cosmos_cli.model import checkpoint, data, edm, kernels, lora, plan, weights
+from cosmos_cli.model.device import can_compile
 from cosmos_cli.model.dit import DiT
 
 
@@ -20,13 +21,22 @@ def build(r: Recipe, share: data.Share, device: torch.device) -> Any:
     import deepspeed
 
     config = deepspeed_config(r, share, device)
-    with deepspeed.zero.Init(config_dict_or_path=config, enabled=r.zero_stage == 3):
-        net = DiT(r.spec.dit)
-        module = edm.EDMLoss(net, r.spec)
-        if r.lora_rank:
-            lora.attach(module, net.blocks, r.lora_rank, r.lora_scale, r.lora_targets)
+    if r.zero_stage == 3:
+        with deepspeed.zero.Init(config_dict_or_path=config):
+            module = empty_module(r)
+    else:
+        # Straight to its place and format, never drawn: all weights come from files.
+        with torch.device("meta"):
+            module = empty_module(r)
+        number = torch.bfloat16 if r.precision == "bf16" else torch.float32
+        module.to(number).to_empty(device=device)
+        module.logvar.reset()
+    net = module.net
     net.activation_checkpointing = r.activation_checkpointing
-    net.blocks_kept = plan.blocks_kept(r, dist.get_world_size(), known_gpu(device))
+    kept = plan.blocks_kept(r, dist.get_world_size(), known_gpu(device))
+    net.mlps_kept, net.blocks_kept = kept
+    wanted = r.compile == "on" or (r.compile == "auto" and device.type != "cpu")
+    kernels.fuse(wanted and can_compile(device, "training takes a sixth longer"))
     if r.fp8_linears:
         kernels.use_fp8(net.blocks)
     base = layout.model_files(r.spec, r.checkpoints_dir, r.base).dit
@@ -38,6 +48,15 @@ def build(r: Recipe, share: data.Share, device: torch.device) -> Any:
     console.say(f"optimizer: {kind.__name__} of {kind.__module__.partition('.')[0]}")
     engine, *_ = deepspeed.initialize(model=module, config=config, optimizer=optimizer)
     return engine
+
+
+def empty_module(r: Recipe) -> edm.EDMLoss:
+    """The loss with its network, and the factors of a LoRA, before any weights are read."""
+    net = DiT(r.spec.dit)
+    module = edm.EDMLoss(net, r.spec)
+    if r.lora_rank:
+        lora.attach(module, net.blocks, r.lora_rank, r.lora_scale, r.lora_targets)
+    return module
 
 
 def deepspeed_config(r: Recipe, share: data.Share, device: torch.device) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from cosmos_cli.jobs import Job, Lora, Weights
 from cosmos_cli.keys import Recipe
 from cosmos_cli.model import edm, guardrail, kernels, lora, prep, sampler, text, video, weights
 from cosmos_cli.model.aegis import Aegis
-from cosmos_cli.model.device import gpu_memory_errors
+from cosmos_cli.model.device import can_compile, gpu_memory_errors
 from cosmos_cli.model.dit import DiT, Prompt, patch_grid
 from cosmos_cli.model.sequence import SequenceGroup
 from cosmos_cli.model.upsampler import Upsampler
@@ -365,15 +365,8 @@ def worth_compiling(r: Recipe, device: str) -> bool:
 
 
 def compile_blocks(net: DiT) -> bool:
-    """Has torch compile the blocks when they are first called; says so and is False if it cannot.
-
-    It needs a C compiler, Python's headers and on a GPU Triton, which a first small try shows.
-    """
-    try:
-        torch.compile(torch.neg)(next(net.parameters()).new_zeros(1))
-    except torch._dynamo.exc.TorchDynamoException as error:
-        reason = str(error).partition("\n")[0]
-        console.warn(f"the denoiser is not compiled, which costs a tenth of its speed: {reason}")
+    """Has torch compile the blocks at their first call; says so and is False if it cannot."""
+    if not can_compile(next(net.parameters()).device, "a video takes a tenth longer"):
         return False
     for block in net.blocks:
         block.compile()

@@ -1,16 +1,17 @@
 """The few operations where a faster kernel may take the place of plain PyTorch.
 
-Every attention of the denoiser goes through `attention`. What a backward pass finds kept instead
-of computing it again is here too, for it is told by the kernels that computed it.
+Every attention of the denoiser goes through `attention`, and what lies between its linears through
+functions that `fuse` has torch compile. What a backward pass finds kept instead of computing it
+again is here too, for it is told by the kernels that computed it.
 
-Dimension letters: B batch, L queries, M keys, N heads, K head width.
+Dimension letters: B batch, L queries, M keys, D width, N heads, K head width.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -44,6 +45,12 @@ def is_costly(operator: Any, args: tuple[Any, ...]) -> bool:
     return operator is torch.ops.aten.mm.default or is_self_attention(operator, args)
 
 
+def is_costly_for_its_size(operator: Any, args: tuple[Any, ...]) -> bool:
+    """Whether it is a linear layer to fewer channels, as the MLP's last, or self-attention."""
+    shrinks = operator is torch.ops.aten.mm.default and args[1].shape[0] > args[1].shape[1]
+    return shrinks or is_self_attention(operator, args)
+
+
 def keep(chosen: Callable[[Any, tuple[Any, ...]], bool]) -> tuple[Kept, Kept]:
     """Contexts for `checkpoint` that keep what some operators gave and compute the rest again."""
     kept: deque[Any] = deque()
@@ -62,6 +69,11 @@ class Kept(TorchDispatchMode):
     ) -> None:
         super().__init__()
         self.chosen, self.kept, self.again = chosen, kept, again
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """That torch may compile what is called meanwhile, and need not show it."""
+        return True
 
     def __torch_dispatch__(
         self, operator: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -121,16 +133,65 @@ def causal_attention(q_BLNK: Tensor, k_BLNK: Tensor, v_BLNK: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
 
 
+class Elementwise:
+    """A function of element-wise work, which `fuse` makes a kernel or two of."""
+
+    every: ClassVar[list[Elementwise]] = []
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.plain = self.run = function
+        self.__doc__ = function.__doc__
+        self.every.append(self)
+
+    def __call__(self, *tensors: Tensor | None) -> Any:
+        """What the function gives."""
+        return self.run(*tensors)
+
+
+def fuse(on: bool) -> None:
+    """Has torch compile element-wise work when it is first called, or leaves it as it is.
+
+    Unlike whole blocks, these functions can be compiled under ZeRO-3: no module is called in them.
+    """
+    for work in Elementwise.every:
+        work.run = torch.compile(work.plain, dynamic=False) if on else work.plain
+
+
+@Elementwise
 def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
     """X / rms(x) * weight over the last dimension, computed in fp32 and cast back once."""
     return F.rms_norm(x, weight.shape, weight, eps=1e-6)
 
 
-def rotate(x_BLNK: Tensor, cos_BLK: Tensor, sin_BLK: Tensor) -> Tensor:
-    """Each channel pair (c, c + K/2) of x turned by its angle, computed in fp32 and cast back.
+@Elementwise
+def rms_norm_rotate(x_BLNK: Tensor, weight: Tensor, cos_BLK: Tensor, sin_BLK: Tensor) -> Tensor:
+    """`rms_norm`, and each channel pair (c, c + K/2) turned by its angle in fp32.
 
     `cos` and `sin` are fp32 with one angle per pair: (B, L, K/2).
     """
+    x_BLNK = F.rms_norm(x_BLNK, weight.shape, weight, eps=1e-6)
     cos, sin = cos_BLK.unsqueeze(2), sin_BLK.unsqueeze(2)
     a, b = x_BLNK.float().chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).type_as(x_BLNK)
+
+
+@Elementwise
+def modulate(x_BLD: Tensor, shift_B1D: Tensor, scale_B1D: Tensor) -> Tensor:
+    """LayerNorm without gain, scaled by 1 + scale and shifted, BLD."""
+    return F.layer_norm(x_BLD, x_BLD.shape[-1:], eps=1e-6) * (1 + scale_B1D) + shift_B1D
+
+
+@Elementwise
+def add(x_BLD: Tensor, gate_B1D: Tensor, y_BLD: Tensor) -> Tensor:
+    """X + gate * y, BLD."""
+    return x_BLD + gate_B1D * y_BLD
+
+
+@Elementwise
+def add_modulate(
+    x_BLD: Tensor, gate_B1D: Tensor | None, y_BLD: Tensor, shift_B1D: Tensor, scale_B1D: Tensor
+) -> tuple[Tensor, Tensor]:
+    """X + gate * y, or x + y without a gate; and that modulated. Both BLD."""
+    x_BLD = x_BLD + (y_BLD if gate_B1D is None else gate_B1D * y_BLD)
+    normed = F.layer_norm(x_BLD, x_BLD.shape[-1:], eps=1e-6)
+    return x_BLD, normed * (1 + scale_B1D) + shift_B1D

@@ -41,7 +41,7 @@ class LoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """As of the linear with its weight changed by scale * B A."""
-        return F.linear(x, self.weight) + self.scale * self.lora_B(self.lora_A(x))
+        return F.linear(x, self.weight) + self.lora_B(self.scale * self.lora_A(x))
 
 
 def attach(module: nn.Module, blocks: nn.ModuleList, rank: int, scale: float, targets: str) -> None:

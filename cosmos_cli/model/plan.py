@@ -32,6 +32,8 @@ ELEMENTWISE_PASSES = 149
 BLOCK_WORK, BLOCK_KEPT = 24, 34
 # In the same unit what all linears of a block give; a plan leaves some memory for its own error.
 LINEARS_KEPT, MARGIN = 11, 0.97
+# The last linear's share of the arithmetic of a block's linears.
+LAST_LINEAR = 8 / 28
 # GPUs of a node where a plan must guess.
 NODE = 8
 # DeepSpeed's defaults: the bucket in which gradients are reduced, and the group of weights whose
@@ -183,16 +185,22 @@ def _helps(r: Recipe, ranks: int, key: str, value: Any) -> bool:
 # --- memory ---------------------------------------------------------------------------------------
 
 
-def blocks_kept(r: Recipe, ranks: int, gpu: Gpu | None) -> int:
-    """Blocks that keep what their linears give, with activation_checkpointing most."""
+def blocks_kept(r: Recipe, ranks: int, gpu: Gpu | None) -> tuple[int, int]:
+    """Blocks that keep what their MLP gives, and those that keep what all of their linears give.
+
+    None without activation_checkpointing most. The MLP comes first, for of all linears its last
+    one computes most for each byte that is kept.
+    """
+    blocks = r.spec.dit.blocks
     if r.activation_checkpointing != "most":
-        return 0
+        return 0, 0
     if gpu is None:
-        return r.spec.dit.blocks
+        return blocks, blocks
     parts = _memory(r.model_copy(update={"activation_checkpointing": "attention"}), ranks, gpu)
     held = sum(size for part, size in parts.items() if part not in OFFLOADED[r.offload])
-    left = gpu.memory_gb * 1e9 * USABLE * MARGIN - held
-    return max(0, min(r.spec.dit.blocks, int(left / (LINEARS_KEPT * _activation(r)))))
+    left = (gpu.memory_gb * 1e9 * USABLE * MARGIN - held) / _activation(r)
+    mlps = max(0, min(blocks, int(left)))
+    return mlps, min(mlps, int((left - mlps) / (LINEARS_KEPT - 1)))
 
 
 def _memory(r: Recipe, ranks: int, gpu: Gpu | None) -> dict[str, float]:
@@ -207,7 +215,8 @@ def _memory(r: Recipe, ranks: int, gpu: Gpu | None) -> dict[str, float]:
     activation = _activation(r)
     blocks = r.spec.dit.blocks
     kept = blocks * {"none": BLOCK_KEPT, "all": 1}.get(r.activation_checkpointing, 2)
-    kept += blocks_kept(r, ranks, gpu) * LINEARS_KEPT
+    mlps, whole_blocks = blocks_kept(r, ranks, gpu)
+    kept += mlps + whole_blocks * (LINEARS_KEPT - 1)
     buffers = min(REDUCE_BUCKET, trained) * number + min(STEP_GROUP, trained / ranks) * 4
     if stage == 3:
         # The block at work, the next one and a share of a third.
@@ -255,7 +264,8 @@ def step_seconds(r: Recipe, ranks: int, gpu: Gpu) -> float:
     shared = r.sequence_parallel
     linear, attention = (flops / shared for flops in forward_flops(r))
     again = float(r.activation_checkpointing != "none")
-    again_linears = again - blocks_kept(r, ranks, gpu) / r.spec.dit.blocks
+    mlps, whole_blocks = (n / r.spec.dit.blocks for n in blocks_kept(r, ranks, gpu))
+    again_linears = again - whole_blocks - (mlps - whole_blocks) * LAST_LINEAR
     # Gradients of the inputs and of the weights; a LoRA has none of the latter.
     linear_passes = (3 if not r.lora_rank else 2) + again_linears
     peak = gpu.tflops * 1e12

@@ -161,8 +161,8 @@ def sharing(net: DiT) -> DiT:
     return other.eval()
 
 
-def diffusers_twin(net: DiT) -> nn.Module:
-    """Diffusers' network on the same tensors."""
+def diffusers_network(spec: DiTSpec) -> nn.Module:
+    """Diffusers' network with weights of its own."""
     if not hasattr(peer, "transforms"):
         # It resizes the padding mask with torchvision, which need not be there.
         functional = types.SimpleNamespace(
@@ -170,8 +170,13 @@ def diffusers_twin(net: DiT) -> nn.Module:
         )
         mode = types.SimpleNamespace(NEAREST="nearest")
         peer.transforms = types.SimpleNamespace(functional=functional, InterpolationMode=mode)
+    return peer.CosmosTransformer3DModel.from_config(weights.diffusers_config(spec))
+
+
+def diffusers_twin(net: DiT) -> nn.Module:
+    """Diffusers' network on the same tensors."""
     with torch.device("meta"):
-        twin = peer.CosmosTransformer3DModel.from_config(weights.diffusers_config(net.spec))
+        twin = diffusers_network(net.spec)
     state = {f"net.{name}": tensor for name, tensor in net.state_dict().items()}
     renamed = weights.rename(state, weights.OURS, weights.DIFFUSERS, Path("diffusers"))
     twin.load_state_dict(renamed, assign=True)

@@ -169,6 +169,22 @@ def test_checkpointed_blocks_give_the_same_loss_and_gradients():
     assert torch.equal(gradients[0], gradients[2])
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["none", "most", "attention", "all"])
+def test_compiled_element_wise_work_gives_the_same_loss_and_gradients(mode):
+    gradients, x = [], inputs()
+    try:
+        for on in (False, True):
+            kernels.fuse(on)
+            net = network()
+            net.activation_checkpointing, net.mlps_kept, net.blocks_kept = mode, 2, 1
+            net(**x).square().mean().backward()
+            gradients.append(torch.cat([p.grad.flatten() for p in net.parameters()]))
+    finally:
+        kernels.fuse(on=False)
+    assert (gradients[0] - gradients[1]).norm() < 1e-5 * gradients[0].norm()
+
+
 @pytest.mark.parametrize(("mode", "times"), [("none", 2), ("attention", 3), ("all", 4)])
 def test_a_checkpoint_that_keeps_attention_computes_only_that_of_the_text_again(mode, times):
     net = network()
@@ -287,7 +303,7 @@ def test_rotation_keeps_length_and_depends_on_the_difference_of_positions():
     generator = torch.Generator().manual_seed(0)
     q, k = torch.randn(2, 1, 1, 1, 16, generator=generator).expand(2, 1, 8, 1, 16)
     rope = dit.rope_table(SMALL, (8, 1, 1), torch.tensor([24.0]))
-    q, k = kernels.rotate(q, *rope), kernels.rotate(k, *rope)
+    q, k = (kernels.rms_norm_rotate(x, torch.ones(16), *rope) for x in (q, k))
     torch.testing.assert_close(q.norm(dim=-1)[0, 0], q.norm(dim=-1)[0, 7])
     torch.testing.assert_close((q[0, 5] * k[0, 2]).sum(), (q[0, 6] * k[0, 3]).sum())
 

@@ -1,0 +1,272 @@
+"""Measures training: `python tests/bench/bench_train.py --scratch DIR --out FILE [--gpus N]`.
+
+Runs `cosmos train` on random weights of full size and random latents of 121 frames of 704x1280, as
+a user would, and reads what the run says of itself: seconds of a step, MFU, peak memory beside the
+plan's, seconds that a step waited for data, and with `--save` for how long a save holds the run up.
+With `--peer` the same clips train diffusers' network under the same ZeRO-3, every block
+checkpointed. Several calls with one FILE make a table; each adds a JSON object to it.
+
+With `--model tiny` the same runs on a CPU in a minute, to try the script itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import pickle
+import platform
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from cosmos_cli import layout, recipe
+from cosmos_cli.keys import Recipe
+from cosmos_cli.model import plan, weights
+from cosmos_cli.model.device import best_device
+from cosmos_cli.model.engine import known_gpu
+from cosmos_cli.model.spec import ModelSpec
+
+CLIPS = 8
+# The first steps compile, allocate and let DeepSpeed learn the order of the weights.
+WARM_UP = 3
+SHIPPED = {"7b": "nemo_assets", "tiny": "tiny"}
+PEER_STEPS = 6
+
+
+def settings(options: argparse.Namespace) -> list[str]:
+    """The recipe's changes: one clip a GPU and step, no pictures, nothing held out."""
+    root = options.scratch
+    chosen = [
+        f"dataset_dir={root / 'dataset'}", f"checkpoints_dir={root / 'checkpoints'}",
+        f"output_root={options.runs}", f"name={options.name}", f"num_processes={options.gpus}",
+        f"global_batch_size={options.gpus}", "micro_batch_size=1", f"max_steps={options.steps}",
+        f"save_every_steps={options.steps}", "log_every_steps=1", "preview_every_steps=0",
+        "sample_every_saves=0", "min_free_disk_gb=0", "warmup_steps=5", "holdout_share=0",
+    ]  # fmt: skip
+    if options.model == "7b":
+        chosen += ["height=704", "width=1280"]
+    return [*chosen, *options.set]
+
+
+# --- what is trained ------------------------------------------------------------------------------
+
+
+def make_dataset(root: Path, r: Recipe) -> None:
+    """Random latents and text embeddings of full length, as prep lists them."""
+    if (root / layout.MANIFEST_FILE).exists():
+        return
+    (root / "videos").mkdir(parents=True)
+    generator, clips = torch.Generator().manual_seed(0), []
+    text = torch.randn(r.spec.text.tokens, r.spec.text.channels, generator=generator) * 0.1
+    (root / "text.pickle").write_bytes(pickle.dumps([text.half().numpy()]))
+    for i in range(CLIPS):
+        latent = r.spec.sigma_data * torch.randn(
+            r.spec.latent_shape(r.num_frames, r.height, r.width), generator=generator
+        )
+        save_file({"latent": latent.bfloat16()}, root / f"{i}.safetensors")
+        clips.append(
+            {"video": f"{i}.mp4", "latent": f"{i}.safetensors", "text": "text.pickle", "fps": r.fps}
+        )
+    layout.write_json(root / layout.MANIFEST_FILE, {"settings": {}, "videos": [], "clips": clips})
+
+
+def make_base(r: Recipe) -> None:
+    """A model file of full size with no term zero, or its gradients would be."""
+    from bench_generate import random_denoiser
+
+    path = layout.model_files(r.spec, r.checkpoints_dir).dit
+    if path.exists():
+        return
+    path.parent.mkdir(parents=True)
+    net = random_denoiser(r.spec.dit, best_device(), torch.bfloat16)
+    state = {f"net.{name}": tensor.cpu() for name, tensor in net.state_dict().items()}
+    weights.save_dit(path, state, "pt")
+
+
+# --- ours -----------------------------------------------------------------------------------------
+
+
+def bench_ours(options: argparse.Namespace, r: Recipe, words: list[str]) -> dict[str, Any]:
+    """One run of `cosmos train`, ended after its last step unless its save is measured."""
+    run = layout.Run(r.run_dir.absolute())
+    pairs = [word for pair in words for word in ("--set", pair)]
+    command = [sys.executable, "-m", "cosmos_cli", "train", SHIPPED[options.model], *pairs]
+    began = time.monotonic()
+    seen, found = [], {"part": "ours"}
+    with started(command) as process:
+        while process.poll() is None:
+            time.sleep(0.02)
+            rows = read_rows(run.metrics)
+            seen += [time.monotonic()] * (len(rows) - len(seen))
+            if len(rows) >= options.steps and not options.save:
+                break
+            if run.resumable_steps() and "save_seconds" not in found:
+                found["save_seconds"] = round(time.monotonic() - seen[-1], 1)
+    if len(rows) < options.steps:
+        raise SystemExit(f"ended with {process.returncode} after {len(rows)} steps")
+    timed = rows[WARM_UP:]
+    waits = [b - a - row["seconds"] for a, b, row in zip(seen, seen[1:], rows[1:], strict=False)]
+    seconds = statistics.median(row["seconds"] for row in timed)
+    found |= {"seconds": round(seconds, 3), "slowest": max(row["seconds"] for row in timed)}
+    found |= {"data_wait": round(statistics.median(waits[WARM_UP - 1 :]), 3)}
+    found |= {"start_seconds": round(seen[0] - began, 1), "losses": [row["loss"] for row in rows]}
+    if "mfu" in rows[-1]:
+        gpu = known_gpu(torch.device("cuda"))
+        planned = plan.plan(r, options.gpus, gpu)
+        found |= {"mfu": statistics.median(row["mfu"] for row in timed),
+                  "peak_gb": rows[-1]["peak_memory_gb"], "planned_gb": round(planned.total_gb, 1),
+                  "planned_seconds": planned.step_seconds}  # fmt: skip
+    return found
+
+
+@contextmanager
+def started(command: list[str]) -> Iterator[subprocess.Popen[bytes]]:
+    """A process and all that it starts, gone when this ends."""
+    process = subprocess.Popen(command, start_new_session=True)
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            # The ranks, which end when their parent does.
+            time.sleep(3)
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of metrics.jsonl that are of steps."""
+    if not path.exists():
+        return []
+    lines = path.read_text().rpartition("\n")[0].splitlines()
+    return [row for row in map(json.loads, lines) if "seconds" in row]
+
+
+# --- the peer -------------------------------------------------------------------------------------
+
+
+def bench_peer(options: argparse.Namespace, r: Recipe) -> dict[str, Any]:
+    """Diffusers' network on as many ranks."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={options.gpus}"]
+    rank = [__file__, *sys.argv[1:], "--rank"]
+    with started([sys.executable, *launcher, *rank]) as process:
+        if process.wait():
+            raise SystemExit(f"the peer ended with {process.returncode}")
+    found: dict[str, Any] = json.loads((options.scratch / "peer.json").read_text())
+    if gpu := known_gpu(torch.device(best_device())):
+        rate = plan.model_tflop(r) / found["seconds"] / options.gpus
+        found["mfu"] = round(rate / gpu.tflops, 4)
+    return {"part": "diffusers, ZeRO-3, every block checkpointed", **found}
+
+
+def peer_rank(options: argparse.Namespace, r: Recipe) -> None:
+    """One rank of it."""
+    import deepspeed
+    from bench_generate import diffusers_network
+
+    from cosmos_cli.model import data, train
+
+    device = train._join_world(600)
+    rank = torch.distributed.get_rank()
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "bf16": {"enabled": True},
+        "gradient_clipping": 1.0,
+        "zero_optimization": {"stage": 3, "contiguous_gradients": True},
+        "zero_force_ds_cpu_optimizer": False,
+    }
+    with deepspeed.zero.Init(config_dict_or_path=config):
+        net = diffusers_network(r.spec.dit)
+    net.enable_gradient_checkpointing()
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-5, fused=True)
+    engine, *_ = deepspeed.initialize(model=net, config=config, optimizer=optimizer)
+    size = r.spec.latent_shape(r.num_frames, r.height, r.width)
+    times = []
+    for step in range(PEER_STEPS):
+        clip = data.read_latent(
+            options.scratch / "dataset" / f"{(step + rank) % CLIPS}.safetensors"
+        )
+        x = clip[None].to(device, torch.bfloat16)
+        began = time.monotonic()
+        loss = peer_loss(engine, x, torch.randn(1, *size, device=device).to(x.dtype), r.spec)
+        engine.backward(loss)
+        engine.step()
+        loss.item()
+        times.append(time.monotonic() - began)
+        if rank == 0:
+            print(f"diffusers, step {step}: {times[-1]:.2f} s, loss {loss.item():.4f}", flush=True)
+    if rank == 0:
+        peak = 0 if device.type == "cpu" else torch.cuda.max_memory_allocated() / 1e9
+        figures = {"seconds": statistics.median(times[2:]), "peak_gb": round(peak, 1)}
+        layout.write_json(options.scratch / "peer.json", figures)
+
+
+def peer_loss(engine: Any, x: Tensor, noise: Tensor, spec: ModelSpec) -> Tensor:
+    """The error of one noised clip."""
+    text = torch.zeros(1, spec.text.tokens, spec.text.channels, device=x.device, dtype=x.dtype)
+    predicted = engine(
+        hidden_states=(x + noise) / 2**0.5,
+        timestep=torch.zeros(1, device=x.device, dtype=x.dtype),
+        encoder_hidden_states=text,
+        fps=int(spec.fps),
+        padding_mask=x.new_zeros(1, 1, *(8 * side for side in x.shape[-2:])),
+        return_dict=False,
+    )[0]
+    return (predicted.float() - noise).square().mean()
+
+
+def main() -> None:
+    """One measurement."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", choices=sorted(SHIPPED), default="7b")
+    parser.add_argument("--gpus", type=int, default=1)
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--name", default="bench", help="of the run and its row")
+    parser.add_argument("--save", action="store_true", help="let the run save at its end")
+    parser.add_argument("--peer", action="store_true", help="train diffusers' network")
+    parser.add_argument("--scratch", type=Path, required=True, help="folder with 20 GB of space")
+    parser.add_argument("--runs", type=Path, help="folder of the run; by default in SCRATCH")
+    parser.add_argument("--out", type=Path, required=True, help="file of JSON lines")
+    parser.add_argument("--rank", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    options.scratch = options.scratch.absolute()
+    options.runs = (options.runs or options.scratch / "runs").absolute()
+    os.environ.pop("OUTPUT_ROOT", None)
+    words = settings(options)
+    r = recipe.load(SHIPPED[options.model], words).recipe
+    if options.rank:
+        peer_rank(options, r)
+        return
+    make_dataset(options.scratch / "dataset", r)
+    if not r.spec.embedded and not options.peer:
+        # In a process of its own, which gives the GPU back.
+        with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
+            pool.submit(make_base, r).result()
+    found = bench_peer(options, r) if options.peer else bench_ours(options, r, words)
+    device = best_device()
+    about = {
+        "name": options.name, "model": r.model, "gpus": options.gpus, "set": options.set,
+        "tokens": r.spec.tokens(r.num_frames, r.height, r.width), "torch": torch.__version__,
+        "device": platform.machine() if device == "cpu" else torch.cuda.get_device_name(),
+    }  # fmt: skip
+    line = json.dumps({**about, **found})
+    with options.out.open("a") as stream:
+        stream.write(line + "\n")
+    print(line)
+
+
+if __name__ == "__main__":
+    main()
