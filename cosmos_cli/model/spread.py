@@ -31,7 +31,7 @@ def main(listed: str) -> int:
     pair, teams = None, world
     if world > len(todo):
         dist.init_process_group("gloo" if device == "cpu" else "nccl")
-        pair, teams = _pair(world // len(todo)), len(todo)
+        pair, teams = pair_of(world // len(todo)), len(todo)
     try:
         with gpu_memory_errors("set a smaller height, width or num_frames"):
             for job, error in generate(todo[rank * teams // world :: teams], device, pair):
@@ -47,7 +47,7 @@ def main(listed: str) -> int:
     return 0
 
 
-def _pair(size: int) -> Pair:
+def pair_of(size: int) -> Pair:
     """The pair of this rank in its team of `size`; every rank takes part in making every group.
 
     One half of a team follows the prompt, the other what to avoid; the halves share the tokens

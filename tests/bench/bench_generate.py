@@ -5,6 +5,8 @@ forward  one pass of the denoiser at 121 frames of 704x1280, ours and diffusers'
          of the number format against fp32 at a smaller size.
 sample   a whole video as `generate` makes it: text encoder, all steps with the compiling of the
          blocks, decoder, mp4; time and peak memory of each phase.
+split    the same steps by all processes together, guidance halves first, and by one; started by
+         `torchrun --standalone --nproc-per-node 2 tests/bench/bench_generate.py --parts split`.
 load     host memory while a model file of full size is loaded to the GPU.
 
 With `--model tiny` the same runs on a CPU in a minute, to try the script itself.
@@ -14,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import statistics
 import threading
@@ -27,15 +30,17 @@ from pathlib import Path
 import diffusers
 import diffusers.models.transformers.transformer_cosmos as peer
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoTokenizer, T5Config, T5EncoderModel
 
 from cosmos_cli import layout, recipe
 from cosmos_cli.keys import Recipe
-from cosmos_cli.model import generate, text, video, weights
+from cosmos_cli.model import generate, spread, text, video, weights
 from cosmos_cli.model.device import best_device
 from cosmos_cli.model.dit import DiT
+from cosmos_cli.model.sequence import SequenceGroup
 from cosmos_cli.model.spec import COSMOS_7B, TINY, DiTSpec, ModelSpec
 from cosmos_cli.model.tokenizer import Tokenizer
 
@@ -305,6 +310,32 @@ def bench_sample(bench: Bench, net: DiT) -> dict[str, object]:
     return {**found, "rows": rows}
 
 
+def bench_split(bench: Bench, net: DiT) -> dict[str, object]:
+    """Some steps of sampling: every process by itself, then all of them on one video."""
+    r, device, rows = bench.r, bench.device, []
+    dist.init_process_group("gloo" if device == "cpu" else "nccl")
+    pair = spread.pair_of(dist.get_world_size())
+    spec, generator = bench.spec.text, torch.Generator(device).manual_seed(1)
+    embedding = torch.randn(spec.tokens, spec.channels, generator=generator, device=device)
+    conditioning = [generate.Conditioning(PROMPT, embedding, embedding.flip(0))]
+    if generate.worth_compiling(recipe.load(*SETTINGS[bench.spec.name]).recipe, device):
+        generate.compile_blocks(net)
+    few, made = r.model_copy(update={"num_steps": 2}), []
+    for label, processes, own in (("one", 1, None), ("all", dist.get_world_size(), pair)):
+        net.share(own.sequence if own else SequenceGroup())
+        generate.sample(few, net, conditioning, [1], "warm up", own)
+        dist.barrier()
+        with measured(f"{r.num_steps} steps by {label}, {processes} processes", device, rows):
+            made.append(generate.sample(r, net, conditioning, [1], label, own))
+    dist.destroy_process_group()
+    alone, together = made
+    return {
+        "times_faster": round(float(rows[0]["seconds"]) / float(rows[1]["seconds"]), 3),
+        "relative_l2": ((together - alone).norm() / alone.norm()).item(),
+        "rows": rows,
+    }
+
+
 def bench_text(bench: Bench, rows: list[dict[str, object]]) -> Tensor:
     """The embedding (M, D) of a prompt of full length by an encoder of full size."""
     folder, spec = bench.scratch / "t5", bench.spec.text
@@ -390,14 +421,17 @@ def markdown(rows: list[dict[str, object]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-PARTS = {"forward": bench_forward, "sample": bench_sample, "load": bench_load}
+PARTS = {
+    "forward": bench_forward, "sample": bench_sample, "split": bench_split, "load": bench_load
+}  # fmt: skip
+SETTINGS = {COSMOS_7B.name: ("nemo_assets", ["height=704"]), TINY.name: ("tiny", [])}
 
 
 def main() -> None:
     """Runs the chosen parts and writes what they found."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", choices=["7b", "tiny"], default="7b")
-    parser.add_argument("--parts", default=",".join(PARTS), help="some of %(default)s")
+    parser.add_argument("--parts", default="forward,sample,load", help="and split; %(default)s")
     parser.add_argument("--out", type=Path, required=True, help="JSON file of the figures")
     parser.add_argument("--scratch", type=Path, required=True, help="folder with 30 GB of space")
     parser.add_argument("--rounds", type=int, default=5)
@@ -408,9 +442,9 @@ def main() -> None:
     if not set(chosen) <= set(PARTS):
         parser.error(f"--parts are some of {', '.join(PARTS)}")
     options.scratch.mkdir(parents=True, exist_ok=True)
-    shipped, settings = {"7b": ("nemo_assets", ["height=704"]), "tiny": ("tiny", [])}[options.model]
+    shipped, settings = SETTINGS[{"7b": COSMOS_7B, "tiny": TINY}[options.model].name]
     if options.steps:
-        settings.append(f"num_steps={options.steps}")
+        settings = [*settings, f"num_steps={options.steps}"]
     r, device = recipe.load(shipped, settings).recipe, best_device()
     dtype = generate.number_format(device)
     bench = Bench(r, device, dtype, options.scratch, options.rounds)
@@ -428,7 +462,8 @@ def main() -> None:
         # In this order, for the last one gives the network's memory back.
         for part in filter(chosen.__contains__, PARTS):
             found[part] = PARTS[part](bench, net)
-            layout.write_json(options.out, found)
+            if os.environ.get("RANK", "0") == "0":
+                layout.write_json(options.out, found)
     print(json.dumps(about))
     for part in filter(chosen.__contains__, PARTS):
         rest = {key: value for key, value in found[part].items() if key != "rows"}

@@ -23,11 +23,12 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
@@ -43,7 +44,7 @@ CLIPS = 8
 # The first steps compile, allocate and let DeepSpeed learn the order of the weights.
 WARM_UP = 3
 SHIPPED = {"7b": "nemo_assets", "tiny": "tiny"}
-PEER_STEPS = 6
+PEER_STEPS = 5
 
 
 def settings(options: argparse.Namespace) -> list[str]:
@@ -135,15 +136,16 @@ def bench_ours(options: argparse.Namespace, r: Recipe, words: list[str]) -> dict
 @contextmanager
 def started(command: list[str]) -> Iterator[subprocess.Popen[bytes]]:
     """A process and all that it starts, gone when this ends."""
-    process = subprocess.Popen(command, start_new_session=True)
+    process = subprocess.Popen(command)
     try:
         yield process
     finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            # The ranks, which end when their parent does.
-            time.sleep(3)
+        # All at once: a rank whose launcher is gone would save first.
+        family = [psutil.Process(process.pid)] if process.poll() is None else []
+        for member in [*family, *(child for one in family for child in one.children(True))]:
+            with suppress(psutil.NoSuchProcess):
+                member.kill()
+        process.wait()
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -242,6 +244,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="file of JSON lines")
     parser.add_argument("--rank", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))
     options.scratch = options.scratch.absolute()
     options.runs = (options.runs or options.scratch / "runs").absolute()
     os.environ.pop("OUTPUT_ROOT", None)
