@@ -115,8 +115,10 @@ class LogVariance(nn.Module):
         generator = torch.Generator().manual_seed(0)
         with torch.no_grad():
             self.weight.zero_()
-            self.freqs.copy_(2 * math.pi * torch.randn(self.freqs.shape, generator=generator))
-            self.phases.copy_(2 * math.pi * torch.rand(self.phases.shape, generator=generator))
+            # On the CPU, wherever a context would put them.
+            for buffer, draw in ((self.freqs, torch.randn), (self.phases, torch.rand)):
+                drawn = draw(buffer.shape, generator=generator, device="cpu")
+                buffer.copy_(2 * math.pi * drawn)
 
     def forward(self, c_noise_B: Tensor) -> Tensor:
         """The log-variance of each noise level (B), fp32."""
