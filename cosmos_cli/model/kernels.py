@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
@@ -119,6 +119,20 @@ def causal_attention(q_BLNK: Tensor, k_BLNK: Tensor, v_BLNK: Tensor) -> Tensor:
     """The same where query l sees keys 0..l only, as BLNK."""
     q, k, v = (x.transpose(1, 2) for x in (q_BLNK, k_BLNK, v_BLNK))
     return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+
+
+def biased_attention(q_BLNK: Tensor, k_BLNK: Tensor, v_BLNK: Tensor, bias_NLL: Tensor) -> Tensor:
+    """softmax(q k^T + bias) v, as BLNK."""
+    q, k, v = (x.transpose(1, 2) for x in (q_BLNK, k_BLNK, v_BLNK))
+    # Not cuDNN's, which takes its time to plan for each new length.
+    with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]):
+        read = F.scaled_dot_product_attention(q, k, v, bias_NLL[None], scale=1.0)
+    return read.transpose(1, 2)
+
+
+def linear_relu(x: Tensor, weight: Tensor) -> Tensor:
+    """relu(x weight^T) of a matrix x, which the multiplication itself does on a GPU."""
+    return torch._addmm_activation(x.new_zeros(len(weight)), x, weight.t())
 
 
 def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
