@@ -112,7 +112,7 @@ def test_a_batch_gives_what_each_caption_gives_alone(encoder):
 
 @torch.inference_mode()
 def test_captions_behind_one_another_give_what_transformers_gives_for_each(encoder):
-    given = captions(9) + ["a", "take 3", "take 4"]
+    given = [*captions(9), "a", "take 3", "take 4"]
     ids = encoder.tokenizer(given, truncation=True, max_length=encoder.spec.tokens).input_ids
     lengths = [len(row) for row in ids]
     assert len(set(lengths)) < len(lengths) and max(lengths) == encoder.spec.tokens
