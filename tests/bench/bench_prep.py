@@ -157,9 +157,10 @@ def latents(model, rounds=3):
         profile("encode", encode, device)
         profile("decode", decode, device)
         compiled = torch.compile(plain_norm, dynamic=True)
-        with replaced(module.FrameNorm, "forward", compiled):
+
+        with replaced(module.FrameNorm, "forward", norm_by(compiled)):
             measure("ours, norms compiled", encode=encode, decode=decode)
-        with replaced(module.FrameNorm, "forward", plain_norm):
+        with replaced(module.FrameNorm, "forward", norm_by(plain_norm)):
             blocks = [m for m in ours.modules() if isinstance(m, module.ResBlock)]
             for block in blocks:
                 block.compile(dynamic=False)
@@ -185,14 +186,19 @@ def three_dimensional(layer, x):
     return layer.conv3d(x)
 
 
-def plain_norm(layer, x):
-    """The forward of FrameNorm in the layout of x, for a compiler to fuse."""
+def norm_by(function):
+    """A forward for FrameNorm."""
+    return lambda layer, x: function(x, layer.norm.weight, layer.norm.bias, layer.norm.eps)
+
+
+def plain_norm(x, weight, bias, eps):
+    """What FrameNorm does, in the layout of x, for a compiler to fuse."""
     import torch
 
-    wide, weight, bias = x.float(), layer.norm.weight, layer.norm.bias
+    wide = x.float()
     var, mean = torch.var_mean(wide, dim=(1, 3, 4), correction=0, keepdim=True)
     weight, bias = (p.float()[:, None, None, None] for p in (weight, bias))
-    return ((wide - mean) * torch.rsqrt(var + layer.norm.eps) * weight + bias).to(x.dtype)
+    return ((wide - mean) * torch.rsqrt(var + eps) * weight + bias).to(x.dtype)
 
 
 def text(model, rounds=3):
@@ -283,22 +289,19 @@ def attention_by(backend):
 class FlexAttention:
     """flex_attention over all captions of a batch as one sequence; the bias is looked up."""
 
-    # From this distance on T5's bias stays the same.
-    reach = 128
-
     def __init__(self, encoder):
         import torch
         from torch.nn.attention.flex_attention import flex_attention
 
         self.flex = torch.compile(flex_attention, dynamic=False)
         self.encoder, self.masks = encoder, {}
-        bias_NMM, middle = encoder.bias_NMM, encoder.spec.tokens // 2
-        reach = min(self.reach, middle - 1)
-        columns = slice(middle - reach, middle + reach + 1)
-        table = bias_NMM[:, middle, columns].float().contiguous()
+        bias_NMM, far = encoder.bias_NMM, encoder.spec.tokens - 1
+        back, ahead = bias_NMM[:, 1:, 0].flip(1), bias_NMM[:, 0]
+        table = torch.cat((back, ahead), dim=1).float()
 
         def score(score, b, head, query, key):
-            return score + table[head, torch.clamp(key - query, -reach, reach) + reach]
+            # Tokens of two captions, which the mask hides, may be farther apart.
+            return score + table[head, torch.clamp(key - query, -far, far) + far]
 
         self.score = score
 
@@ -362,15 +365,12 @@ def attention_alone(encoder, flexible, count, rounds, device):
 @contextmanager
 def replaced(owner, name, value):
     """Has another value under a name for a while."""
-    before = vars(owner).get(name)
+    before = getattr(owner, name)
     setattr(owner, name, value)
     try:
         yield
     finally:
-        if before is None:
-            delattr(owner, name)
-        else:
-            setattr(owner, name, before)
+        setattr(owner, name, before)
 
 
 @contextmanager
