@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
@@ -28,11 +28,31 @@ _ATTENTION = (
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
 )
 
+# Channels of a head, above which a GPU's fused attention keeps what it read outside its registers.
+MAX_FUSED_WIDTH = 256
+
 
 def attention(q_BLNK: Tensor, k_BMNK: Tensor, v_BMNK: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(K)) v over all keys, as BLNK."""
     q, k, v = (x.transpose(1, 2) for x in (q_BLNK, k_BMNK, v_BMNK))
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+
+
+def wide_attention(q_BLNK: Tensor, k_BMNK: Tensor, v_BMNK: Tensor) -> Tensor:
+    """The same for one head of any width.
+
+    What a GPU has for heads of more than 256 channels is slow. There the scores of one sample at a
+    time are written down, in fp32: 0.8 GB for a frame of 704x1280.
+    """
+    width = q_BLNK.shape[-1]
+    if not q_BLNK.is_cuda or width <= MAX_FUSED_WIDTH:
+        return attention(q_BLNK, k_BMNK, v_BMNK)
+    q_BLK, k_BMK, v_BMK = (x.squeeze(2) for x in (q_BLNK * width**-0.5, k_BMNK, v_BMNK))
+    read = []
+    for q, k, v in zip(q_BLK, k_BMK, v_BMK, strict=True):
+        scores_LM = torch.mm(q, k.t(), out_dtype=torch.float32)
+        read.append(scores_LM.softmax(dim=-1).to(v.dtype) @ v)
+    return torch.stack(read).unsqueeze(2)
 
 
 def is_self_attention(operator: Any, args: tuple[Any, ...]) -> bool:
@@ -133,6 +153,20 @@ def causal_attention(q_BLNK: Tensor, k_BLNK: Tensor, v_BLNK: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
 
 
+def biased_attention(q_BLNK: Tensor, k_BLNK: Tensor, v_BLNK: Tensor, bias_NLL: Tensor) -> Tensor:
+    """softmax(q k^T + bias) v, as BLNK."""
+    q, k, v = (x.transpose(1, 2) for x in (q_BLNK, k_BLNK, v_BLNK))
+    # Not cuDNN's, which takes its time to plan for each new length.
+    with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]):
+        read = F.scaled_dot_product_attention(q, k, v, bias_NLL[None], scale=1.0)
+    return read.transpose(1, 2)
+
+
+def linear_relu(x: Tensor, weight: Tensor) -> Tensor:
+    """relu(x weight^T) of a matrix x, which the multiplication itself does on a GPU."""
+    return torch._addmm_activation(x.new_zeros(len(weight)), x, weight.t())
+
+
 class Elementwise:
     """A function of element-wise work, which `fuse` makes a kernel or two of."""
 
@@ -157,9 +191,7 @@ def fuse(on: bool) -> None:
     unsound = "triton.mix_order_reduction"
     options = {unsound: False} if on and unsound in torch._inductor.list_options() else None
     for work in Elementwise.every:
-        work.run = (
-            torch.compile(work.plain, dynamic=False, options=_COMPILING) if on else work.plain
-        )
+        work.run = torch.compile(work.plain, dynamic=False, options=options) if on else work.plain
 
 
 @Elementwise

@@ -2,9 +2,9 @@
 
     python tests/bench/bench_prep.py many [--videos 250,1000]     many small videos on the CPU
     python tests/bench/bench_prep.py decode [--threads 2]         beside the ffmpeg command line
-    python tests/bench/bench_prep.py latents [--model tiny]       beside diffusers, random weights
-    python tests/bench/bench_prep.py text [--model tiny]          kinds of attention, batches, and
-                                                                  one prompt at a time in fp32
+    python tests/bench/bench_prep.py latents [--model tiny]       kinds of kernels, beside diffusers
+    python tests/bench/bench_prep.py text [--model tiny]          kinds of attention, beside
+                                                                  transformers; random weights
 
 Prints one JSON object for each measurement.
 """
@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 SOURCE = "testsrc2=s=1280x720:r=24"
@@ -89,21 +90,22 @@ def decode(threads, repeats=5):
     )
 
 
-def latents(model, rounds=5):
-    """Frames per second of the tokenizer's encoder on one clip of the model's own size."""
+def latents(model, rounds=3):
+    """Seconds of the tokenizer on one clip of the model's own size, in several ways."""
     import torch
     from diffusers import AutoencoderKLCosmos
 
     from cosmos_cli import recipe
+    from cosmos_cli.model import kernels
+    from cosmos_cli.model import tokenizer as module
     from cosmos_cli.model.device import best_device
-    from cosmos_cli.model.tokenizer import Tokenizer
 
     device = best_device()
     r = recipe.load(*MODELS[model]).recipe
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     tok, size = r.spec.tokenizer, (r.num_frames, r.height, r.width)
     with torch.device(device):
-        ours = Tokenizer(tok, r.spec.sigma_data).to(dtype).eval()
+        ours = module.Tokenizer(tok, r.spec.sigma_data).to(dtype).eval()
         widths = [tok.channels * times for times in (1, *tok.multipliers)]
         theirs = AutoencoderKLCosmos(
             latent_channels=tok.latent_channels,
@@ -114,19 +116,100 @@ def latents(model, rounds=5):
         )
         theirs = theirs.to(device, dtype).eval()
         pixels = torch.rand(1, 3, *size, dtype=dtype) * 2 - 1
-    rows = {"ours": lambda: ours.encode(pixels), "diffusers": lambda: theirs.encode(pixels)}
+        x0 = torch.randn(1, *r.spec.latent_shape(*size), dtype=dtype)
+
+    def measure(name, **runs):
+        for verb, run in runs.items():
+            with row(part="latents", who=name, verb=verb, size=size) as figures:
+                seconds = fastest(run, rounds, device)
+                figures |= {"seconds": seconds, "frames_per_second": size[0] / seconds}
+                figures |= {"peak_gib": peak_gib(device)}
+
+    def encode():
+        return ours.encode(pixels)
+
+    def decode():
+        return ours.decode(x0)
+
+    spatial = [half.mid.attn_1[0] for half in (ours.encoder, ours.decoder)]
+
+    def attend(function):
+        for layer in spatial:
+            layer.attend = function
+
     with torch.inference_mode():
-        for name, run in rows.items():
-            seconds = fastest(run, rounds, device)
-            report(part="latents", who=name, size=size, frames_per_second=size[0] / seconds)
+        measure("ours", encode=encode, decode=decode)
+        measure(
+            "diffusers",
+            encode=lambda: theirs.encode(pixels),
+            decode=lambda: theirs.decode(x0),
+        )
+        theirs.cpu()
+        attend(kernels.attention)
+        measure("ours, fused attention", encode=encode)
+        attend(half_scores)
+        measure("ours, scores in bf16", encode=encode)
+        attend(kernels.wide_attention)
+        with replaced(module.CausalConv, "forward", three_dimensional):
+            measure("ours, conv3d as it comes", encode=encode)
+        with replaced(torch.backends.cudnn, "benchmark", True):
+            measure("ours, cudnn.benchmark", encode=encode, decode=decode)
+        profile("encode", encode, device)
+        profile("decode", decode, device)
+        compiled = torch.compile(plain_norm, dynamic=True)
+
+        with replaced(module.FrameNorm, "forward", norm_by(compiled)):
+            measure("ours, norms compiled", encode=encode, decode=decode)
+        with replaced(module.FrameNorm, "forward", norm_by(plain_norm)):
+            blocks = [m for m in ours.modules() if isinstance(m, module.ResBlock)]
+            for block in blocks:
+                block.compile(dynamic=False)
+            measure("ours, blocks compiled", encode=encode)
+
+
+def half_scores(q, k, v):
+    """Attention of one head whose scores are written down in the type of q."""
+    import torch
+
+    q, k, v = (x.squeeze(2) for x in (q * q.shape[-1] ** -0.5, k, v))
+    read = [(a @ b.t()).softmax(dim=-1) @ c for a, b, c in zip(q, k, v, strict=True)]
+    return torch.stack(read).unsqueeze(2)
+
+
+def three_dimensional(layer, x):
+    """The forward of CausalConv as one convolution of three dimensions; encoder only."""
+    import torch
+
+    if layer.past:
+        first = x[:, :, :1].expand(-1, -1, layer.past, -1, -1)
+        x = torch.cat((first, x), dim=2)
+    return layer.conv3d(x)
+
+
+def norm_by(function):
+    """A forward for FrameNorm."""
+    return lambda layer, x: function(x, layer.norm.weight, layer.norm.bias, layer.norm.eps)
+
+
+def plain_norm(x, weight, bias, eps):
+    """What FrameNorm does, in the layout of x, for a compiler to fuse."""
+    import torch
+
+    wide = x.float()
+    var, mean = torch.var_mean(wide, dim=(1, 3, 4), correction=0, keepdim=True)
+    weight, bias = (p.float()[:, None, None, None] for p in (weight, bias))
+    return ((wide - mean) * torch.rsqrt(var + eps) * weight + bias).to(x.dtype)
 
 
 def text(model, rounds=3):
-    """Prompts and real tokens per second of T5's encoder: long and short captions."""
+    """Prompts and real tokens per second of T5's encoder: long and short captions, in many ways."""
     import torch
+    import torch.nn.functional as F
+    from torch.nn.attention import SDPBackend
     from transformers import T5Config, T5EncoderModel
 
     from cosmos_cli import layout, recipe
+    from cosmos_cli.model import kernels
     from cosmos_cli.model import text as model_text
     from cosmos_cli.model.device import best_device
 
@@ -138,29 +221,194 @@ def text(model, rounds=3):
         with torch.device(device):
             config = T5Config(**T5_11B, pad_token_id=0, eos_token_id=1)
             encoder.encoder = T5EncoderModel(config).to(dtype).eval()
-    long, short = PROMPT * 60, PROMPT
+    count, limit = (16, 256) if device != "cpu" else (2, 16)
+    long, short = [PROMPT * 60] * count, [PROMPT] * limit
+    mixed = [" ".join((PROMPT * 4).split()[: 4 + i % 30]) for i in range(limit)]
 
-    def measure(name, captions):
-        real = sum(len(e) for e in encoder.encode(captions))
-        seconds = fastest(lambda: encoder.encode(captions), rounds, device)
-        rate, tokens = len(captions) / seconds, real / seconds
-        report(part="text", who=name, prompts_per_second=rate, tokens_per_second=tokens)
+    def measure(name, run=None, **captions):
+        for kind, given in captions.items():
+            with row(part="text", who=name, captions=f"{len(given)} {kind}") as figures:
+                seconds = fastest(lambda: (run or encoder.encode)(given), rounds, device)  # noqa: B023
+                real = sum(map(len, encoder.tokenizer(given, **cut).input_ids))
+                figures |= {"seconds": seconds, "prompts_per_second": len(given) / seconds}
+                figures |= {"tokens_per_second": real / seconds, "peak_gib": peak_gib(device)}
 
-    for attention in ("sdpa", "eager"):
-        encoder.encoder.set_attn_implementation(attention)
-        for count in (1, 16):
-            measure(f"{attention}, {count} x {spec.tokens} tokens", [long] * count)
-    measure("eager, 256 short captions", [short] * 256)
-    blocks = encoder.encoder.encoder.block
-    for attention in ("eager", "sdpa"):
-        encoder.encoder.set_attn_implementation(attention)
-        for block in blocks:
-            block.compile()
-        measure(f"{attention}, blocks compiled, 16 x {spec.tokens} tokens", [long] * 16)
+    cut = {"truncation": True, "max_length": spec.tokens}
+    measure("tokenizing alone", lambda g: encoder.tokenizer(g, **cut), long=long, short=short)
+    measure("ours", long=long, short=short, mixed=mixed, one=long[:1])
+    profile("T5, long", lambda: encoder.encode(long), device)
+    profile("T5, short", lambda: encoder.encode(short), device)
+    plain_relu = lambda x, weight: F.linear(x, weight).relu_()  # noqa: E731
+    with replaced(kernels, "linear_relu", plain_relu):
+        measure("relu by itself", long=long, short=short)
+    judged = mixed[:8] + long[:1]
+    found = {"ours": encoder.encode(judged)}
+    cudnn = attention_by(SDPBackend.CUDNN_ATTENTION)
+    with replaced(kernels, "biased_attention", cudnn), row(part="text", who="attention by cuDNN"):
+        measure("attention by cuDNN", long=long, short=short)
+        found["cuDNN"] = encoder.encode(judged)
+    flexible = FlexAttention(encoder)
+    with replaced(encoder, "_attend", flexible.attend), row(part="text", who="flex"):
+        measure("attention by flex, all captions as one", long=long, short=short, mixed=mixed)
+        found["flex"] = encoder.encode(judged)
+    attention_alone(encoder, flexible, count, rounds, device)
+
+    def by_transformers(captions):
+        given = encoder.tokenizer(captions, padding="longest", return_tensors="pt", **cut)
+        with torch.inference_mode():
+            out = encoder.encoder(**given.to(device)).last_hidden_state
+        lengths = given.attention_mask.sum(dim=1).tolist()
+        return [row[:n].float().cpu() for row, n in zip(out, lengths, strict=True)]
+
+    encoder.encoder.set_attn_implementation("eager")
+    measure("transformers, eager", by_transformers, long=long, short=short)
+    found["transformers"] = by_transformers(judged)
     encoder.encoder = encoder.encoder.float()
-    one = encoder.encode
-    encoder.encode = lambda captions: [one([caption])[0] for caption in captions]
-    measure(f"fp32, one at a time, 4 x {spec.tokens} tokens", [long] * 4)
+    one_by_one = lambda captions: [by_transformers([c]) for c in captions]  # noqa: E731
+    measure("transformers, fp32, one at a time", one_by_one, long=long[:4])
+    exact = torch.cat([x for (x,) in one_by_one(judged)])
+    for name, rows in found.items():
+        error = (torch.cat(rows).float() - exact).norm() / exact.norm()
+        report(part="text", who=name, error_beside_fp32=f"{error.item():.2e}")
+
+
+def attention_by(backend):
+    """A biased attention by one kernel of PyTorch's."""
+    import torch.nn.functional as F
+    from torch.nn.attention import sdpa_kernel
+
+    def attention(q, k, v, bias):
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        with sdpa_kernel(backend):
+            read = F.scaled_dot_product_attention(q, k, v, bias[None], scale=1.0)
+        return read.transpose(1, 2)
+
+    return attention
+
+
+class FlexAttention:
+    """flex_attention over all captions of a batch as one sequence; the bias is looked up."""
+
+    def __init__(self, encoder):
+        import torch
+        from torch.nn.attention.flex_attention import flex_attention
+
+        self.flex = torch.compile(flex_attention, dynamic=False)
+        self.encoder, self.masks = encoder, {}
+        bias_NMM, far = encoder.bias_NMM, encoder.spec.tokens - 1
+        back, ahead = bias_NMM[:, 1:, 0].flip(1), bias_NMM[:, 0]
+        table = torch.cat((back, ahead), dim=1).float()
+
+        def score(score, b, head, query, key):
+            # Tokens of two captions, which the mask hides, may be farther apart.
+            return score + table[head, torch.clamp(key - query, -far, far) + far]
+
+        self.score = score
+
+    def mask(self, lengths, device):
+        """Which blocks of 128 tokens see which; made once for all layers and rounds."""
+        import torch
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        key = tuple(lengths)
+        if key not in self.masks:
+            owner = torch.arange(len(key), device=device)
+            owner = owner.repeat_interleave(torch.tensor(key, device=device))
+            same = lambda b, head, query, key: owner[query] == owner[key]  # noqa: E731
+            self.masks[key] = create_block_mask(same, None, None, len(owner), len(owner), device)
+        return self.masks[key]
+
+    def attend(self, layer, u_SD, lengths):
+        """In place of TextEncoder._attend."""
+        heads = [
+            f(u_SD).unflatten(1, (layer.n_heads, -1)).transpose(0, 1)[None]
+            for f in (layer.q, layer.k, layer.v)
+        ]
+        mask = self.mask(lengths, u_SD.device)
+        read = self.flex(*heads, score_mod=self.score, block_mask=mask, scale=1.0)
+        return layer.o(read[0].transpose(0, 1).flatten(1))
+
+
+def attention_alone(encoder, flexible, count, rounds, device):
+    """One layer's attention over the longest captions, by each kernel: milliseconds, TFLOP/s."""
+    import torch
+    import torch.nn.functional as F
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    bias = encoder.bias_NMM
+    heads, length = bias.shape[:2]
+    width = encoder.encoder.config.d_kv
+    q = torch.randn(count, length, heads, width, dtype=bias.dtype, device=device)
+    whole = bias[None].expand(count, -1, -1, -1).contiguous()
+    flop = 4 * count * heads * length * length * width
+    efficient, cudnn = SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION
+    flash = SDPBackend.FLASH_ATTENTION
+    x = q.transpose(1, 2)
+    cases = [
+        (backend.name, kind, backend, mask)
+        for backend in (efficient, cudnn, flash)
+        for kind, mask in (("no bias", None), ("bias", bias[None]), ("bias copied", whole))
+    ]
+    runs = {
+        f"{name}, {kind}": (backend, lambda m=mask: F.scaled_dot_product_attention(x, x, x, m))
+        for name, kind, backend, mask in cases
+    }
+    flex = lambda: flexible.flex(x, x, x, score_mod=flexible.score, scale=1.0)  # noqa: E731
+    runs["flex, bias looked up"] = ([efficient, flash, SDPBackend.MATH], flex)
+    for name, (backend, run) in runs.items():
+        with row(part="attention of one layer", who=name) as figures, torch.inference_mode():
+            with sdpa_kernel(backend):
+                seconds = fastest(run, rounds, device)
+            figures |= {"ms": 1e3 * seconds, "tflops": flop / seconds / 1e12}
+
+
+@contextmanager
+def replaced(owner, name, value):
+    """Has another value under a name for a while."""
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
+
+
+@contextmanager
+def row(**about):
+    """Reports what is put into it, or what went wrong: one variant must not end the others."""
+    figures = {}
+    try:
+        yield figures
+    except Exception as error:  # noqa: BLE001
+        figures["error"] = f"{type(error).__name__}: {str(error)[:300]}"
+    report(**about, **figures)
+
+
+def profile(name, run, device):
+    """Prints where the time of one run goes."""
+    import torch
+    from torch.profiler import ProfilerActivity
+
+    kinds = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device != "cpu")
+    with row(part="profile", who=name), torch.inference_mode():
+        with torch.profiler.profile(activities=kinds) as seen:
+            run()
+            if device != "cpu":
+                torch.cuda.synchronize()
+        order = "self_cpu_time_total" if device == "cpu" else "self_device_time_total"
+        print(seen.key_averages().table(sort_by=order, row_limit=14, max_name_column_width=70))
+
+
+def peak_gib(device):
+    """GPU memory since this was last asked, GiB."""
+    import torch
+
+    if device == "cpu":
+        return None
+    peak = torch.cuda.max_memory_allocated() / 2**30
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    return peak
 
 
 def fastest(run, rounds, device):

@@ -1,3 +1,4 @@
+import json
 import os
 import pickle
 
@@ -107,3 +108,28 @@ def test_a_batch_gives_what_each_caption_gives_alone(encoder):
         (alone,) = encoder.encode([caption])
         assert embedding.shape == alone.shape
         torch.testing.assert_close(embedding, alone, rtol=2**-9, atol=2**-12)
+
+
+@torch.inference_mode()
+def test_captions_behind_one_another_give_what_transformers_gives_for_each(encoder):
+    given = [*captions(9), "a", "take 3", "take 4"]
+    ids = encoder.tokenizer(given, truncation=True, max_length=encoder.spec.tokens).input_ids
+    lengths = [len(row) for row in ids]
+    assert len(set(lengths)) < len(lengths) and max(lengths) == encoder.spec.tokens
+    ours = encoder.forward(torch.tensor([token for row in ids for token in row]), lengths)
+    encoder.encoder.set_attn_implementation("eager")
+    for row, out in zip(ids, ours.split(lengths), strict=True):
+        theirs = encoder.encoder(torch.tensor([row])).last_hidden_state[0]
+        torch.testing.assert_close(out, theirs, rtol=0, atol=1e-5)
+
+
+def test_another_kind_of_t5_is_refused(tmp_path):
+    for path in (EMBEDDED_DIR / "t5").iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").unlink()
+    config |= {"feed_forward_proj": "gated-gelu", "dense_act_fn": "gelu_new", "is_gated_act": True}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="gated-gelu") as caught:
+        text.TextEncoder(tmp_path, TINY.text, "cpu", torch.float32).encode(["a"])
+    assert caught.value.code == ExitCode.ASSET

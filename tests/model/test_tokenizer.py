@@ -250,3 +250,14 @@ def test_gradients_reach_every_parameter():
     tok = tokenizer().requires_grad_(True)
     tok.decode_raw(tok.encode_raw(video(9))).square().mean().backward()
     assert all(p.grad is not None and p.grad.any() for p in tok.parameters())
+
+
+@pytest.mark.gpu
+def test_attention_of_a_wide_head_on_a_gpu_is_that_of_pytorch():
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(3, 100, 1, 512, generator=generator) for _ in range(3))
+    q, k, v = (x.bfloat16().cuda() for x in (3 * q, k, v))
+    expected = module.kernels.attention(q.double(), k.double(), v.double())
+    torch.testing.assert_close(
+        module.kernels.wide_attention(q, k, v).double(), expected, atol=2e-2, rtol=0
+    )
