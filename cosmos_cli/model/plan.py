@@ -184,8 +184,11 @@ def _helps(r: Recipe, ranks: int, key: str, value: Any) -> bool:
 
 
 def blocks_kept(r: Recipe, ranks: int, gpu: Gpu | None) -> int:
-    """Blocks that keep what their linears give, with activation_checkpointing most."""
-    if r.activation_checkpointing != "most":
+    """Blocks that keep what their linears give, with activation_checkpointing most.
+
+    Those that compute in fp8 do not: Transformer Engine's products are no operators of PyTorch.
+    """
+    if r.activation_checkpointing != "most" or r.fp8_linears:
         return 0
     if gpu is None:
         return r.spec.dit.blocks
