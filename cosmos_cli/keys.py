@@ -11,6 +11,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from cosmos_cli.model.spec import COSMOS_7B, LORA_TARGETS, MODELS, ModelSpec
 
+# cuBLAS takes fp8 matrices whose rows are of as many bytes; backward, a row is all tokens.
+FP8_MULTIPLE = 16
 TEXT = r"^[^\x00]+$"
 NAME = r"^\w[\w.-]{0,99}$"
 REPO = r"^(embedded|[\w-][\w.-]*/[\w-][\w.-]*)$"
@@ -264,7 +266,7 @@ class Recipe(BaseModel):
     )
     fp8_linears: bool = _training(
         "Compute the linears of all blocks but the first and last in fp8, through Transformer "
-        "Engine; weights and files stay as they are.",
+        "Engine; weights and files stay as they are. Of what they give, most keeps nothing.",
         False,
     )
     optimizer: Literal["auto", "torch", "deepspeed", "apex"] = _training(
@@ -410,6 +412,10 @@ def conflicts(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str, str]]:
     if spec.dit.heads % shared or tokens % shared:
         what = f"must divide {spec.dit.heads} heads and {tokens} tokens, found {shared}"
         yield ("sequence_parallel",), what, "use a power of two"
+    rows = recipe.micro_batch_size * tokens // shared
+    if recipe.fp8_linears and rows % FP8_MULTIPLE:
+        what = f"needs a multiple of {FP8_MULTIPLE} tokens in each process, found {rows}"
+        yield ("fp8_linears",), what, "set another size, or fp8_linears: false"
     if recipe.num_processes == "auto":
         return
     if recipe.num_processes % shared:

@@ -51,24 +51,29 @@ def pip_uninstall(package: str) -> tuple[Command, ...]:
 
 
 def transformer_engine(cuda: str) -> tuple[Command, ...]:
-    """The commands that build Transformer Engine for torch's version of CUDA, such as 13.0.
-
-    Its bindings are C++ that includes CUDA's and cuDNN's headers; those came with torch's wheels.
-    """
-    wheels = Path(sysconfig.get_path("purelib"), "nvidia")
-    headers = ":".join(map(str, sorted(wheels.glob("*/include"))))
+    """The commands that build Transformer Engine for torch's version of CUDA, such as 13.0."""
     requirement = TRANSFORMER_ENGINE.format(major=cuda.partition(".")[0])
-    (build,) = pip("--no-build-isolation", requirement)
-    return (
-        *pip(*BUILD_TOOLS, "nvidia-cudnn-frontend"),
-        ("env", f"CPLUS_INCLUDE_PATH={headers}", "NVTE_FRAMEWORK=pytorch", *build),
-    )
+    build = _building(requirement, "NVTE_FRAMEWORK=pytorch")
+    return (*pip(*BUILD_TOOLS, "nvidia-cudnn-frontend"), build)
 
 
 def apex() -> tuple[Command, ...]:
     """The commands that build NVIDIA's Apex from its source; they need git and nvcc."""
-    (build,) = pip("--no-build-isolation", APEX)
-    return (*pip(*BUILD_TOOLS), ("env", "APEX_CPP_EXT=1", "APEX_CUDA_EXT=1", *build))
+    # Most of its twelve extensions are of two or three files, and they would wait for one another.
+    build = _building(APEX, "APEX_CPP_EXT=1", "APEX_CUDA_EXT=1", "APEX_PARALLEL_BUILD=4")
+    return (*pip(*BUILD_TOOLS), build)
+
+
+def _building(requirement: str, *environment: str) -> Command:
+    """The command that compiles a package against the installed torch.
+
+    What it compiles includes headers of CUDA's libraries. A toolkit need not have them, but they
+    came with torch's wheels; those of the toolkit go before.
+    """
+    wheels = Path(sysconfig.get_path("purelib"), "nvidia")
+    headers = ":".join(map(str, sorted(wheels.glob("*/include"))))
+    (build,) = pip("--no-build-isolation", requirement)
+    return ("env", f"CPLUS_INCLUDE_PATH={headers}", *environment, *build)
 
 
 def cache_dir() -> Path:

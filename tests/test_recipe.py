@@ -115,6 +115,16 @@ def test_a_wrong_line_is_named_with_file_line_and_key(file: Path, line: str, mes
     assert "\n" not in text
 
 
+def test_fp8_is_refused_where_a_process_has_an_odd_number_of_tokens(file: Path) -> None:
+    lines = ("fp8_linears: true", "num_frames: 1", "height: 480", "width: 848")
+    said = complaint(file, *lines)
+    assert "fp8_linears: needs a multiple of 16 tokens in each process, found 1590" in said
+    assert load(file, *lines, "micro_batch_size: 8").recipe.fp8_linears
+    # A half of eight times as many.
+    shared = ("micro_batch_size: 8", "sequence_parallel: 2", "num_processes: 2")
+    assert "found 6360" in complaint(file, *lines, *shared)
+
+
 def test_a_key_given_twice_is_named_with_both_lines(file: Path) -> None:
     assert complaint(file, "seed: 1", "fps: 24", "seed: 2") == (
         f"{file}:4: seed: given twice, first at {file}:2; keep one of them"

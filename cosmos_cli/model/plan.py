@@ -188,11 +188,11 @@ def _helps(r: Recipe, ranks: int, key: str, value: Any) -> bool:
 def blocks_kept(r: Recipe, ranks: int, gpu: Gpu | None) -> tuple[int, int]:
     """Blocks that keep what their MLP gives, and those that keep what all of their linears give.
 
-    None without activation_checkpointing most. The MLP comes first, for of all linears its last
-    one computes most for each byte that is kept.
+    None without activation_checkpointing most, and none in fp8, whose products are no operators of
+    torch. The MLP comes first, for of all linears its last one computes most for each byte kept.
     """
     blocks = r.spec.dit.blocks
-    if r.activation_checkpointing != "most":
+    if r.activation_checkpointing != "most" or r.fp8_linears:
         return 0, 0
     if gpu is None:
         return blocks, blocks

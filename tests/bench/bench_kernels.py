@@ -1,13 +1,17 @@
 """Measures faster kernels beside plain PyTorch: `python tests/bench/bench_kernels.py --out FILE`.
 
-adam       torch's fused AdamW, Apex' and DeepSpeed's FusedAdam: 30 steps on the same parameters and
-           gradients; how far they end from torch's, and the time of a step.
 norm, attention, linear
            Transformer Engine's RMSNorm, fused attention and linears, in bf16 and fp8, beside what
            the denoiser runs: time forward, forward and backward, and error against fp32.
+block      The same inside a block of the denoiser, with the weights of the plain one under its
+           names: time and memory at full size, errors of the output and of all gradients at 25
+           frames of 352x640, against fp32 and against plain bf16. The last one is compiled.
+adam       torch's fused AdamW, Apex' and DeepSpeed's FusedAdam: 30 steps on the same parameters and
+           gradients; how far they end from torch's, and the time of a step.
 
 Weights are random. Every kernel gets a row; one that cannot run has the reason in it. FILE gets a
-JSON object a line, stdout a table. `--model tiny` runs on a CPU, to try the script itself: there
+JSON object a line, as soon as it is known, stdout a table. A part is for a process of its own: what
+breaks CUDA breaks all that follows. `--model tiny` runs on a CPU, to try the script itself: there
 Transformer Engine and Apex are absent, and DeepSpeed compiles a kernel for two minutes.
 """
 
@@ -21,24 +25,28 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
-from bench_generate import Bench, markdown, synchronize
-from torch import Tensor
+from bench_generate import SMALL, Bench, markdown, random_denoiser, synchronize
+from torch import Tensor, nn
 
 from cosmos_cli import recipe
 from cosmos_cli.model import dit, kernels
 from cosmos_cli.model.device import best_device
-from cosmos_cli.model.train import optimizer_settings
+from cosmos_cli.model.engine import optimizer_settings
 
 Row = dict[str, Any]
 # What a package does that is missing, was built for something else, or refuses this machine.
-ABSENCE = (ImportError, OSError, RuntimeError, AssertionError, ValueError, NotImplementedError)
+ABSENCE = (
+    ImportError, OSError, RuntimeError, AssertionError, ValueError, TypeError, AttributeError,
+    LookupError,
+)  # fmt: skip
 STEPS, LEARNING_RATE, MOST_APART = 30, 1e-3, 1e-5
 # Module, class and options; those after the first are held against it.
 ADAMS = {
@@ -57,6 +65,18 @@ def normal(bench: Bench, *shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=generator, device=bench.device).to(bench.dtype)
 
 
+def attempted(row: Row, measure: Callable[[], Row]) -> Row:
+    try:
+        return row | measure()
+    except ABSENCE as error:
+        return row | {"absent": f"{type(error).__name__}: {error}"[:300]}
+
+
+def apart(ours: Tensor, theirs: Tensor) -> float:
+    """Relative to the length of `theirs`."""
+    return ((ours.float() - theirs.float()).norm() / theirs.float().norm()).item()
+
+
 # --- optimizers -----------------------------------------------------------------------------------
 
 
@@ -66,20 +86,21 @@ def bench_adam(bench: Bench) -> Iterator[Row]:
         start = [weight.detach() for weight in dit.Block(bench.spec.dit).parameters()]
     shape = f"a block, {sum(weight.numel() for weight in start) / 1e6:.1f} M fp32"
     first: list[Tensor] = []
-    for name, (module, kind, options) in ADAMS.items():
-        row: Row = {"part": "adam", "kernel": name, "shape": shape}
+
+    def measure(module: str, kind: str, options: dict[str, Any]) -> Row:
         weights = [weight.clone().requires_grad_() for weight in start]
-        try:
-            make = getattr(importlib.import_module(module), kind)
-            optimizer = make(weights, lr=LEARNING_RATE, **optimizer_settings(bench.r), **options)
-            seconds = train(weights, optimizer, bench.device)
-        except ABSENCE as error:
-            yield row | {"absent": repr(error)[:150]}
-            continue
-        first = first or weights
-        apart, moved = furthest(weights, first), furthest(weights, start)
-        row |= {"ms": 1e3 * seconds, "max_difference": apart, "max_moved": moved}
-        yield row | {"agrees": apart <= MOST_APART < moved}
+        make = getattr(importlib.import_module(module), kind)
+        optimizer = make(weights, lr=LEARNING_RATE, **optimizer_settings(bench.r), **options)
+        seconds = train(weights, optimizer, bench.device)
+        first.extend(weights[len(first) :])
+        off, moved = furthest(weights, first), furthest(weights, start)
+        relative = max(apart(a.detach(), b.detach()) for a, b in zip(weights, first, strict=True))
+        found = {"ms": 1e3 * seconds, "max_difference": off, "relative_l2": relative}
+        return {**found, "max_moved": moved, "agrees": off <= MOST_APART < moved}
+
+    for name, about in ADAMS.items():
+        row = {"part": "adam", "kernel": name, "shape": shape}
+        yield attempted(row, partial(measure, *about))
 
 
 def train(weights: list[Tensor], optimizer: torch.optim.Optimizer, device: str) -> float:
@@ -120,11 +141,8 @@ class Layer:
         x, *rest = (tensor.float() for tensor in self.inputs)
         exact = self.plain(x[:, :EXACT_ROWS], *rest).flatten(2)
         for name, make in {self.name: lambda: self.plain, **self.others}.items():
-            row: Row = {"part": self.part, "kernel": name, "shape": self.shape}
-            try:
-                yield row | self.run(make(), exact, bench)
-            except ABSENCE as error:
-                yield row | {"absent": repr(error)[:150]}
+            row = {"part": self.part, "kernel": name, "shape": self.shape}
+            yield attempted(row, lambda make=make: self.run(make(), exact, bench))
 
     def run(self, function: Callable[..., Tensor], exact: Tensor, bench: Bench) -> Row:
         with torch.no_grad():
@@ -133,9 +151,9 @@ class Layer:
         leaves = [tensor.clone().requires_grad_() for tensor in self.inputs]
         gradient = torch.ones_like(function(*leaves))
         both = timed(lambda: function(*leaves).backward(gradient), bench)
-        error = ((found.float() - exact).norm() / exact.norm()).item()
-        row = {"ms": 1e3 * seconds, "tflops": self.flops / seconds / 1e12, "relative_l2": error}
-        return {**row, "ms_with_backward": 1e3 * both}
+        row = {"ms": 1e3 * seconds, "ms_with_backward": 1e3 * both}
+        tflops = self.flops / seconds / 1e12
+        return {**row, "tflops": tflops, "relative_l2": apart(found, exact)}
 
 
 def timed(call: Callable[[], object], bench: Bench) -> float:
@@ -183,7 +201,8 @@ def norms(bench: Bench) -> Iterator[Layer]:
         x, weight = normal(bench, 1, *shape), normal(bench, shape[-1], seed=1)
         te = partial(engine, "RMSNorm", shape[-1], weight=weight, eps=1e-6, dtype=weight.dtype)
         about = "norm", "x".join(map(str, shape)), 4.0 * x.numel(), "plain"
-        yield Layer(*about, kernels.rms_norm, (x, weight), {"TE bf16": te})
+        others = {"plain, compiled": lambda: torch.compile(kernels.rms_norm), "TE bf16": te}
+        yield Layer(*about, kernels.rms_norm, (x, weight), others)
 
 
 def attentions(bench: Bench) -> Iterator[Layer]:
@@ -211,14 +230,121 @@ def linears(bench: Bench) -> Iterator[Layer]:
         yield Layer(*about, F.linear, (x, weight), others)
 
 
+# --- a block of the denoiser ----------------------------------------------------------------------
+
+
+def use_engine_kernels(block: dit.Block) -> Callable[..., Tensor]:
+    """Gives a block Transformer Engine's RMSNorm; its attention, for the place of ours."""
+    from transformer_engine import pytorch as te
+
+    class Norm(te.RMSNorm):
+        # As in `kernels.use_fp8`.
+        get_extra_state, set_extra_state = nn.Module.get_extra_state, nn.Module.set_extra_state
+
+    for layer in (block.self_attn, block.cross_attn):
+        for name in ("q_norm", "k_norm"):
+            weight = getattr(layer, name).weight
+            norm = Norm(len(weight), eps=1e-6, dtype=weight.dtype, device=weight.device)
+            setattr(layer, name, norm)
+    heads, width = block.self_attn.heads, len(block.self_attn.q_norm.weight)
+    run = te.DotProductAttention(heads, width, qkv_format="bshd", attn_mask_type="no_mask")
+    return lambda q, k, v: run(q, k, v).unflatten(-1, (heads, -1))
+
+
+def use_fp8_linears(block: dit.Block) -> Callable[..., Tensor]:
+    # It leaves the first and the last as they are.
+    kernels.use_fp8(nn.ModuleList([nn.Identity(), block, nn.Identity()]))
+    return kernels.attention
+
+
+def use_both(block: dit.Block) -> Callable[..., Tensor]:
+    use_fp8_linears(block)
+    return use_engine_kernels(block)
+
+
+def compiled(block: dit.Block) -> Callable[..., Tensor]:
+    block.compile()
+    return kernels.attention
+
+
+# What changes a block, and gives the attention that it is to call.
+CHANGES: dict[str, Callable[[dit.Block], Callable[..., Tensor]]] = {
+    "plain": lambda block: kernels.attention, "TE norms and attention": use_engine_kernels,
+    "TE fp8 linears": use_fp8_linears, "TE all": use_both, "plain, compiled": compiled,
+}  # fmt: skip
+
+
+def block_inputs(bench: Bench, size: tuple[int, int, int]) -> tuple[Any, ...]:
+    d, text, tokens = bench.spec.dit, bench.spec.text, bench.spec.tokens(*size)
+    latent = torch.empty(1, *bench.spec.latent_shape(*size), device="meta")
+    fps = torch.full((1,), bench.spec.fps, device=bench.device)
+    rope = dit.rope_table(d, dit.patch_grid(d, latent), fps)
+    x, pos = normal(bench, 1, tokens, d.width), normal(bench, tokens, d.width, seed=1)
+    noise_level = normal(bench, 1, d.width, seed=2), normal(bench, 1, 3 * d.width, seed=3)
+    return x, pos, rope, *noise_level, normal(bench, 1, text.tokens, text.channels, seed=4)
+
+
+def there_and_back(block: dit.Block, inputs: tuple[Any, ...]) -> tuple[Tensor, dict[str, Tensor]]:
+    """What a block gives, and its gradients by name; their direction is the input."""
+    x = inputs[0].clone().requires_grad_()
+    block.zero_grad()
+    given = block(x, *inputs[1:])
+    given.backward(inputs[0])
+    leaves = {"": x, **dict(block.named_parameters())}
+    return given.detach(), {name: leaf.grad for name, leaf in leaves.items()}
+
+
+def outcome(block: dit.Block, inputs: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+    """What a block gives, and its gradients in one vector."""
+    given, gradients = there_and_back(block, inputs)
+    return given, torch.cat([gradients[name].float().flatten() for name in sorted(gradients)])
+
+
+def bench_block(bench: Bench) -> Iterator[Row]:
+    small, size = SMALL[bench.spec.name], bench.size
+    inputs, large = block_inputs(bench, small), block_inputs(bench, size)
+    one = replace(bench.spec.dit, blocks=1)
+    plain = random_denoiser(one, bench.device, bench.dtype).blocks[0]
+    state = plain.state_dict()
+    with torch.device(bench.device):
+        exact_block = dit.Block(one)
+    exact_block.load_state_dict(state)
+    in_fp32 = [x.float() if isinstance(x, Tensor) else x for x in inputs]
+    exact, simple = outcome(exact_block, tuple(in_fp32)), outcome(plain, inputs)
+
+    def measure(change: Callable[[dit.Block], Callable[..., Tensor]]) -> Row:
+        with torch.device(bench.device):
+            block = dit.Block(one).to(bench.dtype)
+        attention = change(block)
+        row: Row = {"same_keys": list(block.state_dict()) == list(state)}
+        block.load_state_dict(state)
+        with patch.object(kernels, "attention", attention):
+            if change is not compiled:
+                found = outcome(block, inputs)
+                for i, name in enumerate(("output", "gradient")):
+                    row[f"{name}_l2"] = apart(found[i], exact[i])
+                    row[f"{name}_from_plain"] = apart(found[i], simple[i])
+            if bench.device != "cpu":
+                torch.cuda.reset_peak_memory_stats()
+            with torch.no_grad():
+                row["ms"] = 1e3 * timed(lambda: block(*large), bench)
+            row["ms_with_backward"] = 1e3 * timed(lambda: there_and_back(block, large), bench)
+        peak = 0.0 if bench.device == "cpu" else torch.cuda.max_memory_allocated() / 1e9
+        return row | {"peak_gb": peak}
+
+    for name, change in CHANGES.items():
+        row = {"part": "block", "kernel": name, "shape": f"{bench.spec.tokens(*size)} tokens"}
+        yield attempted(row, partial(measure, change))
+
+
 def measured(layers: Callable[[Bench], Iterator[Layer]], bench: Bench) -> Iterator[Row]:
     for layer in layers(bench):
         yield from layer.measure(bench)
 
 
 PARTS: dict[str, Callable[[Bench], Iterator[Row]]] = {
-    "adam": bench_adam, "norm": partial(measured, norms),
-    "attention": partial(measured, attentions), "linear": partial(measured, linears),
+    "norm": partial(measured, norms), "attention": partial(measured, attentions),
+    "linear": partial(measured, linears), "block": bench_block, "adam": bench_adam,
 }  # fmt: skip
 
 
@@ -227,7 +353,7 @@ def main() -> None:
     parser.add_argument("--model", choices=["7b", "tiny"], default="7b")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--out", type=Path, required=True, help="file of JSON lines")
-    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
     shipped, size = {"7b": ("nemo_assets", ["height=704"]), "tiny": ("tiny", [])}[options.model]
     r, device = recipe.load(shipped, size).recipe, best_device()

@@ -137,6 +137,7 @@ def test_most_keeps_the_linears_of_the_blocks_that_fit_and_no_more():
     # What eight share leaves more room than what two do.
     assert plan.blocks_kept(most, 2, FAST) < plan.blocks_kept(most, 8, FAST) < (28, 28)
     assert plan.blocks_kept(most, 1, None) == (28, 28)
+    assert plan.blocks_kept(most.model_copy(update={"fp8_linears": True}), 8, FAST) == (0, 0)
 
 
 def test_a_second_copy_of_the_weights_costs_a_share_of_them_between_nodes_only():
