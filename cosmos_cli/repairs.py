@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cosmos_cli import console, layout
+from cosmos_cli.cache import cache_dir
 from cosmos_cli.errors import ExitCode, UserError
 
 TORCHCODEC = "torchcodec>=0.13,<0.14"
@@ -69,11 +70,6 @@ def apex() -> tuple[Command, ...]:
     """The commands that build NVIDIA's Apex from its source; they need git and nvcc."""
     (build,) = pip("--no-build-isolation", APEX)
     return (*pip(*BUILD_TOOLS), ("env", "APEX_CPP_EXT=1", "APEX_CUDA_EXT=1", *build))
-
-
-def cache_dir() -> Path:
-    """Where the log of repairs goes."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cosmos"
 
 
 def install(commands: Sequence[Command]) -> Path:
