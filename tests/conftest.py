@@ -75,8 +75,9 @@ def moving_square(frames, height, width):
 
 
 @pytest.fixture
-def cosmos(tmp_path):
-    return Cosmos(tmp_path)
+def cosmos(tmp_path, tmp_path_factory):
+    """With a cache that tests share: what one had encoded, another need not."""
+    return Cosmos(tmp_path, tmp_path_factory.getbasetemp() / "cache")
 
 
 @pytest.fixture(scope="session")
