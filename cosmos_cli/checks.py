@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import psutil
 
 from cosmos_cli import assets, console, download, launch, layout, probes, repairs
+from cosmos_cli.cache import cache_dir
 from cosmos_cli.errors import UserError
 from cosmos_cli.layout import Run
 from cosmos_cli.probes import Outcome, Probe
@@ -87,7 +88,7 @@ def run_checks(r: Recipe, wanted: Iterable[str] = ()) -> list[Check]:
         _writable("output_root", r.output_root),
         _writable("dataset_dir", r.dataset_dir),
         _writable("checkpoints_dir", r.checkpoints_dir),
-        _writable(CACHE, str(repairs.cache_dir())),
+        _writable(CACHE, str(cache_dir())),
         *_hub(outcomes.get("hub")),
         _clock(),
     ]

@@ -159,6 +159,14 @@ def is_recorded(asset: Asset) -> bool:
     )
 
 
+def damaged(wanted: Sequence[Asset]) -> list[Asset]:
+    """Those that were fetched before and are not as they came; reads every file, asks nobody."""
+    known = {asset: _matching(asset, _recorded(asset)[1]) for asset in wanted}
+    if count := sum(map(len, known.values())):
+        console.say(f"comparing {count} files with what was fetched")
+    return [asset for asset, files in known.items() if _missing(asset, files)]
+
+
 def _forms(asset: Asset, file: RemoteFile) -> Iterator[tuple[Path, RemoteFile]]:
     """Where a file may lie, with the size and hash it has there: converted, or as it came."""
     yield from t5.converted(asset, file)

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cosmos_cli import console, layout
+from cosmos_cli.cache import cache_dir
 from cosmos_cli.errors import ExitCode, UserError
 
 TORCHCODEC = "torchcodec>=0.13,<0.14"
@@ -74,11 +75,6 @@ def _building(requirement: str, *environment: str) -> Command:
     headers = ":".join(map(str, sorted(wheels.glob("*/include"))))
     (build,) = pip("--no-build-isolation", requirement)
     return ("env", f"CPLUS_INCLUDE_PATH={headers}", *environment, *build)
-
-
-def cache_dir() -> Path:
-    """Where the log of repairs goes."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cosmos"
 
 
 def install(commands: Sequence[Command]) -> Path:

@@ -16,13 +16,18 @@ SMALL = ("num_frames=9", "height=64", "width=96")
 
 @dataclass
 class Cosmos:
-    """The real command in a real process, in a folder of its own."""
+    """The real command in a real process, in a folder of its own.
+
+    `cache` is its XDG_CACHE_HOME; the default can neither be read nor written.
+    """
 
     cwd: Path
+    cache: str | Path = os.devnull
 
     def environment(self):
         clean = {k: v for k, v in os.environ.items() if k not in ("OUTPUT_ROOT", "HF_TOKEN")}
-        return {**clean, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+        own = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(self.cache)}
+        return {**clean, **own}
 
     def start(self, *arguments, **options):
         """Starts the command; its pipes are read by communicate()."""
@@ -70,8 +75,9 @@ def moving_square(frames, height, width):
 
 
 @pytest.fixture
-def cosmos(tmp_path):
-    return Cosmos(tmp_path)
+def cosmos(tmp_path, tmp_path_factory):
+    """With a cache that tests share: what one had encoded, another need not."""
+    return Cosmos(tmp_path, tmp_path_factory.getbasetemp() / "cache")
 
 
 @pytest.fixture(scope="session")

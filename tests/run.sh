@@ -21,4 +21,8 @@ export PATH=$PWD/.venv/bin:$PATH
 ruff format --check cosmos_cli tests
 ruff check cosmos_cli tests
 mypy
-exec pytest -m "$selection"
+# Two at a time, of one thread each; the long ones count on having the machine for themselves.
+workers=2
+[[ ${1-} == all ]] && workers=0
+export OMP_NUM_THREADS=1
+exec pytest -m "$selection" -n "$workers" --dist worksteal

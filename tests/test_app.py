@@ -1,8 +1,8 @@
 """The command line as a contract."""
 
+import os
 import subprocess
 import sys
-import time
 
 import pytest
 from conftest import settings
@@ -31,13 +31,14 @@ def test_help_lists_the_six_verbs_and_imports_nothing_heavy():
 
 def test_help_answers_at_once():
     def seconds():
-        started = time.process_time(), time.monotonic()
+        before = os.times()
         subprocess.run(
             [sys.executable, "-m", "cosmos_cli", "--help"], capture_output=True, check=True
         )
-        return time.monotonic() - started[1]
+        after = os.times()
+        return sum(after[2:4]) - sum(before[2:4])
 
-    # 0.3 s on an idle machine; the bound is for a busy one.
+    # 0.3 s on an idle machine; the time that it computes hardly depends on its neighbours.
     assert min(seconds() for _ in range(5)) < 0.8
 
 

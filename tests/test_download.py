@@ -137,6 +137,34 @@ def test_a_second_run_fetches_nothing_and_a_damaged_file_alone_comes_again(onlin
     assert weights.read_bytes() == repos[MODEL]["model.pt"]
 
 
+def test_check_fetches_again_what_is_damaged_and_asks_for_nothing_else(online, repos):
+    online.variables = {"CUDA_VISIBLE_DEVICES": ""}
+    with serve(repos) as online.hub:
+        online("download", "nemo_assets")
+        whole = content(online.cwd / "checkpoints")
+        model, by_hand = "Cosmos-Predict1-7B-Text2World/model.pt", "meta-llama/LlamaGuard-7b"
+        weights = online.cwd / "checkpoints" / model
+        weights.write_bytes(b"X" + weights.read_bytes()[1:])
+        (online.cwd / "checkpoints" / layout.TOKENIZER_DIR / "mean_std.pt").unlink()
+        # Nothing is known of files that came by other ways.
+        (online.cwd / "checkpoints" / by_hand / "model-00001-of-00001.safetensors").write_bytes(b"")
+        for record in (online.cwd / "checkpoints" / by_hand / ".cache" / "cosmos").glob("*.json"):
+            record.unlink()
+        ask = ["download", "nemo_assets", "--check"]
+        online(*ask, "--dry-run")
+        assert weights.read_bytes() != whole[model]
+        online.hub.log.clear()
+        # The weights themselves are tried on a GPU only.
+        assert "without a GPU" in online(*ask, code=3).stderr
+        fetched = {path for _, path in online.hub.log if "/resolve/" in path}
+        assert {path.rpartition("/")[2] for path in fetched} == {"model.pt", "mean_std.pt"}
+        guard = f"{by_hand}/model-00001-of-00001.safetensors"
+        assert content(online.cwd / "checkpoints") == {**whole, guard: b""}
+        online.hub.log.clear()
+        online(*ask, code=3)
+        assert not online.hub.log
+
+
 def test_wrong_bytes_are_refused_and_removed(online, repos):
     with serve(repos, corrupt=["model.pt"]) as online.hub:
         refused = online("download", "nemo_assets", code=4)

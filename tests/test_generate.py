@@ -1,6 +1,7 @@
 """The promote and generate verbs on the embedded model."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -57,6 +58,7 @@ def test_a_prompt_becomes_an_mp4_with_sidecar_text_and_contact_sheet(cosmos):
 
 
 def test_the_same_seed_gives_the_same_file_alone_or_in_a_batch(cosmos):
+    cosmos.cache = os.devnull
     (cosmos.cwd / "batch.jsonl").write_text(
         '{"prompt": "A much longer prompt about a blue star that spins in place."}\n'
         "\n"
@@ -239,6 +241,7 @@ def test_prompts_from_standard_input_become_videos_as_they_come(cosmos):
 
 
 def test_networks_together_or_in_turn_make_the_same_files(cosmos):
+    cosmos.cache = os.devnull
     prompts = [{"prompt": "A red ball."}, {"prompt": "A nude statue."}, {"prompt": "A blue box."}]
     batch = lines(cosmos, "b.jsonl", *prompts)
     ask = ["generate", "--batch", batch, *QUICK]
@@ -322,6 +325,7 @@ def test_a_bad_prompt_of_a_batch_does_not_end_the_others(cosmos):
 
 
 def test_two_processes_make_the_same_videos_as_one(cosmos):
+    cosmos.cache = os.devnull
     prompts = ({"prompt": "A red ball.", "seed": seed} for seed in (1, 2, 3))
     batch = lines(cosmos, "b.jsonl", *prompts, {"prompt": "A nude statue."})
     one = generate(cosmos, "--batch", batch, "-o", "one", code=8)
@@ -337,6 +341,7 @@ def test_two_processes_make_the_same_videos_as_one(cosmos):
 
 
 def test_two_processes_share_the_guidance_of_one_video(cosmos):
+    cosmos.cache = os.devnull
     ask = ["--prompt", "A red ball.", "--set", "negative_prompt=a blue box"]
     one = generate(cosmos, *ask, "-o", "one")
     two = generate(cosmos, *ask, "-o", "two", "--num-processes", "2")

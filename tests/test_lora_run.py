@@ -30,7 +30,11 @@ def whole(cosmos):
     return find_run(cosmos, "whole")
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+SLOW = pytest.mark.slow
+
+
+# The whole model is trained at stages 0, 2 and 3 in test_train.py.
+@pytest.mark.parametrize("stage", [1, 3, *(pytest.param(n, marks=SLOW) for n in (0, 2))])
 def test_every_zero_stage_and_two_processes_train_alike(cosmos, whole, stage):
     pairs = ("num_processes=2", f"zero_stage={stage}", "max_steps=3")
     cosmos("train", "tiny", *options(f"stage{stage}", *LORA, *pairs))
@@ -41,7 +45,7 @@ def test_every_zero_stage_and_two_processes_train_alike(cosmos, whole, stage):
 
 
 @pytest.mark.parametrize(
-    ("processes", "stage"), [(1, 3), (2, 1), pytest.param(2, 3, marks=pytest.mark.slow)]
+    ("processes", "stage"), [(1, 3), *(pytest.param(2, n, marks=SLOW) for n in (1, 3))]
 )
 def test_three_steps_a_stop_and_three_more_equal_six(cosmos, whole, processes, stage):
     name = f"parts{processes}{stage}"

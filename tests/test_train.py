@@ -109,7 +109,8 @@ def test_accumulated_gradients_equal_those_of_one_batch(cosmos):
         assert row == pytest.approx(other, rel=1e-5)
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2])
+# A LoRA is trained at stage 1 in test_lora_run.py.
+@pytest.mark.parametrize("stage", [0, 2, pytest.param(1, marks=pytest.mark.slow)])
 def test_every_zero_stage_trains_alike(cosmos, stage):
     pairs = ("num_processes=2", "micro_batch_size=1", "max_steps=3")
     cosmos("train", "tiny", *options(f"stage{stage}", *pairs, f"zero_stage={stage}"))
@@ -121,7 +122,7 @@ def test_every_zero_stage_trains_alike(cosmos, stage):
         assert (row[3] is None) if stage == 0 else row[3] == pytest.approx(other[3], rel=1e-4)
 
 
-@pytest.mark.parametrize("mode", ["most", "attention", "all"])
+@pytest.mark.parametrize("mode", ["most", "all", pytest.param("attention", marks=pytest.mark.slow)])
 def test_what_is_computed_again_does_not_change_what_is_learned(cosmos, mode):
     pairs = ("num_processes=2", "micro_batch_size=1", "max_steps=2")
     cosmos("train", "tiny", *options(mode, *pairs, f"activation_checkpointing={mode}"))
@@ -146,7 +147,11 @@ def wait_for_step(run_glob, process, step=1):
     pytest.fail(f"no step {step} before the process ended: {process.communicate()}")
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+# SIGTERM ends the run of test_run_history.py in order.
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)],
+)
 def test_a_signal_saves_the_step_and_the_same_command_goes_on(cosmos, number, code):
     name = f"stopped{code}"
     pairs = ("num_processes=2", "micro_batch_size=1", "save_every_steps=500")

@@ -34,7 +34,9 @@ def download(
     recipe: options.RecipeArgument = "tiny",
     check: Annotated[
         bool,
-        typer.Option("--check", help="Fetch nothing; try the weights that are there, in a minute."),
+        typer.Option(
+            "--check", help="Repair what was fetched; try the weights that are there, in a minute."
+        ),
     ] = False,
     for_: Annotated[
         Stage, typer.Option("--for", help="Fetch what this verb reads, the rest another time.")
@@ -49,15 +51,16 @@ def download(
     Example: cosmos download nemo_assets
     """
     r = options.open_recipe(recipe, set_, print_recipe, json_).recipe
-    if check:
-        next_ = options.command_line("prep", recipe, set_)
-        console.emit(_check(r, next_, dry_run), as_json=json_)
-        return
-    listings = hub.survey(assets.of_recipe(r, for_))
+    wanted = assets.of_recipe(r, for_)
+    listings = hub.survey(hub.damaged(wanted) if check else wanted)
     if not dry_run:
         hub.require_room(listings)
         for listing in listings:
             hub.fetch(listing)
+    if check:
+        next_ = options.command_line("prep", recipe, set_)
+        console.emit(_check(r, next_, dry_run), as_json=json_)
+        return
     if r.spec.embedded:
         console.say(f"{r.model}: its weights are part of the package, {layout.EMBEDDED_DIR}")
     root = Path(r.dataset_dir).absolute()

@@ -16,9 +16,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors.torch import load, save
 from torch import Tensor
 
 from cosmos_cli import __version__, console, layout
+from cosmos_cli.cache import Answers
 from cosmos_cli.errors import UserError
 from cosmos_cli.jobs import Job, Lora, Weights
 from cosmos_cli.keys import Recipe
@@ -188,6 +190,11 @@ class TextModels:
         self.device = device
         self.in_turn = in_turn
         self.block_list = guardrail.block_list(r)
+        chip = device if device == "cpu" else torch.cuda.get_device_name()
+        encoder = layout.model_files(r.spec, r.checkpoints_dir).text_encoder
+        about = chip, number_format(device)
+        self.embeddings = Answers(encoder, text.TextEncoder, r.spec.text, *about)
+        self.longer_prompts = Answers(Path(r.upsampler), Upsampler, *about)
 
     @cached_property
     def upsampler(self) -> Upsampler:
@@ -256,7 +263,8 @@ class TextModels:
         """The upsampled prompt, for which the same rules hold."""
         if len(words.split()) > self.r.upsampler_word_limit:
             return words
-        longer = self.upsampler.upsample(words)
+        made = self.longer_prompts.get(words, lambda: self.upsampler.upsample(words).encode())
+        longer = made.decode()
         console.say(f"upsampled: {longer}")
         return self._guarded(longer) if longer else words
 
@@ -264,7 +272,8 @@ class TextModels:
         spec = self.r.spec.text
         if not words:
             return torch.zeros(spec.tokens, spec.channels)
-        embedding = self.encoder.encode([words])[0].float()
+        made = self.embeddings.get(words, lambda: save({"text": self.encoder.encode([words])[0]}))
+        embedding = load(made)["text"].float()
         if len(embedding) == spec.tokens:
             console.warn(f"only the first {len(embedding)} tokens are read of: {words[:60]} ...")
         return text.pad(embedding, spec)

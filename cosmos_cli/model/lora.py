@@ -16,10 +16,9 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from cosmos_cli import layout
 from cosmos_cli.model import edm, weights
 from cosmos_cli.model.spec import LORA_TARGETS
 
@@ -87,11 +86,8 @@ def save(path: Path, state: Mapping[str, Tensor], scale: float) -> None:
     linears = {re.sub(r"^\w+\.\d+\.|\.lora_[AB]\.weight$", "", key) for key in renamed}
     settings = {"r": rank, "lora_alpha": scale * rank, "target_modules": sorted(linears)}
     settings = {_PREFIX + key: value for key, value in settings.items()}
-    tensors = {_PREFIX + key: value.contiguous() for key, value in renamed.items()}
-    # One entry, for safetensors writes several in any order: equal factors make equal files.
-    about = {_SETTINGS: json.dumps(settings)}
-    with weights.writing(path), layout.atomic_file(path) as temporary:
-        save_file(tensors, temporary, metadata=about)
+    tensors = {_PREFIX + key: value for key, value in renamed.items()}
+    weights.write_safetensors(path, tensors, {_SETTINGS: json.dumps(settings)})
 
 
 def load(path: Path) -> tuple[dict[str, Tensor], float]:

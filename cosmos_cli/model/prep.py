@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 
 from cosmos_cli import claims, console, layout, recipe
 from cosmos_cli.claims import Crew
@@ -279,11 +278,8 @@ class Latents:
             "caption": source.stem,
             "look": looks.measure(pixels),
         }
-        with weights.writing(path), layout.atomic_file(path) as temporary:
-            latent = x0.to("cpu", torch.bfloat16).contiguous()
-            # One entry: safetensors writes several in an order that changes from run to run.
-            # Trap: save_file writes to a name of its own, which nobody removes after a kill.
-            temporary.write_bytes(save({"latent": latent}, {"about": json.dumps(about)}))
+        latent = x0.to("cpu", torch.bfloat16)
+        weights.write_safetensors(path, {"latent": latent}, {"about": json.dumps(about)})
         return about
 
     def _row(self, source: Source, clip: video.Clip, path: Path) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 from einops import rearrange
+from safetensors import SafetensorError
 from torch import Tensor
 
 from cosmos_cli.errors import ExitCode, UserError
@@ -182,7 +183,7 @@ def read_pickle(path: Path, spec: TextSpec) -> Tensor:
 def _whole(folder: Path) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise UserError(
             f"is no whole T5 encoder: {str(error).splitlines()[0]}",
             code=ExitCode.ASSET,

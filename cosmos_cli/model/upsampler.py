@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from cosmos_cli import layout
@@ -63,7 +64,7 @@ class Upsampler:
                 model = load_released(released)
             else:
                 model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, SafetensorError) as error:
             raise UserError(
                 f"is no whole prompt upsampler: {str(error).splitlines()[0]}",
                 code=ExitCode.ASSET, where=str(folder),

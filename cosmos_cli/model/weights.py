@@ -19,6 +19,7 @@ import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import torch
@@ -121,7 +122,7 @@ def load_dit_state(path: Path) -> State:
 
 def save_dit(path: Path, state: Mapping[str, Tensor], format: Literal["pt", "safetensors"]) -> None:
     """Writes the denoiser's weights: `pt` is the file the reference reads, `safetensors` ours."""
-    write = save_released if format == "pt" else _write_safetensors
+    write = save_released if format == "pt" else write_safetensors
     write(path, state)
 
 
@@ -137,7 +138,7 @@ def save_released(path: Path, state: Mapping[str, Tensor]) -> str:
 def save_diffusers(folder: Path, state: Mapping[str, Tensor], spec: DiTSpec) -> None:
     """Writes the denoiser, without its log-variance head, as a diffusers model folder."""
     net = {key: value for key, value in state.items() if key.startswith("net.")}
-    _write_safetensors(folder / _DIFFUSERS_FILE, rename(net, OURS, DIFFUSERS, folder))
+    write_safetensors(folder / _DIFFUSERS_FILE, rename(net, OURS, DIFFUSERS, folder))
     layout.write_json(folder / "config.json", diffusers_config(spec))
 
 
@@ -263,11 +264,6 @@ def load_tokenizer_state(path: Path) -> State:
     return state
 
 
-def save_tokenizer(path: Path, state: Mapping[str, Tensor]) -> None:
-    """Writes the tokenizer's weights as one safetensors file."""
-    _write_safetensors(path, state)
-
-
 def _rename_tokenizer(state: State) -> State:
     """Released names for those of diffusers, whose decoder counts its levels the other way."""
     levels = {int(n) for key in state for n in re.findall(r"up_blocks\.(\d+)", key)}
@@ -328,11 +324,9 @@ def load_strict(module: nn.Module, state: Mapping[str, Tensor], where: Path) -> 
 def another_model(problems: list[str], where: Path) -> UserError:
     """The error of a file that does not fit, with what is wrong about it."""
     return UserError(
-        f"does not fit the model: {'; '.join(problems)}",
-        code=ExitCode.ASSET,
-        where=str(where),
+        f"does not fit the model: {'; '.join(problems)}", code=ExitCode.ASSET, where=str(where),
         fix="is it the file of another model?",
-    )
+    )  # fmt: skip
 
 
 def _some(names: list[str], kind: str) -> str:
@@ -356,10 +350,8 @@ def reading(path: Path) -> Iterator[None]:
         kind = type(error).__name__
         raise UserError(
             f"is damaged or holds more than tensors; nothing in it was run ({kind})",
-            code=ExitCode.ASSET,
-            where=str(path),
-            fix="download it again",
-        ) from error
+            code=ExitCode.ASSET, where=str(path), fix="download it again",
+        ) from error  # fmt: skip
 
 
 def _read_pt(path: Path) -> Any:
@@ -408,16 +400,22 @@ def writing(path: Path) -> Iterator[None]:
             if not _WRITE_FAILED.search(str(error)):
                 raise
             raise UserError(
-                "cannot be written, the disk is full or broken",
-                code=ExitCode.ASSET,
-                where=str(path),
-                fix="free some space or choose another folder",
-            ) from error
+                "cannot be written, the disk is full or broken", code=ExitCode.ASSET,
+                where=str(path), fix="free some space or choose another folder",
+            ) from error  # fmt: skip
 
 
-def _write_safetensors(path: Path, state: Mapping[str, Tensor]) -> None:
-    with writing(path), layout.atomic_file(path) as temporary:
-        save_file({key: value.contiguous() for key, value in state.items()}, temporary)
+def write_safetensors(
+    path: Path, state: Mapping[str, Tensor], about: Mapping[str, str] | None = None
+) -> None:
+    """Writes tensors; `about` has one entry at most, for several come in any order."""
+    # Trap: save_file writes to a name of its own, which nobody removes after a kill; hence a
+    # folder, of which the next run knows that its owner is gone.
+    own = {"dir": path.parent, "prefix": f".{os.getpid()}.", "suffix": ".tmp"}
+    with writing(path), layout.atomic_file(path) as temporary, TemporaryDirectory(**own) as folder:
+        written = Path(folder, path.name)
+        save_file({key: value.contiguous() for key, value in state.items()}, written, about)
+        written.replace(temporary)
 
 
 def _read_diffusers(folder: Path) -> State:
@@ -426,9 +424,8 @@ def _read_diffusers(folder: Path) -> State:
     if not index.exists():
         return _read_safetensors(folder / _DIFFUSERS_FILE)
     with reading(index):
-        shards = sorted(
-            {Path(name).name for name in layout.read_json(index)["weight_map"].values()}
-        )
+        names = layout.read_json(index)["weight_map"].values()
+        shards = sorted({Path(name).name for name in names})
     state: State = {}
     for shard in shards:
         state |= _read_safetensors(folder / shard)

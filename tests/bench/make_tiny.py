@@ -200,7 +200,7 @@ def make_tokenizer(path: Path, device: str, options: argparse.Namespace) -> dict
     seconds = round(time.monotonic() - started)
     measure_latents(net, draw_videos(plain_scenes(range(10**6, 10**6 + 128)), device))
     state = {k: v.bfloat16() if v.ndim > 2 else v for k, v in net.state_dict().items()}
-    weights.save_tokenizer(path, state)
+    weights.write_safetensors(path, state)
     return {"seconds": seconds, "loss": losses}
 
 

@@ -192,7 +192,10 @@ def whole_release(released, root):
     return released_recipe(root)
 
 
-def test_aegis_judges_prompts_and_what_they_became_once_a_batch(released, tmp_path, capsys):
+def test_aegis_judges_prompts_and_what_they_became_once_a_batch(
+    released, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     r = whole_release(released, tmp_path / "c")
     prompts = ["a ball", "a zorg", "a nude ball", "a red ball"]
     jobs = [Job(p, r, Weights(tmp_path, ""), tmp_path / f"{i}.mp4") for i, p in enumerate(prompts)]

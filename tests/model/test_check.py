@@ -101,7 +101,7 @@ def test_a_tokenizer_that_loses_the_picture_is_named(folder):
     state = weights.load_tokenizer_state(path)
     exchange(state, "decoder.conv_out.0.conv3d.bias", "decoder.conv_out.1.conv3d.bias")
     state["decoder.conv_out.1.conv3d.weight"] = state["decoder.conv_out.1.conv3d.weight"].flip(0)
-    weights.save_tokenizer(path, state)
+    weights.write_safetensors(path, state)
     with pytest.raises(UserError, match="the tokenizer loses the picture") as caught:
         check.check(R, "cpu")
     assert caught.value.code == ExitCode.ASSET
@@ -111,7 +111,7 @@ def test_exchanged_mean_and_std_are_named(folder):
     path = folder / "tokenizer.safetensors"
     state = weights.load_tokenizer_state(path)
     exchange(state, "mean", "std")
-    weights.save_tokenizer(path, state)
+    weights.write_safetensors(path, state)
     with pytest.raises(UserError, match="mean and std") as caught:
         check.check(R, "cpu")
     assert caught.value.code == ExitCode.ASSET

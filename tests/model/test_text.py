@@ -1,6 +1,7 @@
 import json
 import os
 import pickle
+import shutil
 
 import numpy as np
 import pytest
@@ -77,6 +78,17 @@ def test_padding_is_zero_behind_the_real_tokens():
 @pytest.fixture(scope="module")
 def encoder():
     return text.TextEncoder(EMBEDDED_DIR / "t5", TINY.text, "cpu", torch.float32)
+
+
+def test_a_damaged_encoder_is_one_line_with_the_remedy(tmp_path):
+    shutil.copytree(EMBEDDED_DIR / "t5", tmp_path / "t5")
+    weights = tmp_path / "t5" / "model.safetensors"
+    for damage in (b"no weights", weights.read_bytes()[:-1], b""):
+        weights.write_bytes(damage)
+        broken = text.TextEncoder(tmp_path / "t5", TINY.text, "cpu", torch.float32)
+        with pytest.raises(UserError, match="is no whole T5 encoder") as refused:
+            broken.encode(["a"])
+        assert refused.value.code == ExitCode.ASSET
 
 
 def captions(count):

@@ -4,6 +4,9 @@ import os
 import pickle
 import random
 import shutil
+import signal
+import subprocess
+import sys
 import warnings
 import zipfile
 from collections import OrderedDict
@@ -14,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from cosmos_cli import layout
 from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.model import edm, weights
 from cosmos_cli.model.dit import DiT
@@ -176,7 +180,7 @@ def test_state_from_disk_is_mapped_and_not_read(tmp_path):
 
 def test_saved_tokenizer_loads_unchanged(tmp_path):
     state = tokenizer_state()
-    weights.save_tokenizer(tmp_path / "tokenizer.safetensors", state)
+    weights.write_safetensors(tmp_path / "tokenizer.safetensors", state)
     assert_same(weights.load_tokenizer_state(tmp_path / "tokenizer.safetensors"), state)
     assert_same(weights.load_tokenizer_state(tmp_path), state)
 
@@ -227,6 +231,31 @@ def test_load_strict_names_what_does_not_fit_and_changes_nothing():
     assert "1 unknown (net.lora.weight)" in message
     assert "net.final.linear.weight is (2, 3) instead of (64, 32)" in message
     assert_same(module.state_dict(), before)
+
+
+# Ends as abruptly as by SIGKILL, and surely in the middle of a file.
+DYING = """
+import os, resource, signal, sys, torch
+from pathlib import Path
+from cosmos_cli.model import lora, weights
+signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+stem = "net.blocks.0.mlp.up"
+if os.fork():
+    os.wait()
+    factors = {f"{stem}.lora_{side}.weight": torch.zeros(4, 9999) for side in "AB"}
+    lora.save(Path("lora.safetensors"), factors, 1.0)
+weights.write_safetensors(Path("m.safetensors"), {"w": torch.zeros(99_999)})
+"""
+
+
+def test_what_a_killed_process_leaves_is_known_and_removed(tmp_path):
+    done = subprocess.run([sys.executable, "-c", DYING], cwd=tmp_path, check=False)
+    assert done.returncode == -signal.SIGXFSZ
+    assert len([path for path in tmp_path.rglob("*") if path.is_file()]) == 2
+    layout.remove_stale(tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_file_of_another_model_is_refused(tmp_path):
