@@ -333,8 +333,8 @@ class Recipe(BaseModel):
         "auto",
     )
     compile: Literal["auto", "on", "off"] = _sampling(
-        "Have torch compile the denoiser's blocks, and in training what lies between their "
-        "linears; auto does on a GPU where it saves time.",
+        "Have torch compile the denoiser's blocks, in training what lies between their linears, in "
+        "prep the tokenizer's blocks; auto does on a GPU where it saves time.",
         "auto",
     )
     video_crf: float = _sampling(

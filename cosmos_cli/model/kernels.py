@@ -167,6 +167,17 @@ def linear_relu(x: Tensor, weight: Tensor) -> Tensor:
     return torch._addmm_activation(x.new_zeros(len(weight)), x, weight.t())
 
 
+def frame_norm(x_BCTHW: Tensor, weight_C: Tensor, bias_C: Tensor, eps: float) -> Tensor:
+    """GroupNorm of one group for each frame, in the layout of x, for a compiler to fuse.
+
+    PyTorch's own kernel gives a whole frame to one processor of a GPU and wants channels first.
+    """
+    wide = x_BCTHW.float()
+    var, mean = torch.var_mean(wide, dim=(1, 3, 4), correction=0, keepdim=True)
+    weight, bias = (p.float()[:, None, None, None] for p in (weight_C, bias_C))
+    return ((wide - mean) * torch.rsqrt(var + eps) * weight + bias).to(x_BCTHW.dtype)
+
+
 class Elementwise:
     """A function of element-wise work, which `fuse` makes a kernel or two of."""
 

@@ -14,6 +14,7 @@ from cosmos_cli import console, history, layout
 from cosmos_cli.keys import Recipe
 from cosmos_cli.layout import Run
 from cosmos_cli.model import data, edm, plan
+from cosmos_cli.model.device import best_device
 from cosmos_cli.model.engine import known_gpu
 
 
@@ -69,12 +70,13 @@ class Metrics:
 
     def __init__(self, run: Run, r: Recipe, start: int) -> None:
         self.run = run
+        planned = plan.plan(r, dist.get_world_size(), known_gpu(torch.device(best_device())))
         self.status = {
             "step": start,
             "max_steps": r.max_steps,
             "from": start,
             "started": time.time(),
-            "planned_memory_gb": round(plan.plan(r, dist.get_world_size(), None).total_gb, 3),
+            "planned_memory_gb": round(planned.total_gb, 3),
         }
         if dist.get_rank() == 0:
             # Those of steps that the resume state knows; at its own step it is measured anew.

@@ -77,6 +77,12 @@ class Tokenizer(nn.Module):
         video = torch.cat([self.decode_raw(self._denormalize(chunk)) for chunk in chunks], dim=2)
         return video.clamp(-1, 1)
 
+    def compile_blocks(self) -> None:
+        """Has torch compile the residual blocks of the encoder at their first call."""
+        for block in self.encoder.modules():
+            if isinstance(block, ResBlock):
+                block.compile(dynamic=False)
+
     def encode_raw(self, video_BCTHW: Tensor) -> Tensor:
         """The latent of one chunk as the encoder makes it, before any scale."""
         frames, height, width = video_BCTHW.shape[2:]
@@ -247,6 +253,8 @@ class FrameNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Of the shape of `x`."""
+        if torch.compiler.is_compiling():
+            return kernels.frame_norm(x, self.norm.weight, self.norm.bias, self.norm.eps)
         frames = self.norm(rearrange(x, "B C T H W -> (B T) C H W"))
         return rearrange(frames, "(B T) C H W -> B C T H W", B=len(x))
 

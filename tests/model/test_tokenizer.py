@@ -201,6 +201,16 @@ def test_a_video_of_full_size_is_coded_in_little_memory():
     assert 4 * 2**30 < encoding.peak < 16 * 2**30
 
 
+@pytest.mark.slow
+def test_compiled_blocks_give_the_same_latent():
+    tok, x = tokenizer(), video(9)
+    plain = tok.encode(x)
+    tok.compile_blocks()
+    compiled = tok.encode(x)
+    assert not torch.equal(compiled, plain)
+    assert (compiled - plain).abs().max() < 1e-5
+
+
 def test_chunks_are_coded_independently():
     tok = tokenizer(replace(SMALL, chunk_frames=9))
     first, second = video(9), video(9).flip(2)
