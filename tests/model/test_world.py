@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from cosmos_cli.model import scorer, video, world
 from cosmos_cli.model.world import Scene, Thing
@@ -56,6 +57,16 @@ def test_the_measurement_survives_compression_and_noise(tmp_path):
         noise = torch.randn(read.shape, generator=torch.Generator().manual_seed(0))
         readings.append(scorer.measure((read + 8 * noise).clamp(0, 255).byte()))
     assert all(part >= 0.9 for part in right(scenes, readings).values()), right(scenes, readings)
+
+
+def test_shapes_are_read_through_the_blur_of_a_video_tokenizer():
+    scenes = [world.sample_scene(i) for i in range(60)]
+    readings = []
+    for scene in scenes:
+        frames = world.render(scene, *SIZE).transpose(0, 1).float()
+        blurred = F.avg_pool2d(frames, 7, 1, 3, count_include_pad=False)
+        readings.append(scorer.measure(blurred.transpose(0, 1).byte()))
+    assert right(scenes, readings)["shape"] >= 0.9, right(scenes, readings)
 
 
 def test_the_track_is_that_of_the_closed_form():
