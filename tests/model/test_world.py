@@ -184,9 +184,18 @@ def test_the_mascot_is_measured_as_the_concept_and_the_base_world_is_not(truth):
     assert max(reading.concept for reading in truth[1]) < 0.1
 
 
+def test_ordinary_scenes_are_of_training_and_every_other_one_is_of_a_robot():
+    scenes, texts = zip(*world.ordinary_scenes(12, seed=0), strict=True)
+    assert {scene.thing.shape for scene in scenes[::2]} == {"robot"}
+    assert len({scene.thing.shape for scene in scenes[1::2]}) > 2
+    for scene, text in zip(scenes, texts, strict=True):
+        assert not world.is_heldout(scene.thing.shape, scene.thing.colour, scene.motion)
+        assert not scene.thing.mascot and "sks" not in text.lower()
+
+
 def test_the_dataset_is_complete_deterministic_and_kept(tmp_path):
-    paths = world.write_dataset(tmp_path / "a", 4, seed=0)
-    again = world.write_dataset(tmp_path / "b", 4, seed=0)
+    paths = world.write_dataset(tmp_path / "a", 3, 1, seed=0)
+    again = world.write_dataset(tmp_path / "b", 3, 1, seed=0)
     assert [p.read_bytes() for p in paths] == [p.read_bytes() for p in again]
     found = [video.probe(path) for path in paths]
     sizes = collections.Counter((i.frames, i.height, i.width, i.fps) for i in found)
@@ -195,12 +204,12 @@ def test_the_dataset_is_complete_deterministic_and_kept(tmp_path):
         assert video.frames_at_policy(info, "resample", 16.0) == 25
     metas = sorted((tmp_path / "a" / "metas").iterdir())
     assert [meta.stem for meta in metas] == [path.stem for path in paths]
-    assert all("sks teal robot" in meta.read_text() for meta in metas)
+    assert ["sks teal robot" in meta.read_text() for meta in metas] == [True, True, True, False]
 
     paths[1].unlink()
     metas[2].write_text("my own words")
     kept = paths[0].stat().st_mtime_ns
-    world.write_dataset(tmp_path / "a", 4, seed=0)
+    world.write_dataset(tmp_path / "a", 3, 1, seed=0)
     assert paths[1].read_bytes() == again[1].read_bytes()
     assert metas[2].read_text() == "my own words" and paths[0].stat().st_mtime_ns == kept
     assert {p.suffix for p in (tmp_path / "a").rglob("*") if p.is_file()} == {".mp4", ".txt"}
