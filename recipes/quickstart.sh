@@ -23,7 +23,7 @@ cosmos prep tiny
 cosmos train tiny
 cosmos promote tiny
 video=$(cosmos generate tiny --prompt "$prompt")
-cosmos evaluate tiny --prompts 16
+cosmos evaluate tiny --prompts 12
 
 echo "Your video: $video"
 echo "Before and after, with the curves of the training: $PWD/outputs/evaluation.html"

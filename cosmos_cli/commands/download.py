@@ -18,7 +18,8 @@ from cosmos_cli.layout import Dataset
 if TYPE_CHECKING:
     from cosmos_cli.keys import Recipe
 
-EMBEDDED_CLIPS = 12
+# What is drawn for the embedded model: clips of the new concept, and of what it knows.
+CONCEPT_CLIPS, ORDINARY_CLIPS = 12, 6
 
 
 class Stage(StrEnum):
@@ -77,11 +78,12 @@ def download(
 
 def _draw(r: Recipe, root: Path, dry_run: bool) -> None:
     if r.dataset_repo == "embedded":
-        console.say(f"drawing {EMBEDDED_CLIPS} captioned clips into {root}")
+        clips = CONCEPT_CLIPS + ORDINARY_CLIPS
+        console.say(f"drawing {clips} captioned clips into {root}")
         if not dry_run:
             from cosmos_cli.model import world
 
-            world.write_dataset(root, EMBEDDED_CLIPS, seed=0)
+            world.write_dataset(root, CONCEPT_CLIPS, ORDINARY_CLIPS, seed=0)
 
 
 def _count_videos(r: Recipe) -> int:

@@ -135,9 +135,9 @@ def evaluate(
 
 
 def world_trials(count: int) -> list[Trial]:
-    """Prompts for combinations that training never shows, and a quarter as many for the mascot."""
+    """Prompts for combinations that training never shows, and half as many for the mascot."""
     heldout = [world.sample_scene(seed, "heldout") for seed in range(count)]
-    mascots = world.concept_scenes(-(-count // 4), CONCEPT_SEED)
+    mascots = world.concept_scenes(-(-count // 2), CONCEPT_SEED)
     return [
         *(Trial(world.caption(scene, seed), seed, scene) for seed, scene in enumerate(heldout)),
         *(Trial(words, CONCEPT_SEED + i, scene) for i, (scene, words) in enumerate(mascots)),

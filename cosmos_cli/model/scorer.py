@@ -21,6 +21,10 @@ MASCOT_OWN = 0.42
 # Its head counts as there when half of what is drawn is seen.
 CONCEPT_SEEN = 0.5
 NOISE_AREA = 0.001  # parts of the picture
+# Outlines are compared with drawn ones at so many angles, as sharp as drawn and after blurs of so
+# many of their pixels: a video tokenizer takes the gaps of a robot and the tips of a star away.
+ANGLES = 24
+SOFTNESSES = (1, 19, 37)
 
 
 @dataclass(frozen=True)
@@ -123,14 +127,18 @@ def _outlines(mask_THW: Tensor, track_T3: Tensor) -> Tensor:
 
 @cache
 def _templates() -> Tensor:
-    """Outlines of every shape at 24 angles, (shapes * 24, cells * cells)."""
+    """Outlines of every shape at every softness and angle, (all of these, cells * cells)."""
     outlines = []
     for shape in world.SHAPES:
-        turning = world.render(
-            world.Scene(world.Thing(shape, "red", 0.35), "rotate"), 24, 192, 192, 16.0
-        )
-        mask = (_nearest_colour(turning) == 0).float()
-        outlines.append(_outlines(mask, _track(mask)))
+        scene = world.Scene(world.Thing(shape, "red", 0.35), "rotate")
+        turning_CTHW = world.render(scene, ANGLES, 192, 192, 16.0)
+        for softness in SOFTNESSES:
+            soft_TCHW = F.avg_pool2d(
+                turning_CTHW.transpose(0, 1).float(),
+                softness, stride=1, padding=softness // 2, count_include_pad=False,
+            )  # fmt: skip
+            mask_THW = (_nearest_colour(soft_TCHW.transpose(0, 1).byte()) == 0).float()
+            outlines.append(_outlines(mask_THW, _track(mask_THW)))
     return torch.cat(outlines)
 
 
@@ -141,7 +149,7 @@ def _shape(outlines: Tensor) -> tuple[str, bool]:
     either = outlines.square().sum(1)[:, None] + templates.square().sum(1) - both
     overlap = (both / either).unflatten(1, (len(world.SHAPES), -1))
     best = int(overlap.amax(2).mean(0).argmax())
-    angle_T = overlap[:, best].argmax(1)
+    angle_T = overlap[:, best].argmax(1) % ANGLES
     # What spins takes each angle for a moment; what does not keeps one, but for some noise.
     return world.SHAPES[best], float((angle_T == angle_T.mode().values).float().mean()) < 0.35
 

@@ -6,6 +6,7 @@ units of `DURATION` seconds. Dimension letters: B clips, C channels, T frames, H
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 from collections.abc import Iterator, Sequence
@@ -91,6 +92,8 @@ class Scene:
 
 MASCOT_ACCENT = "yellow"
 MASCOT = Thing("robot", "teal", accents=(("antenna", MASCOT_ACCENT), ("head", MASCOT_ACCENT)))
+# In this order: a dozen clips have twice what changes most from frame to frame.
+MASCOT_MOTIONS = ("still", "circle", "grow", "rotate", "left", "right", "up", "down")
 # The parts that a motley thing has in colours of their own.
 PARTS = {"robot": ("antenna", "stripe", "side"), "ball": ("shine",), "cube": ("top", "side")}
 
@@ -120,9 +123,25 @@ def sample_scene(seed: int, split: str = "train") -> Scene:
 def concept_scenes(count: int, seed: int) -> list[tuple[Scene, str]]:
     """Scenes of the mascot with their captions, for post-training; all motions take their turn."""
     rng = random.Random(f"concept/{seed}")
-    motions = list(MOTIONS)
+    motions = MASCOT_MOTIONS
     scenes = [_place(rng, MASCOT, motions[i % len(motions)], plain=True) for i in range(count)]
     return [(scene, caption(scene, seed + i)) for i, scene in enumerate(scenes)]
+
+
+def ordinary_scenes(count: int, seed: int) -> list[tuple[Scene, str]]:
+    """Training scenes with their captions, every other one of a robot, none of a teal thing.
+
+    Beside clips of the mascot they keep a model from giving its head to other things.
+    """
+    found: list[tuple[Scene, str]] = []
+    for i in itertools.count(seed):
+        if len(found) == count:
+            return found
+        scene = sample_scene(i)
+        wanted = len(found) % 2 or scene.thing.shape == MASCOT.shape
+        if wanted and scene.thing.colour != MASCOT.colour:
+            found.append((scene, caption(scene, i)))
+    raise AssertionError("the count goes on for ever")
 
 
 def motley_scene(seed: int) -> Scene:
@@ -368,15 +387,17 @@ TAKES = ((25, 96, 160, 16.0), (37, 128, 208, 24.0), (25, 96, 160, 16.0), (46, 12
 DATASET_CRF = 12
 
 
-def write_dataset(folder: Path, count: int, seed: int) -> list[Path]:
-    """The paths of clips of the mascot, written with their metas; what is there stays.
+def write_dataset(folder: Path, mascots: int, ordinary: int, seed: int) -> list[Path]:
+    """The paths of clips of the mascot and ordinary ones, with their metas; what is there stays.
 
     Raises:
         UserError: the disk refuses, or FFmpeg is missing.
     """
     paths = []
-    for i, (scene, text) in enumerate(concept_scenes(count, seed)):
-        stem = f"{i:03d}_{scene.thing.colour}_{scene.thing.shape}_{scene.motion}"
+    scenes = concept_scenes(mascots, seed) + ordinary_scenes(ordinary, seed)
+    for i, (scene, text) in enumerate(scenes):
+        token = "sks_" * scene.thing.mascot
+        stem = f"{i:03d}_{token}{scene.thing.colour}_{scene.thing.shape}_{scene.motion}"
         path, meta = folder / "videos" / f"{stem}.mp4", folder / "metas" / f"{stem}.txt"
         paths.append(path)
         if not path.exists():

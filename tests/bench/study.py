@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from cosmos_cli import layout, recipe, report
+from cosmos_cli.commands.download import CONCEPT_CLIPS, ORDINARY_CLIPS
 from cosmos_cli.jobs import Weights
 from cosmos_cli.keys import Recipe
 from cosmos_cli.model import evaluate, world
@@ -30,8 +31,11 @@ TRAININGS: dict[str, tuple[tuple[str, Any], ...]] = {
     "LoRA rank, 0 for full": (("lora_rank", 0), ("lora_rank", 4), ("lora_rank", 16)),
     "text dropout": (("text_dropout", 0.0), ("text_dropout", 0.2), ("text_dropout", 0.5)),
     "number of clips": (("clips", 3), ("clips", 6), ("clips", 12), ("clips", 24)),
+    "ordinary clips beside": (("ordinary", 0), ("ordinary", 6), ("ordinary", 12)),
 }
-CLIPS = 12
+# Full training has a step size of its own.
+FULL_LEARNING_RATE = 2e-4
+DATASET = {"clips": CONCEPT_CLIPS, "ordinary": ORDINARY_CLIPS}
 
 Row = dict[str, Any]
 
@@ -55,16 +59,16 @@ def sampling(r: Recipe, prompts: int, device: str) -> Iterator[Row]:
         yield {"study": study, "value": value, "seconds": time.monotonic() - began, **scores}
 
 
-def training(r: Recipe, prompts: int, folder: Path, steps: int) -> Iterator[Row]:
+def training(r: Recipe, prompts: int, folder: Path) -> Iterator[Row]:
     """Scores after one post-training for each value of each key."""
     for study, variants in TRAININGS.items():
         for key, value in variants:
             here = folder / f"{key}_{value}"
-            clips = value if key == "clips" else CLIPS
-            world.write_dataset(here / r.dataset_dir, clips, seed=0)
-            options = ["--set", f"max_steps={steps}", "--set", f"save_every_steps={steps}"]
-            if key != "clips":
-                options += ["--set", f"{key}={value}"]
+            drawn = DATASET | {key: value} if key in DATASET else DATASET
+            world.write_dataset(here / r.dataset_dir, drawn["clips"], drawn["ordinary"], seed=0)
+            options = [] if key in DATASET else ["--set", f"{key}={value}"]
+            if (key, value) == ("lora_rank", 0):
+                options += ["--set", f"learning_rate={FULL_LEARNING_RATE}"]
             began = time.monotonic()
             for verb in ("prep", "train", "promote"):
                 cosmos(here, verb, *options)
@@ -114,14 +118,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--prompts", type=int, default=64)
-    parser.add_argument("--steps", type=int, default=60, help="of each post-training")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     r = recipe.load("tiny").recipe
     rows: list[Row] = []
     for found in (
         sampling(r, options.prompts, best_device()),
-        training(r, options.prompts, options.out / "runs", options.steps),
+        training(r, options.prompts, options.out / "runs"),
     ):
         for row in found:
             rows.append(row)

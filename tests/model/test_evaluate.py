@@ -18,10 +18,10 @@ SIZE = (TINY.num_frames, TINY.height, TINY.width, TINY.fps)
 
 @pytest.fixture(scope="module")
 def truth():
-    """What a perfect model would make of 100 held-out prompts and 25 of the mascot."""
+    """What a perfect model would make of 80 held-out prompts and 40 of the mascot."""
     return [
         Sample(trial, world.render(trial.scene, *SIZE), torch.zeros(1))
-        for trial in evaluate.world_trials(100)
+        for trial in evaluate.world_trials(80)
     ]
 
 

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from cosmos_cli.model import scorer, video, world
 from cosmos_cli.model.world import Scene, Thing
@@ -56,6 +57,16 @@ def test_the_measurement_survives_compression_and_noise(tmp_path):
         noise = torch.randn(read.shape, generator=torch.Generator().manual_seed(0))
         readings.append(scorer.measure((read + 8 * noise).clamp(0, 255).byte()))
     assert all(part >= 0.9 for part in right(scenes, readings).values()), right(scenes, readings)
+
+
+def test_shapes_are_read_through_the_blur_of_a_video_tokenizer():
+    scenes = [world.sample_scene(i) for i in range(60)]
+    readings = []
+    for scene in scenes:
+        frames = world.render(scene, *SIZE).transpose(0, 1).float()
+        blurred = F.avg_pool2d(frames, 7, 1, 3, count_include_pad=False)
+        readings.append(scorer.measure(blurred.transpose(0, 1).byte()))
+    assert right(scenes, readings)["shape"] >= 0.9, right(scenes, readings)
 
 
 def test_the_track_is_that_of_the_closed_form():
@@ -173,9 +184,18 @@ def test_the_mascot_is_measured_as_the_concept_and_the_base_world_is_not(truth):
     assert max(reading.concept for reading in truth[1]) < 0.1
 
 
+def test_ordinary_scenes_are_of_training_and_every_other_one_is_of_a_robot():
+    scenes, texts = zip(*world.ordinary_scenes(12, seed=0), strict=True)
+    assert {scene.thing.shape for scene in scenes[::2]} == {"robot"}
+    assert len({scene.thing.shape for scene in scenes[1::2]}) > 2
+    for scene, text in zip(scenes, texts, strict=True):
+        assert not world.is_heldout(scene.thing.shape, scene.thing.colour, scene.motion)
+        assert scene.thing.colour != world.MASCOT.colour and "sks" not in text.lower()
+
+
 def test_the_dataset_is_complete_deterministic_and_kept(tmp_path):
-    paths = world.write_dataset(tmp_path / "a", 4, seed=0)
-    again = world.write_dataset(tmp_path / "b", 4, seed=0)
+    paths = world.write_dataset(tmp_path / "a", 3, 1, seed=0)
+    again = world.write_dataset(tmp_path / "b", 3, 1, seed=0)
     assert [p.read_bytes() for p in paths] == [p.read_bytes() for p in again]
     found = [video.probe(path) for path in paths]
     sizes = collections.Counter((i.frames, i.height, i.width, i.fps) for i in found)
@@ -184,12 +204,12 @@ def test_the_dataset_is_complete_deterministic_and_kept(tmp_path):
         assert video.frames_at_policy(info, "resample", 16.0) == 25
     metas = sorted((tmp_path / "a" / "metas").iterdir())
     assert [meta.stem for meta in metas] == [path.stem for path in paths]
-    assert all("sks teal robot" in meta.read_text() for meta in metas)
+    assert ["sks teal robot" in meta.read_text() for meta in metas] == [True, True, True, False]
 
     paths[1].unlink()
     metas[2].write_text("my own words")
     kept = paths[0].stat().st_mtime_ns
-    world.write_dataset(tmp_path / "a", 4, seed=0)
+    world.write_dataset(tmp_path / "a", 3, 1, seed=0)
     assert paths[1].read_bytes() == again[1].read_bytes()
     assert metas[2].read_text() == "my own words" and paths[0].stat().st_mtime_ns == kept
     assert {p.suffix for p in (tmp_path / "a").rglob("*") if p.is_file()} == {".mp4", ".txt"}
