@@ -137,7 +137,8 @@ class TextEncoder:
                 for x in (q, k, v)
             )
             bias = self.bias_NMM[:, :length, :length]
-            out = kernels.biased_attention(q_BMNK, k_BMNK, v_BMNK, bias)
+            often = length == self.spec.tokens
+            out = kernels.biased_attention(q_BMNK, k_BMNK, v_BMNK, bias, often=often)
             read.append(rearrange(out, "B M N K -> (B M) (N K)"))
         return layer.o(read[0] if len(read) == 1 else torch.cat(read))
 

@@ -265,7 +265,7 @@ def attention_by(backend):
     import torch.nn.functional as F
     from torch.nn.attention import sdpa_kernel
 
-    def attention(q, k, v, bias):
+    def attention(q, k, v, bias, **_):
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         with sdpa_kernel(backend):
             read = F.scaled_dot_product_attention(q, k, v, bias[None], scale=1.0)
