@@ -21,10 +21,11 @@ if TYPE_CHECKING:
 # Of a GPU's memory, what PyTorch's allocator can hand out before fragments and CUDA's own share
 # leave nothing.
 USABLE = 0.92
-# Rates as shares of the peak of 989 TFLOP/s with cuDNN attention at 56,320 tokens: linear layers 720
-# and attention forward 630, measured alone on one H100. Attention backward at 495, and the passes of
-# one bf16 activation through memory in a forward pass of a block with compiled element-wise work, are
-# such that a step takes what it took, within 4 %: 13.5 s with a LoRA on an H100, 14.7 s on two H200.
+# Rates as shares of the peak of 989 TFLOP/s with cuDNN attention at 56,320 tokens: linear layers
+# 720 and attention forward 630, measured alone on one H100. Attention backward at 495, and the
+# passes of one bf16 activation through memory in a forward pass of a block with compiled
+# element-wise work, are such that a step takes what it took, within 4 %: 13.5 s with a LoRA on an
+# H100, 14.7 s on two H200.
 LINEAR, ATTENTION, ATTENTION_BACKWARD = 0.73, 0.64, 0.50
 ELEMENTWISE_PASSES = 60
 # What a block holds at most while its backward runs, and what it keeps without checkpointing, in
