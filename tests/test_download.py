@@ -221,7 +221,7 @@ def test_dry_run_says_the_bytes_and_fetches_none(online, repos):
 
 def test_the_tiny_recipe_needs_no_hub(cosmos):
     first = cosmos.json("download", "tiny")
-    assert first["videos"] == 18
+    assert first["videos"] == 36
     videos = cosmos.cwd / "datasets" / "tiny" / "videos"
     hashes = {path.name: layout.sha256_file(path) for path in videos.iterdir()}
     next(videos.iterdir()).unlink()

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from cosmos_cli.keys import Recipe
 
 # What is drawn for the embedded model: clips of the new concept, and of what it knows.
-CONCEPT_CLIPS, ORDINARY_CLIPS = 12, 6
+CONCEPT_CLIPS, ORDINARY_CLIPS = 12, 24
 
 
 class Stage(StrEnum):

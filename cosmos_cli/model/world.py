@@ -129,16 +129,18 @@ def concept_scenes(count: int, seed: int) -> list[tuple[Scene, str]]:
 
 
 def ordinary_scenes(count: int, seed: int) -> list[tuple[Scene, str]]:
-    """Training scenes with their captions, every other one of a robot, none of a teal thing.
+    """Training scenes with their captions, none of a teal thing.
 
-    Beside clips of the mascot they keep a model from giving its head to other things.
+    Beside clips of the mascot they keep a model from making other things look like it. Those in
+    most danger are robots, every other scene, and what turns, every other one of the rest.
     """
     found: list[tuple[Scene, str]] = []
     for i in itertools.count(seed):
         if len(found) == count:
             return found
         scene = sample_scene(i)
-        wanted = len(found) % 2 or scene.thing.shape == MASCOT.shape
+        robot, turns = scene.thing.shape == MASCOT.shape, scene.motion == "rotate"
+        wanted = (robot, turns and not robot, robot, True)[len(found) % 4]
         if wanted and scene.thing.colour != MASCOT.colour:
             found.append((scene, caption(scene, i)))
     raise AssertionError("the count goes on for ever")

@@ -31,7 +31,7 @@ TRAININGS: dict[str, tuple[tuple[str, Any], ...]] = {
     "LoRA rank, 0 for full": (("lora_rank", 0), ("lora_rank", 4), ("lora_rank", 16)),
     "text dropout": (("text_dropout", 0.0), ("text_dropout", 0.2), ("text_dropout", 0.5)),
     "number of clips": (("clips", 3), ("clips", 6), ("clips", 12), ("clips", 24)),
-    "ordinary clips beside": (("ordinary", 0), ("ordinary", 6), ("ordinary", 12)),
+    "ordinary clips beside": (("ordinary", 0), ("ordinary", 6), ("ordinary", 24)),
 }
 # Full training has a step size of its own.
 FULL_LEARNING_RATE = 2e-4

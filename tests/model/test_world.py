@@ -184,9 +184,10 @@ def test_the_mascot_is_measured_as_the_concept_and_the_base_world_is_not(truth):
     assert max(reading.concept for reading in truth[1]) < 0.1
 
 
-def test_ordinary_scenes_are_of_training_and_every_other_one_is_of_a_robot():
+def test_ordinary_scenes_are_of_training_and_most_are_robots_or_turn():
     scenes, texts = zip(*world.ordinary_scenes(12, seed=0), strict=True)
     assert {scene.thing.shape for scene in scenes[::2]} == {"robot"}
+    assert {scene.motion for scene in scenes[1::4]} == {"rotate"}
     assert len({scene.thing.shape for scene in scenes[1::2]}) > 2
     for scene, text in zip(scenes, texts, strict=True):
         assert not world.is_heldout(scene.thing.shape, scene.thing.colour, scene.motion)
