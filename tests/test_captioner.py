@@ -126,8 +126,6 @@ def test_a_prompt_that_stood_alone_gives_way_and_a_changed_video_is_seen_again(c
     assert rows(videos.parent)[0][0] != first
 
 
-# What they share the work by is that of test_prep.py, where two processes and kills are tried.
-@pytest.mark.slow
 def test_three_processes_and_one_killed_end_with_the_same_captions(cosmos, vlm):
     videos = write_videos(cosmos, 6)
     dataset = videos.parent

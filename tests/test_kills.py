@@ -97,7 +97,7 @@ def live_and_be_killed(cosmos, name, rng):
     return False
 
 
-@pytest.mark.parametrize("kills", [3, pytest.param(100, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [5, pytest.param(100, marks=pytest.mark.slow)])
 def test_what_is_killed_goes_on_to_the_bit(prepared, undisturbed, kills):
     cosmos, rng = Cosmos(prepared), random.Random(kills)
     rows, files = undisturbed

@@ -435,7 +435,7 @@ def test_a_process_with_another_recipe_is_refused_while_one_is_at_work(undisturb
     assert snapshot(dataset) == undisturbed[1]
 
 
-@pytest.mark.parametrize("kills", [3, pytest.param(50, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [5, pytest.param(50, marks=pytest.mark.slow)])
 def test_a_process_killed_at_any_moment_and_run_again_ends_with_the_same_bytes(
     undisturbed, tmp_path, kills
 ):

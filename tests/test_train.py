@@ -147,11 +147,7 @@ def wait_for_step(run_glob, process, step=1):
     pytest.fail(f"no step {step} before the process ended: {process.communicate()}")
 
 
-# SIGTERM ends the run of test_run_history.py in order.
-@pytest.mark.parametrize(
-    ("number", "code"),
-    [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)],
-)
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_saves_the_step_and_the_same_command_goes_on(cosmos, number, code):
     name = f"stopped{code}"
     pairs = ("num_processes=2", "micro_batch_size=1", "save_every_steps=500")
