@@ -222,7 +222,7 @@ def rms_norm_rotate(x_BLNK: Tensor, weight: Tensor, cos_BLK: Tensor, sin_BLK: Te
 
     `cos` and `sin` are fp32 with one angle per pair: (B, L, K/2).
     """
-    x_BLNK = F.rms_norm(x_BLNK, weight.shape, weight, eps=1e-6)
+    x_BLNK = rms_norm.plain(x_BLNK, weight)
     cos, sin = cos_BLK.unsqueeze(2), sin_BLK.unsqueeze(2)
     a, b = x_BLNK.float().chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).type_as(x_BLNK)
@@ -246,5 +246,4 @@ def add_modulate(
 ) -> tuple[Tensor, Tensor]:
     """X + gate * y, or x + y without a gate; and that modulated. Both BLD."""
     x_BLD = x_BLD + (y_BLD if gate_B1D is None else gate_B1D * y_BLD)
-    normed = F.layer_norm(x_BLD, x_BLD.shape[-1:], eps=1e-6)
-    return x_BLD, normed * (1 + scale_B1D) + shift_B1D
+    return x_BLD, modulate.plain(x_BLD, shift_B1D, scale_B1D)

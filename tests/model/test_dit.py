@@ -182,7 +182,30 @@ def test_compiled_element_wise_work_gives_the_same_loss_and_gradients(mode):
             gradients.append(torch.cat([p.grad.flatten() for p in net.parameters()]))
     finally:
         kernels.fuse(on=False)
+    # Rounded elsewhere, so it was compiled, within the contexts of a checkpoint too.
+    assert not torch.equal(*gradients)
     assert (gradients[0] - gradients[1]).norm() < 1e-5 * gradients[0].norm()
+
+
+def test_a_checkpoint_that_keeps_the_mlps_multiplies_less_again():
+    def multiplications(mlps: int, blocks: int) -> int:
+        net = network()
+        net.activation_checkpointing, net.mlps_kept, net.blocks_kept = "most", mlps, blocks
+        computed = []
+
+        class Watch(TorchDispatchMode):
+            def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+                computed.append(operator)
+                return operator(*args, **(kwargs or {}))
+
+        with Watch():
+            net(**inputs()).square().mean().backward()
+        return computed.count(torch.ops.aten.mm.default)
+
+    none, mlps, whole = multiplications(0, 0), multiplications(2, 0), multiplications(2, 2)
+    # The last linear of the MLP, and the first of each of the three modulations.
+    assert none - mlps == 2 * (1 + 3)
+    assert whole < mlps
 
 
 @pytest.mark.parametrize(("mode", "times"), [("none", 2), ("attention", 3), ("all", 4)])
