@@ -22,6 +22,11 @@ def best_device() -> str:
     return "cpu"
 
 
+def compiles(wish: str, worth: bool, device: torch.device, loss: str) -> bool:
+    """Whether to compile: as the recipe's key wishes, auto where it is worth it; and if it can be."""
+    return (wish == "on" or (wish == "auto" and worth)) and can_compile(device, loss)
+
+
 def can_compile(device: torch.device, loss: str) -> bool:
     """Whether torch can compile for a device; where it cannot, says so and what that costs.
 

@@ -12,7 +12,7 @@ from cosmos_cli import console, layout
 from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.keys import Recipe
 from cosmos_cli.model import checkpoint, data, edm, kernels, lora, plan, weights
-from cosmos_cli.model.device import can_compile
+from cosmos_cli.model.device import compiles
 from cosmos_cli.model.dit import DiT
 
 
@@ -35,8 +35,8 @@ def build(r: Recipe, share: data.Share, device: torch.device) -> Any:
     net.activation_checkpointing = r.activation_checkpointing
     kept = plan.blocks_kept(r, dist.get_world_size(), known_gpu(device))
     net.mlps_kept, net.blocks_kept = kept
-    wanted = r.compile == "on" or (r.compile == "auto" and device.type != "cpu")
-    kernels.fuse(wanted and can_compile(device, "training takes a sixth longer"))
+    worth, loss = device.type != "cpu", "training takes a sixth longer"
+    kernels.fuse(compiles(r.compile, worth, device, loss))
     if r.fp8_linears:
         kernels.use_fp8(net.blocks)
     base = layout.model_files(r.spec, r.checkpoints_dir, r.base).dit

@@ -22,7 +22,7 @@ from cosmos_cli.console import Stopwatch
 from cosmos_cli.keys import Recipe
 from cosmos_cli.layout import Dataset
 from cosmos_cli.model import captioner, looks, prep_report, sources, text, video, weights
-from cosmos_cli.model.device import can_compile
+from cosmos_cli.model.device import compiles
 from cosmos_cli.model.sources import Source
 from cosmos_cli.model.tokenizer import Tokenizer
 
@@ -224,9 +224,11 @@ class Latents:
         dtype = torch.float32 if device == "cpu" else torch.bfloat16
         self.tokenizer = load_tokenizer(r, device, dtype)
         # All clips of the dataset decide, done or not: a run that goes on must make the same bits.
-        many = device != "cpu" and clips >= WORTH_COMPILING
-        wanted = r.compile == "on" or (r.compile == "auto" and many)
-        if wanted and can_compile(torch.device(device), "a clip takes three times as long"):
+        worth, loss = (
+            device != "cpu" and clips >= WORTH_COMPILING,
+            "a clip takes three times as long",
+        )
+        if compiles(r.compile, worth, torch.device(device), loss):
             self.tokenizer.compile_blocks()
         identity = layout.sha256_path(layout.model_files(r.spec, r.checkpoints_dir).tokenizer)
         settings = {key: getattr(r, key) for key in ("height", "width", "num_frames", "resize")}
