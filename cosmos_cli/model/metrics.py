@@ -14,7 +14,6 @@ from cosmos_cli import console, history, layout
 from cosmos_cli.keys import Recipe
 from cosmos_cli.layout import Run
 from cosmos_cli.model import data, edm, plan
-from cosmos_cli.model.device import best_device
 from cosmos_cli.model.engine import known_gpu
 
 
@@ -68,9 +67,9 @@ class Stats:
 class Metrics:
     """metrics.jsonl, status.json and report.html of a run, written by rank 0."""
 
-    def __init__(self, run: Run, r: Recipe, start: int) -> None:
+    def __init__(self, run: Run, r: Recipe, start: int, device: torch.device) -> None:
         self.run = run
-        planned = plan.plan(r, dist.get_world_size(), known_gpu(torch.device(best_device())))
+        planned = plan.plan(r, dist.get_world_size(), known_gpu(device))
         self.status = {
             "step": start,
             "max_steps": r.max_steps,

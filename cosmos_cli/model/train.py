@@ -76,7 +76,7 @@ def train(r: Recipe, device: torch.device) -> dict[str, Any]:
         checkpoint.shards(engine.module), r.ema_rate, None if r.offload == "none" else "cpu"
     )
     start = resume(r, run, engine, ema)
-    record = metrics.Metrics(run, r, start)
+    record = metrics.Metrics(run, r, start, device)
     if held_out:
         record.write_held_out(start, held_out.measure(engine, device, start))
     pictures = Pictures(r, run, clips, held_out.clips if held_out else clips)
