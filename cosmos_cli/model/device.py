@@ -23,7 +23,7 @@ def best_device() -> str:
 
 
 def compiles(wish: str, worth: bool, device: torch.device, loss: str) -> bool:
-    """Whether to compile: as the recipe's key wishes, auto where it is worth it; and if it can be."""
+    """Whether to compile: as the recipe's key wishes, auto where it pays; and if it can be."""
     return (wish == "on" or (wish == "auto" and worth)) and can_compile(device, loss)
 
 
