@@ -131,12 +131,6 @@ def latents(model, rounds=3):
     def decode():
         return ours.decode(x0)
 
-    spatial = [half.mid.attn_1[0] for half in (ours.encoder, ours.decoder)]
-
-    def attend(function):
-        for layer in spatial:
-            layer.attend = function
-
     with torch.inference_mode():
         measure("ours", encode=encode, decode=decode)
         measure(
@@ -145,15 +139,8 @@ def latents(model, rounds=3):
             decode=lambda: theirs.decode(x0),
         )
         theirs.cpu()
-        attend(kernels.attention)
-        measure("ours, fused attention", encode=encode)
-        attend(half_scores)
-        measure("ours, scores in bf16", encode=encode)
-        attend(kernels.wide_attention)
         with replaced(module.CausalConv, "forward", three_dimensional):
             measure("ours, conv3d as it comes", encode=encode)
-        with replaced(torch.backends.cudnn, "benchmark", True):
-            measure("ours, cudnn.benchmark", encode=encode, decode=decode)
         profile("encode", encode, device)
         profile("decode", decode, device)
         compiled = torch.compile(kernels.frame_norm, dynamic=True)
@@ -163,15 +150,6 @@ def latents(model, rounds=3):
         # What prep does for a dataset of many clips.
         ours.compile_blocks()
         measure("ours, blocks compiled", encode=encode)
-
-
-def half_scores(q, k, v):
-    """Attention of one head whose scores are written down in the type of q."""
-    import torch
-
-    q, k, v = (x.squeeze(2) for x in (q * q.shape[-1] ** -0.5, k, v))
-    read = [(a @ b.t()).softmax(dim=-1) @ c for a, b, c in zip(q, k, v, strict=True)]
-    return torch.stack(read).unsqueeze(2)
 
 
 def three_dimensional(layer, x):
@@ -192,7 +170,6 @@ def norm_by(function):
 def text(model, rounds=3):
     """Prompts and real tokens per second of T5's encoder: long and short captions, in many ways."""
     import torch
-    import torch.nn.functional as F
     from torch.nn.attention import SDPBackend
     from transformers import T5Config, T5EncoderModel
 
@@ -226,9 +203,6 @@ def text(model, rounds=3):
     measure("ours", long=long, short=short, mixed=mixed, one=long[:1])
     profile("T5, long", lambda: encoder.encode(long), device)
     profile("T5, short", lambda: encoder.encode(short), device)
-    plain_relu = lambda x, weight: F.linear(x, weight).relu_()  # noqa: E731
-    with replaced(kernels, "linear_relu", plain_relu):
-        measure("relu by itself", long=long, short=short)
     judged = mixed[:8] + long[:1]
     found = {"ours": encoder.encode(judged)}
     cudnn = attention_by(SDPBackend.CUDNN_ATTENTION)
@@ -239,7 +213,6 @@ def text(model, rounds=3):
     with replaced(encoder, "_attend", flexible.attend), row(part="text", who="flex"):
         measure("attention by flex, all captions as one", long=long, short=short, mixed=mixed)
         found["flex"] = encoder.encode(judged)
-    attention_alone(encoder, flexible, count, rounds, device)
 
     def by_transformers(captions):
         given = encoder.tokenizer(captions, padding="longest", return_tensors="pt", **cut)
@@ -315,39 +288,6 @@ class FlexAttention:
         mask = self.mask(lengths, u_SD.device)
         read = self.flex(*heads, score_mod=self.score, block_mask=mask, scale=1.0)
         return layer.o(read[0].transpose(0, 1).flatten(1))
-
-
-def attention_alone(encoder, flexible, count, rounds, device):
-    """One layer's attention over the longest captions, by each kernel: milliseconds, TFLOP/s."""
-    import torch
-    import torch.nn.functional as F
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    bias = encoder.bias_NMM
-    heads, length = bias.shape[:2]
-    width = encoder.encoder.config.d_kv
-    q = torch.randn(count, length, heads, width, dtype=bias.dtype, device=device)
-    whole = bias[None].expand(count, -1, -1, -1).contiguous()
-    flop = 4 * count * heads * length * length * width
-    efficient, cudnn = SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION
-    flash = SDPBackend.FLASH_ATTENTION
-    x = q.transpose(1, 2)
-    cases = [
-        (backend.name, kind, backend, mask)
-        for backend in (efficient, cudnn, flash)
-        for kind, mask in (("no bias", None), ("bias", bias[None]), ("bias copied", whole))
-    ]
-    runs = {
-        f"{name}, {kind}": (backend, lambda m=mask: F.scaled_dot_product_attention(x, x, x, m))
-        for name, kind, backend, mask in cases
-    }
-    flex = lambda: flexible.flex(x, x, x, score_mod=flexible.score, scale=1.0)  # noqa: E731
-    runs["flex, bias looked up"] = ([efficient, flash, SDPBackend.MATH], flex)
-    for name, (backend, run) in runs.items():
-        with row(part="attention of one layer", who=name) as figures, torch.inference_mode():
-            with sdpa_kernel(backend):
-                seconds = fastest(run, rounds, device)
-            figures |= {"ms": 1e3 * seconds, "tflops": flop / seconds / 1e12}
 
 
 @contextmanager
