@@ -264,10 +264,11 @@ class Recipe(BaseModel):
         "linears too in as many blocks as fit.",
         "all",
     )
-    fp8_linears: bool = _training(
-        "Compute the linears of all blocks but the first and last in fp8, through Transformer "
-        "Engine; weights and files stay as they are. Of what they give, most keeps nothing.",
-        False,
+    transformer_engine: Literal["off", "linears", "all"] = _training(
+        "What NVIDIA's Transformer Engine computes: nothing, the linears of all blocks but the "
+        "first and last in fp8, or also attention and its norms in bf16. Weights and files stay as "
+        "they are. Of what its linears give, most keeps nothing.",
+        "off",
     )
     optimizer: Literal["auto", "torch", "deepspeed", "apex"] = _training(
         "Whose AdamW: torch's fused one, which auto takes, DeepSpeed's, which is compiled at its "
@@ -404,18 +405,13 @@ def conflicts(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str, str]]:
     if recipe.hpz_partition_size not in ("auto", 1) and recipe.zero_stage < 3:
         what = f"hpz_partition_size shards weights, zero_stage {recipe.zero_stage} does not"
         yield ("hpz_partition_size", "zero_stage"), what, "set zero_stage: 3"
-    if recipe.fp8_linears and (recipe.precision != "bf16" or recipe.lora_rank):
-        what = "fp8_linears needs precision bf16 and no lora_rank"
-        yield ("fp8_linears", "precision", "lora_rank"), what, "set fp8_linears: false"
     shared = recipe.sequence_parallel
     tokens = spec.tokens(recipe.num_frames, recipe.height, recipe.width)
     if spec.dit.heads % shared or tokens % shared:
         what = f"must divide {spec.dit.heads} heads and {tokens} tokens, found {shared}"
         yield ("sequence_parallel",), what, "use a power of two"
-    rows = recipe.micro_batch_size * tokens // shared
-    if recipe.fp8_linears and rows % FP8_MULTIPLE:
-        what = f"needs a multiple of {FP8_MULTIPLE} tokens in each process, found {rows}"
-        yield ("fp8_linears",), what, "set another size, or fp8_linears: false"
+    if recipe.transformer_engine != "off":
+        yield from engine_conflicts(recipe, recipe.micro_batch_size * tokens // shared)
     if recipe.num_processes == "auto":
         return
     if recipe.num_processes % shared:
@@ -492,3 +488,18 @@ def oddities(recipe: Recipe) -> Iterator[str]:
     for key in ("dataset_revision", "dataset_include"):
         if getattr(recipe, key) and not recipe.dataset_repo:
             yield f"{key} has no effect without dataset_repo"
+
+
+def engine_conflicts(recipe: Recipe, tokens: int) -> Iterator[tuple[tuple[str, ...], str, str]]:
+    """The same of what Transformer Engine computes, with so many tokens in each process."""
+    if recipe.precision != "bf16":
+        what = "transformer_engine needs precision bf16"
+        yield ("transformer_engine", "precision"), what, "set transformer_engine: off"
+    mode = recipe.activation_checkpointing
+    if recipe.transformer_engine == "all" and mode in ("attention", "most"):
+        what = f"{mode} cannot keep the attention of Transformer Engine"
+        fix = "set activation_checkpointing: all, or transformer_engine: linears"
+        yield ("activation_checkpointing", "transformer_engine"), what, fix
+    if tokens % FP8_MULTIPLE:
+        what = f"needs a multiple of {FP8_MULTIPLE} tokens in each process, found {tokens}"
+        yield ("transformer_engine",), what, "set another size, or transformer_engine: off"

@@ -196,14 +196,15 @@ def check_kernels(r: Recipe) -> None:
     if r.optimizer == "apex" and importlib.util.find_spec("amp_C") is None:
         fix = "run cosmos setup --install --with apex, or set optimizer: auto"
         raise missing("optimizer", "NVIDIA's Apex is not installed", fix)
-    if not r.fp8_linears:
+    key = "transformer_engine"
+    if r.transformer_engine == "off":
         return
     if importlib.util.find_spec("transformer_engine") is None:
-        fix = "run cosmos setup --install --with transformer-engine, or set fp8_linears: false"
-        raise missing("fp8_linears", "Transformer Engine is not installed", fix)
+        fix = "run cosmos setup --install --with transformer-engine, or set transformer_engine: off"
+        raise missing(key, "Transformer Engine is not installed", fix)
     if min((capability for _, capability in gpus()), default=(0, 0)) < (8, 9):
-        fix = "use GPUs of compute capability 8.9 or above, or set fp8_linears: false"
-        raise missing("fp8_linears", "these GPUs do not compute in fp8", fix)
+        fix = "use GPUs of compute capability 8.9 or above, or set transformer_engine: off"
+        raise missing(key, "these GPUs do not compute in fp8", fix)
 
 
 def check_resume(r: Recipe, run: Run, ranks: int) -> int:

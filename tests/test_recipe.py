@@ -116,10 +116,10 @@ def test_a_wrong_line_is_named_with_file_line_and_key(file: Path, line: str, mes
 
 
 def test_fp8_is_refused_where_a_process_has_an_odd_number_of_tokens(file: Path) -> None:
-    lines = ("fp8_linears: true", "num_frames: 1", "height: 480", "width: 848")
+    lines = ("transformer_engine: linears", "num_frames: 1", "height: 480", "width: 848")
     said = complaint(file, *lines)
-    assert "fp8_linears: needs a multiple of 16 tokens in each process, found 1590" in said
-    assert load(file, *lines, "micro_batch_size: 8").recipe.fp8_linears
+    assert "transformer_engine: needs a multiple of 16 tokens in each process, found 1590" in said
+    assert load(file, *lines, "micro_batch_size: 8").recipe.transformer_engine == "linears"
     # A half of eight times as many.
     shared = ("micro_batch_size: 8", "sequence_parallel: 2", "num_processes: 2")
     assert "found 6360" in complaint(file, *lines, *shared)

@@ -249,7 +249,7 @@ def test_a_run_that_ended_between_its_last_save_and_its_last_measurement_goes_on
 @pytest.mark.parametrize(
     ("pairs", "word"),
     [
-        (["fp8_linears=true", "precision=bf16"], "Transformer Engine is not installed"),
+        (["transformer_engine=linears", "precision=bf16"], "Transformer Engine is not installed"),
         (["optimizer=apex"], "NVIDIA's Apex is not installed"),
     ],
 )

@@ -11,6 +11,9 @@ import torch
 from cosmos_cli import console
 from cosmos_cli.errors import ExitCode, UserError
 
+# CUDA's own share of a GPU's memory looks like another program's.
+_ROUGHLY_NOTHING = 2e9
+
 
 def best_device() -> str:
     """Returns cuda when there is a GPU, each rank of a launcher with its own, else cpu."""
@@ -51,5 +54,9 @@ def gpu_memory_errors(fix: str) -> Iterator[None]:
     try:
         yield
     except torch.cuda.OutOfMemoryError as error:
-        what = f"out of GPU memory: {str(error).partition('. ')[0]}"
+        free, total = torch.cuda.mem_get_info()
+        others = total - free - torch.cuda.memory_reserved()
+        what = f"out of GPU memory: it has {console.size(total)}"
+        if others > _ROUGHLY_NOTHING:
+            what += f", of which other programs hold {console.size(others)}"
         raise UserError(what, code=ExitCode.GPU_MEMORY, fix=fix) from error

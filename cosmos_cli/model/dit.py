@@ -198,7 +198,7 @@ class Block(nn.Module):
 
         shift, scale, next_gate = self.mlp_adaln(t_emb_BD, t_mod_BE)
         x, u = kernels.add_modulate(x, gate, y, shift, scale)
-        return kernels.add(x, next_gate, self.mlp(u))
+        return kernels.add_last(x, next_gate, self.mlp(u))
 
 
 class Attention(nn.Module):
@@ -220,7 +220,11 @@ class Attention(nn.Module):
         q = self.q_norm(self.q(u_BLD).unflatten(-1, (self.heads, -1)), rope)
         k, v = context if isinstance(context, tuple) else self.keys_values(context, rope)
         q, k, v = (self.sequence.to_heads(x) for x in (q, k, v))
-        return self.out(self.sequence.to_tokens(kernels.attention(q, k, v)).flatten(-2))
+        return self.out(self.sequence.to_tokens(self.attend(q, k, v)).flatten(-2))
+
+    def attend(self, q_BLNK: Tensor, k_BMNK: Tensor, v_BMNK: Tensor) -> Tensor:
+        """What the heads read, as BLNK."""
+        return kernels.attention(q_BLNK, k_BMNK, v_BMNK)
 
     def keys_values(self, context_BMD: Tensor, rope: Rope | None = None) -> tuple[Tensor, Tensor]:
         """Keys and values, each BMNK; for a text they are the same at every noise level."""

@@ -6,7 +6,8 @@ beta(t) = (1 - 1/t)^(gamma + 1).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -43,5 +44,35 @@ class PowerEMA:
         """Moves the averages towards `sources` after an optimizer step."""
         beta = power_beta(updates_before, self.gamma)
         # One at a time: fp32 copies of all sources together would be the peak of GPU memory.
-        for average, source in zip(self.shards, sources, strict=True):
-            average.lerp_(source.detach().to(average.device).float(), 1 - beta)
+        moved = bool(sources) and sources[0].is_cuda and not self.shards[0].is_cuda
+        arriving = self._from_gpu(sources) if moved else (s.detach().float() for s in sources)
+        for average, source in zip(self.shards, arriving, strict=True):
+            average.lerp_(source, 1 - beta)
+
+    def _from_gpu(self, sources: Sequence[Tensor]) -> Iterator[Tensor]:
+        """Each source in fp32 on the host, which the next one reaches while it is in use."""
+        arrived = torch.cuda.Event(), torch.cuda.Event()
+
+        def place(i: int, source: Tensor) -> Tensor:
+            return self._landing[i % 2].view(source.dtype)[: source.numel()].view_as(source)
+
+        def send(i: int) -> None:
+            place(i, sources[i]).copy_(sources[i], non_blocking=True)
+            arrived[i % 2].record()
+
+        send(0)
+        for i, source in enumerate(sources):
+            if i + 1 < len(sources):
+                send(i + 1)
+            arrived[i % 2].synchronize()
+            wide = self._wide[: source.numel()].view_as(source)
+            yield wide.copy_(place(i, source))
+
+    @cached_property
+    def _landing(self) -> list[Tensor]:
+        """Two places on the host that a GPU can write to, each for the largest source in fp32."""
+        return [torch.empty(4 * len(self._wide), dtype=torch.uint8, pin_memory=True) for _ in "ab"]
+
+    @cached_property
+    def _wide(self) -> Tensor:
+        return torch.empty(max(shard.numel() for shard in self.shards))

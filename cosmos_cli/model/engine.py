@@ -37,8 +37,11 @@ def build(r: Recipe, share: data.Share, device: torch.device) -> Any:
     net.mlps_kept, net.blocks_kept = kept
     worth, loss = device.type != "cpu", "training takes a sixth longer"
     kernels.fuse(compiles(r.compile, worth, device, loss))
-    if r.fp8_linears:
+    if r.transformer_engine != "off":
         kernels.use_fp8(net.blocks)
+    if r.transformer_engine == "all":
+        kernels.use_engine_attention(net.blocks)
+    kernels.put_cudnn_first()
     base = layout.model_files(r.spec, r.checkpoints_dir, r.base).dit
     shapes = {name: checkpoint.full_shape(p) for name, p in module.named_parameters()}
     first = {**weights.load_dit_state(base), **lora.fresh_factors(shapes, r.seed)}
@@ -61,7 +64,12 @@ def empty_module(r: Recipe) -> edm.EDMLoss:
 
 def deepspeed_config(r: Recipe, share: data.Share, device: torch.device) -> dict[str, Any]:
     """What DeepSpeed calls the recipe."""
-    zero = {"stage": r.zero_stage, "contiguous_gradients": True}
+    zero = {
+        "stage": r.zero_stage,
+        "contiguous_gradients": True,
+        "reduce_bucket_size": plan.REDUCE_BUCKET,
+        "sub_group_size": plan.STEP_GROUP,
+    }
     on_host = {"device": "cpu", "pin_memory": device.type == "cuda"}
     if r.offload in ("optimizer", "parameters"):
         zero["offload_optimizer"] = on_host

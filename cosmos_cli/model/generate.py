@@ -357,6 +357,7 @@ def load_denoiser(
     state = {k.removeprefix("net."): v for k, v in state.items() if k.startswith("net.")}
     net = net.to(dtype).to_empty(device=device)
     weights.load_strict(net, state, base)
+    kernels.put_cudnn_first()
     return net.eval()
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from functools import cache
 from typing import Any, ClassVar
 
 import torch
@@ -20,6 +21,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
+from cosmos_cli.model.lora import LoRALinear
+
 # What scaled_dot_product_attention becomes, by backend; its first arguments are q and k, BNLK.
 _ATTENTION = (
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
@@ -27,6 +30,10 @@ _ATTENTION = (
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
 )
+
+# GPUs, by compute capability, on which cuDNN attends twice as fast as FlashAttention 2: Hopper and
+# the data-center kind of Blackwell.
+CUDNN_FIRST = ((9, 0), (10, 0))
 
 # Channels of a head, above which a GPU's fused attention keeps what it read outside its registers.
 MAX_FUSED_WIDTH = 256
@@ -111,32 +118,84 @@ class Kept(TorchDispatchMode):
 def use_fp8(blocks: nn.ModuleList) -> None:
     """Has the linears of blocks compute in fp8, under their names, with their own weights.
 
-    The first and the last block and every modulation stay as they are. The scale of each tensor is
-    that of its own largest value, so there is nothing to remember from step to step.
+    The first and the last block, every modulation and the factors of a LoRA stay as they are. The
+    scale of each tensor is that of its own largest value, so there is nothing to remember from step
+    to step.
     """
     import transformer_engine.pytorch as te
     from transformer_engine.common.recipe import Float8CurrentScaling
 
     scaling = Float8CurrentScaling()
 
-    class FP8Linear(te.Linear):
-        # Without any state but its weight, a model has the same keys with it as without.
-        get_extra_state, set_extra_state = nn.Module.get_extra_state, nn.Module.set_extra_state
+    def in_fp8(weight: nn.Parameter) -> Callable[[Tensor], Tensor]:
+        outputs, inputs = weight.shape
+        linear = te.Linear(inputs, outputs, bias=False, params_dtype=weight.dtype, device="meta")
+        linear.weight = weight
 
-        def forward(self, x: Tensor) -> Tensor:
+        def run(x: Tensor) -> Tensor:
             # Within, so that it holds too where a checkpoint computes a block again.
             with te.autocast(enabled=True, recipe=scaling):
-                return super().forward(x)
+                y: Tensor = linear(x)
+            return y
+
+        return run
 
     for block in blocks[1:-1]:
-        for name, linear in list(block.named_modules()):
-            if isinstance(linear, nn.Linear) and "adaln" not in name:
-                size = linear.in_features, linear.out_features
-                dtype = linear.weight.dtype
-                fp8 = FP8Linear(*size, bias=False, params_dtype=dtype, device="meta")
-                fp8.weight = linear.weight
-                parent, _, child = name.rpartition(".")
-                setattr(block.get_submodule(parent), child, fp8)
+        for name, linear in block.named_modules():
+            if "adaln" in name or ".lora_" in name:
+                continue
+            # Not in the place of the module, which has its name and its state.
+            if isinstance(linear, LoRALinear):
+                linear.product = in_fp8(linear.weight)  # type: ignore[method-assign]
+            elif isinstance(linear, nn.Linear):
+                linear.forward = in_fp8(linear.weight)  # type: ignore[method-assign]
+
+
+def use_engine_attention(blocks: nn.ModuleList) -> None:
+    """Has blocks normalise queries and keys, and attend, by Transformer Engine's kernels, in bf16.
+
+    None of them is an operator of torch that `keep` would see.
+    """
+    import transformer_engine.pytorch as te
+
+    def normaliser(weight: nn.Parameter) -> Callable[..., Tensor]:
+        norm = te.RMSNorm(len(weight), eps=1e-6, dtype=weight.dtype, device="meta")
+        norm.weight = weight
+
+        def run(x: Tensor, rope: tuple[Tensor, Tensor] | None = None) -> Tensor:
+            y: Tensor = norm(x)
+            return rotate(y, *rope) if rope else y
+
+        return run
+
+    @cache
+    def attender(heads: int, width: int) -> Callable[..., Tensor]:
+        run: Callable[..., Tensor] = te.DotProductAttention(
+            heads, width, qkv_format="bshd", attn_mask_type="no_mask"
+        )
+        return run
+
+    def attend(q_BLNK: Tensor, k_BMNK: Tensor, v_BMNK: Tensor) -> Tensor:
+        heads, width = q_BLNK.shape[2:]
+        return attender(heads, width)(q_BLNK, k_BMNK, v_BMNK).unflatten(-1, (heads, width))
+
+    for block in blocks:
+        for layer in (block.self_attn, block.cross_attn):
+            layer.attend = attend
+            for norm in (layer.q_norm, layer.k_norm):
+                norm.forward = normaliser(norm.weight)
+
+
+def put_cudnn_first() -> None:
+    """Has torch ask cuDNN first for an attention, where its kernels are the fastest.
+
+    torch does so by itself, unless something set the order before the first attention of the
+    process, even to what it was. Importing Transformer Engine takes the first place from it too.
+    """
+    if torch.cuda.is_available() and torch.cuda.get_device_capability() in CUDNN_FIRST:
+        first = int(SDPBackend.CUDNN_ATTENTION)
+        others = [one for one in torch._C._get_sdp_priority_order() if one != first]
+        torch._C._set_sdp_priority_order([first, *others])
 
 
 def attention_backend(q_BLNK: Tensor, k_BMNK: Tensor, v_BMNK: Tensor) -> str:
@@ -158,11 +217,12 @@ def biased_attention(
 ) -> Tensor:
     """softmax(q k^T + bias) v, as BLNK; `often` is whether many batches have this length."""
     q, k, v = (x.transpose(1, 2) for x in (q_BLNK, k_BLNK, v_BLNK))
+    # In what order torch tries them is left to it; see `put_cudnn_first`.
     backends = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
     if often:
         # Twice as fast, but it takes its time to plan for each new length.
-        backends = [SDPBackend.CUDNN_ATTENTION, *backends]
-    with sdpa_kernel(backends, set_priority=True):
+        backends.append(SDPBackend.CUDNN_ATTENTION)
+    with sdpa_kernel(backends):
         read = F.scaled_dot_product_attention(q, k, v, bias_NLL[None], scale=1.0)
     return read.transpose(1, 2)
 
@@ -217,15 +277,20 @@ def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
 
 
 @Elementwise
-def rms_norm_rotate(x_BLNK: Tensor, weight: Tensor, cos_BLK: Tensor, sin_BLK: Tensor) -> Tensor:
-    """`rms_norm`, and each channel pair (c, c + K/2) turned by its angle in fp32.
+def rotate(x_BLNK: Tensor, cos_BLK: Tensor, sin_BLK: Tensor) -> Tensor:
+    """Each channel pair (c, c + K/2) turned by its angle in fp32.
 
     `cos` and `sin` are fp32 with one angle per pair: (B, L, K/2).
     """
-    x_BLNK = rms_norm.plain(x_BLNK, weight)
     cos, sin = cos_BLK.unsqueeze(2), sin_BLK.unsqueeze(2)
     a, b = x_BLNK.float().chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).type_as(x_BLNK)
+
+
+@Elementwise
+def rms_norm_rotate(x_BLNK: Tensor, weight: Tensor, cos_BLK: Tensor, sin_BLK: Tensor) -> Tensor:
+    """`rms_norm`, then `rotate`."""
+    return rotate.plain(rms_norm.plain(x_BLNK, weight), cos_BLK, sin_BLK)
 
 
 @Elementwise
@@ -238,6 +303,34 @@ def modulate(x_BLD: Tensor, shift_B1D: Tensor, scale_B1D: Tensor) -> Tensor:
 def add(x_BLD: Tensor, gate_B1D: Tensor, y_BLD: Tensor) -> Tensor:
     """X + gate * y, BLD."""
     return x_BLD + gate_B1D * y_BLD
+
+
+class FixedGate(torch.autograd.Function):
+    """`add` with a gate that is not trained, whose gradients need neither x nor y.
+
+    It keeps the gate itself, for what a checkpoint keeps last is what it computes up to: all but y.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x_BLD: Tensor, gate_B1D: Tensor, y_BLD: Tensor) -> Tensor:
+        """X + gate * y."""
+        ctx.gate_B1D = gate_B1D
+        out: Tensor = add(x_BLD, gate_B1D, y_BLD)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad_BLD: Tensor) -> tuple[Tensor, None, Tensor]:  # type: ignore[override]
+        """Of x and y."""
+        return grad_BLD, None, ctx.gate_B1D * grad_BLD
+
+
+def add_last(x_BLD: Tensor, gate_B1D: Tensor, y_BLD: Tensor) -> Tensor:
+    """`add` at the end of a block; y is not computed again where the gate is not trained."""
+    if y_BLD.requires_grad and not gate_B1D.requires_grad:
+        fixed: Tensor = FixedGate.apply(x_BLD, gate_B1D, y_BLD)
+        return fixed
+    out: Tensor = add(x_BLD, gate_B1D, y_BLD)
+    return out
 
 
 @Elementwise

@@ -38,9 +38,15 @@ class LoRALinear(nn.Module):
         self.lora_B = nn.Linear(rank, base.out_features, bias=False)
         self.scale = scale
 
+    def product(self, x: Tensor) -> Tensor:
+        """As of the linear alone."""
+        return F.linear(x, self.weight)
+
     def forward(self, x: Tensor) -> Tensor:
         """As of the linear with its weight changed by scale * B A."""
-        return F.linear(x, self.weight) + self.lora_B(self.scale * self.lora_A(x))
+        change = self.lora_B(self.scale * self.lora_A(x))
+        # Last, so that a checkpoint that computes its input again can end before it.
+        return self.product(x) + change
 
 
 def attach(module: nn.Module, blocks: nn.ModuleList, rank: int, scale: float, targets: str) -> None:

@@ -69,6 +69,7 @@ class Metrics:
 
     def __init__(self, run: Run, r: Recipe, start: int, device: torch.device) -> None:
         self.run = run
+        self.compared = False
         planned = plan.plan(r, dist.get_world_size(), known_gpu(device))
         self.status = {
             "step": start,
@@ -88,8 +89,10 @@ class Metrics:
             history.note(run, self.status)
 
     def write(self, row: dict[str, Any]) -> None:
-        """Appends one step; the first one with a GPU's memory says what was planned."""
-        if "peak_memory_gb" in row and "peak_memory_gb" not in self.status:
+        """Appends one step; the first with a GPU's memory at its full says what was planned."""
+        # The first step of all makes the optimizer's moments when its own peak has passed.
+        if not self.compared and "peak_memory_gb" in row and row["step"] > self.status["from"] + 1:
+            self.compared = True
             console.say(
                 f"peak memory {row['peak_memory_gb']:.1f} GB on a GPU, "
                 f"{self.status['planned_memory_gb']:.1f} GB were planned"

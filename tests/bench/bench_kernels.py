@@ -29,7 +29,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -233,44 +232,23 @@ def linears(bench: Bench) -> Iterator[Layer]:
 # --- a block of the denoiser ----------------------------------------------------------------------
 
 
-def use_engine_kernels(block: dit.Block) -> Callable[..., Tensor]:
-    """Gives a block Transformer Engine's RMSNorm; its attention, for the place of ours."""
-    from transformer_engine import pytorch as te
-
-    class Norm(te.RMSNorm):
-        # As in `kernels.use_fp8`.
-        get_extra_state, set_extra_state = nn.Module.get_extra_state, nn.Module.set_extra_state
-
-    for layer in (block.self_attn, block.cross_attn):
-        for name in ("q_norm", "k_norm"):
-            weight = getattr(layer, name).weight
-            norm = Norm(len(weight), eps=1e-6, dtype=weight.dtype, device=weight.device)
-            setattr(layer, name, norm)
-    heads, width = block.self_attn.heads, len(block.self_attn.q_norm.weight)
-    run = te.DotProductAttention(heads, width, qkv_format="bshd", attn_mask_type="no_mask")
-    return lambda q, k, v: run(q, k, v).unflatten(-1, (heads, -1))
-
-
-def use_fp8_linears(block: dit.Block) -> Callable[..., Tensor]:
+def use_fp8(block: dit.Block) -> None:
     # It leaves the first and the last as they are.
     kernels.use_fp8(nn.ModuleList([nn.Identity(), block, nn.Identity()]))
-    return kernels.attention
 
 
-def use_both(block: dit.Block) -> Callable[..., Tensor]:
-    use_fp8_linears(block)
-    return use_engine_kernels(block)
+def use_engine_attention(block: dit.Block) -> None:
+    kernels.use_engine_attention(nn.ModuleList([block]))
 
 
-def compiled(block: dit.Block) -> Callable[..., Tensor]:
-    block.compile()
-    return kernels.attention
+def use_both(block: dit.Block) -> None:
+    use_fp8(block)
+    use_engine_attention(block)
 
 
-# What changes a block, and gives the attention that it is to call.
-CHANGES: dict[str, Callable[[dit.Block], Callable[..., Tensor]]] = {
-    "plain": lambda block: kernels.attention, "TE norms and attention": use_engine_kernels,
-    "TE fp8 linears": use_fp8_linears, "TE all": use_both, "plain, compiled": compiled,
+CHANGES: dict[str, Callable[[dit.Block], None]] = {
+    "plain": lambda block: None, "TE norms and attention": use_engine_attention,
+    "TE fp8 linears": use_fp8, "TE all": use_both, "plain, compiled": lambda block: block.compile(),
 }  # fmt: skip
 
 
@@ -312,29 +290,31 @@ def bench_block(bench: Bench) -> Iterator[Row]:
     in_fp32 = [x.float() if isinstance(x, Tensor) else x for x in inputs]
     exact, simple = outcome(exact_block, tuple(in_fp32)), outcome(plain, inputs)
 
-    def measure(change: Callable[[dit.Block], Callable[..., Tensor]]) -> Row:
+    def measure(name: str, change: Callable[[dit.Block], None]) -> Row:
         with torch.device(bench.device):
             block = dit.Block(one).to(bench.dtype)
-        attention = change(block)
+        change(block)
+        # Importing Transformer Engine takes it away.
+        kernels.put_cudnn_first()
         row: Row = {"same_keys": list(block.state_dict()) == list(state)}
         block.load_state_dict(state)
-        with patch.object(kernels, "attention", attention):
-            if change is not compiled:
-                found = outcome(block, inputs)
-                for i, name in enumerate(("output", "gradient")):
-                    row[f"{name}_l2"] = apart(found[i], exact[i])
-                    row[f"{name}_from_plain"] = apart(found[i], simple[i])
-            if bench.device != "cpu":
-                torch.cuda.reset_peak_memory_stats()
-            with torch.no_grad():
-                row["ms"] = 1e3 * timed(lambda: block(*large), bench)
-            row["ms_with_backward"] = 1e3 * timed(lambda: there_and_back(block, large), bench)
+        # What is compiled is so for one size.
+        if "compiled" not in name:
+            found = outcome(block, inputs)
+            for i, what in enumerate(("output", "gradient")):
+                row[f"{what}_l2"] = apart(found[i], exact[i])
+                row[f"{what}_from_plain"] = apart(found[i], simple[i])
+        if bench.device != "cpu":
+            torch.cuda.reset_peak_memory_stats()
+        with torch.no_grad():
+            row["ms"] = 1e3 * timed(lambda: block(*large), bench)
+        row["ms_with_backward"] = 1e3 * timed(lambda: there_and_back(block, large), bench)
         peak = 0.0 if bench.device == "cpu" else torch.cuda.max_memory_allocated() / 1e9
         return row | {"peak_gb": peak}
 
     for name, change in CHANGES.items():
         row = {"part": "block", "kernel": name, "shape": f"{bench.spec.tokens(*size)} tokens"}
-        yield attempted(row, partial(measure, change))
+        yield attempted(row, partial(measure, name, change))
 
 
 def measured(layers: Callable[[Bench], Iterator[Layer]], bench: Bench) -> Iterator[Row]:
@@ -359,6 +339,7 @@ def main() -> None:
     r, device = recipe.load(shipped, size).recipe, best_device()
     # Else DeepSpeed guesses.
     os.environ.setdefault("DS_ACCELERATOR", device)
+    kernels.put_cudnn_first()
     bench = Bench(r, device, torch.bfloat16, Path(), options.rounds)
     name = platform.machine() if device == "cpu" else torch.cuda.get_device_name()
     about = {"device": name, "model": r.model, "torch": torch.__version__}

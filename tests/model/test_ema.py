@@ -33,3 +33,23 @@ def test_first_update_discards_the_loaded_average():
     ema = PowerEMA([torch.full((3,), 7.0)], 0.1)
     ema.update([torch.ones(3)], 0)
     assert torch.equal(ema.shards[0], torch.ones(3))
+
+
+@pytest.mark.gpu
+def test_an_average_on_the_host_of_what_a_gpu_trains_is_the_same():
+    generator = torch.Generator("cuda").manual_seed(0)
+
+    def weights():
+        shapes = (1000, 1000), (7,), (300, 5), (2000, 700)
+        drawn = [torch.randn(s, generator=generator, device="cuda") for s in shapes]
+        return [x.bfloat16() if x.ndim == 2 else x for x in drawn]
+
+    first = weights()
+    there, here = PowerEMA(first, 0.1), PowerEMA(first, 0.1, "cpu")
+    for step in range(5):
+        now = weights()
+        there.update(now, step)
+        here.update(now, step)
+    for ours, theirs in zip(here.shards, there.shards, strict=True):
+        assert not ours.is_cuda
+        torch.testing.assert_close(ours, theirs.cpu(), atol=1e-6, rtol=1e-6)

@@ -1,3 +1,5 @@
+from collections import Counter
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -10,6 +12,7 @@ from test_dit import (
     run_twin,
 )
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cosmos_cli.errors import UserError
 from cosmos_cli.model import checkpoint, lora
@@ -71,6 +74,35 @@ def test_diffusers_and_the_merged_model_compute_what_training_computed(targets, 
     assert (expected - before).abs().max() > 0.05
     torch.testing.assert_close(theirs, expected, atol=2e-5, rtol=0)
     torch.testing.assert_close(ours, expected, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("mode", ["attention", "all"])
+def test_the_last_linear_of_a_block_is_not_computed_again(mode):
+    computed, gradients = {}, {}
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+            if operator is torch.ops.aten.mm.default:
+                self.shapes.append(tuple(args[1].shape))
+            return operator(*args, **(kwargs or {}))
+
+    for checkpointing in ("none", mode):
+        module, _, _ = adapted("attention")
+        module.net.activation_checkpointing = checkpointing
+        with Watch() as watch:
+            watch.shapes = []
+            module.net(**inputs()).square().mean().backward()
+        computed[checkpointing] = Counter(watch.shapes)
+        factors = checkpoint.trained(module).values()
+        gradients[checkpointing] = torch.cat([factor.grad.flatten() for factor in factors])
+    again = computed[mode] - computed["none"]
+    up, down = (
+        module.net.blocks[0].mlp.up.weight.T.shape,
+        module.net.blocks[0].mlp.down.weight.T.shape,
+    )
+    assert again[up] == len(module.net.blocks)
+    assert again[down] == 0
+    assert torch.equal(*gradients.values())
 
 
 def test_what_diffusers_saves_is_read(tmp_path):

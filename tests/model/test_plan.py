@@ -102,10 +102,10 @@ def test_what_the_host_holds_the_gpu_does_not():
         assert less.step_seconds > none.step_seconds
 
 
-def test_one_h200_is_enough_with_the_optimizer_on_the_host():
+def test_one_h200_is_enough_with_the_average_on_the_host():
     with pytest.raises(UserError) as caught:
         plan.check_memory(changed(global_batch_size=1), 1, FAST)
-    assert caught.value.fix == "set offload: optimizer"
+    assert caught.value.fix == "set offload: ema"
 
 
 @pytest.mark.parametrize("words", ["H100", "8x", "8xGTX-1080", "0xH200", "x"])
@@ -137,7 +137,10 @@ def test_most_keeps_the_linears_of_the_blocks_that_fit_and_no_more():
     # What eight share leaves more room than what two do.
     assert plan.blocks_kept(most, 2, FAST) < plan.blocks_kept(most, 8, FAST) < (28, 28)
     assert plan.blocks_kept(most, 1, None) == (28, 28)
-    assert plan.blocks_kept(most.model_copy(update={"fp8_linears": True}), 8, FAST) == (0, 0)
+    assert plan.blocks_kept(most.model_copy(update={"transformer_engine": "linears"}), 8, FAST) == (
+        0,
+        0,
+    )
 
 
 def test_a_second_copy_of_the_weights_costs_a_share_of_them_between_nodes_only():
