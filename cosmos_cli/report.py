@@ -29,6 +29,7 @@ pre { overflow-x: auto; font-size: .85rem }
 """
 # Told apart by those who do not see all colours. Source: Okabe and Ito 2008.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+MOST_TICKS = 6
 MEDIA = {".mp4": "video/mp4", ".jpg": "image/jpeg", ".png": "image/png"}
 
 
@@ -102,17 +103,21 @@ def chart(series: Mapping[str, Sequence[tuple[float, float]]], x_name: str, y_na
     if not points:
         return Html(text("nothing to draw"))
     (x0, x1), (y0, y1) = (_bounds([point[axis] for point in points]) for axis in (0, 1))
+    across_at = [x for x in _ticks(x0, x1) if x0 <= x <= x1]
+    down_at = _ticks(y0, y1)
+    y0, y1 = down_at[0], down_at[-1]
 
     def place(x: float, y: float) -> tuple[float, float]:
-        return 60 + 560 * (x - x0) / (x1 - x0), 230 - 210 * (y - y0) / (y1 - y0)
+        return 60 + 560 * (x - x0) / (x1 - x0), 222 - 210 * (y - y0) / (y1 - y0)
 
-    parts = []
-    for share in (0.0, 0.25, 0.5, 0.75, 1.0):
-        x, y = x0 + share * (x1 - x0), y0 + share * (y1 - y0)
-        across, down = place(x, y)
+    parts, legend = [], []
+    for y in down_at:
+        down = place(x0, y)[1]
         parts.append(f'<line x1="60" x2="620" y1="{down:.1f}" y2="{down:.1f}" stroke="#8883"/>')
-        parts.append(f'<text x="54" y="{down + 4:.1f}" text-anchor="end">{y:.4g}</text>')
-        parts.append(f'<text x="{across:.1f}" y="246" text-anchor="middle">{x:.4g}</text>')
+        parts.append(f'<text x="54" y="{down + 4:.1f}" text-anchor="end">{y:.6g}</text>')
+    for x in across_at:
+        across = place(x, y0)[0]
+        parts.append(f'<text x="{across:.1f}" y="240" text-anchor="middle">{x:.6g}</text>')
     for i, (name, line) in enumerate(kept.items()):
         colour = COLOURS[i % len(COLOURS)]
         path = " ".join(f"{across:.1f},{down:.1f}" for across, down in (place(*p) for p in line))
@@ -121,13 +126,11 @@ def chart(series: Mapping[str, Sequence[tuple[float, float]]], x_name: str, y_na
             f'<circle cx="{place(*p)[0]:.1f}" cy="{place(*p)[1]:.1f}" r="2.5" fill="{colour}"/>'
             for p in (line if len(line) <= 30 else ())
         ]
-        parts.append(
-            f'<text x="66" y="{16 + 14 * i}" style="fill:{colour}">{html.escape(name)}</text>'
-        )
+        legend.append(f'<span style="color:{colour}">&#9644; {html.escape(name)}</span>')
     names = f"{html.escape(y_name)} over {html.escape(x_name)}"
     return Html(
-        f'<figure><svg viewBox="0 0 640 255" role="img" aria-label="{names}">{"".join(parts)}</svg>'
-        f"<figcaption>{names}</figcaption></figure>"
+        f'<figure><svg viewBox="0 0 640 248" role="img" aria-label="{names}">{"".join(parts)}</svg>'
+        f"<figcaption>{names}: {' '.join(legend)}</figcaption></figure>"
     )
 
 
@@ -154,6 +157,15 @@ def histogram(values: Sequence[float], name: str, bins: int = 12) -> Html:
         f'<figure><svg viewBox="0 0 640 150" role="img" aria-label="{label}">{"".join(parts)}'
         f"</svg><figcaption>{label}</figcaption></figure>"
     )
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    """Round numbers, from the last one up to `low` to the first one from `high` on."""
+    step = 10.0 ** math.floor(math.log10(high - low))
+    step *= next(
+        part for part in (0.2, 0.25, 0.5, 1, 2) if (high - low) / step <= part * MOST_TICKS
+    )
+    return [step * i for i in range(math.floor(low / step), math.ceil(high / step) + 1)]
 
 
 def _bounds(values: Sequence[float]) -> tuple[float, float]:

@@ -316,11 +316,12 @@ def test_a_bad_prompt_of_a_batch_does_not_end_the_others(cosmos):
         "红色的球向左移动。": 0,
         "A nude statue.": 8,
         "x" * 10**7: 2,
+        **{f"{i} balls.": 0 for i in range(15)},
     }
     batch = lines(cosmos, "b.jsonl", *({"prompt": prompt} for prompt in codes))
     done = generate(cosmos, "--batch", batch, code=8)
     assert {video["prompt"]: video["exit_code"] for video in done["videos"]} == codes
-    assert [video.probe(path).frames for path in done["artifacts"]] == [9, 9]
+    assert [video.probe(path).frames for path in done["artifacts"]] == [9] * 17
     assert len(done["error"].splitlines()) == 3
 
 

@@ -89,6 +89,6 @@ def test_the_page_draws_each_curve_and_escapes_the_recipe(run):
     history.write_page(run)
     page = run.report.read_text()
     assert page.count("<svg") == 6
-    for words in ("base</text>", "held-out clips</text>", "sigma 0.32</text>", "1.2.3"):
+    for words in ("base</span>", "held-out clips</span>", "sigma 0.32</span>", "1.2.3"):
         assert words in page
     assert "name: &lt;run&gt;" in page

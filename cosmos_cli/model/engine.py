@@ -104,20 +104,22 @@ def build_optimizer(r: Recipe, parameters: list[torch.nn.Parameter], device: tor
 
         return FusedAdam(parameters, adam_w_mode=True, **settings)
     if r.optimizer == "deepspeed":
-        from deepspeed.ops import adam, op_builder
+        from deepspeed.ops import adam
 
         on_host = device.type == "cpu" or r.offload in ("optimizer", "parameters")
-        builder = op_builder.CPUAdamBuilder() if on_host else op_builder.FusedAdamBuilder()
-        if not builder.is_compatible(verbose=False):
+        try:
+            if on_host:
+                return adam.DeepSpeedCPUAdam(parameters, adamw_mode=True, **settings)
+            return adam.FusedAdam(parameters, adam_w_mode=True, **settings)
+        # Its builders raise what they come across: of compilers, of paths, of TORCH_CUDA_ARCH_LIST.
+        except Exception as error:
+            reason = str(error).strip().rpartition("\n")[2].rstrip(".")
             raise UserError(
-                "DeepSpeed cannot compile its AdamW here",
+                f"DeepSpeed cannot compile its AdamW here: {reason}",
                 code=ExitCode.ENVIRONMENT,
                 where="optimizer",
                 fix="install a compiler (g++, and nvcc for a GPU), or set optimizer: torch",
-            )
-        if on_host:
-            return adam.DeepSpeedCPUAdam(parameters, adamw_mode=True, **settings)
-        return adam.FusedAdam(parameters, adam_w_mode=True, **settings)
+            ) from error
     return torch.optim.AdamW(parameters, fused=True, **settings)
 
 

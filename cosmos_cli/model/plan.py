@@ -32,6 +32,8 @@ ELEMENTWISE_PASSES = 60
 # What a block holds at most while its backward runs, less with a LoRA, and what it keeps without
 # checkpointing, in units of one bf16 activation (tokens x width). Measured were 34.5 and 27.9.
 BLOCK_WORK, LORA_BLOCK_WORK, BLOCK_KEPT = 34, 28, 34
+# In the same unit what processes that share a clip hold while their tokens and heads change places.
+EXCHANGED = 6
 # In the same unit what all linears of a block give.
 LINEARS_KEPT = 11
 # The last linear's share of the arithmetic of a block's linears.
@@ -219,6 +221,8 @@ def _memory(r: Recipe, ranks: int, gpu: Gpu | None) -> dict[str, float]:
     kept = blocks * {"none": BLOCK_KEPT, "all": 1}.get(r.activation_checkpointing, 2)
     mlps, whole_blocks = blocks_kept(r, ranks, gpu)
     kept += mlps + whole_blocks * (LINEARS_KEPT - 1)
+    work = LORA_BLOCK_WORK if r.lora_rank else BLOCK_WORK
+    work += EXCHANGED if r.sequence_parallel > 1 else 0
     # The fp32 gradients of an optimizer step come when the activations have gone.
     buffers = float(min(REDUCE_BUCKET, trained) * number)
     if stage == 3 and ranks > 1:
@@ -232,7 +236,7 @@ def _memory(r: Recipe, ranks: int, gpu: Gpu | None) -> dict[str, float]:
         "optimizer": optimizer / (ranks if stage >= 1 else 1),
         "gradients": gradients / (ranks if stage >= 2 else 1),
         "EMA": trained * 4 / (ranks if stage >= 1 else 1),
-        "activations": activation * (kept + (LORA_BLOCK_WORK if r.lora_rank else BLOCK_WORK)),
+        "activations": activation * (kept + work),
         "buffers": buffers,
     }
 

@@ -2,6 +2,8 @@ import json
 import os
 import pickle
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -145,3 +147,32 @@ def test_another_kind_of_t5_is_refused(tmp_path):
     with pytest.raises(UserError, match="gated-gelu") as caught:
         text.TextEncoder(tmp_path, TINY.text, "cpu", torch.float32).encode(["a"])
     assert caught.value.code == ExitCode.ASSET
+
+
+ORDERS = {
+    "text first": "attend()",
+    "an order of their own first": "with sdpa_kernel([M], set_priority=True): attend()",
+}
+AFTER_OTHERS = """
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from cosmos_cli.model import kernels
+M = SDPBackend.EFFICIENT_ATTENTION
+q = torch.zeros(1, 64, 2, 64, dtype=torch.bfloat16, device="cuda")
+def attend():
+    kernels.biased_attention(q, q, q, q.new_zeros(2, 64, 64), often=False)
+{first}
+kernels.put_cudnn_first()
+hopper = torch.cuda.get_device_capability() in kernels.CUDNN_FIRST
+print(kernels.attention_backend(q, q, q) == "cudnn", hopper)
+"""
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("first", ORDERS.values(), ids=ORDERS)
+def test_the_denoiser_attends_by_cudnn_whatever_attended_before(first):
+    # In a process of its own: the order of torch's kernels is fixed at the first attention.
+    code = AFTER_OTHERS.format(first=first)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    chosen, wanted = done.stdout.split()
+    assert chosen == wanted
