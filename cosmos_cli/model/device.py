@@ -12,7 +12,7 @@ from cosmos_cli import console
 from cosmos_cli.errors import ExitCode, UserError
 
 # CUDA's own share of a GPU's memory looks like another program's.
-_ROUGHLY_NOTHING = 2e9
+_OWN_SHARE = 2e9
 
 
 def best_device() -> str:
@@ -57,6 +57,6 @@ def gpu_memory_errors(fix: str) -> Iterator[None]:
         free, total = torch.cuda.mem_get_info()
         others = total - free - torch.cuda.memory_reserved()
         what = f"out of GPU memory: it has {console.size(total)}"
-        if others > _ROUGHLY_NOTHING:
+        if others > _OWN_SHARE:
             what += f", of which other programs hold {console.size(others)}"
         raise UserError(what, code=ExitCode.GPU_MEMORY, fix=fix) from error

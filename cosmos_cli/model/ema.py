@@ -71,7 +71,9 @@ class PowerEMA:
     @cached_property
     def _landing(self) -> list[Tensor]:
         """Two places on the host that a GPU can write to, each for the largest source in fp32."""
-        return [torch.empty(4 * len(self._wide), dtype=torch.uint8, pin_memory=True) for _ in "ab"]
+        return [
+            torch.empty(4 * len(self._wide), dtype=torch.uint8, pin_memory=True) for _ in range(2)
+        ]
 
     @cached_property
     def _wide(self) -> Tensor:

@@ -306,9 +306,10 @@ def add(x_BLD: Tensor, gate_B1D: Tensor, y_BLD: Tensor) -> Tensor:
 
 
 class FixedGate(torch.autograd.Function):
-    """`add` with a gate that is not trained, whose gradients need neither x nor y.
+    """`add` with a gate that is not trained, so that no gradient needs y.
 
-    It keeps the gate itself, for what a checkpoint keeps last is what it computes up to: all but y.
+    A checkpoint computes a block again up to the last tensor that autograd saved. The gate is kept
+    where it does not look, which leaves out the linear that gives y.
     """
 
     @staticmethod

@@ -203,6 +203,10 @@ def blocks_kept(r: Recipe, ranks: int, gpu: Gpu | None) -> tuple[int, int]:
     parts = _memory(r.model_copy(update={"activation_checkpointing": "attention"}), ranks, gpu)
     held = sum(size for part, size in parts.items() if part not in OFFLOADED[r.offload])
     left = (gpu.memory_gb * 1e9 * COMFORTABLE - held) / _activation(r)
+    if r.lora_rank:
+        # There the result of the MLP is of no use.
+        whole = max(0, min(blocks, int(left / LINEARS_KEPT)))
+        return whole, whole
     mlps = max(0, min(blocks, int(left)))
     return mlps, min(mlps, int((left - mlps) / (LINEARS_KEPT - 1)))
 
@@ -272,10 +276,11 @@ def step_seconds(r: Recipe, ranks: int, gpu: Gpu) -> float:
     linear, attention = (flops / shared for flops in forward_flops(r))
     again = float(r.activation_checkpointing != "none")
     mlps, whole_blocks = (n / r.spec.dit.blocks for n in blocks_kept(r, ranks, gpu))
-    again_linears = again - whole_blocks - (mlps - whole_blocks) * LAST_LINEAR
-    if r.lora_rank and again and r.transformer_engine == "off":
+    without_last = mlps
+    if r.lora_rank and r.transformer_engine == "off":
         # What the last linear gives is of use to the gradient of a gate alone.
-        again_linears = 1 - LAST_LINEAR
+        without_last = again
+    again_linears = again - whole_blocks - (without_last - whole_blocks) * LAST_LINEAR
     # Gradients of the inputs and of the weights; a LoRA has none of the latter.
     linear_passes = (3 if not r.lora_rank else 2) + again_linears
     peak = gpu.tflops * 1e12

@@ -13,7 +13,7 @@ from cosmos_cli.model.dit import DiT
 from cosmos_cli.model.spec import COSMOS_7B
 
 FULL = recipe.load("nemo_assets", ["height=704"]).recipe
-FAST = plan.find_gpu("H200")
+FAST, H100 = map(plan.find_gpu, ("H200", "H100-80GB"))
 
 
 def changed(**changes):
@@ -138,6 +138,9 @@ def test_most_keeps_the_linears_of_the_blocks_that_fit_and_no_more():
     # What eight share leaves more room than what two do.
     assert plan.blocks_kept(most, 2, FAST) < plan.blocks_kept(most, 8, FAST) < (28, 28)
     assert plan.blocks_kept(most, 1, None) == (28, 28)
+    # A LoRA has no use for what the MLP gives, unless all that comes before it is kept.
+    mlps, blocks = plan.blocks_kept(most.model_copy(update={"lora_rank": 16}), 1, H100)
+    assert 0 < mlps == blocks < 28
     assert plan.blocks_kept(most.model_copy(update={"transformer_engine": "linears"}), 8, FAST) == (
         0,
         0,
