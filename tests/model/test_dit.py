@@ -187,20 +187,29 @@ def test_compiled_element_wise_work_gives_the_same_loss_and_gradients(mode):
     assert (gradients[0] - gradients[1]).norm() < 1e-5 * gradients[0].norm()
 
 
+class Watch(TorchDispatchMode):
+    """Sees which operators run on what, the backward pass included."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        self.seen.append((operator, args))
+        return operator(*args, **(kwargs or {}))
+
+    def shapes(self, operator):
+        """The shape of the second tensor, at each run of the operator."""
+        return [tuple(args[1].shape) for ran, args in self.seen if ran is operator]
+
+
 def test_a_checkpoint_that_keeps_the_mlps_multiplies_less_again():
     def multiplications(mlps: int, blocks: int) -> int:
         net = network()
         net.activation_checkpointing, net.mlps_kept, net.blocks_kept = "most", mlps, blocks
-        computed = []
-
-        class Watch(TorchDispatchMode):
-            def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
-                computed.append(operator)
-                return operator(*args, **(kwargs or {}))
-
-        with Watch():
+        with Watch() as watch:
             net(**inputs()).square().mean().backward()
-        return computed.count(torch.ops.aten.mm.default)
+        return len(watch.shapes(torch.ops.aten.mm.default))
 
     none, mlps, whole = multiplications(0, 0), multiplications(2, 0), multiplications(2, 2)
     # The last linear of the MLP, and the first of each of the three modulations.
@@ -212,17 +221,10 @@ def test_a_checkpoint_that_keeps_the_mlps_multiplies_less_again():
 def test_a_checkpoint_that_keeps_attention_computes_only_that_of_the_text_again(mode, times):
     net = network()
     net.activation_checkpointing = mode
-    computed = []
-
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
-            computed.append(operator)
-            return operator(*args, **(kwargs or {}))
-
-    with Watch():
+    with Watch() as watch:
         net(**inputs()).square().mean().backward()
     attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
-    assert computed.count(attention) == times * len(net.blocks)
+    assert len(watch.shapes(attention)) == times * len(net.blocks)
 
 
 def test_a_checkpointed_block_saves_only_its_input():

@@ -5,6 +5,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_dit import (
     SMALL,
+    Watch,
     _resize_without_torchvision,  # noqa: F401
     diffusers_twin,
     inputs,
@@ -12,7 +13,6 @@ from test_dit import (
     run_twin,
 )
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from cosmos_cli.errors import UserError
 from cosmos_cli.model import checkpoint, lora
@@ -79,20 +79,12 @@ def test_diffusers_and_the_merged_model_compute_what_training_computed(targets, 
 @pytest.mark.parametrize("mode", ["attention", "all"])
 def test_the_last_linear_of_a_block_is_not_computed_again(mode):
     computed, gradients = {}, {}
-
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
-            if operator is torch.ops.aten.mm.default:
-                self.shapes.append(tuple(args[1].shape))
-            return operator(*args, **(kwargs or {}))
-
     for checkpointing in ("none", mode):
         module, _, _ = adapted("attention")
         module.net.activation_checkpointing = checkpointing
         with Watch() as watch:
-            watch.shapes = []
             module.net(**inputs()).square().mean().backward()
-        computed[checkpointing] = Counter(watch.shapes)
+        computed[checkpointing] = Counter(watch.shapes(torch.ops.aten.mm.default))
         factors = checkpoint.trained(module).values()
         gradients[checkpointing] = torch.cat([factor.grad.flatten() for factor in factors])
     again = computed[mode] - computed["none"]
