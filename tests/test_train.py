@@ -262,7 +262,11 @@ def test_kernels_that_are_not_there_are_refused_before_any_process_starts(cosmos
 
 
 @pytest.mark.slow
-def test_the_adamw_of_deepspeed_learns_what_that_of_torch_does_and_resumes_to_the_bit(cosmos):
+def test_the_adamw_of_deepspeed_learns_what_that_of_torch_does_and_resumes_to_the_bit(
+    cosmos, tmp_path
+):
+    # torch keeps there what it compiles.
+    cosmos.cache = tmp_path
     compiled = ("num_processes=1", "optimizer=deepspeed")
     cosmos("train", "tiny", *options("torch", "num_processes=1", "max_steps=3"), seconds=900)
     cosmos("train", "tiny", *options("deepspeed", *compiled, "max_steps=3"), seconds=900)

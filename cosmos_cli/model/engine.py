@@ -113,7 +113,7 @@ def build_optimizer(r: Recipe, parameters: list[torch.nn.Parameter], device: tor
             return adam.FusedAdam(parameters, adam_w_mode=True, **settings)
         # Its builders raise what they come across: of compilers, of paths, of TORCH_CUDA_ARCH_LIST.
         except Exception as error:
-            reason = str(error).strip().rpartition("\n")[2].rstrip(".")
+            reason = str(error.__cause__ or error).strip().rpartition("\n")[2].rstrip(".")
             raise UserError(
                 f"DeepSpeed cannot compile its AdamW here: {reason}",
                 code=ExitCode.ENVIRONMENT,

@@ -366,7 +366,11 @@ def check_memory(r: Recipe, ranks: int, gpu: Gpu | None) -> dict[str, Any]:
         console.say(describe(r, ranks, gpu))
         tried = list(remedies(r, ranks, gpu))
         enough = bool(tried) and tried[-1][1] <= gpu.memory_gb * USABLE
-        fix = f"set {tried[-1][0]}" if enough else "use more or larger GPUs"
+        fix = (
+            f"set {tried[-1][0]}"
+            if enough
+            else "use more or larger GPUs, or fewer frames or pixels"
+        )
         error = UserError(
             f"needs {found.total_gb:.0f} GB on each of {ranks} x {gpu.name}, "
             f"{found.available_gb:.0f} can be used",

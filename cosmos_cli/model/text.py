@@ -87,7 +87,6 @@ class TextEncoder:
         lengths = dict(zip(captions, map(len, ids), strict=True))
         batches: list[list[str]] = [[]]
         tokens = 0
-        # The longest first, so that equal lengths are neighbours.
         for caption in sorted(lengths, key=lambda caption: (-lengths[caption], caption)):
             tokens += lengths[caption]
             if tokens > BATCH_TOKENS:
@@ -104,9 +103,13 @@ class TextEncoder:
         change them by as much as bf16 rounds, 2^-8 of a number.
         """
         ids = self.tokenizer(captions, truncation=True, max_length=self.spec.tokens).input_ids
-        lengths = [len(row) for row in ids]
-        ids_S = torch.tensor([token for row in ids for token in row], device=self.device)
-        return list(self.forward(ids_S, lengths).half().cpu().split(lengths))
+        # The longest first, so that equal lengths are neighbours.
+        order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
+        lengths = [len(ids[i]) for i in order]
+        ids_S = torch.tensor([token for i in order for token in ids[i]], device=self.device)
+        parts = self.forward(ids_S, lengths).half().cpu().split(lengths)
+        embeddings = dict(zip(order, parts, strict=True))
+        return [embeddings[i] for i in range(len(ids))]
 
     def forward(self, ids_S: Tensor, lengths: list[int]) -> Tensor:
         """What T5 makes of captions of `lengths` that stand one behind the other, (S, D).
