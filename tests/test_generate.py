@@ -73,13 +73,14 @@ def test_the_same_seed_gives_the_same_file_alone_or_in_a_batch(cosmos):
 
 @pytest.mark.slow
 def test_compiled_blocks_make_the_same_video_and_no_compiler_is_no_obstacle(cosmos, monkeypatch):
-    ask = ["--prompt", "A red ball."]
+    # One pixel that is rounded the other way can change what the encoder does with all that follow.
+    ask = ["--prompt", "A red ball.", "--set", "video_crf=0"]
     wish = [*ask, "--set", "compile=on"]
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(cosmos.cwd / "cache"))
     plain, compiled = generate(cosmos, *ask, "-o", "a"), generate(cosmos, *wish, "-o", "b")
     assert list((cosmos.cwd / "cache").rglob("*.so"))
     one, two = (video.read_frames(made["artifacts"][0], range(9)) for made in (plain, compiled))
-    assert (one.float() - two.float()).abs().mean() < 0.1
+    assert (one.float() - two.float()).abs().mean() < 0.01
     monkeypatch.setenv("CXX", "/nowhere/g++")
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(cosmos.cwd / "empty"))
     done = cosmos("generate", *wish, "-o", "c", *QUICK)
