@@ -416,20 +416,34 @@ def conflicts(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str, str]]:
         return
     if recipe.num_processes % shared:
         what = f"must be a multiple of sequence_parallel {shared}, found {recipe.num_processes}"
-        fix = _neighbours(recipe.num_processes, shared)
-        yield ("num_processes", "sequence_parallel"), what, fix
+        yield (
+            ("num_processes", "sequence_parallel"),
+            what,
+            _neighbours(recipe.num_processes, shared),
+        )
         return
     micro, total = recipe.micro_batch_size, recipe.global_batch_size
     teams = recipe.num_processes // shared
     held = micro * teams
     if total % held:
         counted = "num_processes" if shared == 1 else "(num_processes / sequence_parallel)"
-        what = (
-            f"global_batch_size {total} is no multiple of micro_batch_size x {counted} = "
-            f"{micro} x {teams} = {held}"
-        )
+        what = f"global_batch_size {total} is no multiple of micro_batch_size x {counted} = "
+        what += f"{micro} x {teams} = {held}"
         keys = ("global_batch_size", "num_processes", "micro_batch_size", "sequence_parallel")
         yield keys, what, f"{_neighbours(total, held)} for global_batch_size"
+
+
+def engine_conflicts(recipe: Recipe, tokens: int) -> Iterator[tuple[tuple[str, ...], str, str]]:
+    """The same of what Transformer Engine computes, with so many tokens in each process."""
+    key, mode = "transformer_engine", recipe.activation_checkpointing
+    if recipe.precision != "bf16":
+        yield (key, "precision"), f"{key} needs precision bf16", f"set {key}: off"
+    if recipe.transformer_engine == "all" and mode in ("attention", "most"):
+        fix = f"set activation_checkpointing: all, or {key}: linears"
+        yield ("activation_checkpointing", key), f"{mode} cannot keep that engine's attention", fix
+    if tokens % FP8_MULTIPLE:
+        what = f"needs a multiple of {FP8_MULTIPLE} tokens in each process, found {tokens}"
+        yield (key,), what, f"set another size, or {key}: off"
 
 
 def _neighbours(value: int, step: int, limit: float = float("inf"), add: int = 0) -> str:
@@ -488,18 +502,3 @@ def oddities(recipe: Recipe) -> Iterator[str]:
     for key in ("dataset_revision", "dataset_include"):
         if getattr(recipe, key) and not recipe.dataset_repo:
             yield f"{key} has no effect without dataset_repo"
-
-
-def engine_conflicts(recipe: Recipe, tokens: int) -> Iterator[tuple[tuple[str, ...], str, str]]:
-    """The same of what Transformer Engine computes, with so many tokens in each process."""
-    if recipe.precision != "bf16":
-        what = "transformer_engine needs precision bf16"
-        yield ("transformer_engine", "precision"), what, "set transformer_engine: off"
-    mode = recipe.activation_checkpointing
-    if recipe.transformer_engine == "all" and mode in ("attention", "most"):
-        what = f"{mode} cannot keep the attention of Transformer Engine"
-        fix = "set activation_checkpointing: all, or transformer_engine: linears"
-        yield ("activation_checkpointing", "transformer_engine"), what, fix
-    if tokens % FP8_MULTIPLE:
-        what = f"needs a multiple of {FP8_MULTIPLE} tokens in each process, found {tokens}"
-        yield ("transformer_engine",), what, "set another size, or transformer_engine: off"
