@@ -416,15 +416,11 @@ def conflicts(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str, str]]:
         return
     if recipe.num_processes % shared:
         what = f"must be a multiple of sequence_parallel {shared}, found {recipe.num_processes}"
-        yield (
-            ("num_processes", "sequence_parallel"),
-            what,
-            _neighbours(recipe.num_processes, shared),
-        )
+        fix = _neighbours(recipe.num_processes, shared)
+        yield ("num_processes", "sequence_parallel"), what, fix
         return
     micro, total = recipe.micro_batch_size, recipe.global_batch_size
-    teams = recipe.num_processes // shared
-    held = micro * teams
+    held = micro * (teams := recipe.num_processes // shared)
     if total % held:
         counted = "num_processes" if shared == 1 else "(num_processes / sequence_parallel)"
         what = f"global_batch_size {total} is no multiple of micro_batch_size x {counted} = "
@@ -440,7 +436,8 @@ def engine_conflicts(recipe: Recipe, tokens: int) -> Iterator[tuple[tuple[str, .
         yield (key, "precision"), f"{key} needs precision bf16", f"set {key}: off"
     if recipe.transformer_engine == "all" and mode in ("attention", "most"):
         fix = f"set activation_checkpointing: all, or {key}: linears"
-        yield ("activation_checkpointing", key), f"{mode} cannot keep that engine's attention", fix
+        what = f"{mode} cannot keep the attention of Transformer Engine"
+        yield ("activation_checkpointing", key), what, fix
     if tokens % FP8_MULTIPLE:
         what = f"needs a multiple of {FP8_MULTIPLE} tokens in each process, found {tokens}"
         yield (key,), what, f"set another size, or {key}: off"
@@ -495,10 +492,9 @@ def oddities(recipe: Recipe) -> Iterator[str]:
         )
     if recipe.keep_last == 1:
         yield "keep_last 1 keeps one resume state: there is none to fall back on"
-    if recipe.lora_alpha is not None and not recipe.lora_rank:
-        yield "lora_alpha has no effect without lora_rank"
     if recipe.caption_model and recipe.caption != "vlm":
         yield "caption_model has no effect without caption vlm"
-    for key in ("dataset_revision", "dataset_include"):
-        if getattr(recipe, key) and not recipe.dataset_repo:
-            yield f"{key} has no effect without dataset_repo"
+    needs = dict.fromkeys(("dataset_revision", "dataset_include"), "dataset_repo")
+    for key, other in ({"lora_alpha": "lora_rank"} | needs).items():
+        if getattr(recipe, key) and not getattr(recipe, other):
+            yield f"{key} has no effect without {other}"

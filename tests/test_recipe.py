@@ -115,6 +115,14 @@ def test_a_wrong_line_is_named_with_file_line_and_key(file: Path, line: str, mes
     assert "\n" not in text
 
 
+@pytest.mark.parametrize("mode", ["attention", "most"])
+def test_what_cannot_keep_an_attention_does_not_go_with_it(file: Path, mode: str) -> None:
+    lines = ("transformer_engine: all", f"activation_checkpointing: {mode}")
+    assert f"{mode} cannot keep the attention of Transformer Engine" in complaint(file, *lines)
+    assert load(file, "transformer_engine: linears", lines[1])
+    assert load(file, lines[0], "activation_checkpointing: all")
+
+
 def test_fp8_is_refused_where_a_process_has_an_odd_number_of_tokens(file: Path) -> None:
     lines = ("transformer_engine: linears", "num_frames: 1", "height: 480", "width: 848")
     said = complaint(file, *lines)
