@@ -28,14 +28,20 @@ from cosmos_cli.model.spec import DiTSpec
 Rope = tuple[Tensor, Tensor]
 # What a cross-attention reads of a text: its embeddings BMD, or the keys and values made of them.
 Text = Tensor | tuple[Tensor, Tensor]
+# A noise level: its embedding BD, and the modulation BE that all sub-blocks share.
+Level = tuple[Tensor, Tensor]
 
 
 class Prompt(NamedTuple):
-    """What all steps of sampling share: where the tokens are, the text as each block reads it."""
+    """What passes of sampling share: where the tokens are, the text as each block reads it.
+
+    And, if known, what the first block's self-attention gives, BLD, which no text changes.
+    """
 
     pos_LD: Tensor
     rope: Rope
     texts: Sequence[Text]
+    first_BLD: Tensor | None = None
 
 
 class DiT(nn.Module):
@@ -82,15 +88,11 @@ class DiT(nn.Module):
         Raises:
             ValueError: the latent does not divide into patches or exceeds the position tables.
         """
-        spec = self.spec
-        t, h, w = patch_grid(spec, x_BCTHW)
-        patch = {"dt": spec.patch_t, "dh": spec.patch_hw, "dw": spec.patch_hw}
+        t, h, w = patch_grid(self.spec, x_BCTHW)
 
         # 1. Patches of the latent and its padding mask become tokens. Up to step 5 L is those of
         # this process, all of them unless processes share the clip.
-        x_BCTHW = append_mask(x_BCTHW, padding_mask_BCHW)
-        x_BLC = rearrange(x_BCTHW, "B C (t dt) (h dh) (w dw) -> B (t h w) (C dt dh dw)", **patch)
-        x_BLD = self.x_embedder(self.sequence.own(x_BLC, 1))
+        x_BLD = self.tokens(x_BCTHW, padding_mask_BCHW)
 
         # 2. Where a token is: a learned embedding, and the angles of the rotary one; and the text.
         if prompt is None:
@@ -98,20 +100,37 @@ class DiT(nn.Module):
             prompt = Prompt(*self.locate((t, h, w), fps_B), texts)
 
         # 3. The noise level: an embedding, and a modulation that all sub-blocks share.
-        wave_BD = sinusoid(c_noise_B, spec.width).type_as(x_BLD)
-        t_emb_BD, t_mod_BE = self.t_norm(wave_BD), self.t_embedder(wave_BD)
+        level = self.noise_level(c_noise_B)
 
         # 4. The blocks.
+        first_BLD = prompt.first_BLD
         for i, text in enumerate(prompt.texts):
-            inputs = (x_BLD, prompt.pos_LD, prompt.rope, t_emb_BD, t_mod_BE, text)
-            x_BLD = self.run(i, *inputs)
+            inputs = (x_BLD, prompt.pos_LD, prompt.rope, level, text)
+            x_BLD = self.run(i, *inputs, None if i else first_BLD)
 
         # 5. Tokens become a latent. This is not the inverse of step 1: the model was trained with
         # the channel slowest on the way in and fastest on the way out.
-        x_BLC = self.sequence.gather(self.final(x_BLD, t_emb_BD, t_mod_BE))
+        x_BLC = self.sequence.gather(self.final(x_BLD, level))
         return rearrange(
-            x_BLC, "B (t h w) (dh dw dt C) -> B C (t dt) (h dh) (w dw)", t=t, h=h, w=w, **patch
+            x_BLC, "B (t h w) (dh dw dt C) -> B C (t dt) (h dh) (w dw)", t=t, h=h, w=w, **self.patch
         )
+
+    @property
+    def patch(self) -> dict[str, int]:
+        """Its sizes, as `rearrange` calls them."""
+        return {"dt": self.spec.patch_t, "dh": self.spec.patch_hw, "dw": self.spec.patch_hw}
+
+    def tokens(self, x_BCTHW: Tensor, padding_mask_BCHW: Tensor | None = None) -> Tensor:
+        """The embedded patches of this process, BLD."""
+        x = append_mask(x_BCTHW, padding_mask_BCHW)
+        x_BLC = rearrange(x, "B C (t dt) (h dh) (w dw) -> B (t h w) (C dt dh dw)", **self.patch)
+        embedded: Tensor = self.x_embedder(self.sequence.own(x_BLC, 1))
+        return embedded
+
+    def noise_level(self, c_noise_B: Tensor) -> Level:
+        """What the blocks see of it."""
+        wave_BD = sinusoid(c_noise_B, self.spec.width).to(self.t_norm.weight.dtype)
+        return self.t_norm(wave_BD), self.t_embedder(wave_BD)
 
     def run(self, i: int, *inputs: Any) -> Tensor:
         """The output of block `i`, which keeps for its backward pass what the mode says."""
@@ -144,6 +163,12 @@ class DiT(nn.Module):
         self.sequence = sequence
         for block in self.blocks:
             block.self_attn.sequence = sequence
+
+    def first_attention(self, x_BCTHW: Tensor, c_noise_B: Tensor, prompt: Prompt) -> Tensor:
+        """What the first block's self-attention gives for any text, BLD."""
+        x_BLD, level = self.tokens(x_BCTHW), self.noise_level(c_noise_B)
+        attended: Tensor = self.blocks[0].attend(x_BLD, prompt.pos_LD, prompt.rope, level)
+        return attended
 
     def read(self, text_emb_BMD: Tensor) -> list[Text]:
         """The keys and values that each block makes of a text."""
@@ -183,22 +208,32 @@ class Block(nn.Module):
         x_BLD: Tensor,
         pos_LD: Tensor,
         rope: Rope,
-        t_emb_BD: Tensor,
-        t_mod_BE: Tensor,
+        level: Level,
         text: Text,
+        attended_BLD: Tensor | None = None,
     ) -> Tensor:
-        """The tokens after this block, BLD. The position is added anew in every block."""
-        shift, scale, gate = self.self_attn_adaln(t_emb_BD, t_mod_BE)
-        x, u = kernels.add_modulate(x_BLD, None, pos_LD, shift, scale)
-        y = self.self_attn(u, u, rope)
+        """The tokens after this block, BLD. The position is added anew in every block.
 
-        shift, scale, next_gate = self.cross_attn_adaln(t_emb_BD, t_mod_BE)
+        `attended_BLD` is what `attend` gave, where that is known.
+        """
+        shift, scale, gate = self.self_attn_adaln(level)
+        x, u = kernels.add_modulate(x_BLD, None, pos_LD, shift, scale)
+        y = self.self_attn(u, u, rope) if attended_BLD is None else attended_BLD
+
+        shift, scale, next_gate = self.cross_attn_adaln(level)
         x, u = kernels.add_modulate(x, gate, y, shift, scale)
         y, gate = self.cross_attn(u, text), next_gate
 
-        shift, scale, next_gate = self.mlp_adaln(t_emb_BD, t_mod_BE)
+        shift, scale, next_gate = self.mlp_adaln(level)
         x, u = kernels.add_modulate(x, gate, y, shift, scale)
         return kernels.add_last(x, next_gate, self.mlp(u))
+
+    def attend(self, x_BLD: Tensor, pos_LD: Tensor, rope: Rope, level: Level) -> Tensor:
+        """What self-attention gives to these tokens, BLD."""
+        shift, scale, _ = self.self_attn_adaln(level)
+        _, u = kernels.add_modulate(x_BLD, None, pos_LD, shift, scale)
+        y: Tensor = self.self_attn(u, u, rope)
+        return y
 
 
 class Attention(nn.Module):
@@ -254,8 +289,9 @@ class AdaLN(nn.Module):
         self.down = linear(spec.width, spec.adaln_rank)
         self.up = linear(spec.adaln_rank, parts * spec.width)
 
-    def forward(self, t_emb_BD: Tensor, t_mod_BE: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, level: Level) -> tuple[Tensor, ...]:
         """`parts` tensors of B1D; the shared modulation is cut to as many."""
+        t_emb_BD, t_mod_BE = level
         own = self.up(self.down(F.silu(t_emb_BD)))
         return (own + t_mod_BE[:, : own.shape[1]]).unsqueeze(1).chunk(self.parts, dim=-1)
 
@@ -268,9 +304,9 @@ class Final(nn.Module):
         self.adaln = AdaLN(spec, parts=2)
         self.linear = linear(spec.width, spec.patch_channels)
 
-    def forward(self, x_BLD: Tensor, t_emb_BD: Tensor, t_mod_BE: Tensor) -> Tensor:
+    def forward(self, x_BLD: Tensor, level: Level) -> Tensor:
         """The values of each patch, BLC."""
-        shift, scale = self.adaln(t_emb_BD, t_mod_BE)
+        shift, scale = self.adaln(level)
         return self.linear(kernels.modulate(x_BLD, shift, scale))
 
 

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
-from functools import cache, cached_property, partial
+from functools import cache, cached_property
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -380,6 +380,7 @@ def compile_blocks(net: DiT) -> bool:
         return False
     for block in net.blocks:
         block.compile()
+    net.blocks[0].attend = torch.compile(net.blocks[0].attend)
     return True
 
 
@@ -408,27 +409,28 @@ def sample(
     shape = (1, *spec.latent_shape(r.num_frames, r.height, r.width))
     noise = torch.cat([sampler.start_noise(seed, shape) for seed in seeds])
     place = net.locate(patch_grid(spec.dit, noise), fps_B)
+    words = [[t.cond for t in text_embs], [t.uncond for t in text_embs]]
+    texts_BMD = [torch.stack(embeddings).to(next(net.parameters())) for embeddings in words]
+    towards, away = (Prompt(*place, net.read(text_emb_BMD)) for text_emb_BMD in texts_BMD)
 
-    def steered_by(embeddings: list[Tensor]) -> sampler.Denoiser:
-        text_emb_BMD = torch.stack(embeddings).to(next(net.parameters()))
-        prompted = partial(net, prompt=Prompt(*place, net.read(text_emb_BMD)))
-
-        def denoiser(xt: Tensor, sigma: float) -> Tensor:
-            sigma_B = torch.full((len(xt),), sigma, device=device)
-            return edm.denoise(prompted, xt, sigma_B, text_emb_BMD, fps_B, spec.sigma_data)
-
-        return denoiser
-
-    towards = steered_by([text_emb.cond for text_emb in text_embs])
-    away = steered_by([text_emb.uncond for text_emb in text_embs])
-
-    def denoiser(xt: Tensor, sigma: float) -> Tensor:
+    def guided(x: Tensor, *inputs: Tensor) -> Tensor:
+        """The network's output under guidance, which the linear preconditioning lets through."""
         if r.guidance == 0:
-            return towards(xt, sigma)
+            return net(x, *inputs, prompt=towards)
         if pair:
             own = (towards, away)[pair.index]
-            return sampler.guided(*pair.both(own(xt, sigma)), r.guidance)
-        return sampler.guided(towards(xt, sigma), away(xt, sigma), r.guidance)
+            cond, uncond = pair.both(net(x, *inputs, prompt=own))
+        else:
+            first = net.first_attention(x, inputs[0], towards)
+            cond, uncond = (
+                net(x, *inputs, prompt=prompt._replace(first_BLD=first))
+                for prompt in (towards, away)
+            )
+        return sampler.guided(cond.float(), uncond.float(), r.guidance)
+
+    def denoiser(xt: Tensor, sigma: float) -> Tensor:
+        sigma_B = torch.full((len(xt),), sigma, device=device)
+        return edm.denoise(guided, xt, sigma_B, texts_BMD[0], fps_B, spec.sigma_data)
 
     # The last evaluation of res gives the result.
     evaluations = r.num_steps + (r.sampler == "res")

@@ -34,6 +34,7 @@ import torch
 import torch.nn.functional as F
 from bench_generate import SMALL, Bench, markdown, random_denoiser, synchronize
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from cosmos_cli import recipe
 from cosmos_cli.model import dit, kernels
@@ -259,7 +260,7 @@ def block_inputs(bench: Bench, size: tuple[int, int, int]) -> tuple[Any, ...]:
     rope = dit.rope_table(d, dit.patch_grid(d, latent), fps)
     x, pos = normal(bench, 1, tokens, d.width), normal(bench, tokens, d.width, seed=1)
     noise_level = normal(bench, 1, d.width, seed=2), normal(bench, 1, 3 * d.width, seed=3)
-    return x, pos, rope, *noise_level, normal(bench, 1, text.tokens, text.channels, seed=4)
+    return x, pos, rope, noise_level, normal(bench, 1, text.tokens, text.channels, seed=4)
 
 
 def there_and_back(block: dit.Block, inputs: tuple[Any, ...]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -287,8 +288,8 @@ def bench_block(bench: Bench) -> Iterator[Row]:
     with torch.device(bench.device):
         exact_block = dit.Block(one)
     exact_block.load_state_dict(state)
-    in_fp32 = [x.float() if isinstance(x, Tensor) else x for x in inputs]
-    exact, simple = outcome(exact_block, tuple(in_fp32)), outcome(plain, inputs)
+    in_fp32 = tree_map_only(Tensor, Tensor.float, inputs)
+    exact, simple = outcome(exact_block, in_fp32), outcome(plain, inputs)
 
     def measure(name: str, change: Callable[[dit.Block], None]) -> Row:
         with torch.device(bench.device):

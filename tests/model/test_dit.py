@@ -258,6 +258,23 @@ def test_steps_that_share_a_prepared_prompt_give_the_same_output_without_reading
             assert len(read) == 2
 
 
+def test_texts_share_the_first_self_attention_of_a_noise_level():
+    net, x = network(), inputs()
+    attended = []
+    net.blocks[0].self_attn.register_forward_hook(lambda *_: attended.append(1))
+    with torch.no_grad():
+        place = net.locate(dit.patch_grid(SMALL, x["x_BCTHW"]), x["fps_B"])
+        texts = (x["text_emb_BMD"], -x["text_emb_BMD"])
+        prompts = [dit.Prompt(*place, net.read(text)) for text in texts]
+        alone = [net(**x, prompt=prompt) for prompt in prompts]
+        attended.clear()
+        first = net.first_attention(x["x_BCTHW"], x["c_noise_B"], prompts[0])
+        shared = [net(**x, prompt=prompt._replace(first_BLD=first)) for prompt in prompts]
+    assert len(attended) == 1
+    assert all(map(torch.equal, shared, alone))
+    assert not torch.equal(*shared)
+
+
 @pytest.mark.parametrize("name", ["flash", "math"])
 def test_the_attention_backend_is_reported(name):
     q = torch.randn(1, 64, 4, 32)
@@ -283,7 +300,7 @@ def test_fresh_blocks_without_the_shared_modulation_only_add_the_position():
         wave = dit.sinusoid(x["c_noise_B"], 64)
         mod = torch.zeros_like(net.t_embedder(wave))
         rope = dit.rope_table(SMALL, (3, 4, 6), x["fps_B"])
-        out = net.blocks[0](tokens, pos, rope, net.t_norm(wave), mod, x["text_emb_BMD"])
+        out = net.blocks[0](tokens, pos, rope, (net.t_norm(wave), mod), x["text_emb_BMD"])
     torch.testing.assert_close(out, tokens + pos)
 
 
