@@ -133,6 +133,7 @@ def check_recipe(r: Recipe, ranks: int) -> None:
     Raises:
         UserError: the model is for generation only, the batch does not divide, no base weights.
     """
+    check_world(r, ranks)
     if int(os.environ.get("NNODES", "1")) > 1 and not under_launcher():
         raise UserError(
             f"NNODES is {os.environ['NNODES']}, and this command starts the ranks of one machine",
@@ -142,6 +143,22 @@ def check_recipe(r: Recipe, ranks: int) -> None:
         )
     trackers.check(r)
     check_kernels(r)
+    base = layout.model_files(r.spec, r.checkpoints_dir, r.base).dit
+    if not base.exists():
+        raise UserError(
+            "the base weights are missing",
+            code=ExitCode.ASSET,
+            where=str(base),
+            fix="run cosmos download, or set base",
+        )
+
+
+def check_world(r: Recipe, ranks: int) -> None:
+    """Refuses what cannot be trained on `ranks` processes anywhere.
+
+    Raises:
+        UserError: the model is for generation only, or the processes or the batch do not divide.
+    """
     if r.hpz_partition_size != "auto" and ranks % r.hpz_partition_size:
         raise UserError(
             f"{ranks} processes do not divide into groups of {r.hpz_partition_size}",
@@ -171,14 +188,6 @@ def check_recipe(r: Recipe, ranks: int) -> None:
             code=ExitCode.USAGE,
             where="global_batch_size",
             fix=f"use a multiple of {at_once}",
-        )
-    base = layout.model_files(r.spec, r.checkpoints_dir, r.base).dit
-    if not base.exists():
-        raise UserError(
-            "the base weights are missing",
-            code=ExitCode.ASSET,
-            where=str(base),
-            fix="run cosmos download, or set base",
         )
 
 

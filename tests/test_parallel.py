@@ -1,5 +1,6 @@
 """What one run does on one process, it does on many: real DeepSpeed processes on the CPU."""
 
+import psutil
 import pytest
 from conftest import Cosmos
 from test_generate import generate
@@ -71,6 +72,34 @@ def test_processes_that_share_a_clip_learn_what_one_does(cosmos, alone, processe
     train(cosmos, name, processes, 3, f"sequence_parallel={shared}", *pairs)
     assert_same_losses(alone, find_run(cosmos, name))
     assert_close_weights(alone, find_run(cosmos, name), 3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("processes", "pairs"),
+    [
+        (8, ["sequence_parallel=8"]),
+        (8, []),
+        (16, ["hpz_partition_size=8"]),
+        # Half a GB each.
+        pytest.param(
+            64,
+            ["hpz_partition_size=8"],
+            marks=pytest.mark.skipif(
+                psutil.virtual_memory().available < 40e9, reason="needs 40 GB of memory"
+            ),
+        ),
+    ],
+)
+def test_as_many_processes_as_a_node_or_eight_have_learn_what_one_does(cosmos, processes, pairs):
+    name, batch = f"many{processes}{len(pairs)}", f"global_batch_size={processes}"
+    pairs = ["zero_stage=3", batch, *pairs]
+    train(cosmos, f"one-{name}", 1, 2, batch)
+    for steps in (1, 2):
+        train(cosmos, name, processes, steps, *pairs)
+    one, many = (find_run(cosmos, n) for n in (f"one-{name}", name))
+    assert_same_losses(one, many)
+    assert_close_weights(one, many, 2)
 
 
 @pytest.mark.slow

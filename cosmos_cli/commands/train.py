@@ -43,6 +43,7 @@ def train(
         return
     if plan or gpus:
         count, gpu = planner.parse_gpus(gpus) if gpus else (ranks, launch.known_gpu())
+        launch.check_world(r, count)
         figures = planner.check_memory(r, count, gpu)
         console.emit(Result(planner.describe(r, count, gpu), figures=figures), as_json=json_)
         return

@@ -38,8 +38,9 @@ EXCHANGED = 6
 LINEARS_KEPT = 11
 # The last linear's share of the arithmetic of a block's linears.
 LAST_LINEAR = 8 / 28
-# GPUs of a node where a plan must guess.
-NODE = 8
+# GPUs of a node where a plan must guess, and GB/s between two of them as NCCL reaches it over eight
+# adapters of 400 Gbit/s.
+NODE, NODE_RATE = 8, 360
 # Numbers in the bucket in which gradients are reduced, and in the group of weights whose fp32
 # gradients exist at one time during an optimizer step; DeepSpeed's defaults are 5e8 and 1e9.
 REDUCE_BUCKET, STEP_GROUP = 200_000_000, 200_000_000
@@ -232,8 +233,7 @@ def _memory(r: Recipe, ranks: int, gpu: Gpu | None) -> dict[str, float]:
     if stage == 3 and ranks > 1:
         # The block at work, the next one and a share of a third.
         buffers += 3 * whole / blocks * number
-        node = min(NODE, ranks) if r.hpz_partition_size == "auto" else r.hpz_partition_size
-        if 1 < node < ranks:
+        if node := _second_copy(r, ranks):
             buffers += held / node
     return {
         "weights": held / (ranks if stage == 3 else 1),
@@ -243,6 +243,12 @@ def _memory(r: Recipe, ranks: int, gpu: Gpu | None) -> dict[str, float]:
         "activations": activation * (kept + work),
         "buffers": buffers,
     }
+
+
+def _second_copy(r: Recipe, ranks: int) -> int:
+    """Over how many GPUs of a node ZeRO++ hpZ shards a second copy of the weights; 0 without."""
+    node = min(NODE, ranks) if r.hpz_partition_size == "auto" else r.hpz_partition_size
+    return node if 1 < node < ranks else 0
 
 
 def _activation(r: Recipe) -> float:
@@ -294,14 +300,22 @@ def step_seconds(r: Recipe, ranks: int, gpu: Gpu) -> float:
     # Queries, keys, values and the result of every self-attention change places.
     exchanged = r.spec.dit.blocks * 4 * (2 + again) * activation * (shared - 1) / shared
     arithmetic += exchanged / (gpu.link_rate * 1e9)
-    traffic = 0.0
-    if ranks > 1:
-        gathers = 3 if r.zero_stage == 3 else 2
-        traffic = gathers * 2 * r.spec.dit.parameters * (ranks - 1) / ranks / (gpu.link_rate * 1e9)
+    traffic = traffic_seconds(r, ranks, gpu)
     micro_steps = math.ceil(r.global_batch_size * shared / (ranks * r.micro_batch_size))
     held = _memory(r, ranks, gpu)
     host = sum(held[part] for part in OFFLOADED[r.offload]) / (HOST_RATE * 1e9)
     return micro_steps * max(arithmetic * r.micro_batch_size, traffic) + host
+
+
+def traffic_seconds(r: Recipe, ranks: int, gpu: Gpu) -> float:
+    """Seconds in which a micro step's weights are gathered and gradients reduced, if alone."""
+    number = 2 if r.precision == "bf16" else 4
+    whole, gradients = r.spec.dit.parameters * number, r.trained_parameters * number
+    across = gpu.link_rate if ranks <= NODE else min(gpu.link_rate, NODE_RATE)
+    # Forward; backward, with hpZ inside of a node. Below stage 3 the updated weights, once.
+    near = gpu.link_rate if _second_copy(r, ranks) else across
+    gathers = whole * (1 / across + 1 / near) if r.zero_stage == 3 else gradients / across
+    return (gathers + gradients / across) * (ranks - 1) / ranks / 1e9
 
 
 # --- disk -----------------------------------------------------------------------------------------

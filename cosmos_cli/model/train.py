@@ -31,6 +31,11 @@ from cosmos_cli.model.preview import Pictures
 from cosmos_cli.model.pulse import Pulse
 from cosmos_cli.model.sequence import neighbours
 
+# On how many of a GPU's processors NCCL gathers weights and reduces gradients beside arithmetic. It
+# waits there for the slowest rank, and kernels made for all processors wait for it. On two H100, 12
+# blocks of the 7B, a step of 6.18 s alone took 6.58 s with NCCL's own choice and takes 6.30 with 4.
+GATHER_PROCESSORS = 4
+
 _stop_code = 0
 _save_asked = False
 
@@ -225,6 +230,8 @@ def run_rank(r: Recipe) -> dict[str, Any]:
     signal.signal(signal.SIGTERM, _request_stop)
     signal.signal(signal.SIGUSR1, _request_save)
     run = Run(r.run_dir.absolute())
+    if r.zero_stage == 3 and r.sequence_parallel == 1:
+        os.environ.setdefault("NCCL_MAX_CTAS", str(GATHER_PROCESSORS))
     device = _join_world(r.timeout_seconds)
     if dist.get_rank():
         console.mute()

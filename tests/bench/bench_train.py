@@ -4,7 +4,10 @@ Runs `cosmos train` on random weights of full size and random latents of 121 fra
 a user would, and reads what the run says of itself: seconds of a step, MFU, peak memory beside the
 plan's, seconds that a step waited for data, and with `--save` for how long a save holds the run up.
 With `--peer` the same clips train diffusers' network under the same ZeRO-3, every block
-checkpointed. Several calls with one FILE make a table; each adds a JSON object to it.
+checkpointed. With `--world N` one process is rank 0 of N that are not there: PyTorch's fake process
+group gives it its own part of the weights N times over, so that memory and arithmetic are those of
+one GPU of N, and communication costs nothing. `--blocks` trains a network of fewer blocks. Several
+calls with one FILE make a table; each adds a JSON object to it.
 
 With `--model tiny` the same runs on a CPU in a minute, to try the script itself.
 """
@@ -24,6 +27,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -33,12 +37,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from cosmos_cli import layout, recipe
+from cosmos_cli import launch, layout, recipe
 from cosmos_cli.keys import Recipe
 from cosmos_cli.model import plan, weights
 from cosmos_cli.model.device import best_device
 from cosmos_cli.model.engine import known_gpu
-from cosmos_cli.model.spec import ModelSpec
+from cosmos_cli.model.spec import MODELS, ModelSpec
 
 CLIPS = 8
 # The first steps compile, allocate and let DeepSpeed learn the order of the weights.
@@ -49,17 +53,38 @@ PEER_STEPS = 5
 
 def settings(options: argparse.Namespace) -> list[str]:
     """The recipe's changes: one clip a GPU and step, no pictures, nothing held out."""
-    root = options.scratch
+    root, ranks, last = (
+        options.scratch,
+        options.world or options.gpus,
+        options.after + options.steps,
+    )
     chosen = [
-        f"dataset_dir={root / 'dataset'}", f"checkpoints_dir={root / 'checkpoints'}",
-        f"output_root={options.runs}", f"name={options.name}", f"num_processes={options.gpus}",
-        f"global_batch_size={options.gpus}", "micro_batch_size=1", f"max_steps={options.steps}",
-        f"save_every_steps={options.steps}", "log_every_steps=1", "preview_every_steps=0",
+        f"dataset_dir={root / 'dataset'}", f"base={base_file(options)}",
+        f"output_root={options.runs}", f"name={options.name}", f"num_processes={ranks}",
+        f"global_batch_size={ranks}", "micro_batch_size=1", f"max_steps={last}",
+        f"save_every_steps={last}", "log_every_steps=1", "preview_every_steps=0",
         "sample_every_saves=0", "min_free_disk_gb=0", "warmup_steps=5", "holdout_share=0",
     ]  # fmt: skip
     if options.model == "7b":
         chosen += ["height=704", "width=1280"]
+    if options.world:
+        # Nobody else gives a sign of life.
+        chosen.append("timeout_seconds=1000000")
     return [*chosen, *options.set]
+
+
+def base_file(options: argparse.Namespace) -> Path:
+    """Where the weights are that a run starts from."""
+    path: Path = options.scratch / f"base_{options.model}_{options.blocks}.pt"
+    return path
+
+
+def shorten(model: str, blocks: int) -> None:
+    """Gives a shipped model fewer blocks in this process; 0 leaves it as it is."""
+    name = recipe.load(SHIPPED[model]).recipe.model
+    if blocks:
+        whole = MODELS[name]
+        MODELS[name] = replace(whole, dit=replace(whole.dit, blocks=blocks))
 
 
 # --- what is trained ------------------------------------------------------------------------------
@@ -84,14 +109,14 @@ def make_dataset(root: Path, r: Recipe) -> None:
     layout.write_json(root / layout.MANIFEST_FILE, {"settings": {}, "videos": [], "clips": clips})
 
 
-def make_base(r: Recipe) -> None:
+def make_base(options: argparse.Namespace, r: Recipe) -> None:
     """A model file of full size with no term zero, or its gradients would be."""
     from bench_generate import random_denoiser
 
-    path = layout.model_files(r.spec, r.checkpoints_dir).dit
+    shorten(options.model, options.blocks)
+    path = base_file(options)
     if path.exists():
         return
-    path.parent.mkdir(parents=True)
     net = random_denoiser(r.spec.dit, best_device(), torch.bfloat16)
     state = {f"net.{name}": tensor.cpu() for name, tensor in net.state_dict().items()}
     weights.save_dit(path, state, "pt")
@@ -105,16 +130,21 @@ def bench_ours(options: argparse.Namespace, r: Recipe, words: list[str]) -> dict
     run = layout.Run(r.run_dir.absolute())
     pairs = [word for pair in words for word in ("--set", pair)]
     command = [sys.executable, "-m", "cosmos_cli", "train", SHIPPED[options.model], *pairs]
-    began = time.monotonic()
+    if options.world or options.blocks:
+        command = own_ranks(options)
+    began, before = time.monotonic(), len(read_rows(run.metrics)) if options.after else 0
     seen, found = [], {"part": "ours"}
-    with started(command) as process:
+    with started(command, options.gpus) as process:
         while process.poll() is None:
             time.sleep(0.02)
-            rows = read_rows(run.metrics)
+            rows = read_rows(run.metrics)[before:]
             seen += [time.monotonic()] * (len(rows) - len(seen))
             if len(rows) >= options.steps and not options.save:
                 break
-            if run.resumable_steps() and "save_seconds" not in found:
+            if (
+                options.after + options.steps in run.resumable_steps()
+                and "save_seconds" not in found
+            ):
                 found["save_seconds"] = round(time.monotonic() - seen[-1], 1)
     if len(rows) < options.steps:
         raise SystemExit(f"ended with {process.returncode} after {len(rows)} steps")
@@ -126,17 +156,38 @@ def bench_ours(options: argparse.Namespace, r: Recipe, words: list[str]) -> dict
     found |= {"start_seconds": round(seen[0] - began, 1), "losses": [row["loss"] for row in rows]}
     if "mfu" in rows[-1]:
         gpu = known_gpu(torch.device("cuda"))
-        planned = plan.plan(r, options.gpus, gpu)
+        planned = plan.plan(r, options.world or options.gpus, gpu)
         found |= {"mfu": statistics.median(row["mfu"] for row in timed),
                   "peak_gb": rows[-1]["peak_memory_gb"], "planned_gb": round(planned.total_gb, 1),
                   "planned_seconds": planned.step_seconds}  # fmt: skip
     return found
 
 
+def own_ranks(options: argparse.Namespace) -> list[str]:
+    """What starts ranks of this script, under cosmos' launcher."""
+    launcher = ["-m", "cosmos_cli.model.elastic", "--nproc-per-node", str(options.gpus)]
+    return [sys.executable, *launcher, __file__, *sys.argv[1:], "--rank"]
+
+
+def our_rank(options: argparse.Namespace, r: Recipe) -> None:
+    """One rank of ours, in a world or with a network that the command does not offer."""
+    from cosmos_cli.model import train
+
+    if options.world:
+        from torch.testing._internal.distributed.fake_pg import FakeStore
+
+        os.environ |= {name: str(options.world) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE")}
+        torch.distributed.init_process_group(
+            "fake", rank=0, world_size=options.world, store=FakeStore()
+        )
+    train.run_rank(r)
+
+
 @contextmanager
-def started(command: list[str]) -> Iterator[subprocess.Popen[bytes]]:
+def started(command: list[str], ranks: int) -> Iterator[subprocess.Popen[bytes]]:
     """A process and all that it starts, gone when this ends."""
-    process = subprocess.Popen(command)
+    environment = {**launch.environment(ranks), "PYTHONSAFEPATH": ""}
+    process = subprocess.Popen(command, env=environment)
     try:
         yield process
     finally:
@@ -161,9 +212,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 def bench_peer(options: argparse.Namespace, r: Recipe) -> dict[str, Any]:
     """Diffusers' network on as many ranks."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={options.gpus}"]
-    rank = [__file__, *sys.argv[1:], "--rank"]
-    with started([sys.executable, *launcher, *rank]) as process:
+    with started(own_ranks(options), options.gpus) as process:
         if process.wait():
             raise SystemExit(f"the peer ended with {process.returncode}")
     found: dict[str, Any] = json.loads((options.scratch / "peer.json").read_text())
@@ -238,6 +287,9 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--name", default="bench", help="of the run and its row")
     parser.add_argument("--save", action="store_true", help="let the run save at its end")
+    parser.add_argument("--after", type=int, default=0, help="the saved step to go on from")
+    parser.add_argument("--world", type=int, default=0, help="ranks, of which one is there")
+    parser.add_argument("--blocks", type=int, default=0, help="of the network; default: all")
     parser.add_argument("--peer", action="store_true", help="train diffusers' network")
     parser.add_argument("--scratch", type=Path, required=True, help="folder with 20 GB of space")
     parser.add_argument("--runs", type=Path, help="folder of the run; by default in SCRATCH")
@@ -249,19 +301,21 @@ def main() -> None:
     options.runs = (options.runs or options.scratch / "runs").absolute()
     os.environ.pop("OUTPUT_ROOT", None)
     words = settings(options)
+    shorten(options.model, options.blocks)
     r = recipe.load(SHIPPED[options.model], words).recipe
     if options.rank:
-        peer_rank(options, r)
+        (peer_rank if options.peer else our_rank)(options, r)
         return
     make_dataset(options.scratch / "dataset", r)
-    if not r.spec.embedded and not options.peer:
+    if not options.peer:
         # In a process of its own, which gives the GPU back.
         with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
-            pool.submit(make_base, r).result()
+            pool.submit(make_base, options, r).result()
     found = bench_peer(options, r) if options.peer else bench_ours(options, r, words)
     device = best_device()
     about = {
-        "name": options.name, "model": r.model, "gpus": options.gpus, "set": options.set,
+        "name": options.name, "model": r.model, "gpus": options.gpus, "world": options.world,
+        "blocks": r.spec.dit.blocks, "set": options.set,
         "tokens": r.spec.tokens(r.num_frames, r.height, r.width), "torch": torch.__version__,
         "device": platform.machine() if device == "cpu" else torch.cuda.get_device_name(),
     }  # fmt: skip

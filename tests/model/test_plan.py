@@ -12,7 +12,7 @@ from cosmos_cli.model import edm, plan
 from cosmos_cli.model.dit import DiT
 from cosmos_cli.model.spec import COSMOS_7B
 
-FULL = recipe.load("nemo_assets", ["height=704"]).recipe
+FULL = recipe.load("nemo_assets", ["height=704", "activation_checkpointing=all"]).recipe
 FAST, H100 = map(plan.find_gpu, ("H200", "H100-80GB"))
 
 
@@ -155,3 +155,25 @@ def test_a_second_copy_of_the_weights_costs_a_share_of_them_between_nodes_only()
             for size in (1, "auto")
         )
         assert two - one == pytest.approx(share * whole)
+
+
+def test_three_times_the_weights_cross_the_links_and_twice_those_between_nodes():
+    gb = 2 * FULL.spec.dit.parameters / 1e9
+    assert plan.traffic_seconds(FULL, 1, H100) == 0
+    eight, sixteen = (plan.traffic_seconds(FULL, ranks, H100) for ranks in (8, 16))
+    assert eight == pytest.approx(3 * gb * 7 / 8 / H100.link_rate)
+    between = 2 / plan.NODE_RATE + 1 / H100.link_rate
+    assert sixteen == pytest.approx(gb * 15 / 16 * between)
+    one_copy = changed(hpz_partition_size=1)
+    assert plan.traffic_seconds(one_copy, 16, H100) == pytest.approx(
+        3 * gb * 15 / 16 / plan.NODE_RATE
+    )
+    adapter = changed(lora_rank=16)
+    assert plan.traffic_seconds(adapter, 8, H100) < 0.7 * eight
+
+
+def test_no_plan_for_processes_among_which_the_batch_does_not_divide(cosmos):
+    refused = cosmos.json("train", "nemo_assets", "--gpus", "64xH100-80GB", code=2)
+    assert "8 clips do not divide" in refused["error"]
+    wide = ["--set", "global_batch_size=64"]
+    cosmos.json("train", "nemo_assets", "--gpus", "64xH100-80GB", *wide)
