@@ -278,7 +278,7 @@ def test_memory_of_all_networks_is_that_of_their_files_and_a_pass(tmp_path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("wb") as sparse:
             sparse.truncate(int(size))
-    denoiser = 2 * 7_236_192_384 + 2 * 15 * 56_320 * 4096
+    denoiser = 2 * 7_236_192_384 + 2 * 16 * 56_320 * 4096
     assert bytes_together(seven) == pytest.approx(denoiser + 9.8e9 + 24.5e9 + 13.4e9, rel=1e-6)
     off = seven.model_copy(update={"guardrails": "off", "upsampler": "off"})
     assert bytes_together(off) == pytest.approx(denoiser + 9.8e9, rel=1e-6)

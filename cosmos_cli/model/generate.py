@@ -35,8 +35,8 @@ from cosmos_cli.model.upsampler import Upsampler
 # that compiling takes: at 121 frames of 704x1280 the 7B has 6.5e9 a pass and saves 0.34 s.
 WORTH_COMPILING = 2e11
 # What a pass of the denoiser takes beside its weights, in activations of all tokens: measured were
-# 14.2, and 10.3 with compiled blocks.
-PASS_ACTIVATIONS = 15
+# 14.2, and 10.3 with compiled blocks, and one more is what two passes share.
+PASS_ACTIVATIONS = 16
 
 
 @dataclass(frozen=True)

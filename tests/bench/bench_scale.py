@@ -126,6 +126,8 @@ def bench_link(options: argparse.Namespace) -> Iterator[Row]:
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={options.gpus}"]
     command = [sys.executable, *launcher, __file__, *sys.argv[1:], "--rank"]
     found = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    if found.returncode:
+        yield {"row": "link", "failed": f"code {found.returncode}"}
     for line in found.stdout.splitlines():
         if line.startswith("{"):
             yield json.loads(line)
