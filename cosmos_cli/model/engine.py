@@ -77,8 +77,7 @@ def deepspeed_config(r: Recipe, share: data.Share, device: torch.device) -> dict
         zero["offload_param"] = on_host
     world = int(os.environ["WORLD_SIZE"])
     node = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    second = node if r.hpz_partition_size == "auto" else r.hpz_partition_size
-    if r.zero_stage == 3 and 1 < second < world:
+    if second := plan.second_copy(r, world, node):
         zero["zero_hpz_partition_size"] = second
     return {
         "train_micro_batch_size_per_gpu": r.micro_batch_size,

@@ -233,7 +233,7 @@ def _memory(r: Recipe, ranks: int, gpu: Gpu | None) -> dict[str, float]:
     if stage == 3 and ranks > 1:
         # The block at work, the next one and a share of a third.
         buffers += 3 * whole / blocks * number
-        if node := _second_copy(r, ranks):
+        if node := second_copy(r, ranks):
             buffers += held / node
     return {
         "weights": held / (ranks if stage == 3 else 1),
@@ -245,10 +245,10 @@ def _memory(r: Recipe, ranks: int, gpu: Gpu | None) -> dict[str, float]:
     }
 
 
-def _second_copy(r: Recipe, ranks: int) -> int:
+def second_copy(r: Recipe, ranks: int, node: int = NODE) -> int:
     """Over how many GPUs of a node ZeRO++ hpZ shards a second copy of the weights; 0 without."""
-    node = min(NODE, ranks) if r.hpz_partition_size == "auto" else r.hpz_partition_size
-    return node if 1 < node < ranks else 0
+    shared_by = node if r.hpz_partition_size == "auto" else r.hpz_partition_size
+    return shared_by if r.zero_stage == 3 and 1 < shared_by < ranks else 0
 
 
 def _activation(r: Recipe) -> float:
@@ -313,7 +313,7 @@ def traffic_seconds(r: Recipe, ranks: int, gpu: Gpu) -> float:
     whole, gradients = r.spec.dit.parameters * number, r.trained_parameters * number
     across = gpu.link_rate if ranks <= NODE else min(gpu.link_rate, NODE_RATE)
     # Forward; backward, with hpZ inside of a node. Below stage 3 the updated weights, once.
-    near = gpu.link_rate if _second_copy(r, ranks) else across
+    near = gpu.link_rate if second_copy(r, ranks) else across
     gathers = whole * (1 / across + 1 / near) if r.zero_stage == 3 else gradients / across
     return (gathers + gradients / across) * (ranks - 1) / ranks / 1e9
 
