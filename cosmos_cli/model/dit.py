@@ -103,10 +103,9 @@ class DiT(nn.Module):
         level = self.noise_level(c_noise_B)
 
         # 4. The blocks.
-        first_BLD = prompt.first_BLD
         for i, text in enumerate(prompt.texts):
             inputs = (x_BLD, prompt.pos_LD, prompt.rope, level, text)
-            x_BLD = self.run(i, *inputs, None if i else first_BLD)
+            x_BLD = self.run(i, *inputs, None if i else prompt.first_BLD)
 
         # 5. Tokens become a latent. This is not the inverse of step 1: the model was trained with
         # the channel slowest on the way in and fastest on the way out.
