@@ -72,6 +72,12 @@ def train(options: argparse.Namespace, *words: str, name: str, steps: int = 0) -
     return {"row": name, **{key: row[key] for key in kept if key in row}}
 
 
+def torchrun(ranks: int) -> list[str]:
+    """What starts a script as so many ranks."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    return [sys.executable, *launcher]
+
+
 def sizes(gpus: int) -> list[int]:
     """1, 2, 4, ... up to all."""
     powers = (2**i for i in range(gpus.bit_length()))
@@ -109,10 +115,9 @@ def bench_sequence(options: argparse.Namespace) -> Iterator[Row]:
 def bench_generate(options: argparse.Namespace) -> Iterator[Row]:
     """Some steps of a video, by one and by all."""
     out = options.scratch / "split.json"
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={options.gpus}"]
     words = ["--model", options.model, "--parts", "split", "--steps", "4", "--out", str(out)]
     script = [str(HERE / "bench_generate.py"), *words, "--scratch", str(options.scratch)]
-    failed = subprocess.run([sys.executable, *launcher, *script], stdout=sys.stderr, check=False)
+    failed = subprocess.run([*torchrun(options.gpus), *script], stdout=sys.stderr, check=False)
     if failed.returncode:
         yield {"row": "generate", "failed": f"code {failed.returncode}"}
         return
@@ -123,8 +128,7 @@ def bench_generate(options: argparse.Namespace) -> Iterator[Row]:
 
 def bench_link(options: argparse.Namespace) -> Iterator[Row]:
     """Rates between all GPUs, by ranks of this script."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={options.gpus}"]
-    command = [sys.executable, *launcher, __file__, *sys.argv[1:], "--rank"]
+    command = [*torchrun(options.gpus), __file__, *sys.argv[1:], "--rank"]
     found = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     if found.returncode:
         yield {"row": "link", "failed": f"code {found.returncode}"}
