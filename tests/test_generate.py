@@ -15,7 +15,7 @@ import torch
 from conftest import Cosmos, settings
 
 from cosmos_cli import layout, recipe
-from cosmos_cli.model import video, weights
+from cosmos_cli.model import edm, sampler, video, weights
 from cosmos_cli.model.dit import DiT
 from cosmos_cli.model.generate import (
     Conditioning,
@@ -469,3 +469,26 @@ def test_promote_refuses_weights_that_do_not_differ_from_the_base(trained):
         assert "Traceback" not in refused.stderr
     finally:
         saved.write_bytes(whole)
+
+
+def test_a_video_is_what_the_guided_estimates_of_both_texts_lead_to():
+    r = recipe.load("tiny", ["num_steps=3", "guidance=2"]).recipe
+    net = load_denoiser(r, layout.model_files(r.spec, r.checkpoints_dir).dit, "cpu", torch.float32)
+    generator = torch.Generator().manual_seed(0)
+    shape = 2, r.spec.text.tokens, r.spec.text.channels
+    cond, uncond = torch.randn(shape, generator=generator)
+    fps_B = torch.tensor([r.fps])
+
+    def denoiser(xt, sigma):
+        of = [
+            edm.denoise(net, xt, torch.tensor([sigma]), text[None], fps_B, r.spec.sigma_data)
+            for text in (cond, uncond)
+        ]
+        return of[0] + 2 * (of[0] - of[1])
+
+    noise = sampler.start_noise(5, (1, *r.spec.latent_shape(r.num_frames, r.height, r.width)))
+    levels = r.spec.sigma_min, r.spec.sigma_max
+    with torch.inference_mode():
+        expected = sampler.solve(r.sampler, 3, levels, denoiser, noise, lambda _: None)
+        made = sample(r, net, [Conditioning("", cond, uncond)], [5], "test")
+    torch.testing.assert_close(made, expected, atol=1e-4, rtol=1e-4)
