@@ -127,15 +127,16 @@ def use_fp8(blocks: nn.ModuleList) -> None:
 
     scaling = Float8CurrentScaling()
 
-    def in_fp8(weight: nn.Parameter) -> Callable[[Tensor], Tensor]:
-        outputs, inputs = weight.shape
-        linear = te.Linear(inputs, outputs, bias=False, params_dtype=weight.dtype, device="meta")
-        linear.weight = weight
+    def in_fp8(linear: nn.Linear | LoRALinear) -> Callable[[Tensor], Tensor]:
+        # Its weight has no shape before ZeRO-3 gathers it.
+        size, dtype = (linear.in_features, linear.out_features), linear.weight.dtype
+        product = te.Linear(*size, bias=False, params_dtype=dtype, device="meta")
+        product.weight = linear.weight
 
         def run(x: Tensor) -> Tensor:
             # Within, so that it holds too where a checkpoint computes a block again.
             with te.autocast(enabled=True, recipe=scaling):
-                y: Tensor = linear(x)
+                y: Tensor = product(x)
             return y
 
         return run
@@ -146,9 +147,9 @@ def use_fp8(blocks: nn.ModuleList) -> None:
                 continue
             # Not in the place of the module, which has its name and its state.
             if isinstance(linear, LoRALinear):
-                linear.product = in_fp8(linear.weight)  # type: ignore[method-assign]
+                linear.product = in_fp8(linear)  # type: ignore[method-assign]
             elif isinstance(linear, nn.Linear):
-                linear.forward = in_fp8(linear.weight)  # type: ignore[method-assign]
+                linear.forward = in_fp8(linear)  # type: ignore[method-assign]
 
 
 def use_engine_attention(blocks: nn.ModuleList) -> None:
@@ -158,8 +159,8 @@ def use_engine_attention(blocks: nn.ModuleList) -> None:
     """
     import transformer_engine.pytorch as te
 
-    def normaliser(weight: nn.Parameter) -> Callable[..., Tensor]:
-        norm = te.RMSNorm(len(weight), eps=1e-6, dtype=weight.dtype, device="meta")
+    def normaliser(weight: nn.Parameter, width: int) -> Callable[..., Tensor]:
+        norm = te.RMSNorm(width, eps=1e-6, dtype=weight.dtype, device="meta")
         norm.weight = weight
 
         def run(x: Tensor, rope: tuple[Tensor, Tensor] | None = None) -> Tensor:
@@ -182,8 +183,9 @@ def use_engine_attention(blocks: nn.ModuleList) -> None:
     for block in blocks:
         for layer in (block.self_attn, block.cross_attn):
             layer.attend = attend
+            width = layer.q.out_features // layer.heads
             for norm in (layer.q_norm, layer.k_norm):
-                norm.forward = normaliser(norm.weight)
+                norm.forward = normaliser(norm.weight, width)
 
 
 def put_cudnn_first() -> None:

@@ -33,9 +33,10 @@ class LoRALinear(nn.Module):
 
     def __init__(self, base: nn.Linear, rank: int, scale: float) -> None:
         super().__init__()
+        self.in_features, self.out_features = base.in_features, base.out_features
         self.weight = base.weight
-        self.lora_A = nn.Linear(base.in_features, rank, bias=False)
-        self.lora_B = nn.Linear(rank, base.out_features, bias=False)
+        self.lora_A = nn.Linear(self.in_features, rank, bias=False)
+        self.lora_B = nn.Linear(rank, self.out_features, bias=False)
         self.scale = scale
 
     def product(self, x: Tensor) -> Tensor:

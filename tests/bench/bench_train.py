@@ -48,7 +48,7 @@ CLIPS = 8
 # The first steps compile, allocate and let DeepSpeed learn the order of the weights.
 WARM_UP = 3
 SHIPPED = {"7b": "nemo_assets", "tiny": "tiny"}
-PEER_STEPS = 5
+PEER_STEPS = 6
 
 
 def settings(options: argparse.Namespace) -> list[str]:
