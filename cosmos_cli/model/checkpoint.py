@@ -96,22 +96,31 @@ def save(engine: Any, ema: PowerEMA, run: Run, step: int, about: dict[str, Any])
 
     The resume state appears under its name only when all of it is on disk.
     """
-    module = engine.module
-    _save_model(module, shards(module), model_file(run, module, step, "reg"))
-    ema_sha256 = _save_model(module, ema.shards, model_file(run, module, step, "ema"))
+    module, ranks = engine.module, dist.get_world_size()
     final = run.resume_state(step)
     building = final.with_name(f".{final.name}.tmp")
     if dist.get_rank() == 0:
         shutil.rmtree(building, ignore_errors=True)
     dist.barrier()
+    # From here on ranks write beside one another, the two model files too.
+    models = {
+        "reg": _gather_all(module, shards(module), 0),
+        "ema": _gather_all(module, ema.shards, 1 % ranks),
+    }
+    sha256 = {
+        kind: _save_model(module, state, model_file(run, module, step, kind))
+        for kind, state in models.items()
+        if state
+    }
     try:
         with weights.writing(final):
             files = _save_state(engine, building)
+            sha256 = _of_all_ranks(sha256)
             if dist.get_rank() == 0:
                 manifest = {
                     "step": step,
-                    "world_size": dist.get_world_size(),
-                    "ema_sha256": ema_sha256,
+                    "world_size": ranks,
+                    "ema_sha256": sha256["ema"],
                     **about,
                     "files": files,
                 }
@@ -199,15 +208,18 @@ def _save_state(engine: Any, folder: Path) -> dict[str, dict[str, Any]]:
     return _of_all_ranks(written)
 
 
-def _save_model(module: nn.Module, parts: list[Tensor], path: Path) -> str:
-    """Writes the trained weights whose shards the ranks hold in `parts`; its sha256, on rank 0."""
+def _gather_all(module: nn.Module, parts: list[Tensor], rank: int) -> dict[str, Tensor]:
+    """On one rank, in its host's memory, the trained weights whose shards the ranks hold."""
     state = {}
     for (name, parameter), part in zip(trained(module).items(), parts, strict=True):
         full = gather(parameter, part)
-        if dist.get_rank() == 0:
-            state[name] = full.detach().cpu().clone()
-    if dist.get_rank():
-        return ""
+        if dist.get_rank() == rank:
+            state[name] = full.detach().to("cpu", copy=True)
+    return state
+
+
+def _save_model(module: nn.Module, state: dict[str, Tensor], path: Path) -> str:
+    """Writes the trained weights; their file's sha256."""
     if lora.attached(module):
         lora.save(path, state, lora.scale(module))
         return layout.sha256_file(path)

@@ -17,6 +17,7 @@ import struct
 import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -122,8 +123,7 @@ def load_dit_state(path: Path) -> State:
 
 def save_dit(path: Path, state: Mapping[str, Tensor], format: Literal["pt", "safetensors"]) -> None:
     """Writes the denoiser's weights: `pt` is the file the reference reads, `safetensors` ours."""
-    write = save_released if format == "pt" else write_safetensors
-    write(path, state)
+    (save_released if format == "pt" else write_safetensors)(path, state)
 
 
 def save_released(path: Path, state: Mapping[str, Tensor]) -> str:
@@ -366,19 +366,23 @@ def _read_pt(path: Path) -> Any:
 class _Hashing(io.BufferedWriter):
     """A file that knows the sha256 of what was written to it."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, thread: Executor) -> None:
         super().__init__(io.FileIO(path, "wb"))
-        self.digest = hashlib.sha256()
+        self.digest, self.thread = hashlib.sha256(), thread
 
     def write(self, data: Any) -> int:
-        self.digest.update(data)
-        return super().write(data)
+        # A fast disk takes as long as the hash, and neither holds the interpreter.
+        hashed = self.thread.submit(self.digest.update, data)
+        try:
+            return super().write(data)
+        finally:
+            hashed.result()
 
 
 def write_pt(content: Any, path: Path) -> tuple[int, str]:
     """Writes a file of torch's to the disk itself; its bytes and sha256, taken while writing."""
     # Through a stream, for torch writes a path's name into the file, which may be a temporary one.
-    with _Hashing(path) as stream:
+    with ThreadPoolExecutor(1) as thread, _Hashing(path, thread) as stream:
         torch.save(content, stream)
         stream.flush()
         os.fsync(stream.fileno())
@@ -441,9 +445,8 @@ def _read_torchscript(path: Path) -> State:
         pickled = next(name for name in archive.namelist() if name.endswith("/data.pkl"))
         root = pickled.removesuffix("data.pkl")
 
-        # Made anew for each file, so that a hostile one can leave no mark on them.
-        class Module:
-            pass
+        # Made anew for each file, so that a hostile one can leave no mark on it.
+        module_type = type("Module", (), {})
 
         def rebuild(storage: Tensor, offset: int, size: Any, stride: Any, *_: Any) -> Tensor:
             return storage.as_strided(size, stride, offset)
@@ -451,7 +454,7 @@ def _read_torchscript(path: Path) -> State:
         class Reader(pickle.Unpickler):
             def find_class(self, module: str, name: str) -> Any:
                 if module.startswith("__torch__"):
-                    return Module
+                    return module_type
                 known = {
                     "torch._utils._rebuild_tensor_v2": rebuild,
                     "collections.OrderedDict": dict,

@@ -227,9 +227,11 @@ def peer_rank(options: argparse.Namespace, r: Recipe) -> None:
     import deepspeed
     from bench_generate import diffusers_network
 
-    from cosmos_cli.model import data, train
+    from cosmos_cli.model import data, kernels, train
 
     device = train._join_world(600)
+    # It has the attention that ours has, also where Transformer Engine was imported.
+    kernels.put_cudnn_first()
     rank = torch.distributed.get_rank()
     config = {
         "train_micro_batch_size_per_gpu": 1,
