@@ -32,6 +32,8 @@ ELEMENTWISE_PASSES = 60
 # What a block holds at most while its backward runs, less with a LoRA, and what it keeps without
 # checkpointing, in units of one bf16 activation (tokens x width). Measured were 34.5 and 27.9.
 BLOCK_WORK, LORA_BLOCK_WORK, BLOCK_KEPT = 34, 28, 34
+# In the same unit what fp8 holds besides: activations and weights in their other format.
+FP8_WORK = 2.5
 # In the same unit what processes that share a clip hold while their tokens and heads change places.
 EXCHANGED = 6
 # In the same unit what all linears of a block give.
@@ -227,6 +229,7 @@ def _memory(r: Recipe, ranks: int, gpu: Gpu | None) -> dict[str, float]:
     mlps, whole_blocks = blocks_kept(r, ranks, gpu)
     kept += mlps + whole_blocks * (LINEARS_KEPT - 1)
     work = LORA_BLOCK_WORK if r.lora_rank else BLOCK_WORK
+    work += FP8_WORK if r.transformer_engine != "off" else 0
     work += EXCHANGED if r.sequence_parallel > 1 else 0
     # The fp32 gradients of an optimizer step come when the activations have gone.
     buffers = float(min(REDUCE_BUCKET, trained) * number)
