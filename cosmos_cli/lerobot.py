@@ -35,15 +35,6 @@ def is_lerobot(folder: Path) -> bool:
     return (folder / INFO).is_file()
 
 
-def cameras(folder: Path) -> list[str]:
-    """The names of the cameras of a dataset.
-
-    Raises:
-        UserError: the folder's description is damaged or of another version.
-    """
-    return sorted(_info(folder)["cameras"])
-
-
 def episodes(folder: Path, camera: str | None) -> list[Episode]:
     """Every episode of a dataset in order, seen by `camera`, or by the only one it has.
 

@@ -146,18 +146,6 @@ def ordinary_scenes(count: int, seed: int) -> list[tuple[Scene, str]]:
     return found
 
 
-def motley_scene(seed: int) -> Scene:
-    """A training scene whose thing is of several colours, for a tokenizer to see such things too.
-
-    Four of six are robots, whose parts are the smallest.
-    """
-    rng = random.Random(f"motley/{seed}")
-    scene = sample_scene(seed)
-    shape = rng.choice(("robot", "robot", "robot", "robot", "ball", "cube"))
-    accents = tuple((part, rng.choice(list(COLOURS))) for part in PARTS[shape])
-    return replace(scene, thing=replace(scene.thing, shape=shape, accents=accents))
-
-
 def _place(rng: random.Random, thing: Thing, motion: str, plain: bool = False) -> Scene:
     """A scene with the rest drawn by lot; a plain one has no second thing and a static camera."""
     x, y = rng.uniform(-0.18, 0.18), rng.uniform(-0.03, 0.03)

@@ -14,9 +14,11 @@ from __future__ import annotations
 
 import argparse
 import math
+import random
 import time
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -157,6 +159,18 @@ def cut(pool: torch.Tensor, count: int, size: tuple[int, int, int]) -> torch.Ten
     return torch.stack(pieces).float() / 127.5 - 1
 
 
+def motley_scene(seed: int) -> world.Scene:
+    """A training scene whose thing is of several colours, for a tokenizer to see such things too.
+
+    Four of six are robots, whose parts are the smallest.
+    """
+    rng = random.Random(f"motley/{seed}")
+    scene = world.sample_scene(seed)
+    shape = rng.choice(("robot", "robot", "robot", "robot", "ball", "cube"))
+    accents = tuple((part, rng.choice(list(world.COLOURS))) for part in world.PARTS[shape])
+    return replace(scene, thing=replace(scene.thing, shape=shape, accents=accents))
+
+
 def make_tokenizer(path: Path, device: str, options: argparse.Namespace) -> dict[str, object]:
     """Trains the autoencoder, measures mean and std of its latents and writes both.
 
@@ -165,7 +179,7 @@ def make_tokenizer(path: Path, device: str, options: argparse.Namespace) -> dict
     torch.manual_seed(0)
     started = time.monotonic()
     half = options.clips // 2
-    motley = [world.motley_scene(seed) for seed in range(half)]
+    motley = [motley_scene(seed) for seed in range(half)]
     pool = draw_videos([*plain_scenes(range(half, options.clips)), *motley], device)
     net = Tokenizer(TINY.tokenizer, TINY.sigma_data)
     if options.resume:
