@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import unicodedata
 from collections.abc import Collection, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -23,6 +24,8 @@ def read(path: Path, videos: Collection[str]) -> tuple[dict[str, str], list[str]
         UserError: there is no such file, or rows of it cannot be read; all of them are named.
     """
     captions: dict[str, str] = {}
+    # A letter with an accent is one character or two, as whoever wrote it had it.
+    names = {unicodedata.normalize("NFC", name): name for name in videos}
     first: dict[str, int] = {}
     problems: list[UserError] = []
     unknown: list[str] = []
@@ -32,14 +35,14 @@ def read(path: Path, videos: Collection[str]) -> tuple[dict[str, str], list[str]
         if problem or isinstance(row, str):
             problems.append(UserError(problem, code=ExitCode.DATASET, where=where))
             continue
-        name = PurePosixPath(row["file"].strip()).name
+        name = unicodedata.normalize("NFC", PurePosixPath(row["file"].strip()).name)
         if name in first:
             what = f"names {name!r} again, after line {first[name]}"
             problems.append(UserError(what, code=ExitCode.DATASET, where=where))
             continue
         first[name] = number
-        if name in videos:
-            captions[name] = row["caption"].strip()
+        if name in names:
+            captions[names[name]] = one_kind_of_line_end(row["caption"]).strip()
         else:
             unknown.append(f"{where}: there is no video {name!r}")
     if problems:
@@ -51,6 +54,11 @@ def read(path: Path, videos: Collection[str]) -> tuple[dict[str, str], list[str]
             also=tuple(problems),
         )
     return captions, unknown
+
+
+def one_kind_of_line_end(text: str) -> str:
+    """The text as it is read back from a file."""
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def _problem(row: dict[Any, Any]) -> str:

@@ -50,7 +50,9 @@ def unmute() -> None:
 def say(message: str) -> None:
     """Prints a line on stderr and in the open logs."""
     if not _muted:
-        print(message, file=sys.stderr, flush=True)
+        # That nobody reads it (`2>&1 | head`), or that its disk is full, ends no work.
+        with contextlib.suppress(OSError):
+            print(message, file=sys.stderr, flush=True)
         _log(message)
 
 
@@ -86,11 +88,25 @@ def record(value: dict[str, Any]) -> None:
 
 
 def _print(text: str) -> None:
-    """Prints on stdout; that the reader went away (`| head`) is no failure of the command."""
+    """Prints on stdout; that the reader went away (`| head`) is no failure of the command.
+
+    Raises:
+        UserError: its disk is full.
+    """
     try:
-        print(text, flush=True)
-    except BrokenPipeError:
+        try:
+            print(text, flush=True)
+        except UnicodeEncodeError:
+            # The reader's alphabet is smaller than that of a file name.
+            print(text.encode("ascii", "backslashreplace").decode(), flush=True)
+    except OSError as error:
+        # What Python would write at its end goes nowhere, and cannot fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):
+            raise UserError(
+                f"cannot be written: {error.strerror}", code=ExitCode.ASSET,
+                where="standard output", fix="free some space, or write it elsewhere",
+            ) from error  # fmt: skip
 
 
 def failure(error: UserError) -> Result:

@@ -20,7 +20,7 @@ from typing import Any, TypeVar, cast
 
 from cosmos_cli import assets, console, layout, t5
 from cosmos_cli.assets import Asset, RemoteFile
-from cosmos_cli.errors import ExitCode, UserError
+from cosmos_cli.errors import ExitCode, UserError, together
 
 T = TypeVar("T")
 
@@ -97,20 +97,12 @@ def survey(wanted: Sequence[Asset]) -> list[Listing]:
             f"{console.size(listing.total)}, {console.size(listing.needed)} to fetch "
             f"into {asset.folder}{note}"
         )
-    _raise_all(problems)
+    if problems:
+        raise together(problems)
     if listings:
         total, needed = (sum(getattr(x, key) for x in listings) for key in ("total", "needed"))
         console.say(f"in all {console.size(total)}, {console.size(needed)} to fetch")
     return listings
-
-
-def _raise_all(problems: Sequence[UserError]) -> None:
-    """Raises some errors as one, if there are any."""
-    if problems:
-        first, *others = problems
-        raise UserError(
-            first.what, code=first.code, where=first.where, fix=first.fix, also=tuple(others)
-        )
 
 
 def require_room(listings: Sequence[Listing]) -> None:
@@ -283,7 +275,8 @@ def _fetch_files(listing: Listing, files: Sequence[RemoteFile], bar: console.Pro
         thread.start()
     for thread in threads:
         thread.join()
-    _raise_all(problems)
+    if problems:
+        raise together(problems)
     # The traceback of what went wrong instead has been printed by its thread.
     assert len(done) == len(files)
 

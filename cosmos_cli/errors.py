@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import IntEnum
 from pathlib import Path
 
@@ -57,6 +58,13 @@ class UserError(Exception):
         tail = f"; {self.fix}" if self.fix else ""
         line = " ".join(f"{head}{self.what}{tail}".split())
         return "\n".join([line, *map(str, self.also)])
+
+
+def together(errors: Sequence[UserError]) -> UserError:
+    """One error for several: the one with the largest exit code, the others behind it."""
+    first = max(errors, key=lambda error: error.code)
+    others = (*first.also, *(error for error in errors if error is not first))
+    return UserError(first.what, code=first.code, where=first.where, fix=first.fix, also=others)
 
 
 class Interrupted(BaseException):

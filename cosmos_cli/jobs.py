@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -116,14 +116,15 @@ def from_json(value: dict[str, Any]) -> Job:
 # --- from text to wishes --------------------------------------------------------------------------
 
 
-def read_batch(path: Path) -> list[Wish]:
-    """The wishes of a JSONL file; blank lines are skipped.
+def read_batch(path: Path) -> list[Wish | UserError]:
+    """The wish of each line of a JSONL file, or what is wrong with it; blank lines are skipped.
 
     Raises:
-        UserError: the file is missing, or a line is no object with a prompt.
+        UserError: the file is missing, or holds nothing.
     """
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        # Editors on Windows put a mark in front.
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot be read: {error}", code=ExitCode.USAGE, where=str(path)) from error
     wishes = [
@@ -145,25 +146,22 @@ def read_lines(lines: Iterable[str]) -> Iterator[Wish | UserError]:
         if not line.lstrip().startswith("{"):
             yield Wish(line.strip(), where=where)
             continue
-        try:
-            yield _from_object(line, where)
-        except UserError as error:
-            yield error
+        yield _from_object(line, where)
 
 
-def _from_object(line: str, where: str) -> Wish:
-    """The wish of a line like {"prompt": "...", "seed": 1}."""
+def _from_object(line: str, where: str) -> Wish | UserError:
+    """The wish of a line like {"prompt": "...", "seed": 1}, or what is wrong with it."""
     try:
         entry = json.loads(line)
     except (ValueError, RecursionError):
         entry = None
     if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str):
-        raise UserError(
+        return UserError(
             'is no object like {"prompt": "...", "seed": 1}', code=ExitCode.USAGE, where=where
         )
     changes = {key: value for key, value in entry.items() if key != "prompt"}
     if unknown := sorted(changes.keys() - LINE_KEYS.keys()):
-        raise UserError(
+        return UserError(
             f"has the unknown key {unknown[0]!r}", code=ExitCode.USAGE, where=where,
             fix=f"a line may have prompt, {', '.join(LINE_KEYS)}",
         )  # fmt: skip
@@ -206,7 +204,8 @@ class Order:
             return Outcome("", error=wish)
         try:
             job = self._job(wish)
-            done = not self.overwrite and is_made(job)
+            with layout.disk_errors(job.path):
+                done = not self.overwrite and is_made(job)
         except UserError as error:
             return Outcome(wish.prompt, error=error)
         if done:
@@ -225,7 +224,7 @@ class Order:
         if path.suffix.lower() != ".mp4":
             stem = file_stem(wish.prompt, _key(wish.prompt, r, self.weights), r.sampling_seed)
             path /= f"{stem}.mp4"
-        return Job(wish.prompt, r, self.weights, path)
+        return Job(wish.prompt, r, self.weights, path.with_suffix(".mp4"))
 
 
 def _check_prompt(wish: Wish) -> None:
@@ -296,10 +295,3 @@ def _sidecar(path: Path) -> dict[str, Any]:
         return {}
     ours = isinstance(about, dict) and {"key", "mp4_sha256"} <= about.keys()
     return about if ours else {}
-
-
-def gravest(errors: Sequence[UserError]) -> UserError:
-    """One error for several: the one with the largest exit code, the others behind it."""
-    first = max(errors, key=lambda error: error.code)
-    first.also = (*first.also, *(error for error in errors if error is not first))
-    return first

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import product
 
@@ -32,7 +32,9 @@ def base_order(order: Order, base: Weights) -> Order:
     return replace(order, weights=base)
 
 
-def batch(orders: list[Order], wishes: list[Wish], processes: int | None) -> Iterator[Outcome]:
+def batch(
+    orders: list[Order], wishes: Sequence[Wish | UserError], processes: int | None
+) -> Iterator[Outcome]:
     """Phase by phase, what is there already and what is refused first; comparisons last."""
     todo, done = [], []
     for order, wish in product(orders, wishes):
@@ -98,7 +100,7 @@ def stream(order: Order) -> Iterator[Outcome]:
     make = one_by_one(order.r, order.weights, best_device())
     if isinstance(sys.stdin, io.TextIOWrapper):
         # A line that is no UTF-8 is refused by itself.
-        sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
+        sys.stdin.reconfigure(encoding="utf-8-sig", errors="surrogateescape")
     for wish in jobs.read_lines(sys.stdin):
         outcome = order.place(wish)
         if outcome.job and not outcome.done:

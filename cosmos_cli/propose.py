@@ -36,11 +36,10 @@ def propose(
     name: str, folder: Path, videos: Sequence[VideoInfo], captioned: int, gpus: Sequence[str]
 ) -> list[Choice]:
     """The choices for `videos` that lie in `folder`, `captioned` of which have a caption."""
+    from cosmos_cli.model.video import frames_at_policy
+
     rate, policy = _rate(videos)
-    lengths = sorted(
-        info.frames if policy.value == "keep" else int(info.seconds * rate.value + 1e-6)
-        for info in videos
-    )
+    lengths = sorted(frames_at_policy(info, policy.value, rate.value) for info in videos)
     frames = _num_frames(lengths, rate.value)
     clips = sum(length // frames.value for length in lengths)
     uncaptioned = len(videos) - captioned

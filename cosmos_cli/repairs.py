@@ -93,6 +93,7 @@ def install(commands: Sequence[Command]) -> Path:
             shown = shlex.join(command)
             console.say(f"$ {shown}")
             print(f"$ {shown}", file=stream, flush=True)
+            begin = stream.tell()
             # No stdin: nobody may be there to answer.
             done = subprocess.run(
                 command,
@@ -102,8 +103,9 @@ def install(commands: Sequence[Command]) -> Path:
                 check=False,
             )
             if done.returncode:
+                said = log.read_bytes()[begin:].decode(errors="replace")
                 raise UserError(
-                    f"`{shown}` failed with code {done.returncode}: {last_line(log.read_text())}",
+                    f"`{shown}` failed with code {done.returncode}: {last_line(said)}",
                     code=ExitCode.ENVIRONMENT,
                     where=str(log),
                     fix="run it by hand, then cosmos setup again",

@@ -35,10 +35,9 @@ class Cosmos:
             [sys.executable, "-m", "cosmos_cli", *map(str, arguments)],
             cwd=self.cwd,
             env=self.environment(),
-            stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            **{"stdin": subprocess.DEVNULL, **options},
+            **{"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, **options},
         )
 
     def __call__(self, *arguments, code=0, seconds=300):

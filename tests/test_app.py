@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import settings
@@ -97,6 +98,30 @@ def test_a_closed_pipe_is_no_error(cosmos):
     )
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
+
+
+def test_nobody_who_reads_the_messages_is_no_error(cosmos):
+    command = f"{sys.executable} -m cosmos_cli recipes copy tiny a.yaml 2>&1 >/dev/null | true"
+    command += "; exit ${PIPESTATUS[0]}"
+    done = subprocess.run(["bash", "-c", command], cwd=cosmos.cwd, check=False)
+    assert done.returncode == 0
+    assert (cosmos.cwd / "a.yaml").is_file()
+
+
+@pytest.mark.parametrize("option", [[], ["--json"]])
+def test_a_full_disk_behind_the_output_is_one_line_and_exit_code_four(cosmos, option):
+    with Path("/dev/full").open("w") as full:
+        process = cosmos.start("recipes", "list", *option, stdout=full)
+        _, said = process.communicate()
+    assert process.returncode == 4
+    assert "standard output: cannot be written: No space left on device" in said
+    assert len(said.splitlines()) == 1
+
+
+def test_a_name_that_is_too_long_is_one_line_and_exit_code_four(cosmos):
+    done = cosmos("recipes", "copy", "tiny", "x" * 300, code=4)
+    assert "File name too long" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
 
 
 def test_no_colour_codes_reach_a_pipe(cosmos):

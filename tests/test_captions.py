@@ -30,6 +30,13 @@ def test_both_formats_give_the_same_captions(tmp_path, name, content, mark):
     assert captions.read(tmp_path / name, VIDEOS) == (WANTED, [])
 
 
+def test_a_caption_is_as_it_is_read_back_and_a_name_as_it_is_on_disk(tmp_path):
+    path = tmp_path / "c.jsonl"
+    path.write_text('{"file": "caf\u00e9.mp4", "caption": "One,\\r\\ntwo."}\n', encoding="utf-8")
+    on_disk = "cafe\u0301.mp4"
+    assert captions.read(path, {on_disk}) == ({on_disk: "One,\ntwo."}, [])
+
+
 def test_rows_of_unknown_videos_are_named_with_their_line(tmp_path):
     path = tmp_path / "c.csv"
     path.write_text("file,caption\na.mp4,A.\nz.mp4,Z.\n")

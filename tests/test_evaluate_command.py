@@ -21,6 +21,11 @@ def test_a_model_is_measured_on_the_drawn_world_and_on_the_dataset(prepared, tmp
     assert 'src="http' not in html
 
 
+def test_what_was_never_promoted_is_not_measured(cosmos):
+    done = cosmos("evaluate", "tiny", "--model", "promoted", "--prompts", "0", code=4)
+    assert "--model promoted: nothing was promoted yet" in done.stderr
+
+
 def test_without_a_prepared_dataset_there_is_nothing_to_measure_the_7b_on(cosmos):
     (cosmos.cwd / "model.pt").write_bytes(b"")
     done = cosmos("evaluate", "nemo_assets", "--model", "model.pt", code=4)

@@ -116,10 +116,12 @@ def test_a_video_is_compiled_for_when_its_own_passes_are_many():
         (["--prompt", "a", "--prompts", "-"], "--prompts"),
         (["--prompts", "file.txt"], "--prompts"),
         (["--prompt", "a", "--prompt", "b", "-o", "one.mp4"], "one file for 2"),
+        (["--prompt", "a", "-o", "one.mov"], ".mov files are not written"),
+        (["--prompt", "a", "--lora", "bad.jsonl:nan"], "a strength of nan"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_two(cosmos, arguments, word):
-    (cosmos.cwd / "bad.jsonl").write_text('{"prompt": "fine"}\n{"text": "no prompt"}\n')
+    (cosmos.cwd / "bad.jsonl").write_text('\n{"text": "no prompt"}\n')
     done = cosmos("generate", *arguments, code=2)
     assert word in done.stderr
     assert "Traceback" not in done.stderr
@@ -308,6 +310,15 @@ def test_the_14b_is_loaded_and_sampled_by_its_own_numbers(tmp_path, monkeypatch)
     assert made[0].shape == (1, 16, 2, 8, 12)
     assert made[0].isfinite().all()
     assert (made[0] - made[1]).abs().max() > 0.01
+
+
+def test_a_line_that_is_none_does_not_end_the_others(cosmos):
+    text = '\ufeff{"prompt": "A ball."}\r\nA ball.\n{"prompt": 3}\n'
+    (cosmos.cwd / "b.jsonl").write_text(text, encoding="utf-8")
+    done = generate(cosmos, "--batch", "b.jsonl", code=2)
+    assert len(done["artifacts"]) == 1
+    errors = [video["error"] for video in done["videos"] if "error" in video]
+    assert [error.partition(": ")[0] for error in errors] == ["b.jsonl:2", "b.jsonl:3"]
 
 
 def test_a_bad_prompt_of_a_batch_does_not_end_the_others(cosmos):

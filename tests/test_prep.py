@@ -1,6 +1,7 @@
 """The prep verb on folders like those that users have."""
 
 import json
+import os
 import pickle
 import random
 import re
@@ -141,6 +142,19 @@ def test_a_second_run_changes_no_byte_and_a_changed_prompt_reaches_the_embedding
     assert changed == {
         "metas/a.txt", "t5_xxl/a.pickle", "manifest.json", "prep_captions.json", "resolved.yaml"
     }  # fmt: skip
+
+
+def test_a_caption_that_was_copied_with_its_time_reaches_the_embedding(tmp_path):
+    videos = tmp_path / "datasets" / "tiny" / "videos"
+    write(videos, "a.mp4")
+    cosmos, dataset = Cosmos(tmp_path), videos.parent
+    cosmos("prep", "tiny", *settings(PROMPT))
+    before = (dataset / "t5_xxl" / "a.pickle").read_bytes()
+    meta = dataset / "metas" / "a.txt"
+    meta.write_text("Quite another thing.")
+    os.utime(meta, (0, 0))
+    cosmos("prep", "tiny", *settings(PROMPT))
+    assert (dataset / "t5_xxl" / "a.pickle").read_bytes() != before
 
 
 def test_a_prompt_of_an_interrupted_run_is_not_taken_for_the_users_words(tmp_path):

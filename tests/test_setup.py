@@ -171,6 +171,9 @@ def test_install_shows_and_logs_every_command_and_stops_at_the_first_failure(
     assert "done that" in log.read_text()
     with pytest.raises(UserError, match="OSError: no network") as caught:
         repairs.install([fails, never])
+    # What stands above it in the log is of other commands.
+    with pytest.raises(UserError, match=r"failed with code 1: no reason\."):
+        repairs.install([(sys.executable, "-c", "exit('no reason.')")])
     assert (caught.value.code, caught.value.where) == (ExitCode.ENVIRONMENT, str(log))
     assert "no network" in capsys.readouterr().err
     assert not (tmp_path / "never").exists()

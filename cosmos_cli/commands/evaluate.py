@@ -47,18 +47,23 @@ def evaluate(
     r = options.open_recipe(recipe, set_, print_recipe, json_).recipe
     promoted = layout.promoted_dir(r.spec, r.checkpoints_dir) / layout.MANIFEST_FILE
     names = model or (["base", "promoted"] if promoted.is_file() else ["base"])
+    # Every promoted folder of a model has the same name.
+    short = len({Path(name).name for name in names}) == len(names)
     weights = {
-        Path(name).name: read_weights(r, choose_model(recipe, name, set_ or [])[1])
+        Path(name).name if short else name.strip("/").replace("/", "_"): read_weights(
+            r, choose_model(recipe, name, set_ or [])[1]
+        )
         for name in names
     }
+    output = (output / "evaluation.html" if output.is_dir() else output).absolute()
     count = prompts if prompts is not None else EMBEDDED_PROMPTS if r.spec.embedded else 0
-    layout.require_writable(output.absolute().parent)
+    layout.require_writable(output.parent)
 
     from cosmos_cli.model import evaluate as measure
     from cosmos_cli.model.device import best_device
 
     figures, samples = measure.evaluate(r, weights, count, best_device())
-    written = measure.write_page(output.absolute(), r, figures, samples)
+    written = measure.write_page(output, r, figures, samples)
     console.emit(
         Result(
             console.table(measure.rows(figures), ("", "chance", *weights)),

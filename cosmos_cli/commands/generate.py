@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import os
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -14,7 +16,7 @@ import typer
 from cosmos_cli import console, jobs, layout, orders
 from cosmos_cli.commands import options
 from cosmos_cli.console import Result
-from cosmos_cli.errors import ExitCode, Interrupted, UserError
+from cosmos_cli.errors import ExitCode, Interrupted, UserError, together
 from cosmos_cli.jobs import Lora, Order, Outcome, Weights, Wish
 
 if TYPE_CHECKING:
@@ -45,7 +47,13 @@ PromptsOption = Annotated[
 ]
 SeedOption = Annotated[int | None, typer.Option(help="Default: sampling_seed.")]
 OutputOption = Annotated[Path, typer.Option("--output", "-o", help="An .mp4 file, or a folder.")]
-ModelOption = Annotated[str, typer.Option(help="promoted, base, or a folder or weights file.")]
+ModelOption = Annotated[
+    str | None,
+    typer.Option(
+        help="promoted, base, or a folder or weights file. Default: promoted where there is one, "
+        "else base."
+    ),
+]
 LoraOption = Annotated[
     list[str] | None,
     typer.Option(
@@ -77,7 +85,7 @@ def generate(
     prompts: PromptsOption = None,
     seed: SeedOption = None,
     output: OutputOption = Path("outputs"),
-    model: ModelOption = "promoted",
+    model: ModelOption = None,
     lora: LoraOption = None,
     compare: CompareOption = False,
     overwrite: OverwriteOption = False,
@@ -106,6 +114,11 @@ def generate(
             f"one file for {len(wishes) or 'many'} videos", code=ExitCode.USAGE, where="--output",
             fix="give a folder",
         )  # fmt: skip
+    if output.suffix.lower() in layout.VIDEO_SUFFIXES - {".mp4"} and not output.is_dir():
+        raise UserError(
+            f"{output.suffix} files are not written", code=ExitCode.USAGE,
+            where=f"--output {output}", fix="name an .mp4 file, or a folder",
+        )  # fmt: skip
     weights = replace(read_weights(r, folder), loras=tuple(map(read_lora, lora or ())))
     order = Order(r, weights, output, overwrite)
     placed = [orders.base_order(order, read_weights(r, None)), order] if compare else [order]
@@ -123,31 +136,38 @@ def generate(
     console.emit(_finish(outcomes, streaming=prompts is not None), as_json=json_)
 
 
-def choose_model(recipe: str | None, model: str, overrides: list[str]) -> tuple[str, Path | None]:
+def choose_model(
+    recipe: str | None, model: str | None, overrides: list[str]
+) -> tuple[str, Path | None]:
     """The recipe to use, and the folder or file of weights; None means the recipe's base.
 
     Raises:
         UserError: --model names nothing that exists.
     """
-    if model not in ("promoted", "base"):
+    if model not in (None, "promoted", "base"):
         folder = Path(model).absolute()
-        if not folder.exists():
-            raise UserError(
-                "does not exist", code=ExitCode.ASSET, where=f"--model {model}",
-                fix="give promoted, base, or a folder or file of weights",
-            )  # fmt: skip
-        own = folder / "recipe.yaml"
+        if not os.path.exists(folder):  # noqa: PTH110 - a path that cannot be reached is none
+            raise _no_model(model, "does not exist", "give promoted, base, or a folder or file")
+        own = (folder if folder.is_dir() else folder.parent) / "recipe.yaml"
         return recipe or (str(own) if own.is_file() else "tiny"), folder
     if recipe is None:
-        newest = layout.newest_promoted("checkpoints") if model == "promoted" else None
-        return (str(newest / "recipe.yaml"), newest) if newest else ("tiny", None)
-    if model == "base":
-        return recipe, None
-    from cosmos_cli.recipe import load
+        promoted = layout.newest_promoted("checkpoints")
+        recipe = str(promoted / "recipe.yaml") if promoted else "tiny"
+    elif model == "base":
+        promoted = None
+    else:
+        from cosmos_cli.recipe import load
 
-    r = load(recipe, overrides).recipe
-    promoted = layout.promoted_dir(r.spec, r.checkpoints_dir)
-    return recipe, promoted if (promoted / layout.MANIFEST_FILE).is_file() else None
+        r = load(recipe, overrides).recipe
+        folder = layout.promoted_dir(r.spec, r.checkpoints_dir)
+        promoted = folder if (folder / layout.MANIFEST_FILE).is_file() else None
+    if model == "promoted" and promoted is None:
+        raise _no_model(model, "nothing was promoted yet", "run cosmos promote, or take the base")
+    return recipe, None if model == "base" else promoted
+
+
+def _no_model(model: str, what: str, fix: str) -> UserError:
+    return UserError(what, code=ExitCode.ASSET, where=f"--model {model}", fix=fix)
 
 
 def read_weights(r: Recipe, folder: Path | None) -> Weights:
@@ -166,7 +186,7 @@ def read_weights(r: Recipe, folder: Path | None) -> Weights:
     found = Weights(path, layout.sha256_path(path))
     manifest = path.parent / layout.MANIFEST_FILE
     if path.name in layout.MODEL_FORMATS.values() and manifest.is_file():
-        written = layout.read_json(manifest)["sha256"]
+        written = str(layout.read_json(manifest).get("sha256"))
         if written != found.sha256:
             raise UserError(
                 f"is damaged: its sha256 is {found.sha256[:12]}, {manifest.name} says "
@@ -187,21 +207,23 @@ def read_lora(text: str) -> Lora:
         path, share = Path(name).absolute(), float(strength)
     except ValueError:
         path, share = Path(text).absolute(), 1.0
-    if not path.is_file():
+    # A path that cannot be reached is none.
+    if not os.path.isfile(path) or not math.isfinite(share):  # noqa: PTH113
         raise UserError(
-            "does not exist", code=ExitCode.ASSET, where=str(path),
+            "does not exist" if math.isfinite(share) else f"a strength of {share} is none",
+            code=ExitCode.ASSET if math.isfinite(share) else ExitCode.USAGE, where=str(path),
             fix="give a LoRA file, and maybe its strength, as in --lora FILE:0.8",
         )  # fmt: skip
     return Lora(path, share, layout.sha256_file(path))
 
 
-def _wishes(prompts: list[str], batch: Path | None) -> list[Wish]:
+def _wishes(prompts: list[str], batch: Path | None) -> list[Wish | UserError]:
     """What the options ask for.
 
     Raises:
-        UserError: they ask for nothing, or the batch is damaged.
+        UserError: they ask for nothing, or the batch cannot be read.
     """
-    wishes = [Wish(prompt) for prompt in prompts] + (jobs.read_batch(batch) if batch else [])
+    wishes = [*map(Wish, prompts), *(jobs.read_batch(batch) if batch else ())]
     if not wishes:
         raise UserError(
             "nothing to show", code=ExitCode.USAGE, where="--prompt",
@@ -227,7 +249,7 @@ def _finish(outcomes: Iterator[Outcome], *, streaming: bool) -> Result:
                 if streaming:
                     console.record(outcome.record())
         if errors := [outcome.error for outcome in seen if outcome.error]:
-            raise jobs.gravest(errors)
+            raise together(errors)
     except (UserError, Interrupted) as end:
         end.artifacts = _paths(seen)
         end.figures = {"videos": [outcome.record() for outcome in seen]}
@@ -247,7 +269,7 @@ def _paths(seen: list[Outcome]) -> tuple[Path, ...]:
     return tuple(outcome.job.path for outcome in seen if outcome.job and outcome.done)
 
 
-def _preview(orders: list[Order], wishes: list[Wish]) -> Result:
+def _preview(orders: list[Order], wishes: Sequence[Wish | UserError]) -> Result:
     """What would be made.
 
     Raises:
@@ -255,7 +277,7 @@ def _preview(orders: list[Order], wishes: list[Wish]) -> Result:
     """
     outcomes = [order.place(wish) for order, wish in product(orders, wishes)]
     if errors := [outcome.error for outcome in outcomes if outcome.error]:
-        raise jobs.gravest(errors)
+        raise together(errors)
     text = "\n".join(str(outcome.job.path) for outcome in outcomes if outcome.job)
     figures = {"videos": [outcome.record() for outcome in outcomes], "dry_run": True}
     return Result(text, figures=figures)

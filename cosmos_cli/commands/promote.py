@@ -91,7 +91,9 @@ def require_own(target: Path, run: Run, yes: bool) -> None:
         UserError: the folder holds one.
     """
     manifest = target / layout.MANIFEST_FILE
-    other = layout.read_json(manifest)["run"] if manifest.exists() else str(run.root)
+    with layout.disk_errors(target):
+        there = manifest.exists()
+    other = layout.read_json(manifest).get("run") if there else str(run.root)
     if other != str(run.root) and not yes:
         raise UserError(
             f"holds the model of another run, {other}",

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cosmos_cli import console, layout
+from cosmos_cli import console, layout, lerobot
 from cosmos_cli.commands import options
 from cosmos_cli.console import Result
 from cosmos_cli.errors import ExitCode, UserError
@@ -82,7 +82,8 @@ def copy(
 
     source = recipe.find(name)
     target = destination or Path()
-    target = target / source.name if target.is_dir() else target
+    with layout.disk_errors(target):
+        target = target / source.name if target.is_dir() else target
     _check_free(target, yes)
     layout.write_text(target, source.read_text(encoding="utf-8"))
     following = f"edit {target}, then cosmos recipes check {target}"
@@ -90,7 +91,9 @@ def copy(
 
 
 def _check_free(target: Path, yes: bool) -> None:
-    if target.exists() and not yes:
+    with layout.disk_errors(target):
+        taken = target.exists()
+    if taken and not yes:
         raise UserError(
             "exists already",
             code=ExitCode.USAGE,
@@ -222,7 +225,9 @@ def _probe(dataset: layout.Dataset) -> tuple[dict[Path, VideoInfo], list[str]]:
             f"{found} ({'; '.join(bad[:3])})" if bad else found,
             code=ExitCode.DATASET,
             where=str(dataset.videos),
-            fix="name a folder of mp4 files",
+            fix=f"a LeRobot dataset needs a recipe by hand: set videos_dir to {dataset.videos}"
+            if lerobot.is_lerobot(dataset.videos)
+            else "name a folder of mp4 files; those in folders below it are not taken",
         )
     return usable, bad
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -105,7 +106,9 @@ def _finish(r: Recipe, latents: Latents, videos: list[Source], times: Stopwatch)
     dataset = latents.dataset
     sources.require_usable(r, dataset, videos)
     rows = [sources.row(dataset, v, latents.digest(v)) for v in videos]
-    held_out = choose_held_out([v["file"] for v in rows if v["clips"]], r.holdout_share)
+    # Many episodes may lie in one file.
+    content = {v.name: f"{latents.digest(v)} {v.span}" for v in videos if v.clips}
+    held_out = choose_held_out(content, r.holdout_share)
     for row in rows:
         row["split"] = "heldout" if row["file"] in held_out else "train"
     manifest = {
@@ -127,15 +130,21 @@ def _finish(r: Recipe, latents: Latents, videos: list[Source], times: Stopwatch)
     layout.write_json(dataset.manifest, manifest)
 
 
-def choose_held_out(names: list[str], share: float) -> set[str]:
-    """The videos to measure on: a `share` of `names`, at least one above 0 and never all.
+def choose_held_out(content: Mapping[str, str], share: float) -> set[str]:
+    """The videos to measure on: a `share` of them, at least one above 0 and never all.
 
     They are the first by the hash of their name, so that a dataset that grows keeps most of them.
+    Those of the same `content` go together, or a run were measured on what it was trained on.
     """
-    if share == 0:
-        return set()
-    count = min(max(round(share * len(names)), 1), len(names) - 1)
-    return set(sorted(names, key=layout.sha256_text)[:count])
+    copies: dict[str, list[str]] = {}
+    for name in sorted(content, key=layout.sha256_text):
+        copies.setdefault(content[name], []).append(name)
+    wanted = max(round(share * len(content)), 1) if share else 0
+    chosen: set[str] = set()
+    for names in copies.values():
+        if len(chosen) < wanted and len(chosen) + len(names) < len(content):
+            chosen.update(names)
+    return chosen
 
 
 def latent_bytes(r: Recipe) -> int:

@@ -157,7 +157,7 @@ def _offered(r: Recipe, dataset: Dataset, source: Source, listed: str) -> dict[s
         "sidecar": read_caption(beside, source) if beside else "",
         "task": source.task,
     }
-    prompt = (r.prompt or "").strip()
+    prompt = captions.one_kind_of_line_end(r.prompt or "").strip()
     if r.caption == "given":
         return {**offered, "prompt": prompt}
     words = read_description(r, dataset, source)
@@ -214,8 +214,11 @@ def write_captions(r: Recipe, dataset: Dataset, sources: list[Source]) -> None:
     notes = {s.name: {"caption": s.caption, "caption_source": s.caption_source} for s in used}
     metas = {s.name: dataset.metas / f"{s.stem}.txt" for s in used}
     stale = {s.name: old for s in used if (old := read_caption(metas[s.name], s)) != s.caption}
-    if known_captions(dataset).get("model", r.model) != r.model:
-        for source in sources:
+    known = known_captions(dataset)
+    for source in sources:
+        # A copied caption keeps its time, by which it can be older than the pickle of another.
+        noted = known.get("videos", {}).get(source.name, {}).get("caption", source.caption)
+        if known.get("model", r.model) != r.model or noted != source.caption:
             (dataset.embeddings / f"{source.stem}.pickle").unlink(missing_ok=True)
     if any(stale.values()):
         during = {n: {**note, "replaced": stale.get(n, "")} for n, note in notes.items()}

@@ -25,7 +25,7 @@ from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.model import containers
 
 if TYPE_CHECKING:
-    from torchcodec.decoders import VideoDecoder
+    from torchcodec.decoders import VideoDecoder, VideoStreamMetadata
 
 FPS_POLICIES = ("keep", "resample", "reject")
 RESIZE_MODES = ("stretch", "crop", "pad")
@@ -34,6 +34,8 @@ RESIZE_MODES = ("stretch", "crop", "pad")
 CLOCK_SECONDS = 1e-3
 # Rates this close are the same rate: 23.976 is 24, 25 is not.
 FPS_TOLERANCE = 0.01
+# Pixels this near to it are square.
+SQUARE = 0.01
 # Frames are decoded in chunks of about this size, so a 4K clip is never in memory whole. Below 32
 # MiB glibc uses the memory of a chunk again for the next; above, every page of it is mapped anew.
 CHUNK_BYTES = 2**24
@@ -125,11 +127,20 @@ def probe(path: Path) -> VideoInfo:
         frames=meta.num_frames,
         fps=float(fps),
         height=meta.height,
-        width=meta.width,
+        width=round(meta.width * _pixel_aspect(meta)),
         seconds=float(meta.duration_seconds),
         codec=meta.codec or "unknown",
         begin=meta.begin_stream_seconds or 0.0,
     )
+
+
+def _pixel_aspect(meta: VideoStreamMetadata) -> float:
+    """Width of a pixel over its height as shown, where the file says that they differ."""
+    aspect = float(meta.pixel_aspect_ratio or 1)
+    # Some encoders round the shape of the picture into that of a pixel.
+    if abs(aspect - 1) < SQUARE:
+        return 1.0
+    return 1 / aspect if round(abs(meta.rotation or 0)) % 180 == 90 else aspect
 
 
 def _check_first_frame(path: Path, decoder: VideoDecoder) -> None:
@@ -222,7 +233,8 @@ def read_clip(
         VideoError: a frame does not exist or does not decode.
     """
     decoded = _decode(path, clip.indices, clip.seconds)
-    chunks = (resize_frames(chunk.to(device), height, width, resize) for chunk in decoded)
+    aspect = _pixel_aspect(_open_again(path, layout.stamp_of(path)).metadata)
+    chunks = (resize_frames(chunk.to(device), height, width, resize, aspect) for chunk in decoded)
     return torch.cat([chunk.transpose(0, 1) for chunk in chunks], dim=1)
 
 
@@ -239,18 +251,20 @@ def read_small(path: Path, info: VideoInfo, count: int, width: int) -> Tensor:
     return torch.cat([chunk.transpose(0, 1) for chunk in chunks], dim=1)
 
 
-def resize_frames(frames: Tensor, height: int, width: int, mode: str) -> Tensor:
+def resize_frames(
+    frames: Tensor, height: int, width: int, mode: str, pixel_aspect: float = 1.0
+) -> Tensor:
     """uint8 frames (..., ..., height, width), in whichever order the first two dimensions come.
 
     stretch: the aspect ratio is not kept. crop: scaled to cover, the centre cut out. pad: scaled
-    to fit, between black bars.
+    to fit, between black bars. `pixel_aspect` is the width of a pixel over its height.
 
     Source: stretch is cosmos-predict1 `training/datasets/dataset_video.py`, bilinear with
     antialiasing. The reference truncates to uint8; rounding removes its loss of half a level.
     """
     if mode not in RESIZE_MODES:
         raise ValueError(f"resize {mode!r} is none of {RESIZE_MODES}")
-    old_height, old_width = frames.shape[-2:]
+    old_height, old_width = frames.shape[-2], frames.shape[-1] * pixel_aspect
     if mode == "stretch":
         return _interpolate(frames, height, width)
     if mode == "crop":

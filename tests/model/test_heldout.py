@@ -11,16 +11,26 @@ names = st.lists(st.from_regex(r"[a-z0-9]{1,8}\.mp4", fullmatch=True), min_size=
 
 @given(names=names, share=st.floats(0.001, 0.5))
 def test_some_videos_are_held_out_and_never_all(names, share):
-    held_out = prep.choose_held_out(names, share)
+    held_out = prep.choose_held_out({name: name for name in names}, share)
     assert held_out <= set(names)
     assert len(held_out) < len(names)
     assert held_out or len(names) == 1
     assert abs(len(held_out) - share * len(names)) <= 1
-    assert held_out == prep.choose_held_out(names[::-1], share)
+    assert held_out == prep.choose_held_out({name: name for name in names[::-1]}, share)
+
+
+def test_copies_of_a_video_are_held_out_together_or_not_at_all():
+    content = {f"{name}{copy}.mp4": name for name in "abcdefgh" for copy in range(3)}
+    for share in (0.1, 0.3, 0.5):
+        held_out = prep.choose_held_out(content, share)
+        assert 0 < len(held_out) < len(content)
+        left = content.keys() - held_out
+        assert {content[name] for name in held_out}.isdisjoint(content[name] for name in left)
+    assert prep.choose_held_out({"a.mp4": "x", "b.mp4": "x"}, 0.5) == set()
 
 
 def test_no_share_holds_nothing_out():
-    assert prep.choose_held_out(["a.mp4", "b.mp4"], 0.0) == set()
+    assert prep.choose_held_out({"a.mp4": "x", "b.mp4": "y"}, 0.0) == set()
 
 
 def test_a_video_is_held_out_with_all_of_its_clips():

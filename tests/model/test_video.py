@@ -111,6 +111,22 @@ def test_a_rotation_tag_swaps_height_and_width(tmp_path):
     assert torch.equal(shown, torch.rot90(frames, -1, (2, 3)))
 
 
+def test_pixels_that_are_no_squares_are_shown_in_their_shape(tmp_path):
+    frames = numbered_frames(3, 32, 32)
+    path = lossless(tmp_path / "a.mp4", frames)
+    wide = tmp_path / "wide.mp4"
+    # The codec's header says it, and the container.
+    ratio = "h264_metadata=sample_aspect_ratio=3/2"
+    command = ["ffmpeg", "-v", "error", "-i", path, "-c", "copy", "-bsf:v", ratio, wide]
+    subprocess.run(command, check=True)
+    assert (video.probe(path).width, video.probe(wide).width) == (32, 48)
+    clip = Clip(0, 24, 3)
+    cropped, padded = (video.read_clip(wide, clip, 32, 48, mode) for mode in ("crop", "pad"))
+    stretched = video.read_clip(wide, clip, 32, 48, "stretch")
+    assert torch.equal(cropped, stretched)
+    assert torch.equal(padded, stretched)
+
+
 def test_59_94_fps_is_probed_exactly(tmp_path):
     path = lossless(tmp_path / "a.mp4", numbered_frames(120, 16, 16), 60000 / 1001)
     assert video.probe(path).fps == pytest.approx(60000 / 1001, rel=1e-6)
