@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import psutil
 
-from cosmos_cli import assets, console, download, launch, layout, probes, repairs
+from cosmos_cli import assets, console, download, launch, layout, preflight, probes, repairs
 from cosmos_cli.cache import cache_dir
 from cosmos_cli.errors import UserError
 from cosmos_cli.layout import Run
@@ -363,7 +363,7 @@ def _transformers(outcome: Outcome) -> Check:
 def _disk(r: Recipe) -> Check:
     run = Run(r.run_dir.absolute())
     try:
-        launch.check_disk(r, run, (run.resumable_steps() or [0])[-1])
+        preflight.check_disk(r, run, (run.resumable_steps() or [0])[-1])
     except UserError as error:
         return Check("free disk", "fail", f"{error.what} at {error.where}", error.fix)
     free = layout.free_bytes(run.root)

@@ -239,7 +239,7 @@ class Recipe(BaseModel):
         ge=1,
     )
     zero_stage: int = _training(
-        "ZeRO stage: 1 shards the optimizer, 2 the gradients too, 3 the weights too.",
+        "ZeRO stage: 1 shards the optimizer, 2 the gradients too, 3 the weights too; 0 is as 1.",
         3,
         ge=0,
         le=3,

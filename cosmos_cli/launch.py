@@ -1,10 +1,9 @@
-"""Everything between `cosmos train` and its ranks: checks, then start, watch, stop. No torch."""
+"""Everything between `cosmos train` and its ranks: start, watch, stop. No torch."""
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
-import importlib.util
 import itertools
 import json
 import os
@@ -22,7 +21,7 @@ import psutil
 
 from cosmos_cli import __version__, console, history, layout, mailbox, trackers
 from cosmos_cli.errors import ExitCode, Interrupted, UserError
-from cosmos_cli.layout import Dataset, Run
+from cosmos_cli.layout import Run
 from cosmos_cli.model import plan
 
 if TYPE_CHECKING:
@@ -30,13 +29,6 @@ if TYPE_CHECKING:
     from cosmos_cli.recipe import LoadedRecipe
 
 _CODES = {signal.SIGINT: ExitCode.SIGINT, signal.SIGTERM: ExitCode.SIGTERM}
-
-# A resumed run must agree with its checkpoint on these: another value would be another run.
-FIXED_KEYS = (
-    "model", "base", "dataset_dir", "num_frames", "height", "width", "precision", "zero_stage",
-    "global_batch_size", "text_dropout", "ema_rate", "seed", "lora_rank", "lora_alpha",
-    "lora_targets",
-)  # fmt: skip
 
 
 def under_launcher() -> bool:
@@ -92,181 +84,6 @@ def known_gpu() -> plan.Gpu | None:
     return plan.find_gpu(names[0]) if names else None
 
 
-# --- checks before any process starts -------------------------------------------------------------
-
-
-def check_dataset(r: Recipe) -> tuple[int, int]:
-    """How many clips prep made for this recipe: to train on, and held out.
-
-    Raises:
-        UserError: prep has not run, or ran with other settings or other videos.
-    """
-    dataset = Dataset.at(r.dataset_dir, r.videos_dir)
-    where = str(dataset.manifest)
-    manifest = dataset.read_manifest()
-    for key, prepared in manifest["settings"].items():
-        wanted = getattr(r, key, None)
-        if wanted != prepared:
-            raise UserError(
-                f"was prepared with {key} = {prepared}, the recipe says {wanted}",
-                code=ExitCode.DATASET,
-                where=where,
-                fix="run cosmos prep again",
-            )
-    listed = {video["path"]: video["bytes"] for video in manifest["videos"]}
-    paths = {*listed, *(path.name for path in dataset.video_files())}
-    present = {path: layout.size_of(dataset.videos / path) for path in paths}
-    if changed := sorted(set(present.items()) ^ set(listed.items())):
-        raise UserError(
-            f"is older than the videos: {changed[0][0]} was added, removed or changed",
-            code=ExitCode.DATASET,
-            where=where,
-            fix="run cosmos prep again",
-        )
-    clips, held_out = layout.split_clips(manifest)
-    return len(clips), len(held_out)
-
-
-def check_recipe(r: Recipe, ranks: int) -> None:
-    """Refuses what cannot be trained on `ranks` processes.
-
-    Raises:
-        UserError: the model is for generation only, the batch does not divide, no base weights.
-    """
-    check_world(r, ranks)
-    if int(os.environ.get("NNODES", "1")) > 1 and not under_launcher():
-        raise UserError(
-            f"NNODES is {os.environ['NNODES']}, and this command starts the ranks of one machine",
-            code=ExitCode.USAGE,
-            where="NNODES",
-            fix="on every node: torchrun --nnodes ... -m cosmos_cli train RECIPE",
-        )
-    trackers.check(r)
-    check_kernels(r)
-    base = layout.model_files(r.spec, r.checkpoints_dir, r.base).dit
-    if not base.exists():
-        raise UserError(
-            "the base weights are missing",
-            code=ExitCode.ASSET,
-            where=str(base),
-            fix="run cosmos download, or set base",
-        )
-
-
-def check_world(r: Recipe, ranks: int) -> None:
-    """Refuses what cannot be trained on `ranks` processes anywhere.
-
-    Raises:
-        UserError: the model is for generation only, or the processes or the batch do not divide.
-    """
-    if r.hpz_partition_size != "auto" and ranks % r.hpz_partition_size:
-        raise UserError(
-            f"{ranks} processes do not divide into groups of {r.hpz_partition_size}",
-            code=ExitCode.USAGE,
-            where="hpz_partition_size",
-            fix="use a divisor of the number of processes, or auto",
-        )
-    if not r.spec.trainable:
-        raise UserError(
-            f"{r.model} is for generation only",
-            code=ExitCode.USAGE,
-            where="model",
-            fix="use Cosmos-Predict1-7B-Text2World",
-        )
-    if ranks % r.sequence_parallel:
-        raise UserError(
-            f"{ranks} processes do not divide into groups of {r.sequence_parallel}",
-            code=ExitCode.USAGE,
-            where="sequence_parallel",
-            fix="use a divisor of the number of processes",
-        )
-    at_once = ranks // r.sequence_parallel * r.micro_batch_size
-    if r.global_batch_size % at_once:
-        raise UserError(
-            f"{r.global_batch_size} clips do not divide into micro batches of "
-            f"{r.micro_batch_size} on {ranks} processes",
-            code=ExitCode.USAGE,
-            where="global_batch_size",
-            fix=f"use a multiple of {at_once}",
-        )
-
-
-def check_kernels(r: Recipe) -> None:
-    """Refuses kernels that this machine does not have.
-
-    Raises:
-        UserError: a package is not installed, or a GPU too old.
-    """
-
-    def missing(key: str, what: str, fix: str) -> UserError:
-        return UserError(what, code=ExitCode.ENVIRONMENT, where=key, fix=fix)
-
-    # The package called apex on PyPI is another one.
-    if r.optimizer == "apex" and importlib.util.find_spec("amp_C") is None:
-        fix = "run cosmos setup --install --with apex, or set optimizer: auto"
-        raise missing("optimizer", "NVIDIA's Apex is not installed", fix)
-    key = "transformer_engine"
-    if r.transformer_engine == "off":
-        return
-    if importlib.util.find_spec("transformer_engine") is None:
-        fix = "run cosmos setup --install --with transformer-engine, or set transformer_engine: off"
-        raise missing(key, "Transformer Engine is not installed", fix)
-    if min((capability for _, capability in gpus()), default=(0, 0)) < (8, 9):
-        fix = "use GPUs of compute capability 8.9 or above, or set transformer_engine: off"
-        raise missing(key, "these GPUs do not compute in fp8", fix)
-
-
-def check_resume(r: Recipe, run: Run, ranks: int) -> int:
-    """The step at which the run goes on, 0 for a new one.
-
-    Raises:
-        UserError: the saved run was another one.
-    """
-    steps = run.resumable_steps()
-    if not steps:
-        return 0
-    folder = run.resume_state(steps[-1])
-    saved = layout.read_json(folder / layout.MANIFEST_FILE)
-    changes = {
-        key: (value, getattr(r, key))
-        for key, value in saved["recipe"].items()
-        if hasattr(r, key) and getattr(r, key) != value
-    }
-    for key in FIXED_KEYS:
-        if key in changes:
-            before, now = changes[key]
-            raise UserError(
-                f"this run was started with {key} = {before}, the recipe says {now}",
-                code=ExitCode.USAGE,
-                where=str(folder),
-                fix="set name to start another run",
-            )
-    if saved["world_size"] != ranks:
-        changes["num_processes"] = (saved["world_size"], ranks)
-    dataset = Dataset.at(r.dataset_dir, r.videos_dir).manifest
-    if saved["dataset"] != (now := layout.sha256_file(dataset)):
-        changes["clips"] = (f"manifest {saved['dataset'][:12]}", f"manifest {now[:12]}")
-        console.warn("the dataset has changed since this run was saved, and its order with it")
-    if changes:
-        rows = [(key, str(before), str(now), str(now)) for key, (before, now) in changes.items()]
-        console.say(console.table(rows, ("key", "checkpoint", "recipe", "used")))
-    return steps[-1]
-
-
-def check_disk(r: Recipe, run: Run, start: int) -> None:
-    """Refuses a run whose saves would not fit.
-
-    Raises:
-        UserError: less free than the remaining saves and min_free_disk_gb need.
-    """
-    layout.require_free(
-        run.root,
-        plan.disk_bytes(r, start)["whole run"] + r.min_free_disk_gb * 1e9,
-        "the saves of the run",
-        "free some space, save less often, or set output_root",
-    )
-
-
 # --- start, watch, stop ---------------------------------------------------------------------------
 
 
@@ -281,13 +98,27 @@ def join(loaded: LoadedRecipe) -> dict[str, Any]:
     rank = int(os.environ["RANK"])
     # What `start` gives its ranks; torch, imported below, reads it.
     os.environ.update(environment(int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
-    if rank == 0:
-        _prepare(loaded, run)
-    from cosmos_cli.model import train
+    if missing := {"MASTER_ADDR", "MASTER_PORT"} - os.environ.keys():
+        raise UserError(
+            "is not set, though RANK is", code=ExitCode.ENVIRONMENT, where=min(missing),
+            fix="start it by torchrun or recipes/slurm.sh, or unset RANK",
+        )  # fmt: skip
+    with contextlib.ExitStack() as stack:
+        if rank == 0:
+            stack.enter_context(_locked(run))
+            _prepare(loaded, run)
+            stack.enter_context(trackers.following(loaded.recipe, run))
+        from cosmos_cli.model import train
 
-    shown = trackers.following(loaded.recipe, run) if rank == 0 else contextlib.nullcontext()
-    with shown:
-        outcome = train.run_rank(loaded.recipe)
+        try:
+            outcome = train.run_rank(loaded.recipe)
+        except UserError as error:
+            if rank:
+                # The others only learn that this rank is gone.
+                console.unmute()
+                console.say(f"error: rank {rank}: {error}")
+                console.mute()
+            raise
     if outcome["exit_code"]:
         raise Interrupted(ExitCode(outcome["exit_code"]))
     return outcome
@@ -319,13 +150,13 @@ def start(loaded: LoadedRecipe, ranks: int) -> dict[str, Any]:
                     pass_fds=(lock,),
                 )
             messages = box.read()
-            if signal_seen:
-                raise Interrupted(signal_seen)
-            if run.result.exists():
+            if run.result.exists() and (not signal_seen or history.is_finished(run)):
                 return _outcome(run)
-            failure = _failure(messages, code)
             # What a rank explained, a full disk or a loss that is not finite, would come again.
             explained = any("error" in m and "lost" not in m for m in messages)
+            if signal_seen and not explained:
+                raise Interrupted(signal_seen)
+            failure = _failure(messages, code)
             if restarts == loaded.recipe.max_restarts or explained:
                 raise failure
             restarts += 1
@@ -482,8 +313,8 @@ def _prepare(loaded: LoadedRecipe, run: Run) -> None:
     layout.write_text(run.resolved, recipe.dump(loaded.recipe))
     step = (run.resumable_steps() or [0])[-1]
     with layout.disk_errors(run.samples):
-        for path in run.samples.glob("step_*"):
-            if int(path.name.split("_")[1]) > step:
+        for path in run.samples.glob("step_" + "[0-9]" * 9 + "*"):
+            if int(path.name[5:14]) > step:
                 path.unlink()
     history.note(run, {"step": step, "max_steps": loaded.recipe.max_steps})
     facts = {

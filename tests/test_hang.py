@@ -3,6 +3,8 @@
 import os
 import re
 import signal
+import subprocess
+import sys
 import time
 
 import psutil
@@ -93,3 +95,36 @@ def test_a_stopped_rank_restarts_the_run(cosmos):
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 143, err
+
+
+@pytest.mark.slow
+def test_where_each_rank_is_started_by_itself_the_loss_of_rank_0_ends_the_others(tmp_path):
+    script = tmp_path / "rank.py"
+    script.write_text(
+        "import time\n"
+        "import torch.distributed as dist\n"
+        "from cosmos_cli.model.pulse import Pulse\n"
+        "dist.init_process_group('gloo')\n"
+        "Pulse(6).start()\n"
+        "print('beats', flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29771", "WORLD_SIZE": "2"}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, script],
+            env={**os.environ, **where, "RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    for rank in ranks:
+        assert rank.stdout.readline() == "beats\n"
+    time.sleep(2)
+    ranks[0].kill()
+    ranks[0].communicate()
+    _, err = ranks[1].communicate(timeout=30)
+    assert ranks[1].returncode == 6, err
+    assert "error: rank 0: is gone" in err

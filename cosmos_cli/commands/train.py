@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from cosmos_cli import console, history, launch
+from cosmos_cli import console, history, launch, preflight
 from cosmos_cli.commands import options
 from cosmos_cli.console import Result
 from cosmos_cli.layout import Run
@@ -43,14 +43,16 @@ def train(
         return
     if plan or gpus:
         count, gpu = planner.parse_gpus(gpus) if gpus else (ranks, launch.known_gpu())
-        launch.check_world(r, count)
+        preflight.check_world(r, count)
         figures = planner.check_memory(r, count, gpu)
         console.emit(Result(planner.describe(r, count, gpu), figures=figures), as_json=json_)
         return
-    launch.check_recipe(r, ranks)
-    clips, held_out = launch.check_dataset(r)
-    start = launch.check_resume(r, run, ranks)
-    launch.check_disk(r, run, start)
+    preflight.check_recipe(r, ranks)
+    clips, held_out = preflight.check_dataset(r)
+    start = preflight.check_resume(r, run, ranks)
+    finished = start >= r.max_steps and history.is_finished(run)
+    if not finished:
+        preflight.check_disk(r, run, start)
     figures = {
         "run_dir": str(run.root), "clips": clips, "heldout_clips": held_out, "processes": ranks,
         "from": start,
@@ -62,7 +64,7 @@ def train(
         f"run {run.root}"
     )
     following = "promote"
-    if start >= r.max_steps and history.is_finished(run):
+    if finished:
         console.say(f"nothing to do: step {start} is saved; raise max_steps to go on")
         figures |= {"step": start, "best_step": history.best_step(run)}
     elif dry_run:
@@ -72,6 +74,7 @@ def train(
     elif launch.under_launcher():
         figures |= launch.join(loaded)
     else:
+        preflight.check_gpus(r, ranks)
         figures |= launch.start(loaded, ranks)
     artifacts = [run.root] if run.root.exists() else []
     best = "--step best" if figures.get("best_step") is not None else ""

@@ -170,7 +170,7 @@ def resume(engine: Any, ema: PowerEMA, run: Run, step: int) -> None:
             fix="delete this folder; the same command then resumes from the save before it",
         )
     adapted, saved_by = lora.attached(module), manifest["world_size"]
-    if saved_by == dist.get_world_size() or not engine.zero_optimization_stage():
+    if saved_by == dist.get_world_size():
         engine.checkpoint_engine.load = reshard.read
         engine.load_checkpoint(str(folder), tag=SHARDS, load_module_strict=not adapted)
     else:

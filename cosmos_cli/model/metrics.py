@@ -136,10 +136,9 @@ def gpu_row(r: Recipe, device: torch.device, seconds: float) -> dict[str, float]
     return row
 
 
-def grad_norm(engine: Any) -> float | None:
-    """Global norm of the gradient before clipping; ZeRO stage 0 does not tell it."""
-    norm = engine.get_global_grad_norm()
-    return None if norm is None else float(norm)
+def grad_norm(engine: Any) -> float:
+    """Global norm of the gradient before clipping."""
+    return float(engine.get_global_grad_norm())
 
 
 def require_finite(
@@ -158,14 +157,14 @@ def require_finite(
     raise data.not_finite("loss", f"step {step + 1}", culprits)
 
 
-def require_finite_gradient(norm: float | None, step: int, micro_batches: list[data.Batch]) -> None:
+def require_finite_gradient(norm: float, step: int, micro_batches: list[data.Batch]) -> None:
     """Ends the run before a save of weights that a non-finite gradient has reached.
 
     Raises:
         UserError: names step, clips and noise levels.
     """
     # DeepSpeed's -1 stands for infinite and for not a number.
-    if norm is None or (math.isfinite(norm) and norm >= 0):
+    if math.isfinite(norm) and norm >= 0:
         return
     raise data.not_finite("gradient", f"step {step + 1}", _samples(micro_batches))
 

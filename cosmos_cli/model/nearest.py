@@ -12,6 +12,8 @@ from cosmos_cli.model.heldout import spread
 
 # Clips whose own nearest neighbour says what distance is usual.
 REFERENCES = 16
+# Of a larger dataset so many are looked at, which takes one process a minute or two.
+MOST_CLIPS = 1000
 
 
 def distances(
@@ -31,7 +33,7 @@ def distances(
     references = spread(len(clips), REFERENCES)
     wanted = torch.stack([*latents, *map(clips.latent, references)]).flatten(1)
     least = torch.full((len(wanted),), torch.inf)
-    for index in range(part, len(clips), parts):
+    for index in spread(len(clips), MOST_CLIPS)[part::parts]:
         apart = (wanted - clips.latent(index).flatten()).square().mean(1).sqrt()
         if index in references:
             apart[len(latents) + references.index(index)] = torch.inf

@@ -240,9 +240,9 @@ def _memory(r: Recipe, ranks: int, gpu: Gpu | None) -> dict[str, float]:
             buffers += held / node
     return {
         "weights": held / (ranks if stage == 3 else 1),
-        "optimizer": optimizer / (ranks if stage >= 1 else 1),
+        "optimizer": optimizer / ranks,
         "gradients": gradients / (ranks if stage >= 2 else 1),
-        "EMA": trained * 4 / (ranks if stage >= 1 else 1),
+        "EMA": trained * 4 / (ranks if stage == 3 else 1),
         "activations": activation * (kept + work),
         "buffers": buffers,
     }

@@ -49,7 +49,7 @@ def write(
     # Named so that the next run removes it when this one is killed.
     where = {"dir": dataset.root, "prefix": f".{os.getpid()}.", "suffix": ".tmp"}
     with tempfile.TemporaryDirectory(**where) as folder:
-        checked = _reconstructions(r, dataset, videos, findings, tokenizer, Path(folder))
+        checked = _reconstructions(r, dataset, videos, tokenizer, Path(folder))
         pictures = _pictures(r, videos, Path(folder))
     sections = [
         ("Totals", report.table(_totals(dataset, findings))),
@@ -172,7 +172,6 @@ def _reconstructions(
     r: Recipe,
     dataset: Dataset,
     videos: list[Source],
-    findings: Findings,
     tokenizer: Tokenizer,
     folder: Path,
 ) -> str:

@@ -36,12 +36,21 @@ CELL_PIXELS = 200
 SHEET_COLUMNS = 4
 
 
+class _Stopping(Exception):
+    """The run is to end, in all ranks alike."""
+
+
 class Pictures:
     """Writes previews and samples into the folder of a run; every rank must call it alike."""
 
-    def __init__(self, r: Recipe, run: Run, clips: Clips, shown: Clips) -> None:
-        """Of some of the clips `shown`; samples are compared with `clips`, those trained on."""
-        self.r, self.run, self.clips = r, run, clips
+    def __init__(
+        self, r: Recipe, run: Run, clips: Clips, shown: Clips, stopping: Callable[[], bool]
+    ) -> None:
+        """Of some of the clips `shown`; samples are compared with `clips`, those trained on.
+
+        `stopping` says in all ranks alike whether the run is to end, which waits for no sample.
+        """
+        self.r, self.run, self.clips, self.stopping = r, run, clips, stopping
         self.shown = HeldOut(shown, r.preview_clips, PREVIEW_SIGMAS)
         self.allowance = Allowance(r.preview_share)
 
@@ -92,7 +101,11 @@ class Pictures:
     def _sample(self, engine: Any, step: int) -> dict[str, float]:
         """Writes a video of each clip's caption; their distance to the nearest training clips."""
         net, device, chosen = engine.module.net, engine.device, self.shown.chosen
-        x0 = _by_all_ranks(lambda i: self._draw(net, device, i), len(chosen), net.sequence.size)
+        try:
+            x0 = _by_all_ranks(lambda i: self._draw(net, device, i), len(chosen), net.sequence.size)
+        except _Stopping:
+            console.say(f"step {step}: no samples, the run is stopping")
+            return {}
         rank, world = dist.get_rank(), dist.get_world_size()
         with self._decoder(device) as decode:
             for i in range(rank, len(chosen), world):
@@ -128,10 +141,14 @@ class Pictures:
                 return estimate
             return sampler.guided(estimate, towards(xt, sigma, torch.zeros_like(cond)), r.guidance)
 
+        def look_up(_step: int) -> None:
+            if self.stopping():
+                raise _Stopping
+
         shape = (1, *r.spec.latent_shape(r.num_frames, r.height, r.width))
         noise = sampler.start_noise(r.sampling_seed + i, shape).to(device)
         sigmas = r.spec.sigma_min, r.spec.sigma_max
-        return sampler.solve(r.sampler, r.num_steps, sigmas, denoiser, noise, lambda _: None)
+        return sampler.solve(r.sampler, r.num_steps, sigmas, denoiser, noise, look_up)
 
     def _write_sample(self, path: Path, pixels: Tensor) -> None:
         with layout.atomic_file(path) as temporary:
@@ -143,7 +160,10 @@ class Pictures:
     def _caption(self, clip: int) -> str:
         metas = Dataset.at(self.r.dataset_dir, self.r.videos_dir).metas
         name = Path(self.shown.clips.clips[clip]["text"]).stem
-        return (metas / f"{name}.txt").read_text(encoding="utf-8").strip()
+        try:
+            return (metas / f"{name}.txt").read_text(encoding="utf-8").strip()
+        except OSError:
+            return "(its caption is gone)"
 
     @cached_property
     def _tokenizer(self) -> Tokenizer:
@@ -156,9 +176,10 @@ class Pictures:
 
         What a GPU has no memory for beside the training is left out.
         """
-        tokenizer = self._tokenizer.to(device)
+        tokenizer = self._tokenizer
         dtype = next(tokenizer.parameters()).dtype
         try:
+            tokenizer.to(device)
             yield lambda x0: video.to_uint8(tokenizer.decode(x0.to(device, dtype))[0]).cpu()
         except torch.cuda.OutOfMemoryError:
             console.warn("pictures are left out: the GPU has no memory to decode them")

@@ -59,8 +59,10 @@ class Pulse(threading.Thread):
                     self._give_up(f"kept the others waiting for {self.timeout:g} s", self.next)
             store.set(_key(self.own), END)
         except dist.DistNetworkError:
-            # The launcher is gone, and ends the ranks or has ended them.
-            return
+            # The launcher is gone, and ends the ranks or has ended them; or rank 0, where each was
+            # started by itself.
+            if mailbox.ADDRESS not in os.environ and not self.ended.wait(self.timeout):
+                self._give_up("is gone", 0)
         except dist.DistStoreError:
             self._give_up(f"{host}:{port} did not answer for {self.timeout:g} s", 0)
 

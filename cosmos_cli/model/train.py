@@ -84,7 +84,8 @@ def train(r: Recipe, device: torch.device) -> dict[str, Any]:
     record = metrics.Metrics(run, r, start, device)
     if held_out:
         record.write_held_out(start, held_out.measure(engine, device, start))
-    pictures = Pictures(r, run, clips, held_out.clips if held_out else clips)
+    shown = held_out.clips if held_out else clips
+    pictures = Pictures(r, run, clips, shown, lambda: is_stopping(device))
     record.write_samples(start, pictures.make(engine, start, asked=False))
 
     saved, stop_code = start, 0
@@ -162,12 +163,19 @@ def open_dataset(r: Recipe) -> tuple[data.Clips, HeldOut | None, dict[str, Any]]
         "recipe": json.loads(r.model_dump_json()),
         "dataset": layout.sha256_file(dataset.manifest),
     }
+    if r.lora_rank and dist.get_rank() == 0:
+        # Its factors mean something beside these weights alone.
+        base = layout.model_files(r.spec, r.checkpoints_dir, r.base).dit
+        about["base"] = layout.sha256_path(base)
     return clips, HeldOut(held_out, r.validate_clips) if len(held_out) else None, about
 
 
 def resume(r: Recipe, run: Run, engine: Any, ema: PowerEMA) -> int:
     """The step to go on from, its state restored; 0 for a new run."""
-    start = (run.resumable_steps() or [0])[-1]
+    # What rank 0 sees: on a shared disk another node may not see the last save yet.
+    newest = [(run.resumable_steps() or [0])[-1]]
+    dist.broadcast_object_list(newest)
+    (start,) = newest
     if start:
         checkpoint.resume(engine, ema, run, start)
         # DeepSpeed restores these from the checkpoint; the recipe's hold.
@@ -199,6 +207,13 @@ def requests(run: Run) -> tuple[int, bool, bool]:
     global _save_asked
     save, _save_asked = _save_asked or _stop_code > 0, False
     return _stop_code, save or _was_touched(run.save_request), _was_touched(run.sample_request)
+
+
+def is_stopping(device: torch.device) -> bool:
+    """Whether a signal to end has come to any rank; every rank must call it."""
+    asked = torch.tensor(int(_stop_code > 0), device=device)
+    dist.all_reduce(asked, dist.ReduceOp.MAX)
+    return bool(asked)
 
 
 def _was_touched(request: Path) -> bool:
