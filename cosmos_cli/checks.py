@@ -361,9 +361,9 @@ def _transformers(outcome: Outcome) -> Check:
 
 
 def _disk(r: Recipe) -> Check:
-    run = Run(r.run_dir.absolute())
+    run = Run(r.run_dir)
     try:
-        preflight.check_disk(r, run, (run.resumable_steps() or [0])[-1])
+        preflight.check_disk(r, run, run.last_step)
     except UserError as error:
         return Check("free disk", "fail", f"{error.what} at {error.where}", error.fix)
     free = layout.free_bytes(run.root)

@@ -380,8 +380,8 @@ class Recipe(BaseModel):
 
     @property
     def run_dir(self) -> Path:
-        """The folder of the run."""
-        return Path(self.output_root) / self.project / self.group / self.name
+        """The folder of the run, absolute."""
+        return Path(self.output_root, self.project, self.group, self.name).absolute()
 
 
 def conflicts(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str, str]]:

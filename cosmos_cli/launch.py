@@ -94,7 +94,7 @@ def join(loaded: LoadedRecipe) -> dict[str, Any]:
         UserError: what ended this rank.
         Interrupted: a signal ended the run after a clean save.
     """
-    run = Run(loaded.recipe.run_dir.absolute())
+    run = Run(loaded.recipe.run_dir)
     rank = int(os.environ["RANK"])
     # What `start` gives its ranks; torch, imported below, reads it.
     os.environ.update(environment(int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
@@ -131,7 +131,7 @@ def start(loaded: LoadedRecipe, ranks: int) -> dict[str, Any]:
         UserError: the first failure of a rank.
         Interrupted: a signal ended the run after a clean save.
     """
-    run = Run(loaded.recipe.run_dir.absolute())
+    run = Run(loaded.recipe.run_dir)
     command = [
         sys.executable, "-m", "cosmos_cli.model.elastic",
         "--nproc-per-node", str(ranks), "-m", "cosmos_cli.model.train", str(run.resolved),
@@ -311,7 +311,7 @@ def _prepare(loaded: LoadedRecipe, run: Run) -> None:
     if loaded.path is not None:
         layout.write_text(run.root / "recipe.yaml", loaded.path.read_text(encoding="utf-8"))
     layout.write_text(run.resolved, recipe.dump(loaded.recipe))
-    step = (run.resumable_steps() or [0])[-1]
+    step = run.last_step
     with layout.disk_errors(run.samples):
         for path in run.samples.glob("step_" + "[0-9]" * 9 + "*"):
             if int(path.name[5:14]) > step:

@@ -432,6 +432,11 @@ class Run:
         names = (re.fullmatch(r"iter_(\d{9})", path.parent.name) for path in found)
         return sorted(int(name[1]) for name in names if name)
 
+    @property
+    def last_step(self) -> int:
+        """The step that the run goes on from, 0 without a resume state."""
+        return max(self.resumable_steps(), default=0)
+
     def saved_steps(self, weights: str) -> list[int]:
         """Steps that have a model or LoRA file, ascending."""
         found = self.checkpoints.glob(f"iter_*_{weights}_*")

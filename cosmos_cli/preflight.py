@@ -63,10 +63,10 @@ def check_recipe(r: Recipe, ranks: int) -> None:
         UserError: the model is for generation only, the batch does not divide, no base weights.
     """
     check_world(r, ranks)
-    if unsafe := set("*?[") & {*str(r.run_dir.absolute())}:
+    if unsafe := set("*?[") & {*str(r.run_dir)}:
         raise UserError(
             f"has a {min(unsafe)!r}, by which DeepSpeed finds no checkpoint to go on from",
-            code=ExitCode.USAGE, where=str(r.run_dir.absolute()), fix="set another output_root",
+            code=ExitCode.USAGE, where=str(r.run_dir), fix="set another output_root",
         )  # fmt: skip
     if os.environ.get("NNODES", "1") != "1" and not under_launcher():
         raise UserError(

@@ -283,7 +283,8 @@ def test_nemo_assets_has_the_published_values() -> None:
     assert (r.global_batch_size, r.micro_batch_size, r.num_processes) == (8, 1, 8)
     assert r.prompt == "A video of sks teal robot."
     parent = "checkpoints/posttraining/diffusion_text2world"
-    assert r.run_dir == Path(parent, "text2world_7b_example_cosmos_nemo_assets")
+    name = "text2world_7b_example_cosmos_nemo_assets"
+    assert r.run_dir == Path(parent, name).absolute()
     assert len(loaded.warnings) == 2
 
 

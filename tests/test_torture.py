@@ -214,7 +214,7 @@ def folder(tmp_path_factory):
     return root
 
 
-def independent_frames(path, info):
+def independent_frames(path, height, width):
     """All frames as FFmpeg's own program decodes them, uint8 CTHW."""
     command = (
         *("ffmpeg", "-v", "error", "-nostdin", "-i", path, "-map", "0:v:0"),
@@ -222,7 +222,7 @@ def independent_frames(path, info):
     )
     data = subprocess.run(command, check=True, capture_output=True).stdout
     frames = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-    return frames.reshape(-1, info.height, info.width, 3).permute(3, 0, 1, 2)
+    return frames.reshape(-1, height, width, 3).permute(3, 0, 1, 2)
 
 
 def test_every_file_gets_the_right_verdict(folder):
@@ -263,8 +263,8 @@ def test_every_frame_is_what_an_independent_decoder_shows(folder):
         # 8K is compared frame by frame in the decoder's own time; here it would be minutes.
         if path.name in BAD or path.name == "size 8k.mp4" or not os.access(path, os.R_OK):
             continue
-        info = video.probe(path)
-        frames = video.read_frames(path, range(info.frames))
-        assert torch.equal(frames, independent_frames(path, info)), path.name
+        frames = video.read_frames(path, range(video.probe(path).frames))
+        # Not the size as shown: the phone's pixels are no squares.
+        assert torch.equal(frames, independent_frames(path, *frames.shape[-2:])), path.name
         compared += 1
     assert compared >= 40

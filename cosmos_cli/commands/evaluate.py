@@ -44,7 +44,7 @@ def evaluate(
 
     Example: cosmos evaluate tiny --prompts 200
     """
-    r = options.open_recipe(recipe, set_, print_recipe, json_).recipe
+    r = options.open_recipe(recipe, set_, print_recipe, json_, trains=False).recipe
     promoted = layout.promoted_dir(r.spec, r.checkpoints_dir) / layout.MANIFEST_FILE
     names = model or (["base", "promoted"] if promoted.is_file() else ["base"])
     # Every promoted folder of a model has the same name.

@@ -102,7 +102,7 @@ def generate(
     """
     overrides = [*(set_ or ()), *([] if seed is None else [f"sampling_seed={seed}"])]
     name, folder = choose_model(recipe, model, overrides)
-    r = options.open_recipe(name, overrides, print_recipe, json_).recipe
+    r = options.open_recipe(name, overrides, print_recipe, json_, trains=False).recipe
     if prompts is not None and (prompt or batch or compare or num_processes or prompts != "-"):
         raise UserError(
             "is for standard input alone", code=ExitCode.USAGE, where="--prompts",
@@ -207,13 +207,11 @@ def read_lora(text: str) -> Lora:
         path, share = Path(name).absolute(), float(strength)
     except ValueError:
         path, share = Path(text).absolute(), 1.0
-    # A path that cannot be reached is none.
-    if not os.path.isfile(path) or not math.isfinite(share):  # noqa: PTH113
-        raise UserError(
-            "does not exist" if math.isfinite(share) else f"a strength of {share} is none",
-            code=ExitCode.ASSET if math.isfinite(share) else ExitCode.USAGE, where=str(path),
-            fix="give a LoRA file, and maybe its strength, as in --lora FILE:0.8",
-        )  # fmt: skip
+    fix = "give a LoRA file, and maybe its strength, as in --lora FILE:0.8"
+    if not os.path.isfile(path):  # noqa: PTH113 - a path that cannot be reached is none
+        raise UserError("does not exist", code=ExitCode.ASSET, where=str(path), fix=fix)
+    if not math.isfinite(share):
+        raise UserError(f"{share} is no strength", code=ExitCode.USAGE, where=text, fix=fix)
     return Lora(path, share, layout.sha256_file(path))
 
 

@@ -48,9 +48,17 @@ YesOption = Annotated[bool, typer.Option("--yes", help="Do not ask before replac
 
 
 def open_recipe(
-    name: str, overrides: list[str] | None, print_recipe: bool, as_json: bool
+    name: str,
+    overrides: list[str] | None,
+    print_recipe: bool,
+    as_json: bool,
+    *,
+    trains: bool = True,
 ) -> LoadedRecipe:
-    """The recipe of a command; prints its warnings, or with --print-recipe prints it and exits."""
+    """The recipe of a command; with --print-recipe prints it and exits.
+
+    What is odd about it is printed where it leads to a training; it is of no use behind one.
+    """
     from cosmos_cli import recipe
 
     loaded = recipe.load(name, overrides or ())
@@ -58,7 +66,7 @@ def open_recipe(
         figures = {"recipe": loaded.recipe.model_dump(), "origins": dict(loaded.origins)}
         console.emit(console.Result(recipe.explain(loaded), figures=figures), as_json=as_json)
         raise typer.Exit
-    for warning in loaded.warnings:
+    for warning in loaded.warnings if trains else ():
         console.warn(warning)
     return loaded
 

@@ -40,7 +40,7 @@ def promote(
 
     Example: cosmos promote nemo_assets --step 2000
     """
-    r = options.open_recipe(recipe, set_, print_recipe, json_).recipe
+    r = options.open_recipe(recipe, set_, print_recipe, json_, trains=False).recipe
     if format_ not in layout.MODEL_FORMATS:
         raise UserError(
             f"{format_!r} is none of {', '.join(layout.MODEL_FORMATS)}",
@@ -49,8 +49,8 @@ def promote(
         )
     number = choose_step(Run(r.run_dir), step, weights)
     target = layout.promoted_dir(r.spec, r.checkpoints_dir)
-    require_own(target, Run(r.run_dir.absolute()), yes)
-    console.say(f"promoting step {number} ({weights}) of {r.run_dir.absolute()} to {target}")
+    require_own(target, Run(r.run_dir), yes)
+    console.say(f"promoting step {number} ({weights}) of {r.run_dir} to {target}")
     if dry_run:
         figures = {"dry_run": True, "step": number}
         console.emit(Result(str(target), figures=figures), as_json=json_)

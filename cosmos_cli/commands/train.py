@@ -36,7 +36,7 @@ def train(
     launch.mute_all_but_first()
     loaded = options.open_recipe(recipe, set_, print_recipe, json_)
     r = loaded.recipe
-    run, ranks = Run(r.run_dir.absolute()), launch.world_size(r)
+    run, ranks = Run(r.run_dir), launch.world_size(r)
     if status:
         stands = history.state(run)
         console.emit(Result(history.state_table(stands), figures=stands), as_json=json_)

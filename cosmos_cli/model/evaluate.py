@@ -298,7 +298,7 @@ def write_page(
             parts.append(report.media(mosaic, name))
         prompts = ((s.trial.prompt,) for s in next(iter(shown.values())))
         sections.append((heading, report.row(*parts) + report.table(prompts, ("row by row",))))
-    run = layout.Run(r.run_dir.absolute())
+    run = layout.Run(r.run_dir)
     if run.metrics.exists():
         sections += history.sections(run)
     hashes = ((name, about["weights"]) for name, about in figures["models"].items())

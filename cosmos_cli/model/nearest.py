@@ -25,7 +25,7 @@ def distances(
 
     Args:
         latents: made videos, (C, T, H, W), of the size of the clips.
-        clips: those trained on.
+        clips: those trained on; of many, `MOST_CLIPS` that are evenly spread.
         part: which of the clips this process looks at, of `parts` that are as many; the distance
             over all of them is the least of these.
         parts: 1 for all clips.

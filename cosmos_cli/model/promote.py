@@ -39,7 +39,7 @@ def promote(r: Recipe, step: int, kind: str, format: str, target: Path) -> dict[
     Raises:
         UserError: the checkpoint is missing, damaged, not finite, or no different from the base.
     """
-    run = Run(r.run_dir.absolute())
+    run = Run(r.run_dir)
     if run.resolved.exists():
         r = recipe.load(run.resolved).recipe
     r = r.model_copy(update={"checkpoints_dir": str(target.parent)})

@@ -64,7 +64,7 @@ def set_learning_rate(engine: Any, r: Recipe, step: int) -> float:
 
 def train(r: Recipe, device: torch.device) -> dict[str, Any]:
     """Trains to max_steps or until a signal; the figures of the run's result."""
-    run = Run(r.run_dir.absolute())
+    run = Run(r.run_dir)
     clips, held_out, about = open_dataset(r)
     sequence = neighbours(r.sequence_parallel)
     share = data.Share.of(
@@ -173,7 +173,7 @@ def open_dataset(r: Recipe) -> tuple[data.Clips, HeldOut | None, dict[str, Any]]
 def resume(r: Recipe, run: Run, engine: Any, ema: PowerEMA) -> int:
     """The step to go on from, its state restored; 0 for a new run."""
     # What rank 0 sees: on a shared disk another node may not see the last save yet.
-    newest = [(run.resumable_steps() or [0])[-1]]
+    newest = [run.last_step]
     dist.broadcast_object_list(newest)
     (start,) = newest
     if start:
@@ -244,7 +244,7 @@ def run_rank(r: Recipe) -> dict[str, Any]:
     signal.signal(signal.SIGINT, _request_stop)
     signal.signal(signal.SIGTERM, _request_stop)
     signal.signal(signal.SIGUSR1, _request_save)
-    run = Run(r.run_dir.absolute())
+    run = Run(r.run_dir)
     if r.zero_stage == 3 and r.sequence_parallel == 1:
         os.environ.setdefault("NCCL_MAX_CTAS", str(GATHER_PROCESSORS))
     device = _join_world(r.timeout_seconds)

@@ -128,7 +128,7 @@ def make_base(options: argparse.Namespace, r: Recipe) -> None:
 
 def bench_ours(options: argparse.Namespace, r: Recipe, words: list[str]) -> dict[str, Any]:
     """One run of `cosmos train`, ended after its last step unless its save is measured."""
-    run = layout.Run(r.run_dir.absolute())
+    run = layout.Run(r.run_dir)
     pairs = [word for pair in words for word in ("--set", pair)]
     command = [sys.executable, "-m", "cosmos_cli", "train", SHIPPED[options.model], *pairs]
     if options.world or options.blocks:
