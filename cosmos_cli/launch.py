@@ -297,6 +297,10 @@ def _locked(run: Run) -> Iterator[int]:
                 where=str(run.root),
                 fix="wait for it, or set name to start another run",
             ) from error
+        except OSError as error:
+            # Some shared disks have no locks, as Lustre unless it is mounted with flock.
+            why = f"cannot be locked ({error.strerror}): start no second job that trains this run"
+            console.warn(f"{run.root}: {why}")
         yield stream.fileno()
 
 
