@@ -135,6 +135,11 @@ def test_missing_weights_are_exit_code_four(cosmos):
     assert "nowhere" in done.stderr
 
 
+def test_a_folder_without_weights_is_named_and_not_read_through(cosmos):
+    done = cosmos("generate", "--model", "/", "--prompt", "a", code=4)
+    assert "/: holds no model.pt, model.safetensors, transformer" in done.stderr
+
+
 def test_an_output_that_cannot_be_written_is_exit_code_four(cosmos):
     (cosmos.cwd / "file").write_text("in the way")
     done = cosmos("generate", "--prompt", "a", "-o", "file/videos", *QUICK, code=4)

@@ -183,6 +183,12 @@ def read_weights(r: Recipe, folder: Path | None) -> Weights:
             "the weights are missing", code=ExitCode.ASSET, where=str(path),
             fix="run cosmos download, or choose a --model",
         )  # fmt: skip
+    # Of diffusers' it is a folder, with this file; all of another one would be hashed.
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise UserError(
+            f"holds no {', '.join(layout.MODEL_FORMATS.values())}", code=ExitCode.ASSET,
+            where=str(path), fix="give a folder or file of weights",
+        )  # fmt: skip
     found = Weights(path, layout.sha256_path(path))
     manifest = path.parent / layout.MANIFEST_FILE
     if path.name in layout.MODEL_FORMATS.values() and manifest.is_file():
