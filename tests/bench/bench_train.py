@@ -7,8 +7,8 @@ With `--peer` the same clips train diffusers' network under the same ZeRO-3, eve
 checkpointed. With `--world N` one process is rank 0 of N that are not there: PyTorch's fake process
 group gives it its own part of the weights N times over, so that memory and arithmetic are those of
 one GPU of N, and communication costs nothing; not with sequence_parallel, for there an exchange
-gives nothing either. `--blocks` trains a network of fewer blocks. Several
-calls with one FILE make a table; each adds a JSON object to it.
+gives nothing either. `--blocks` trains a network of fewer blocks. Several calls with one FILE make
+a table; each adds a JSON object to it.
 
 With `--model tiny` the same runs on a CPU in a minute, to try the script itself.
 """
