@@ -5,6 +5,7 @@ Dimension letters: C channels (RGB), T frames, H height, W width.
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import stat
@@ -23,6 +24,7 @@ from torch import Tensor
 from cosmos_cli import layout
 from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.model import containers
+from cosmos_cli.model.containers import Packets
 
 if TYPE_CHECKING:
     from torchcodec.decoders import VideoDecoder, VideoStreamMetadata
@@ -233,7 +235,7 @@ def read_clip(
         VideoError: a frame does not exist or does not decode.
     """
     decoded = _decode(path, clip.indices, clip.seconds)
-    aspect = _pixel_aspect(_open_again(path, layout.stamp_of(path)).metadata)
+    aspect = _pixel_aspect(_open_again(path, layout.stamp_of(path))[0].metadata)
     chunks = (resize_frames(chunk.to(device), height, width, resize, aspect) for chunk in decoded)
     return torch.cat([chunk.transpose(0, 1) for chunk in chunks], dim=1)
 
@@ -439,29 +441,79 @@ def _open(path: Path) -> VideoDecoder:
 
 
 def _decode(path: Path, indices: Sequence[int], seconds: Sequence[float]) -> Iterator[Tensor]:
-    """The frames of these numbers or, else, times, in uint8 chunks (T, 3, H, W)."""
-    decoder = _open_again(path, layout.stamp_of(path))
+    """Yield the frames of these numbers or, else, times, in uint8 chunks (T, 3, H, W).
+
+    The time stamp of every frame is compared with that of its packet. Trap: after a seek, a decoder
+    may show later frames than those asked for; then the file is decoded from its start instead.
+    """
+    version = layout.stamp_of(path)
+    decoder, packets = _open_again(path, version)
     meta = decoder.metadata
     assert meta.height and meta.width
     size = max(1, CHUNK_BYTES // (3 * meta.height * meta.width))
-    wanted = len(indices) + len(seconds)
-    for first in range(0, wanted, size):
-        piece = slice(first, min(first + size, wanted))
-        try:
-            if indices:
-                chunk = decoder.get_frames_at(list(indices[piece])).data
-            else:
-                chunk = decoder.get_frames_played_at(list(seconds[piece])).data
-        except (RuntimeError, IndexError) as error:
+    numbers = list(indices) or packets.shown_at(seconds)
+    sequential = False
+    for first in range(0, len(numbers), size):
+        piece = numbers[first : first + size]
+        _require_distinct(packets, piece)
+        chunk = _read(decoder, packets, piece)
+        if isinstance(chunk, str) and not sequential:
+            decoder, sequential = _open_from_start(path, version), True
+            chunk = _read(decoder, packets, piece)
+        if isinstance(chunk, str):
             at = f"frame {indices[first]}" if indices else f"{seconds[first]:.2f} s"
-            reason = f"damaged: decoding fails after {at} ({meta.num_frames} frames in the file)"
-            raise VideoError(reason) from error
-        if len(chunk) != piece.stop - first:
-            raise VideoError(f"truncated: {first + len(chunk)} of {wanted} frames decode")
+            raise VideoError(f"{chunk} after {at} ({meta.num_frames} frames in the file)")
         yield chunk
 
 
+def _read(decoder: VideoDecoder, packets: Packets, numbers: list[int]) -> Tensor | str:
+    """Return the frames of these numbers, or what is wrong with what the decoder shows."""
+    try:
+        batch = decoder.get_frames_at(numbers)
+        expected = torch.tensor([packets.pts[n] for n in numbers], dtype=torch.float64)
+    except (RuntimeError, IndexError):
+        return "damaged: decoding fails"
+    wrong = (batch.pts_seconds - expected * packets.tick).abs() > packets.tick / 2
+    return "the decoder skips or repeats frames: re-encode it; seen" if wrong.any() else batch.data
+
+
+def _require_distinct(packets: Packets, numbers: list[int]) -> None:
+    """Refuse frames that share a time stamp: nothing tells which of them a decoder shows."""
+    pts = packets.pts
+    for n in numbers:
+        if 0 < n < len(pts) and pts[n] == pts[n - 1] or n + 1 < len(pts) and pts[n] == pts[n + 1]:
+            raise VideoError(f"two frames have one time stamp, {pts[n] * packets.tick:.2f} s")
+
+
 @lru_cache(maxsize=1)
-def _open_again(path: Path, _version: tuple[int, int]) -> VideoDecoder:
-    """The decoder of a file, kept for its next clip, since opening one scans all its packets."""
-    return _open(path)
+def _open_again(path: Path, _version: tuple[int, int]) -> tuple[VideoDecoder, Packets]:
+    """Return the decoder of a file and its packets, kept for its next clip.
+
+    Where the file marks frames as key frames that a decoder cannot start at, it never does.
+    """
+    decoder = _open(path)
+    try:
+        packets = containers.scan(path, decoder.stream_index)
+    except ValueError as error:
+        raise VideoError("damaged: its frames have no time stamps") from error
+    if len(packets.pts) != decoder.metadata.num_frames:
+        counts = f"{decoder.metadata.num_frames} and {len(packets.pts)}"
+        raise VideoError(f"damaged: two readers find {counts} frames in it")
+    return (decoder if packets.honest else _open_at(path, packets, packets.keys)), packets
+
+
+@lru_cache(maxsize=1)
+def _open_from_start(path: Path, version: tuple[int, int]) -> VideoDecoder:
+    """Return a decoder that reaches every frame from the first one, without a seek."""
+    _, packets = _open_again(path, version)
+    return _open_at(path, packets, [n == 0 for n in range(len(packets.pts))])
+
+
+def _open_at(path: Path, packets: Packets, keys: list[bool]) -> VideoDecoder:
+    """Return a decoder that seeks to no other frames than `keys`."""
+    from torchcodec.decoders import VideoDecoder
+
+    rows = zip(packets.pts, packets.durations, keys, strict=True)
+    frames = [{"pts": p, "duration": d, "key_frame": int(k)} for p, d, k in rows]
+    frames_json = json.dumps({"frames": frames})
+    return VideoDecoder(path, num_ffmpeg_threads=0, custom_frame_mappings=frames_json)
