@@ -24,6 +24,13 @@ def is_mpeg_stream(path: Path) -> bool:
     return start[:4] == b"\0\0\1\xba" or b"G" in (start[:1], start[4:])
 
 
+def is_avi(path: Path) -> bool:
+    """Return True for an AVI file."""
+    with path.open("rb") as file:
+        start = file.read(12)
+    return start[:4] == b"RIFF" and start[8:] == b"AVI "
+
+
 def mp4_boxes(path: Path) -> tuple[list[bytes], int]:
     """Names of the top-level boxes of an mp4 file, and the bytes lacking at its end.
 
@@ -76,7 +83,7 @@ class Packets:
         durations: in units of `tick`.
         keys: True for the frames that a decoder can start at, the first one included.
         tick: seconds of one unit.
-        honest: True if these are all the key frames that the file names.
+        honest: True if the file calls no other frames key frames.
     """
 
     pts: list[int]
