@@ -100,7 +100,7 @@ class Packets:
     def next_start(self, pts: int) -> int | None:
         """Return the time stamp of the first frame behind `pts` that a decoder can start at."""
         first = bisect_right(self.pts, pts)
-        return next((p for p, key in zip(self.pts[first:], self.keys[first:]) if key), None)
+        return next((self.pts[n] for n in range(first, len(self.pts)) if self.keys[n]), None)
 
 
 def scan(path: Path, stream: int) -> Packets:

@@ -529,7 +529,9 @@ class _Reader:
         pts = self.packets.pts
         for n in numbers:
             if n < len(pts) and pts[n] in (*pts[max(0, n - 1) : n], *pts[n + 1 : n + 2]):
-                raise VideoError(f"two frames have one time stamp, {pts[n] * self.packets.tick:.2f} s")
+                raise VideoError(
+                    f"two frames have one time stamp, {pts[n] * self.packets.tick:.2f} s"
+                )
 
 
 @lru_cache(maxsize=1)
