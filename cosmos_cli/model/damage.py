@@ -45,10 +45,10 @@ logging.getLogger("libav").propagate = False
 Span = tuple[float, float]
 
 
-def find(path: Path, clips: Sequence[Clip]) -> dict[int, list[Span]]:
-    """Return the damaged spans of each clip that shows one, by its place in `clips`.
+def find(path: Path, clips: Sequence[Clip]) -> list[Span]:
+    """Return the spans in which the clips of a file show damaged frames.
 
-    Spans are in seconds from the first frame of the file. A damaged frame spoils those that are
+    They are in seconds from the first frame of the file. A damaged frame spoils those that are
     decoded after it, up to the next frame that a decoder can start at. Trap: a decoder that starts
     in the middle of a whole file may report references that it lacks; so what is suspicious is
     decoded again in order from the start of the file.
@@ -65,12 +65,10 @@ def find(path: Path, clips: Sequence[Clip]) -> dict[int, list[Span]]:
     for decode in (_decode, _decode_hevc):
         if any(report for _, report in decode(path, stream, (start, last))):
             spans += _spans(decode(path, stream, (zero, last)), packets)
-    found = {}
-    for number, (begin, end) in enumerate(ends):
-        inside = [(a, b) for a, b in _merged(spans) if a <= end and b > begin]
-        if inside:
-            found[number] = [((a - zero) * tick, (b - zero) * tick) for a, b in inside]
-    return found
+    shown_spans = [
+        (a, b) for a, b in _merged(spans) if any(a <= end and b > begin for begin, end in ends)
+    ]
+    return [((a - zero) * tick, (b - zero) * tick) for a, b in shown_spans]
 
 
 def checks_hevc() -> bool:
@@ -114,10 +112,8 @@ def _decode(path: Path, stream: int, span: tuple[int, int]) -> Iterator[tuple[in
             codec.thread_count = 1
             for packet in _packets(file, video, span):
                 pts = packet.dts if packet.pts is None else packet.pts
-                corrupt = [frame.is_corrupt for frame in codec.decode(packet)]
-                yield pts, packet.is_corrupt or any(corrupt) or _reported(logs)
-            corrupt = [frame.is_corrupt for frame in codec.decode(None)]
-            yield pts, any(corrupt) or _reported(logs)
+                yield pts, packet.is_corrupt or _fails(codec, packet) or _reported(logs)
+            yield pts, _fails(codec, None) or _reported(logs)
     except av.FFmpegError:
         yield pts, True
     finally:
@@ -136,6 +132,14 @@ def _packets(
             return
         if packet.size:
             yield packet
+
+
+def _fails(codec: av.VideoCodecContext, packet: av.Packet | None) -> bool:
+    """Return True if the decoder refuses a packet or calls a frame corrupt."""
+    try:
+        return any(frame.is_corrupt for frame in codec.decode(packet))
+    except av.FFmpegError:
+        return True
 
 
 def _reported(logs: list[tuple[int, str, str]]) -> bool:

@@ -276,15 +276,14 @@ class Latents:
         try:
             abouts = {clip: self._kept(source, clip, key) for clip, key in keys.items()}
             if not all(about.get("checked") for about in abouts.values()):
-                self._leave_out_damaged(source)
-            for clip in source.clips:
-                abouts[clip] = abouts[clip] or self._encode(source, clip, keys[clip])
+                self._refuse_damage(source)
+            for clip, key in keys.items():
+                abouts[clip] = abouts[clip] or self._encode(source, clip, key)
         except video.VideoError as error:
             source.reject(str(error))
             return
-        if not source.reason:
-            self.rows[source.name] = [self._row(source, clip) for clip in source.clips]
-            self.looks[source.name] = [looks.Look(*abouts[c]["look"]) for c in source.clips]
+        self.rows[source.name] = [self._row(source, clip) for clip in source.clips]
+        self.looks[source.name] = [looks.Look(*abouts[c]["look"]) for c in source.clips]
 
     def _kept(self, source: Source, clip: video.Clip, key: str) -> dict[str, Any]:
         """Return what is noted in a clip's latent, nothing when it must be made.
@@ -301,28 +300,22 @@ class Latents:
                 return {}
         return about
 
-    def _leave_out_damaged(self, source: Source) -> None:
-        """Takes the clips of damaged frames from a video, all of them reject it."""
+    def _refuse_damage(self, source: Source) -> None:
+        """Reject a video that shows damage in a clip; another clip may have what nothing reports.
+
+        Raises:
+            VideoError: with the times.
+        """
         assert source.info
         if source.info.codec == "hevc" and not damage.checks_hevc() and not self._warned:
             fix = "apt-get install libde265-0"
-            console.warn(f"damage in HEVC videos is not noticed without libde265: {fix}")
+            console.warn(f"most damage in HEVC videos is not noticed without libde265: {fix}")
             self._warned = True
-        found = damage.find(source.path, source.clips)
-        if not found:
-            return
-        spans = sorted({span for spans in found.values() for span in spans})
-        more = f" and {len(spans) - 3} more times" if len(spans) > 3 else ""
-        times = ", ".join(f"{a:.2f} to {b:.2f} s" for a, b in spans[:3]) + more
-        if len(found) == len(source.clips):
-            source.reject(f"damaged: the decoder reports errors from {times}")
-            return
-        console.warn(
-            f"{source.path}: damaged from {times}; {len(found)} of {len(source.clips)} clips "
-            "are left out"
-        )
-        source.damaged = times
-        source.clips = [clip for n, clip in enumerate(source.clips) if n not in found]
+        spans = damage.find(source.path, source.clips)
+        if spans:
+            more = f" and {len(spans) - 3} more times" if len(spans) > 3 else ""
+            times = ", ".join(f"{a:.2f} to {b:.2f} s" for a, b in spans[:3]) + more
+            raise video.VideoError(f"damaged from {times}: replace it, or cut that out")
 
     def _pixels(self, source: Source, clip: video.Clip) -> torch.Tensor:
         r, device = self.recipe, next(self.tokenizer.parameters()).device.type

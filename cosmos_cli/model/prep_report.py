@@ -130,8 +130,6 @@ def _table(findings: Findings, pictures: dict[str, Html]) -> str:
         seen = findings.looks.get(v["file"], [])
         motion = f"{sum(look.motion for look in seen) / len(seen):.2f}" if seen else ""
         verdict = f"rejected: {v['reason']}" if v["reason"] else f"used ({v['split']})"
-        if v.get("damaged"):
-            verdict += f", damaged from {v['damaged']}"
         shape = (
             v["frames"],
             f"{v['fps']:.4g}",

@@ -27,7 +27,6 @@ class Source:
         name: the file's name, or the episode's; no other video has it.
         span: the frames of the file that are the episode; None for a file of its own.
         task: what a robot was told to do in it.
-        damaged: the times of the damage for which clips of it are left out.
     """
 
     name: str
@@ -39,7 +38,6 @@ class Source:
     caption: str = ""
     caption_source: str = ""
     reason: str = ""
-    damaged: str = ""
 
     @property
     def stem(self) -> str:
@@ -301,5 +299,4 @@ def row(dataset: Dataset, source: Source, digest: str) -> dict[str, Any]:
         "caption": source.caption,
         "caption_source": source.caption_source,
         "clips": len(source.clips),
-        **({"damaged": source.damaged} if source.damaged else {}),
     }
