@@ -58,7 +58,9 @@ def find(path: Path, clips: Sequence[Clip]) -> list[Span]:
         return {}
     pts, zero, tick = packets.pts, packets.pts[0], packets.tick
     shown = [list(clip.indices) or packets.shown_at(clip.seconds) for clip in clips]
-    ends = [(pts[numbers[0]], pts[min(numbers[-1], len(pts) - 1)]) for numbers in shown]
+    # A damaged index may list fewer frames than the clips have; those that lack do not decode.
+    most = len(pts) - 1
+    ends = [(pts[min(numbers[0], most)], pts[min(numbers[-1], most)]) for numbers in shown]
     first, last = min(begin for begin, _ in ends), max(end for _, end in ends)
     start = max((p for p, key in zip(pts, packets.keys, strict=True) if key and p <= first))
     spans: list[tuple[int, int]] = []
