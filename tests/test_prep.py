@@ -15,6 +15,7 @@ import pytest
 import torch
 from conftest import SMALL, Cosmos, moving_square, settings
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 from cosmos_cli import claims, recipe
 from cosmos_cli.model import prep, prep_report, sources, video
@@ -473,3 +474,36 @@ def test_a_process_killed_at_any_moment_and_run_again_ends_with_the_same_bytes(
         assert snapshot(dataset) == undisturbed[1]
         assert not list(dataset.rglob(".*.tmp*"))
     assert unfinished > kills // 3
+
+
+def test_a_video_with_flipped_bits_is_rejected_with_the_times_of_the_damage(tmp_path):
+    videos = tmp_path / "datasets" / "tiny" / "videos"
+    write(videos, "good.mp4", 60)
+    data = bytearray((videos / "good.mp4").read_bytes())
+    # In the middle of the frames, which stand in front of the index.
+    for place in range(data.index(b"moov") // 2, data.index(b"moov") // 2 + 4):
+        data[place] ^= 0x5A
+    (videos / "flipped.mp4").write_bytes(data)
+    found = verdicts(Cosmos(tmp_path).json("prep", "tiny", *settings(PROMPT)))
+    assert found["good.mp4"] == ("used", "")
+    verdict, reason = found["flipped.mp4"]
+    assert verdict == "rejected" and re.match(r"damaged from \d\.\d\d to \d\.\d\d s", reason)
+
+
+def test_a_latent_of_an_earlier_version_is_kept_only_if_it_shows_the_right_frames(tmp_path):
+    videos = tmp_path / "datasets" / "tiny" / "videos"
+    write(videos, "right.mp4")
+    write(videos, "wrong.mp4", 30)
+    cosmos, latents = Cosmos(tmp_path), videos.parent / "latents"
+    cosmos("prep", "tiny", *settings(PROMPT))
+    for name, motion in (("right", 0.0), ("wrong", 9.0)):
+        path = latents / f"{name}.000000.safetensors"
+        with safe_open(path, framework="pt") as stream:
+            latent, about = stream.get_tensor("latent"), json.loads(stream.metadata()["about"])
+        del about["checked"]
+        about["look"][0] += motion
+        save_file({"latent": latent}, path, {"about": json.dumps(about)})
+    before = {path.name: path.read_bytes() for path in latents.iterdir()}
+    cosmos("prep", "tiny", *settings(PROMPT))
+    changed = [n for n, data in before.items() if (latents / n).read_bytes() != data]
+    assert changed == ["wrong.000000.safetensors"]

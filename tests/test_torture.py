@@ -104,7 +104,7 @@ BAD = {
     "cut in the index.mp4": "truncated: the index of the mp4 is missing",
     "cut in the frames.mp4": "truncated: ",
     "cut at the end.mp4": "truncated: ",
-    "damaged.mp4": "damaged: decoding fails after frame",
+    "damaged.mp4": "damaged from 0.",
     "directory.mp4": "not a file",
     "dangling link.mp4": "no such file",
     "empty.mp4": "the file is empty",

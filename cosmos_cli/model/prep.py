@@ -22,7 +22,7 @@ from cosmos_cli.claims import Crew
 from cosmos_cli.console import Stopwatch
 from cosmos_cli.keys import Recipe
 from cosmos_cli.layout import Dataset
-from cosmos_cli.model import captioner, looks, prep_report, sources, text, video, weights
+from cosmos_cli.model import captioner, damage, looks, prep_report, sources, text, video, weights
 from cosmos_cli.model.device import compiles
 from cosmos_cli.model.sources import Source
 from cosmos_cli.model.tokenizer import Tokenizer
@@ -245,6 +245,7 @@ class Latents:
         self.rows: dict[str, list[dict[str, Any]]] = {}
         self.looks: dict[str, list[looks.Look]] = {}
         self._digests: dict[Path, str] = {}
+        self._warned = False
 
     def digest(self, source: Source) -> str:
         """The hash of a video's file, "" for a rejected one."""
@@ -268,29 +269,62 @@ class Latents:
                     _trim_memory()
 
     def _make_one(self, source: Source) -> None:
-        rows, seen = [], []
-        for clip in source.clips:
-            path = self.dataset.latents / source.latent_name(clip)
-            key = layout.sha256_text(self.digest(source), json.dumps(asdict(clip)), *self.settings)
-            about = _about(path)
-            if about.get("key") != key:
-                try:
-                    about = self._encode(source, clip, path, key)
-                except video.VideoError as error:
-                    source.reject(str(error))
-                    return
-            rows.append(self._row(source, clip, path))
-            seen.append(looks.Look(*about["look"]))
-        self.rows[source.name], self.looks[source.name] = rows, seen
+        keys = {
+            clip: layout.sha256_text(self.digest(source), json.dumps(asdict(clip)), *self.settings)
+            for clip in source.clips
+        }
+        try:
+            abouts = {clip: self._kept(source, clip, key) for clip, key in keys.items()}
+            if not all(about.get("checked") for about in abouts.values()):
+                self._refuse_damage(source)
+            for clip, key in keys.items():
+                abouts[clip] = abouts[clip] or self._encode(source, clip, key)
+        except video.VideoError as error:
+            source.reject(str(error))
+            return
+        self.rows[source.name] = [self._row(source, clip) for clip in source.clips]
+        self.looks[source.name] = [looks.Look(*abouts[c]["look"]) for c in source.clips]
+
+    def _kept(self, source: Source, clip: video.Clip, key: str) -> dict[str, Any]:
+        """Return what is noted in a clip's latent, nothing when it must be made.
+
+        Latents of earlier versions were made of what the decoder showed, right or wrong. Such a
+        one is kept if the clip still looks as it did then.
+        """
+        about = _about(self.dataset.latents / source.latent_name(clip))
+        if about.get("key") != key:
+            return {}
+        if not about.get("checked"):
+            now, then = looks.measure(self._pixels(source, clip)), looks.Look(*about["look"])
+            if now.cut != then.cut or abs(now.motion - then.motion) > 1e-3 * (1 + then.motion):
+                return {}
+        return about
+
+    def _refuse_damage(self, source: Source) -> None:
+        """Reject a video that shows damage in a clip; another clip may have what nothing reports.
+
+        Raises:
+            VideoError: with the times.
+        """
+        assert source.info
+        if source.info.codec == "hevc" and not damage.checks_hevc() and not self._warned:
+            fix = "apt-get install libde265-0"
+            console.warn(f"most damage in HEVC videos is not noticed without libde265: {fix}")
+            self._warned = True
+        spans = damage.find(source.path, source.clips)
+        if spans:
+            more = f" and {len(spans) - 3} more times" if len(spans) > 3 else ""
+            times = ", ".join(f"{a:.2f} to {b:.2f} s" for a, b in spans[:3]) + more
+            raise video.VideoError(f"damaged from {times}: replace it, or cut that out")
+
+    def _pixels(self, source: Source, clip: video.Clip) -> torch.Tensor:
+        r, device = self.recipe, next(self.tokenizer.parameters()).device.type
+        return video.read_clip(source.path, clip, r.height, r.width, r.resize, device)
 
     @torch.inference_mode()
-    def _encode(self, source: Source, clip: video.Clip, path: Path, key: str) -> dict[str, Any]:
+    def _encode(self, source: Source, clip: video.Clip, key: str) -> dict[str, Any]:
         """Writes the latent of a clip; what is noted in the file."""
-        r = self.recipe
-        parameter = next(self.tokenizer.parameters())
-        pixels = video.read_clip(
-            source.path, clip, r.height, r.width, r.resize, parameter.device.type
-        )
+        parameter, pixels = next(self.tokenizer.parameters()), self._pixels(source, clip)
         x0 = self.tokenizer.encode(video.to_model(pixels)[None].to(parameter))[0]
         about = {
             "key": key,
@@ -298,13 +332,16 @@ class Latents:
             "video": source.name,
             "caption": source.stem,
             "look": looks.measure(pixels),
+            # The decoder showed these frames, and reported no damage in them.
+            "checked": True,
         }
         latent = x0.to("cpu", torch.bfloat16)
+        path = self.dataset.latents / source.latent_name(clip)
         weights.write_safetensors(path, {"latent": latent}, {"about": json.dumps(about)})
         return about
 
-    def _row(self, source: Source, clip: video.Clip, path: Path) -> dict[str, Any]:
-        root = self.dataset.root
+    def _row(self, source: Source, clip: video.Clip) -> dict[str, Any]:
+        root, path = self.dataset.root, self.dataset.latents / source.latent_name(clip)
         return {
             "latent": str(path.relative_to(root)),
             "sha256": layout.sha256_file(path),

@@ -5,6 +5,7 @@ Dimension letters: C channels (RGB), T frames, H height, W width.
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import stat
@@ -147,7 +148,8 @@ def _check_first_frame(path: Path, decoder: VideoDecoder) -> None:
     """Refuses what torchcodec 0.13 cannot go back to the start of.
 
     Traps: of MPEG's streams, which have no index, it finds no frame or a later one; when an edit
-    list hides the first key frame, it silently returns the frames of the next one instead.
+    list hides the first key frame, it silently returns the frames of the next one instead. In an
+    AVI, B-frames stand in the order in which they are decoded.
     """
     try:
         late = decoder.get_frame_at(0).pts_seconds - (decoder.metadata.begin_stream_seconds or 0)
@@ -157,6 +159,9 @@ def _check_first_frame(path: Path, decoder: VideoDecoder) -> None:
         return
     if containers.is_mpeg_stream(path):
         raise VideoError("an MPEG stream has no index: `ffmpeg -i IN -c copy OUT.mp4` makes one")
+    if containers.is_avi(path) and late < math.inf:
+        fix = "`ffmpeg -fflags +genpts -i IN -c copy OUT.mp4` makes them"
+        raise VideoError(f"an AVI with B-frames has no time stamps: {fix}")
     if late == math.inf:
         raise VideoError("damaged: the first frame does not decode")
     raise VideoError("cut without re-encoding, its first key frame is hidden: re-encode it")
@@ -233,7 +238,7 @@ def read_clip(
         VideoError: a frame does not exist or does not decode.
     """
     decoded = _decode(path, clip.indices, clip.seconds)
-    aspect = _pixel_aspect(_open_again(path, layout.stamp_of(path)).metadata)
+    aspect = _pixel_aspect(_open_again(path, layout.stamp_of(path)).decoder.metadata)
     chunks = (resize_frames(chunk.to(device), height, width, resize, aspect) for chunk in decoded)
     return torch.cat([chunk.transpose(0, 1) for chunk in chunks], dim=1)
 
@@ -439,29 +444,97 @@ def _open(path: Path) -> VideoDecoder:
 
 
 def _decode(path: Path, indices: Sequence[int], seconds: Sequence[float]) -> Iterator[Tensor]:
-    """The frames of these numbers or, else, times, in uint8 chunks (T, 3, H, W)."""
-    decoder = _open_again(path, layout.stamp_of(path))
-    meta = decoder.metadata
+    """Yield the frames of these numbers or, else, times, in uint8 chunks (T, 3, H, W)."""
+    reader = _open_again(path, layout.stamp_of(path))
+    meta = reader.decoder.metadata
     assert meta.height and meta.width
     size = max(1, CHUNK_BYTES // (3 * meta.height * meta.width))
-    wanted = len(indices) + len(seconds)
-    for first in range(0, wanted, size):
-        piece = slice(first, min(first + size, wanted))
+    numbers = list(indices) or reader.packets.shown_at(seconds)
+    for first in range(0, len(numbers), size):
         try:
-            if indices:
-                chunk = decoder.get_frames_at(list(indices[piece])).data
-            else:
-                chunk = decoder.get_frames_played_at(list(seconds[piece])).data
+            yield reader.read(numbers[first : first + size])
         except (RuntimeError, IndexError) as error:
             at = f"frame {indices[first]}" if indices else f"{seconds[first]:.2f} s"
             reason = f"damaged: decoding fails after {at} ({meta.num_frames} frames in the file)"
             raise VideoError(reason) from error
-        if len(chunk) != piece.stop - first:
-            raise VideoError(f"truncated: {first + len(chunk)} of {wanted} frames decode")
-        yield chunk
+
+
+class _Reader:
+    """Reads frames of a file and compares the time stamp of each with that of its packet.
+
+    Trap: after a seek, a decoder may show later frames than those asked for, or damaged ones where
+    the file calls frames key frames that are none. Then every frame is reached from the first one.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.decoder = path, _open(path)
+        try:
+            self.packets = containers.scan(path, self.decoder.stream_index)
+        except ValueError as error:
+            raise VideoError("damaged: its frames have no time stamps") from error
+        found, counted = self.decoder.metadata.num_frames, len(self.packets.pts)
+        if found != counted:
+            raise VideoError(f"damaged: two readers find {found} and {counted} frames in it")
+        self.seeks = self.packets.honest
+        self.last = counted
+
+    def read(self, numbers: list[int]) -> Tensor:
+        """Return the frames of these numbers, uint8 (T, 3, H, W).
+
+        Raises:
+            RuntimeError: a frame does not decode.
+            IndexError: there is no such frame.
+            VideoError: the decoder shows other frames.
+        """
+        self._require_distinct(numbers)
+        if self.seeks:
+            try:
+                frames = self._shown(numbers)
+            except RuntimeError:
+                frames = None
+            if frames is not None:
+                return frames
+            self.seeks = False
+        first = min(numbers)
+        if first <= self.last:
+            self.decoder, self.last = self._decoder_from_start(), -1
+        if self.last < 0 < first:
+            # The first read of a decoder does not seek, if it is of frame 0.
+            self.decoder.get_frame_at(0)
+        frames, self.last = self._shown(numbers), max(numbers)
+        if frames is None:
+            at = self.packets.pts[first] * self.packets.tick
+            raise VideoError(f"the decoder leaves out frames after {at:.2f} s: re-encode it")
+        return frames
+
+    def _shown(self, numbers: list[int]) -> Tensor | None:
+        """Return the frames, None when the decoder shows others."""
+        batch = self.decoder.get_frames_at(numbers)
+        expected = torch.tensor([self.packets.pts[n] for n in numbers], dtype=torch.float64)
+        tick = self.packets.tick
+        same = ((batch.pts_seconds - expected * tick).abs() < tick / 2).all()
+        return batch.data if same else None
+
+    def _decoder_from_start(self) -> VideoDecoder:
+        """Return a decoder to which only the first frame is a key frame."""
+        from torchcodec.decoders import VideoDecoder
+
+        rows = enumerate(zip(self.packets.pts, self.packets.durations, strict=True))
+        frames = [{"pts": p, "duration": d, "key_frame": int(n == 0)} for n, (p, d) in rows]
+        mappings = json.dumps({"frames": frames})
+        return VideoDecoder(self.path, num_ffmpeg_threads=0, custom_frame_mappings=mappings)
+
+    def _require_distinct(self, numbers: list[int]) -> None:
+        """Refuse frames that share a time stamp: nothing tells which of them a decoder shows."""
+        pts = self.packets.pts
+        for n in numbers:
+            if n < len(pts) and pts[n] in (*pts[max(0, n - 1) : n], *pts[n + 1 : n + 2]):
+                raise VideoError(
+                    f"two frames have one time stamp, {pts[n] * self.packets.tick:.2f} s"
+                )
 
 
 @lru_cache(maxsize=1)
-def _open_again(path: Path, _version: tuple[int, int]) -> VideoDecoder:
-    """The decoder of a file, kept for its next clip, since opening one scans all its packets."""
-    return _open(path)
+def _open_again(path: Path, _version: tuple[int, int]) -> _Reader:
+    """Return the reader of a file, kept for its next clip: opening one scans all its packets."""
+    return _Reader(path)
