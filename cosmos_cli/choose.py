@@ -120,7 +120,9 @@ def _by_name(recipe: str | None, model: str, overrides: list[str]) -> Choice:
         raise _no_model(model, f"is the name of {len(folders)} models", f"give one of {names}")
     else:
         raise _unknown_name(model, checkpoints_dir)
-    folder = path if path.is_dir() else path.parent
+    # The weights of a diffusers model are a folder inside the model's.
+    inside = path.name in layout.MODEL_FORMATS.values() or not path.is_dir()
+    folder = path.parent if inside else path
     if recipe is None:
         choice = _beside(folder)
         recipe, own = choice.recipe, choice.overrides

@@ -64,7 +64,9 @@ def promote(
         check_name(name)
     target = layout.promoted_dir(r.spec, r.checkpoints_dir, name)
     run = Run(r.run_dir)
-    aside = options.command_line("promote", recipe, set_, f"--name {r.name}")
+    free = r.name if name != r.name else f"{r.name}_2"
+    asked = f"--step {step} --weights {weights} --format {format_} --name {free}"
+    aside = options.command_line("promote", recipe, set_, asked)
     console.say(f"promoting step {number} ({weights}) of {r.run_dir} to {target}")
     if dry_run:
         require_own(target, run, yes, aside)
