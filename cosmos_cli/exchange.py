@@ -105,28 +105,42 @@ def replacing(folder: Path) -> Iterator[Path]:
     true = true_path(folder)
     building = _beside(true, "building")
     if os.path.ismount(true):
-        raise UserError(
-            "is a mount point, which cannot be replaced", code=ExitCode.ASSET, where=str(folder),
-            fix="promote under another --name, or mount the folder above it",
-        )  # fmt: skip
+        raise _fixed(folder, "it is a mount point")
     with layout.disk_errors(building):
         _delete(building)
         building.mkdir(parents=True)
     try:
         yield building
         with layout.disk_errors(folder):
-            layout.sync(building)
-            if os.path.lexists(true):
-                exchange(building, true)
-            else:
-                building.rename(true)
-            layout.sync(true.parent)
+            _put(building, true)
         _discard(_beside(true, "old"))
     finally:
         with layout.disk_errors(folder):
             # A signal may have come between two renames.
             _restore(true)
         _discard(building)
+
+
+def _fixed(folder: Path, why: str) -> UserError:
+    return UserError(
+        f"cannot be replaced: {why}", code=ExitCode.ASSET, where=str(folder),
+        fix="promote under another --name",
+    )  # fmt: skip
+
+
+def _put(building: Path, true: Path) -> None:
+    layout.sync(building)
+    try:
+        if os.path.lexists(true):
+            exchange(building, true)
+        else:
+            building.rename(true)
+    except OSError as error:
+        # A bind mount; a folder of a container's image, which overlayfs cannot rename.
+        if error.errno in (errno.EBUSY, errno.EXDEV):
+            raise _fixed(true, os.strerror(error.errno)) from error
+        raise
+    layout.sync(true.parent)
 
 
 def exchange(one: Path, other: Path) -> None:

@@ -38,7 +38,7 @@ CACHE_DIR = ".cache"
 _DISK_ERRORS = frozenset({
     errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOTDIR,
     errno.ENOENT, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG, errno.EFBIG, errno.ELOOP,
-    errno.EBUSY, errno.EXDEV, errno.ENOTEMPTY,
+    errno.ENOTEMPTY,
 })  # fmt: skip
 
 _UMASK = os.umask(0)

@@ -64,13 +64,14 @@ def promote(
         check_name(name)
     target = layout.promoted_dir(r.spec, r.checkpoints_dir, name)
     run = Run(r.run_dir)
-    free = r.name if name != r.name else f"{r.name}_2"
-    asked = f"--step {step} --weights {weights} --format {format_} --name {free}"
-    aside = options.command_line("promote", recipe, set_, asked)
+    asked = {"step": (step, "latest"), "weights": (weights, "ema"), "format": (format_, "pt")}
+    words = [f"--{option} {value}" for option, (value, usual) in asked.items() if value != usual]
+    words.append(f"--name {r.name if name != r.name else f'{r.name}_2'}")
+    aside = options.command_line("promote", recipe, set_, " ".join(words))
     console.say(f"promoting step {number} ({weights}) of {r.run_dir} to {target}")
     if dry_run:
         require_own(target, run, yes, aside)
-        figures = {"dry_run": True, "step": number}
+        figures = {"dry_run": True, "step": number, "path": str(target)}
         console.emit(Result(str(target), figures=figures), as_json=json_)
         return
     with exchange.alone(target):

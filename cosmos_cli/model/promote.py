@@ -118,30 +118,37 @@ def _dataset_hash(run: Run, step: int) -> str | None:
 def _write_folder(
     r: Recipe, target: Path, state: dict[str, Tensor], manifest: dict[str, Any]
 ) -> dict[str, Any]:
-    """Build the folder beside the old one, read its weights back, then exchange the two."""
+    """Build the folder beside the old one, then exchange the two; the manifest with its hash."""
     with exchange.replacing(target) as building:
-        path = building / layout.MODEL_FORMATS[manifest["format"]]
-        if manifest["format"] == "diffusers":
-            weights.save_diffusers(path, state, r.spec.dit)
-        else:
-            weights.save_dit(path, state, manifest["format"])
-        written = weights.load_dit_state(path)
-        if written.keys() != state.keys() or any(
-            not torch.equal(written[name], tensor) for name, tensor in state.items()
-        ):
-            raise UserError(
-                "was not written as it should be",
-                code=ExitCode.ASSET,
-                where=str(path),
-                fix="check the disk and promote again",
-            )
-        del written
-        manifest["sha256"] = layout.sha256_path(path)
-        layout.write_text(building / "recipe.yaml", recipe.dump(r))
-        layout.write_text(building / "README.md", _card(r, manifest))
-        if not r.spec.embedded:
-            layout.write_text(building / "NOTICE", _NOTICE)
-        layout.write_json(building / layout.MANIFEST_FILE, manifest)
+        return _fill_folder(r, building, state, manifest)
+
+
+def _fill_folder(
+    r: Recipe, building: Path, state: dict[str, Tensor], manifest: dict[str, Any]
+) -> dict[str, Any]:
+    """Write all files of the folder and read its weights back."""
+    path = building / layout.MODEL_FORMATS[manifest["format"]]
+    if manifest["format"] == "diffusers":
+        weights.save_diffusers(path, state, r.spec.dit)
+    else:
+        weights.save_dit(path, state, manifest["format"])
+    written = weights.load_dit_state(path)
+    if written.keys() != state.keys() or any(
+        not torch.equal(written[name], tensor) for name, tensor in state.items()
+    ):
+        raise UserError(
+            "was not written as it should be",
+            code=ExitCode.ASSET,
+            where=str(path),
+            fix="check the disk and promote again",
+        )
+    del written
+    manifest["sha256"] = layout.sha256_path(path)
+    layout.write_text(building / "recipe.yaml", recipe.dump(r))
+    layout.write_text(building / "README.md", _card(r, manifest))
+    if not r.spec.embedded:
+        layout.write_text(building / "NOTICE", _NOTICE)
+    layout.write_json(building / layout.MANIFEST_FILE, manifest)
     return manifest
 
 
