@@ -158,10 +158,14 @@ def read_weights(r: Recipe, folder: Path | None) -> Weights:
             f"holds no {', '.join(layout.MODEL_FORMATS.values())}", code=ExitCode.ASSET,
             where=str(path), fix="give a folder or file of weights",
         )  # fmt: skip
+    before = layout.file_id(path)
     found = Weights(path, layout.sha256_path(path))
     named = path.name in layout.MODEL_FORMATS.values()
     manifest = promoted.manifest_of(path.parent) if named else None
     if manifest and manifest["sha256"] != found.sha256:
+        if layout.file_id(path) != before:
+            # A promotion exchanged the folder while the old weights were hashed.
+            return read_weights(r, folder)
         name = layout.MANIFEST_FILE
         raise UserError(
             f"is damaged: its sha256 is {found.sha256[:12]}, {name} says "
