@@ -38,6 +38,7 @@ CACHE_DIR = ".cache"
 _DISK_ERRORS = frozenset({
     errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOTDIR,
     errno.ENOENT, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG, errno.EFBIG, errno.ELOOP,
+    errno.ENOTEMPTY,
 })  # fmt: skip
 
 _UMASK = os.umask(0)
@@ -197,6 +198,15 @@ def stamp_of(path: Path) -> tuple[int, int]:
     except OSError:
         return 0, 0
     return status.st_size, status.st_mtime_ns
+
+
+def file_id(file: Path | int) -> tuple[int, int] | None:
+    """Return what tells a path or open file from every other file, None where it is gone."""
+    try:
+        status = os.stat(file)  # noqa: PTH116 - also of a descriptor
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
 
 
 def sha256_file(path: Path) -> str:
@@ -478,19 +488,14 @@ def model_files(spec: ModelSpec, checkpoints_dir: str, base: str | None = None) 
     return replace(files, dit=Path(base).absolute()) if base else files
 
 
-def promoted_dir(spec: ModelSpec, checkpoints_dir: str) -> Path:
-    """Where promote puts a post-trained model and generate finds it."""
-    return Path(checkpoints_dir).absolute() / f"{spec.name}_post-trained"
+def promoted_dir(spec: ModelSpec, checkpoints_dir: str, name: str | None = None) -> Path:
+    """Return the folder of a promoted model; `name` is that of `cosmos promote --name`."""
+    folder = f"{spec.name}_post-trained" + (f"_{name}" if name else "")
+    return Path(checkpoints_dir).absolute() / folder
 
 
 def weights_in(path: Path) -> Path:
     """The denoiser in a model folder, whichever its format; `path` itself where there is none."""
     found = (path / name for name in MODEL_FORMATS.values())
-    return next((file for file in found if file.exists()), path)
-
-
-def newest_promoted(checkpoints_dir: str) -> Path | None:
-    """The post-trained model promoted last, None when there is none."""
-    found = Path(checkpoints_dir).absolute().glob(f"*_post-trained/{MANIFEST_FILE}")
-    newest = max(found, key=lambda path: path.stat().st_mtime_ns, default=None)
-    return newest.parent if newest else None
+    # A link to nothing counts: weights that are missing must not pass for none.
+    return next((file for file in found if os.path.lexists(file)), path)

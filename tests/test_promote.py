@@ -1,12 +1,19 @@
 """The formats that promote writes, on a checkpoint made without training."""
 
 import json
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
 from conftest import settings
 
-from cosmos_cli import layout, recipe
+from cosmos_cli import exchange, layout, recipe
 from cosmos_cli.layout import Run
 from cosmos_cli.model import promote, weights
 
@@ -53,6 +60,227 @@ def test_generate_loads_whichever_format_was_promoted_last(trained):
     assert manifest["base"]["sha256"] == layout.sha256_file(TINY)
     assert manifest["recipe"]["model"] == MODEL
     assert "license" not in (folder / "README.md").read_text()
+
+
+RUN = settings()
+
+
+@pytest.fixture
+def twice(trained):
+    """The same with a second run, and the first one's model promoted by hand into the folder."""
+    state = {name: tensor * 1.02 for name, tensor in trained.state.items()}
+    run = Run(trained.cwd / "outputs/posttraining/diffusion_text2world/second")
+    weights.save_dit(run.model(4, "ema"), state, "pt")
+    return trained
+
+
+SECOND = [*RUN, "--set", "name=second"]
+
+
+def used(cosmos, *arguments):
+    """The weights that generate would load, whose hash it has compared with the manifest."""
+    done = cosmos.json("generate", "--prompt", "A ball.", "--dry-run", *arguments)
+    return done["weights"]
+
+
+def listing(cosmos):
+    return sorted(path.name for path in (cosmos.cwd / "checkpoints").iterdir())
+
+
+@pytest.mark.workflow
+def test_two_runs_are_promoted_beside_each_other_and_generate_takes_either(twice):
+    first = twice.json("promote", "tiny", *RUN)
+    refused = twice("promote", "tiny", *SECOND, "--step", "4", code=2).stderr
+    assert "holds the model of another run" in refused
+    assert "--set lora_rank=0 --set name=second --step 4 --name second, or" in refused
+    second = twice.json("promote", "tiny", *SECOND, "--name", "second")
+    assert second["artifacts"] == [str(twice.cwd / "checkpoints" / f"{FOLDER}_second" / "model.pt")]
+    assert second["next"].endswith("--model second")
+    assert used(twice)["sha256"] == second["sha256"]
+    assert used(twice, "--model", "second")["sha256"] == second["sha256"]
+    assert used(twice, "--model", FOLDER)["sha256"] == first["sha256"]
+    assert used(twice, "tiny", *RUN)["sha256"] == first["sha256"]
+    assert used(twice, "tiny", *SECOND)["sha256"] == second["sha256"]
+    refused = twice("promote", "tiny", *RUN, "--name", "second", code=2).stderr
+    assert "--name tiny" in refused
+    twice("promote", "tiny", *RUN, "--name", "second", "--yes")
+    assert used(twice, "--model", "second")["sha256"] == first["sha256"]
+    assert listing(twice) == [FOLDER, f"{FOLDER}_second"]
+    measured = twice.json(
+        "evaluate", "--model", "base", "--model", FOLDER, "--model", "second", "--prompts", "1",
+        *settings("num_steps=2"),
+    )  # fmt: skip
+    assert list(measured["models"]) == ["base", FOLDER, "second"]
+
+
+@pytest.mark.workflow
+@pytest.mark.parametrize(
+    "name", ["", "a/b", "..", ".a", "-a", "a b", "base", "promoted", "a" * 101, "é" * 60, "a\n"]
+)
+def test_a_name_that_cannot_be_a_folders_is_refused(trained, name):
+    refused = trained("promote", "tiny", *RUN, f"--name={name}", code=2).stderr
+    assert "--name" in refused
+    assert not (trained.cwd / "checkpoints").exists()
+
+
+@pytest.mark.workflow
+@pytest.mark.parametrize("manifest", [None, "{}", "[]", "{"])
+def test_what_promote_did_not_write_is_replaced_with_yes_alone(trained, manifest):
+    folder = trained.cwd / "checkpoints" / FOLDER
+    folder.mkdir(parents=True)
+    (folder / "model.pt").write_text("by hand")
+    if manifest:
+        (folder / "manifest.json").write_text(manifest)
+    for more in ([], ["--dry-run"]):
+        refused = trained("promote", "tiny", *RUN, *more, code=2).stderr
+        assert "holds files that promote did not write; keep both with cosmos promote" in refused
+        assert (folder / "model.pt").read_text() == "by hand"
+    done = trained.json("promote", "tiny", *RUN, "--yes")
+    assert used(trained)["sha256"] == done["sha256"]
+
+
+@pytest.mark.workflow
+def test_a_model_copied_by_hand_makes_a_video(trained):
+    folder = trained.cwd / "checkpoints" / FOLDER
+    folder.mkdir(parents=True)
+    (saved,) = trained.cwd.glob("outputs/*/*/*/checkpoints/iter_000000004_ema_model.pt")
+    shutil.copy(saved, folder / "model.pt")
+    made = trained.json("generate", "--prompt", "A ball.", *settings("num_steps=2"))
+    about = json.loads((trained.cwd / made["artifacts"][0]).with_suffix(".json").read_text())
+    assert about["weights"] == made["weights"]
+    assert made["weights"]["sha256"] == layout.sha256_file(saved)
+
+
+@pytest.mark.workflow
+def test_a_second_promotion_into_the_same_folder_is_refused_at_once(twice):
+    with exchange.alone(twice.cwd / "checkpoints" / FOLDER):
+        refused = twice("promote", "tiny", *RUN, code=2).stderr
+        assert f"{FOLDER}: another cosmos promote is writing this model; wait for it" in refused
+        twice("promote", "tiny", *RUN, "--name", "other")
+    started = [twice.start("promote", "tiny", *which, "--yes") for which in (RUN, SECOND)]
+    errors = [process.communicate(timeout=100)[1] for process in started]
+    assert sorted(process.returncode for process in started) in ([0, 0], [0, 2]), errors
+    assert used(twice, "--model", FOLDER)
+    assert listing(twice) == [FOLDER, f"{FOLDER}_other"]
+
+
+@pytest.mark.workflow
+def test_a_full_disk_leaves_the_old_model_and_nothing_unfinished(twice):
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000_000, 10_000_000))
+
+    process = twice.start("promote", "tiny", *RUN, preexec_fn=limit)
+    _, err = process.communicate(timeout=100)
+    assert (process.returncode, listing(twice)) == (4, []), err
+    first = twice.json("promote", "tiny", *RUN)
+    process = twice.start("promote", "tiny", *SECOND, "--yes", preexec_fn=limit)
+    _, err = process.communicate(timeout=100)
+    assert process.returncode == 4
+    assert "cannot be written" in err
+    assert used(twice)["sha256"] == first["sha256"]
+    assert listing(twice) == [FOLDER]
+
+
+@pytest.mark.workflow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_promotion_leaves_the_old_model_and_nothing_else(twice, number):
+    first = twice.json("promote", "tiny", *RUN)
+    process = twice.start("promote", "tiny", *SECOND, "--yes")
+    building = twice.cwd / "checkpoints" / f".{FOLDER}.building"
+    while not list(building.glob(".*")) and process.poll() is None:
+        time.sleep(0.001)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=100)
+    assert process.returncode == 128 + number, err
+    assert used(twice)["sha256"] == first["sha256"]
+    assert listing(twice) == [FOLDER]
+
+
+@pytest.mark.workflow
+@pytest.mark.parametrize("kills", [5, pytest.param(30, marks=pytest.mark.slow)])
+def test_killed_at_any_moment_the_old_or_the_new_model_is_used(twice, kills):
+    """Half of the kills fall on the part that writes, which is shorter than the start."""
+    rng = random.Random(kills)
+    hashes = {twice.json("promote", "tiny", *which, "--yes")["sha256"] for which in (SECOND, RUN)}
+    building = twice.cwd / "checkpoints" / f".{FOLDER}.building"
+    started = time.monotonic()
+    twice("promote", "tiny", *RUN)
+    whole = time.monotonic() - started
+    for kill in range(kills):
+        process = twice.start("promote", "tiny", *(SECOND, RUN)[kill % 2], "--yes")
+        if kill % 2:
+            while not building.exists() and process.poll() is None:
+                time.sleep(0.0005)
+            time.sleep(rng.uniform(0, 0.5))
+        else:
+            time.sleep(rng.uniform(0, whole))
+        process.kill()
+        process.communicate(timeout=100)
+        found = used(twice)
+        assert found["path"] == str(twice.cwd / "checkpoints" / FOLDER / "model.pt")
+        assert found["sha256"] in hashes
+    done = twice.json("promote", "tiny", *RUN, "--yes")
+    assert used(twice)["sha256"] == done["sha256"]
+    assert listing(twice) == [FOLDER]
+
+
+def under_strace(cosmos, log, *options):
+    """Promotes the second run while strace interferes."""
+    if shutil.which("strace") is None:
+        pytest.skip("strace is not installed (apt-get install strace)")
+    command = [sys.executable, "-m", "cosmos_cli"]
+    traced = subprocess.run(
+        ["strace", "-f", "-qq", "-o", log, *options, *command, "promote", "tiny", *SECOND, "--yes"],
+        cwd=cosmos.cwd, env=cosmos.environment(), capture_output=True, text=True, check=False,
+        timeout=200,
+    )  # fmt: skip
+    if "ptrace" in traced.stderr:
+        pytest.skip(f"strace may not trace here: {traced.stderr.strip()}")
+    return traced
+
+
+@pytest.mark.workflow
+@pytest.mark.parametrize(
+    ("call", "moments"),
+    [
+        ("rename", [-2]),
+        pytest.param("rename", [-3, -1], marks=pytest.mark.slow),
+        pytest.param("renameat2", [-1], marks=pytest.mark.slow),
+    ],
+)
+def test_a_kill_at_the_exchange_leaves_a_model(twice, tmp_path, call, moments):
+    """With rename the file system says that it cannot exchange, and the last three renames do.
+
+    The kill comes before the call, so that the renames in front of it are done.
+    """
+    log = tmp_path / "strace"
+    lacking = ["-e", "inject=renameat2:error=EINVAL"] if call == "rename" else []
+    first = twice.json("promote", "tiny", *RUN)
+    under_strace(twice, log, "-e", "trace=rename,renameat2", *lacking)
+    second = used(twice)["sha256"]
+    assert second != first["sha256"]
+    calls = [line for line in log.read_text().splitlines() if f" {call}(" in line]
+    for moment in moments:
+        assert f"{FOLDER}" in calls[moment]
+        twice("promote", "tiny", *RUN, "--yes")
+        inject = f"inject={call}:signal=KILL:when={len(calls) + 1 + moment}"
+        killed = under_strace(twice, log, *lacking, "-e", inject)
+        assert killed.returncode in (-9, 137), killed.stderr
+        left = f".{FOLDER}.old" in listing(twice)
+        assert left == (call == "rename" and moment != -3)
+        assert (FOLDER in listing(twice)) == (moment != -2)
+        new = call == "rename" and moment == -1
+        assert used(twice)["sha256"] == (second if new else first["sha256"])
+    assert twice.json("promote", "tiny", *SECOND, "--yes")["sha256"] == second
+    assert listing(twice) == [FOLDER]
+
+
+@pytest.mark.workflow
+def test_on_a_disk_without_locks_promote_warns_and_goes_on(twice, tmp_path):
+    done = under_strace(twice, tmp_path / "strace", "-e", "inject=flock:error=ENOLCK")
+    assert done.returncode == 0, done.stderr
+    assert "cannot be locked" in done.stderr
+    assert listing(twice) == [FOLDER]
 
 
 @pytest.mark.workflow

@@ -8,9 +8,10 @@ from typing import Annotated
 
 import typer
 
-from cosmos_cli import console, layout
+from cosmos_cli import console, layout, promoted
+from cosmos_cli.choose import choose_model
 from cosmos_cli.commands import options
-from cosmos_cli.commands.generate import choose_model, read_weights
+from cosmos_cli.commands.generate import read_weights
 from cosmos_cli.console import Result
 
 EMBEDDED_PROMPTS = 24
@@ -21,7 +22,8 @@ def evaluate(
     model: Annotated[
         list[str] | None,
         typer.Option(
-            help="base, promoted, or a folder or file of weights; may be given repeatedly. "
+            help="base, promoted, the name of a model in checkpoints_dir, or a folder or file of "
+            "weights; may be given repeatedly. "
             "Default: base, and promoted where there is one."
         ),
     ] = None,
@@ -45,13 +47,13 @@ def evaluate(
     Example: cosmos evaluate tiny --prompts 200
     """
     r = options.open_recipe(recipe, set_, print_recipe, json_, trains=False).recipe
-    promoted = layout.promoted_dir(r.spec, r.checkpoints_dir) / layout.MANIFEST_FILE
-    names = model or (["base", "promoted"] if promoted.is_file() else ["base"])
-    # Every promoted folder of a model has the same name.
+    there = not model and promoted.found(r.checkpoints_dir, r.spec)
+    names = model or (["base", "promoted"] if there else ["base"])
+    # Two checkpoints_dirs may hold folders of the same name.
     short = len({Path(name).name for name in names}) == len(names)
     weights = {
         Path(name).name if short else name.strip("/").replace("/", "_"): read_weights(
-            r, choose_model(recipe, name, set_ or [])[1]
+            r, choose_model(recipe, name, set_ or []).weights
         )
         for name in names
     }

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cosmos_cli import console, jobs, layout, orders
+from cosmos_cli import console, jobs, layout, orders, promoted
+from cosmos_cli.choose import choose_model
 from cosmos_cli.commands import options
 from cosmos_cli.console import Result
 from cosmos_cli.errors import ExitCode, Interrupted, UserError, together
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 RecipeArgument = Annotated[
     str | None,
-    typer.Argument(metavar="[RECIPE]", help="Default: the recipe of the promoted model."),
+    typer.Argument(metavar="[RECIPE]", help="Default: the recipe of the model."),
 ]
 PromptOption = Annotated[
     list[str] | None, typer.Option(help="What to show; may be given repeatedly.")
@@ -50,8 +51,8 @@ OutputOption = Annotated[Path, typer.Option("--output", "-o", help="An .mp4 file
 ModelOption = Annotated[
     str | None,
     typer.Option(
-        help="promoted, base, or a folder or weights file. Default: promoted where there is one, "
-        "else base."
+        help="promoted, base, the name of a model in checkpoints_dir, or a folder or weights file. "
+        "Default: the model promoted last, else the downloaded base, else the tiny model."
     ),
 ]
 LoraOption = Annotated[
@@ -95,14 +96,15 @@ def generate(
     dry_run: options.DryRunOption = False,
     json_: options.JsonOption = False,
 ) -> None:
-    """Generate videos with the model promoted last, or the embedded tiny one.
+    """Generate videos with the model promoted last, else the downloaded base, else the tiny one.
 
     What is there already is not made again, so the same command goes on where it stopped.
     Example: cosmos generate --prompt "A video of sks teal robot." --set num_steps=20
     """
     overrides = [*(set_ or ()), *([] if seed is None else [f"sampling_seed={seed}"])]
-    name, folder = choose_model(recipe, model, overrides)
-    r = options.open_recipe(name, overrides, print_recipe, json_, trains=False).recipe
+    choice = choose_model(recipe, model, overrides)
+    overrides = [*choice.overrides, *overrides]
+    r = options.open_recipe(choice.recipe, overrides, print_recipe, json_, trains=False).recipe
     if prompts is not None and (prompt or batch or compare or num_processes or prompts != "-"):
         raise UserError(
             "is for standard input alone", code=ExitCode.USAGE, where="--prompts",
@@ -119,7 +121,7 @@ def generate(
             f"{output.suffix} files are not written", code=ExitCode.USAGE,
             where=f"--output {output}", fix="name an .mp4 file, or a folder",
         )  # fmt: skip
-    weights = replace(read_weights(r, folder), loras=tuple(map(read_lora, lora or ())))
+    weights = replace(read_weights(r, choice.weights), loras=tuple(map(read_lora, lora or ())))
     order = Order(r, weights, output, overwrite)
     placed = [orders.base_order(order, read_weights(r, None)), order] if compare else [order]
     console.say(
@@ -127,47 +129,13 @@ def generate(
         f"{r.fps:g} fps, {r.num_steps} steps, guidance {r.guidance:g}"
     )
     if dry_run:
-        console.emit(_preview(placed, wishes), as_json=json_)
-        return
-    if prompts is None:
-        outcomes = orders.batch(placed, wishes, num_processes)
+        result = _preview(placed, wishes)
+    elif prompts is None:
+        result = _finish(orders.batch(placed, wishes, num_processes), streaming=False)
     else:
-        outcomes = orders.stream(order)
-    console.emit(_finish(outcomes, streaming=prompts is not None), as_json=json_)
-
-
-def choose_model(
-    recipe: str | None, model: str | None, overrides: list[str]
-) -> tuple[str, Path | None]:
-    """The recipe to use, and the folder or file of weights; None means the recipe's base.
-
-    Raises:
-        UserError: --model names nothing that exists.
-    """
-    if model not in (None, "promoted", "base"):
-        folder = Path(model).absolute()
-        if not os.path.exists(folder):  # noqa: PTH110 - a path that cannot be reached is none
-            raise _no_model(model, "does not exist", "give promoted, base, or a folder or file")
-        own = (folder if folder.is_dir() else folder.parent) / "recipe.yaml"
-        return recipe or (str(own) if own.is_file() else "tiny"), folder
-    if recipe is None:
-        promoted = layout.newest_promoted("checkpoints")
-        recipe = str(promoted / "recipe.yaml") if promoted else "tiny"
-    elif model == "base":
-        promoted = None
-    else:
-        from cosmos_cli.recipe import load
-
-        r = load(recipe, overrides).recipe
-        folder = layout.promoted_dir(r.spec, r.checkpoints_dir)
-        promoted = folder if (folder / layout.MANIFEST_FILE).is_file() else None
-    if model == "promoted" and promoted is None:
-        raise _no_model(model, "nothing was promoted yet", "run cosmos promote, or take the base")
-    return recipe, None if model == "base" else promoted
-
-
-def _no_model(model: str, what: str, fix: str) -> UserError:
-    return UserError(what, code=ExitCode.ASSET, where=f"--model {model}", fix=fix)
+        result = _finish(orders.stream(order), streaming=True)
+    result.figures["weights"] = {"path": str(weights.path), "sha256": weights.sha256}
+    console.emit(result, as_json=json_)
 
 
 def read_weights(r: Recipe, folder: Path | None) -> Weights:
@@ -177,11 +145,12 @@ def read_weights(r: Recipe, folder: Path | None) -> Weights:
         UserError: they are missing or damaged.
     """
     path = folder or layout.model_files(r.spec, r.checkpoints_dir, r.base).dit
+    again = "promote again" if folder and promoted.is_promoted(folder) else "download"
     path = layout.weights_in(path)
     if not path.exists():
         raise UserError(
             "the weights are missing", code=ExitCode.ASSET, where=str(path),
-            fix="run cosmos download, or choose a --model",
+            fix=f"run cosmos {again}, or choose a --model",
         )  # fmt: skip
     # Of diffusers' it is a folder, with this file; all of another one would be hashed.
     if path.is_dir() and not (path / "config.json").is_file():
@@ -189,16 +158,21 @@ def read_weights(r: Recipe, folder: Path | None) -> Weights:
             f"holds no {', '.join(layout.MODEL_FORMATS.values())}", code=ExitCode.ASSET,
             where=str(path), fix="give a folder or file of weights",
         )  # fmt: skip
+    before = layout.file_id(path)
     found = Weights(path, layout.sha256_path(path))
-    manifest = path.parent / layout.MANIFEST_FILE
-    if path.name in layout.MODEL_FORMATS.values() and manifest.is_file():
-        written = str(layout.read_json(manifest).get("sha256"))
-        if written != found.sha256:
-            raise UserError(
-                f"is damaged: its sha256 is {found.sha256[:12]}, {manifest.name} says "
-                f"{written[:12]}",
-                code=ExitCode.ASSET, where=str(path), fix="run cosmos promote again",
-            )  # fmt: skip
+    named = path.name in layout.MODEL_FORMATS.values()
+    manifest = promoted.manifest_of(path.parent) if named else None
+    if manifest and manifest["sha256"] != found.sha256:
+        if layout.file_id(path) != before:
+            # A promotion exchanged the folder while the old weights were hashed.
+            return read_weights(r, folder)
+        name = layout.MANIFEST_FILE
+        raise UserError(
+            f"is damaged: its sha256 is {found.sha256[:12]}, {name} says "
+            f"{manifest['sha256'][:12]}",
+            code=ExitCode.ASSET, where=str(path),
+            fix=f"run cosmos promote again; if you put other weights there, delete its {name}",
+        )  # fmt: skip
     return found
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import re
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cosmos_cli import console, history, layout
+from cosmos_cli import console, exchange, history, layout, promoted
 from cosmos_cli.commands import options
 from cosmos_cli.console import Result
 from cosmos_cli.errors import ExitCode, UserError
@@ -16,6 +18,9 @@ from cosmos_cli.layout import Run
 
 if TYPE_CHECKING:
     from cosmos_cli.keys import Recipe
+
+# Of 255 bytes, what the rest of the folder's name and the names beside it leave with room to spare.
+LONGEST_NAME = 100
 
 
 def promote(
@@ -30,6 +35,13 @@ def promote(
             "--format", help="pt, which the reference reads too, safetensors, or diffusers."
         ),
     ] = "pt",
+    name: Annotated[
+        str | None,
+        typer.Option(
+            help="Keep the model in <Model>_post-trained_NAME, beside the others; "
+            "generate takes it with --model NAME."
+        ),
+    ] = None,
     set_: options.SetOption = None,
     print_recipe: options.PrintRecipeOption = False,
     dry_run: options.DryRunOption = False,
@@ -48,30 +60,57 @@ def promote(
             where="--format",
         )
     number = choose_step(Run(r.run_dir), step, weights)
-    target = layout.promoted_dir(r.spec, r.checkpoints_dir)
-    require_own(target, Run(r.run_dir), yes)
+    if name is not None:
+        check_name(name)
+    target = layout.promoted_dir(r.spec, r.checkpoints_dir, name)
+    run = Run(r.run_dir)
+    asked = {"step": (step, "latest"), "weights": (weights, "ema"), "format": (format_, "pt")}
+    words = [f"--{option} {value}" for option, (value, usual) in asked.items() if value != usual]
+    words.append(f"--name {r.name if name != r.name else f'{r.name}_2'}")
+    aside = options.command_line("promote", recipe, set_, " ".join(words))
     console.say(f"promoting step {number} ({weights}) of {r.run_dir} to {target}")
     if dry_run:
-        figures = {"dry_run": True, "step": number}
+        require_own(target, run, yes, aside)
+        figures = {"dry_run": True, "step": number, "path": str(target)}
         console.emit(Result(str(target), figures=figures), as_json=json_)
         return
+    with exchange.alone(target):
+        require_own(target, run, yes, aside)
 
-    from cosmos_cli.model import promote as model_promote
+        from cosmos_cli.model import promote as model_promote
 
-    manifest = model_promote.promote(r, number, weights, format_, target)
+        manifest = model_promote.promote(r, number, weights, format_, target)
     console.say(model_promote.change_table(manifest["relative_change"]))
     console.emit(
         Result(
             str(target),
             artifacts=[target / layout.MODEL_FORMATS[format_]],
             figures={key: manifest[key] for key in ("step", "weights", "format", "sha256")},
-            next=shlex.join(_generate_command(r, target)),
+            next=shlex.join(_generate_command(r, target, name)),
         ),
         as_json=json_,
     )
 
 
-def _generate_command(r: Recipe, target: Path) -> list[str]:
+def check_name(name: str) -> None:
+    """Refuse a --name that cannot be part of a folder's name, or that --model knows otherwise.
+
+    Raises:
+        UserError: it is such a name.
+    """
+    from cosmos_cli.keys import NAME, PATTERNS
+
+    if name in ("base", "promoted"):
+        what = f"--model {name} has a meaning of its own"
+    elif not re.fullmatch(NAME, name) or len(os.fsencode(name)) > LONGEST_NAME:
+        what = f"{name[:LONGEST_NAME]!r} is not {PATTERNS[NAME]}, {LONGEST_NAME} bytes at most"
+    else:
+        return
+    fix = "choose another, such as --name robots"
+    raise UserError(what, code=ExitCode.USAGE, where="--name", fix=fix)
+
+
+def _generate_command(r: Recipe, target: Path, name: str | None) -> list[str]:
     """A prompt like those of the training, and --model where generate would not look by itself."""
     manifest = layout.Dataset.at(r.dataset_dir, r.videos_dir).manifest
     captions = [
@@ -81,26 +120,35 @@ def _generate_command(r: Recipe, target: Path) -> list[str]:
     ]
     prompt = captions[0] if captions else r.prompt or "A red ball moves left."
     elsewhere = target.parent != Path("checkpoints").absolute()
-    return ["cosmos", "generate", "--prompt", prompt, *(["--model", str(target)] * elsewhere)]
+    model = str(target) if elsewhere else name
+    return ["cosmos", "generate", "--prompt", prompt, *(["--model", model] if model else ())]
 
 
-def require_own(target: Path, run: Run, yes: bool) -> None:
-    """Refuses to replace the model of another run without --yes.
+def require_own(target: Path, run: Run, yes: bool, aside: str) -> None:
+    """Refuse to replace without --yes what is not a model of this run.
+
+    Args:
+        target: the folder that is to be replaced.
+        run: the run that is promoted.
+        yes: replace it in any case.
+        aside: the command that keeps both models.
 
     Raises:
-        UserError: the folder holds one.
+        UserError: the folder holds something else.
     """
-    manifest = target / layout.MANIFEST_FILE
     with layout.disk_errors(target):
-        there = manifest.exists()
-    other = layout.read_json(manifest).get("run") if there else str(run.root)
-    if other != str(run.root) and not yes:
-        raise UserError(
-            f"holds the model of another run, {other}",
-            code=ExitCode.USAGE,
-            where=str(target),
-            fix="replace it with --yes, or set checkpoints_dir",
-        )
+        # An empty folder, or one with hidden files alone, holds nobody's work.
+        there = any(target.glob("[!.]*")) if target.is_dir() else target.exists()
+    if yes or not there:
+        return
+    other = promoted.run_of(target)
+    if other == str(run.root):
+        return
+    what = f"the model of another run, {other}" if other else "files that promote did not write"
+    raise UserError(
+        f"holds {what}", code=ExitCode.USAGE, where=str(target),
+        fix=f"keep both with {aside}, or replace it with --yes",
+    )  # fmt: skip
 
 
 def choose_step(run: Run, step: str, weights: str) -> int:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import math
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from cosmos_cli import __version__, console, layout, recipe
+from cosmos_cli import __version__, console, exchange, layout, recipe
 from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.keys import Recipe
 from cosmos_cli.layout import Run
@@ -34,7 +33,7 @@ def promote(r: Recipe, step: int, kind: str, format: str, target: Path) -> dict[
         step: a saved step.
         kind: ema or reg.
         format: one of `layout.MODEL_FORMATS`.
-        target: the folder, which is replaced whole.
+        target: the folder, which is replaced whole; the caller holds `exchange.alone`.
 
     Raises:
         UserError: the checkpoint is missing, damaged, not finite, or no different from the base.
@@ -119,13 +118,15 @@ def _dataset_hash(run: Run, step: int) -> str | None:
 def _write_folder(
     r: Recipe, target: Path, state: dict[str, Tensor], manifest: dict[str, Any]
 ) -> dict[str, Any]:
-    """Builds the folder under another name, reads its weights back, then puts it in place."""
-    building = target.with_name(f".{target.name}.building")
-    old = target.with_name(f".{target.name}.old")
-    if old.exists() and not target.exists():
-        # A kill between the two renames below.
-        old.rename(target)
-    shutil.rmtree(building, ignore_errors=True)
+    """Build the folder beside the old one, then exchange the two; the manifest with its hash."""
+    with exchange.replacing(target) as building:
+        return _fill_folder(r, building, state, manifest)
+
+
+def _fill_folder(
+    r: Recipe, building: Path, state: dict[str, Tensor], manifest: dict[str, Any]
+) -> dict[str, Any]:
+    """Write all files of the folder and read its weights back."""
     path = building / layout.MODEL_FORMATS[manifest["format"]]
     if manifest["format"] == "diffusers":
         weights.save_diffusers(path, state, r.spec.dit)
@@ -148,14 +149,6 @@ def _write_folder(
     if not r.spec.embedded:
         layout.write_text(building / "NOTICE", _NOTICE)
     layout.write_json(building / layout.MANIFEST_FILE, manifest)
-    if target.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        target.rename(old)
-        building.rename(target)
-        shutil.rmtree(old)
-    else:
-        building.rename(target)
-    layout.sync(target.parent)
     return manifest
 
 
