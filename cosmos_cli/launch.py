@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import platform
+import shutil
 import signal
 import subprocess
 import sys
@@ -87,8 +88,10 @@ def known_gpu() -> plan.Gpu | None:
 # --- start, watch, stop ---------------------------------------------------------------------------
 
 
-def join(loaded: LoadedRecipe) -> dict[str, Any]:
+def join(loaded: LoadedRecipe, overwrite: bool) -> dict[str, Any]:
     """Runs this process as the rank that a launcher made it; the figures of the run's result.
+
+    `overwrite` first deletes what an earlier run saved after the step that this one starts from.
 
     Raises:
         UserError: what ended this rank.
@@ -106,6 +109,8 @@ def join(loaded: LoadedRecipe) -> dict[str, Any]:
     with contextlib.ExitStack() as stack:
         if rank == 0:
             stack.enter_context(_locked(run))
+            if overwrite:
+                _discard(run)
             _prepare(loaded, run)
             stack.enter_context(trackers.following(loaded.recipe, run))
         from cosmos_cli.model import train
@@ -124,8 +129,10 @@ def join(loaded: LoadedRecipe) -> dict[str, Any]:
     return outcome
 
 
-def start(loaded: LoadedRecipe, ranks: int) -> dict[str, Any]:
+def start(loaded: LoadedRecipe, ranks: int, overwrite: bool) -> dict[str, Any]:
     """Runs the ranks to their end; the figures of the run's result.
+
+    `overwrite` first deletes what an earlier run saved after the step that this one starts from.
 
     Raises:
         UserError: the first failure of a rank.
@@ -138,6 +145,8 @@ def start(loaded: LoadedRecipe, ranks: int) -> dict[str, Any]:
     ]  # fmt: skip
     restarts = 0
     with _locked(run) as lock, mailbox.Mailbox() as box:
+        if overwrite:
+            _discard(run)
         while True:
             _prepare(loaded, run)
             with trackers.following(loaded.recipe, run):
@@ -304,6 +313,28 @@ def _locked(run: Run) -> Iterator[int]:
         yield stream.fileno()
 
 
+def _discard(run: Run) -> None:
+    """Delete the weights saved after the newest resume state; without one, all of an earlier run.
+
+    status.json goes last: until then, a start without --overwrite is still refused.
+    """
+    start = run.last_step
+    with layout.disk_errors(run.root):
+        for paths in run.weight_files(start).values():
+            for path in paths:
+                path.unlink()
+                console.say(f"deleted {path}")
+        if start:
+            return
+        for folder in run.checkpoints.glob("iter_" + "[0-9]" * 9):
+            # A resume state without its manifest.
+            shutil.rmtree(folder)
+        if run.samples.exists():
+            shutil.rmtree(run.samples)
+        for path in (run.metrics, run.result, run.report, run.status):
+            path.unlink(missing_ok=True)
+
+
 def _prepare(loaded: LoadedRecipe, run: Run) -> None:
     """Clears what an earlier start left and writes what the run is made from."""
     from cosmos_cli import recipe
@@ -320,7 +351,8 @@ def _prepare(loaded: LoadedRecipe, run: Run) -> None:
         for path in run.samples.glob("step_" + "[0-9]" * 9 + "*"):
             if int(path.name[5:14]) > step:
                 path.unlink()
-    history.note(run, {"step": step, "max_steps": loaded.recipe.max_steps})
+    saved = max(step, history.saved_step(run))
+    history.note(run, {"step": step, "max_steps": loaded.recipe.max_steps, "saved_step": saved})
     facts = {
         "cosmos": __version__,
         "python": platform.python_version(),

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import os
+from collections.abc import Callable
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
-from cosmos_cli import console, layout, trackers
+from cosmos_cli import console, history, layout, trackers
 from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.launch import gpu_names, gpus, under_launcher
 from cosmos_cli.layout import Dataset, Run
@@ -22,6 +25,11 @@ FIXED_KEYS = (
     "global_batch_size", "text_dropout", "ema_rate", "seed", "lora_rank", "lora_alpha",
     "lora_targets", "optimizer",
 )  # fmt: skip
+# If one of these changes, the steps after a resume give other weights than before.
+DECIDING_KEYS = {
+    "learning_rate", "beta1", "beta2", "adam_eps", "weight_decay", "grad_clip", "warmup_steps",
+    "lr_start_factor", "lr_end_factor", "max_steps", "transformer_engine", "clips",
+}  # fmt: skip
 
 
 def check_dataset(r: Recipe) -> tuple[int, int]:
@@ -165,11 +173,7 @@ def check_resume(r: Recipe, run: Run, ranks: int) -> int:
         return 0
     folder = run.resume_state(steps[-1])
     saved = layout.read_json(folder / layout.MANIFEST_FILE)
-    changes = {
-        key: (value, getattr(r, key))
-        for key, value in saved["recipe"].items()
-        if hasattr(r, key) and getattr(r, key) != value
-    }
+    changes = _changes(r, saved)
     for key in FIXED_KEYS:
         before, now = changes.get(key, (None, None))
         if before != now and not _are_one(key, before, now):
@@ -180,14 +184,84 @@ def check_resume(r: Recipe, run: Run, ranks: int) -> int:
             raise _another_run(folder, f"other base weights than now lie in {base}")
     if saved["world_size"] != ranks:
         changes["num_processes"] = (saved["world_size"], ranks)
-    dataset = Dataset.at(r.dataset_dir, r.videos_dir).manifest
-    if saved["dataset"] != (now := layout.sha256_file(dataset)):
-        changes["clips"] = (f"manifest {saved['dataset'][:12]}", f"manifest {now[:12]}")
+    if "clips" in changes:
         console.warn("the dataset has changed since this run was saved, and its order with it")
     if changes:
         rows = [(key, str(before), str(now), str(now)) for key, (before, now) in changes.items()]
         console.say(console.table(rows, ("key", "checkpoint", "recipe", "used")))
     return steps[-1]
+
+
+def _changes(r: Recipe, saved: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Return what differs from the recipe and the clips of a saved run: by key, before and now."""
+    changes = {
+        key: (value, getattr(r, key))
+        for key, value in saved["recipe"].items()
+        if hasattr(r, key) and getattr(r, key) != value
+    }
+    dataset = Dataset.at(r.dataset_dir, r.videos_dir).manifest
+    now = layout.sha256_file(dataset) if dataset.exists() else "is missing"
+    if saved["dataset"] != now:
+        changes["clips"] = (f"manifest {saved['dataset'][:12]}", f"manifest {now[:12]}")
+    return changes
+
+
+def check_overwrite(r: Recipe, run: Run, start: int, command: Callable[[str, str], str]) -> None:
+    """Refuse to replace the weights that an earlier training of this run saved after `start`.
+
+    A resumed run makes those of the steps after its resume state again, bit for bit, so they are
+    refused only if the recipe or the clips changed. Model files of a save that never completed
+    do not count. `command` returns a command line of the recipe for a verb and more words.
+
+    Raises:
+        UserError: there are such weights, or metrics, and --overwrite was not given.
+    """
+    newest = history.saved_step(run)
+    if newest <= start or start >= r.max_steps:
+        return
+    later = [step for step in run.weight_files(start) if step <= newest]
+    if start:
+        saved = layout.read_json(run.resume_state(start) / layout.MANIFEST_FILE)
+        changed = DECIDING_KEYS & _changes(r, saved).keys()
+        if r.lr_end_factor == 1:
+            changed -= {"max_steps"}
+        if not later or not changed:
+            return
+        why = f"would resume at step {start} with another {', '.join(sorted(changed))}"
+    elif later or history.rows(run):
+        why = "has no complete resume state and would start again at step 0"
+    else:
+        return
+    lost = f"the weights of {_steps(later)}" if later else "the metrics of the earlier training"
+    raise UserError(
+        f"this run {why}, overwriting {lost}", code=ExitCode.USAGE, where=str(run.root),
+        fix=_ways_out(r, run, later, command),
+    )  # fmt: skip
+
+
+def _steps(steps: list[int]) -> str:
+    if len(steps) == 1:
+        return f"step {steps[0]}"
+    return f"{len(steps)} saves, steps {steps[0]} to {steps[-1]}"
+
+
+def _ways_out(r: Recipe, run: Run, later: list[int], command: Callable[[str, str], str]) -> str:
+    """Return what to type instead: another run, one from the newest weights, or --overwrite."""
+    names = (f"{r.name[:90]}-{number}" for number in itertools.count(2))
+    name = next(name for name in names if not run.root.with_name(name).exists())
+    another = command("train", f"--set name={name}")
+    ways = [f"another run: `{another}`"]
+    if later:
+        newest = run.weight_files()[later[-1]][0]
+        base, first = newest, ""
+        if newest == run.lora(later[-1], "ema") or newest == run.lora(later[-1], "reg"):
+            # A LoRA is no base by itself: promote adds it to the weights that it was trained on.
+            kind = "ema" if newest == run.lora(later[-1], "ema") else "reg"
+            first = command("promote", f"--step {later[-1]} --weights {kind}") + " && "
+            base = layout.promoted_dir(r.spec, r.checkpoints_dir) / layout.MODEL_FILE
+        ways.append(f"one that starts from them: `{first}{another} --set {quote(f'base={base}')}`")
+    ways.append(f"delete them and start again: `{command('train', '--overwrite')}`")
+    return "; ".join(ways)
 
 
 def _are_one(key: str, before: Any, now: Any) -> bool:
@@ -204,15 +278,15 @@ def _another_run(folder: Path, with_what: str) -> UserError:
     )  # fmt: skip
 
 
-def check_disk(r: Recipe, run: Run, start: int) -> None:
-    """Refuses a run whose saves would not fit.
+def check_disk(r: Recipe, run: Run, start: int, freed: int = 0) -> None:
+    """Refuses a run whose saves would not fit, although `freed` bytes are deleted before.
 
     Raises:
         UserError: less free than the remaining saves and min_free_disk_gb need.
     """
     layout.require_free(
         run.root,
-        plan.disk_bytes(r, start)["whole run"] + r.min_free_disk_gb * 1e9,
+        plan.disk_bytes(r, start)["whole run"] + r.min_free_disk_gb * 1e9 - freed,
         "the saves of the run",
         "free some space, save less often, or set output_root",
     )

@@ -99,6 +99,7 @@ def train(r: Recipe, device: torch.device) -> dict[str, Any]:
             saving = done % r.save_every_steps == 0 or done == r.max_steps or stats.save_asked
             if saving:
                 save(r, run, engine, ema, done, about)
+                record.write_saved(done)
                 saved = done
             # Whoever stops a run waits for it; it is measured when it goes on.
             if held_out and not stop_code and (saving or done % r.validate_every_steps == 0):
