@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from cosmos_cli import __version__, console, history, layout, mailbox, trackers
+from cosmos_cli import __version__, console, history, layout, mailbox, signals, trackers
 from cosmos_cli.errors import ExitCode, Interrupted, UserError
 from cosmos_cli.layout import Run
 from cosmos_cli.model import plan
@@ -28,8 +28,6 @@ from cosmos_cli.model import plan
 if TYPE_CHECKING:
     from cosmos_cli.keys import Recipe
     from cosmos_cli.recipe import LoadedRecipe
-
-_CODES = {signal.SIGINT: ExitCode.SIGINT, signal.SIGTERM: ExitCode.SIGTERM}
 
 
 def under_launcher() -> bool:
@@ -113,6 +111,10 @@ def join(loaded: LoadedRecipe, overwrite: bool) -> dict[str, Any]:
                 _discard(run)
             _prepare(loaded, run)
             stack.enter_context(trackers.following(loaded.recipe, run))
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            # torchrun handles SIGHUP also under nohup: it passes it on, and kills what has not
+            # ended half a minute later. Its ranks get none from a terminal.
+            signal.signal(signal.SIGHUP, signal.SIG_DFL)
         from cosmos_cli.model import train
 
         try:
@@ -204,10 +206,12 @@ def _outcome(run: Run) -> dict[str, Any]:
 class _Signals:
     """Passes signals on to the ranks.
 
-    SIGUSR1 has them save and go on; SIGINT and SIGTERM, as SIGTERM, save and end. Twice kills them.
+    SIGUSR1 has them save and go on; SIGINT, SIGTERM and SIGHUP, as SIGTERM, save and end. A second
+    request kills them.
     """
 
     def __init__(self) -> None:
+        self.codes = signals.ending()
         self.seen: ExitCode | None = None
         self.process: subprocess.Popen[bytes] | None = None
 
@@ -216,8 +220,11 @@ class _Signals:
             console.say("saving: the step ends and is saved, then training goes on")
             self.pass_on(number)
             return
-        again, self.seen = self.seen, _CODES[signal.Signals(number)]
-        if again:
+        request = signals.requests.note(number)
+        if not request:
+            return
+        self.seen = self.codes[signal.Signals(number)]
+        if request > 1:
             self.stop(signal.SIGKILL)
             return
         console.say("stopping: the step ends and is saved; once more to stop at once")
@@ -245,21 +252,22 @@ class _Signals:
 
 def _run_to_the_end(command: list[str], **options: Any) -> tuple[int, ExitCode | None]:
     """The exit code of a command, and that of the signal that was passed on to it, if any."""
-    signals = _Signals()
-    before = {number: signal.signal(number, signals) for number in (*_CODES, signal.SIGUSR1)}
+    passing = _Signals()
+    handled = (*passing.codes, signal.SIGUSR1)
+    before = {number: signal.signal(number, passing) for number in handled}
     try:
-        # A session of its own: Ctrl-C reaches us alone and is passed on to the ranks, not to
-        # torchrun, which would kill them half a minute later, in the middle of a save.
+        # A session of its own: Ctrl-C and a closed window reach us alone and are passed on to the
+        # ranks, not to torchrun, which would kill them half a minute later, inside a save.
         process = subprocess.Popen(command, start_new_session=True, **options)
-        signals.process = process
-        if signals.seen:
-            signals.stop(signal.SIGTERM)
+        passing.process = process
+        if passing.seen:
+            passing.stop(signal.SIGTERM)
         process.wait()
         kill_group(process.pid)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    return process.returncode, signals.seen
+    return process.returncode, passing.seen
 
 
 def kill_group(group: int) -> None:
