@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import itertools
 import json
 import os
 import platform
@@ -20,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from cosmos_cli import __version__, console, history, layout, mailbox, signals, trackers
+from cosmos_cli import __version__, console, gpus, history, layout, mailbox, signals, trackers
 from cosmos_cli.errors import ExitCode, Interrupted, UserError
 from cosmos_cli.layout import Run
 from cosmos_cli.model import plan
@@ -50,37 +49,15 @@ def world_size(r: Recipe) -> int:
     return max(len(gpu_names()), 1)
 
 
-def gpus() -> list[tuple[str, tuple[int, int]]]:
-    """Name and compute capability of the GPUs this process may use; empty without a driver."""
-    import pynvml
-
-    try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError:
-        return []
-    handles = map(pynvml.nvmlDeviceGetHandleByIndex, range(pynvml.nvmlDeviceGetCount()))
-    found = [
-        (str(pynvml.nvmlDeviceGetName(gpu)), pynvml.nvmlDeviceGetCudaComputeCapability(gpu))
-        for gpu in handles
-    ]
-    pynvml.nvmlShutdown()
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is None:
-        return found
-    # CUDA ignores what comes behind the first entry that is no device.
-    listed = itertools.takewhile(lambda part: part.strip() not in ("", "-1"), visible.split(","))
-    return found[: len(list(listed))]
-
-
 def gpu_names() -> list[str]:
-    """Their names alone."""
-    return [name for name, _ in gpus()]
+    """Return the names of the GPUs that this process may use; none without a driver."""
+    return [gpu.name for gpu in gpus.visible().gpus]
 
 
 def known_gpu() -> plan.Gpu | None:
-    """The kind of this machine's first GPU, where the planner knows it."""
-    names = gpu_names()
-    return plan.find_gpu(names[0]) if names else None
+    """Return the kind of this machine's GPUs, the smallest of those that the planner knows."""
+    kinds = filter(None, map(plan.find_gpu, gpu_names()))
+    return min(kinds, key=lambda gpu: gpu.memory_gb, default=None)
 
 
 # --- start, watch, stop ---------------------------------------------------------------------------
@@ -366,6 +343,7 @@ def _prepare(loaded: LoadedRecipe, run: Run) -> None:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "gpus": gpu_names(),
+        "cuda_visible_devices": os.environ.get(gpus.VARIABLE),
         "command": sys.argv,
         "slurm_job": os.environ.get("SLURM_JOB_ID"),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),

@@ -10,9 +10,9 @@ from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Any
 
-from cosmos_cli import console, history, layout, trackers
+from cosmos_cli import console, gpus, history, layout, trackers
 from cosmos_cli.errors import ExitCode, UserError
-from cosmos_cli.launch import gpu_names, gpus, under_launcher
+from cosmos_cli.launch import gpu_names, under_launcher
 from cosmos_cli.layout import Dataset, Run
 from cosmos_cli.model import plan
 
@@ -142,9 +142,12 @@ def check_kernels(r: Recipe) -> None:
     if importlib.util.find_spec("transformer_engine") is None:
         fix = "run cosmos setup --install --with transformer-engine, or set transformer_engine: off"
         raise missing(key, "Transformer Engine is not installed", fix)
-    if min((capability for _, capability in gpus()), default=(0, 0)) < (8, 9):
-        fix = "use GPUs of compute capability 8.9 or above, or set transformer_engine: off"
-        raise missing(key, "these GPUs do not compute in fp8", fix)
+    fix = "use GPUs of compute capability 8.9 or above, or set transformer_engine: off"
+    shown = gpus.visible()
+    if not shown.gpus:
+        raise missing(key, f"there is no GPU to compute in fp8{_because(shown)}", fix)
+    if old := [gpu for gpu in shown.gpus if gpu.capability < (8, 9)]:
+        raise missing(key, f"GPU {old[0].index}, {old[0].name}, does not compute in fp8", fix)
 
 
 def check_gpus(r: Recipe, ranks: int) -> None:
@@ -156,10 +159,20 @@ def check_gpus(r: Recipe, ranks: int) -> None:
     found = len(gpu_names())
     if found < ranks and (found or not r.spec.embedded):
         raise UserError(
-            f"{ranks} processes need as many GPUs, {found} are here",
+            f"{ranks} processes need as many GPUs, {found} are here{_because(gpus.visible())}",
             code=ExitCode.ENVIRONMENT, where="num_processes",
             fix="set num_processes: auto and a global_batch_size for it, or see --plan",
         )  # fmt: skip
+
+
+def warn_of_hidden_gpus() -> None:
+    """Say where CUDA_VISIBLE_DEVICES or MIG leaves other GPUs than one would think."""
+    if remark := gpus.visible().remark:
+        console.warn(remark)
+
+
+def _because(shown: gpus.Selection) -> str:
+    return f" ({shown.remark})" if shown.remark else ""
 
 
 def check_resume(r: Recipe, run: Run, ranks: int) -> int:

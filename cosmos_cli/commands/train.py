@@ -57,6 +57,8 @@ def train(
         stands = history.state(run)
         console.emit(Result(history.state_table(stands), figures=stands), as_json=json_)
         return
+    if not gpus:
+        preflight.warn_of_hidden_gpus()
     if plan or gpus:
         count, gpu = planner.parse_gpus(gpus) if gpus else (ranks, launch.known_gpu())
         preflight.check_world(r, count)

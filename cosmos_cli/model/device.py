@@ -20,6 +20,9 @@ def best_device() -> str:
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
         return "cuda"
+    shown = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    if torch.version.cuda and shown.strip() not in ("", "-1"):
+        console.warn(f"CUDA shows no GPU for CUDA_VISIBLE_DEVICES={shown}: this runs on the CPU")
     # transformers imports DeepSpeed when it is installed, which without this guesses on stdout.
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     return "cpu"
