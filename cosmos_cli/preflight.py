@@ -93,6 +93,14 @@ def check_recipe(r: Recipe, ranks: int) -> None:
             where=str(base),
             fix="run cosmos download, or set base",
         )
+    tokenizer = layout.model_files(r.spec, r.checkpoints_dir).tokenizer
+    if (r.preview_every_steps or r.sample_every_saves) and not tokenizer.exists():
+        raise UserError(
+            "the video tokenizer is missing, which previews and samples need",
+            code=ExitCode.ASSET,
+            where=str(tokenizer),
+            fix="run cosmos download, or set preview_every_steps: 0 and sample_every_saves: 0",
+        )
 
 
 def check_world(r: Recipe, ranks: int) -> None:

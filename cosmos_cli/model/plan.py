@@ -264,6 +264,16 @@ def _memory(r: Recipe, ranks: int, gpu: Gpu | None) -> dict[str, float]:
     }
 
 
+def forward_bytes(r: Recipe, ranks: int) -> float:
+    """Bytes that a forward pass without gradients needs at most besides what training holds.
+
+    It keeps less than the backward pass of one block, so it fits wherever training does.
+    """
+    weights = r.spec.dit.parameters * (2 if r.precision == "bf16" else 4)
+    gathered = 3 * weights / r.spec.dit.blocks if r.zero_stage == 3 and ranks > 1 else 0
+    return BLOCK_WORK * _activation(r) + gathered
+
+
 def second_copy(r: Recipe, ranks: int, node: int = NODE) -> int:
     """Over how many GPUs of a node ZeRO++ hpZ shards a second copy of the weights; 0 without."""
     shared_by = node if r.hpz_partition_size == "auto" else r.hpz_partition_size
