@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from cosmos_cli import __version__, console
+from cosmos_cli import __version__, console, signals
 from cosmos_cli.commands import (
     download,
     evaluate,
@@ -55,13 +55,14 @@ def _root(
 
 
 def _interrupt(number: int, _frame: FrameType | None) -> None:
-    raise Interrupted(ExitCode.SIGTERM if number == signal.SIGTERM else ExitCode.SIGINT)
+    if signals.requests.note(number):
+        raise Interrupted(ExitCode.SIGINT if number == signal.SIGINT else ExitCode.SIGTERM)
 
 
 def main() -> None:
     """Runs the command line and ends the process with a documented exit code."""
-    signal.signal(signal.SIGINT, _interrupt)
-    signal.signal(signal.SIGTERM, _interrupt)
+    for number in signals.ending():
+        signal.signal(number, _interrupt)
     as_json = "--json" in sys.argv
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A file name that is no UTF-8 is printed as it is.

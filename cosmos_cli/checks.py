@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import psutil
 
 from cosmos_cli import assets, console, download, launch, layout, preflight, probes, repairs
+from cosmos_cli import gpus as selection
 from cosmos_cli.cache import cache_dir
 from cosmos_cli.errors import UserError
 from cosmos_cli.layout import Run
@@ -181,11 +182,12 @@ def _gpus(outcome: Outcome, names: list[str], r: Recipe) -> Check:
             else "install a CUDA build: bash recipes/install.sh --torch cuda"
         )
         return Check("GPUs", missing, f"{len(names)} x {names[0]}, but torch cannot use it", fix)
+    remark = selection.visible().remark
+    found = f"none: {remark}" if remark else "none"
     if r.spec.embedded:
-        return Check("GPUs", "warn", "none; this model also trains on the CPU")
-    return Check(
-        "GPUs", "fail", "none", "use a machine with NVIDIA GPUs, or start with the recipe tiny"
-    )
+        return Check("GPUs", "warn", f"{found}; this model also trains on the CPU")
+    fix = "use a machine with NVIDIA GPUs, or start with the recipe tiny"
+    return Check("GPUs", "fail", found, f"unset {selection.VARIABLE}" if remark else fix)
 
 
 def _usable_gpus(gpus: list[dict[str, Any]]) -> Check:
@@ -196,7 +198,8 @@ def _usable_gpus(gpus: list[dict[str, Any]]) -> Check:
     )
     driver, health, damaged = _driver_facts()
     found = "; ".join(f"{count} x {text}" for text, count in kinds.items())
-    found = ", ".join([found, *health, driver])
+    remark = selection.visible().remark
+    found = ", ".join(filter(None, [found, *health, driver, remark]))
     if damaged:
         fix = "restart the machine; when it comes back, have the GPU replaced"
         return Check("GPUs", "warn", f"{found}; uncorrected memory errors on GPU {damaged}", fix)
@@ -206,11 +209,13 @@ def _usable_gpus(gpus: list[dict[str, Any]]) -> Check:
 
 
 def _driver_facts() -> tuple[str, list[str], str]:
-    """The driver; ECC and NVLink of the GPUs; the indices of those with memory errors."""
+    """The driver; ECC and NVLink of the visible GPUs; the indices of those with memory errors."""
     import pynvml
 
+    shown = selection.visible().gpus
     pynvml.nvmlInit()
-    handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
+    indices = sorted({gpu.index for gpu in shown})
+    handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in indices]
     cuda = pynvml.nvmlSystemGetCudaDriverVersion()
     driver = (
         f"driver {pynvml.nvmlSystemGetDriverVersion()} (CUDA {cuda // 1000}.{cuda % 1000 // 10})"
@@ -218,7 +223,7 @@ def _driver_facts() -> tuple[str, list[str], str]:
     ecc: set[str] = set()
     links: set[int] = set()
     damaged = []
-    for i, handle in enumerate(handles):
+    for index, handle in zip(indices, handles, strict=True):
         links.add(sum(_has_link(handle, link) for link in range(pynvml.NVML_NVLINK_MAX_LINKS)))
         try:
             ecc.add("ECC on" if pynvml.nvmlDeviceGetEccMode(handle)[0] else "ECC off")
@@ -228,7 +233,7 @@ def _driver_facts() -> tuple[str, list[str], str]:
         except pynvml.NVMLError:
             ecc.add("no ECC")
             continue
-        damaged += [str(i)] if errors else []
+        damaged += [str(index)] if errors else []
     pynvml.nvmlShutdown()
     nvlink = [f"{'/'.join(map(str, sorted(links)))} NVLinks each"] if len(handles) > 1 else []
     return driver, [*sorted(ecc), *nvlink], ", ".join(damaged)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
+import stat
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -50,8 +52,7 @@ def unmute() -> None:
 def say(message: str) -> None:
     """Prints a line on stderr and in the open logs."""
     if not _muted:
-        # That nobody reads it (`2>&1 | head`), or that its disk is full, ends no work.
-        with contextlib.suppress(OSError):
+        with _unread(sys.stderr):
             print(message, file=sys.stderr, flush=True)
         _log(message)
 
@@ -87,8 +88,50 @@ def record(value: dict[str, Any]) -> None:
     _print(json.dumps(value))
 
 
+@contextmanager
+def _unread(stream: TextIO) -> Iterator[None]:
+    """Go on when nobody reads a stream any more, or its disk is full."""
+    try:
+        yield
+    except OSError as error:
+        if _is_gone(stream, error):
+            _silence(stream)
+
+
+def _is_gone(stream: TextIO, error: OSError) -> bool:
+    """Return whether the reader of a stream went away: a pipe (`| head`) or a closed terminal."""
+    if error.errno != errno.EIO:
+        return isinstance(error, BrokenPipeError)
+    return stat.S_ISCHR(os.fstat(stream.fileno()).st_mode)
+
+
+def _silence(stream: TextIO) -> None:
+    """Send a stream nowhere, so that what it holds back cannot fail when Python ends."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
+
+
+class _Terminal:
+    """stderr for rich, which a terminal that is gone would end, and with it the command."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> None:
+        with _unread(self.stream):
+            self.stream.write(text)
+
+    def flush(self) -> None:
+        with _unread(self.stream):
+            self.stream.flush()
+
+
 def _print(text: str) -> None:
-    """Prints on stdout; that the reader went away (`| head`) is no failure of the command.
+    """Prints on stdout; that the reader went away is no failure of the command.
 
     Raises:
         UserError: its disk is full.
@@ -100,9 +143,9 @@ def _print(text: str) -> None:
             # The reader's alphabet is smaller than that of a file name.
             print(text.encode("ascii", "backslashreplace").decode(), flush=True)
     except OSError as error:
-        # What Python would write at its end goes nowhere, and cannot fail again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if not isinstance(error, BrokenPipeError):
+        gone = _is_gone(sys.stdout, error)
+        _silence(sys.stdout)
+        if not gone:
             raise UserError(
                 f"cannot be written: {error.strerror}", code=ExitCode.ASSET,
                 where="standard output", fix="free some space, or write it elsewhere",
@@ -211,7 +254,8 @@ def progress(label: str, total: int, unit: str, done: int = 0) -> Iterator[Progr
         TextColumn("{task.fields[note]}", markup=False),
         TimeRemainingColumn(),
     )
-    with Bar(*columns, console=Console(stderr=True)) as bar:
+    terminal: Any = _Terminal(sys.stderr)
+    with Bar(*columns, console=Console(file=terminal)) as bar:
         bar.add_task(label, total=total, completed=done, note="")
         counter.bar = bar
         yield counter

@@ -68,7 +68,10 @@ def together(errors: Sequence[UserError]) -> UserError:
 
 
 class Interrupted(BaseException):
-    """SIGINT or SIGTERM arrived. Like KeyboardInterrupt, no `except Exception` may swallow it."""
+    """SIGINT, SIGTERM or SIGHUP arrived.
+
+    Like KeyboardInterrupt, no `except Exception` may swallow it.
+    """
 
     def __init__(self, code: ExitCode) -> None:
         super().__init__(code.name)

@@ -41,6 +41,23 @@ def note(run: Run, figures: Row) -> None:
     layout.write_json(run.status, {**figures, **who})
 
 
+def saved_step(run: Run) -> int:
+    """Return the newest step that the run is known to have saved whole, 0 if there is none.
+
+    A kill inside a save leaves model files too, so those alone prove nothing. They count only if
+    status.json does not say: it is gone, or was written by an earlier version.
+    """
+    try:
+        status = json.loads(run.status.read_text(encoding="utf-8"))
+        return int(status["saved_step"])
+    except FileNotFoundError:
+        # Training writes it before its first row.
+        steps = [row["step"] for row in rows(run)]
+    except (OSError, ValueError, KeyError, TypeError):
+        steps = []
+    return max([*run.weight_files(), *steps], default=0)
+
+
 def is_finished(run: Run) -> bool:
     """Whether a run came to its end, what is measured and made after its last save included."""
     return run.result.exists() and not layout.read_json(run.result)["exit_code"]

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import itertools
 import json
 import os
 import platform
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from cosmos_cli import __version__, console, history, layout, mailbox, trackers
+from cosmos_cli import __version__, console, gpus, history, layout, mailbox, signals, trackers
 from cosmos_cli.errors import ExitCode, Interrupted, UserError
 from cosmos_cli.layout import Run
 from cosmos_cli.model import plan
@@ -27,8 +27,6 @@ from cosmos_cli.model import plan
 if TYPE_CHECKING:
     from cosmos_cli.keys import Recipe
     from cosmos_cli.recipe import LoadedRecipe
-
-_CODES = {signal.SIGINT: ExitCode.SIGINT, signal.SIGTERM: ExitCode.SIGTERM}
 
 
 def under_launcher() -> bool:
@@ -51,44 +49,24 @@ def world_size(r: Recipe) -> int:
     return max(len(gpu_names()), 1)
 
 
-def gpus() -> list[tuple[str, tuple[int, int]]]:
-    """Name and compute capability of the GPUs this process may use; empty without a driver."""
-    import pynvml
-
-    try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError:
-        return []
-    handles = map(pynvml.nvmlDeviceGetHandleByIndex, range(pynvml.nvmlDeviceGetCount()))
-    found = [
-        (str(pynvml.nvmlDeviceGetName(gpu)), pynvml.nvmlDeviceGetCudaComputeCapability(gpu))
-        for gpu in handles
-    ]
-    pynvml.nvmlShutdown()
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is None:
-        return found
-    # CUDA ignores what comes behind the first entry that is no device.
-    listed = itertools.takewhile(lambda part: part.strip() not in ("", "-1"), visible.split(","))
-    return found[: len(list(listed))]
-
-
 def gpu_names() -> list[str]:
-    """Their names alone."""
-    return [name for name, _ in gpus()]
+    """Return the names of the GPUs that this process may use; none without a driver."""
+    return [gpu.name for gpu in gpus.visible().gpus]
 
 
 def known_gpu() -> plan.Gpu | None:
-    """The kind of this machine's first GPU, where the planner knows it."""
-    names = gpu_names()
-    return plan.find_gpu(names[0]) if names else None
+    """Return the kind of this machine's GPUs, the smallest of those that the planner knows."""
+    kinds = filter(None, map(plan.find_gpu, gpu_names()))
+    return min(kinds, key=lambda gpu: gpu.memory_gb, default=None)
 
 
 # --- start, watch, stop ---------------------------------------------------------------------------
 
 
-def join(loaded: LoadedRecipe) -> dict[str, Any]:
+def join(loaded: LoadedRecipe, overwrite: bool) -> dict[str, Any]:
     """Runs this process as the rank that a launcher made it; the figures of the run's result.
+
+    `overwrite` first deletes what an earlier run saved after the step that this one starts from.
 
     Raises:
         UserError: what ended this rank.
@@ -106,8 +84,14 @@ def join(loaded: LoadedRecipe) -> dict[str, Any]:
     with contextlib.ExitStack() as stack:
         if rank == 0:
             stack.enter_context(_locked(run))
+            if overwrite:
+                _discard(run)
             _prepare(loaded, run)
             stack.enter_context(trackers.following(loaded.recipe, run))
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            # torchrun handles SIGHUP also under nohup: it passes it on, and kills what has not
+            # ended half a minute later. Its ranks get none from a terminal.
+            signal.signal(signal.SIGHUP, signal.SIG_DFL)
         from cosmos_cli.model import train
 
         try:
@@ -124,8 +108,10 @@ def join(loaded: LoadedRecipe) -> dict[str, Any]:
     return outcome
 
 
-def start(loaded: LoadedRecipe, ranks: int) -> dict[str, Any]:
+def start(loaded: LoadedRecipe, ranks: int, overwrite: bool) -> dict[str, Any]:
     """Runs the ranks to their end; the figures of the run's result.
+
+    `overwrite` first deletes what an earlier run saved after the step that this one starts from.
 
     Raises:
         UserError: the first failure of a rank.
@@ -138,6 +124,8 @@ def start(loaded: LoadedRecipe, ranks: int) -> dict[str, Any]:
     ]  # fmt: skip
     restarts = 0
     with _locked(run) as lock, mailbox.Mailbox() as box:
+        if overwrite:
+            _discard(run)
         while True:
             _prepare(loaded, run)
             with trackers.following(loaded.recipe, run):
@@ -195,10 +183,12 @@ def _outcome(run: Run) -> dict[str, Any]:
 class _Signals:
     """Passes signals on to the ranks.
 
-    SIGUSR1 has them save and go on; SIGINT and SIGTERM, as SIGTERM, save and end. Twice kills them.
+    SIGUSR1 has them save and go on; SIGINT, SIGTERM and SIGHUP, as SIGTERM, save and end. A second
+    request kills them.
     """
 
     def __init__(self) -> None:
+        self.codes = signals.ending()
         self.seen: ExitCode | None = None
         self.process: subprocess.Popen[bytes] | None = None
 
@@ -207,8 +197,11 @@ class _Signals:
             console.say("saving: the step ends and is saved, then training goes on")
             self.pass_on(number)
             return
-        again, self.seen = self.seen, _CODES[signal.Signals(number)]
-        if again:
+        request = signals.requests.note(number)
+        if not request:
+            return
+        self.seen = self.codes[signal.Signals(number)]
+        if request > 1:
             self.stop(signal.SIGKILL)
             return
         console.say("stopping: the step ends and is saved; once more to stop at once")
@@ -236,21 +229,22 @@ class _Signals:
 
 def _run_to_the_end(command: list[str], **options: Any) -> tuple[int, ExitCode | None]:
     """The exit code of a command, and that of the signal that was passed on to it, if any."""
-    signals = _Signals()
-    before = {number: signal.signal(number, signals) for number in (*_CODES, signal.SIGUSR1)}
+    passing = _Signals()
+    handled = (*passing.codes, signal.SIGUSR1)
+    before = {number: signal.signal(number, passing) for number in handled}
     try:
-        # A session of its own: Ctrl-C reaches us alone and is passed on to the ranks, not to
-        # torchrun, which would kill them half a minute later, in the middle of a save.
+        # A session of its own: Ctrl-C and a closed window reach us alone and are passed on to the
+        # ranks, not to torchrun, which would kill them half a minute later, inside a save.
         process = subprocess.Popen(command, start_new_session=True, **options)
-        signals.process = process
-        if signals.seen:
-            signals.stop(signal.SIGTERM)
+        passing.process = process
+        if passing.seen:
+            passing.stop(signal.SIGTERM)
         process.wait()
         kill_group(process.pid)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    return process.returncode, signals.seen
+    return process.returncode, passing.seen
 
 
 def kill_group(group: int) -> None:
@@ -304,6 +298,28 @@ def _locked(run: Run) -> Iterator[int]:
         yield stream.fileno()
 
 
+def _discard(run: Run) -> None:
+    """Delete the weights saved after the newest resume state; without one, all of an earlier run.
+
+    status.json goes last: until then, a start without --overwrite is still refused.
+    """
+    start = run.last_step
+    with layout.disk_errors(run.root):
+        for paths in run.weight_files(start).values():
+            for path in paths:
+                path.unlink()
+                console.say(f"deleted {path}")
+        if start:
+            return
+        for folder in run.checkpoints.glob("iter_" + "[0-9]" * 9):
+            # A resume state without its manifest.
+            shutil.rmtree(folder)
+        if run.samples.exists():
+            shutil.rmtree(run.samples)
+        for path in (run.metrics, run.result, run.report, run.status):
+            path.unlink(missing_ok=True)
+
+
 def _prepare(loaded: LoadedRecipe, run: Run) -> None:
     """Clears what an earlier start left and writes what the run is made from."""
     from cosmos_cli import recipe
@@ -320,12 +336,14 @@ def _prepare(loaded: LoadedRecipe, run: Run) -> None:
         for path in run.samples.glob("step_" + "[0-9]" * 9 + "*"):
             if int(path.name[5:14]) > step:
                 path.unlink()
-    history.note(run, {"step": step, "max_steps": loaded.recipe.max_steps})
+    saved = max(step, history.saved_step(run))
+    history.note(run, {"step": step, "max_steps": loaded.recipe.max_steps, "saved_step": saved})
     facts = {
         "cosmos": __version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
         "gpus": gpu_names(),
+        "cuda_visible_devices": os.environ.get(gpus.VARIABLE),
         "command": sys.argv,
         "slurm_job": os.environ.get("SLURM_JOB_ID"),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),

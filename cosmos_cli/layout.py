@@ -454,6 +454,17 @@ class Run:
         names = (re.fullmatch(pattern, path.name) for path in found)
         return sorted(int(name[1]) for name in names if name)
 
+    def weight_files(self, after: int = 0) -> dict[int, list[Path]]:
+        """Return the model and LoRA files of later steps by step, ascending; first the EMA's."""
+        saved = sorted({*self.saved_steps("ema"), *self.saved_steps("reg")})
+        steps = [step for step in saved if step > after]
+        named = {
+            step: [name(step, kind) for kind in ("ema", "reg") for name in (self.model, self.lora)]
+            for step in steps
+        }
+        # A link whose target is gone is still a file of the run.
+        return {step: [p for p in paths if os.path.lexists(p)] for step, paths in named.items()}
+
 
 # --- models ---------------------------------------------------------------------------------------
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import os
+from collections.abc import Callable
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
-from cosmos_cli import console, layout, trackers
+from cosmos_cli import console, gpus, history, layout, trackers
 from cosmos_cli.errors import ExitCode, UserError
-from cosmos_cli.launch import gpu_names, gpus, under_launcher
+from cosmos_cli.launch import gpu_names, under_launcher
 from cosmos_cli.layout import Dataset, Run
 from cosmos_cli.model import plan
 
@@ -22,6 +25,11 @@ FIXED_KEYS = (
     "global_batch_size", "text_dropout", "ema_rate", "seed", "lora_rank", "lora_alpha",
     "lora_targets", "optimizer",
 )  # fmt: skip
+# If one of these changes, the steps after a resume give other weights than before.
+DECIDING_KEYS = {
+    "learning_rate", "beta1", "beta2", "adam_eps", "weight_decay", "grad_clip", "warmup_steps",
+    "lr_start_factor", "lr_end_factor", "max_steps", "transformer_engine", "clips",
+}  # fmt: skip
 
 
 def check_dataset(r: Recipe) -> tuple[int, int]:
@@ -85,6 +93,14 @@ def check_recipe(r: Recipe, ranks: int) -> None:
             where=str(base),
             fix="run cosmos download, or set base",
         )
+    tokenizer = layout.model_files(r.spec, r.checkpoints_dir).tokenizer
+    if (r.preview_every_steps or r.sample_every_saves) and not tokenizer.exists():
+        raise UserError(
+            "the video tokenizer is missing, which previews and samples need",
+            code=ExitCode.ASSET,
+            where=str(tokenizer),
+            fix="run cosmos download, or set preview_every_steps: 0 and sample_every_saves: 0",
+        )
 
 
 def check_world(r: Recipe, ranks: int) -> None:
@@ -134,9 +150,12 @@ def check_kernels(r: Recipe) -> None:
     if importlib.util.find_spec("transformer_engine") is None:
         fix = "run cosmos setup --install --with transformer-engine, or set transformer_engine: off"
         raise missing(key, "Transformer Engine is not installed", fix)
-    if min((capability for _, capability in gpus()), default=(0, 0)) < (8, 9):
-        fix = "use GPUs of compute capability 8.9 or above, or set transformer_engine: off"
-        raise missing(key, "these GPUs do not compute in fp8", fix)
+    fix = "use GPUs of compute capability 8.9 or above, or set transformer_engine: off"
+    shown = gpus.visible()
+    if not shown.gpus:
+        raise missing(key, f"there is no GPU to compute in fp8{_because(shown)}", fix)
+    if old := [gpu for gpu in shown.gpus if gpu.capability < (8, 9)]:
+        raise missing(key, f"GPU {old[0].index}, {old[0].name}, does not compute in fp8", fix)
 
 
 def check_gpus(r: Recipe, ranks: int) -> None:
@@ -148,10 +167,20 @@ def check_gpus(r: Recipe, ranks: int) -> None:
     found = len(gpu_names())
     if found < ranks and (found or not r.spec.embedded):
         raise UserError(
-            f"{ranks} processes need as many GPUs, {found} are here",
+            f"{ranks} processes need as many GPUs, {found} are here{_because(gpus.visible())}",
             code=ExitCode.ENVIRONMENT, where="num_processes",
             fix="set num_processes: auto and a global_batch_size for it, or see --plan",
         )  # fmt: skip
+
+
+def warn_of_hidden_gpus() -> None:
+    """Say where CUDA_VISIBLE_DEVICES or MIG leaves other GPUs than one would think."""
+    if remark := gpus.visible().remark:
+        console.warn(remark)
+
+
+def _because(shown: gpus.Selection) -> str:
+    return f" ({shown.remark})" if shown.remark else ""
 
 
 def check_resume(r: Recipe, run: Run, ranks: int) -> int:
@@ -165,11 +194,7 @@ def check_resume(r: Recipe, run: Run, ranks: int) -> int:
         return 0
     folder = run.resume_state(steps[-1])
     saved = layout.read_json(folder / layout.MANIFEST_FILE)
-    changes = {
-        key: (value, getattr(r, key))
-        for key, value in saved["recipe"].items()
-        if hasattr(r, key) and getattr(r, key) != value
-    }
+    changes = _changes(r, saved)
     for key in FIXED_KEYS:
         before, now = changes.get(key, (None, None))
         if before != now and not _are_one(key, before, now):
@@ -180,14 +205,84 @@ def check_resume(r: Recipe, run: Run, ranks: int) -> int:
             raise _another_run(folder, f"other base weights than now lie in {base}")
     if saved["world_size"] != ranks:
         changes["num_processes"] = (saved["world_size"], ranks)
-    dataset = Dataset.at(r.dataset_dir, r.videos_dir).manifest
-    if saved["dataset"] != (now := layout.sha256_file(dataset)):
-        changes["clips"] = (f"manifest {saved['dataset'][:12]}", f"manifest {now[:12]}")
+    if "clips" in changes:
         console.warn("the dataset has changed since this run was saved, and its order with it")
     if changes:
         rows = [(key, str(before), str(now), str(now)) for key, (before, now) in changes.items()]
         console.say(console.table(rows, ("key", "checkpoint", "recipe", "used")))
     return steps[-1]
+
+
+def _changes(r: Recipe, saved: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Return what differs from the recipe and the clips of a saved run: by key, before and now."""
+    changes = {
+        key: (value, getattr(r, key))
+        for key, value in saved["recipe"].items()
+        if hasattr(r, key) and getattr(r, key) != value
+    }
+    dataset = Dataset.at(r.dataset_dir, r.videos_dir).manifest
+    now = layout.sha256_file(dataset) if dataset.exists() else "is missing"
+    if saved["dataset"] != now:
+        changes["clips"] = (f"manifest {saved['dataset'][:12]}", f"manifest {now[:12]}")
+    return changes
+
+
+def check_overwrite(r: Recipe, run: Run, start: int, command: Callable[[str, str], str]) -> None:
+    """Refuse to replace the weights that an earlier training of this run saved after `start`.
+
+    A resumed run makes those of the steps after its resume state again, bit for bit, so they are
+    refused only if the recipe or the clips changed. Model files of a save that never completed
+    do not count. `command` returns a command line of the recipe for a verb and more words.
+
+    Raises:
+        UserError: there are such weights, or metrics, and --overwrite was not given.
+    """
+    newest = history.saved_step(run)
+    if newest <= start or start >= r.max_steps:
+        return
+    later = [step for step in run.weight_files(start) if step <= newest]
+    if start:
+        saved = layout.read_json(run.resume_state(start) / layout.MANIFEST_FILE)
+        changed = DECIDING_KEYS & _changes(r, saved).keys()
+        if r.lr_end_factor == 1:
+            changed -= {"max_steps"}
+        if not later or not changed:
+            return
+        why = f"would resume at step {start} with another {', '.join(sorted(changed))}"
+    elif later or history.rows(run):
+        why = "has no complete resume state and would start again at step 0"
+    else:
+        return
+    lost = f"the weights of {_steps(later)}" if later else "the metrics of the earlier training"
+    raise UserError(
+        f"this run {why}, overwriting {lost}", code=ExitCode.USAGE, where=str(run.root),
+        fix=_ways_out(r, run, later, command),
+    )  # fmt: skip
+
+
+def _steps(steps: list[int]) -> str:
+    if len(steps) == 1:
+        return f"step {steps[0]}"
+    return f"{len(steps)} saves, steps {steps[0]} to {steps[-1]}"
+
+
+def _ways_out(r: Recipe, run: Run, later: list[int], command: Callable[[str, str], str]) -> str:
+    """Return what to type instead: another run, one from the newest weights, or --overwrite."""
+    names = (f"{r.name[:90]}-{number}" for number in itertools.count(2))
+    name = next(name for name in names if not run.root.with_name(name).exists())
+    another = command("train", f"--set name={name}")
+    ways = [f"another run: `{another}`"]
+    if later:
+        newest = run.weight_files()[later[-1]][0]
+        base, first = newest, ""
+        if newest == run.lora(later[-1], "ema") or newest == run.lora(later[-1], "reg"):
+            # A LoRA is no base by itself: promote adds it to the weights that it was trained on.
+            kind = "ema" if newest == run.lora(later[-1], "ema") else "reg"
+            first = command("promote", f"--step {later[-1]} --weights {kind}") + " && "
+            base = layout.promoted_dir(r.spec, r.checkpoints_dir) / layout.MODEL_FILE
+        ways.append(f"one that starts from them: `{first}{another} --set {quote(f'base={base}')}`")
+    ways.append(f"delete them and start again: `{command('train', '--overwrite')}`")
+    return "; ".join(ways)
 
 
 def _are_one(key: str, before: Any, now: Any) -> bool:
@@ -204,15 +299,15 @@ def _another_run(folder: Path, with_what: str) -> UserError:
     )  # fmt: skip
 
 
-def check_disk(r: Recipe, run: Run, start: int) -> None:
-    """Refuses a run whose saves would not fit.
+def check_disk(r: Recipe, run: Run, start: int, freed: int = 0) -> None:
+    """Refuses a run whose saves would not fit, although `freed` bytes are deleted before.
 
     Raises:
         UserError: less free than the remaining saves and min_free_disk_gb need.
     """
     layout.require_free(
         run.root,
-        plan.disk_bytes(r, start)["whole run"] + r.min_free_disk_gb * 1e9,
+        plan.disk_bytes(r, start)["whole run"] + r.min_free_disk_gb * 1e9 - freed,
         "the saves of the run",
         "free some space, save less often, or set output_root",
     )

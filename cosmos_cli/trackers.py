@@ -191,6 +191,7 @@ def main(root: str) -> None:
     """Follows the run in a folder until stdin ends."""
     # Slurm signals all processes of a job; a run that is told to end still has figures to show.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     run = Run(Path(root))
     r = recipe.load(str(run.resolved)).recipe
     news, ended = News(run), threading.Event()

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cosmos_cli import console, history, launch, preflight
+from cosmos_cli import console, history, launch, layout, preflight
 from cosmos_cli.commands import options
 from cosmos_cli.console import Result
+from cosmos_cli.errors import UserError
 from cosmos_cli.layout import Run
 from cosmos_cli.model import plan as planner
+
+if TYPE_CHECKING:
+    from cosmos_cli.keys import Recipe
 
 
 def train(
@@ -27,6 +33,12 @@ def train(
     gpus: Annotated[
         str | None, typer.Option(metavar="8xH100-80GB", help="Plan for GPUs that are not here.")
     ] = None,
+    overwrite: Annotated[
+        bool,
+        typer.Option(
+            "--overwrite", help="Delete what an earlier run of this name saved and cannot resume."
+        ),
+    ] = False,
     json_: options.JsonOption = False,
 ) -> None:
     """Post-train on the prepared dataset, on all GPUs; the same command resumes.
@@ -37,13 +49,21 @@ def train(
     loaded = options.open_recipe(recipe, set_, print_recipe, json_)
     r = loaded.recipe
     run, ranks = Run(r.run_dir), launch.world_size(r)
+
+    def command(verb: str, extra: str) -> str:
+        return options.command_line(verb, recipe, set_, extra)
+
     if status:
         stands = history.state(run)
         console.emit(Result(history.state_table(stands), figures=stands), as_json=json_)
         return
+    if not gpus:
+        preflight.warn_of_hidden_gpus()
     if plan or gpus:
         count, gpu = planner.parse_gpus(gpus) if gpus else (ranks, launch.known_gpu())
         preflight.check_world(r, count)
+        if not overwrite:
+            _warn_of_overwriting(r, run, command)
         figures = planner.check_memory(r, count, gpu)
         console.emit(Result(planner.describe(r, count, gpu), figures=figures), as_json=json_)
         return
@@ -51,8 +71,11 @@ def train(
     clips, held_out = preflight.check_dataset(r)
     start = preflight.check_resume(r, run, ranks)
     finished = start >= r.max_steps and history.is_finished(run)
+    if not overwrite:
+        preflight.check_overwrite(r, run, start, command)
+    deleted = _deleted_by_overwriting(run, start) if overwrite else []
     if not finished:
-        preflight.check_disk(r, run, start)
+        preflight.check_disk(r, run, start, sum(map(layout.size_of, deleted)))
     figures = {
         "run_dir": str(run.root), "clips": clips, "heldout_clips": held_out, "processes": ranks,
         "from": start,
@@ -69,14 +92,33 @@ def train(
         figures |= {"step": start, "best_step": history.best_step(run)}
     elif dry_run:
         following = "train"
+        figures["deletes"] = [str(path) for path in deleted]
         figures["plan"] = planner.check_memory(r, ranks, launch.known_gpu())
         console.say(planner.describe(r, ranks, launch.known_gpu()))
     elif launch.under_launcher():
-        figures |= launch.join(loaded)
+        figures |= launch.join(loaded, overwrite)
     else:
         preflight.check_gpus(r, ranks)
-        figures |= launch.start(loaded, ranks)
+        figures |= launch.start(loaded, ranks, overwrite)
     artifacts = [run.root] if run.root.exists() else []
     best = "--step best" if figures.get("best_step") is not None else ""
     next_ = options.command_line(following, recipe, set_, best)
     console.emit(Result(str(run.root), artifacts, figures, next_), as_json=json_)
+
+
+def _warn_of_overwriting(r: Recipe, run: Run, command: Callable[[str, str], str]) -> None:
+    """Say in a plan what would keep the run from starting."""
+    try:
+        preflight.check_overwrite(r, run, run.last_step, command)
+    except UserError as error:
+        console.warn(str(error))
+
+
+def _deleted_by_overwriting(run: Run, start: int) -> list[Path]:
+    """Return the weights that --overwrite deletes, and say so."""
+    if start:
+        console.say(f"--overwrite: the run resumes at step {start}, nothing up to it is deleted")
+    paths = [path for paths in run.weight_files(start).values() for path in paths]
+    if paths:
+        console.say(f"--overwrite deletes {len(paths)} model files of steps after {start}")
+    return paths

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +14,12 @@ from cosmos_cli.errors import ExitCode, UserError
 
 # CUDA's own share of a GPU's memory looks like another program's.
 _OWN_SHARE = 2e9
+# What errors other than torch's own say: its allocator on a CPU, CUDA, cuBLAS, cuDNN, FFmpeg. For
+# want of workspace, cuDNN finds no engine.
+_OUT_OF_MEMORY = (
+    "out of memory", "can't allocate memory", "cannot allocate memory", "status_alloc_failed",
+    "unable to find an engine to execute",
+)  # fmt: skip
 
 
 def best_device() -> str:
@@ -20,6 +27,9 @@ def best_device() -> str:
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
         return "cuda"
+    shown = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    if torch.version.cuda and shown.strip() not in ("", "-1"):
+        console.warn(f"CUDA shows no GPU for CUDA_VISIBLE_DEVICES={shown}: this runs on the CPU")
     # transformers imports DeepSpeed when it is installed, which without this guesses on stdout.
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     return "cpu"
@@ -42,6 +52,30 @@ def can_compile(device: torch.device, loss: str) -> bool:
         console.warn(f"nothing is compiled here, so {loss}: {reason}")
         return False
     return True
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error says that memory ran out, that of a GPU or of the host."""
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    said = str(error).lower()
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
+        isinstance(error, RuntimeError) and any(words in said for words in _OUT_OF_MEMORY)
+    )
+
+
+def has_room(device: torch.device, needed: float) -> bool:
+    """Return whether some bytes can be allocated on a device; a CPU is not asked.
+
+    Allocating them also counts what fragments cannot hold; torch keeps them for what comes next.
+    """
+    if device.type == "cpu":
+        return True
+    try:
+        parts = [torch.empty(int(needed / 8), dtype=torch.uint8, device=device) for _ in range(8)]
+    except torch.OutOfMemoryError:
+        return False
+    return len(parts) == 8
 
 
 @contextmanager

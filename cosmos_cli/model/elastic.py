@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import os
 import signal
 import sys
 
@@ -27,6 +28,9 @@ def main(arguments: list[str]) -> int:
     # Ranks inherit this until they install their own handler; without, asking for a save would
     # kill those that are still starting.
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+        # torchrun would handle it in spite of nohup, and end the ranks.
+        os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGTERM,SIGINT,SIGQUIT"
     # What torchrun says of a failure in a screenful, the post below says in a line.
     logging.disable(logging.ERROR)
     try:

@@ -75,6 +75,7 @@ class Metrics:
             "step": start,
             "max_steps": r.max_steps,
             "from": start,
+            "saved_step": history.saved_step(run),
             "started": time.time(),
             "planned_memory_gb": round(planned.total_gb, 3),
         }
@@ -101,6 +102,12 @@ class Metrics:
         if dist.get_rank() == 0:
             with layout.disk_errors(self.run.metrics), self.run.metrics.open("a") as stream:
                 stream.write(json.dumps(row) + "\n")
+            history.note(self.run, self.status)
+
+    def write_saved(self, step: int) -> None:
+        """Note that the save of a step is complete."""
+        self.status["saved_step"] = max(step, self.status["saved_step"])
+        if dist.get_rank() == 0:
             history.note(self.run, self.status)
 
     def write_held_out(self, step: int, errors: dict[str, float]) -> None:

@@ -8,8 +8,9 @@ PyTorch. Bytes are decimal, a multiply-add counts as two operations.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from cosmos_cli import console
@@ -134,10 +135,25 @@ def parse_gpus(text: str) -> tuple[int, Gpu]:
 
 
 def find_gpu(name: str) -> Gpu | None:
-    """The known GPU whose words are all in a name such as "NVIDIA H100 80GB HBM3"."""
+    """The known GPU whose words are all in a name such as "NVIDIA H100 80GB HBM3".
+
+    A MIG slice, such as "NVIDIA H100 80GB HBM3 MIG 3g.40gb", has its own memory and its sevenths
+    of the rates.
+    """
     words = set(name.upper().replace("-", " ").split())
     found = (gpu for gpu in GPUS if set(gpu.name.upper().split("-")) <= words)
-    return max(found, key=lambda gpu: len(gpu.name), default=None)
+    whole = max(found, key=lambda gpu: len(gpu.name), default=None)
+    profile = re.search(r"\bMIG (?:\dc\.)?((\d)g\.(\d+)gb)", name, re.IGNORECASE)
+    if whole is None or profile is None:
+        return whole
+    share = int(profile[2]) / 7
+    return replace(
+        whole,
+        name=f"{whole.name} MIG {profile[1].lower()}",
+        memory_gb=float(profile[3]),
+        tflops=whole.tflops * share,
+        memory_rate=whole.memory_rate * share,
+    )
 
 
 def plan(r: Recipe, ranks: int, gpu: Gpu | None) -> Plan:
@@ -246,6 +262,16 @@ def _memory(r: Recipe, ranks: int, gpu: Gpu | None) -> dict[str, float]:
         "activations": activation * (kept + work),
         "buffers": buffers,
     }
+
+
+def forward_bytes(r: Recipe, ranks: int) -> float:
+    """Bytes that a forward pass without gradients needs at most besides what training holds.
+
+    It keeps less than the backward pass of one block, so it fits wherever training does.
+    """
+    weights = r.spec.dit.parameters * (2 if r.precision == "bf16" else 4)
+    gathered = 3 * weights / r.spec.dit.blocks if r.zero_stage == 3 and ranks > 1 else 0
+    return BLOCK_WORK * _activation(r) + gathered
 
 
 def second_copy(r: Recipe, ranks: int, node: int = NODE) -> int:

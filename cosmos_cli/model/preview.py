@@ -22,10 +22,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cosmos_cli import console, layout
+from cosmos_cli.errors import UserError
 from cosmos_cli.keys import Recipe
 from cosmos_cli.layout import Dataset, Run
-from cosmos_cli.model import edm, nearest, prep, sampler, video
+from cosmos_cli.model import edm, nearest, plan, prep, sampler, video
 from cosmos_cli.model.data import Clips
+from cosmos_cli.model.device import gpu_memory_errors, has_room, is_out_of_memory
 from cosmos_cli.model.heldout import HeldOut
 from cosmos_cli.model.spec import PREVIEW_SIGMAS
 from cosmos_cli.model.tokenizer import Tokenizer
@@ -34,14 +36,26 @@ from cosmos_cli.model.tokenizer import Tokenizer
 LATENT_FRAMES = 2
 CELL_PIXELS = 200
 SHEET_COLUMNS = 4
+# The key that turns each kind off.
+OFF = {"previews": "preview_every_steps", "samples": "sample_every_saves"}
 
 
 class _Stopping(Exception):
     """The run is to end, in all ranks alike."""
 
 
+class _Skipped(Exception):
+    """A picture is left out, in all ranks alike; why."""
+
+
 class Pictures:
-    """Writes previews and samples into the folder of a run; every rank must call it alike."""
+    """Writes previews and samples into the folder of a run; every rank must call it alike.
+
+    A picture that does not fit the memory of any one rank is left out by all, with one warning,
+    and the training continues. Where a forward pass exchanges weights or tokens between ranks, one
+    that fails on a single rank would leave the others waiting; so all ranks first agree that each
+    has room for it.
+    """
 
     def __init__(
         self, r: Recipe, run: Run, clips: Clips, shown: Clips, stopping: Callable[[], bool]
@@ -53,6 +67,7 @@ class Pictures:
         self.r, self.run, self.clips, self.stopping = r, run, clips, stopping
         self.shown = HeldOut(shown, r.preview_clips, PREVIEW_SIGMAS)
         self.allowance = Allowance(r.preview_share)
+        self.warned: set[str] = set()
 
     def make(self, engine: Any, step: int, asked: bool) -> dict[str, float]:
         """Makes what is due after a step, or asked for; the figures of the samples, if any."""
@@ -63,30 +78,79 @@ class Pictures:
         previews = previews and not self.run.preview(step).exists()
         samples = samples and not self.run.sample(step, 0).with_suffix(".jpg").exists()
         if previews and self.allowance.grants("previews", step, engine.device):
-            with self.allowance.spending("previews", step):
-                self._preview(engine, step)
+            self._attempt("previews", engine, step, self._preview)
         if asked or (samples and self.allowance.grants("samples", step, engine.device)):
-            with self.allowance.spending("samples", step):
-                figures = self._sample(engine, step)
+            figures = self._attempt("samples", engine, step, self._sample)
         return figures
 
+    def _attempt(
+        self, kind: str, engine: Any, step: int, work: Callable[[Any, int], dict[str, float]]
+    ) -> dict[str, float]:
+        """Make what is due, or leave it out with a warning, the first time for each kind."""
+        with gpu_memory_errors(f"set {OFF[kind]}: 0, which makes no {kind}"):
+            try:
+                with self.allowance.spending(kind, step):
+                    return work(engine, step)
+            except _Skipped as skipped:
+                self._warn(kind, engine, step, skipped)
+                return {}
+            finally:
+                if engine.device.type == "cuda":
+                    # The next step finds the memory that it had.
+                    torch.cuda.empty_cache()
+
+    def _warn(self, kind: str, engine: Any, step: int, why: object) -> None:
+        if kind in self.warned:
+            return
+        self.warned.add(kind)
+        room = ", --set offload=optimizer leaves more room" if engine.device.type == "cuda" else ""
+        console.warn(
+            f"step {step}: {kind} are left out, and so are later ones that fail alike: {why}; "
+            f"training continues, --set {OFF[kind]}=0 makes none{room}"
+        )
+
+    def _require_room(self, engine: Any) -> None:
+        """Leave the picture out unless a forward pass fits every rank; every rank must call it."""
+        needed = plan.forward_bytes(self.r, dist.get_world_size())
+        fits = has_room(engine.device, needed)
+        why = f"a forward pass needs {console.size(needed)} of GPU memory"
+        _require([] if fits else [why], engine.device)
+
+    def _denoise(self, net: Any, missing: list[str], *inputs: Tensor) -> Tensor:
+        """Return the denoiser's estimate; xt instead once memory is missing on this rank.
+
+        A rank that failed so still comes to every operation that the others wait in. Within a
+        forward pass there are none below ZeRO-3, and only there a failure can be survived.
+        """
+        if self.r.zero_stage == 3 or net.sequence.size > 1:
+            return edm.denoise(net, *inputs, self.r.spec.sigma_data)
+        if not missing:
+            with _spared(missing):
+                return edm.denoise(net, *inputs, self.r.spec.sigma_data)
+        return inputs[0]
+
     @torch.no_grad()
-    def _preview(self, engine: Any, step: int) -> None:
+    def _preview(self, engine: Any, step: int) -> dict[str, float]:
         """Writes a row for each clip: a frame of it, and of the estimates at each noise level."""
+        self._require_room(engine)
         net, device = engine.module.net, engine.device
-        dtype = next(net.parameters()).dtype
+        dtype, missing = next(net.parameters()).dtype, list[str]()
 
         def estimate(i: int) -> Tensor:
             x0, sigma_B, noise, text_emb, fps_B = self.shown.batch(i).to(device)
             xt = x0 + sigma_B.view(-1, 1, 1, 1, 1) * noise
-            denoised = edm.denoise(
-                net, xt, sigma_B, text_emb.to(dtype), fps_B, self.r.spec.sigma_data
-            )
+            denoised = self._denoise(net, missing, xt, sigma_B, text_emb.to(dtype), fps_B)
             return denoised[:, :, :LATENT_FRAMES]
 
-        estimates = iter(_by_all_ranks(estimate, len(self.shown.samples), net.sequence.size))
-        if dist.get_rank():
-            return
+        estimates = _by_all_ranks(estimate, len(self.shown.samples), net.sequence.size)
+        _require(missing, device)
+        if dist.get_rank() == 0:
+            with _spared(missing):
+                self._write_preview(step, iter(estimates), device)
+        _require(missing, device)
+        return {}
+
+    def _write_preview(self, step: int, estimates: Iterator[Tensor], device: torch.device) -> None:
         cells = []
         for clip in self.shown.chosen:
             cells.append(self.shown.clips.latent(clip)[None, :, :LATENT_FRAMES])
@@ -101,21 +165,31 @@ class Pictures:
     def _sample(self, engine: Any, step: int) -> dict[str, float]:
         """Writes a video of each clip's caption; their distance to the nearest training clips."""
         net, device, chosen = engine.module.net, engine.device, self.shown.chosen
+        missing: list[str] = []
+        self._require_room(engine)
         try:
-            x0 = _by_all_ranks(lambda i: self._draw(net, device, i), len(chosen), net.sequence.size)
+            x0 = _by_all_ranks(
+                lambda i: self._draw(net, device, i, missing), len(chosen), net.sequence.size
+            )
         except _Stopping:
             console.say(f"step {step}: no samples, the run is stopping")
             return {}
+        _require(missing, device)
         rank, world = dist.get_rank(), dist.get_world_size()
-        with self._decoder(device) as decode:
+        with _spared(missing), self._decoder(device) as decode:
             for i in range(rank, len(chosen), world):
                 self._write_sample(self.run.sample(step, i), decode(x0[i]))
+        if why := _of_any(missing, device):
+            self._warn("samples", engine, step, why)
+            missing.clear()
         if rank == 0:
             layout.write_json(self.run.sample_prompts, [self._caption(clip) for clip in chosen])
         if len(self.clips) < 2:
             return {}
         latents = [latent[0].cpu() for latent in x0]
-        least = torch.cat(nearest.distances(latents, self.clips, rank, world)).to(device)
+        with _spared(missing):
+            least = torch.cat(nearest.distances(latents, self.clips, rank, world)).to(device)
+        _require(missing, device)
         dist.all_reduce(least, dist.ReduceOp.MIN)
         made, apart = least[: len(latents)].min().item(), least[len(latents) :].median().item()
         console.say(
@@ -124,7 +198,7 @@ class Pictures:
         )
         return {"nearest_clip": made, "clips_apart": apart}
 
-    def _draw(self, net: Any, device: torch.device, i: int) -> Tensor:
+    def _draw(self, net: Any, device: torch.device, i: int, missing: list[str]) -> Tensor:
         """The latent of one sample, (1, C, T, H, W)."""
         r = self.r
         fps_B = torch.tensor([r.fps], device=device)
@@ -133,7 +207,7 @@ class Pictures:
 
         def towards(xt: Tensor, sigma: float, text_emb: Tensor) -> Tensor:
             sigma_B = torch.full((1,), sigma, device=device)
-            return edm.denoise(net, xt, sigma_B, text_emb, fps_B, r.spec.sigma_data)
+            return self._denoise(net, missing, xt, sigma_B, text_emb, fps_B)
 
         def denoiser(xt: Tensor, sigma: float) -> Tensor:
             estimate = towards(xt, sigma, cond)
@@ -168,21 +242,20 @@ class Pictures:
     @cached_property
     def _tokenizer(self) -> Tokenizer:
         dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
-        return prep.load_tokenizer(self.r, "cpu", dtype)
+        try:
+            return prep.load_tokenizer(self.r, "cpu", dtype)
+        except UserError as error:
+            # It was there when the run began.
+            raise _Skipped(str(error)) from error
 
     @contextmanager
     def _decoder(self, device: torch.device) -> Iterator[Callable[[Tensor], Tensor]]:
-        """Decodes a latent (1, C, T, H, W) to pixels, uint8 CTHW on the CPU.
-
-        What a GPU has no memory for beside the training is left out.
-        """
+        """Decodes a latent (1, C, T, H, W) to pixels, uint8 CTHW on the CPU."""
         tokenizer = self._tokenizer
         dtype = next(tokenizer.parameters()).dtype
         try:
             tokenizer.to(device)
             yield lambda x0: video.to_uint8(tokenizer.decode(x0.to(device, dtype))[0]).cpu()
-        except torch.cuda.OutOfMemoryError:
-            console.warn("pictures are left out: the GPU has no memory to decode them")
         finally:
             tokenizer.cpu()
 
@@ -216,10 +289,12 @@ class Allowance:
     def spending(self, kind: str, step: int) -> Iterator[None]:
         """Counts the time of what is made meanwhile, and says it."""
         began = time.monotonic()
-        yield
-        now = time.monotonic()
-        self.spent += now - began
-        self.cost[kind] = now - began
+        try:
+            yield
+        finally:
+            now = time.monotonic()
+            self.spent += now - began
+            self.cost[kind] = now - began
         share = f"; pictures took {self.spent / (now - self.began):.1%} of the time" if step else ""
         console.say(f"step {step}: {kind} in {now - began:.1f} s{share}")
 
@@ -227,6 +302,40 @@ class Allowance:
 def _due(step: int, every: int, last: int) -> bool:
     """Whether a step is one of those with pictures: every so many, 0 for none, and the last."""
     return every > 0 and (step % every == 0 or step == last)
+
+
+@contextmanager
+def _spared(missing: list[str]) -> Iterator[None]:
+    """Add to `missing` what ended the block for want of memory or of the tokenizer, and go on."""
+    try:
+        yield
+    except _Skipped as skipped:
+        missing.append(str(skipped))
+    except (MemoryError, OSError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        missing.append(str(error).partition("\n")[0] or "memory ran out")
+
+
+def _of_any(missing: list[str], device: torch.device) -> str:
+    """Return what any rank is missing, "" for nothing; every rank must call it."""
+    if missing and device.type == "cuda":
+        torch.cuda.empty_cache()
+    rank = torch.tensor(dist.get_rank() + 1 if missing else 0, device=device)
+    dist.all_reduce(rank, dist.ReduceOp.MAX)
+    if not rank:
+        return ""
+    return missing[0] if missing else f"they do not fit the memory of rank {int(rank) - 1}"
+
+
+def _require(missing: list[str], device: torch.device) -> None:
+    """Leave the picture out in all ranks if any rank is missing something; every rank must call it.
+
+    Raises:
+        _Skipped: why.
+    """
+    if why := _of_any(missing, device):
+        raise _Skipped(why)
 
 
 def _by_all_ranks(work: Callable[[int], Tensor], count: int, team: int) -> list[Tensor]:

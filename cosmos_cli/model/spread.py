@@ -11,7 +11,7 @@ from types import FrameType
 
 import torch.distributed as dist
 
-from cosmos_cli import console, jobs, layout
+from cosmos_cli import console, jobs, layout, signals
 from cosmos_cli.errors import ExitCode, Interrupted, UserError
 from cosmos_cli.model.device import best_device, gpu_memory_errors
 from cosmos_cli.model.generate import Pair, generate
@@ -72,5 +72,6 @@ def _interrupt(_number: int, _frame: FrameType | None) -> None:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, _interrupt)
+    for number in signals.ending().keys() - {signal.SIGINT}:
+        signal.signal(number, _interrupt)
     sys.exit(main(sys.argv[1]))

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from cosmos_cli import console, history, layout, mailbox, recipe
+from cosmos_cli import console, history, layout, mailbox, recipe, signals
 from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.keys import Recipe
 from cosmos_cli.layout import Dataset, Run
@@ -99,6 +99,7 @@ def train(r: Recipe, device: torch.device) -> dict[str, Any]:
             saving = done % r.save_every_steps == 0 or done == r.max_steps or stats.save_asked
             if saving:
                 save(r, run, engine, ema, done, about)
+                record.write_saved(done)
                 saved = done
             # Whoever stops a run waits for it; it is measured when it goes on.
             if held_out and not stop_code and (saving or done % r.validate_every_steps == 0):
@@ -232,7 +233,7 @@ def _request_save(_number: int, _frame: FrameType | None) -> None:
 
 def _request_stop(number: int, _frame: FrameType | None) -> None:
     global _stop_code  # noqa: PLW0603
-    _stop_code = int(ExitCode.SIGTERM if number == signal.SIGTERM else ExitCode.SIGINT)
+    _stop_code = int(ExitCode.SIGINT if number == signal.SIGINT else ExitCode.SIGTERM)
 
 
 def run_rank(r: Recipe) -> dict[str, Any]:
@@ -241,8 +242,8 @@ def run_rank(r: Recipe) -> dict[str, Any]:
     Raises:
         UserError: what ended the run on this rank.
     """
-    signal.signal(signal.SIGINT, _request_stop)
-    signal.signal(signal.SIGTERM, _request_stop)
+    for number in signals.ending():
+        signal.signal(number, _request_stop)
     signal.signal(signal.SIGUSR1, _request_save)
     run = Run(r.run_dir)
     if r.zero_stage == 3 and r.sequence_parallel == 1:

@@ -1,0 +1,188 @@
+"""The GPUs that CUDA shows this process, seen through CUDA_VISIBLE_DEVICES. No torch.
+
+NVML lists all GPUs without starting CUDA on them, but does not know the variable.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+VARIABLE, ORDER = "CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER"
+# What people set to hide all GPUs on purpose.
+HIDDEN = ("", "-1", "none", "void", "NoDevFiles")
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A GPU, or a MIG slice of one; `index` is what nvidia-smi calls the GPU.
+
+    `ids` are the names by which the variable may select it, `slices` its MIG slices. A GPU whose
+    MIG mode is on is of use through its slices alone.
+    """
+
+    index: int
+    name: str
+    capability: tuple[int, int]
+    ids: tuple[str, ...] = ()
+    mig: bool = False
+    slices: tuple[Gpu, ...] = field(default=(), repr=False)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The GPUs that CUDA enumerates, in its order, and a sentence on what may surprise about it."""
+
+    gpus: tuple[Gpu, ...]
+    remark: str = ""
+
+
+def visible() -> Selection:
+    """Return what CUDA shows this process; nothing without a driver."""
+    environment = os.environ
+    return select(of_machine(), environment.get(VARIABLE), environment.get(ORDER))
+
+
+def select(machine: Iterable[Gpu], variable: str | None, order: str | None = None) -> Selection:
+    """Return which of a machine's GPUs CUDA enumerates for a value of CUDA_VISIBLE_DEVICES.
+
+    Source: CUDA C++ Programming Guide, "CUDA Environment Variables", and the MIG User Guide,
+    "CUDA Device Enumeration".
+
+    Args:
+        machine: all GPUs in the order of their PCI buses, which is NVML's.
+        variable: CUDA_VISIBLE_DEVICES, None where it is not set.
+        order: CUDA_DEVICE_ORDER, None where it is not set.
+    """
+    found = tuple(machine)
+    if variable is None or not found:
+        return _enumerate(found)
+    entries = variable.split(",")
+    by_id = variable.startswith(("GPU-", "MIG-"))
+    chosen: list[Gpu] = []
+    end = None
+    for entry in entries:
+        gpu = _by_id(found, entry) if by_id else _by_index(found, entry)
+        if gpu is None:
+            end = entry
+            break
+        chosen.append(gpu)
+    if len({(gpu.index, gpu.ids) for gpu in chosen}) < len(chosen):
+        return Selection((), f"{VARIABLE}={variable} names a GPU twice, so CUDA shows none")
+    remarks = []
+    if end is not None and end.strip() not in HIDDEN:
+        count = "only GPU" if len(found) == 1 else f"{len(found)} GPUs"
+        what = f"not one of this machine's {count}"
+        remarks.append(f"{VARIABLE}={variable}: CUDA stops at {end!r}, {what}")
+    kinds = {gpu.name for gpu in found}
+    if chosen and len(kinds) > 1 and not by_id and order != "PCI_BUS_ID":
+        remarks.append(
+            f"{VARIABLE}={variable} counts the fastest GPU as 0, not in nvidia-smi's order as "
+            f"assumed here; set {ORDER}=PCI_BUS_ID"
+        )
+    shown = _enumerate(tuple(chosen))
+    return Selection(shown.gpus, "; ".join(filter(None, [*remarks, shown.remark])))
+
+
+def _by_index(found: tuple[Gpu, ...], entry: str) -> Gpu | None:
+    """Return the GPU of a number, of which CUDA reads the leading digits as C's strtoul does."""
+    number = re.match(r"\s*\+?(\d+)", entry, re.ASCII)
+    return found[int(number[1])] if number and int(number[1]) < len(found) else None
+
+
+def _by_id(found: tuple[Gpu, ...], entry: str) -> Gpu | None:
+    """Return the GPU or slice of an identifier or of a beginning that no other one has."""
+    every = [each for gpu in found for each in (gpu, *gpu.slices)]
+    exact = [each for each in every if entry in each.ids]
+    near = [each for each in every if any(name.startswith(entry) for name in each.ids)]
+    matches = exact or (near if entry else [])
+    return matches[0] if len(matches) == 1 else None
+
+
+def _enumerate(chosen: tuple[Gpu, ...]) -> Selection:
+    """Return what is left of the chosen GPUs: one slice if there is any, and then nothing else."""
+    slices = [each for gpu in chosen for each in (gpu, *gpu.slices) if _is_slice(each)]
+    if slices:
+        remark = f"CUDA shows a process one MIG slice: {slices[0].name}" if len(slices) > 1 else ""
+        return Selection((slices[0],), remark)
+    whole = tuple(gpu for gpu in chosen if not gpu.mig)
+    idle = [str(gpu.index) for gpu in chosen if gpu.mig]
+    remark = f"MIG is on and has no slices on GPU {', '.join(idle)}" if idle else ""
+    return Selection(whole, remark)
+
+
+def _is_slice(gpu: Gpu) -> bool:
+    return any(name.startswith("MIG-") for name in gpu.ids)
+
+
+# --- NVML -----------------------------------------------------------------------------------------
+
+
+def of_machine() -> list[Gpu]:
+    """Return all GPUs of this machine in the order of nvidia-smi; none without a driver."""
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return []
+    try:
+        return [_gpu(index) for index in range(pynvml.nvmlDeviceGetCount())]
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def _gpu(index: int) -> Gpu:
+    import pynvml
+
+    handle = pynvml.nvmlDeviceGetHandleByIndex(index)
+    name, uuid = str(pynvml.nvmlDeviceGetName(handle)), str(pynvml.nvmlDeviceGetUUID(handle))
+    capability = tuple(pynvml.nvmlDeviceGetCudaComputeCapability(handle))
+    try:
+        mig = pynvml.nvmlDeviceGetMigMode(handle)[0] == pynvml.NVML_DEVICE_MIG_ENABLE
+    except pynvml.NVMLError:
+        # This kind of GPU has no MIG.
+        mig = False
+    slices = [
+        Gpu(index, _slice_name(name, slice_), capability, _slice_ids(uuid, slice_))
+        for slice_ in (_slice_handles(handle) if mig else ())
+    ]
+    return Gpu(index, name, capability, (uuid,), mig, tuple(slices))
+
+
+def _slice_handles(handle: Any) -> list[Any]:
+    import pynvml
+
+    handles = []
+    for place in range(pynvml.nvmlDeviceGetMaxMigDeviceCount(handle)):
+        try:
+            handles.append(pynvml.nvmlDeviceGetMigDeviceHandleByIndex(handle, place))
+        except pynvml.NVMLError:
+            # A place without a slice.
+            continue
+    return handles
+
+
+def _slice_ids(uuid: str, handle: Any) -> tuple[str, ...]:
+    """Return both names of a slice: its UUID, and that of drivers before R470."""
+    import pynvml
+
+    instances = (
+        pynvml.nvmlDeviceGetGpuInstanceId(handle),
+        pynvml.nvmlDeviceGetComputeInstanceId(handle),
+    )
+    return str(pynvml.nvmlDeviceGetUUID(handle)), "/".join(map(str, (f"MIG-{uuid}", *instances)))
+
+
+def _slice_name(name: str, handle: Any) -> str:
+    """Return a name with the profile of the slice, such as "NVIDIA H100 80GB HBM3 MIG 3g.40gb"."""
+    import pynvml
+
+    own = str(pynvml.nvmlDeviceGetName(handle))
+    if " MIG " in own:
+        return own
+    about = pynvml.nvmlDeviceGetAttributes(handle)
+    return f"{name} MIG {about.gpuInstanceSliceCount}g.{-(-about.memorySizeMB // 1024)}gb"
