@@ -15,7 +15,7 @@ from typing import Any
 
 import psutil
 
-from cosmos_cli import console, layout, report
+from cosmos_cli import console, files, layout, report
 from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.layout import Run
 from cosmos_cli.model.spec import PREVIEW_SIGMAS
@@ -31,8 +31,11 @@ def rows(run: Run) -> list[Row]:
     """The lines of metrics.jsonl; one that a kill cut ends the list."""
     if not run.metrics.exists():
         return []
-    lines = run.metrics.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    lines = files.read_text(run.metrics, files.FIGURES).splitlines(keepends=True)
+    try:
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+    except (ValueError, RecursionError) as error:
+        raise files.bad(run.metrics, files.FIGURES, f"is damaged: {error}") from error
 
 
 def note(run: Run, figures: Row) -> None:
@@ -178,7 +181,7 @@ def sections(run: Run) -> list[tuple[str, str]]:
             _curves(trained, {"grad_norm": "norm"}, "norm of the gradient before clipping"),
         )),
         ("Provenance", report.table(_provenance(run))),
-        ("Recipe", report.code(run.resolved.read_text(encoding="utf-8"))),
+        ("Recipe", report.code(files.read_text(run.resolved, files.RECIPE))),
     ]  # fmt: skip
 
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from cosmos_cli import __version__, console, history, layout, mailbox, trackers
+from cosmos_cli import __version__, console, files, history, layout, mailbox, trackers
 from cosmos_cli.errors import ExitCode, Interrupted, UserError
 from cosmos_cli.layout import Run
 from cosmos_cli.model import plan
@@ -313,7 +313,7 @@ def _prepare(loaded: LoadedRecipe, run: Run) -> None:
         layout.remove_stale(run.checkpoints)
         run.result.unlink(missing_ok=True)
     if loaded.path is not None:
-        layout.write_text(run.root / "recipe.yaml", loaded.path.read_text(encoding="utf-8"))
+        layout.write_text(run.root / "recipe.yaml", files.read_text(loaded.path, files.RECIPE))
     layout.write_text(run.resolved, recipe.dump(loaded.recipe))
     step = run.last_step
     with layout.disk_errors(run.samples):

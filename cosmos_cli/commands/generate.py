@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cosmos_cli import console, jobs, layout, orders
+from cosmos_cli import console, files, jobs, layout, orders
 from cosmos_cli.commands import options
 from cosmos_cli.console import Result
 from cosmos_cli.errors import ExitCode, Interrupted, UserError, together
@@ -189,6 +189,8 @@ def read_weights(r: Recipe, folder: Path | None) -> Weights:
             f"holds no {', '.join(layout.MODEL_FORMATS.values())}", code=ExitCode.ASSET,
             where=str(path), fix="give a folder or file of weights",
         )  # fmt: skip
+    if not path.is_dir():
+        files.check_weights(path)
     found = Weights(path, layout.sha256_path(path))
     manifest = path.parent / layout.MANIFEST_FILE
     if path.name in layout.MODEL_FORMATS.values() and manifest.is_file():
@@ -214,10 +216,11 @@ def read_lora(text: str) -> Lora:
     except ValueError:
         path, share = Path(text).absolute(), 1.0
     fix = "give a LoRA file, and maybe its strength, as in --lora FILE:0.8"
-    if not os.path.isfile(path):  # noqa: PTH113 - a path that cannot be reached is none
+    if not os.path.exists(path):  # noqa: PTH110 - a path that cannot be reached is none
         raise UserError("does not exist", code=ExitCode.ASSET, where=str(path), fix=fix)
     if not math.isfinite(share):
         raise UserError(f"{share} is no strength", code=ExitCode.USAGE, where=text, fix=fix)
+    files.check_weights(path)
     return Lora(path, share, layout.sha256_file(path))
 
 

@@ -21,7 +21,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cosmos_cli import console, layout
+from cosmos_cli import console, files, layout
+from cosmos_cli.errors import UserError
 from cosmos_cli.keys import Recipe
 from cosmos_cli.layout import Dataset, Run
 from cosmos_cli.model import edm, nearest, prep, sampler, video
@@ -161,8 +162,8 @@ class Pictures:
         metas = Dataset.at(self.r.dataset_dir, self.r.videos_dir).metas
         name = Path(self.shown.clips.clips[clip]["text"]).stem
         try:
-            return (metas / f"{name}.txt").read_text(encoding="utf-8").strip()
-        except OSError:
+            return files.read_text(metas / f"{name}.txt", files.CAPTION).strip()
+        except UserError:
             return "(its caption is gone)"
 
     @cached_property
