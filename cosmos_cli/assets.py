@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cosmos_cli import layout
+from cosmos_cli import files, layout
 
 if TYPE_CHECKING:
     from cosmos_cli.keys import Recipe
@@ -119,7 +119,7 @@ class RemoteFile:
             return False
         if not self.is_git_hash:
             return layout.sha256_file(path) == self.digest
-        content = path.read_bytes()
+        content = files.read_bytes(path, files.HUB_TEXT)
         header = f"blob {len(content)}\0".encode()
         return hashlib.sha1(header + content, usedforsecurity=False).hexdigest() == self.digest
 

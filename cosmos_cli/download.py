@@ -18,7 +18,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from cosmos_cli import assets, console, layout, t5
+from cosmos_cli import assets, console, files, layout, t5
 from cosmos_cli.assets import Asset, RemoteFile
 from cosmos_cli.errors import ExitCode, UserError, together
 
@@ -342,7 +342,7 @@ def _take_from_cache(listing: Listing, file: RemoteFile, arrival: Path) -> None:
 def _compare_published(asset: Asset, file: RemoteFile, path: Path) -> None:
     published = assets.PUBLISHED_MD5.get(asset.repo, {}).get(path.name)
     if published:
-        with path.open("rb") as stream:
+        with files.open_regular(path, files.WEIGHTS) as stream:
             found = hashlib.file_digest(stream, "md5").hexdigest()
         if found != published:
             console.warn(

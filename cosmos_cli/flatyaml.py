@@ -8,10 +8,9 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from cosmos_cli import files
 from cosmos_cli.errors import ExitCode, UserError
 
-# A recipe is a few kilobytes; anything far above that is a wrong file.
-MAX_BYTES = 100_000
 MAX_DEPTH = 20
 
 WORDS = {
@@ -43,13 +42,7 @@ def read(path: Path) -> tuple[dict[str, Entry], list[UserError]]:
     Raises:
         UserError: (USAGE) when the file as a whole cannot be read.
     """
-    try:
-        with path.open("rb") as file:
-            raw = file.read(MAX_BYTES + 1)
-    except OSError as err:
-        raise problem(str(path), f"cannot be read ({err.strerror})") from err
-    if len(raw) > MAX_BYTES:
-        raise problem(str(path), f"larger than {MAX_BYTES:,} bytes", "a recipe is a short text")
+    raw = files.read_bytes(path, files.RECIPE)
     if b"\0" in raw:
         raise problem(str(path), "a binary file, not YAML", "save it as UTF-8 text")
     try:

@@ -15,7 +15,7 @@ from typing import Any
 
 import psutil
 
-from cosmos_cli import console, layout, report
+from cosmos_cli import console, files, layout, report
 from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.layout import Run
 from cosmos_cli.model.spec import PREVIEW_SIGMAS
@@ -31,8 +31,11 @@ def rows(run: Run) -> list[Row]:
     """The lines of metrics.jsonl; one that a kill cut ends the list."""
     if not run.metrics.exists():
         return []
-    lines = run.metrics.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    lines = files.read_text(run.metrics, files.FIGURES).splitlines(keepends=True)
+    try:
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+    except (ValueError, RecursionError) as error:
+        raise files.bad(run.metrics, files.FIGURES, f"is damaged: {error}") from error
 
 
 def note(run: Run, figures: Row) -> None:
@@ -48,12 +51,11 @@ def saved_step(run: Run) -> int:
     status.json does not say: it is gone, or was written by an earlier version.
     """
     try:
-        status = json.loads(run.status.read_text(encoding="utf-8"))
-        return int(status["saved_step"])
-    except FileNotFoundError:
+        return int(json.loads(files.read_text(run.status, files.JSON))["saved_step"])
+    except files.NoSuchFile:
         # Training writes it before its first row.
         steps = [row["step"] for row in rows(run)]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (files.BadFile, ValueError, KeyError, TypeError):
         steps = []
     return max([*run.weight_files(), *steps], default=0)
 
@@ -195,7 +197,7 @@ def sections(run: Run) -> list[tuple[str, str]]:
             _curves(trained, {"grad_norm": "norm"}, "norm of the gradient before clipping"),
         )),
         ("Provenance", report.table(_provenance(run))),
-        ("Recipe", report.code(run.resolved.read_text(encoding="utf-8"))),
+        ("Recipe", report.code(files.read_text(run.resolved, files.RECIPE))),
     ]  # fmt: skip
 
 

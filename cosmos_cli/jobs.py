@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cosmos_cli import console, layout
+from cosmos_cli import console, files, layout
 from cosmos_cli.errors import ExitCode, UserError
 
 if TYPE_CHECKING:
@@ -122,11 +122,7 @@ def read_batch(path: Path) -> list[Wish | UserError]:
     Raises:
         UserError: the file is missing, or holds nothing.
     """
-    try:
-        # Editors on Windows put a mark in front.
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot be read: {error}", code=ExitCode.USAGE, where=str(path)) from error
+    lines = files.read_text(path, files.BATCH).split("\n")
     wishes = [
         _from_object(line, f"{path}:{number}")
         for number, line in enumerate(lines, start=1)
@@ -290,8 +286,8 @@ def is_made(wanted: Job) -> bool:
 def _sidecar(path: Path) -> dict[str, Any]:
     """What an earlier run wrote beside its video; empty when this is no such file."""
     try:
-        about = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        about = files.read_json(path)
+    except UserError:
         return {}
     ours = isinstance(about, dict) and {"key", "mp4_sha256"} <= about.keys()
     return about if ours else {}

@@ -19,7 +19,17 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from cosmos_cli import __version__, console, gpus, history, layout, mailbox, signals, trackers
+from cosmos_cli import (
+    __version__,
+    console,
+    files,
+    gpus,
+    history,
+    layout,
+    mailbox,
+    signals,
+    trackers,
+)
 from cosmos_cli.errors import ExitCode, Interrupted, UserError
 from cosmos_cli.layout import Run
 from cosmos_cli.model import plan
@@ -329,7 +339,7 @@ def _prepare(loaded: LoadedRecipe, run: Run) -> None:
         layout.remove_stale(run.checkpoints)
         run.result.unlink(missing_ok=True)
     if loaded.path is not None:
-        layout.write_text(run.root / "recipe.yaml", loaded.path.read_text(encoding="utf-8"))
+        layout.write_text(run.root / "recipe.yaml", files.read_text(loaded.path, files.RECIPE))
     layout.write_text(run.resolved, recipe.dump(loaded.recipe))
     step = run.last_step
     with layout.disk_errors(run.samples):

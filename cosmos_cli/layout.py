@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from cosmos_cli import files
 from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.model.spec import ModelSpec
 
@@ -114,14 +115,7 @@ def read_json(path: Path) -> Any:
     Raises:
         UserError: the file is missing or damaged.
     """
-    try:
-        return json.loads(path.read_text(encoding="utf-8", errors="surrogateescape"))
-    except FileNotFoundError as error:
-        raise UserError("does not exist", code=ExitCode.ASSET, where=str(path)) from error
-    except (ValueError, OSError) as error:
-        raise UserError(
-            f"is damaged: {error}", code=ExitCode.ASSET, where=str(path), fix="make it again"
-        ) from error
+    return files.read_json(path)
 
 
 def remove_stale(folder: Path) -> None:
@@ -210,18 +204,25 @@ def file_id(file: Path | int) -> tuple[int, int] | None:
 
 
 def sha256_file(path: Path) -> str:
-    """The sha256 of a file as hex, read in pieces."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    """The sha256 of a file as hex, read in pieces.
+
+    Raises:
+        UserError: it is missing, no regular file, or cannot be read.
+    """
+    with files.open_regular(path, files.DATA) as stream:
+        try:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+        except OSError as error:
+            raise files.unreadable(path, files.DATA, error) from error
 
 
 def sha256_path(path: Path) -> str:
     """The identity of a file, or of a folder by the files in it, a download's notes aside."""
-    if path.is_file():
+    if not path.is_dir():
         return sha256_file(path)
-    files = sorted(file for file in path.rglob("*") if file.is_file())
-    names = {file: str(file.relative_to(path)) for file in files}
-    kept = [file for file in files if not names[file].startswith(f"{CACHE_DIR}/")]
+    found = sorted(file for file in path.rglob("*") if file.is_file())
+    names = {file: str(file.relative_to(path)) for file in found}
+    kept = [file for file in found if not names[file].startswith(f"{CACHE_DIR}/")]
     return sha256_text(*(f"{names[file]} {sha256_file(file)}" for file in kept))
 
 
@@ -304,7 +305,7 @@ class Dataset:
                 where=str(self.manifest),
                 fix="run cosmos prep first",
             )
-        manifest = read_json(self.manifest)
+        manifest = files.read_json(self.manifest, files.MANIFEST)
         if not isinstance(manifest, dict) or not {"settings", "videos", "clips"} <= manifest.keys():
             raise UserError(
                 "was not written by cosmos prep",

@@ -1,33 +1,115 @@
 """LeRobot datasets, v2.1 and v3.0, as they lie on disk: which frames of which file an episode has.
 
 v2.1 has one mp4 for each episode and camera; v3.0 puts many episodes into one mp4 and their places
-into parquet files. Source: huggingface/lerobot, docs/source/lerobot-dataset-v3.mdx. No torch.
+into parquet files. The metadata comes from others, so each value has a range, and the path of a
+video must lie in the dataset as it is written. A video that is a link may point anywhere: the hub's
+cache consists of such links. An episode whose row is wrong is rejected by name, the others count.
+Source: huggingface/lerobot, docs/source/lerobot-dataset-v3.mdx. No torch.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import re
+import string
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from cosmos_cli import layout
+from pydantic import AfterValidator, BaseModel, Field, ValidationError
+
+from cosmos_cli import files
 from cosmos_cli.errors import ExitCode, UserError
 
 INFO = Path("meta") / "info.json"
 VERSIONS = ("v2.1", "v3.0")
+# The largest published datasets have some 100,000 episodes.
+MOST_ROWS = 300_000
+MOST_FRAMES = 10**7
+MOST_INDEX = 10**9
+LONGEST_ROW = 10**6
+LONGEST_PATH = 1000
+LONGEST_TASK, MOST_TASKS = 10_000, 100
+# Of one row group of a parquet file, in the columns that are read.
+MOST_VALUES, MOST_BYTES = 5_000_000, 256 * files.MB
+ROWS_AT_ONCE = 500
+# What video_path may name, by version; episode_chunk is that of v2.1.
+FIELDS = {
+    "v2.1": ("video_key", "episode_index", "episode_chunk"),
+    "v3.0": ("video_key", "episode_index", "chunk_index", "file_index"),
+}
+# A whole number with leading zeros, such as 06d.
+_FORMAT = re.compile(r"(0?([1-9]|1[0-2]))?d?")
+_PLACE = ("chunk_index", "file_index", "from_timestamp")
 
 
 @dataclass(frozen=True)
 class Episode:
-    """One episode as one camera saw it: `frames` frames of a file from number `first` on."""
+    """One episode as one camera saw it: `frames` frames of a file from number `first` on.
+
+    With a `reason` its row cannot be used, and `path` is the file that the row stands in.
+    """
 
     name: str
     path: Path
     first: int
     frames: int
     task: str
+    reason: str = ""
+
+
+def _is_text(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError("is no text") from error
+    if "\0" in text:
+        raise ValueError("holds a NUL")
+    return text
+
+
+Text = Annotated[str, AfterValidator(_is_text)]
+Index = Annotated[int, Field(ge=0, le=MOST_INDEX)]
+
+
+class Info(BaseModel):
+    """What is read of info.json."""
+
+    codebase_version: Text
+    fps: Annotated[float, Field(gt=0, le=1000, allow_inf_nan=False)]
+    video_path: Annotated[Text, Field(max_length=LONGEST_PATH)]
+    chunks_size: Annotated[int, Field(ge=1, le=MOST_INDEX)] = 1000
+    features: dict[Text, Any]
+
+    @property
+    def cameras(self) -> list[str]:
+        """The keys of the videos."""
+        features = self.features.items()
+        return [k for k, v in features if isinstance(v, dict) and v.get("dtype") == "video"]
+
+
+class Row(BaseModel):
+    """What both versions know of an episode."""
+
+    episode_index: Index
+    length: Annotated[int, Field(ge=1, le=MOST_FRAMES)]
+    tasks: Annotated[
+        list[Annotated[Text, Field(max_length=LONGEST_TASK)]], Field(max_length=MOST_TASKS)
+    ]
+
+
+class PlacedRow(Row):
+    """What v3.0 knows of an episode: also where its video lies."""
+
+    chunk_index: Index
+    file_index: Index
+    from_timestamp: Annotated[float, Field(ge=0, le=MOST_FRAMES, allow_inf_nan=False)]
+
+
+# Where a row stands, and its content or what is wrong with it.
+Found = tuple[Path, str, Any]
 
 
 def is_lerobot(folder: Path) -> bool:
@@ -39,61 +121,117 @@ def episodes(folder: Path, camera: str | None) -> list[Episode]:
     """Every episode of a dataset in order, seen by `camera`, or by the only one it has.
 
     Raises:
-        UserError: the camera must be chosen or does not exist, a file is damaged, or pyarrow is
-            missing.
+        UserError: the camera must be chosen or does not exist, a file is damaged or describes what
+            lies outside of the dataset, or pyarrow is missing.
     """
     info = _info(folder)
-    key = _choose(folder, camera, info["cameras"])
-    rows = _v3_rows(folder, key) if info["version"] == "v3.0" else _v2_rows(folder)
-    try:
-        found = [_episode(folder, info, key, row) for row in rows]
-    except (KeyError, TypeError, ValueError, IndexError) as error:
-        raise _damaged(folder / "meta", error) from error
-    return sorted(found, key=lambda episode: episode.name)
+    key = _choose(folder, camera, info.cameras)
+    _check_path(folder, info, key)
+    rows = _v3_rows(folder, key) if info.codebase_version == "v3.0" else _v2_rows(folder)
+    found: dict[str, Episode] = {}
+    wrong: list[tuple[str, Episode]] = []
+    for number, (path, where, content) in enumerate(rows):
+        if number >= MOST_ROWS:
+            raise _damaged(path, f"it has more than {MOST_ROWS:,} episodes")
+        try:
+            episode = _episode(folder, info, key, content)
+        except ValueError as error:
+            reason = f"its row cannot be used: {_reason(error)}"
+            wrong.append((where, Episode(_name(content) or where, path, 0, 0, "", reason)))
+            continue
+        first = found.setdefault(episode.name, episode)
+        if first is not episode:
+            wrong.append((where, replace(episode, path=path, reason="it is listed twice")))
+            if astuple(first)[:-1] != astuple(episode)[:-1]:
+                # Which of them is right cannot be known.
+                reason = "it is listed twice, and the two differ"
+                found[episode.name] = replace(first, reason=reason)
+    for where, episode in wrong:
+        name = f"{episode.name}, {where}" if episode.name in found else episode.name
+        found[name] = replace(episode, name=name)
+    return sorted(found.values(), key=lambda episode: episode.name)
 
 
-def _episode(folder: Path, info: dict[str, Any], key: str, row: dict[str, Any]) -> Episode:
-    index, length = int(row["episode_index"]), int(row["length"])
-    names = {"video_key": key, "episode_index": index}
+def _name(content: Any) -> str:
+    """The name of the episode of a row, "" when the row does not say."""
+    index = content.get("episode_index") if isinstance(content, dict) else None
+    known = isinstance(index, int) and 0 <= index <= MOST_INDEX
+    return f"episode_{index:06d}" if known else ""
+
+
+def _episode(folder: Path, info: Info, key: str, content: Any) -> Episode:
+    """The episode of a row; raises ValueError with what is wrong with it."""
+    if isinstance(content, str):
+        raise ValueError(content)
+    placed = info.codebase_version == "v3.0"
+    row = (PlacedRow if placed else Row).model_validate(content)
+    names: dict[str, Any] = {"video_key": key, "episode_index": row.episode_index}
     first = 0
-    if info["version"] == "v3.0":
+    if isinstance(row, PlacedRow):
         # Frames of a file are evenly spaced, so a time is a number of frames.
-        first = round(row[f"videos/{key}/from_timestamp"] * info["fps"])
-        names |= {"chunk_index": int(row[f"videos/{key}/chunk_index"])}
-        names |= {"file_index": int(row[f"videos/{key}/file_index"])}
+        first = round(row.from_timestamp * info.fps)
+        names |= {"chunk_index": row.chunk_index, "file_index": row.file_index}
     else:
-        names |= {"episode_chunk": index // info["chunk"]}
+        names |= {"episode_chunk": row.episode_index // info.chunks_size}
     return Episode(
-        name=f"episode_{index:06d}",
-        path=folder / info["video_path"].format(**names),
+        name=f"episode_{row.episode_index:06d}",
+        path=folder / os.path.normpath(info.video_path.format(**names)),
         first=first,
-        frames=length,
-        task="; ".join(str(task).strip() for task in row["tasks"] if str(task).strip()),
+        frames=row.length,
+        task="; ".join(task.strip() for task in row.tasks if task.strip()),
     )
 
 
-def _info(folder: Path) -> dict[str, Any]:
+def _reason(error: ValueError) -> str:
+    if not isinstance(error, ValidationError):
+        return str(error)
+    first = error.errors(include_url=False, include_input=False)[0]
+    return f"{'.'.join(map(str, first['loc'])) or 'it'}: {first['msg']}"
+
+
+def _info(folder: Path) -> Info:
     path = folder / INFO
-    content = layout.read_json(path)
-    try:
-        version = content["codebase_version"]
-        found = {
-            "version": version,
-            "fps": float(content["fps"]),
-            "video_path": str(content["video_path"]),
-            "chunk": int(content.get("chunks_size", 1000)),
-            "cameras": [k for k, v in content["features"].items() if v["dtype"] == "video"],
-        }
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise _damaged(path, error) from error
-    if version not in VERSIONS:
+    content = files.read_json(path, files.LEROBOT)
+    version = content.get("codebase_version") if isinstance(content, dict) else None
+    if isinstance(version, str) and version not in VERSIONS:
         raise UserError(
             f"is a LeRobot dataset of version {version}, {' and '.join(VERSIONS)} are read",
             code=ExitCode.DATASET,
             where=str(folder),
             fix="convert it with the scripts of lerobot",
         )
-    return found
+    try:
+        return Info.model_validate(content)
+    except ValidationError as error:
+        raise _damaged(path, _reason(error)) from error
+
+
+def _check_path(folder: Path, info: Info, key: str) -> None:
+    """Refuse a video_path that names other than the fields, or a place outside of the dataset.
+
+    As the numbers in a path hold neither a slash nor a dot, one episode stands for all.
+
+    Raises:
+        UserError: it is such a path.
+    """
+    known = FIELDS[info.codebase_version]
+    try:
+        for _, name, form, conversion in string.Formatter().parse(info.video_path):
+            if name is None:
+                continue
+            allowed = name in known and not conversion
+            if not allowed or not (_FORMAT.fullmatch(form or "") if name != known[0] else not form):
+                text = name + (f":{form}" if form else "")
+                raise ValueError(
+                    f"video_path holds {{{text[:60]}}}, it may hold {', '.join(known)}"
+                )
+        path = os.path.normpath(
+            info.video_path.format(**{known[0]: key}, **dict.fromkeys(known[1:], 0))
+        )
+    except ValueError as error:
+        raise _damaged(folder / INFO, error) from error
+    if Path(path).is_absolute() or Path(path).parts[:1] == (os.pardir,):
+        raise _damaged(folder / INFO, f"video_path leads to {path[:200]}, outside of the dataset")
 
 
 def _choose(folder: Path, camera: str | None, names: list[str]) -> str:
@@ -108,21 +246,38 @@ def _choose(folder: Path, camera: str | None, names: list[str]) -> str:
         what,
         code=ExitCode.DATASET,
         where=str(folder),
-        fix=f"set camera to one of {', '.join(sorted(names))}" if names else "it has no videos",
+        fix=f"set camera to one of {', '.join(sorted(names)[:20])}"
+        if names
+        else "it has no videos",
     )
 
 
-def _v2_rows(folder: Path) -> Iterator[dict[str, Any]]:
+def _v2_rows(folder: Path) -> Iterator[Found]:
     path = folder / "meta" / "episodes.jsonl"
+    number = 0
+    with files.open_regular(path, files.LEROBOT) as stream:
+        while line := stream.readline(LONGEST_ROW):
+            number += 1
+            where = f"{path.name} line {number}"
+            if stream.tell() > files.LEROBOT.limit:
+                raise _damaged(path, f"it is larger than {files.LEROBOT.limit:,} bytes")
+            if len(line) == LONGEST_ROW and not line.endswith(b"\n"):
+                yield path, where, f"it is longer than {LONGEST_ROW:,} bytes"
+                while (rest := stream.readline(LONGEST_ROW)) and not rest.endswith(b"\n"):
+                    pass
+            elif line.strip():
+                yield path, where, _object(line)
+
+
+def _object(line: bytes) -> Any:
     try:
-        for line in path.read_text(encoding="utf-8").split("\n"):
-            if line.strip():
-                yield json.loads(line)
-    except (OSError, ValueError) as error:
-        raise _damaged(path, error) from error
+        content = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        return f"it is no JSON: {error}"
+    return content if isinstance(content, dict) else "it is no JSON object"
 
 
-def _v3_rows(folder: Path, key: str) -> Iterator[dict[str, Any]]:
+def _v3_rows(folder: Path, key: str) -> Iterator[Found]:
     try:
         import pyarrow
         from pyarrow import parquet
@@ -133,21 +288,80 @@ def _v3_rows(folder: Path, key: str) -> Iterator[dict[str, Any]]:
             where=str(folder),
             fix='run pip install -e ".[lerobot]" in the clone',
         ) from error
-    place = ("chunk_index", "file_index", "from_timestamp")
-    columns = ["episode_index", "length", "tasks", *(f"videos/{key}/{name}" for name in place)]
-    paths = sorted((folder / "meta" / "episodes").glob("chunk-*/file-*.parquet"))
+    names = {f"videos/{key}/{name}": name for name in _PLACE}
+    names |= {name: name for name in ("episode_index", "length", "tasks")}
+    root = folder / "meta" / "episodes"
+    paths = sorted(root.glob("chunk-*/file-*.parquet"))
     if not paths:
-        raise _damaged(folder / "meta" / "episodes", "no parquet files")
+        raise _damaged(root, "there are no parquet files")
     for path in paths:
-        try:
-            yield from parquet.read_table(path, columns=columns).to_pylist()
-        except (pyarrow.ArrowException, OSError) as error:
-            raise _damaged(path, error) from error
+        where = f"{path.parent.name} {path.name}"
+        with files.open_regular(path, files.PARQUET) as stream:
+            try:
+                number = 0
+                for batch in _batches(parquet, stream, list(names)):
+                    for content in _contents(batch, names):
+                        number += 1
+                        yield path, f"{where} row {number}", content
+            except (pyarrow.ArrowException, OSError, ValueError) as error:
+                raise _damaged(path, error) from error
+
+
+def _batches(parquet: Any, stream: Any, columns: list[str]) -> Iterator[Any]:
+    """Yield some rows at a time of the columns; raises ValueError where they take too much."""
+    limits = {
+        "thrift_string_size_limit": files.HEADER_LIMIT,
+        "thrift_container_size_limit": MOST_VALUES,
+    }
+    metadata = parquet.ParquetFile(stream, **limits).metadata
+    if metadata.num_rows > MOST_ROWS:
+        raise ValueError(f"it has more than {MOST_ROWS:,} episodes")
+    texts = set()
+    for i in range(metadata.num_row_groups):
+        group = metadata.row_group(i)
+        chunks = [group.column(j) for j in range(group.num_columns)]
+        chunks = [
+            c
+            for c in chunks
+            if c.path_in_schema in columns or c.path_in_schema.startswith("tasks.")
+        ]
+        if any(chunk.num_values > MOST_VALUES for chunk in chunks):
+            raise ValueError(f"a row group has more than {MOST_VALUES:,} values")
+        if sum(chunk.total_uncompressed_size for chunk in chunks) > MOST_BYTES:
+            raise ValueError(f"a row group takes more than {MOST_BYTES:,} bytes")
+        texts |= {c.path_in_schema for c in chunks if c.physical_type == "BYTE_ARRAY"}
+    # As a dictionary, so that a text that is repeated in the file is once in memory.
+    reader = parquet.ParquetFile(stream, read_dictionary=sorted(texts), **limits)
+    yield from reader.iter_batches(ROWS_AT_ONCE, columns=columns)
+
+
+def _contents(batch: Any, names: dict[str, str]) -> Iterator[Any]:
+    """Yield the values of each row by name, one row at a time, or what is wrong with it."""
+    import pyarrow
+    from pyarrow import compute
+
+    columns = {names[name]: batch.column(name) for name in batch.schema.names if name in names}
+    tasks: Any = columns.get("tasks")
+    listed = tasks is not None and pyarrow.types.is_list(tasks.type)
+    bytes_of = None
+    if listed and pyarrow.types.is_dictionary(tasks.values.type):
+        bytes_of = compute.binary_length(tasks.values.dictionary)
+    for i in range(batch.num_rows):
+        row = {name: column[i] for name, column in columns.items()}
+        if bytes_of is not None and row["tasks"].is_valid:
+            texts = row["tasks"].values
+            if len(texts) > MOST_TASKS:
+                yield f"tasks: there are more than {MOST_TASKS}"
+                continue
+            if (compute.max(bytes_of.take(texts.indices)).as_py() or 0) > 4 * LONGEST_TASK:
+                yield f"tasks: one is longer than {LONGEST_TASK:,} characters"
+                continue
+        yield {name: value.as_py() for name, value in row.items()}
 
 
 def _damaged(path: Path, why: object) -> UserError:
     return UserError(
-        f"is no part of a LeRobot dataset: {why!r}",
+        f"is no part of a LeRobot dataset: {why}",
         code=ExitCode.DATASET,
         where=str(path),
         fix="fetch the dataset again",

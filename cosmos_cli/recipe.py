@@ -81,7 +81,8 @@ def find(name_or_path: str | Path) -> Path:
     path, known = Path(name_or_path), shipped()
     try:
         is_folder = path.is_dir()
-        if path.exists() and not is_folder:
+        # A link that leads nowhere is named for what it is.
+        if (path.exists() or path.is_symlink()) and not is_folder:
             return path
     except OSError as err:
         raise problem(str(path), f"cannot be read ({err.strerror})") from err

@@ -18,7 +18,7 @@ from math import prod
 from pathlib import Path
 from typing import IO, Any
 
-from cosmos_cli import assets, console, layout
+from cosmos_cli import assets, console, files, layout
 from cosmos_cli.assets import Asset, RemoteFile
 from cosmos_cli.errors import ExitCode, UserError
 
@@ -145,11 +145,11 @@ def _safetensors_header(path: Path) -> dict[str, Any]:
 
     Source: huggingface/safetensors, README.md, which also limits the header's length.
     """
-    with path.open("rb") as stream:
+    with files.open_regular(path, files.WEIGHTS) as stream:
         try:
             (length,) = struct.unpack("<Q", stream.read(8))
-            header: dict[str, Any] = json.loads(stream.read(min(length, 10**8)))
-        except (struct.error, ValueError):
+            header: dict[str, Any] = json.loads(stream.read(min(length, files.HEADER_LIMIT)))
+        except (struct.error, ValueError, RecursionError):
             return {}
     return header
 
@@ -167,7 +167,7 @@ def _write_safetensors(path: Path, source: Path, tensors: dict[str, Stored]) -> 
     digest = hashlib.sha256()
     with (
         layout.atomic_file(path) as temporary,
-        source.open("rb") as old,
+        files.open_regular(source, files.WEIGHTS) as old,
         temporary.open("wb") as new,
         console.progress(f"{source.name} to {path.name}", ends[-1] // 10**6, "MB") as bar,
     ):
@@ -197,7 +197,8 @@ def _read_old_format(path: Path) -> dict[str, Stored]:
     Raises:
         UserError: the file is damaged, or holds more than tensors.
     """
-    with path.open("rb") as stream:
+    files.check_torch(path)
+    with files.open_regular(path, files.WEIGHTS) as stream:
         try:
             return _tensors(stream, layout.size_of(path))
         except DAMAGE as error:

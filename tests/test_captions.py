@@ -1,4 +1,8 @@
-"""Captions from a CSV or JSONL file."""
+"""Which caption belongs to which video: by the name of its file, or by a CSV or JSONL file."""
+
+import json
+import unicodedata
+from pathlib import Path
 
 import pytest
 
@@ -42,7 +46,7 @@ def test_rows_of_unknown_videos_are_named_with_their_line(tmp_path):
     path.write_text("file,caption\na.mp4,A.\nz.mp4,Z.\n")
     found, unknown = captions.read(path, VIDEOS)
     assert found == {"a.mp4": "A."}
-    assert unknown == [f"{path}:3: there is no video 'z.mp4'"]
+    assert unknown == ["line 3 'z.mp4'"]
 
 
 def test_all_wrong_lines_are_named_at_once(tmp_path):
@@ -86,7 +90,7 @@ def test_csv_lines_are_those_of_the_file_also_behind_a_caption_of_two_lines(tmp_
         ("c.csv", "name,caption\na.mp4,A.\n", ExitCode.DATASET, "has no column 'file'"),
         ("c.csv", "", ExitCode.DATASET, "has no column 'file'"),
         ("c.txt", "a.mp4: A.", ExitCode.DATASET, "neither .csv nor .jsonl"),
-        ("c.csv", None, ExitCode.ASSET, "No such file"),
+        ("c.csv", None, ExitCode.ASSET, "does not exist"),
         ("c.csv", b"\xff\xfe", ExitCode.ASSET, "no UTF-8"),
     ],
 )
@@ -97,3 +101,103 @@ def test_a_file_that_cannot_be_used_says_so(tmp_path, name, content, code, what)
     with pytest.raises(UserError, match=what) as caught:
         captions.read(path, VIDEOS)
     assert caught.value.code == code and str(path) in str(caught.value)
+
+
+def test_rows_name_a_video_in_any_case_form_and_with_backslashes(tmp_path):
+    path = tmp_path / "c.jsonl"
+    rows = {"videos\\A.MP4": "A.", "C:\\x\\caf\u00e9.mp4": "B.", "/x/Stra\u00dfe.mp4 ": "C."}
+    path.write_text("\n".join(json.dumps({"file": f, "caption": c}) for f, c in rows.items()))
+    videos = ["a.mp4", "cafe\u0301.MP4", "STRASSE.mp4"]
+    assert captions.read(path, videos) == (dict(zip(videos, rows.values(), strict=True)), [])
+
+
+def test_an_exact_row_wins_and_what_may_be_two_videos_is_refused(tmp_path):
+    path = tmp_path / "c.csv"
+    path.write_text("file,caption\nA.mp4,upper\na.mp4,lower\n")
+    assert captions.read(path, ["a.mp4", "A.mp4"])[0] == {"A.mp4": "upper", "a.mp4": "lower"}
+    assert captions.read(path, ["a.mp4"]) == ({"a.mp4": "lower"}, ["line 2 'A.mp4'"])
+    path.write_text("file,caption\nAB.mp4,which\n")
+    with pytest.raises(UserError, match=r"c\.csv:2: .*may be 'Ab\.mp4' or 'aB\.mp4'"):
+        captions.read(path, ["aB.mp4", "Ab.mp4"])
+
+
+def test_a_backslash_that_is_part_of_a_name_stays(tmp_path):
+    path = tmp_path / "c.csv"
+    path.write_text("file,caption\na\\b.mp4,one\n")
+    assert captions.read(path, ["a\\b.mp4", "b.mp4"])[0] == {"a\\b.mp4": "one"}
+
+
+NFC, NFD = "caf\u00e9", "cafe\u0301"
+
+
+@pytest.mark.parametrize(
+    ("video", "file"),
+    [
+        (f"{NFD}.mp4", f"{NFC}.txt"),
+        (f"{NFC}.mp4", f"{NFD}.txt"),
+        (f"{NFC}.mp4", f"{NFD.upper()}.TXT"),
+        ("x.mp4", "x.TXT"),
+        ("x.mp4", "x.mp4.txt"),
+        ("x.mp4", "X.MP4.Txt"),
+        ("x.MP4", "x.mp4.txt"),
+        ("X.mp4", "x.txt"),
+        ("x .mp4", "x.txt"),
+        ("x.mp4", "x.txt "),
+        ("a.b.mp4", "a.b.txt"),
+        ("a.b.mp4", "A.b.mp4.txt"),
+        ("\u1112\u1161\u11ab.mp4", "\ud55c.txt"),
+        ("stra\u00dfe.mp4", "STRASSE.txt"),
+        ("\u03a3\u03a3.mp4", "\u03c3\u03c2.txt"),
+    ],
+)
+def test_a_file_belongs_to_the_video_that_it_is_named_after(video, file):
+    found = captions.owners([Path(file)], [video, "other.mp4"])
+    assert (found.files, found.unclear, found.unused) == ({video: Path(file)}, {}, [])
+
+
+def owned(files, videos):
+    found = captions.owners([Path(f) for f in files], videos)
+    return (
+        {video: path.name for video, path in found.files.items()},
+        {video: sorted(p.name for p in paths) for video, paths in found.unclear.items()},
+        sorted(path.name for path in found.unused),
+    )
+
+
+@pytest.mark.parametrize(
+    ("files", "videos", "wanted"),
+    [
+        # Exact names win, in this order.
+        (["x.TXT", "x.txt"], ["x.mp4"], ({"x.mp4": "x.txt"}, {}, ["x.TXT"])),
+        (["X.txt", "x.mp4.txt"], ["x.mp4"], ({"x.mp4": "x.mp4.txt"}, {}, ["X.txt"])),
+        (["x.mp4.txt", "x.txt"], ["x.mp4"], ({"x.mp4": "x.txt"}, {}, ["x.mp4.txt"])),
+        (["A.txt", "a.txt"], ["a.mp4", "A.mp4"], ({"a.mp4": "a.txt", "A.mp4": "A.txt"}, {}, [])),
+        # What may be one or the other is neither.
+        (["x.TXT", "x.Txt"], ["x.mp4"], ({}, {"x.mp4": ["x.TXT", "x.Txt"]}, [])),
+        (["ab.txt"], ["Ab.mp4", "aB.mp4"], ({}, {"Ab.mp4": ["ab.txt"], "aB.mp4": ["ab.txt"]}, [])),
+        (
+            ["ab.txt", "Ab.txt"],
+            ["Ab.mp4", "aB.mp4"],
+            ({"Ab.mp4": "Ab.txt"}, {"aB.mp4": ["ab.txt"]}, []),
+        ),
+        # A stem with dots is not its first part.
+        (["a.txt", "a.b.txt"], ["a.b.mp4"], ({"a.b.mp4": "a.b.txt"}, {}, ["a.txt"])),
+        (["a.b.txt"], ["a.mp4"], ({}, {}, ["a.b.txt"])),
+        # Two videos of one stem: prep takes the first, a full name says which is meant.
+        (["x.txt"], ["x.mov", "x.mp4"], ({"x.mov": "x.txt"}, {}, [])),
+        (["x.mp4.txt"], ["x.mov", "x.mp4"], ({"x.mp4": "x.mp4.txt"}, {}, [])),
+        (["x.mp4.txt"], ["x.mp4", "x.mp4.mov"], ({"x.mp4.mov": "x.mp4.txt"}, {}, [])),
+        (["gone.txt", "b.txt"], ["b.mp4"], ({"b.mp4": "b.txt"}, {}, ["gone.txt"])),
+    ],
+)
+def test_exact_names_win_and_unclear_ones_are_nobodys(files, videos, wanted):
+    assert owned(files, videos) == wanted
+    assert owned(files[::-1], videos) == wanted
+
+
+def test_names_are_compared_as_the_unicode_standard_says():
+    for form in ("NFC", "NFD"):
+        assert captions.key(unicodedata.normalize(form, "\u01d6\u0345")) == captions.key(
+            unicodedata.normalize("NFD", "\u01d5\u0345")
+        )
+    assert captions.key("a.mp4") != captions.key("b.mp4")

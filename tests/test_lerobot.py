@@ -1,6 +1,7 @@
 """LeRobot datasets as they lie on disk, of both versions."""
 
 import json
+import os
 import sys
 
 import pytest
@@ -111,8 +112,8 @@ def test_the_camera_must_be_chosen_among_several(v2):
 
 
 def test_another_version_and_damaged_files_are_named(v2):
-    (v2 / "meta" / "episodes.jsonl").write_text("{\n")
-    with pytest.raises(UserError, match=r"episodes\.jsonl"):
+    (v2 / "meta" / "episodes.jsonl").unlink()
+    with pytest.raises(UserError, match=r"episodes\.jsonl: does not exist"):
         lerobot.episodes(v2, "top")
     info = json.loads((v2 / "meta" / "info.json").read_text())
     (v2 / "meta" / "info.json").write_text(json.dumps({**info, "codebase_version": "v1.6"}))
@@ -127,6 +128,213 @@ def test_without_pyarrow_v3_is_a_line_that_says_what_to_install(v3, monkeypatch)
         lerobot.episodes(v3, "top")
     assert caught.value.code == ExitCode.ENVIRONMENT
     assert "[lerobot]" in caught.value.fix
+
+
+def change_info(root, **changes):
+    path = root / "meta" / "info.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "what"),
+    [
+        ({"video_path": "../../../outside.mp4"}, "outside of the dataset"),
+        ({"video_path": "/etc/{video_key}.mp4"}, "outside of the dataset"),
+        ({"video_path": "//etc/{video_key}.mp4"}, "outside of the dataset"),
+        ({"video_path": "videos/../../{video_key}.mp4"}, "outside of the dataset"),
+        ({"video_path": ".."}, "outside of the dataset"),
+        ({"video_path": "{episode_index:>3000000000}"}, "may hold video_key"),
+        ({"video_path": "{episode_index:0300d}"}, "may hold video_key"),
+        ({"video_path": "{episode_index:.5f}"}, "may hold video_key"),
+        ({"video_path": "{episode_index:{episode_index}}"}, "may hold video_key"),
+        ({"video_path": "{video_key.foo}"}, "may hold video_key"),
+        ({"video_path": "{video_key[0]}"}, "may hold video_key"),
+        ({"video_path": "{video_key:>99}"}, "may hold video_key"),
+        ({"video_path": "{video_key!r}"}, "may hold video_key"),
+        ({"video_path": "{episode_index.__class__}"}, "may hold video_key"),
+        ({"video_path": "{}"}, "may hold video_key"),
+        ({"video_path": "{file_index}.mp4"}, "may hold video_key"),
+        ({"video_path": "{episode_index"}, "expected '}'"),
+        ({"video_path": "a\0b.mp4"}, "holds a NUL"),
+        ({"video_path": "\ud800.mp4"}, "is no text"),
+        ({"video_path": "x" * 5000}, "at most 1000"),
+        ({"video_path": None}, "valid string"),
+        ({"chunks_size": 0}, "greater than or equal to 1"),
+        ({"chunks_size": 10**400}, "chunks_size"),
+        ({"fps": 0}, "greater than 0"),
+        ({"fps": float("nan")}, "finite"),
+        ({"fps": float("inf")}, "fps"),
+        ({"features": []}, "valid dictionary"),
+        ({"codebase_version": ["v2.1"]}, "valid string"),
+    ],
+)
+def test_what_info_json_may_not_say_is_one_line(v2, changes, what):
+    change_info(v2, **changes)
+    with pytest.raises(UserError) as refused:
+        lerobot.episodes(v2, "top")
+    assert refused.value.code == ExitCode.DATASET
+    assert what in str(refused.value) and str(v2 / "meta" / "info.json") in str(refused.value)
+    assert len(str(refused.value)) < 1000 and "\n" not in str(refused.value)
+
+
+def test_a_camera_cannot_lead_out_of_the_dataset(v2):
+    change_info(v2, features={"../../../../etc": {"dtype": "video"}})
+    with pytest.raises(UserError, match="outside of the dataset"):
+        lerobot.episodes(v2, None)
+
+
+def test_a_path_with_dots_inside_the_dataset_is_what_it_means(v2):
+    name = "meta/../videos/./chunk-{episode_chunk:03d}/{video_key}/episode_{episode_index:06d}.mp4"
+    change_info(v2, video_path=name)
+    assert all(episode.path.is_file() for episode in lerobot.episodes(v2, "top"))
+
+
+def test_videos_may_be_links_out_of_the_dataset_as_in_the_hubs_cache(v2, tmp_path):
+    blobs = tmp_path / "blobs"
+    blobs.mkdir()
+    for i, path in enumerate(sorted(v2.rglob("*.mp4"))):
+        path.rename(blobs / str(i))
+        path.symlink_to(blobs / str(i))
+    info = v2 / "meta" / "info.json"
+    info.rename(blobs / "info")
+    info.symlink_to(blobs / "info")
+    found = lerobot.episodes(v2, "top")
+    assert [video.probe(episode.path).frames for episode in found] == list(LENGTHS)
+
+
+GOOD = '{"episode_index": 0, "tasks": ["Pick."], "length": 20}'
+BAD_LINES = {
+    '{"episode_index": 1, "length": 20}': "episode_000001",
+    '{"episode_index": 1, "tasks": null, "length": 20}': "episode_000001",
+    '{"episode_index": 1, "tasks": ["\\ud800"], "length": 20}': "episode_000001",
+    '{"episode_index": 1, "tasks": [3], "length": 20}': "episode_000001",
+    '{"episode_index": 1, "tasks": ["Go."], "length": 1e400}': "episode_000001",
+    '{"episode_index": 1, "tasks": ["Go."], "length": NaN}': "episode_000001",
+    '{"episode_index": 1, "tasks": ["Go."], "length": 0}': "episode_000001",
+    '{"episode_index": 1, "tasks": ["Go."], "length": 100000000}': "episode_000001",
+    '{"episode_index": -1, "tasks": ["Go."], "length": 20}': "episodes.jsonl line 2",
+    '{"episode_index": 1e400, "tasks": ["Go."], "length": 20}': "episodes.jsonl line 2",
+    '{"episode_index": ' + "9" * 5000 + "}": "episodes.jsonl line 2",
+    '{"episode_index": [1]}': "episodes.jsonl line 2",
+    "{": "episodes.jsonl line 2",
+    "[1]": "episodes.jsonl line 2",
+    "[" * 200_000: "episodes.jsonl line 2",
+    '"' + "x" * 3_000_000: "episodes.jsonl line 2",
+    "\udcff": "episodes.jsonl line 2",
+    # It cannot be known which of two is right, but the same row twice is one episode.
+    '{"episode_index": 0, "tasks": ["A."], "length": 10}': "episode_000000, episodes.jsonl line 2",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("line", BAD_LINES, ids=lambda line: line[:60])
+def test_a_bad_row_is_named_and_does_not_lose_the_others(v2, line):
+    last = '{"episode_index": 2, "tasks": ["Put."], "length": 30.0}'
+    content = "\n".join([GOOD, line, last]).encode(errors="surrogateescape")
+    (v2 / "meta" / "episodes.jsonl").write_bytes(content)
+    found = {episode.name: episode for episode in lerobot.episodes(v2, "top")}
+    assert set(found) == {"episode_000000", BAD_LINES[line], "episode_000002"}
+    assert found["episode_000002"].frames == 30 and not found["episode_000002"].reason
+    bad = found[BAD_LINES[line]]
+    assert bad.reason and len(bad.reason) < 300 and "\n" not in bad.reason
+    twice = line.startswith('{"episode_index": 0')
+    assert bool(found["episode_000000"].reason) == twice
+
+
+def test_the_same_row_twice_is_one_episode_and_the_second_is_named(v2):
+    (v2 / "meta" / "episodes.jsonl").write_text(f"{GOOD}\n{GOOD}\n")
+    first, second = lerobot.episodes(v2, "top")
+    assert (first.name, first.reason) == ("episode_000000", "")
+    assert second.reason == "it is listed twice"
+
+
+def test_more_rows_than_any_dataset_has_are_refused(v2, monkeypatch):
+    monkeypatch.setattr(lerobot, "MOST_ROWS", 2)
+    with pytest.raises(UserError, match="more than 2 episodes"):
+        lerobot.episodes(v2, "top")
+
+
+def rewrite(root, change):
+    """Replaces the rows of a v3.0 dataset."""
+    import pyarrow
+    from pyarrow import parquet
+
+    path = root / "meta" / "episodes" / "chunk-000" / "file-000.parquet"
+    rows = parquet.read_table(path).to_pylist()
+    parquet.write_table(pyarrow.Table.from_pylist(change(rows)), path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        (f"videos/{CAMERAS[0]}/file_index", None),
+        (f"videos/{CAMERAS[0]}/chunk_index", -1),
+        (f"videos/{CAMERAS[0]}/from_timestamp", float("nan")),
+        (f"videos/{CAMERAS[0]}/from_timestamp", float("inf")),
+        (f"videos/{CAMERAS[0]}/from_timestamp", -0.5),
+        ("tasks", None),
+        ("tasks", ["go"] * 200),
+        ("tasks", ["x" * 50_000]),
+        ("length", None),
+        ("length", -4),
+        ("episode_index", None),
+    ],
+)
+def test_a_bad_parquet_row_is_named_and_does_not_lose_the_others(v3, key, value):
+    rewrite(v3, lambda rows: [rows[0], {**rows[1], key: value}, rows[2]])
+    found = lerobot.episodes(v3, "top")
+    good = [episode.name for episode in found if not episode.reason]
+    assert good == ["episode_000000", "episode_000002"]
+    (bad,) = (episode for episode in found if episode.reason)
+    assert bad.name in ("episode_000001", "chunk-000 file-000.parquet row 2")
+
+
+def test_parquet_files_that_are_none_or_claim_too_much_are_one_line(v3, monkeypatch):
+    path = v3 / "meta" / "episodes" / "chunk-000" / "file-000.parquet"
+    monkeypatch.setattr(lerobot, "MOST_BYTES", 100)
+    with pytest.raises(UserError, match="takes more than 100 bytes"):
+        lerobot.episodes(v3, "top")
+    path.write_bytes(b"PAR1" + bytes(1000) + b"PAR1")
+    with pytest.raises(UserError, match="is no part of a LeRobot dataset"):
+        lerobot.episodes(v3, "top")
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(UserError, match="is a pipe, not a file"):
+        lerobot.episodes(v3, "top")
+
+
+def test_a_text_that_parquet_repeats_is_once_in_memory(v3):
+    """100,000 episodes of the same text of a megabyte, which is 1 MB in the file."""
+    import pyarrow
+    from pyarrow import parquet
+
+    def column(name):
+        return pyarrow.array([0] * 100_000) if name != "tasks" else tasks
+
+    words = pyarrow.DictionaryArray.from_arrays(
+        pyarrow.array([0] * 100_000, pyarrow.int32()), pyarrow.array(["x" * 10**6])
+    )
+    tasks = pyarrow.ListArray.from_arrays(pyarrow.array(range(100_001), pyarrow.int32()), words)
+    path = v3 / "meta" / "episodes" / "chunk-000" / "file-000.parquet"
+    names = parquet.read_schema(path).names
+    table = pyarrow.table({name: column(name) for name in names})
+    parquet.write_table(table, path, store_schema=False, dictionary_pagesize_limit=10**8)
+    assert path.stat().st_size < 3 * 10**6
+    before = pyarrow.total_allocated_bytes()
+    found = lerobot.episodes(v3, "top")
+    assert all("longer than" in episode.reason for episode in found)
+    assert pyarrow.total_allocated_bytes() - before < 50 * 10**6
+
+
+@pytest.mark.workflow
+def test_prep_takes_the_good_episodes_and_names_the_bad_ones(v2, tmp_path):
+    path = v2 / "meta" / "episodes.jsonl"
+    bad = '{"episode_index": 1, "tasks": ["Go."], "length": 1e400}\n{\n'
+    path.write_text(path.read_text().splitlines()[0] + "\n" + bad)
+    source = settings("dataset_dir=data", f"videos_dir={v2}", "camera=wrist", "fps=10")
+    done = Cosmos(tmp_path)("prep", "tiny", *source)
+    assert "1 of 3 videos used, 2 rejected" in done.stderr
+    assert "episode_000001: rejected: its row cannot be used: length" in done.stderr
+    assert "episodes.jsonl line 3: rejected: its row cannot be used: it is no JSON" in done.stderr
 
 
 @pytest.mark.workflow

@@ -329,7 +329,8 @@ def test_captions_come_from_the_documented_place_and_follow_it_when_it_changes(t
         return [(row["caption"], row["caption_source"]) for row in rows]
 
     done = cosmos("prep", "tiny", *arguments)
-    assert "captions.csv:4: there is no video 'z.mp4'" in done.stderr
+    assert "1 row of captions_file belongs to no video" in done.stderr
+    assert "line 4 'z.mp4'" in done.stderr
     first = [("From metas.", "metas"), ("Listed.", "captions_file"), ("Beside.", "sidecar")]
     assert found() == [*first, ("A video of a square.", "prompt")]
     listed.write_text("file,caption\nc.mp4,Now listed.\n")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cosmos_cli import console, jobs, layout, orders, promoted
+from cosmos_cli import console, files, jobs, layout, orders, promoted
 from cosmos_cli.choose import choose_model
 from cosmos_cli.commands import options
 from cosmos_cli.console import Result
@@ -158,6 +158,8 @@ def read_weights(r: Recipe, folder: Path | None) -> Weights:
             f"holds no {', '.join(layout.MODEL_FORMATS.values())}", code=ExitCode.ASSET,
             where=str(path), fix="give a folder or file of weights",
         )  # fmt: skip
+    if not path.is_dir():
+        files.check_weights(path)
     before = layout.file_id(path)
     found = Weights(path, layout.sha256_path(path))
     named = path.name in layout.MODEL_FORMATS.values()
@@ -188,10 +190,11 @@ def read_lora(text: str) -> Lora:
     except ValueError:
         path, share = Path(text).absolute(), 1.0
     fix = "give a LoRA file, and maybe its strength, as in --lora FILE:0.8"
-    if not os.path.isfile(path):  # noqa: PTH113 - a path that cannot be reached is none
+    if not os.path.exists(path):  # noqa: PTH110 - a path that cannot be reached is none
         raise UserError("does not exist", code=ExitCode.ASSET, where=str(path), fix=fix)
     if not math.isfinite(share):
         raise UserError(f"{share} is no strength", code=ExitCode.USAGE, where=text, fix=fix)
+    files.check_weights(path)
     return Lora(path, share, layout.sha256_file(path))
 
 

@@ -33,11 +33,14 @@ def prep(
     if dry_run:
         videos = sources.inspect(r, dataset)
         sources.find_captions(r, dataset, videos)
+        notes = model_prep.caption_notes(r, dataset, videos)
+        for line in notes.lines(r):
+            console.warn(line)
         sources.require_usable(r, dataset, videos)
         clips = sum(len(source.clips) for source in videos)
         bytes_needed = clips * model_prep.latent_bytes(r)
         console.say(f"would cache {clips} clips in {console.size(bytes_needed)}")
-        figures = {"dry_run": True, "clips": clips, "bytes": bytes_needed}
+        figures = {"dry_run": True, "clips": clips, "bytes": bytes_needed, **notes.figures()}
         rows = [sources.row(dataset, source, "") for source in videos]
         console.emit(Result(sources.verdict_table(rows), figures=figures), as_json=json_)
         return
@@ -64,6 +67,8 @@ def prep(
                 "used": len(verdicts) - len(rejected),
                 "rejected": len(rejected),
                 "clips": len(manifest["clips"]),
+                "captions_unused": manifest.get("captions_unused", {}),
+                "captions_cut": manifest.get("captions_cut", {}),
                 "videos": [
                     {key: video[key] for key in ("file", "verdict", "reason", "clips")}
                     for video in verdicts

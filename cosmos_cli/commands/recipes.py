@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cosmos_cli import console, layout, lerobot
+from cosmos_cli import captions, console, files, layout, lerobot
 from cosmos_cli.commands import options
 from cosmos_cli.console import Result
 from cosmos_cli.errors import ExitCode, UserError
@@ -48,7 +48,7 @@ def list_(json_: options.JsonOption = False) -> None:
 
 
 def _title(path: Path) -> str:
-    return path.read_text(encoding="utf-8").partition("\n")[0].removeprefix("# ")
+    return files.read_text(path, files.RECIPE).partition("\n")[0].removeprefix("# ")
 
 
 @app.command()
@@ -60,7 +60,7 @@ def show(name: NameArgument, json_: options.JsonOption = False) -> None:
     from cosmos_cli import recipe
 
     loaded = recipe.load(name)
-    text = loaded.path.read_text(encoding="utf-8")
+    text = files.read_text(loaded.path, files.RECIPE)
     figures = {"path": str(loaded.path.absolute()), "recipe": loaded.recipe.model_dump()}
     console.emit(Result(text.rstrip("\n"), figures=figures), as_json=json_)
 
@@ -85,7 +85,7 @@ def copy(
     with layout.disk_errors(target):
         target = target / source.name if target.is_dir() else target
     _check_free(target, yes)
-    layout.write_text(target, source.read_text(encoding="utf-8"))
+    layout.write_text(target, files.read_text(source, files.RECIPE))
     following = f"edit {target}, then cosmos recipes check {target}"
     console.emit(Result(str(target.absolute()), [target.absolute()], next=following), as_json=json_)
 
@@ -183,7 +183,7 @@ def new(
     dataset = propose.dataset_of(name, videos)
     _check_free(target, yes)
     usable, bad = _probe(dataset)
-    captioned = sum(_has_caption(dataset, path) for path in usable)
+    captioned = _captioned(dataset, list(usable))
     gpus = launch.gpu_names()
     choices = propose.propose(name, videos, list(usable.values()), captioned, gpus)
     header = [
@@ -232,5 +232,10 @@ def _probe(dataset: layout.Dataset) -> tuple[dict[Path, VideoInfo], list[str]]:
     return usable, bad
 
 
-def _has_caption(dataset: layout.Dataset, path: Path) -> bool:
-    return (dataset.metas / f"{path.stem}.txt").is_file() or path.with_suffix(".txt").is_file()
+def _captioned(dataset: layout.Dataset, videos: list[Path]) -> int:
+    """The number of videos that have a caption."""
+    names = [path.name for path in videos]
+    texts = captions.files_in(dataset.metas, captions.SUFFIX)
+    beside = captions.files_in(dataset.videos, *captions.BESIDE_SUFFIXES)
+    in_metas = captions.owners(texts, names).files
+    return len({*in_metas, *captions.owners(beside, names, captions.BESIDE_SUFFIXES).files})

@@ -16,6 +16,8 @@ from pathlib import Path
 
 import torch
 
+from cosmos_cli import files
+
 MAX_NEW_TOKENS = 100
 POLICY = Path(__file__).with_name("aegis_policy.txt").read_text(encoding="utf-8")
 CATEGORIES = dict(re.findall(r"^O(\d+): (.+)\.$", POLICY, re.MULTILINE))
@@ -63,6 +65,8 @@ class Aegis:
         (base / "config.json").stat()
         for name in ("adapter_config.json", "adapter_model.safetensors"):
             (adapter / name).stat()
+        for folder in (base, adapter):
+            files.check_model_folder(folder)
         self.tokenizer = AutoTokenizer.from_pretrained(base, local_files_only=True)
         llama, about = LlamaForCausalLM.from_pretrained(
             base, dtype=dtype, local_files_only=True, output_loading_info=True

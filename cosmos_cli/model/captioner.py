@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from cosmos_cli import claims, console, layout
+from cosmos_cli import claims, console, files, layout
 from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.keys import Recipe
 from cosmos_cli.layout import Dataset
@@ -39,11 +39,13 @@ class Captioner:
         self.device, self.dtype = device, dtype
         folder = Path(name).expanduser()
         source = str(folder.absolute()) if folder.is_dir() else name
+        if folder.is_dir():
+            files.check_model_folder(folder)
         where = {"local_files_only": True, "trust_remote_code": False}
         try:
             self.processor = AutoProcessor.from_pretrained(source, **where)
             model = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype, **where)
-        except (OSError, ValueError, ImportError) as error:
+        except (OSError, ValueError, RecursionError, ImportError) as error:
             why = " ".join(str(error).split())[:200]
             # Some models resize their pictures with torchvision, which is no dependency of ours.
             lacking = isinstance(error, ImportError)

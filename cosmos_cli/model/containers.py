@@ -10,6 +10,8 @@ from pathlib import Path
 
 import av
 
+from cosmos_cli import files
+
 
 def lacks(path: Path) -> int:
     """The bytes that lack at the end of an mp4 or Matroska file, 0 for others."""
@@ -18,7 +20,7 @@ def lacks(path: Path) -> int:
 
 def is_mpeg_stream(path: Path) -> bool:
     """Whether a file is a program or transport stream of MPEG's."""
-    with path.open("rb") as file:
+    with files.open_regular(path, files.VIDEO) as file:
         start = file.read(5)
     # The former starts with a pack, the latter with 0x47, on a Blu-ray behind a time.
     return start[:4] == b"\0\0\1\xba" or b"G" in (start[:1], start[4:])
@@ -26,7 +28,7 @@ def is_mpeg_stream(path: Path) -> bool:
 
 def is_avi(path: Path) -> bool:
     """Return True for an AVI file."""
-    with path.open("rb") as file:
+    with files.open_regular(path, files.VIDEO) as file:
         start = file.read(12)
     return start[:4] == b"RIFF" and start[8:] == b"AVI "
 
@@ -39,7 +41,7 @@ def mp4_boxes(path: Path) -> tuple[list[bytes], int]:
     """
     names: list[bytes] = []
     end, position = path.stat().st_size, 0
-    with path.open("rb") as file:
+    with files.open_regular(path, files.VIDEO) as file:
         while position + 8 <= end:
             file.seek(position)
             size, name = struct.unpack(">I4s", file.read(8))
@@ -57,7 +59,7 @@ def _matroska_lacks(path: Path) -> int:
 
     Source: RFC 8794, section 4; RFC 9559, section 5.1.
     """
-    with path.open("rb") as file:
+    with files.open_regular(path, files.VIDEO) as file:
         start = file.read(4096)
     position = size = length = 0
     for name in (b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67"):

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from cosmos_cli import files
 from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.model import edm, text
 from cosmos_cli.model.spec import ModelSpec
@@ -168,11 +169,12 @@ def read_latent(path: Path) -> Tensor:
         UserError: the file is missing or damaged.
     """
     try:
+        files.check_safetensors(path)
         with safe_open(path, framework="pt") as stream:
             latent: Tensor = stream.get_tensor("latent")
-    except (OSError, SafetensorError) as error:
+    except (files.BadFile, OSError, SafetensorError) as error:
         raise UserError(
-            f"is no cached latent: {error}",
+            f"is no cached latent: {getattr(error, 'what', error)}",
             code=ExitCode.ASSET,
             where=str(path),
             fix="run cosmos prep again",

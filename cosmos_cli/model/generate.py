@@ -274,8 +274,9 @@ class TextModels:
             return torch.zeros(spec.tokens, spec.channels)
         made = self.embeddings.get(words, lambda: save({"text": self.encoder.encode([words])[0]}))
         embedding = load(made)["text"].float()
-        if len(embedding) == spec.tokens:
-            console.warn(f"only the first {len(embedding)} tokens are read of: {words[:60]} ...")
+        if len(embedding) == spec.tokens and (cut := self.encoder.cut([words])):
+            read = f"only the first {spec.tokens} of {cut[words]} tokens are read"
+            console.warn(f"{read} of: {words[:60]} ...")
         return text.pad(embedding, spec)
 
 

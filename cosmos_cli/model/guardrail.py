@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import importlib.util
 import re
-import zipfile
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -22,7 +21,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from cosmos_cli import console, layout
+from cosmos_cli import console, files, layout
 from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.keys import Recipe
 from cosmos_cli.model import weights
@@ -238,6 +237,7 @@ class FrameFilter:
         with _reading(siglip):
             # transformers makes up a configuration that is not there.
             (siglip / "config.json").stat()
+            files.check_model_folder(siglip)
             self.processor = SiglipImageProcessorPil.from_pretrained(siglip)
             vision, about = SiglipVisionModel.from_pretrained(
                 siglip, dtype=torch.float32, output_loading_info=True
@@ -343,8 +343,8 @@ def _entries(folder: Path) -> list[str]:
         UserError: (ASSET) there is none.
     """
     with _reading(folder):
-        files = sorted(path for path in folder.iterdir() if path.is_file())
-        lines = [line for file in files for line in file.read_text(encoding="utf-8").splitlines()]
+        paths = sorted(path for path in folder.iterdir() if path.is_file())
+        lines = [line for p in paths for line in files.read_text(p, files.WORDS).splitlines()]
     entries = [" ".join(line.lower().split()) for line in lines]
     return list(dict.fromkeys(filter(None, entries)))
 
@@ -358,10 +358,9 @@ def _wordnet(nltk_data: Path, name: str) -> list[str]:
     corpora = nltk_data / "corpora"
     with _reading(corpora / "wordnet" / name):
         if (corpora / "wordnet").is_dir():
-            text = (corpora / "wordnet" / name).read_text(encoding="utf-8")
+            text = files.read_text(corpora / "wordnet" / name, files.WORDS)
         else:
-            with zipfile.ZipFile(corpora / "wordnet.zip") as archive:
-                text = archive.read(f"wordnet/{name}").decode()
+            text = files.read_member(corpora / "wordnet.zip", f"wordnet/{name}", files.WORDS)
     # The licence above the entries is indented.
     return [line for line in text.splitlines() if line and not line.startswith(" ")]
 
@@ -370,8 +369,9 @@ def _wordnet(nltk_data: Path, name: str) -> list[str]:
 def _reading(path: Path) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile, SafetensorError) as error:
-        line = str(error).partition("\n")[0]
+    except (files.BadFile, OSError, ValueError, RecursionError, SafetensorError) as error:
+        found = f"{error.where}: {error.what}" if isinstance(error, files.BadFile) else str(error)
+        line = found.partition("\n")[0]
         raise UserError(
             f"the guardrail cannot be read: {line}",
             code=ExitCode.ASSET,

@@ -19,6 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from cosmos_cli import files
 from cosmos_cli.model import edm, weights
 from cosmos_cli.model.spec import LORA_TARGETS
 
@@ -103,6 +104,7 @@ def load(path: Path) -> tuple[dict[str, Tensor], float]:
     Raises:
         UserError: the file is missing, damaged, of another model, or not of pairs of factors.
     """
+    files.check_safetensors(path)
     with weights.reading(path):
         stored = load_file(path)
         with safe_open(path, framework="pt") as stream:

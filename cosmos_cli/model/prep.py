@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import ctypes
 import json
+import unicodedata
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-from cosmos_cli import claims, console, layout, recipe
+from cosmos_cli import claims, console, files, layout, recipe
 from cosmos_cli.claims import Crew
 from cosmos_cli.console import Stopwatch
 from cosmos_cli.keys import Recipe
@@ -56,11 +57,15 @@ def prepare(r: Recipe, device: str) -> dict[str, Any]:
     with claims.crew(dataset.lock, job) as crew:
         for source in sources.find_captions(r, dataset, videos):
             source.reject("no caption: its frames do not decode")
+        notes = caption_notes(r, dataset, videos)
+        for line in notes.lines(r):
+            console.warn(line)
         sources.require_usable(r, dataset, videos)
         if crew.first:
             _check_disk(r, dataset, videos)
             _remove_stale(dataset)
             _remove_manifest(dataset)
+            sources.adopt_embeddings(dataset, videos)
             sources.write_captions(r, dataset, videos)
             _check_embeddings(r, dataset, videos)
         crew.start()
@@ -76,7 +81,7 @@ def prepare(r: Recipe, device: str) -> dict[str, Any]:
             # Some may have been killed.
             _write_embeddings(r, dataset, videos, crew, device)
             latents.make(videos, crew)
-            _finish(r, latents, videos, times)
+            _finish(r, latents, videos, notes, times)
             crew.finished()
         return dataset.read_manifest()
 
@@ -101,7 +106,9 @@ def _remove_manifest(dataset: Dataset) -> None:
         dataset.manifest.unlink()
 
 
-def _finish(r: Recipe, latents: Latents, videos: list[Source], times: Stopwatch) -> None:
+def _finish(
+    r: Recipe, latents: Latents, videos: list[Source], notes: CaptionNotes, times: Stopwatch
+) -> None:
     """Writes the report, then the manifest, which says that all is there."""
     dataset = latents.dataset
     sources.require_usable(r, dataset, videos)
@@ -115,6 +122,7 @@ def _finish(r: Recipe, latents: Latents, videos: list[Source], times: Stopwatch)
         "settings": {key: getattr(r, key) for key in SETTINGS},
         "videos": rows,
         "clips": [clip for v in videos for clip in latents.rows.get(v.name, ())],
+        **notes.figures(),
     }
     listed = {Path(clip["latent"]).name for clip in manifest["clips"]}
     for path in dataset.latents.glob("*.safetensors"):
@@ -123,7 +131,7 @@ def _finish(r: Recipe, latents: Latents, videos: list[Source], times: Stopwatch)
     layout.write_text(dataset.root / "resolved.yaml", recipe.dump(r))
     # In the order of the videos, not in that in which this process came to them.
     seen = {v.name: latents.looks[v.name] for v in videos if v.name in latents.looks}
-    findings = prep_report.Findings(manifest, seen, times.seconds)
+    findings = prep_report.Findings(manifest, seen, times.seconds, notes.lines(r))
     prep_report.write(r, dataset, videos, findings, latents.tokenizer)
     # Of one that was killed while this one waited for it.
     _remove_stale(dataset)
@@ -165,6 +173,64 @@ def _check_disk(r: Recipe, dataset: Dataset, videos: list[Source]) -> None:
         f"{missing} latents",
         "free some space, or set clip_stride_frames or max_clips_per_video",
     )
+
+
+# --- what is said about captions ------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class CaptionNotes:
+    """Caption files that belong to no video, and videos whose caption is cut, with its tokens."""
+
+    unused: list[tuple[str, list[str]]]
+    cut: dict[str, int]
+
+    def figures(self) -> dict[str, Any]:
+        """What the manifest says of it; nothing where there is nothing to say."""
+        figures = {"captions_unused": dict(self.unused), "captions_cut": self.cut}
+        return {key: value for key, value in figures.items() if value}
+
+    def lines(self, r: Recipe) -> list[str]:
+        """A line for each kind of finding."""
+        lines = sources.unused_lines(self.unused)
+        if self.cut:
+            named = [f"{name} ({tokens} tokens)" for name, tokens in self.cut.items()]
+            what = "1 caption is" if len(named) == 1 else f"{len(named)} captions are"
+            lines.append(
+                f"{what} longer than the {r.spec.text.tokens} tokens that the text encoder reads, "
+                f"and what lies beyond is not used: {sources.shown(named)}"
+            )
+        return lines
+
+
+def caption_notes(r: Recipe, dataset: Dataset, videos: list[Source]) -> CaptionNotes:
+    """Find what deserves a word about captions, once every video has its own.
+
+    Raises:
+        UserError: captions_file, a folder or the text encoder's tokenizer cannot be read.
+    """
+    return CaptionNotes(sources.unused_files(r, dataset, videos), _cut_captions(r, dataset, videos))
+
+
+def _cut_captions(r: Recipe, dataset: Dataset, videos: list[Source]) -> dict[str, int]:
+    """The videos whose caption has more tokens than the text encoder reads, with their number."""
+    most = r.spec.text.tokens
+    used = [v for v in videos if not v.reason]
+    # A token takes at least a byte, but for one at the start and one at the end.
+    long = [v for v in used if len(unicodedata.normalize("NFKC", v.caption).encode()) + 2 > most]
+    folder = layout.model_files(r.spec, r.checkpoints_dir).text_encoder
+    if long and (folder / "config.json").is_file():
+        tokens = text.TextEncoder(folder, r.spec.text, "cpu", torch.float32)
+        cut = tokens.cut(v.caption for v in long)
+        return {v.name: cut[v.caption] for v in long if v.caption in cut}
+    # Where all embeddings came with the dataset, the encoder need not be there.
+    paths = {v.name: dataset.embeddings / f"{v.stem}.pickle" for v in long}
+    lengths = {
+        name: len(text.read_pickle(path, r.spec.text))
+        for name, path in paths.items()
+        if path.exists()
+    }
+    return {name: length for name, length in lengths.items() if length == most}
 
 
 # --- embeddings -----------------------------------------------------------------------------------
@@ -374,8 +440,9 @@ def _trim_memory() -> None:
 def _about(path: Path) -> dict[str, Any]:
     """What is noted in a latent's file, nothing when it is missing or damaged."""
     try:
+        files.check_safetensors(path)
         with safe_open(path, framework="pt") as stream:
             about: dict[str, Any] = json.loads((stream.metadata() or {}).get("about", "{}"))
-    except (OSError, SafetensorError):
+    except (files.BadFile, OSError, SafetensorError):
         return {}
     return about

@@ -30,11 +30,12 @@ CHECK_WIDTH, CHECK_CRF = 320, 23
 
 @dataclass(frozen=True)
 class Findings:
-    """What prep knows at its end: the manifest, the looks of each video's clips, its times."""
+    """What prep knows at its end: manifest, looks of the clips, times, lines about captions."""
 
     manifest: dict[str, Any]
     looks: dict[str, list[looks.Look]]
     seconds: dict[str, float]
+    notes: list[str]
 
 
 def write(
@@ -53,7 +54,7 @@ def write(
         pictures = _pictures(r, videos, Path(folder))
     sections = [
         ("Totals", report.table(_totals(dataset, findings))),
-        ("Warnings", _lines(warnings)),
+        ("Warnings", _lines([*findings.notes, *warnings])),
         ("Distributions", _histograms(findings)),
         ("What the tokenizer keeps", checked),
         ("Videos", _table(findings, pictures)),

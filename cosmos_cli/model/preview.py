@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cosmos_cli import console, layout
+from cosmos_cli import console, files, layout
 from cosmos_cli.errors import UserError
 from cosmos_cli.keys import Recipe
 from cosmos_cli.layout import Dataset, Run
@@ -235,8 +235,8 @@ class Pictures:
         metas = Dataset.at(self.r.dataset_dir, self.r.videos_dir).metas
         name = Path(self.shown.clips.clips[clip]["text"]).stem
         try:
-            return (metas / f"{name}.txt").read_text(encoding="utf-8").strip()
-        except OSError:
+            return files.read_text(metas / f"{name}.txt", files.CAPTION).strip()
+        except UserError:
             return "(its caption is gone)"
 
     @cached_property

@@ -8,13 +8,23 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cosmos_cli import captions, console, layout, lerobot
+from cosmos_cli import captions, console, files, layout, lerobot
 from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.keys import Recipe
 from cosmos_cli.layout import VIDEO_SUFFIXES, Dataset
 from cosmos_cli.model import video
 
-MAX_CAPTION_BYTES = 1_000_000
+# Where a caption comes from that lies in `metas` under another name than prep writes.
+OTHER_NAME = "metas, under another name"
+PICKLE = ".pickle"
+# What may be left out: one, several, and what to do about it.
+_UNUSED = {
+    "caption_files": ("caption file", "caption files", "the caption of x.mp4 is called x.txt"),
+    "rows": ("row of captions_file", "rows of captions_file", "each names the file of a video"),
+    "embeddings": ("embedding", "embeddings", "the embedding of x.mp4 is called x.pickle"),
+}
+# Files and videos that one line names; it counts the others.
+MOST_NAMED = 5
 # What file systems allow.
 MAX_NAME_BYTES = 255
 
@@ -27,6 +37,7 @@ class Source:
         name: the file's name, or the episode's; no other video has it.
         span: the frames of the file that are the episode; None for a file of its own.
         task: what a robot was told to do in it.
+        caption_file: the file of its caption in `metas`, where it has another name than prep's.
     """
 
     name: str
@@ -37,6 +48,7 @@ class Source:
     clips: list[video.Clip] = field(default_factory=list)
     caption: str = ""
     caption_source: str = ""
+    caption_file: Path | None = None
     reason: str = ""
 
     @property
@@ -61,6 +73,9 @@ def inspect(r: Recipe, dataset: Dataset) -> list[Source]:
     probed: tuple[Path, video.VideoInfo] | None = None
     with console.progress("inspect", len(sources), "videos") as bar:
         for source in sources:
+            if source.reason:
+                bar.advance(source.name)
+                continue
             first = stems.setdefault(source.stem, source.name)
             if first != source.name:
                 source.reject(f"shares its name with {first}; rename one")
@@ -83,7 +98,7 @@ def _find(r: Recipe, dataset: Dataset) -> list[Source]:
             console.warn(f"{folder}: the videos in this folder are not taken; move them up")
         return [Source(path.name, path) for path in dataset.video_files()]
     return [
-        Source(e.name, e.path, range(e.first, e.first + e.frames), e.task)
+        Source(e.name, e.path, range(e.first, e.first + e.frames), e.task, reason=e.reason)
         for e in lerobot.episodes(dataset.videos, r.camera)
     ]
 
@@ -105,8 +120,53 @@ def known_captions(dataset: Dataset) -> dict[str, Any]:
     """The captions that the last run used, however it ended."""
     if not dataset.captions.exists():
         return {}
-    known: dict[str, Any] = layout.read_json(dataset.captions)
+    known: dict[str, Any] = files.read_json(dataset.captions, files.MANIFEST)
     return known
+
+
+@dataclass(frozen=True)
+class CaptionFiles:
+    """The caption files of a dataset by the video that they belong to.
+
+    Args:
+        metas: those in `metas` under another name than prep's own, `<stem>.txt`.
+        beside: those next to the videos.
+        listed: the captions of captions_file by video.
+        unknown: the rows of captions_file that name no video.
+    """
+
+    metas: captions.Owners
+    beside: captions.Owners
+    listed: dict[str, str]
+    unknown: list[str]
+
+    def unclear(self, source: Source) -> list[Path]:
+        """Files of which none can be taken for the caption of a video that needs one of them."""
+        if several := self.metas.unclear.get(source.name):
+            return several
+        known = source.name in self.metas.files or source.name in self.listed
+        return [] if known else self.beside.unclear.get(source.name, [])
+
+
+def caption_files(r: Recipe, dataset: Dataset, sources: list[Source]) -> CaptionFiles:
+    """Find the caption files of a dataset.
+
+    Raises:
+        UserError: captions_file or a folder cannot be used.
+    """
+    names = [source.name for source in sources]
+    in_own_file = [source.name for source in sources if source.span is None]
+    own = {f"{source.stem}{captions.SUFFIX}" for source in sources}
+    metas = captions.files_in(dataset.metas, captions.SUFFIX)
+    beside = captions.files_in(dataset.videos, *captions.BESIDE_SUFFIXES) if in_own_file else []
+    path = Path(r.captions_file).absolute() if r.captions_file else None
+    listed, unknown = captions.read(path, names) if path else ({}, [])
+    return CaptionFiles(
+        captions.owners([path for path in metas if path.name not in own], names),
+        captions.owners(beside, in_own_file, captions.BESIDE_SUFFIXES),
+        listed,
+        unknown,
+    )
 
 
 def find_captions(r: Recipe, dataset: Dataset, sources: list[Source]) -> list[Source]:
@@ -120,25 +180,25 @@ def find_captions(r: Recipe, dataset: Dataset, sources: list[Source]) -> list[So
         UserError: captions_file cannot be used.
     """
     known = known_captions(dataset).get("videos", {})
-    listed: dict[str, str] = {}
-    if r.captions_file:
-        names = {source.name for source in sources}
-        listed, unknown = captions.read(Path(r.captions_file).absolute(), names)
-        for line in unknown:
-            console.warn(line)
+    found = caption_files(r, dataset, sources)
     unseen = []
     for source in sources:
         if source.reason:
             continue
         path = dataset.metas / f"{source.stem}.txt"
-        offered = _offered(r, dataset, source, listed.get(source.name, ""))
+        offered = _offered(r, dataset, source, found)
         meta = read_caption(path, source)
         best = next(filter(None, offered.values()), "")
         # Prep wrote this file from what was offered then; what is offered now holds.
         ours = _is_ours(meta, known.get(source.name, {}))
+        if (several := found.unclear(source)) and (ours or not meta):
+            source.reject(f"its caption may be {' or '.join(p.name for p in several)}; rename one")
+            continue
         source.caption = (best if ours else meta) or best or (meta if r.caption == "given" else "")
         origins = [name for name, text in offered.items() if text == source.caption]
         source.caption_source = origins[0] if origins else "metas"
+        if source.caption_source == OTHER_NAME:
+            source.caption_file = found.metas.files.get(source.name)
         if source.caption or source.reason:
             continue
         if r.caption == "vlm" and read_description(r, dataset, source) is None:
@@ -149,12 +209,93 @@ def find_captions(r: Recipe, dataset: Dataset, sources: list[Source]) -> list[So
     return unseen
 
 
-def _offered(r: Recipe, dataset: Dataset, source: Source, listed: str) -> dict[str, str]:
+def unused_files(r: Recipe, dataset: Dataset, sources: list[Source]) -> list[tuple[str, list[str]]]:
+    """Name what `find_captions` and prep leave out because no video is called so.
+
+    Returns:
+        What they are, and their names below the dataset or the lines of captions_file.
+
+    Raises:
+        UserError: as of `caption_files`.
+    """
+    found = caption_files(r, dataset, sources)
+    by_name = {source.name: source for source in sources}
+    hidden = [
+        path
+        for name, path in found.metas.files.items()
+        if by_name[name].caption and by_name[name].caption_source == "metas"
+    ]
+    texts = [
+        *found.metas.unused,
+        *hidden,
+        *(path for path in found.beside.unused if not captions.is_other_text(path)),
+    ]
+    embeddings = captions.owners(_pickles(dataset), list(by_name), (PICKLE,))
+    unclear = [path for several in embeddings.unclear.values() for path in several]
+
+    def names(paths: list[Path]) -> list[str]:
+        return sorted({os.path.relpath(path, dataset.root) for path in paths})
+
+    kinds = {
+        "caption_files": names(texts),
+        "rows": found.unknown,
+        "embeddings": names([*embeddings.unused, *unclear]),
+    }
+    return [(kind, unused) for kind, unused in kinds.items() if unused]
+
+
+def unused_lines(unused: list[tuple[str, list[str]]]) -> list[str]:
+    """Say in a line for each kind how many files are not used, and name the first of them."""
+    lines = []
+    for kind, names in unused:
+        one, several, fix = _UNUSED[kind]
+        what = f"{one} belongs" if len(names) == 1 else f"{several} belong"
+        use = "is" if len(names) == 1 else "are"
+        lines.append(f"{len(names)} {what} to no video and {use} not used: {shown(names)}; {fix}")
+    return lines
+
+
+def shown(names: list[str]) -> str:
+    """Name the first of some things, and count the others."""
+    more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
+    return ", ".join(names[:MOST_NAMED]) + more
+
+
+def _pickles(dataset: Dataset) -> list[Path]:
+    return captions.files_in(dataset.embeddings, PICKLE)
+
+
+def adopt_embeddings(dataset: Dataset, sources: list[Source]) -> None:
+    """Copy embeddings that came with the dataset under another form of their video's name.
+
+    Raises:
+        UserError: one cannot be read.
+    """
+    known = known_captions(dataset).get("videos", {})
+    found = captions.owners(_pickles(dataset), [s.name for s in sources], (PICKLE,)).files
+    for source in sources:
+        path = dataset.embeddings / f"{source.stem}{PICKLE}"
+        # Once prep has seen a video, it knows which embedding is that of its caption.
+        if source.reason or source.name in known or source.name not in found or path.exists():
+            continue
+        content = files.read_bytes(found[source.name], files.EMBEDDING)
+        with layout.atomic_file(path) as temporary:
+            temporary.write_bytes(content)
+            _copy_time(found[source.name], temporary)
+
+
+def _copy_time(source: Path, target: Path) -> None:
+    """By which prep tells whether an embedding is older than its caption."""
+    time = source.stat().st_mtime_ns
+    os.utime(target, ns=(time, time))
+
+
+def _offered(r: Recipe, dataset: Dataset, source: Source, found: CaptionFiles) -> dict[str, str]:
     """The captions of a video by their origin, the first that is not empty holds."""
-    beside = source.path.with_suffix(".txt") if source.span is None else None
     offered = {
-        "captions_file": listed,
-        "sidecar": read_caption(beside, source) if beside else "",
+        OTHER_NAME: _caption_of(found.metas, source),
+        "captions_file": found.listed.get(source.name, ""),
+        "sidecar": _caption_of(found.beside, source),
         "task": source.task,
     }
     prompt = captions.one_kind_of_line_end(r.prompt or "").strip()
@@ -162,6 +303,11 @@ def _offered(r: Recipe, dataset: Dataset, source: Source, listed: str) -> dict[s
         return {**offered, "prompt": prompt}
     words = read_description(r, dataset, source)
     return {**offered, "vlm": "" if words is None else f"{prompt} {words}".strip()}
+
+
+def _caption_of(place: captions.Owners, source: Source) -> str:
+    path = place.files.get(source.name)
+    return read_caption(path, source) if path else ""
 
 
 def _is_ours(meta: str, known: Mapping[str, str]) -> bool:
@@ -192,15 +338,11 @@ def read_description(r: Recipe, dataset: Dataset, source: Source) -> str | None:
 def read_caption(path: Path, source: Source) -> str:
     """The text of a file, "" when there is none; rejects the video when it cannot be read."""
     try:
-        if path.stat().st_size > MAX_CAPTION_BYTES:
-            source.reject(f"the caption {path.name} is larger than a megabyte")
-            return ""
-        # Editors on Windows put a mark in front.
-        return path.read_text(encoding="utf-8-sig").strip()
-    except FileNotFoundError:
+        return files.read_text(path, files.CAPTION).strip()
+    except files.NoSuchFile:
         return ""
-    except (OSError, UnicodeDecodeError):
-        source.reject(f"the caption {path.name} is no readable UTF-8 text")
+    except files.BadFile as error:
+        source.reject(f"the caption {path.name} {error.what}")
         return ""
 
 
@@ -225,8 +367,11 @@ def write_captions(r: Recipe, dataset: Dataset, sources: list[Source]) -> None:
         layout.write_json(dataset.captions, {"model": r.model, "videos": during})
     else:
         layout.write_json(dataset.captions, {"model": r.model, "videos": notes})
-    for name in stale:
-        layout.write_text(metas[name], notes[name]["caption"] + "\n")
+    for source in used:
+        if source.name in stale:
+            layout.write_text(metas[source.name], source.caption + "\n")
+            if source.caption_file:
+                _copy_time(source.caption_file, metas[source.name])
     if any(stale.values()):
         layout.write_json(dataset.captions, {"model": r.model, "videos": notes})
 

@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import io
 import pickle
-from collections.abc import Callable, Iterator
+import re
+import struct
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from itertools import accumulate, groupby
@@ -25,6 +27,7 @@ from einops import rearrange
 from safetensors import SafetensorError
 from torch import Tensor
 
+from cosmos_cli import files, pickles
 from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.model import kernels
 from cosmos_cli.model.spec import TextSpec
@@ -32,15 +35,8 @@ from cosmos_cli.model.spec import TextSpec
 # Tokens of a batch: 16 of the longest captions.
 BATCH_TOKENS = 8192
 
-# What a pickled numpy array names; old and new homes of the same two functions.
-_NUMPY_NAMES = {
-    ("numpy", "ndarray"),
-    ("numpy", "dtype"),
-    ("numpy.core.multiarray", "_reconstruct"),
-    ("numpy._core.multiarray", "_reconstruct"),
-    ("numpy.core.numeric", "_frombuffer"),
-    ("numpy._core.numeric", "_frombuffer"),
-}
+# Stands for numpy's class in a pickle, which may name it but not call it.
+_ARRAY = object()
 
 
 class TextEncoder:
@@ -58,6 +54,7 @@ class TextEncoder:
                 fix="run cosmos download",
             )
         logging.disable_progress_bar()
+        files.check_model_folder(folder)
         self.folder, self.spec, self.device, self.dtype = folder, spec, device, dtype
         with _whole(folder):
             self.tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -80,6 +77,15 @@ class TextEncoder:
         # Contiguous, and with rows of a multiple of 8 numbers: else no fused attention takes it.
         bias: Tensor = first.compute_bias(self.spec.tokens, self.spec.tokens)[0].contiguous()
         return bias
+
+    def cut(self, captions: Iterable[str]) -> dict[str, int]:
+        """Return the captions that are longer than the encoder reads, with their tokens."""
+        distinct = list(dict.fromkeys(captions))
+        if not distinct:
+            return {}
+        ids = self.tokenizer(distinct, verbose=False).input_ids
+        lengths = zip(distinct, map(len, ids), strict=True)
+        return {caption: length for caption, length in lengths if length > self.spec.tokens}
 
     def batches(self, captions: list[str]) -> list[list[str]]:
         """The captions in batches of similar length, none of more than `BATCH_TOKENS` tokens."""
@@ -163,13 +169,13 @@ def read_pickle(path: Path, spec: TextSpec) -> Tensor:
     Raises:
         UserError: the file is missing or damaged, names anything else, or has another shape.
     """
+    content = files.read_bytes(path, files.EMBEDDING)
     try:
-        value = _ArrayUnpickler(io.BytesIO(path.read_bytes())).load()
-    except FileNotFoundError as error:
-        raise _bad(path, "does not exist") from error
+        pickles.scan(io.BytesIO(content), files.EMBEDDING.limit)
+        value = _ArrayUnpickler(io.BytesIO(content)).load()
     except (
         pickle.UnpicklingError, EOFError, ValueError, TypeError, AttributeError, IndexError,
-        KeyError, ImportError, UnicodeDecodeError, OverflowError, MemoryError, OSError,
+        KeyError, ImportError, OverflowError, MemoryError, RecursionError, struct.error,
     ) as error:  # fmt: skip
         raise _bad(path, f"is no embedding: {error}") from error
     arrays = value if isinstance(value, list) else [value]
@@ -180,14 +186,15 @@ def read_pickle(path: Path, spec: TextSpec) -> Tensor:
     if not fits or array.dtype.kind != "f":
         expected = f"(up to {spec.tokens}, {spec.channels}) numbers"
         raise _bad(path, f"holds {array.dtype} {array.shape}, expected {expected}")
-    return torch.from_numpy(np.ascontiguousarray(array))
+    # torch reads the machine's own order of bytes alone.
+    return torch.from_numpy(np.ascontiguousarray(array, array.dtype.newbyteorder("=")))
 
 
 @contextmanager
 def _whole(folder: Path) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, RecursionError, SafetensorError) as error:
         raise UserError(
             f"is no whole T5 encoder: {str(error).splitlines()[0]}",
             code=ExitCode.ASSET,
@@ -210,10 +217,47 @@ def _latin1(value: str, encoding: str) -> bytes:
 
 
 class _ArrayUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Callable[..., Any]:
-        if (module, name) == ("_codecs", "encode"):
-            return _latin1
-        if (module, name) not in _NUMPY_NAMES:
+    """Admits one array of numbers, as large as the bytes that the pickle holds for it.
+
+    numpy's own functions would fill an array of objects of any shape that the pickle claims.
+    """
+
+    def __init__(self, stream: io.BytesIO) -> None:
+        super().__init__(stream)
+        self.arrays = 0
+
+    def find_class(self, module: str, name: str) -> Any:
+        home = module.replace("numpy._core", "numpy.core")
+        known = {
+            ("_codecs", "encode"): _latin1,
+            ("numpy", "ndarray"): _ARRAY,
+            ("numpy", "dtype"): _number_type,
+            ("numpy.core.multiarray", "_reconstruct"): self._empty,
+            ("numpy.core.numeric", "_frombuffer"): self._filled,
+        }
+        if (home, name) not in known:
             raise pickle.UnpicklingError(f"it names {module}.{name}, refused")
-        found: Callable[..., Any] = super().find_class(module, name)
-        return found
+        return known[home, name]
+
+    def _empty(self, kind: Any, shape: Any, _dtype: Any) -> np.ndarray:
+        """Return the array to which a pickle then gives shape and bytes, which must agree."""
+        if kind is not _ARRAY or shape != (0,):
+            raise pickle.UnpicklingError("it begins an array with a shape, refused")
+        self._count()
+        return np.ndarray((0,), np.int8)
+
+    def _filled(self, content: Any, dtype: np.dtype, shape: Any, order: str) -> np.ndarray:
+        self._count()
+        return np.frombuffer(content, dtype).reshape(shape, order=order)
+
+    def _count(self) -> None:
+        self.arrays += 1
+        if self.arrays > 1:
+            raise pickle.UnpicklingError("it holds more than one array")
+
+
+def _number_type(name: Any, *_: Any) -> np.dtype:
+    if not re.fullmatch(r"[<>=|]?[biuf]\d", str(name)):
+        raise pickle.UnpicklingError(f"its numbers are {str(name)[:40]!r}, refused")
+    # A copy, since a pickle then sets the order of the bytes in it.
+    return np.dtype(name, False, True)

@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from cosmos_cli import layout
+from cosmos_cli import files, layout
 from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.model import weights
 
@@ -58,13 +58,14 @@ class Upsampler:
         logging.disable_progress_bar()
         self.device = device
         released = folder / layout.MODEL_FILE
+        files.check_model_folder(folder)
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(folder)
             if released.is_file():
                 model = load_released(released)
             else:
                 model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-        except (OSError, ValueError, SafetensorError) as error:
+        except (OSError, ValueError, RecursionError, SafetensorError) as error:
             raise UserError(
                 f"is no whole prompt upsampler: {str(error).splitlines()[0]}",
                 code=ExitCode.ASSET, where=str(folder),

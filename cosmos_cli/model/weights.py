@@ -28,7 +28,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from cosmos_cli import layout
+from cosmos_cli import files, layout
 from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.model.spec import DiTSpec
 
@@ -357,9 +357,9 @@ def reading(path: Path) -> Iterator[None]:
 def _read_pt(path: Path) -> Any:
     # The reference's training leaves empty BytesIO objects of Transformer Engine in its files.
     safe = torch.serialization.safe_globals([io.BytesIO])
+    # Files from before torch 1.6 are no zip archives.
+    mmap = files.check_torch(path)
     with reading(path), safe, warnings.catch_warnings(action="ignore"):
-        # Files from before torch 1.6 are no zip archives.
-        mmap = zipfile.is_zipfile(path)
         return torch.load(path, map_location="cpu", mmap=mmap, weights_only=True)
 
 
@@ -390,6 +390,7 @@ def write_pt(content: Any, path: Path) -> tuple[int, str]:
 
 
 def _read_safetensors(path: Path) -> State:
+    files.check_safetensors(path)
     with reading(path):
         return load_file(path)
 
@@ -441,12 +442,15 @@ def _read_torchscript(path: Path) -> State:
 
     torch.jit.load would compile the code that the archive brings along.
     """
-    with reading(path), zipfile.ZipFile(path) as archive:
+    files.check_torch(path)
+    opened = files.open_regular(path, files.WEIGHTS)
+    with reading(path), opened as stream, zipfile.ZipFile(stream) as archive:
         pickled = next(name for name in archive.namelist() if name.endswith("/data.pkl"))
         root = pickled.removesuffix("data.pkl")
 
         # Made anew for each file, so that a hostile one can leave no mark on it.
         module_type = type("Module", (), {})
+        storages: dict[str, bytearray] = {}
 
         def rebuild(storage: Tensor, offset: int, size: Any, stride: Any, *_: Any) -> Tensor:
             return storage.as_strided(size, stride, offset)
@@ -464,9 +468,10 @@ def _read_torchscript(path: Path) -> State:
 
             def persistent_load(self, pid: Any) -> Tensor:
                 _, dtype, key, _, _ = pid
-                return torch.frombuffer(
-                    bytearray(_stored(archive, f"{root}data/{key}")), dtype=dtype
-                )
+                # Once, however often the pickle asks for it.
+                if key not in storages:
+                    storages[key] = bytearray(_stored(archive, f"{root}data/{key}"))
+                return torch.frombuffer(storages[key], dtype=dtype)
 
         tree = Reader(io.BytesIO(_stored(archive, pickled))).load()
         return _check_tensors(dict(_leaves(tree, "")), path)

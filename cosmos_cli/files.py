@@ -1,0 +1,334 @@
+"""Open every file that a user can name: regular files only, within a size limit by kind. No torch.
+
+A link to /dev/zero would fill the memory, a pipe would wait for ever, and 5 MB of a zip can inflate
+to 5 GB. So a file is looked at before it is opened and again through its descriptor, text is read
+up to a limit whatever its size claims, and an archive is checked before a library unpacks it.
+Where a library opens a file by its name, the file gets the same look just before.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import stat
+import zipfile
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+from cosmos_cli import pickles
+from cosmos_cli.errors import ExitCode, UserError
+
+MB = 10**6
+
+
+class Kind(NamedTuple):
+    """What a file should be, its size limit in bytes, and what a wrong one leads to."""
+
+    name: str
+    limit: int
+    code: ExitCode
+    fix: str
+
+
+# The limits leave room: the largest files known of each kind are a tenth to a half of them.
+RECIPE = Kind("a recipe", MB // 10, ExitCode.USAGE, "a recipe is a short text file")
+BATCH = Kind(
+    "a batch", 16 * MB, ExitCode.USAGE, "give a JSONL file, or pipe the prompts to --prompts -"
+)
+CAPTION = Kind("a caption", MB, ExitCode.DATASET, "write it as a short text file")
+CAPTIONS_FILE = Kind(
+    "a captions_file", 64 * MB, ExitCode.ASSET, "set captions_file to a CSV or JSONL file"
+)
+MANIFEST = Kind("a manifest", 100 * MB, ExitCode.DATASET, "move it away and run cosmos prep again")
+EMBEDDING = Kind("an embedding", 16 * MB, ExitCode.ASSET, "delete it and run cosmos prep again")
+LEROBOT = Kind("LeRobot metadata", 64 * MB, ExitCode.DATASET, "fetch the dataset again")
+PARQUET = Kind("a parquet file", 500 * MB, ExitCode.DATASET, "fetch the dataset again")
+VIDEO = Kind("a video", 10**12, ExitCode.DATASET, "put a video file there")
+JSON = Kind("a JSON file", 16 * MB, ExitCode.ASSET, "make it again")
+# tokenizer.json of the largest vocabularies has 33 MB.
+MODEL_SETTINGS = Kind("a model's settings", 64 * MB, ExitCode.ASSET, "download the model again")
+WORDS = Kind("a word list", 32 * MB, ExitCode.ASSET, "run cosmos download")
+FIGURES = Kind("a run's figures", 300 * MB, ExitCode.ASSET, "move it away")
+# T5-11B as Google published it has 45 GB.
+WEIGHTS = Kind(
+    "a weights file", 200_000 * MB, ExitCode.ASSET, "name a weights file, or run cosmos download"
+)
+# What the hub keeps beside its store of large files.
+HUB_TEXT = Kind("a text of the hub", 100 * MB, ExitCode.ASSET, "run cosmos download")
+DATA = Kind("a file", 10**12, ExitCode.ASSET, "name a regular file")
+
+# Headers of safetensors files and pickles of tensors hold names and shapes: 0.2 MB for the 7B.
+HEADER_LIMIT = 8 * MB
+PICKLE_LIMIT = 4 * MB
+# Of an archive, its list of members.
+LISTING_LIMIT = 16 * MB
+# A JSON text becomes up to 100 times as large in memory; each of its values has one of these.
+_BEFORE_VALUES = ",[{"
+MOST_VALUES = 3_000_000
+
+_NO_FILES = (
+    (stat.S_ISDIR, "a folder"),
+    (stat.S_ISFIFO, "a pipe"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+)
+# What a damaged archive or pickle may raise while it is looked at.
+_DAMAGE = (
+    *(zipfile.BadZipFile, zipfile.LargeZipFile, RuntimeError, NotImplementedError, EOFError),
+    *(ValueError, LookupError, ArithmeticError, OSError),
+)
+
+
+class BadFile(UserError):
+    """A file is not what its kind should be, or cannot be read."""
+
+
+class NoSuchFile(BadFile):
+    """There is nothing of that name."""
+
+
+def bad(path: Path, kind: Kind, what: str) -> BadFile:
+    """Return the error of a file that is not of its kind."""
+    return BadFile(what, code=kind.code, where=str(path), fix=kind.fix)
+
+
+# --- opening --------------------------------------------------------------------------------------
+
+
+def open_regular(path: Path, kind: Kind) -> io.BufferedReader:
+    """Open a regular file for reading, links followed.
+
+    Raises:
+        NoSuchFile: there is none.
+        BadFile: it is a folder, pipe, device or socket, too large, or may not be read.
+    """
+    try:
+        _require_regular(path, kind, path.stat())
+        # Without waiting, should a pipe have taken the file's place since.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
+    except FileNotFoundError as error:
+        raise NoSuchFile("does not exist", code=kind.code, where=str(path), fix=kind.fix) from error
+    except OSError as error:
+        raise unreadable(path, kind, error) from error
+    except ValueError as error:
+        raise bad(path, kind, "has a name that no file can have") from error
+    stream = os.fdopen(descriptor, "rb")
+    try:
+        _require_regular(path, kind, os.fstat(descriptor))
+    except BadFile:
+        stream.close()
+        raise
+    return stream
+
+
+def require_regular(path: Path, kind: Kind) -> None:
+    """Check a file that a library will open by its name.
+
+    Raises:
+        NoSuchFile, BadFile: as of `open_regular`.
+    """
+    open_regular(path, kind).close()
+
+
+def _require_regular(path: Path, kind: Kind, status: os.stat_result) -> None:
+    if not stat.S_ISREG(status.st_mode):
+        found = next((name for test, name in _NO_FILES if test(status.st_mode)), "something else")
+        raise bad(path, kind, f"is {found}, not a file")
+    if status.st_size > kind.limit:
+        raise _too_large(path, kind)
+
+
+def _too_large(path: Path, kind: Kind) -> BadFile:
+    return bad(path, kind, f"is larger than {kind.limit:,} bytes, too much for {kind.name}")
+
+
+def unreadable(path: Path, kind: Kind, error: OSError) -> BadFile:
+    """Return the error of a file that the system does not let us read."""
+    return bad(path, kind, f"cannot be read: {error.strerror or error}")
+
+
+# --- texts ----------------------------------------------------------------------------------------
+
+
+def read_bytes(path: Path, kind: Kind) -> bytes:
+    """Return the content of a file.
+
+    Raises:
+        NoSuchFile, BadFile: as of `open_regular`, or reading fails.
+    """
+    with open_regular(path, kind) as stream:
+        try:
+            # Files of /proc have no size, and others grow while they are read.
+            content = stream.read(kind.limit + 1)
+        except OSError as error:
+            raise unreadable(path, kind, error) from error
+    if len(content) > kind.limit:
+        raise _too_large(path, kind)
+    return content
+
+
+def read_text(path: Path, kind: Kind, errors: str = "strict") -> str:
+    """Return the UTF-8 text of a file, with line feeds as line ends and no byte order mark.
+
+    Raises:
+        NoSuchFile, BadFile: as of `read_bytes`, or the text is not UTF-8.
+    """
+    try:
+        text = read_bytes(path, kind).decode("utf-8-sig", errors)
+    except UnicodeDecodeError as error:
+        raise bad(path, kind, "is no UTF-8 text") from error
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def read_json(path: Path, kind: Kind = JSON) -> Any:
+    """Return the content of a JSON file; names that are not UTF-8 are kept as surrogates.
+
+    Raises:
+        NoSuchFile, BadFile: as of `read_bytes`, or it is damaged, too long or nested too deeply.
+    """
+    text = read_text(path, kind, errors="surrogateescape")
+    if sum(map(text.count, _BEFORE_VALUES)) > MOST_VALUES:
+        raise bad(path, kind, f"holds more than {MOST_VALUES:,} values, too much for {kind.name}")
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise bad(path, kind, f"is damaged: {error}") from error
+    except RecursionError as error:
+        raise bad(path, kind, "is damaged: it is nested too deeply") from error
+
+
+# --- weights --------------------------------------------------------------------------------------
+
+
+def check_safetensors(path: Path) -> None:
+    """Check the header's length of a safetensors file, before the library reads it.
+
+    Raises:
+        NoSuchFile, BadFile: as of `open_regular`, or the header is too long.
+    """
+    length, left = _header(path)
+    # A header that is longer than the file is for the library to refuse.
+    if HEADER_LIMIT < length <= left:
+        what = f"has a header of {length:,} bytes, of which {HEADER_LIMIT:,} are read"
+        raise bad(path, WEIGHTS, what)
+
+
+def check_weights(path: Path) -> None:
+    """Check a weights file of either format, before it is hashed, which may take minutes.
+
+    Raises:
+        NoSuchFile, BadFile: as of `check_safetensors` and `check_torch`.
+    """
+    if path.suffix != ".safetensors":
+        check_torch(path)
+        return
+    check_safetensors(path)
+    length, left = _header(path)
+    if not 0 < length <= left:
+        raise bad(path, WEIGHTS, "is damaged or no safetensors file: it has no header")
+
+
+def _header(path: Path) -> tuple[int, int]:
+    """The length that the header of a safetensors file claims, and the bytes behind the claim."""
+    with open_regular(path, WEIGHTS) as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        return length, os.fstat(stream.fileno()).st_size - 8
+
+
+def check_torch(path: Path) -> bool:
+    """Check a file of torch's, before it is unpacked; True if it is a zip archive.
+
+    torch stores the members of its archives uncompressed, so one that claims more than the file
+    has would inflate. Files from before torch 1.6 are pickles with the numbers behind them.
+
+    Raises:
+        NoSuchFile, BadFile: as of `open_regular`, or a member is compressed or too large, or a
+            pickle would make far more of itself.
+    """
+    with open_regular(path, WEIGHTS) as stream:
+        try:
+            size = os.fstat(stream.fileno()).st_size
+            bounded = pickles.Bounded(stream, LISTING_LIMIT)
+            is_zip = zipfile.is_zipfile(bounded)
+            if is_zip:
+                _check_archive(bounded, size)
+            else:
+                stream.seek(0)
+                pickles.scan_old_format(stream, PICKLE_LIMIT)
+        except _DAMAGE as error:
+            what = f"is damaged or holds more than tensors; nothing in it was run ({error})"
+            raise bad(path, WEIGHTS, what) from error
+    return is_zip
+
+
+def _check_archive(stream: Any, size: int) -> None:
+    """Look at the members that torch reads; raises ValueError and what zipfile does."""
+    with zipfile.ZipFile(stream) as archive:
+        total = 0
+        for member in archive.infolist():
+            inner = member.filename.partition("/")[2]
+            if inner.startswith(("code/", "extra/")) or inner.endswith(".debug_pkl"):
+                # TorchScript compresses its code, which is never read.
+                continue
+            total += member.file_size
+            if member.compress_type != zipfile.ZIP_STORED:
+                raise ValueError(f"{member.filename} is compressed, which may hide any size")
+            if member.file_size != member.compress_size or total > size:
+                raise ValueError(f"{member.filename} claims more bytes than the file has")
+            if inner.endswith(".pkl"):
+                pickles.scan(_member(archive, member, PICKLE_LIMIT), PICKLE_LIMIT)
+
+
+def read_member(path: Path, name: str, kind: Kind) -> str:
+    """Return the UTF-8 text of a member of a zip archive.
+
+    Raises:
+        NoSuchFile, BadFile: as of `open_regular`, or the member is missing, damaged or too large.
+    """
+    with open_regular(path, WEIGHTS) as stream:
+        try:
+            with zipfile.ZipFile(pickles.Bounded(stream, LISTING_LIMIT + kind.limit)) as archive:
+                return _member(archive, archive.getinfo(name), kind.limit).read().decode()
+        except _DAMAGE as error:
+            raise bad(path, kind, f"is damaged: {error}") from error
+
+
+def _member(archive: zipfile.ZipFile, member: zipfile.ZipInfo, limit: int) -> BinaryIO:
+    """The content of a member, by what comes out of it and not by what it claims."""
+    with archive.open(member) as stream:
+        content = stream.read(limit + 1)
+    if len(content) > limit:
+        raise ValueError(f"{member.filename} is larger than {limit:,} bytes")
+    return io.BytesIO(content)
+
+
+# --- folders of models ----------------------------------------------------------------------------
+
+# What transformers and peft read in a folder, beside weights.
+_SETTINGS = frozenset({".json", ".model", ".txt", ".jinja"})
+
+
+def check_model_folder(folder: Path) -> None:
+    """Check the files of a folder that transformers or peft will open by their names.
+
+    Raises:
+        BadFile: one is no regular file, is too large, or cannot be read.
+    """
+    try:
+        paths = sorted(folder.iterdir())
+    except OSError:
+        # What is missing is for the library to say, which knows what it needs.
+        return
+    safe = any(path.suffix == ".safetensors" for path in paths)
+    for path in paths:
+        try:
+            if path.suffix in _SETTINGS:
+                require_regular(path, MODEL_SETTINGS)
+            elif path.suffix == ".safetensors":
+                check_safetensors(path)
+            elif path.suffix == ".bin" and path.name.startswith("pytorch_model") and not safe:
+                check_torch(path)
+        except NoSuchFile:
+            continue
