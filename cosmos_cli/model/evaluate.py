@@ -200,7 +200,7 @@ def scores(samples: Sequence[Sample]) -> dict[str, float]:
 
 
 def consistency(reading: Reading) -> float:
-    """Return the share of successive frame pairs that show the thing and move it by a small step."""
+    """Return the share of successive frame pairs with the thing in both, a small step apart."""
     steps = reading.track[:, :2].diff(dim=0).norm(dim=1)
     # A step from or to a frame that shows nothing is NaN, so it does not count as small.
     return float((steps < LARGEST_MOVE).float().mean())
