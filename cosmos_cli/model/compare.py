@@ -25,7 +25,7 @@ def compare(base: Job, tuned: Job, joined: Job) -> None:
         for name, job in sides.items()
     ]
     pixels = torch.cat(labelled, dim=3)
-    sidecar, prompt, sheet, mp4 = joined.files
+    sidecar, prompt_file, sheet, mp4 = joined.files
     record = {
         "prompt": joined.prompt,
         "seed": joined.r.sampling_seed,
@@ -35,7 +35,7 @@ def compare(base: Job, tuned: Job, joined: Job) -> None:
     with layout.atomic_file(mp4) as temporary:
         video.write_mp4(temporary, pixels, joined.r.fps, joined.r.video_crf)
         layout.write_json(sidecar, {**record, "mp4_sha256": layout.sha256_file(temporary)})
-        layout.write_text(prompt, joined.prompt + "\n")
+        layout.write_text(prompt_file, joined.prompt + "\n")
         with layout.atomic_file(sheet) as image:
             video.contact_sheet(pixels, columns=2, rows=4, width=640).save(image, quality=90)
         layout.write_text(mp4.with_suffix(".html"), _page(sides, joined))
