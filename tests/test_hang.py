@@ -39,7 +39,7 @@ def test_a_stopped_rank_ends_the_run_by_name_and_is_ended_too(cosmos):
     _, err = process.communicate(timeout=90)
     assert process.returncode == 6, err
     (line,) = [line for line in err.splitlines() if line.startswith("error")]
-    assert "rank 0: gave no sign of life for 10 s" in line
+    assert "rank 0: sent no heartbeat for 10 s" in line
     assert "Traceback" not in err
     _, alive = psutil.wait_procs([launcher, *ranks], timeout=10)
     assert not alive
@@ -61,7 +61,7 @@ def test_a_rank_that_does_not_come_to_an_operation_is_named(cosmos, tmp_path):
         process.terminate()
         aside.replace(text)
     assert process.returncode == 6, err
-    assert re.search(r"error: rank [01]: kept the others waiting for 10 s", err)
+    assert re.search(r"error: rank [01]: kept other ranks waiting for 10 s", err)
     _, alive = psutil.wait_procs([launcher, *ranks], timeout=10)
     assert not alive
 
@@ -127,4 +127,4 @@ def test_where_each_rank_is_started_by_itself_the_loss_of_rank_0_ends_the_others
     ranks[0].communicate()
     _, err = ranks[1].communicate(timeout=30)
     assert ranks[1].returncode == 6, err
-    assert "error: rank 0: is gone" in err
+    assert "error: rank 0: has exited" in err

@@ -1,10 +1,10 @@
-"""First contact with a model's weights: measured against themselves, on clips drawn by code.
+"""Sanity checks of a model's weights on synthetic clips, without any reference value.
 
-Nothing here knows how good a model ought to be. The tokenizer must keep most of a picture, the
-denoiser beat the best linear estimate and itself on shuffled frames. And it must not get better
-when parts of it are exchanged: where one exchange helps, that is how they should have been read.
+The tokenizer must preserve most of a picture. The denoiser must beat the best linear estimate, and
+do better on a clip than on its shuffled frames. And it must not get better after an exchange of
+weights: if one helps, the weights are read in the wrong way and the exchange shows how.
 
-The text is empty, as in a part of the training; the text encoder alone takes minutes to load.
+The text is empty, as in a part of the training: loading the text encoder alone takes minutes.
 Dimension letters: B batch of one clip, C channels, T frames, H height, W width, t h w patches,
 D width of the network, L tokens, K half the width of a head.
 """
@@ -38,23 +38,25 @@ SCENES = (
 )
 SHUFFLED = (2, 0, 3, 1)
 SIGMAS = (0.1, 0.5, 2.0)
-# The exchanges are tried on the first clip at this level, where it counts most what stands where.
+# The exchanges are tried on the first clip at this noise level, where positions matter most.
 EXCHANGE_SIGMA = 0.5
-# Undoing a mistake takes more than a fifth of the loss away; no exchange helps right weights.
+# An exchange that undoes a mistake lowers the loss by more than this share. With correct weights no
+# exchange lowers it.
 EXCHANGE_GAIN = 0.2
-# Share of a clip's variance that a round trip may lose; weights read wrongly lose more than all.
+# The reconstruction error may be at most this share of a clip's variance. With misread weights it
+# exceeds the variance.
 MAX_LOST = 0.5
-# A normalised latent has a root mean square of about 1, that of a drawn clip not exactly.
+# A normalised latent has a root mean square of about 1; that of a synthetic clip may differ.
 LATENT_RMS = (0.2, 4.0)
 EXPLANATION = """\
-Is my loss normal? Compare edm_sigma_below_0.5, edm_sigma_below_2 and edm_sigma_from_2 of
-metrics.jsonl with the first column: the same for clips as plain as these drawn ones, higher for
-real footage, and below 1, which is what a network has that learned nothing."""
+Is my loss normal? Compare edm_sigma_below_0.5, edm_sigma_below_2 and edm_sigma_from_2 in
+metrics.jsonl with the column "EDM loss". For clips as plain as these synthetic ones they are about
+the same. For real footage they are higher, but below 1, the loss of an untrained network."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """EDM losses at one noise level: the model's, the linear estimate's, on shuffled frames."""
+    """EDM losses at one noise level: of the model, of the linear estimate, on shuffled frames."""
 
     sigma: float
     model: float
@@ -64,10 +66,10 @@ class Row:
 
 @torch.no_grad()
 def check(r: Recipe, device: str) -> dict[str, Any]:
-    """The figures of a recipe's tokenizer and denoiser.
+    """Check a recipe's tokenizer and denoiser; return the figures.
 
     Raises:
-        UserError: the weights are missing, damaged, not trained, or not read as they should be.
+        UserError: the weights are missing, damaged, untrained or misread.
     """
     size = r.spec.height, r.spec.width, r.spec.fps
     latents, figures = check_tokenizer(
@@ -92,7 +94,7 @@ def check(r: Recipe, device: str) -> dict[str, Any]:
     if problem := verdict(rows, exchanged_losses(denoiser, latents[:1])):
         raise UserError(
             f"the denoiser {problem}", code=ExitCode.ASSET, where=str(files.dit),
-            fix="fetch it again; if it is the very file of the hub, report this",
+            fix="download it again; if it already is the hub's file, report this as a bug",
         )  # fmt: skip
     return {**figures, "edm": [asdict(row) for row in rows]}
 
@@ -103,10 +105,10 @@ def check(r: Recipe, device: str) -> dict[str, Any]:
 def check_tokenizer(
     r: Recipe, clips: list[Tensor], device: str
 ) -> tuple[list[Tensor], dict[str, Any]]:
-    """The latents of uint8 clips, BCTHW in fp32, and how well they come back.
+    """Return the latents of uint8 clips, BCTHW in fp32, and the quality of their reconstruction.
 
     Raises:
-        UserError: much of them is lost, or the latents have another scale.
+        UserError: the reconstruction loses the picture, or the latents have the wrong scale.
     """
     tokenizer = prep.load_tokenizer(r, device, generate.number_format(device))
     weight = next(tokenizer.parameters())
@@ -119,19 +121,20 @@ def check_tokenizer(
     error, variance = (torch.stack(values).mean().item() for values in (errors, variances))
     psnr = -10 * math.log10(error / 4)
     rms = torch.cat(latents).float().square().mean().sqrt().item() / r.spec.sigma_data
-    console.say(f"tokenizer: {psnr:.1f} dB after a round trip, latents of size {rms:.2f}")
+    console.say(f"tokenizer: reconstruction {psnr:.1f} dB, RMS of the latents {rms:.2f}")
     problem = ""
     if not error < MAX_LOST * variance:
         problem = (
-            f"loses the picture: a round trip is off by {error / variance:.0%} of its variance"
+            "loses the picture: the mean squared error of a reconstruction is "
+            f"{error / variance:.0%} of the clip's variance"
         )
     elif not LATENT_RMS[0] < rms < LATENT_RMS[1]:
-        problem = f"makes latents of size {rms:.2f} where 1 is right: look at mean and std"
+        problem = f"makes latents with RMS {rms:.2f}, not about 1: check its mean and std"
     if problem:
         raise UserError(
             f"the tokenizer {problem}", code=ExitCode.ASSET,
             where=str(layout.model_files(r.spec, r.checkpoints_dir).tokenizer),
-            fix="fetch it again; if it is the very file of the hub, report this",
+            fix="download it again; if it already is the hub's file, report this as a bug",
         )  # fmt: skip
     return [x0.float() for x0 in latents], {"psnr": psnr, "lost": error / variance, "rms": rms}
 
@@ -140,9 +143,10 @@ def check_tokenizer(
 
 
 def linear_loss(latents: list[Tensor], sigma: float, sigma_data: float) -> float:
-    """The EDM loss of the best linear estimate for each channel, mean + var / (var + sigma^2) xt.
+    """Return the EDM loss of the Wiener filter, the best linear estimate of each channel.
 
-    Its error is var sigma^2 / (var + sigma^2), the Wiener filter's.
+    The estimate is mean + var / (var + sigma^2) (xt - mean). Its error is
+    var sigma^2 / (var + sigma^2).
     """
     var_C = torch.cat(latents).var(dim=(0, 2, 3, 4))
     error = (var_C * sigma**2 / (var_C + sigma**2)).mean()
@@ -150,7 +154,7 @@ def linear_loss(latents: list[Tensor], sigma: float, sigma_data: float) -> float
 
 
 class Denoiser:
-    """A network and what else its loss takes: an empty text, the frame rate, fixed noise."""
+    """Computes the loss of a network for an empty text, the model's frame rate and fixed noise."""
 
     def __init__(self, net: DiT, r: Recipe) -> None:
         self.net = net
@@ -160,7 +164,7 @@ class Denoiser:
         self.sigma_data = r.spec.sigma_data
 
     def loss(self, latents: list[Tensor], sigma: float, axes: tuple[int, ...] = (0, 1, 2)) -> float:
-        """The mean EDM loss of latents; rotary channels of axis i turn with the axis axes[i]."""
+        """Return the mean EDM loss, with the rotary channels of axis i at positions on axes[i]."""
         sigma_B = torch.full_like(self.fps_B, sigma)
         losses = []
         for seed, x0 in enumerate(latents):
@@ -177,21 +181,21 @@ class Denoiser:
         return torch.cat(losses).mean().item()
 
     def rope(self, grid: tuple[int, int, int], axes: tuple[int, ...]) -> Rope:
-        """The table of a grid turned by `axes`, its tokens back in the order (t h w)."""
-        turned = tuple(grid[axis] for axis in axes)
-        back = [1 + axes.index(axis) for axis in range(3)]
+        """Return the rotary table of a grid with permuted axes, for tokens in the order (t h w)."""
+        permuted = tuple(grid[axis] for axis in axes)
+        inverse = [1 + axes.index(axis) for axis in range(3)]
         cos, sin = (
-            table.unflatten(1, turned).permute(0, *back, 4).flatten(1, 3)
-            for table in rope_table(self.net.spec, turned, self.fps_B)
+            table.unflatten(1, permuted).permute(0, *inverse, 4).flatten(1, 3)
+            for table in rope_table(self.net.spec, permuted, self.fps_B)
         )
         return cos, sin
 
 
 def exchanged_losses(denoiser: Denoiser, latents: list[Tensor]) -> dict[str, float]:
-    """The loss with each exchange; the first entry, "", is without."""
+    """Return the loss after each exchange of weights; the entry "" is without an exchange."""
     losses = {"": denoiser.loss(latents, EXCHANGE_SIGMA)}
     changes = list(rearrangements(denoiser.net))
-    with console.progress("exchanges", len(changes) + 5, "tries") as bar:
+    with console.progress("exchanging weights", len(changes) + 5, "exchanges") as bar:
         for axes in permutations(range(3)):
             if axes != (0, 1, 2):
                 name = f"the rotary axes t h w as {' '.join('thw'[axis] for axis in axes)}"
@@ -208,23 +212,24 @@ Change = list[tuple[nn.Parameter, Tensor]]
 
 
 def rearrangements(net: DiT) -> Iterator[tuple[str, Change]]:
-    """The ways in which weights could be mistaken for others, each with what to put where."""
-    yield "pos_embedder.h and w", _exchange(net.pos_embedder.h, net.pos_embedder.w)
+    """Yield the ways in which weights could be misread, each with the change that would fix it."""
+    yield "pos_embedder.h and w exchanged", _exchange(net.pos_embedder.h, net.pos_embedder.w)
     blocks = [dict(block.named_parameters()) for block in net.blocks]
     for a, b in combinations(blocks[0], 2):
-        # Without a text the cross-attention adds nothing.
-        silent = a.startswith("cross_attn.") and b.startswith("cross_attn.")
-        if blocks[0][a].shape == blocks[0][b].shape and not silent:
+        # With an empty text, cross-attention adds nothing and its weights have no effect.
+        no_effect = a.startswith("cross_attn.") and b.startswith("cross_attn.")
+        if blocks[0][a].shape == blocks[0][b].shape and not no_effect:
             pairs = [_exchange(block[a], block[b]) for block in blocks]
-            yield f"{a} and {b} of every block", [part for pair in pairs for part in pair]
+            change = [part for pair in pairs for part in pair]
+            yield f"{a} and {b} of every block exchanged", change
     sizes = {"t": net.spec.patch_t, "h": net.spec.patch_hw, "w": net.spec.patch_hw}
-    inwards, outwards = net.x_embedder.weight, net.final.linear.weight
+    first, last = net.x_embedder.weight, net.final.linear.weight
     for order in ("C t w h", "h w t C", "w h t C"):
-        read = rearrange(inwards, f"D ({order}) -> D (C t h w)", **sizes)
-        yield f"x_embedder in the order {order}", [(inwards, read)]
+        reordered = rearrange(first, f"D ({order}) -> D (C t h w)", **sizes)
+        yield f"x_embedder in the order {order}", [(first, reordered)]
     for order in ("w h t C", "C t h w", "C t w h"):
-        read = rearrange(outwards, f"({order}) D -> (h w t C) D", **sizes)
-        yield f"final.linear in the order {order}", [(outwards, read)]
+        reordered = rearrange(last, f"({order}) D -> (h w t C) D", **sizes)
+        yield f"final.linear in the order {order}", [(last, reordered)]
 
 
 def _exchange(a: nn.Parameter, b: nn.Parameter) -> Change:
@@ -233,7 +238,7 @@ def _exchange(a: nn.Parameter, b: nn.Parameter) -> Change:
 
 @contextmanager
 def replaced(change: Change) -> Iterator[None]:
-    """Other values in some parameters, for a while."""
+    """Replace the values of some parameters inside the context."""
     before = [(parameter, parameter.data) for parameter, _ in change]
     for parameter, value in change:
         parameter.data = value
@@ -245,24 +250,24 @@ def replaced(change: Change) -> Iterator[None]:
 
 
 def verdict(rows: list[Row], exchanged: dict[str, float]) -> str:
-    """What is wrong with a denoiser, in words; empty when nothing is."""
+    """Return the problem of a denoiser as the predicate of a sentence; "" if there is none."""
     best = min(exchanged, key=lambda name: exchanged[name])
     linear = next(row.linear for row in rows if row.sigma == EXCHANGE_SIGMA)
     if exchanged[best] < min((1 - EXCHANGE_GAIN) * exchanged[""], linear):
         gain = 1 - exchanged[best] / exchanged[""]
-        return f"reads something the wrong way: its loss falls by {gain:.0%} with {best}"
+        return f"has misread weights: its loss falls by {gain:.0%} with {best}"
     worse = [row for row in rows if not row.model < row.linear]
     if len(worse) == len(rows):
-        return "is not trained: worse than the linear estimate at every noise level"
+        return "is not trained: it is worse than a linear estimate at every noise level"
     for row in rows:
         if not row.model < row.linear:
             return (
                 f"is worse than the linear estimate at sigma {row.sigma:g}: "
-                f"{row.model:.3g}, not below {row.linear:.3g}"
+                f"its loss is {row.model:.3g}, that of the estimate {row.linear:.3g}"
             )
         if row.model > row.shuffled:
             return (
                 f"is better on shuffled frames at sigma {row.sigma:g}: "
-                f"{row.shuffled:.3g}, in order {row.model:.3g}"
+                f"its loss is {row.shuffled:.3g}, in the right order {row.model:.3g}"
             )
     return ""

@@ -1,4 +1,4 @@
-"""Two videos of one prompt and seed beside each other: one labelled mp4 and one HTML page."""
+"""Writes two videos of one prompt and seed side by side: a labelled mp4 and an HTML page."""
 
 from __future__ import annotations
 
@@ -14,16 +14,19 @@ LABEL_SHARE = 0.08
 
 
 def compare(base: Job, tuned: Job, joined: Job) -> None:
-    """Writes the mp4, its sidecar and contact sheet, and a page with all three videos.
+    """Write the mp4, its sidecar and contact sheet, and a page with all three videos.
 
     Raises:
         UserError: a file cannot be written.
     """
     sides = {"base": base, "post-trained": tuned}
-    halves = [torch.cat([_label(name, job), _frames(job)], dim=2) for name, job in sides.items()]
-    pixels = torch.cat(halves, dim=3)
-    sidecar, words, sheet, mp4 = joined.files
-    about = {
+    labelled = [
+        torch.cat([_label(name, job), video.read_frames(job.path, range(job.r.num_frames))], dim=2)
+        for name, job in sides.items()
+    ]
+    pixels = torch.cat(labelled, dim=3)
+    sidecar, prompt_file, sheet, mp4 = joined.files
+    record = {
         "prompt": joined.prompt,
         "seed": joined.r.sampling_seed,
         "key": joined.key,
@@ -31,10 +34,10 @@ def compare(base: Job, tuned: Job, joined: Job) -> None:
     }
     with layout.atomic_file(mp4) as temporary:
         video.write_mp4(temporary, pixels, joined.r.fps, joined.r.video_crf)
-        layout.write_json(sidecar, {**about, "mp4_sha256": layout.sha256_file(temporary)})
-        layout.write_text(words, joined.prompt + "\n")
-        with layout.atomic_file(sheet) as picture:
-            video.contact_sheet(pixels, columns=2, rows=4, width=640).save(picture, quality=90)
+        layout.write_json(sidecar, {**record, "mp4_sha256": layout.sha256_file(temporary)})
+        layout.write_text(prompt_file, joined.prompt + "\n")
+        with layout.atomic_file(sheet) as image:
+            video.contact_sheet(pixels, columns=2, rows=4, width=640).save(image, quality=90)
         layout.write_text(mp4.with_suffix(".html"), _page(sides, joined))
 
 
@@ -57,19 +60,14 @@ def _page(sides: dict[str, Job], joined: Job) -> str:
     )
 
 
-def _frames(job: Job) -> Tensor:
-    """The frames as they were written, uint8 CTHW."""
-    return video.read_frames(job.path, range(job.r.num_frames))
-
-
 def _label(name: str, job: Job) -> Tensor:
-    """A strip to stand above every frame, uint8 CTHW, with what made them."""
+    """Return a strip that names the model, to put above each frame, uint8 CTHW."""
     r = job.r
     height = max(16, round(r.height * LABEL_SHARE / 2) * 2)
     strip = Image.new("RGB", (r.width, height), "black")
-    words = f"{name} {job.weights.identity[:8]}"
+    text = f"{name} {job.weights.identity[:8]}"
     ImageDraw.Draw(strip).text(
-        (height // 4, height // 2), words, "white", ImageFont.load_default(height * 0.6), "lm"
+        (height // 4, height // 2), text, "white", ImageFont.load_default(height * 0.6), "lm"
     )
     pixels = torch.frombuffer(bytearray(strip.tobytes()), dtype=torch.uint8)
     return (

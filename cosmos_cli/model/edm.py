@@ -22,17 +22,17 @@ from cosmos_cli.model.spec import ModelSpec
 
 P_MEAN = 0.0
 P_STD = 1.0
-# Edges of the noise bands that losses are reported in: fine detail, structure, layout.
+# Losses are reported in three bands of sigma between these edges: fine detail, structure, layout.
 SIGMA_BANDS = (0.0, 0.5, 2.0, math.inf)
-# The middle of each quarter of the training's noise levels: 0.32, 0.73, 1.37, 3.16. A mean over
-# them estimates the mean over all.
+# The medians of the four quarters of the training distribution of sigma: 0.32, 0.73, 1.37, 3.16.
+# The mean error over these levels estimates the mean over the distribution.
 FIXED_SIGMAS = tuple(
     math.exp(NormalDist(P_MEAN, P_STD).inv_cdf(share)) for share in (0.125, 0.375, 0.625, 0.875)
 )
 
 
 class Draw(NamedTuple):
-    """What is random about one training sample."""
+    """The random values of one training sample."""
 
     sigma: float
     keep_text: bool
@@ -40,10 +40,10 @@ class Draw(NamedTuple):
 
 
 def draw(key: tuple[int, int, int], shape: tuple[int, ...], text_dropout: float) -> Draw:
-    """The noise level, text dropout and noise (fp32, CPU) of one sample.
+    """Sample the noise level, the text dropout and the noise (fp32, CPU) of one training sample.
 
-    They depend on `key` = (seed, optimizer step, sample of the step) only, so neither the number
-    of processes nor an interruption changes them.
+    They depend only on `key` = (seed, optimizer step, index of the sample in the step), so neither
+    the number of processes nor an interruption changes them.
     """
     generator = keyed_generator(key)
     ln_sigma = P_MEAN + P_STD * torch.randn((), generator=generator).item()
@@ -52,13 +52,13 @@ def draw(key: tuple[int, int, int], shape: tuple[int, ...], text_dropout: float)
 
 
 def keyed_generator(key: object) -> torch.Generator:
-    """A CPU generator whose numbers depend on the text of `key` only."""
+    """Return a CPU generator that is seeded by the repr of `key` only."""
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
 def precondition(sigma: Tensor, sigma_data: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """c_skip, c_out, c_in and c_noise of each noise level.
+    """Return c_skip, c_out, c_in and c_noise for each noise level.
 
     Source: Karras et al. 2022, table 1, column "Ours (EDM)".
     """
@@ -71,7 +71,7 @@ def precondition(sigma: Tensor, sigma_data: float) -> tuple[Tensor, Tensor, Tens
 
 
 def loss_weight(sigma: Tensor, sigma_data: float) -> Tensor:
-    """1 / c_out^2, which makes the loss of an untrained network 1 at every noise level.
+    """Return 1 / c_out^2, which makes the loss of an untrained network 1 at every noise level.
 
     Source: Karras et al. 2022, table 1, lambda(sigma).
     """
@@ -86,9 +86,9 @@ def denoise(
     fps_B: Tensor,
     sigma_data: float,
 ) -> Tensor:
-    """The network's estimate of x0 (BCTHW, fp32) from the noised latent `xt`.
+    """Estimate x0 (BCTHW, fp32) from the noised latent `xt`.
 
-    The arithmetic around the network is fp32; the network runs in the dtype of `text_emb`.
+    The network runs in the dtype of `text_emb`, the arithmetic around it in fp32.
     """
     c_skip, c_out, c_in, c_noise = (
         c.view(-1, 1, 1, 1, 1) for c in precondition(sigma_B.float(), sigma_data)
@@ -98,9 +98,10 @@ def denoise(
 
 
 class LogVariance(nn.Module):
-    """A learned scalar v(sigma), the log of the loss to expect at a noise level.
+    """A learned scalar v(sigma): the log of the expected loss at a noise level.
 
-    Random Fourier features of c_noise and one linear row. Used in training only.
+    It is a linear layer with one output on random Fourier features of c_noise. Only training uses
+    it.
     """
 
     def __init__(self, features: int) -> None:
@@ -111,23 +112,23 @@ class LogVariance(nn.Module):
         self.reset()
 
     def reset(self) -> None:
-        """Draws the frequencies and phases, the same in every process, and expects a loss of 1."""
+        """Sample the same frequencies and phases in every process; set v to 0, a loss of 1."""
         generator = torch.Generator().manual_seed(0)
         with torch.no_grad():
             self.weight.zero_()
-            # On the CPU, wherever a context would put them.
-            for buffer, draw in ((self.freqs, torch.randn), (self.phases, torch.rand)):
-                drawn = draw(buffer.shape, generator=generator, device="cpu")
-                buffer.copy_(2 * math.pi * drawn)
+            # The device is explicit because a `torch.device` context would override the default.
+            for buffer, random in ((self.freqs, torch.randn), (self.phases, torch.rand)):
+                values = random(buffer.shape, generator=generator, device="cpu")
+                buffer.copy_(2 * math.pi * values)
 
     def forward(self, c_noise_B: Tensor) -> Tensor:
-        """The log-variance of each noise level (B), fp32."""
+        """Return the log-variance of each noise level, (B) in fp32."""
         angle = c_noise_B[:, None].float() * self.freqs.float() + self.phases.float()
         return (angle.cos() * math.sqrt(2)) @ self.weight.float()[0]
 
 
 class EDMLoss(nn.Module):
-    """The network under training and its log-variance head; calling it gives the loss."""
+    """The network and its log-variance head as one module whose forward pass is the loss."""
 
     def __init__(self, net: nn.Module, spec: ModelSpec) -> None:
         super().__init__()
@@ -138,10 +139,10 @@ class EDMLoss(nn.Module):
     def forward(
         self, x0: Tensor, sigma_B: Tensor, noise: Tensor, text_emb: Tensor, fps_B: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """The loss to minimize (scalar) and the plain weighted EDM error of each sample (B).
+        """Return the loss to minimize (scalar) and the weighted EDM error of each sample (B).
 
-        The loss is weight * |x0 - denoised|^2 * exp(-v) + v, which settles at 1 + log of the
-        error and so may well be negative; the plain error is the figure to watch.
+        The loss is weight * |x0 - denoised|^2 * exp(-v) + v. It settles at 1 + log(error), which
+        may be negative, so watch the error instead.
         """
         xt = x0 + sigma_B.view(-1, 1, 1, 1, 1) * noise
         text_emb = text_emb.to(next(self.net.parameters()).dtype)

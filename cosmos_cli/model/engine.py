@@ -1,4 +1,4 @@
-"""The DeepSpeed engine around the loss: its settings, its weights, its optimizer."""
+"""The DeepSpeed engine for the loss module: its configuration, weights and optimizer."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from cosmos_cli.model.dit import DiT
 
 
 def build(r: Recipe, share: data.Share, device: torch.device) -> Any:
-    """The DeepSpeed engine around the loss, with the base weights in its shards."""
+    """Return the DeepSpeed engine of the loss module, with the base weights loaded."""
     import deepspeed
 
     config = deepspeed_config(r, share, device)
@@ -25,18 +25,17 @@ def build(r: Recipe, share: data.Share, device: torch.device) -> Any:
         with deepspeed.zero.Init(config_dict_or_path=config):
             module = empty_module(r)
     else:
-        # Straight to its place and format, never drawn: all weights come from files.
+        # On the meta device nothing is initialised: all weights come from files.
         with torch.device("meta"):
             module = empty_module(r)
-        number = torch.bfloat16 if r.precision == "bf16" else torch.float32
-        module.to(number).to_empty(device=device)
+        dtype = torch.bfloat16 if r.precision == "bf16" else torch.float32
+        module.to(dtype).to_empty(device=device)
         module.logvar.reset()
     net = module.net
     net.activation_checkpointing = r.activation_checkpointing
-    kept = plan.blocks_kept(r, dist.get_world_size(), known_gpu(device))
-    net.mlps_kept, net.blocks_kept = kept
-    worth, loss = device.type != "cpu", "training takes a sixth longer"
-    kernels.fuse(compiles(r.compile, worth, device, loss))
+    net.mlps_kept, net.blocks_kept = plan.blocks_kept(r, dist.get_world_size(), known_gpu(device))
+    worth_it, without = device.type != "cpu", "training takes a sixth longer"
+    kernels.fuse(compiles(r.compile, worth_it, device, without))
     if r.transformer_engine != "off":
         kernels.use_fp8(net.blocks)
     if r.transformer_engine == "all":
@@ -44,17 +43,17 @@ def build(r: Recipe, share: data.Share, device: torch.device) -> Any:
     kernels.put_cudnn_first()
     base = layout.model_files(r.spec, r.checkpoints_dir, r.base).dit
     shapes = {name: checkpoint.full_shape(p) for name, p in module.named_parameters()}
-    first = {**weights.load_dit_state(base), **lora.fresh_factors(shapes, r.seed)}
-    checkpoint.load_weights(module, first, base)
+    state = {**weights.load_dit_state(base), **lora.fresh_factors(shapes, r.seed)}
+    checkpoint.load_weights(module, state, base)
     optimizer = build_optimizer(r, list(checkpoint.trained(module).values()), device)
     kind = type(optimizer)
-    console.say(f"optimizer: {kind.__name__} of {kind.__module__.partition('.')[0]}")
+    console.say(f"optimizer: {kind.__name__} from {kind.__module__.partition('.')[0]}")
     engine, *_ = deepspeed.initialize(model=module, config=config, optimizer=optimizer)
     return engine
 
 
 def empty_module(r: Recipe) -> edm.EDMLoss:
-    """The loss with its network, and the factors of a LoRA, before any weights are read."""
+    """Return the loss module, with LoRA factors if the recipe trains a LoRA; loads no weights."""
     net = DiT(r.spec.dit)
     module = edm.EDMLoss(net, r.spec)
     if r.lora_rank:
@@ -63,20 +62,20 @@ def empty_module(r: Recipe) -> edm.EDMLoss:
 
 
 def deepspeed_config(r: Recipe, share: data.Share, device: torch.device) -> dict[str, Any]:
-    """What DeepSpeed calls the recipe."""
+    """Return the recipe as a DeepSpeed configuration."""
     zero = {
-        # DeepSpeed's stage 0 has Adam start a step late in bf16, and tells no norm of a gradient in
+        # With stage 0, DeepSpeed's Adam starts a step late in bf16 and reports no gradient norm in
         # fp32. Stage 1 computes the same in less memory.
         "stage": max(r.zero_stage, 1),
         "contiguous_gradients": True,
         "reduce_bucket_size": plan.REDUCE_BUCKET,
         "sub_group_size": plan.STEP_GROUP,
     }
-    on_host = {"device": "cpu", "pin_memory": device.type == "cuda"}
+    cpu_memory = {"device": "cpu", "pin_memory": device.type == "cuda"}
     if r.offload in ("optimizer", "parameters"):
-        zero["offload_optimizer"] = on_host
+        zero["offload_optimizer"] = cpu_memory
     if r.offload == "parameters":
-        zero["offload_param"] = on_host
+        zero["offload_param"] = cpu_memory
     world = int(os.environ["WORLD_SIZE"])
     node = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if second := plan.second_copy(r, world, node):
@@ -88,16 +87,16 @@ def deepspeed_config(r: Recipe, share: data.Share, device: torch.device) -> dict
         "steps_per_print": 10**9,
         "bf16": {"enabled": r.precision == "bf16"},
         "zero_optimization": zero,
-        # PyTorch's fused AdamW does as well on a CPU as DeepSpeed's, which wants a compiler.
+        # PyTorch's fused AdamW is as fast on a CPU as DeepSpeed's, which needs a compiler.
         "zero_force_ds_cpu_optimizer": False,
     }
 
 
 def build_optimizer(r: Recipe, parameters: list[torch.nn.Parameter], device: torch.device) -> Any:
-    """The AdamW that the recipe asks for.
+    """Return the AdamW that the recipe names: of PyTorch (torch or auto), DeepSpeed or Apex.
 
     Raises:
-        UserError: DeepSpeed's cannot be compiled here.
+        UserError: DeepSpeed's AdamW cannot be compiled here.
     """
     settings = {"lr": r.learning_rate, **optimizer_settings(r)}
     if r.optimizer == "apex":
@@ -107,31 +106,32 @@ def build_optimizer(r: Recipe, parameters: list[torch.nn.Parameter], device: tor
     if r.optimizer == "deepspeed":
         from deepspeed.ops import adam
 
-        on_host = device.type == "cpu" or r.offload in ("optimizer", "parameters")
+        on_cpu = device.type == "cpu" or r.offload in ("optimizer", "parameters")
         try:
-            if on_host:
+            if on_cpu:
                 return adam.DeepSpeedCPUAdam(parameters, adamw_mode=True, **settings)
             return adam.FusedAdam(parameters, adam_w_mode=True, **settings)
-        # Its builders raise what they come across: of compilers, of paths, of TORCH_CUDA_ARCH_LIST.
+        # DeepSpeed's builders raise errors of any type: a compiler's, a missing path, a wrong
+        # TORCH_CUDA_ARCH_LIST.
         except Exception as error:
             reason = str(error.__cause__ or error).strip().rpartition("\n")[2].rstrip(".")
             raise UserError(
                 f"DeepSpeed cannot compile its AdamW here: {reason}",
                 code=ExitCode.ENVIRONMENT,
                 where="optimizer",
-                fix="install a compiler (g++, and nvcc for a GPU), or set optimizer: torch",
+                fix="install a compiler (g++, and nvcc for a GPU) or add `--set optimizer=torch`",
             ) from error
     return torch.optim.AdamW(parameters, fused=True, **settings)
 
 
 def optimizer_settings(r: Recipe) -> dict[str, Any]:
-    """What AdamW takes from the recipe besides the learning rate."""
+    """Return the arguments of AdamW from the recipe, without the learning rate."""
     return {
         "betas": (r.beta1, r.beta2), "eps": r.adam_eps, "weight_decay": r.weight_decay
     }  # fmt: skip
 
 
 def known_gpu(device: torch.device) -> plan.Gpu | None:
-    """The kind of a GPU, where the planner knows it."""
+    """Return the planner's entry for this GPU, or None if it has none."""
     name = "" if device.type == "cpu" else torch.cuda.get_device_name(device)
     return plan.find_gpu(name)

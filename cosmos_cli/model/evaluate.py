@@ -1,8 +1,8 @@
-"""How good a model is, measured without a second model.
+"""Evaluates models without a second model as the judge.
 
-In the drawn world of the tiny model, colour, shape and motion are read from the pixels of generated
-videos. On a prepared dataset it is the EDM error of held-out clips, and how far generated videos
-are from the training clip nearest to each.
+In the synthetic world of the tiny model, colour, shape and motion are read from the pixels of
+generated videos. On a prepared dataset it measures the EDM error of held-out clips, and the
+distance from generated videos to the nearest training clip.
 
 Dimension letters: C channels, T frames, H height, W width.
 """
@@ -35,9 +35,9 @@ CHANCE = {
     "concept": 0.0,
     "consistency": 0.0,
 }
-# The fastest thing of the drawn world moves 0.05 picture heights a frame.
+# In picture heights per frame. The fastest thing of the synthetic world moves by 0.05.
 LARGEST_MOVE = 0.1
-# Not the scenes of the dataset that teaches the mascot.
+# This seed differs from that of the dataset that teaches the mascot, so its scenes do too.
 CONCEPT_SEED = 1000
 RECONSTRUCTED = 16
 MOSAIC_COLUMNS, MOSAIC_ROWS = 4, 6
@@ -45,7 +45,7 @@ MOSAIC_COLUMNS, MOSAIC_ROWS = 4, 6
 
 @dataclass(frozen=True)
 class Trial:
-    """A prompt and the seed to make it from; in the drawn world also the scene it describes."""
+    """A prompt and a seed; in the synthetic world also the scene that the prompt describes."""
 
     prompt: str
     seed: int
@@ -53,7 +53,7 @@ class Trial:
 
     @property
     def of_mascot(self) -> bool:
-        """Whether the concept that post-training teaches is asked for."""
+        """True if the prompt asks for the concept that post-training teaches."""
         return self.scene is not None and self.scene.thing.mascot
 
 
@@ -68,7 +68,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Dataset:
-    """What prep made: clips trained on, clips held out, captions."""
+    """A prepared dataset: its training clips, held-out clips and captions."""
 
     train: Clips
     heldout: Clips
@@ -76,7 +76,7 @@ class Dataset:
 
     @classmethod
     def of(cls, r: Recipe) -> Dataset | None:
-        """The dataset of a recipe; None when prep has not run."""
+        """Return the dataset of a recipe, or None if prep has not run."""
         files = layout.Dataset.at(r.dataset_dir, r.videos_dir)
         if not files.manifest.exists():
             return None
@@ -89,22 +89,23 @@ class Dataset:
 def evaluate(
     r: Recipe, models: dict[str, Weights], prompts: int, device: str
 ) -> tuple[dict[str, Any], dict[str, list[Sample]]]:
-    """The figures of some models by name, and the videos that each made.
+    """Return the figures of some models and the videos that each generated, by name.
 
     Args:
-        r: the recipe; its dataset counts where prep has run.
+        r: the recipe; its dataset is used if prep has run.
         models: the weights to measure, by name.
-        prompts: videos that each model makes, of the drawn world or of the dataset's captions.
+        prompts: the number of videos per model, from prompts of the synthetic world or from the
+            captions of the dataset.
         device: cpu or cuda.
 
     Raises:
-        UserError: there is nothing to measure on, or a file is missing or damaged.
+        UserError: there is no dataset to measure on, or a file is missing or damaged.
     """
     dataset = Dataset.of(r)
     if not r.spec.embedded and dataset is None:
         raise UserError(
             "there is no prepared dataset to measure on", code=ExitCode.ASSET,
-            where=str(Path(r.dataset_dir).absolute()), fix="run cosmos prep first",
+            where=str(Path(r.dataset_dir).absolute()), fix="run `cosmos prep RECIPE` first",
         )  # fmt: skip
     figures: dict[str, Any] = {"model": r.model, "prompts": prompts, "models": {}}
     if r.spec.embedded:
@@ -116,26 +117,26 @@ def evaluate(
     samples = {}
     for name, weights in models.items():
         console.say(f"measuring {name}: {weights.path}")
-        about: dict[str, Any] = {"weights": weights.identity}
+        measured: dict[str, Any] = {"weights": weights.identity}
         if dataset:
             clips = dataset.heldout if len(dataset.heldout) else dataset.train
             figures["clips"] = "held-out" if len(dataset.heldout) else "training"
-            about["edm"] = clip_errors(r, weights, clips, device)
+            measured["edm"] = clip_errors(r, weights, clips, device)
         if wanted:
             samples[name] = draw(r, weights, wanted, device)
             if r.spec.embedded:
-                about["scores"] = scores(samples[name])
+                measured["scores"] = scores(samples[name])
             if dataset and (distances := nearest_clips(samples[name], dataset.train)):
-                about["nearest_clip"], figures["clips_apart"] = distances
-        figures["models"][name] = about
+                measured["nearest_clip"], figures["clips_apart"] = distances
+        figures["models"][name] = measured
     return figures, samples
 
 
-# --- the drawn world ------------------------------------------------------------------------------
+# --- the synthetic world --------------------------------------------------------------------------
 
 
 def world_trials(count: int) -> list[Trial]:
-    """Prompts for combinations that training never shows, and half as many for the mascot."""
+    """Return prompts for held-out combinations, and half as many for the mascot."""
     heldout = [world.sample_scene(seed, "heldout") for seed in range(count)]
     mascots = world.concept_scenes(-(-count // 2), CONCEPT_SEED)
     return [
@@ -146,7 +147,7 @@ def world_trials(count: int) -> list[Trial]:
 
 @torch.inference_mode()
 def draw(r: Recipe, weights: Weights, wanted: Sequence[Trial], device: str) -> list[Sample]:
-    """A video of each trial with one model.
+    """Generate a video of each trial with one model.
 
     Raises:
         UserError: the weights are missing or damaged, or a prompt is blocked.
@@ -160,11 +161,11 @@ def draw(r: Recipe, weights: Weights, wanted: Sequence[Trial], device: str) -> l
     net = generate.load_denoiser(r, weights.path, device, dtype, weights.loras)
     tokenizer = prep.load_tokenizer(r, device, dtype)
     samples: list[Sample] = []
-    at_once = (16 if device == "cpu" else 64) if r.spec.embedded else 1
-    for first in range(0, len(wanted), at_once):
-        trials = wanted[first : first + at_once]
+    batch = (16 if device == "cpu" else 64) if r.spec.embedded else 1
+    for first in range(0, len(wanted), batch):
+        trials = wanted[first : first + batch]
         text_embs = []
-        for job in jobs[first : first + at_once]:
+        for job in jobs[first : first + batch]:
             text_emb = prepared[job]
             if isinstance(text_emb, UserError):
                 raise text_emb
@@ -178,46 +179,46 @@ def draw(r: Recipe, weights: Weights, wanted: Sequence[Trial], device: str) -> l
 
 
 def scores(samples: Sequence[Sample]) -> dict[str, float]:
-    """What share of the videos of the drawn world shows what was asked for, and how steadily.
+    """Return the shares of the synthetic world's videos that show what their prompt asks for.
 
-    Colour, shape and motion are of the prompts without the mascot; `concept` is the share of the
-    others whose thing has the mascot's own head.
+    `colour`, `shape` and `motion` count the prompts without the mascot. `concept` is the share of
+    the mascot's prompts whose video shows its head. `consistency` is the mean over all videos.
     """
-    read = [(sample.trial, scorer.measure(sample.pixels)) for sample in samples]
-    right = [
+    readings = [(sample.trial, scorer.measure(sample.pixels)) for sample in samples]
+    correct = [
         scorer.score(trial.scene, reading)
-        for trial, reading in read
+        for trial, reading in readings
         if trial.scene and not trial.of_mascot
     ]
     return {
-        **{name: fmean(found[name] for found in right) for name in ("colour", "shape", "motion")},
+        **{name: fmean(each[name] for each in correct) for name in ("colour", "shape", "motion")},
         "concept": fmean(
-            found.concept >= scorer.CONCEPT_SEEN for trial, found in read if trial.of_mascot
+            reading.concept >= scorer.CONCEPT_SEEN for trial, reading in readings if trial.of_mascot
         ),
-        "consistency": fmean(consistency(reading) for _, reading in read),
+        "consistency": fmean(consistency(reading) for _, reading in readings),
     }
 
 
 def consistency(reading: Reading) -> float:
-    """The share of pairs of successive frames that show one thing, moved by a small step."""
+    """Return the share of successive frame pairs with the thing in both, a small step apart."""
     steps = reading.track[:, :2].diff(dim=0).norm(dim=1)
-    # A step from or to a frame that shows nothing is nan, and so not small.
+    # A step from or to a frame that shows nothing is NaN, so it does not count as small.
     return float((steps < LARGEST_MOVE).float().mean())
 
 
 @torch.inference_mode()
 def reconstruction(r: Recipe, count: int, device: str) -> float:
-    """Mean PSNR in dB of held-out drawn clips that went through the tokenizer."""
+    """Return the tokenizer's mean reconstruction PSNR in dB on held-out synthetic clips."""
     dtype = generate.number_format(device)
     tokenizer = prep.load_tokenizer(r, device, dtype)
-    found = []
+    psnrs = []
     for seed in range(count):
         scene = world.sample_scene(seed, "heldout")
         clip = video.to_model(world.render(scene, r.num_frames, r.height, r.width, r.fps))
         x = clip[None].to(device, dtype)
-        back = tokenizer.decode(tokenizer.encode(x)).clamp(-1, 1)
-        found.append(float(-10 * torch.log10((back - x).float().square().mean() / 4)))
-    return fmean(found)
+        decoded = tokenizer.decode(tokenizer.encode(x)).clamp(-1, 1)
+        psnrs.append(float(-10 * torch.log10((decoded - x).float().square().mean() / 4)))
+    return fmean(psnrs)
 
 
 # --- prepared datasets ----------------------------------------------------------------------------
@@ -225,75 +226,75 @@ def reconstruction(r: Recipe, count: int, device: str) -> float:
 
 @torch.inference_mode()
 def clip_errors(r: Recipe, weights: Weights, clips: Clips, device: str) -> dict[float, float]:
-    """The mean EDM error of clips at each of `edm.FIXED_SIGMAS`, with fixed noise."""
+    """Return the mean EDM error of clips at each of `edm.FIXED_SIGMAS`, with fixed noise."""
     dtype = generate.number_format(device)
     net = generate.load_denoiser(r, weights.path, device, dtype, weights.loras)
-    loss_of = edm.EDMLoss(net, r.spec).to(device)
+    loss = edm.EDMLoss(net, r.spec).to(device)
     measured = HeldOut(clips, r.validate_clips)
     errors: dict[float, list[float]] = {sigma: [] for sigma in edm.FIXED_SIGMAS}
     with console.progress("clips", len(measured.samples), "samples") as bar:
         for i, (_, level) in enumerate(measured.samples):
-            _, edm_B = loss_of(*measured.batch(i).to(torch.device(device)))
+            _, edm_B = loss(*measured.batch(i).to(torch.device(device)))
             errors[edm.FIXED_SIGMAS[level]] += edm_B.tolist()
             bar.advance()
-    return {sigma: fmean(found) for sigma, found in errors.items()}
+    return {sigma: fmean(values) for sigma, values in errors.items()}
 
 
 def nearest_clips(samples: Sequence[Sample], clips: Clips) -> tuple[float, float] | None:
-    """The least distance of a video to a training clip, and the usual one between such clips.
+    """Return the smallest distance from a video to a training clip, and the median between clips.
 
-    None where there are no two clips, or the videos are of another size.
+    Return None if there are fewer than two clips, or if the videos have another size.
     """
     if len(clips) < 2 or clips.latent(0).shape != samples[0].latent.shape:
         return None
-    made, apart = nearest.distances([sample.latent for sample in samples], clips)
-    return float(made.min()), float(apart.median())
+    from_videos, from_clips = nearest.distances([sample.latent for sample in samples], clips)
+    return float(from_videos.min()), float(from_clips.median())
 
 
-# --- for people -----------------------------------------------------------------------------------
+# --- report ---------------------------------------------------------------------------------------
 
 
 def rows(figures: dict[str, Any]) -> list[tuple[str, ...]]:
-    """The figures as a table: a name, what chance gives, and the value of each model."""
+    """Return the figures as table rows: a name, the value of chance, and each model's value."""
     models = figures["models"].values()
-    found: list[tuple[str, ...]] = []
-    if all("scores" in about for about in models):
-        found += [
-            (name, f"{chance:.0%}", *(f"{about['scores'][name]:.1%}" for about in models))
+    table: list[tuple[str, ...]] = []
+    if all("scores" in model for model in models):
+        table += [
+            (name, f"{chance:.0%}", *(f"{model['scores'][name]:.1%}" for model in models))
             for name, chance in CHANCE.items()
         ]
     if "psnr" in figures:
-        found.append(("reconstruction", "", *[f"{figures['psnr']:.1f} dB"] * len(models)))
-    if all("edm" in about for about in models):
-        found += [
-            (f"EDM error, sigma {s:.2g}", "", *(f"{about['edm'][s]:.4f}" for about in models))
+        table.append(("reconstruction", "", *[f"{figures['psnr']:.1f} dB"] * len(models)))
+    if all("edm" in model for model in models):
+        table += [
+            (f"EDM error, sigma {s:.2g}", "", *(f"{model['edm'][s]:.4f}" for model in models))
             for s in edm.FIXED_SIGMAS
         ]
-    if all("nearest_clip" in about for about in models):
+    if all("nearest_clip" in model for model in models):
         apart = f"{figures['clips_apart']:.3f} between clips"
-        found.append(
-            ("nearest training clip", apart, *(f"{about['nearest_clip']:.3f}" for about in models))
+        table.append(
+            ("nearest training clip", apart, *(f"{model['nearest_clip']:.3f}" for model in models))
         )
-    return found
+    return table
 
 
 def write_page(
     path: Path, r: Recipe, figures: dict[str, Any], samples: dict[str, list[Sample]]
 ) -> list[Path]:
-    """Writes one self-contained page, and beside it the videos it shows; the paths of all."""
+    """Write one self-contained page and, next to it, its videos; return all paths."""
     sections = [("Figures", report.table(rows(figures), ("", "chance", *figures["models"])))]
     written = [path]
     for heading, mascot in (("The new concept", True), ("Other prompts", False)):
         shown = {
-            name: [s for s in found if s.trial.of_mascot == mascot][: MOSAIC_COLUMNS * MOSAIC_ROWS]
-            for name, found in samples.items()
+            name: [s for s in made if s.trial.of_mascot == mascot][: MOSAIC_COLUMNS * MOSAIC_ROWS]
+            for name, made in samples.items()
         }
         if not any(shown.values()):
             continue
         parts = []
-        for name, found in shown.items():
+        for name, made in shown.items():
             mosaic = path.with_name(f"{path.stem}_{name}_{'concept' if mascot else 'others'}.mp4")
-            write_mosaic(mosaic, found, r)
+            write_mosaic(mosaic, made, r)
             written.append(mosaic)
             parts.append(report.media(mosaic, name))
         prompts = ((s.trial.prompt,) for s in next(iter(shown.values())))
@@ -301,14 +302,14 @@ def write_page(
     run = layout.Run(r.run_dir)
     if run.metrics.exists():
         sections += history.sections(run)
-    hashes = ((name, about["weights"]) for name, about in figures["models"].items())
+    hashes = ((name, model["weights"]) for name, model in figures["models"].items())
     sections.append(("Weights", report.table(hashes, ("", "sha256"))))
     layout.write_text(path, report.page(f"Evaluation of {r.model}", sections))
     return written
 
 
 def write_mosaic(path: Path, samples: Iterable[Sample], r: Recipe) -> None:
-    """Writes the videos in rows of one mp4."""
+    """Write the videos as a grid in one mp4."""
     pixels = [sample.pixels for sample in samples]
     pixels += [torch.zeros_like(pixels[0])] * (-len(pixels) % MOSAIC_COLUMNS)
     strips = [

@@ -1,6 +1,7 @@
-"""Faces in a video: RetinaFace on ResNet-50 finds them, and five by five squares replace them.
+"""Finds the faces in a video with RetinaFace on ResNet-50 and pixelates each into 5x5 squares.
 
-Names are those of the released `Resnet50_Final.pth`. Boxes are (x1, y1, x2, y2) in pixels.
+Module names are those of the released `Resnet50_Final.pth`. Boxes are (x1, y1, x2, y2) in pixels.
+Dimension letters: B batch, C channels, T frames, H height, W width, P priors (anchor boxes).
 
 Source: Deng et al. 2019, RetinaFace, arXiv 1905.00641; biubug6/Pytorch_Retinaface; the thresholds
 of nvidia-cosmos/cosmos-predict1 at 4ed35fa, `auxiliary/guardrail/face_blur_filter`.
@@ -19,9 +20,10 @@ from torch import Tensor, nn
 from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.model import weights
 
-# Mean of the training images, and the order of the colours: blue, green, red.
+# Mean of the training images. The network's channel order is blue, green, red.
 MEAN_BGR = (104.0, 117.0, 123.0)
-# Pixels from cell to cell of the three feature maps, and edges of the two priors at each cell.
+# For each of the three feature maps: its stride in pixels, and the edges of the two square priors
+# at each cell.
 PRIORS = ((8, (16, 32)), (16, (64, 128)), (32, (256, 512)))
 CENTRE_VARIANCE, SIZE_VARIANCE = 0.1, 0.2
 MIN_SCORE = 0.7
@@ -33,53 +35,50 @@ FRAMES_AT_ONCE = 4
 
 
 class FaceBlur:
-    """The network in memory.
+    """Loads the network and pixelates the faces of videos.
 
     Raises:
-        UserError: (ASSET) its file is missing, damaged or of another network.
+        UserError: (ASSET) the weight file is missing, damaged or of another network.
     """
 
     def __init__(self, path: Path, device: str) -> None:
         state = weights.load_tensors(path)
         state = {key.removeprefix("module."): tensor for key, tensor in state.items()}
-        # Where eyes, nose and mouth are does not matter here.
+        # The head that locates eyes, nose and mouth is not needed.
         state = {k: v for k, v in state.items() if not k.startswith("LandmarkHead.")}
         net = RetinaFace()
-        # Counters of the training, which files of an old torch lack.
+        # BatchNorm's counters of training batches; files that an old torch wrote lack them.
         counters = {k: v for k, v in net.state_dict().items() if k.endswith("_tracked")}
         weights.load_strict(net, counters | state, path)
         if not all(tensor.isfinite().all() for tensor in net.state_dict().values()):
             raise UserError(
-                "has weights that are no numbers", code=ExitCode.ASSET, where=str(path),
-                fix="run cosmos download",
+                "has NaN or infinite weights", code=ExitCode.ASSET, where=str(path),
+                fix="run `cosmos download RECIPE --check`",
             )  # fmt: skip
         self.net = net.to(device).eval()
         self.device = device
 
     @torch.inference_mode()
     def blur(self, pixels_CTHW: Tensor) -> int:
-        """Makes the faces of a uint8 video unrecognisable, in place; returns how many there were.
-
-        A face counts once in every frame.
-        """
-        found = 0
-        grid = priors(*pixels_CTHW.shape[2:]).to(self.device)
+        """Pixelate the faces of a uint8 video in place; return their number, summed over frames."""
+        count = 0
+        prior_boxes = priors(*pixels_CTHW.shape[2:]).to(self.device)
         mean = torch.tensor(MEAN_BGR, device=self.device)[:, None, None]
         for frames_CTHW in pixels_CTHW.split(FRAMES_AT_ONCE, dim=1):
             frames = frames_CTHW.flip(0).transpose(0, 1).to(self.device, torch.float32)
             scores_TP, offsets_TP4 = self.net(frames - mean)
-            boxes_TP4 = decode(offsets_TP4, grid)
+            boxes_TP4 = decode(offsets_TP4, prior_boxes)
             for frame_CHW, scores, boxes in zip(
                 frames_CTHW.unbind(1), scores_TP, boxes_TP4, strict=True
             ):
                 likely = scores > MIN_SCORE
                 for box in best(scores[likely].cpu(), boxes[likely].cpu()):
-                    found += pixelate(frame_CHW, box)
-        return found
+                    count += pixelate(frame_CHW, box)
+        return count
 
 
 def priors(height: int, width: int) -> Tensor:
-    """The boxes (P, 4) from which faces are told: centre x and y, width, height, in pixels."""
+    """Return the priors (P, 4) as centre x and y, width and height in pixels."""
     levels = []
     for step, edges in PRIORS:
         y, x, edge = torch.meshgrid(
@@ -93,14 +92,14 @@ def priors(height: int, width: int) -> Tensor:
 
 
 def decode(offsets: Tensor, grid: Tensor) -> Tensor:
-    """The boxes (..., P, 4) that offsets from the priors (P, 4) mean."""
+    """Turn offsets (..., P, 4) from the priors `grid` (P, 4) into boxes (..., P, 4)."""
     centre = grid[:, :2] + CENTRE_VARIANCE * offsets[..., :2] * grid[:, 2:]
     half = grid[:, 2:] * torch.exp(SIZE_VARIANCE * offsets[..., 2:]) / 2
     return torch.cat([centre - half, centre + half], dim=-1)
 
 
 def best(scores: Tensor, boxes: Tensor) -> list[Tensor]:
-    """The likeliest boxes, each but once: one that overlaps with a likelier one is left out."""
+    """Return the most likely boxes after non-maximum suppression."""
     rest = boxes[scores.argsort(descending=True)[:MOST_CANDIDATES]]
     kept: list[Tensor] = []
     while len(rest) and len(kept) < MOST_FACES:
@@ -110,7 +109,7 @@ def best(scores: Tensor, boxes: Tensor) -> list[Tensor]:
 
 
 def _overlap(box: Tensor, others: Tensor) -> Tensor:
-    """Intersection over union, where a box has the pixels from its first to its last."""
+    """Return the intersection over union; a box includes both its first and its last pixel."""
 
     def area(first: Tensor, last: Tensor) -> Tensor:
         return (last - first + 1).clamp(min=0).prod(dim=-1)
@@ -120,8 +119,8 @@ def _overlap(box: Tensor, others: Tensor) -> Tensor:
 
 
 def pixelate(frame_CHW: Tensor, box: Tensor) -> bool:
-    """Puts squares in the place of a box of a uint8 frame; False where it is too small for that."""
-    # Numbers beyond any frame would not fit into an integer.
+    """Pixelate a box of a uint8 frame in place; return False if it is too small or outside."""
+    # Without the clamp, huge coordinates would not fit into an integer.
     x1, y1, x2, y2 = box.clamp(-1e6, 1e6).int().tolist()
     face = frame_CHW[:, max(y1, 0) : max(y2, 0), max(x1, 0) : max(x2, 0)]
     if min(x2 - x1, y2 - y1) < MIN_PIXELS or not face.numel():
@@ -135,7 +134,7 @@ def pixelate(frame_CHW: Tensor, box: Tensor) -> bool:
 
 
 class RetinaFace(nn.Module):
-    """Scores (B, P) and offsets (B, P, 4) of the priors, from frames (B, 3, H, W) less the mean."""
+    """Predicts scores (B, P) and offsets (B, P, 4) of the priors from mean-subtracted frames."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -149,20 +148,20 @@ class RetinaFace(nn.Module):
         self.BboxHead = _head(4)
 
     def forward(self, frames: Tensor) -> tuple[Tensor, Tensor]:
-        """How likely each prior is a face, and where that lies."""
-        # 1. Three feature maps, each enriched by the coarser one behind it.
+        """Return the face probability (B, P) and offsets (B, P, 4) of each prior."""
+        # 1. A feature pyramid: each of three maps is merged with the next coarser one.
         maps = [F.relu(self.fpn[f"output{i}"](x)) for i, x in enumerate(self.body(frames), start=1)]
         for i in (2, 1):
             coarser = F.interpolate(maps[i], maps[i - 1].shape[2:], mode="nearest")
             maps[i - 1] = F.relu(self.fpn[f"merge{i}"](maps[i - 1] + coarser))
-        # 2. What is around each cell, and what that says of its priors.
-        seen = [ssh(x) for ssh, x in zip((self.ssh1, self.ssh2, self.ssh3), maps, strict=True)]
-        classes = _per_prior(self.ClassHead, seen, 2)
-        return classes.softmax(dim=-1)[..., 1], _per_prior(self.BboxHead, seen, 4)
+        # 2. Context around each cell, then the two heads.
+        maps = [ssh(x) for ssh, x in zip((self.ssh1, self.ssh2, self.ssh3), maps, strict=True)]
+        classes = _per_prior(self.ClassHead, maps, 2)
+        return classes.softmax(dim=-1)[..., 1], _per_prior(self.BboxHead, maps, 4)
 
 
 class ResNet50(nn.Module):
-    """ResNet-50 with its strides in the 3x3 convolutions; gives its last three stages."""
+    """ResNet-50 with strides in its 3x3 convolutions; it outputs the last three stages."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -177,7 +176,7 @@ class ResNet50(nn.Module):
             self.add_module(f"layer{i}", nn.Sequential(first, *rest))
 
     def forward(self, frames: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Features (B, 512, 1024 or 2048, h, w) at 1/8, 1/16 and 1/32 of the size."""
+        """Return features with 512, 1024 and 2048 channels at 1/8, 1/16 and 1/32 of the size."""
         x = F.relu(self.bn1(self.conv1(frames)))
         x = self.layer1(F.max_pool2d(x, 3, stride=2, padding=1))
         fine = self.layer2(x)
@@ -186,7 +185,7 @@ class ResNet50(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """Three convolutions beside a shortcut."""
+    """The residual block of ResNet-50: three convolutions and a shortcut."""
 
     def __init__(self, inputs: int, outputs: int, stride: int = 1) -> None:
         super().__init__()
@@ -198,7 +197,6 @@ class Bottleneck(nn.Module):
             self.downsample = _conv(inputs, outputs, 1, stride)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Features of so many outputs."""
         shortcut = self.downsample(x) if hasattr(self, "downsample") else x
         x = F.relu(self.bn1(self.conv1(x)))
         x = F.relu(self.bn2(self.conv2(x)))
@@ -206,7 +204,7 @@ class Bottleneck(nn.Module):
 
 
 class Context(nn.Module):
-    """What is within 3, 5 and 7 cells, as one, two and three 3x3 convolutions."""
+    """RetinaFace's context module: receptive fields of 3, 5 and 7 cells from 3x3 convolutions."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -217,7 +215,7 @@ class Context(nn.Module):
         self.conv7x7_3 = _conv(64, 64)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Features (B, 256, h, w) of features (B, 256, h, w)."""
+        """Map features (B, 256, H, W) to features of the same shape."""
         five = F.relu(self.conv5X5_1(x))
         seven = F.relu(self.conv7X7_2(five))
         parts = [self.conv3X3(x), self.conv5X5_2(five), self.conv7x7_3(seven)]
@@ -230,11 +228,11 @@ def _conv(inputs: int, outputs: int, kernel: int = 3, stride: int = 1) -> nn.Seq
 
 
 def _head(values: int) -> nn.ModuleList:
-    """One 1x1 convolution per feature map, with so many values for each of two priors."""
+    """Return one 1x1 convolution per feature map, with `values` outputs for each of two priors."""
     return nn.ModuleList(nn.ModuleDict({"conv1x1": nn.Conv2d(256, 2 * values, 1)}) for _ in PRIORS)
 
 
 def _per_prior(head: nn.ModuleList, maps: list[Tensor], values: int) -> Tensor:
-    """The head's values (B, P, values), in the order of the priors."""
-    found = [part["conv1x1"](x) for part, x in zip(head, maps, strict=True)]
-    return torch.cat([x.permute(0, 2, 3, 1).reshape(len(x), -1, values) for x in found], dim=1)
+    """Return a head's outputs (B, P, values) in the order of `priors`."""
+    outputs = [part["conv1x1"](x) for part, x in zip(head, maps, strict=True)]
+    return torch.cat([x.permute(0, 2, 3, 1).reshape(len(x), -1, values) for x in outputs], dim=1)

@@ -1,4 +1,4 @@
-"""The EDM error of clips that training never sees, at fixed noise levels with fixed noise."""
+"""The EDM error on held-out clips, at fixed noise levels and with fixed noise."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ from cosmos_cli.model.data import Batch, Clips
 
 
 def spread(count: int, most: int) -> list[int]:
-    """At most `most` of `count` indices, evenly spread over them."""
+    """Return at most `most` of `count` indices, evenly spaced."""
     most = min(most, count)
     return [i * count // most for i in range(most)]
 
 
 class HeldOut:
-    """Some clips, each at every one of some noise levels.
+    """Measures the EDM error of some clips, each at several fixed noise levels.
 
-    Nothing about a sample depends on the step, the seed or the number of processes, so that all
-    measurements of one model compare, within a run and between runs.
+    The samples do not depend on the step, the seed or the number of processes, so errors can be
+    compared within a run and between runs.
     """
 
     def __init__(
         self, clips: Clips, most: int, sigmas: tuple[float, ...] = edm.FIXED_SIGMAS
     ) -> None:
-        """At most `most` of the clips, evenly spread over them."""
+        """Choose at most `most` of the clips, evenly spaced."""
         self.clips, self.sigmas = clips, sigmas
         self.chosen = spread(len(clips), most)
         self.samples = [(clip, level) for clip in self.chosen for level in range(len(sigmas))]
 
     def batch(self, sample: int) -> Batch:
-        """One clip at one noise level, with its text."""
+        """Return one clip at one noise level, with its text, as a batch."""
         clip, level = self.samples[sample]
         x0, text_emb, fps = self.clips.read(clip)
         name = self.clips.clips[clip]["latent"]
@@ -50,16 +50,17 @@ class HeldOut:
 
     @torch.no_grad()
     def measure(self, engine: Any, device: torch.device, step: int) -> dict[str, float]:
-        """The mean EDM error and that of each noise level; every rank must call it.
+        """Return the mean EDM error and the error at each noise level; every rank must call this.
 
-        ZeRO-3 gathers weights in every forward pass, so that all ranks make as many: those without
-        a sample left repeat the last one and do not count it.
+        ZeRO-3 gathers weights in every forward pass, so all ranks must run equally many. A rank
+        that has no sample left repeats the last one without counting it.
         """
-        levels, shared = len(self.sigmas), engine.module.net.sequence.size
-        # Processes that share a clip measure the same one, and count it that often.
-        rank, world = dist.get_rank() // shared, dist.get_world_size() // shared
+        levels, group_size = len(self.sigmas), engine.module.net.sequence.size
+        # All processes of a sequence-parallel group measure the same clip, so it is counted
+        # `group_size` times.
+        rank, world = dist.get_rank() // group_size, dist.get_world_size() // group_size
         sums = torch.zeros(levels, dtype=torch.float64, device=device)
-        culprits = []
+        not_finite = []
         engine.eval()
         for first in range(0, len(self.samples), world):
             sample = min(first + rank, len(self.samples) - 1)
@@ -68,11 +69,11 @@ class HeldOut:
             if first + rank == sample:
                 sums[self.samples[sample][1]] += edm_B.double().sum()
                 if not math.isfinite(edm_B.item()):
-                    culprits += batch.samples
+                    not_finite += batch.samples
         engine.train()
         dist.all_reduce(sums)
-        errors = (sums / (len(self.samples) // levels * shared)).tolist()
+        errors = (sums / (len(self.samples) // levels * group_size)).tolist()
         if not all(map(math.isfinite, errors)):
-            raise data.not_finite("error", f"step {step}, held-out clips", culprits)
+            raise data.not_finite("error", f"step {step}, held-out clips", not_finite)
         names = [f"heldout_sigma_{sigma:.2g}" for sigma in self.sigmas]
         return {"heldout": sum(errors) / levels, **dict(zip(names, errors, strict=True))}

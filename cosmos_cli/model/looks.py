@@ -1,6 +1,6 @@
-"""What a clip looks like in a few numbers: motion, hard cuts, a fingerprint for near-duplicates.
+"""Clip statistics: motion, hard cuts, and a fingerprint to find near-duplicates.
 
-Everything is measured on small grey frames, for warnings alone: nothing is rejected for its looks.
+They are measured on small grey frames and only lead to warnings: they never reject a clip.
 
 Dimension letters: C channels (RGB), T frames, H height, W width.
 """
@@ -15,21 +15,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Side of the small frames in pixels.
+# Height and width of the small frames in pixels.
 SIDE = 32
-# A cut changes the picture by more grey levels than this, and by so many times the usual change.
+# A change between frames is a cut if it exceeds 16 grey levels and 6 times the median change.
 CUT_LEVELS, CUT_TIMES = 16.0, 6.0
-# A fingerprint has so many bits; clips are alike when no more of them differ than this.
+# A fingerprint has 192 bits. Clips are near-duplicates if at most 7 of them differ.
 BITS, ALIKE_BITS = 192, 7
-# Of many that are alike, each is compared with no more than this.
+# A clip is compared with at most this many earlier clips per piece of its fingerprint.
 MOST_COMPARED = 20
 
 
 class Look(NamedTuple):
-    """Measures of a clip.
+    """The statistics of a clip.
 
-    `motion` is the mean change from frame to frame in grey levels of 0 to 255, `cut` the number of
-    the frame that starts another scene, `fingerprint` what near-duplicates share.
+    `motion` is the mean change from frame to frame in grey levels (0 to 255). `cut` is the number
+    of the frame after a hard cut. Near-duplicates have nearly the same `fingerprint`.
     """
 
     motion: float
@@ -38,7 +38,7 @@ class Look(NamedTuple):
 
 
 def measure(video_CTHW: Tensor) -> Look:
-    """The look of uint8 frames."""
+    """Measure the statistics of uint8 frames."""
     grey = torch.cat([part.float().mean(0) for part in video_CTHW.split(8, dim=1)])
     small = F.adaptive_avg_pool2d(grey[:, None], SIDE)[:, 0]
     changes = small.diff(dim=0).abs().mean((1, 2))
@@ -51,9 +51,10 @@ def measure(video_CTHW: Tensor) -> Look:
 
 
 def _fingerprint(grey_THW: Tensor) -> int:
-    """Where the picture becomes brighter to the right, in first, middle and last frame.
+    """Return a difference hash of the first, middle and last frame as an integer.
 
-    A step must be larger than a grey level, so that noise in what is flat does not count.
+    Each bit says whether a cell's right neighbour is brighter. The difference must exceed one grey
+    level, so that noise in flat areas does not count.
     """
     last = len(grey_THW) - 1
     cells = F.adaptive_avg_pool2d(grey_THW[[0, last // 2, last]][:, None], (8, 9))
@@ -62,19 +63,20 @@ def _fingerprint(grey_THW: Tensor) -> int:
 
 
 def near_duplicates(fingerprints: Mapping[str, int]) -> list[tuple[str, str]]:
-    """Pairs of names, a later one with the earlier one that it is like, in linear time.
+    """Return pairs (earlier name, name) of near-duplicates, in linear time.
 
-    Fingerprints that differ in at most 7 bits agree in at least one of 8 pieces.
+    Fingerprints that differ in at most 7 bits are equal in at least one of 8 pieces, so only clips
+    that share a piece are compared.
     """
     width = BITS // (ALIKE_BITS + 1)
-    met: dict[tuple[int, int], list[str]] = defaultdict(list)
+    by_piece: dict[tuple[int, int], list[str]] = defaultdict(list)
     pairs = []
     for name, bits in fingerprints.items():
-        places = [(i, bits >> (i * width) & (1 << width) - 1) for i in range(ALIKE_BITS + 1)]
-        earlier = dict.fromkeys(other for place in places for other in met[place])
-        like = [o for o in earlier if (fingerprints[o] ^ bits).bit_count() <= ALIKE_BITS]
-        pairs += [(like[0], name)] if like else []
-        for place in places:
-            if len(met[place]) < MOST_COMPARED:
-                met[place].append(name)
+        pieces = [(i, bits >> (i * width) & (1 << width) - 1) for i in range(ALIKE_BITS + 1)]
+        earlier = dict.fromkeys(other for piece in pieces for other in by_piece[piece])
+        alike = [o for o in earlier if (fingerprints[o] ^ bits).bit_count() <= ALIKE_BITS]
+        pairs += [(alike[0], name)] if alike else []
+        for piece in pieces:
+            if len(by_piece[piece]) < MOST_COMPARED:
+                by_piece[piece].append(name)
     return pairs

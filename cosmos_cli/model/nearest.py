@@ -1,4 +1,4 @@
-"""How near made videos are to training clips: the sign of what was learned by heart."""
+"""The distance from generated videos to the nearest training clip, which reveals memorisation."""
 
 from __future__ import annotations
 
@@ -10,32 +10,34 @@ from torch import Tensor
 from cosmos_cli.model.data import Clips
 from cosmos_cli.model.heldout import spread
 
-# Clips whose own nearest neighbour says what distance is usual.
+# The usual distance is measured on this many clips, from each to its nearest neighbour.
 REFERENCES = 16
-# Of a larger dataset so many are looked at, which takes one process a minute or two.
+# From a larger dataset only this many clips are compared. That takes one process a minute or two.
 MOST_CLIPS = 1000
 
 
 def distances(
     latents: Sequence[Tensor], clips: Clips, part: int = 0, parts: int = 1
 ) -> tuple[Tensor, Tensor]:
-    """The distance from each latent to the clip nearest to it, and that from some clips to others.
+    """Return the distance from each latent to its nearest clip, and from some clips to theirs.
 
-    Distances are root mean squares between latents. One much below those between clips is a copy.
+    A distance is the root mean square difference of two latents. A generated video whose distance
+    is far below those between clips is a copy.
 
     Args:
-        latents: made videos, (C, T, H, W), of the size of the clips.
-        clips: those trained on; of many, `MOST_CLIPS` that are evenly spread.
-        part: which of the clips this process looks at, of `parts` that are as many; the distance
-            over all of them is the least of these.
-        parts: 1 for all clips.
+        latents: the generated videos, (C, T, H, W), of the size of the clips.
+        clips: the training clips; at most `MOST_CLIPS` of them, evenly spaced, are compared.
+        part: the part of the clips, of `parts`, that this process compares. The minimum over the
+            parts is the distance to all clips.
+        parts: 1 to compare all clips in this process.
     """
     references = spread(len(clips), REFERENCES)
-    wanted = torch.stack([*latents, *map(clips.latent, references)]).flatten(1)
-    least = torch.full((len(wanted),), torch.inf)
+    queries = torch.stack([*latents, *map(clips.latent, references)]).flatten(1)
+    nearest = torch.full((len(queries),), torch.inf)
     for index in spread(len(clips), MOST_CLIPS)[part::parts]:
-        apart = (wanted - clips.latent(index).flatten()).square().mean(1).sqrt()
+        distance = (queries - clips.latent(index).flatten()).square().mean(1).sqrt()
         if index in references:
-            apart[len(latents) + references.index(index)] = torch.inf
-        least = torch.minimum(least, apart)
-    return least[: len(latents)], least[len(latents) :]
+            # A clip is not its own neighbour.
+            distance[len(latents) + references.index(index)] = torch.inf
+        nearest = torch.minimum(nearest, distance)
+    return nearest[: len(latents)], nearest[len(latents) :]

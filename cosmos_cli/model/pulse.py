@@ -1,9 +1,9 @@
-"""Ends a run in which a process stands still: stopped, frozen with its machine, or in a deadlock.
+"""A watchdog that ends a run when a rank hangs: stopped, deadlocked or on a frozen machine.
 
-From a thread of its own every rank tells the run's store, at a steady pace, that it lives and how
-many collective operations it has come to. It looks for the same of the next rank in a ring: one
-that is silent, or does not come to an operation that this rank is at, has the run end. Looks are
-counted, not timed, so that a run that was stopped as a whole goes on when it is woken.
+A thread in every rank regularly writes a heartbeat to the run's store: a counter and the number of
+collective operations this rank has started. It also reads the heartbeat of the next rank in a ring.
+The run ends if that rank is silent, or does not reach an operation that this rank waits in.
+The time-out counts checks, not seconds, so a run that was suspended as a whole resumes unharmed.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ import torch.distributed as dist
 from cosmos_cli import console, mailbox
 from cosmos_cli.errors import ExitCode
 
-# How often a rank looks within the time-out.
-LOOKS = 10
+# Each rank checks the next one this many times within the time-out.
+CHECKS = 10
 END = "end"
 
 
 class Pulse(threading.Thread):
-    """The signs of life of this rank, and the watch on the next, until `end`."""
+    """Writes this rank's heartbeat and watches the next rank, until `end`."""
 
     def __init__(self, timeout_seconds: float) -> None:
         super().__init__(name="pulse", daemon=True)
@@ -33,16 +33,16 @@ class Pulse(threading.Thread):
         self.ended = threading.Event()
 
     def run(self) -> None:
-        """Beats and looks; ends this process, and so the run, when the next one stands still."""
+        """Write heartbeats; if the next rank hangs, end this process and with it the run."""
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         beat, silent, behind = 0, 0, 0
         last = (-1, -1)
         try:
-            # A connection of its own: a wait of the main thread may take the other one.
+            # The thread needs its own connection: the main thread's may be blocked in a wait.
             store = dist.TCPStore(
                 host, port, is_master=False, timeout=timedelta(seconds=self.timeout)
             )
-            while not self.ended.wait(self.timeout / LOOKS):
+            while not self.ended.wait(self.timeout / CHECKS):
                 beat, count = beat + 1, _collectives()
                 store.set(_key(self.own), f"{beat} {count}")
                 known = store.check([_key(self.next)])
@@ -53,33 +53,33 @@ class Pulse(threading.Thread):
                 silent = silent + 1 if seen[0] == last[0] else 0
                 behind = behind + 1 if seen[1] == last[1] < count else 0
                 last = seen
-                if silent == LOOKS:
-                    self._give_up(f"gave no sign of life for {self.timeout:g} s", self.next)
-                if behind == LOOKS:
-                    self._give_up(f"kept the others waiting for {self.timeout:g} s", self.next)
+                if silent == CHECKS:
+                    self._end_run(f"sent no heartbeat for {self.timeout:g} s", self.next)
+                if behind == CHECKS:
+                    self._end_run(f"kept other ranks waiting for {self.timeout:g} s", self.next)
             store.set(_key(self.own), END)
         except dist.DistNetworkError:
-            # The launcher is gone, and ends the ranks or has ended them; or rank 0, where each was
-            # started by itself.
+            # The process that holds the store has exited. Under a launcher it is the launcher,
+            # which ends the ranks itself. Otherwise it is rank 0.
             if mailbox.ADDRESS not in os.environ and not self.ended.wait(self.timeout):
-                self._give_up("is gone", 0)
+                self._end_run("has exited", 0)
         except dist.DistStoreError:
-            self._give_up(f"{host}:{port} did not answer for {self.timeout:g} s", 0)
+            self._end_run(f"{host}:{port} did not answer for {self.timeout:g} s", 0)
 
     def end(self) -> None:
-        """Has the rank that watches this one not wait for it."""
+        """Stop the thread and tell the rank that watches this one that it has finished."""
         self.ended.set()
         self.join()
 
-    def _give_up(self, what: str, rank: int) -> None:
-        """Ends this process with one line: its main thread waits for what will never come."""
-        what += " (timeout_seconds)"
+    def _end_run(self, error: str, rank: int) -> None:
+        """Report the error of `rank` and end this process at once: its main thread is stuck."""
+        error += " (timeout_seconds)"
         if mailbox.ADDRESS in os.environ:
-            message = {"rank": rank, "code": int(ExitCode.TRAINING), "error": what, "lost": True}
+            message = {"rank": rank, "code": int(ExitCode.TRAINING), "error": error, "lost": True}
             mailbox.post(message)
         else:
             console.unmute()
-            console.say(f"error: rank {rank}: {what}")
+            console.say(f"error: rank {rank}: {error}")
         os._exit(ExitCode.TRAINING)
 
 
@@ -88,6 +88,6 @@ def _key(rank: int) -> str:
 
 
 def _collectives() -> int:
-    """How many collective operations this process has come to, in all groups together."""
+    """Return the number of collective operations this process has started, over all groups."""
     groups = list(dist.distributed_c10d._world.pg_map)
     return sum(group._get_sequence_number_for_group() for group in groups)

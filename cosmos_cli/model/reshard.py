@@ -1,12 +1,13 @@
-"""The optimizer state that some number of ZeRO ranks saved, for another number of them.
+"""Loads optimizer state that one number of ZeRO ranks saved into another number of ranks.
 
-A rank reads its own new share only, from files that are mapped into memory: no rank holds more than
-its share of the fp32 masters and the two moments, once on the host and once where it trains, as in
-a resume by as many ranks. DeepSpeed's universal checkpoint would first write all of it anew.
+Each rank reads only its new shard, from memory-mapped files. So it holds its shard of the fp32
+master weights and the two moments once in CPU memory and once where it trains, as when the number
+of ranks stays the same. DeepSpeed's universal checkpoint would first write all state again.
 
-Layouts are those of DeepSpeed 0.19. A stage 3 rank holds, one parameter after the other, an equal
-part of each; the parameters stand in sub-groups, whose ends depend on the number of ranks. Below
-stage 3 it holds an equal part of all parameters laid end to end. Zeros fill the last parts up.
+The layouts are those of DeepSpeed 0.19. In stage 3 a rank holds an equal part of each parameter,
+one after the other. The parameters form sub-groups, whose ends depend on the number of ranks. Below
+stage 3 a rank holds an equal part of all parameters, concatenated. The last parts are padded with
+zeros.
 """
 
 from __future__ import annotations
@@ -20,16 +21,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-# What a file holds: the optimizer and the masters, in stage 3 and below.
+# The keys of a file for the optimizer and the master weights, in stage 3 and below it.
 _STAGE_3 = ("optimizer_state_dict", "fp32_flat_groups")
 _BELOW = ("base_optimizer_state", "single_partition_of_fp32_groups")
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def load(engine: Any, folder: Path, saved_by: int) -> None:
-    """Restores weights, masters and moments from the files of `saved_by` ranks, ZeRO stage 1 to 3.
+    """Load weights, master weights and moments that `saved_by` ranks saved, ZeRO stage 1 to 3.
 
-    Every rank must call it.
+    Every rank must call this.
     """
     zero = engine.optimizer
     files = _read(folder, saved_by)
@@ -48,7 +49,7 @@ def load(engine: Any, folder: Path, saved_by: int) -> None:
 
 
 def _read(folder: Path, saved_by: int) -> list[dict[str, Any]]:
-    """What each rank saved of its optimizer, mapped into memory."""
+    """Return the optimizer state of each saving rank, memory-mapped."""
     paths = (
         next(folder.glob(f"*zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"))
         for rank in range(saved_by)
@@ -57,7 +58,7 @@ def _read(folder: Path, saved_by: int) -> list[dict[str, Any]]:
 
 
 def read(path: Path | str, map_location: Any = "cpu") -> Any:
-    """The content of a file of DeepSpeed's, mapped into memory; nothing in it is run."""
+    """Load a DeepSpeed file, memory-mapped and with weights_only, so that no code in it runs."""
     from deepspeed.runtime.fp16.loss_scaler import LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
@@ -69,25 +70,25 @@ def read(path: Path | str, map_location: Any = "cpu") -> Any:
 def _state(
     files: list[dict[str, Any]], saved: list[int], held: list[list[int]], keys: tuple[str, str]
 ) -> dict[str, Any]:
-    """What this rank would have saved; `saved` and `held` as in `cut`, `keys` as in a file."""
+    """Return the state dict that this rank would have saved; for `saved` and `held` see `cut`."""
     optimizer, masters = keys
 
-    def mine(groups_of_files: list[list[Tensor]]) -> list[Tensor]:
+    def own(groups_of_files: list[list[Tensor]]) -> list[Tensor]:
         return list(cut(groups_of_files, saved, held, dist.get_rank()))
 
     moments = {
-        key: mine([[state[key] for state in file[optimizer]["state"].values()] for file in files])
+        key: own([[state[key] for state in file[optimizer]["state"].values()] for file in files])
         for key in _MOMENTS
     }
     first = files[0][optimizer]
     groups = range(len(held))
-    # The number of the step, the same everywhere.
+    # The rest of the state is the step number, which is the same for all ranks and groups.
     others = {key: v for key, v in first["state"][0].items() if key not in _MOMENTS}
     state = {i: {**deepcopy(others), **{key: moments[key][i] for key in _MOMENTS}} for i in groups}
     settings = [{**first["param_groups"][0], "params": list(groups)}]
     return {
         **files[0],
-        masters: mine([file[masters] for file in files]),
+        masters: own([file[masters] for file in files]),
         optimizer: {"state": state, "param_groups": settings},
     }
 
@@ -95,12 +96,12 @@ def _state(
 def cut(
     ranks: list[list[Tensor]], saved: list[int], held: list[list[int]], rank: int
 ) -> Iterator[Tensor]:
-    """The flat groups of the new rank `rank`.
+    """Yield the flat groups of the new rank `rank`.
 
     Args:
         ranks: the flat groups of each old rank.
-        saved: how much of each parameter an old rank holds.
-        held: how much of each parameter a new rank holds, by group.
+        saved: for each parameter, the number of elements that an old rank holds.
+        held: for each group and parameter, the number of elements that a new rank holds.
         rank: the new rank.
     """
     parameters = zip(*(split(groups, saved) for groups in ranks), strict=True)
@@ -109,7 +110,7 @@ def cut(
 
 
 def split(groups: list[Tensor], counts: list[int]) -> Iterator[Tensor]:
-    """The parameters in flat groups, each of which ends where one of them ends."""
+    """Yield the parameters of some flat groups; no parameter crosses the end of a group."""
     following = iter(groups)
     rest = next(following)
     for count in counts:
@@ -120,9 +121,9 @@ def split(groups: list[Tensor], counts: list[int]) -> Iterator[Tensor]:
 
 
 def part(pieces: tuple[Tensor, ...], start: int, count: int) -> Tensor:
-    """Elements `start` to `start + count` of pieces laid end to end; zeros behind their end.
+    """Return `count` elements from `start` of the concatenated pieces, padded with zeros.
 
-    All but the last piece are equally long.
+    All pieces but the last have the same length.
     """
     size = len(pieces[0])
     result = pieces[0].new_zeros(count)

@@ -1,6 +1,6 @@
 """Noise schedules and solvers as pure functions of a denoiser.
 
-A denoiser maps (xt BCTHW fp32, sigma float) to the estimate of x0. States stay fp32.
+A denoiser maps (xt BCTHW fp32, sigma float) to an estimate of x0. The solver state stays in fp32.
 Source: Karras et al. 2022, equations 3 and 5; the second-order multistep exponential solver of
 Zhang et al. 2023, "Improved Order Analysis and Design of Exponential Integrator for Diffusion
 Models Sampling"; constants of nvidia-cosmos/cosmos-predict1 at 4ed35fa.
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 RHO = 7.0
-# The reference's RES sampler ends here whatever the sigma_min of the model is.
+# The reference's RES sampler ends at this sigma and ignores the model's sigma_min.
 RES_SIGMA_MIN = 0.002
 
 Denoiser = Callable[[Tensor, float], Tensor]
@@ -24,7 +24,7 @@ OnStep = Callable[[int], None]
 
 
 def karras_sigmas(count: int, sigma_min: float, sigma_max: float) -> list[float]:
-    """`count` noise levels from sigma_max down to sigma_min, both included.
+    """Return `count` noise levels from sigma_max down to sigma_min, both included.
 
     Source: Karras et al. 2022, equation 5, rho = 7.
     """
@@ -36,24 +36,25 @@ def karras_sigmas(count: int, sigma_min: float, sigma_max: float) -> list[float]
 
 
 def euler_sigmas(num_steps: int, sigma_min: float, sigma_max: float) -> list[float]:
-    """The levels of `euler`: num_steps of them, then 0."""
+    """Return the noise levels for `euler`: num_steps levels, then 0."""
     return [*karras_sigmas(num_steps, sigma_min, sigma_max), 0.0]
 
 
 def res_sigmas(num_steps: int, sigma_max: float) -> list[float]:
-    """The levels of `res`: num_steps + 1 of them."""
+    """Return the num_steps + 1 noise levels for `res`."""
     return karras_sigmas(num_steps + 1, RES_SIGMA_MIN, sigma_max)
 
 
 def guided(cond: Tensor, uncond: Tensor, guidance: float) -> Tensor:
-    """Estimate cond + guidance * (cond - uncond); at 0 the conditional one alone."""
+    """Return cond + guidance * (cond - uncond); with guidance 0 this is cond."""
     return cond + guidance * (cond - uncond)
 
 
 def euler(denoiser: Denoiser, noise: Tensor, sigmas: list[float], on_step: OnStep) -> Tensor:
-    """x0 after first-order steps down `sigmas`, starting from unit `noise`.
+    """Solve for x0 with first-order steps down `sigmas`, starting from unit `noise`.
 
-    Starts at noise * sqrt(sigma_max^2 + 1) as the reference does. len(sigmas) - 1 evaluations.
+    The start is noise * sqrt(sigma_max^2 + 1), as in the reference. The denoiser is called
+    len(sigmas) - 1 times.
     Source: Karras et al. 2022, equation 3 with dt = dsigma.
     """
     x = noise.float() * math.sqrt(sigmas[0] ** 2 + 1)
@@ -65,9 +66,10 @@ def euler(denoiser: Denoiser, noise: Tensor, sigmas: list[float], on_step: OnSte
 
 
 def res(denoiser: Denoiser, noise: Tensor, sigmas: list[float], on_step: OnStep) -> Tensor:
-    """x0 by the second-order multistep solver "2ab", starting from unit `noise`.
+    """Solve for x0 with the second-order multistep solver "2ab", starting from unit `noise`.
 
-    One evaluation a level, the last one at sigmas[-1] giving the result: len(sigmas) in all.
+    The denoiser is called once per level, len(sigmas) times. Its output at sigmas[-1] is the
+    result.
     """
     x = noise.float() * sigmas[0]
     previous: tuple[float, Tensor] | None = None
@@ -106,7 +108,10 @@ def solve(
     noise: Tensor,
     on_step: OnStep,
 ) -> Tensor:
-    """x0 by the solver that a recipe names, "euler" or "res"; both start at the larger sigma."""
+    """Solve for x0 with the solver that a recipe names, "euler" or "res".
+
+    Only "euler" uses the sigma_min of `sigma_range` = (sigma_min, sigma_max).
+    """
     sigma_min, sigma_max = sigma_range
     if solver == "euler":
         return euler(denoiser, noise, euler_sigmas(steps, sigma_min, sigma_max), on_step)
@@ -114,5 +119,5 @@ def solve(
 
 
 def start_noise(seed: int, shape: tuple[int, ...]) -> Tensor:
-    """Unit noise (fp32, CPU) that depends on the seed alone, whatever the device or batch."""
+    """Return unit noise (fp32, CPU) that depends only on the seed, not on device or batch."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))

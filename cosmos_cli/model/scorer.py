@@ -1,4 +1,4 @@
-"""What a video of the drawn world shows, read from its pixels by closed-form code.
+"""Reads colour, shape and motion from the pixels of videos of the synthetic world, in closed form.
 
 Lengths are in picture heights, as in `world.py`. Dimension letters: C channels, T frames, H height,
 W width.
@@ -16,25 +16,26 @@ from torch import Tensor
 
 from cosmos_cli.model import world
 
-# What the drawn mascot has of its accent, in parts of what it has of its body's colour.
+# In a rendered mascot, the area in the accent colour over the area in the body's colour.
 MASCOT_OWN = 0.42
-# Its head counts as there when half of what is drawn is seen.
+# The mascot's head counts as present if at least half of its rendered area is seen.
 CONCEPT_SEEN = 0.5
-NOISE_AREA = 0.001  # parts of the picture
-# Outlines are compared with drawn ones at so many angles, as sharp as drawn and after blurs of so
-# many of their pixels: a video tokenizer takes the gaps of a robot and the tips of a star away.
+# A frame shows nothing if the mask covers at most this share of the picture.
+NOISE_AREA = 0.001
+# Outlines are compared with templates at this many angles, sharp and blurred by these widths in
+# pixels. A video tokenizer blurs away the gaps of a robot and the tips of a star.
 ANGLES = 24
 SOFTNESSES = (1, 19, 37)
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What a video shows, read from its pixels alone.
+    """The content of a video, read from its pixels alone.
 
     Args:
-        colour, shape, motion: names of the tables in `world.py`; "none" when nothing is seen.
-        track: x, y and size (root of the area) in every frame (T, 3); nan where nothing is seen.
-        concept: from 0 to 1, how much of the mascot's head there is beside its body.
+        colour, shape, motion: names from the tables in `world.py`; "none" if nothing is seen.
+        track: x, y and size (root of the area) in every frame (T, 3); NaN where nothing is seen.
+        concept: from 0 to 1, how much of the mascot's head is seen, relative to its body.
     """
 
     colour: str
@@ -45,7 +46,7 @@ class Reading:
 
 
 def measure(video_CTHW: Tensor) -> Reading:
-    """A reading of a uint8 video: the colour that covers most, its outline and its path."""
+    """Read a uint8 video: the colour that covers the most pixels, its outline and its path."""
     colour_THW = _nearest_colour(video_CTHW)
     counts = {name: int((colour_THW == i).sum()) for i, name in enumerate(world.COLOURS)}
     colour = max(counts, key=lambda name: counts[name])
@@ -69,7 +70,7 @@ def measure(video_CTHW: Tensor) -> Reading:
 
 
 def score(scene: world.Scene, reading: Reading) -> dict[str, bool]:
-    """Whether colour, shape and motion of a reading are those of the scene asked for."""
+    """Return for colour, shape and motion whether the reading matches the scene."""
     return {
         "colour": reading.colour == scene.thing.colour,
         "shape": reading.shape == scene.thing.shape,
@@ -78,21 +79,21 @@ def score(scene: world.Scene, reading: Reading) -> dict[str, bool]:
 
 
 def _nearest_colour(video_CTHW: Tensor) -> Tensor:
-    """The index of every pixel's colour, whatever the light, (T, H, W); -1 where it is grey."""
+    """Return the index of each pixel's colour in any light, (T, H, W); -1 where it is grey."""
     brightest = video_CTHW.amax(0)
     chroma = brightest - video_CTHW.amin(0)
     coloured = (chroma > 40) & (chroma > 0.38 * brightest)
     table = torch.tensor(list(world.COLOURS.values()), device=video_CTHW.device)
     pixels = video_CTHW[:, coloured].T
-    hues, wanted = (F.normalize(rgb.float(), p=math.inf) for rgb in (pixels, table))
+    hues, targets = (F.normalize(rgb.float(), p=math.inf) for rgb in (pixels, table))
     nearest = torch.full(brightest.shape, -1, device=video_CTHW.device)
-    nearest[coloured] = torch.cdist(hues, wanted).argmin(1)
+    nearest[coloured] = torch.cdist(hues, targets).argmin(1)
     return nearest
 
 
 def _track(mask_THW: Tensor) -> Tensor:
-    """Centre x, y and size (root of the area) of the mask in picture heights, (T, 3)."""
-    y_H, x_W = _places(mask_THW)
+    """Return centre x, y and size (root of the area) of the mask in picture heights, (T, 3)."""
+    y_H, x_W = _coordinates(mask_THW)
     area_T = mask_THW.sum((1, 2)).clamp(min=1)
     x_T = (mask_THW.sum(1) * x_W).sum(1) / area_T
     y_T = (mask_THW.sum(2) * y_H).sum(1) / area_T
@@ -100,14 +101,14 @@ def _track(mask_THW: Tensor) -> Tensor:
 
 
 def _near(track_T3: Tensor, mask_THW: Tensor) -> Tensor:
-    """Where a head may be: within 1.25 sizes of the centre of a body, bool (T, H, W)."""
-    y_H, x_W = _places(mask_THW)
+    """Return a mask (T, H, W) of where a head may be: within 1.25 sizes of a body's centre."""
+    y_H, x_W = _coordinates(mask_THW)
     x, y, size = track_T3[..., None, None].unbind(1)
     return torch.hypot(x_W - x, y_H[:, None] - y) < 1.25 * size
 
 
-def _places(mask_THW: Tensor) -> tuple[Tensor, Tensor]:
-    """Y of the rows and x of the columns in picture heights, (H,) and (W,)."""
+def _coordinates(mask_THW: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the y of the rows (H,) and the x of the columns (W,) in picture heights."""
     _, height, width = mask_THW.shape
     y_H = (torch.arange(height, device=mask_THW.device) + 0.5 - height / 2) / height
     x_W = (torch.arange(width, device=mask_THW.device) + 0.5 - width / 2) / height
@@ -115,19 +116,19 @@ def _places(mask_THW: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _outlines(mask_THW: Tensor, track_T3: Tensor) -> Tensor:
-    """The masks cut out around their centres and scaled to equal areas, (T, cells * cells)."""
+    """Crop the masks around their centres and scale them to equal areas, (T, cells * cells)."""
     _, height, width = mask_THW.shape
     x, y, size = track_T3[..., None, None].unbind(1)
     cells = ((torch.arange(32, device=mask_THW.device) + 0.5) / 16 - 1) * 0.9 * size
     grid_x, grid_y = torch.broadcast_tensors((x + cells) * height / width, y + cells.mT)
-    # grid_sample counts from -1 to 1 across the picture.
+    # The coordinates of grid_sample run from -1 to 1 across the picture.
     grid = torch.stack([2 * grid_x, 2 * grid_y], dim=-1)
     return F.grid_sample(mask_THW[:, None], grid, align_corners=False).flatten(1)
 
 
 @cache
 def _templates() -> Tensor:
-    """Outlines of every shape at every softness and angle, (all of these, cells * cells)."""
+    """Return outlines of each shape, blur and angle, (shapes * blurs * angles, cells * cells)."""
     outlines = []
     for shape in world.SHAPES:
         scene = world.Scene(world.Thing(shape, "red", 0.35), "rotate")
@@ -143,14 +144,14 @@ def _templates() -> Tensor:
 
 
 def _shape(outlines: Tensor) -> tuple[str, bool]:
-    """The shape that fits the outlines best, and whether its angle changes."""
+    """Return the shape that fits the outlines best, and whether its angle changes."""
     templates = _templates().to(outlines.device)
-    both = outlines @ templates.T
-    either = outlines.square().sum(1)[:, None] + templates.square().sum(1) - both
-    overlap = (both / either).unflatten(1, (len(world.SHAPES), -1))
+    intersection = outlines @ templates.T
+    union = outlines.square().sum(1)[:, None] + templates.square().sum(1) - intersection
+    overlap = (intersection / union).unflatten(1, (len(world.SHAPES), -1))
     best = int(overlap.amax(2).mean(0).argmax())
     angle_T = overlap[:, best].argmax(1) % ANGLES
-    # What spins takes each angle for a moment; what does not keeps one, but for some noise.
+    # A spinning thing has each angle only for a moment. Any other keeps one angle, up to noise.
     return world.SHAPES[best], float((angle_T == angle_T.mode().values).float().mean()) < 0.35
 
 

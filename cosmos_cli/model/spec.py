@@ -1,4 +1,4 @@
-"""The numbers of each model: frozen dataclasses and the shapes that follow from them. No torch.
+"""The dimensions of each model, as frozen dataclasses, and the shapes they imply. No torch.
 
 Source: nvidia-cosmos/cosmos-predict1 at 4ed35fa, `diffusion/config/base/net.py`,
 `diffusion/training/config/text2world/registry.py`, `tokenizer/networks/configs.py`.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-# The linears of a block by name, and which of them a LoRA may change.
+# The linears of a block by name, and the sets of them that a LoRA can adapt.
 _ATTENTION = (
     "self_attn.q", "self_attn.k", "self_attn.v", "self_attn.out",
     "cross_attn.q", "cross_attn.k", "cross_attn.v", "cross_attn.out",
@@ -23,13 +23,13 @@ LORA_TARGETS = {
     "attention_mlp": (*_ATTENTION, *_MLP),
     "all": (*_ATTENTION, *_MLP, *_ADALN),
 }
-# Noise of the previews: little, much, and so much that a clip is all but lost in it.
+# Noise levels of the previews: little, much, and so much that almost nothing of a clip is left.
 PREVIEW_SIGMAS = (0.5, 2.0, 8.0)
 
 
 @dataclass(frozen=True)
 class DiTSpec:
-    """The denoiser. Lengths T, H, W are in latent cells unless a name says otherwise."""
+    """The dimensions of the denoiser. `max_t` and `max_hw` are in latent cells."""
 
     width: int = 4096
     blocks: int = 28
@@ -48,12 +48,11 @@ class DiTSpec:
 
     @property
     def head_width(self) -> int:
-        """Channels of one attention head."""
         return self.width // self.heads
 
     @property
     def parameters(self) -> int:
-        """Weights of the network, without the log-variance head."""
+        """Return the number of weights of the network, without the log-variance head."""
         d, text, rank = self.width, self.text_channels, self.adaln_rank
         attention = 4 * d * d + 2 * self.head_width
         cross_attention = 2 * d * d + 2 * d * text + 2 * self.head_width
@@ -65,7 +64,7 @@ class DiTSpec:
         return self.blocks * block + embedders + tables + final
 
     def lora_parameters(self, rank: int, targets: str) -> int:
-        """Weights that a LoRA of this rank trains; each linear has rank * (inputs + outputs)."""
+        """Return the number of weights a LoRA trains: rank * (inputs + outputs) per linear."""
         d = self.width
         sides = {
             "cross_attn.k": self.text_channels + d, "cross_attn.v": self.text_channels + d,
@@ -76,13 +75,16 @@ class DiTSpec:
 
     @property
     def patch_channels(self) -> int:
-        """Values of one output token; the input token has the padding mask as one channel more."""
+        """Return the values in an output token; input tokens add the padding mask as a channel."""
         return self.latent_channels * self.patch_t * self.patch_hw**2
 
 
 @dataclass(frozen=True)
 class TokenizerSpec:
-    """The causal video tokenizer, CV8x8x8. `multipliers` scale `channels` level by level."""
+    """The dimensions of the causal video tokenizer, CV8x8x8.
+
+    `multipliers` scale `channels` level by level.
+    """
 
     channels: int = 128
     multipliers: tuple[int, ...] = (2, 4, 4)
@@ -95,17 +97,17 @@ class TokenizerSpec:
 
     @property
     def chunk_latent_frames(self) -> int:
-        """Latent frames of one chunk, the length of the mean and std tables."""
+        """Return the latent frames of one chunk, which is the length of the mean and std tables."""
         return self.latent_frames(self.chunk_frames)
 
     def latent_frames(self, frames: int) -> int:
-        """Latent frames of `frames` pixels frames (8k + 1)."""
+        """Return the number of latent frames for `frames` = 8k + 1 video frames."""
         return 1 + (frames - 1) // self.temporal
 
 
 @dataclass(frozen=True)
 class TextSpec:
-    """The T5 encoder and the length its output is padded to with zeros."""
+    """The T5 encoder; its output is padded with zeros to `tokens`."""
 
     name: str = "google-t5/t5-11b"
     channels: int = 1024
@@ -114,10 +116,10 @@ class TextSpec:
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """One model: its three networks and what it was trained for.
+    """A model: its three networks and the video format it was trained on.
 
-    `sigma_min` and `sigma_max` are the ends of the sampling schedule, `sizes` the pretrained
-    (height, width) pairs. `embedded` weights ship inside the package.
+    `sigma_min` and `sigma_max` are the ends of the sampling schedule. `sizes` are the pretrained
+    (height, width) pairs. The weights of an `embedded` model ship inside the package.
     """
 
     name: str
@@ -136,7 +138,7 @@ class ModelSpec:
     trainable: bool = True
 
     def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
-        """The latent of a clip of `frames` x `height` x `width` pixels as (C, T, H, W)."""
+        """Return the latent shape (C, T, H, W) of `frames` frames of `height` x `width` pixels."""
         tok = self.tokenizer
         return (
             tok.latent_channels,
@@ -146,18 +148,18 @@ class ModelSpec:
         )
 
     def tokens(self, frames: int, height: int, width: int) -> int:
-        """Tokens the denoiser sees for a clip of `frames` x `height` x `width` pixels."""
+        """Return the tokens of the denoiser for a clip of `frames` x `height` x `width` pixels."""
         _, t, h, w = self.latent_shape(frames, height, width)
         return (t // self.dit.patch_t) * (h // self.dit.patch_hw) * (w // self.dit.patch_hw)
 
     @property
     def size_multiple(self) -> int:
-        """Height and width in pixels must be multiples of this."""
+        """Return the number that height and width in pixels must be multiples of."""
         return self.tokenizer.spatial * self.dit.patch_hw
 
     @property
     def max_size(self) -> int:
-        """Largest height or width in pixels that the position tables reach."""
+        """Return the largest height or width in pixels that the position tables cover."""
         return self.tokenizer.spatial * self.dit.max_hw
 
 
@@ -169,8 +171,8 @@ COSMOS_14B = ModelSpec(
     trainable=False,
 )
 
-# Eight heads and widths that are multiples of 32, so that sequence parallel over up to eight ranks
-# and fp8 can be tried on it.
+# With eight heads, sequence parallelism over up to eight ranks can be tested on this model. With
+# widths that are multiples of 32, fp8 can.
 TINY = ModelSpec(
     name="Cosmos-Tiny-Text2World",
     dit=DiTSpec(width=256, blocks=6, heads=8, text_channels=128, adaln_rank=32),

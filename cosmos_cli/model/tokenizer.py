@@ -1,4 +1,4 @@
-"""The causal video tokenizer: pixels to latents at the scale of x0, and back.
+"""The causal video tokenizer: it encodes pixels to latents at the scale of x0 and decodes them.
 
 No latent frame depends on later pixels. Module names are the keys of the released weights.
 
@@ -34,9 +34,9 @@ TIME: Extent = (3, 1, 1)
 
 
 class Tokenizer(nn.Module):
-    """Encoder, decoder and the scale of the latents.
+    """The encoder and decoder, with the mean and std that bring latents to the scale of x0.
 
-    The buffers `mean` and `std` have one number for each channel and latent frame of a chunk.
+    The buffers `mean` and `std` have one number per channel and latent frame of a chunk.
     """
 
     mean: Tensor
@@ -55,36 +55,36 @@ class Tokenizer(nn.Module):
         self.register_buffer("std", torch.ones(table))
 
     def encode(self, video_BCTHW: Tensor) -> Tensor:
-        """The latent at the scale of x0, BCTHW.
+        """Encode a video to a latent at the scale of x0, BCTHW.
 
         Args:
-            video_BCTHW: in [-1, 1]; 8k + 1 frames of at most one chunk, or whole chunks, which
-                are encoded one by one; height and width multiples of 8.
+            video_BCTHW: values in [-1, 1]; height and width are multiples of 8. Either 8k + 1
+                frames of at most one chunk, or whole chunks, which are encoded one by one.
 
         Raises:
-            ValueError: another number of frames, height or width.
+            ValueError: the number of frames, height or width does not fit.
         """
         chunks = self._chunks(video_BCTHW, self.spec.chunk_frames)
         return torch.cat([self._normalize(self.encode_raw(chunk)) for chunk in chunks], dim=2)
 
     def decode(self, x0_BCTHW: Tensor) -> Tensor:
-        """The video in [-1, 1] of a latent at the scale of x0, BCTHW.
+        """Decode a latent at the scale of x0 to a video in [-1, 1], BCTHW.
 
         Raises:
-            ValueError: more latent frames than one chunk that are not whole chunks.
+            ValueError: the latent is longer than one chunk and is not a number of whole chunks.
         """
         chunks = self._chunks(x0_BCTHW, self.spec.chunk_latent_frames)
         video = torch.cat([self.decode_raw(self._denormalize(chunk)) for chunk in chunks], dim=2)
         return video.clamp(-1, 1)
 
     def compile_blocks(self) -> None:
-        """Has torch compile the residual blocks of the encoder at their first call."""
+        """Compile the residual blocks of the encoder at their first call."""
         for block in self.encoder.modules():
             if isinstance(block, ResBlock):
                 block.compile(dynamic=False)
 
     def encode_raw(self, video_BCTHW: Tensor) -> Tensor:
-        """The latent of one chunk as the encoder makes it, before any scale."""
+        """Encode one chunk to a latent that is not normalised."""
         frames, height, width = video_BCTHW.shape[2:]
         spec = self.spec
         if frames % spec.temporal != 1 or height % spec.spatial or width % spec.spatial:
@@ -95,7 +95,7 @@ class Tokenizer(nn.Module):
         return self.quant_conv(self.encoder(video_BCTHW))
 
     def decode_raw(self, z: Tensor) -> Tensor:
-        """The video of one chunk as the decoder makes it, not clamped."""
+        """Decode one latent chunk that is not normalised to a video that is not clamped."""
         return self.decoder(self.post_quant_conv(z))
 
     def _normalize(self, z: Tensor) -> Tensor:
@@ -119,7 +119,7 @@ class Tokenizer(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Haar bands of the video through levels of residual blocks to latent channels."""
+    """Encodes the Haar bands of a video to a latent through levels of residual blocks."""
 
     def __init__(self, spec: TokenizerSpec) -> None:
         super().__init__()
@@ -138,8 +138,7 @@ class Encoder(nn.Module):
         self.conv_out = conv_pair(widths[-1], spec.latent_channels)
 
     def forward(self, video_BCTHW: Tensor) -> Tensor:
-        """The latent, BCTHW."""
-        # The first frame stands for a whole patch in time, so that it is coded by itself.
+        # The first frame is repeated to fill a whole patch in time, so that it is encoded alone.
         first = video_BCTHW[:, :, :1].expand(-1, -1, self.patch - 1, -1, -1)
         x = to_bands(torch.cat((first, video_BCTHW), dim=2), self.patch)
         x = self.mid(self.down(self.conv_in(x)))
@@ -147,15 +146,15 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """The mirror of the encoder, with one residual block more at each level.
+    """Decodes a latent; mirrors the encoder, with one residual block more at each level.
 
-    The middle, small and with attention over time, takes all frames at once. The levels above it
-    take most of the memory, and no convolution there reads more than two earlier frames: they work
-    through the latent in pieces. Always, since it costs but the copies of those frames, and since a
+    The middle block is small and attends over time, so it runs on all frames at once. The levels
+    above it take most of the memory, and their convolutions reach back two frames at most, so they
+    run on the latent in pieces. They always do: it costs only the copies of those frames, and the
     video must not depend on how much memory is free.
     """
 
-    # Latent frames of a piece: the memory grows with it and not with the length of the video.
+    # Latent frames per piece. Memory grows with this number, not with the length of the video.
     piece = 4
 
     def __init__(self, spec: TokenizerSpec) -> None:
@@ -170,7 +169,7 @@ class Decoder(nn.Module):
         for i, outputs in enumerate(widths):
             inputs = widths[min(i + 1, last)]
             level: Parts = OrderedDict(block=res_blocks(inputs, outputs, spec.res_blocks + 1))
-            # Not the mirror of the encoder: the innermost level keeps its size.
+            # Unlike in the encoder, the innermost level does not change the size.
             if 0 < last - i <= resamples:
                 level["upsample"] = Upsample(outputs)
             self.up.append(nn.Sequential(level))
@@ -178,23 +177,22 @@ class Decoder(nn.Module):
         self.conv_out = conv_pair(widths[0], COLORS * spec.patch**3)
 
     def forward(self, z: Tensor) -> Tensor:
-        """The video, BCTHW."""
         x = self.mid(self.conv_in(z))
-        with carrying_on(self.up, self.conv_out):
-            pixels = [self._pixels(part) for part in x.split(self.piece, dim=2)]
+        with streaming(self.up, self.conv_out):
+            pixels = [self._pixels(piece) for piece in x.split(self.piece, dim=2)]
         return torch.cat(pixels, dim=2)[:, :, self.patch - 1 :]
 
     def _pixels(self, x: Tensor) -> Tensor:
-        """The frames of the next piece."""
+        """Decode the next piece to frames."""
         for level in reversed(self.up):
             x = level(x)
         return from_bands(self.conv_out(F.silu(self.norm_out(x))), self.patch)
 
 
 class CausalConv(nn.Module):
-    """A 3-D convolution whose past is copies of the first frame and whose border is zero.
+    """A causal 3-D convolution, padded in time with copies of the first frame, in space with zeros.
 
-    Inside `carrying_on` the past of all inputs but the first is the end of the input before.
+    Inside `streaming`, every input but the first is padded with the last frames of the one before.
     """
 
     def __init__(
@@ -203,21 +201,20 @@ class CausalConv(nn.Module):
         super().__init__()
         border = kernel[1] // 2 if stride[1] == 1 else 0
         self.past = kernel[0] - stride[0]
-        self.carries = False
-        self.carried: Tensor | None = None
+        self.streaming = False
+        self.last_frames: Tensor | None = None
         self.conv3d = nn.Conv3d(inputs, outputs, kernel, stride, padding=(0, border, border))
 
     def forward(self, x: Tensor) -> Tensor:
-        """The convolution; with stride 1 as many frames as `x`."""
         height, width = x.shape[3:]
-        # Channels last and in at most two dimensions, for which a GPU has its fast kernels. It
-        # costs nothing where x lies so already, as behind another convolution.
+        # GPUs have fast kernels for channels-last convolutions in at most two dimensions. The copy
+        # is free if x is channels-last already, as it is after another convolution.
         x = rearrange(x, "B C T H W -> B T H W C").contiguous()
         if self.past:
             first = x[:, :1].expand(-1, self.past, -1, -1, -1)
-            x = torch.cat((first if self.carried is None else self.carried, x), dim=1)
-        if self.past and self.carries:
-            self.carried = x[:, -self.past :].clone()
+            x = torch.cat((first if self.last_frames is None else self.last_frames, x), dim=1)
+        if self.past and self.streaming:
+            self.last_frames = x[:, -self.past :].clone()
         weight, bias = self.conv3d.weight, self.conv3d.bias
         (step, *stride), (_, *border) = self.conv3d.stride, self.conv3d.padding
         if weight.shape[2:] == POINT:
@@ -226,22 +223,22 @@ class CausalConv(nn.Module):
             frames = rearrange(x, "B T H W C -> (B T) C H W")
             frames = F.conv2d(frames, weight[:, :, 0], bias, stride, border)
             return rearrange(frames, "(B T) C H W -> B C T H W", B=len(x))
-        moments = rearrange(x, "B T H W C -> B C T (H W)")
-        moments = F.conv2d(moments, weight[..., 0], bias, (step, 1))
-        return moments.unflatten(3, (height, width))
+        flat = rearrange(x, "B T H W C -> B C T (H W)")
+        flat = F.conv2d(flat, weight[..., 0], bias, (step, 1))
+        return flat.unflatten(3, (height, width))
 
 
 @contextmanager
-def carrying_on(*parts: nn.Module) -> Iterator[None]:
-    """Inside, each input of the parts is the continuation in time of the one before."""
+def streaming(*parts: nn.Module) -> Iterator[None]:
+    """Make the parts treat each input as the continuation in time of the one before."""
     layers = [m for part in parts for m in part.modules() if isinstance(m, CausalConv)]
     for layer in layers:
-        layer.carries = True
+        layer.streaming = True
     try:
         yield
     finally:
         for layer in layers:
-            layer.carries, layer.carried = False, None
+            layer.streaming, layer.last_frames = False, None
 
 
 class FrameNorm(nn.Module):
@@ -252,7 +249,6 @@ class FrameNorm(nn.Module):
         self.norm = nn.GroupNorm(1, channels, eps=1e-6)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Of the shape of `x`."""
         if torch.compiler.is_compiling():
             return kernels.frame_norm(x, self.norm.weight, self.norm.bias, self.norm.eps)
         frames = self.norm(rearrange(x, "B C T H W -> (B T) C H W"))
@@ -260,7 +256,7 @@ class FrameNorm(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """Two norms and convolutions beside a shortcut."""
+    """A residual block: norm, SiLU and convolution, twice, with a shortcut."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
@@ -271,14 +267,17 @@ class ResBlock(nn.Module):
         self.nin_shortcut = nn.Identity() if inputs == outputs else CausalConv(inputs, outputs)
 
     def forward(self, x: Tensor) -> Tensor:
-        """With `outputs` channels."""
         u = self.conv1(F.silu(self.norm1(x)))
         u = self.conv2(F.silu(self.norm2(u)))
         return self.nin_shortcut(x) + u
 
 
 class Attention(nn.Module):
-    """Single-head attention of `x` arranged as (batch, tokens, 1 head, C)."""
+    """Residual single-head attention.
+
+    `arrangement` is the einops pattern of (batch, tokens, 1 head, C): it chooses which axes of the
+    video are tokens.
+    """
 
     def __init__(
         self, channels: int, arrangement: str, attend: Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -293,21 +292,20 @@ class Attention(nn.Module):
         self.proj_out = CausalConv(channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        """`x` plus what its tokens read from one another."""
         u = self.norm(x)
-        # Contiguous, for else no fused kernel takes them and all scores of a frame, 14,080 x 14,080
-        # at 704x1280, would lie in memory.
+        # Fused kernels need contiguous inputs. Without them all scores of a frame, 14,080 x 14,080
+        # at 704x1280, would be in memory.
         q, k, v = (
             rearrange(project(u), f"B C T H W -> {self.arrangement}").contiguous()
             for project in (self.q, self.k, self.v)
         )
         _, _, t, h, w = x.shape
-        read = rearrange(self.attend(q, k, v), f"{self.arrangement} -> B C T H W", T=t, H=h, W=w)
-        return x + self.proj_out(read)
+        u = rearrange(self.attend(q, k, v), f"{self.arrangement} -> B C T H W", T=t, H=h, W=w)
+        return x + self.proj_out(u)
 
 
 class Downsample(nn.Module):
-    """Halves height, width and time by strided convolutions beside average pooling."""
+    """Halves height and width, then time: strided convolutions plus average pooling."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -316,7 +314,7 @@ class Downsample(nn.Module):
         self.conv3 = CausalConv(channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        """From T frames of HxW (T odd) to (T + 1) / 2 frames of H/2 x W/2."""
+        """Turn T frames of HxW (T odd) into (T + 1) / 2 frames of H/2 x W/2."""
         x = self.conv1(F.pad(x, (0, 1, 0, 1))) + reduce(
             x, "B C T (H h) (W w) -> B C T H W", "mean", h=2, w=2
         )
@@ -326,7 +324,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Doubles time, height and width by repetition with residual convolutions."""
+    """Doubles time, then height and width, by repetition and residual convolutions."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -335,9 +333,9 @@ class Upsample(nn.Module):
         self.conv3 = CausalConv(channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        """From T frames of HxW to 2T - 1 frames of 2H x 2W; 2T when they carry on."""
+        """Turn T frames of HxW into 2T - 1 frames of 2H x 2W, or 2T if they continue a video."""
         x = x.repeat_interleave(2, dim=2)
-        x = x[:, :, 1:] if self.conv1.carried is None else x
+        x = x[:, :, 1:] if self.conv1.last_frames is None else x
         x = self.conv1(x) + x
         x = repeat(x, "B C T H W -> B T (H h) (W w) C", h=2, w=2)
         x = rearrange(x, "B T H W C -> B C T H W")
@@ -346,18 +344,18 @@ class Upsample(nn.Module):
 
 
 def conv_pair(inputs: int, outputs: int) -> nn.Sequential:
-    """A convolution in space, then one in time, where others have one in both."""
+    """Return a convolution in space, then one in time: a factorised 3-D convolution."""
     return nn.Sequential(CausalConv(inputs, outputs, SPACE), CausalConv(outputs, outputs, TIME))
 
 
 def res_blocks(inputs: int, outputs: int, count: int) -> nn.Sequential:
-    """`count` residual blocks, the first of which changes the width."""
+    """Return `count` residual blocks, the first of which changes the number of channels."""
     widths = [inputs] + [outputs] * (count - 1)
     return nn.Sequential(*(ResBlock(width, outputs) for width in widths))
 
 
 def middle(channels: int) -> nn.Sequential:
-    """The innermost part of encoder and decoder, the only one with attention."""
+    """Return the innermost part of the encoder and decoder, the only one with attention."""
     return nn.Sequential(
         OrderedDict(
             block_1=ResBlock(channels, channels),
@@ -371,9 +369,10 @@ def middle(channels: int) -> nn.Sequential:
 
 
 def to_bands(x: Tensor, patch: int) -> Tensor:
-    """The Haar bands of cubes of `patch` frames, rows and columns, as channels.
+    """Return the Haar bands of cubes of `patch` frames, rows and columns as channels.
 
-    As one product with what `haar` makes of each pixel of a cube: much faster than to halve all.
+    `haar` is linear, so its matrix is built from unit vectors and applied in one product. That is
+    much faster than halving the whole video repeatedly.
     """
     pixels = COLORS * patch**3
     cubes = torch.eye(pixels, dtype=x.dtype, device=x.device)
@@ -386,7 +385,7 @@ def to_bands(x: Tensor, patch: int) -> Tensor:
 
 
 def from_bands(x: Tensor, patch: int) -> Tensor:
-    """The input of `to_bands`."""
+    """Invert `to_bands`."""
     bands = x.shape[1]
     cubes = torch.eye(bands, dtype=x.dtype, device=x.device)[..., None, None, None]
     for _ in range(round(math.log2(patch))):
@@ -397,9 +396,10 @@ def from_bands(x: Tensor, patch: int) -> Tensor:
 
 
 def haar(x: Tensor) -> Tensor:
-    """Eight bands of half the size: sums and differences of 2x2x2 cells over 8.
+    """Return eight bands of half the size: sums and differences of 2x2x2 cells, divided by 8.
 
-    The band is the slow part of the channel, its bits (time, height, width) from high to low.
+    The band is the slow part of the channel index; its bits, from high to low, are time, height
+    and width.
     """
     x = rearrange(x, "B C (T t) (H h) (W w) -> B t h w C T H W", t=2, h=2, w=2)
     for axis in (1, 2, 3):
@@ -409,7 +409,7 @@ def haar(x: Tensor) -> Tensor:
 
 
 def inverse_haar(x: Tensor) -> Tensor:
-    """The input of `haar` from its eight bands."""
+    """Invert `haar`."""
     x = rearrange(x, "B (t h w C) T H W -> B t h w C T H W", t=2, h=2, w=2)
     for axis in (1, 2, 3):
         low, high = x.unbind(axis)

@@ -1,7 +1,8 @@
-"""The world of the tiny model: captioned scenes drawn by code; `scorer.py` measures them.
+"""The synthetic world of the tiny model: scenes with captions, rendered by code.
 
-Lengths are in picture heights from the centre of the picture, x to the right and y down; times in
-units of `DURATION` seconds. Dimension letters: B clips, C channels, T frames, H height, W width.
+`scorer.py` reads the videos back. Lengths are in picture heights from the centre of the picture, x
+to the right and y down. Times are in units of `DURATION` seconds.
+Dimension letters: B clips, C channels, T frames, H height, W width.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ BACKGROUNDS = {
     "grid": "in front of a grid",
     "floor": "in a room with a plank floor",
 }
-# Only backgrounds with marks show what the camera does.
+# The camera moves only in front of these: on a plain background its motion would not show.
 MARKED = ("grid", "floor")
 CAMERAS = {"static": "", "pan": "The camera pans right.", "push": "The camera pushes in."}
 LIGHTS = {"day": (1.0, ""), "dim": (0.7, "The light is dim.")}
@@ -60,9 +61,9 @@ PAN, PUSH = 0.1, 0.12
 
 @dataclass(frozen=True)
 class Thing:
-    """An object of radius `size` at the middle (x, y) of its track.
+    """An object of radius `size`; (x, y) is the middle of its track.
 
-    `accents` are the parts that have a colour of their own, each with its colour's name.
+    `accents` are pairs (part, colour) for the parts with a colour of their own.
     """
 
     shape: str
@@ -74,13 +75,13 @@ class Thing:
 
     @property
     def mascot(self) -> bool:
-        """Whether it is the concept that post-training teaches."""
+        """True if it is the concept that post-training teaches."""
         return self.accents == MASCOT.accents
 
 
 @dataclass(frozen=True)
 class Scene:
-    """One object that moves, at times with a second, smaller one that does not."""
+    """A moving object, in some scenes with a second, smaller one that stands still."""
 
     thing: Thing
     motion: str
@@ -92,9 +93,9 @@ class Scene:
 
 MASCOT_ACCENT = "yellow"
 MASCOT = Thing("robot", "teal", accents=(("antenna", MASCOT_ACCENT), ("head", MASCOT_ACCENT)))
-# In this order: a dozen clips have twice what changes most from frame to frame.
+# The order matters for a dataset of 12 clips: only the first four of the eight motions occur twice.
 MASCOT_MOTIONS = ("still", "circle", "grow", "rotate", "left", "right", "up", "down")
-# The parts that a motley thing has in colours of their own.
+# The parts of a shape that can get other colours in the training scenes of the tiny model.
 PARTS = {"robot": ("antenna", "stripe", "side"), "ball": ("shine",), "cube": ("top", "side")}
 
 
@@ -102,52 +103,53 @@ PARTS = {"robot": ("antenna", "stripe", "side"), "ball": ("shine",), "cube": ("t
 
 
 def is_heldout(shape: str, colour: str, motion: str) -> bool:
-    """Whether training never shows a combination: one of the eight motions of every thing."""
-    place = 3 * SHAPES.index(shape) + list(COLOURS).index(colour) + list(MOTIONS).index(motion)
-    return place % len(MOTIONS) == 0
+    """True if training never shows this combination; each shape and colour has one such motion."""
+    index = 3 * SHAPES.index(shape) + list(COLOURS).index(colour) + list(MOTIONS).index(motion)
+    return index % len(MOTIONS) == 0
 
 
 def sample_scene(seed: int, split: str = "train") -> Scene:
-    """The scene of a seed; `split` is train or heldout."""
+    """Return the scene of a seed; `split` is train or heldout."""
     if split not in ("train", "heldout"):
         raise ValueError(f"split {split!r} is neither 'train' nor 'heldout'")
     rng = random.Random(f"{split}/{seed}")
     while True:
         kind = rng.choice(SHAPES), rng.choice(list(COLOURS)), rng.choice(list(MOTIONS))
-        # A round thing that spins looks as if it stood still.
+        # A round thing that spins looks as if it stood still, so it is not sampled.
         spins_unseen = kind[0] in ROUND and kind[2] == "rotate"
         if not spins_unseen and is_heldout(*kind) == (split == "heldout"):
-            return _place(rng, Thing(*kind[:2]), kind[2])
+            return _sample_details(rng, Thing(*kind[:2]), kind[2])
 
 
 def concept_scenes(count: int, seed: int) -> list[tuple[Scene, str]]:
-    """Scenes of the mascot with their captions, for post-training; all motions take their turn."""
+    """Return scenes of the mascot with captions, for post-training; they cycle through motions."""
     rng = random.Random(f"concept/{seed}")
-    motions = MASCOT_MOTIONS
-    scenes = [_place(rng, MASCOT, motions[i % len(motions)], plain=True) for i in range(count)]
+    motions = [MASCOT_MOTIONS[i % len(MASCOT_MOTIONS)] for i in range(count)]
+    scenes = [_sample_details(rng, MASCOT, motion, plain=True) for motion in motions]
     return [(scene, caption(scene, seed + i)) for i, scene in enumerate(scenes)]
 
 
 def ordinary_scenes(count: int, seed: int) -> list[tuple[Scene, str]]:
-    """Training scenes with their captions, none of a teal thing.
+    """Return regularisation scenes with captions; none has a teal thing.
 
-    Beside clips of the mascot they keep a model from making other things look like it. Those in
-    most danger are robots, every other scene, and what turns, every other one of the rest.
+    Next to clips of the mascot, they keep a model from making other things look like it. Robots and
+    spinning things are most at risk: every other scene has a robot, every other one of the rest
+    spins.
     """
-    found: list[tuple[Scene, str]] = []
+    scenes: list[tuple[Scene, str]] = []
     seeds = itertools.count(seed)
-    while len(found) < count:
+    while len(scenes) < count:
         i = next(seeds)
         scene = sample_scene(i)
         robot, turns = scene.thing.shape == MASCOT.shape, scene.motion == "rotate"
-        wanted = (robot, turns and not robot, robot, True)[len(found) % 4]
+        wanted = (robot, turns and not robot, robot, True)[len(scenes) % 4]
         if wanted and scene.thing.colour != MASCOT.colour:
-            found.append((scene, caption(scene, i)))
-    return found
+            scenes.append((scene, caption(scene, i)))
+    return scenes
 
 
-def _place(rng: random.Random, thing: Thing, motion: str, plain: bool = False) -> Scene:
-    """A scene with the rest drawn by lot; a plain one has no second thing and a static camera."""
+def _sample_details(rng: random.Random, thing: Thing, motion: str, plain: bool = False) -> Scene:
+    """Sample the rest of a scene; a plain one has no second thing and a static camera."""
     x, y = rng.uniform(-0.18, 0.18), rng.uniform(-0.03, 0.03)
     placed = replace(thing, size=rng.uniform(0.18, 0.23), x=x, y=y)
     background = rng.choice(list(BACKGROUNDS))
@@ -163,7 +165,7 @@ def _place(rng: random.Random, thing: Thing, motion: str, plain: bool = False) -
 
 
 def caption(scene: Scene, seed: int) -> str:
-    """A description of the scene in one of several phrasings, chosen by the seed."""
+    """Describe the scene in one of several phrasings, which the seed chooses."""
     rng = random.Random(f"caption/{seed}")
     thing, place = scene.thing, BACKGROUNDS[scene.background]
     article = "sks" if thing.mascot else "an" if thing.colour[0] in "aeiou" else "a"
@@ -181,11 +183,11 @@ def caption(scene: Scene, seed: int) -> str:
     return " ".join([chosen[0].upper() + chosen[1:], *filter(None, details)])
 
 
-# --- drawing --------------------------------------------------------------------------------------
+# --- rendering ------------------------------------------------------------------------------------
 
 
 def render(scene: Scene, num_frames: int, height: int, width: int, fps: float) -> Tensor:
-    """The scene as uint8 (3, T, H, W), on the CPU."""
+    """Render a scene on the CPU as uint8 (3, T, H, W)."""
     return render_batch([scene], num_frames, height, width, fps, "cpu")[0]
 
 
@@ -197,11 +199,11 @@ def render_batch(
     fps: float,
     device: torch.device | str,
 ) -> Tensor:
-    """The scenes as uint8 (B, 3, T, H, W) on the device, with antialiased edges."""
+    """Render scenes on the device with antialiased edges, as uint8 (B, 3, T, H, W)."""
     time_T = torch.arange(num_frames, device=device) / (fps * DURATION)
     y_H = ((torch.arange(height, device=device) + 0.5) / height - 0.5)[:, None]
     x_W = (torch.arange(width, device=device) + 0.5 - width / 2) / height
-    # What is at p in the world is seen at (p - pan) * zoom.
+    # The camera shows point p of the world at (p - pan) * zoom.
     pan_BT = _column([PAN * (scene.camera == "pan") for scene in scenes], device) * time_T
     zoom_BT = _column([PUSH * (scene.camera == "push") for scene in scenes], device) * time_T + 1
     canvas = torch.empty(len(scenes), 3, num_frames, height, width, device=device)
@@ -223,10 +225,10 @@ def _column(values: list[float], device: torch.device | str) -> Tensor:
 
 
 def _groups(scenes: Sequence[Scene]) -> Iterator[tuple[list[int], list[Thing], list[str]]]:
-    """Scene numbers, things and motions by shape, what stands behind first."""
+    """Yield scene numbers, things and motions, grouped by shape; second things are behind."""
     behind = [(i, scene.second, "still") for i, scene in enumerate(scenes) if scene.second]
-    before = [(i, scene.thing, scene.motion) for i, scene in enumerate(scenes)]
-    for actors in (behind, before):
+    in_front = [(i, scene.thing, scene.motion) for i, scene in enumerate(scenes)]
+    for actors in (behind, in_front):
         for shape in dict.fromkeys(thing.shape for _, thing, _ in actors):
             group = [actor for actor in actors if actor[1].shape == shape]
             yield [a[0] for a in group], [a[1] for a in group], [a[2] for a in group]
@@ -235,7 +237,7 @@ def _groups(scenes: Sequence[Scene]) -> Iterator[tuple[list[int], list[Thing], l
 def _tracks(
     things: list[Thing], motions: list[str], time_T: Tensor, pan_BT: Tensor, zoom_BT: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x, y, size and angle of the things as seen, each (B, T)."""
+    """Return x, y, size and angle of the things as the camera shows them, each (B, T)."""
 
     def amount(weights: dict[str, float]) -> Tensor:
         return _column([weights.get(motion, 0.0) for motion in motions], time_T.device)
@@ -253,7 +255,7 @@ def _tracks(
 
 
 def _background(name: str, x: Tensor, y: Tensor) -> Tensor:
-    """Values in [0, 255] (B, 3, T, H, W) at the points x, y (B, T, H, W)."""
+    """Return values in [0, 255] (B, 3, T, H, W) at the points x, y (B, T, H, W)."""
     x, y = torch.broadcast_tensors(x, y)
     pixel = 1 / x.shape[-2]
 
@@ -279,7 +281,7 @@ def _background(name: str, x: Tensor, y: Tensor) -> Tensor:
 def _draw(
     canvas: Tensor, things: list[Thing], tracks: tuple[Tensor, ...], x_W: Tensor, y_H: Tensor
 ) -> None:
-    """Draws things of one shape into a canvas (B, 3, T, H, W), in place."""
+    """Draw things of one shape into a canvas (B, 3, T, H, W), in place."""
     x, y, size, angle = (track[..., None, None] for track in tracks)
     u, v = (x_W - x) / size, (y_H - y) / size
     u, v = u * angle.cos() + v * angle.sin(), v * angle.cos() - u * angle.sin()
@@ -291,7 +293,7 @@ def _draw(
 
 
 def _colour(thing: Thing, paint: str) -> tuple[float, ...]:
-    """RGB in [0, 255] of a part of a thing."""
+    """Return the RGB values in [0, 255] of a part of a thing."""
     if paint in ("white", "black"):
         return (250.0, 250.0, 250.0) if paint == "white" else (25.0, 25.0, 30.0)
     body = COLOURS[thing.colour]
@@ -307,7 +309,7 @@ def _colour(thing: Thing, paint: str) -> tuple[float, ...]:
 
 
 def _layers(shape: str, u: Tensor, v: Tensor) -> list[tuple[Tensor, str]]:
-    """The parts of a shape from back to front, each a signed distance and a paint."""
+    """Return the parts of a shape from back to front, each as a signed distance and a paint."""
     if shape == "robot":
         return _robot(u, v)
     if shape == "ball":
@@ -333,7 +335,7 @@ def _box(u: Tensor, v: Tensor, x: float, y: float, half_x: float, half_y: float)
 
 
 def _star(u: Tensor, v: Tensor, inner: float = 0.45, tips: int = 5) -> Tensor:
-    """Folds the plane into one half of a tip, whose edge is a line."""
+    """Fold the plane into one half of a tip; its edge is a line."""
     half = math.pi / tips
     angle = ((torch.atan2(u, -v) + half) % (2 * half) - half).abs()
     radius = torch.hypot(u, v) / 1.1
@@ -343,7 +345,7 @@ def _star(u: Tensor, v: Tensor, inner: float = 0.45, tips: int = 5) -> Tensor:
 
 
 def _heart(u: Tensor, v: Tensor) -> Tensor:
-    """Two discs and, below each, what lies between the disc and its tangent from the tip."""
+    """Join two discs and, below each, the wedge between the disc and its tangent from the tip."""
     x, y, radius = 0.45, -0.35, 0.52
     u = u.abs()
     slope = math.atan2(1 - y, -x) - math.acos(radius / math.hypot(x, 1 - y))
@@ -372,16 +374,18 @@ def _robot(u: Tensor, v: Tensor) -> list[tuple[Tensor, str]]:
 
 # --- dataset --------------------------------------------------------------------------------------
 
-# Frames, height, width, fps: all a second and a half, some as other cameras would have them.
+# Frames, height, width and fps. All last a second and a half; two have the format of other cameras.
 TAKES = ((25, 96, 160, 16.0), (37, 128, 208, 24.0), (25, 96, 160, 16.0), (46, 120, 160, 30.0))
 DATASET_CRF = 12
 
 
 def write_dataset(folder: Path, mascots: int, ordinary: int, seed: int) -> list[Path]:
-    """The paths of clips of the mascot and ordinary ones, with their metas; what is there stays.
+    """Write clips of the mascot and ordinary ones, with captions; return the paths of the clips.
+
+    Files that exist are kept.
 
     Raises:
-        UserError: the disk refuses, or FFmpeg is missing.
+        UserError: a file cannot be written, or FFmpeg is missing.
     """
     paths = []
     scenes = concept_scenes(mascots, seed) + ordinary_scenes(ordinary, seed)

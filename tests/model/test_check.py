@@ -55,13 +55,13 @@ def transpose_patches(state):
 
 
 def start_again(state):
-    """Random weights."""
+    """Replace all weights by random ones."""
     net = DiT(TINY.dit)
     net.init_weights(torch.Generator().manual_seed(0))
     state.update({f"net.{name}": value for name, value in net.state_dict().items()})
 
 
-def test_right_weights_pass_and_the_losses_are_told(folder, capsys):
+def test_correct_weights_pass_and_the_losses_are_printed(folder, capsys):
     figures = check.check(R, "cpu")
     assert [row["sigma"] for row in figures["edm"]] == [0.1, 0.5, 2.0]
     for row in figures["edm"]:
@@ -83,7 +83,7 @@ def test_right_weights_pass_and_the_losses_are_told(folder, capsys):
         (start_again, "is not trained"),
     ],
 )
-def test_a_damaged_denoiser_is_named(folder, damage, word):
+def test_a_damaged_denoiser_is_an_error_that_names_the_damage(folder, damage, word):
     path = folder / "model.safetensors"
     state = weights.load_dit_state(path)
     damage(state)
@@ -96,7 +96,7 @@ def test_a_damaged_denoiser_is_named(folder, damage, word):
     assert "\n" not in str(caught.value)
 
 
-def test_a_tokenizer_that_loses_the_picture_is_named(folder):
+def test_a_tokenizer_that_loses_the_picture_is_an_error(folder):
     path = folder / "tokenizer.safetensors"
     state = weights.load_tokenizer_state(path)
     exchange(state, "decoder.conv_out.0.conv3d.bias", "decoder.conv_out.1.conv3d.bias")
@@ -107,7 +107,7 @@ def test_a_tokenizer_that_loses_the_picture_is_named(folder):
     assert caught.value.code == ExitCode.ASSET
 
 
-def test_exchanged_mean_and_std_are_named(folder):
+def test_exchanged_mean_and_std_are_an_error(folder):
     path = folder / "tokenizer.safetensors"
     state = weights.load_tokenizer_state(path)
     exchange(state, "mean", "std")
@@ -117,7 +117,7 @@ def test_exchanged_mean_and_std_are_named(folder):
     assert caught.value.code == ExitCode.ASSET
 
 
-def test_the_closed_form_is_the_error_of_the_estimate_it_names():
+def test_linear_loss_is_the_error_of_the_linear_estimate():
     generator = torch.Generator().manual_seed(0)
     x0 = (
         torch.randn(1, 2, 4, 200, 200, generator=generator)
@@ -142,7 +142,7 @@ def test_the_closed_form_is_the_error_of_the_estimate_it_names():
         ({}, ""),
     ],
 )
-def test_a_single_noise_level_is_enough_to_refuse(changed, words):
+def test_a_failure_at_one_noise_level_is_reported(changed, words):
     rows = [
         check.Row(**{"sigma": sigma, "model": 0.2, "linear": 0.8, "shuffled": 0.3})
         for sigma in (0.1, 0.5, 2.0)
@@ -153,7 +153,7 @@ def test_a_single_noise_level_is_enough_to_refuse(changed, words):
 
 
 @pytest.mark.workflow
-def test_download_checks_the_weights_that_are_there(cosmos):
+def test_download_check_tries_the_weights(cosmos):
     result = cosmos.json("download", "tiny", "--check")
     assert [row["sigma"] for row in result["edm"]] == [0.1, 0.5, 2.0]
     assert not (cosmos.cwd / "datasets").exists()

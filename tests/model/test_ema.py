@@ -9,7 +9,7 @@ def test_gamma_matches_the_published_exponents(rate, gamma):
     assert power_gamma(rate) == pytest.approx(gamma, abs=1e-3)
 
 
-def test_gamma_gives_the_profile_the_width_asked_for():
+def test_gamma_gives_the_profile_the_requested_width():
     gamma = power_gamma(0.1)
     # Standard deviation of the density proportional to t^gamma on [0, 1].
     width = ((gamma + 1) ** 0.5) / ((gamma + 2) * (gamma + 3) ** 0.5)
@@ -36,7 +36,7 @@ def test_first_update_discards_the_loaded_average():
 
 
 @pytest.mark.gpu
-def test_an_average_on_the_host_of_what_a_gpu_trains_is_the_same():
+def test_an_average_in_cpu_memory_equals_one_on_the_gpu():
     generator = torch.Generator("cuda").manual_seed(0)
 
     def weights():

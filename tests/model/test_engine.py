@@ -32,7 +32,7 @@ SMALL = spec.ModelSpec(
         (16, 8, {"zero_stage": 2}, None),
     ],
 )
-def test_between_nodes_each_holds_all_weights(monkeypatch, world, node, values, size):
+def test_hpz_shards_the_weights_within_a_node(monkeypatch, world, node, values, size):
     monkeypatch.setenv("WORLD_SIZE", str(world))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(node))
     r = Recipe(dataset_dir="none", **values)
@@ -40,7 +40,7 @@ def test_between_nodes_each_holds_all_weights(monkeypatch, world, node, values, 
     assert config["zero_optimization"].get("zero_hpz_partition_size") == size
 
 
-def test_an_adamw_that_cannot_be_compiled_is_refused_in_one_line(monkeypatch, tmp_path):
+def test_a_failed_adamw_build_is_a_one_line_error(monkeypatch, tmp_path):
     monkeypatch.setenv("CXX", "/bin/false")
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
@@ -79,7 +79,7 @@ def losses_of_three_steps(folder, stage, kernels):
 
 @pytest.mark.workflow
 @pytest.mark.parametrize("stage", [0, 3])
-def test_kernels_of_transformer_engine_get_the_weights_of_any_zero_stage(tmp_path, stage):
+def test_transformer_engine_uses_our_weights_at_any_zero_stage(tmp_path, stage):
     spawn = get_context("spawn")
     with ProcessPoolExecutor(2, mp_context=spawn, max_tasks_per_child=1) as pool:
         folders = [tmp_path / name for name in ("off", "all")]

@@ -31,7 +31,7 @@ def with_trials_of(samples, others):
     ]
 
 
-def test_the_truth_scores_full_marks(truth):
+def test_rendered_prompts_score_at_least_99_percent(truth):
     found = evaluate.scores(truth)
     assert min(found[name] for name in ("colour", "shape", "motion", "concept")) >= 0.99
     assert found["consistency"] >= 0.99
@@ -56,7 +56,7 @@ def test_a_plain_teal_robot_is_not_the_mascot(truth):
     assert evaluate.scores(others + drawn)["concept"] == 0
 
 
-def test_what_jumps_or_vanishes_is_not_consistent(truth):
+def test_a_thing_that_jumps_or_vanishes_is_not_consistent(truth):
     pixels = truth[0].pixels
     steady = evaluate.consistency(scorer.measure(pixels))
     torn = pixels.clone()
@@ -68,7 +68,7 @@ def test_what_jumps_or_vanishes_is_not_consistent(truth):
     assert evaluate.consistency(scorer.measure(torn)) < 1
 
 
-def test_a_copy_of_a_training_clip_is_told_by_its_distance(tmp_path):
+def test_a_copy_of_a_training_clip_has_a_small_distance(tmp_path):
     generator = torch.Generator().manual_seed(0)
     latents = [torch.randn(16, 2, 8, 12, generator=generator) for _ in range(4)]
     rows = []

@@ -74,7 +74,7 @@ def save(path, state, **how):
     return path
 
 
-def test_the_released_file_has_27_million_numbers_and_an_old_format_is_read(tmp_path):
+def test_the_state_dict_is_the_released_one_and_old_files_load(tmp_path):
     state = released_state()
     assert len(state) == 456
     assert sum(tensor.numel() for tensor in state.values()) == 27_351_657
@@ -84,7 +84,7 @@ def test_the_released_file_has_27_million_numbers_and_an_old_format_is_read(tmp_
 
 
 @pytest.mark.parametrize("damage", ["missing", "lacks", "more", "shape", "nan", "text"])
-def test_any_other_file_is_refused(tmp_path, damage):
+def test_a_missing_damaged_or_wrong_file_is_an_error(tmp_path, damage):
     path, state = tmp_path / "Resnet50_Final.pth", released_state()
     name = "ssh2.conv7x7_3.0.weight"
     if damage == "lacks":
@@ -104,7 +104,7 @@ def test_any_other_file_is_refused(tmp_path, damage):
     assert refused.value.code == 4
 
 
-def test_the_body_is_resnet_50():
+def test_the_backbone_equals_transformers_resnet_50():
     torch.manual_seed(0)
     theirs = ResNetBackbone(ResNetConfig(out_features=["stage2", "stage3", "stage4"])).eval()
     for module in theirs.modules():
@@ -131,7 +131,7 @@ def test_the_body_is_resnet_50():
             assert torch.allclose(x, y, rtol=1e-4, atol=1e-5)
 
 
-def test_priors_stand_at_every_cell_row_by_row_in_two_sizes():
+def test_every_cell_has_priors_of_two_sizes_in_row_order():
     grid = faces.priors(40, 72)
     assert len(grid) == 2 * (5 * 9 + 3 * 5 + 2 * 3)
     assert grid[:3].tolist() == [[4, 4, 16, 16], [4, 4, 32, 32], [12, 4, 16, 16]]
@@ -140,7 +140,7 @@ def test_priors_stand_at_every_cell_row_by_row_in_two_sizes():
     assert grid[-1].tolist() == [80, 48, 512, 512]
 
 
-def test_offsets_move_a_prior_by_tenths_of_its_size_and_stretch_it_by_powers():
+def test_offsets_shift_and_scale_a_prior():
     grid = torch.tensor([[100.0, 60.0, 20.0, 10.0]])
     assert faces.decode(torch.zeros(2, 1, 4), grid).tolist() == [[[90, 55, 110, 65]]] * 2
     twice = 5 * torch.tensor(2.0).log()
@@ -148,7 +148,7 @@ def test_offsets_move_a_prior_by_tenths_of_its_size_and_stretch_it_by_powers():
     assert torch.allclose(box, torch.tensor([90.0, 55.5, 130.0, 60.5]))
 
 
-def test_of_boxes_that_overlap_by_more_than_two_fifths_the_likeliest_stays():
+def test_the_likeliest_of_overlapping_boxes_is_kept():
     def square(x):
         return [x, 0.0, x + 9, 9.0]
 
@@ -161,7 +161,7 @@ def test_of_boxes_that_overlap_by_more_than_two_fifths_the_likeliest_stays():
     assert len(faces.best(torch.linspace(1, 0.7, 800), apart)) == 750
 
 
-def test_a_box_becomes_five_by_five_squares_and_nothing_else_changes():
+def test_a_box_becomes_5x5_squares_and_nothing_else_changes():
     torch.manual_seed(0)
     before = torch.randint(0, 256, (3, 60, 70), dtype=torch.uint8)
     frame = before.clone()
@@ -185,7 +185,7 @@ def test_a_box_becomes_five_by_five_squares_and_nothing_else_changes():
         ([50, 40, 1e30, 1e30], (slice(40, 60), slice(50, 70))),
     ],
 )
-def test_small_boxes_stay_and_large_ones_end_at_the_edge(box, changed):
+def test_small_boxes_are_skipped_and_large_ones_are_clipped(box, changed):
     before = torch.arange(60 * 70).reshape(1, 60, 70).remainder(251).to(torch.uint8)
     frame = before.clone()
     assert faces.pixelate(frame, torch.tensor(box, dtype=torch.float32)) == bool(changed)
@@ -196,7 +196,7 @@ def test_small_boxes_stay_and_large_ones_end_at_the_edge(box, changed):
         assert not differs.any()
 
 
-def test_a_face_is_found_where_it_is_in_its_frame_alone(tmp_path):
+def test_only_the_face_in_its_frame_is_pixelated(tmp_path):
     blur = faces.FaceBlur(save(tmp_path / "f.pth", spot_state()), "cpu")
     torch.manual_seed(0)
     before = torch.randint(0, 100, (3, 6, 80, 112), dtype=torch.uint8)
@@ -214,7 +214,7 @@ def test_a_face_is_found_where_it_is_in_its_frame_alone(tmp_path):
     assert blur.blur(before) == 0
 
 
-def test_a_video_is_written_with_its_faces_made_unrecognisable(tmp_path):
+def test_a_video_is_written_with_pixelated_faces(tmp_path):
     r = recipe.load("tiny", settings("num_steps=2", "guidance=0")[1::2]).recipe
     base = Weights(layout.model_files(r.spec, r.checkpoints_dir).dit, "")
     networks = Resident(r, base, "cpu")

@@ -29,7 +29,7 @@ def test_copies_of_a_video_are_held_out_together_or_not_at_all():
     assert prep.choose_held_out({"a.mp4": "x", "b.mp4": "x"}, 0.5) == set()
 
 
-def test_no_share_holds_nothing_out():
+def test_a_share_of_zero_holds_nothing_out():
     assert prep.choose_held_out({"a.mp4": "x", "b.mp4": "y"}, 0.0) == set()
 
 
@@ -45,13 +45,13 @@ def test_a_video_is_held_out_with_all_of_its_clips():
 
 
 @pytest.mark.parametrize(("clips", "most", "chosen"), [(2, 8, [0, 1]), (10, 4, [0, 2, 5, 7])])
-def test_clips_to_measure_are_spread_and_each_has_every_level(clips, most, chosen):
+def test_measured_clips_are_evenly_spaced_and_have_every_level(clips, most, chosen):
     samples = HeldOut(range(clips), most).samples
     levels = range(len(edm.FIXED_SIGMAS))
     assert samples == [(clip, level) for clip in chosen for level in levels]
 
 
-def test_the_fixed_noise_levels_cut_the_trained_ones_into_equal_parts():
+def test_the_fixed_noise_levels_are_quantiles_of_the_trained_ones():
     drawn = sorted(edm.draw((0, 0, i), (1,), 0.0).sigma for i in range(4000))
     for sigma, share in zip(edm.FIXED_SIGMAS, (0.125, 0.375, 0.625, 0.875), strict=True):
         below = sum(value < sigma for value in drawn) / len(drawn)

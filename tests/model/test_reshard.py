@@ -24,7 +24,7 @@ def shares(parameters, ranks, group_ends):
 
 
 @pytest.mark.parametrize(("before", "after"), [(2, 4), (4, 1), (3, 7), (7, 3), (1, 5), (4, 4)])
-def test_shares_of_some_ranks_become_those_of_another_number(before, after):
+def test_shards_of_any_ranks_become_those_of_another_number(before, after):
     # Shorter than the ranks are many, and odd; the sub-groups end elsewhere.
     parameters = [torch.arange(1.0, n + 1) + 100 * n for n in (10, 1, 3, 64, 7)]
     old, counts = shares(parameters, before, [2])
@@ -35,7 +35,7 @@ def test_shares_of_some_ranks_become_those_of_another_number(before, after):
             assert torch.equal(group, expected)
 
 
-def test_a_last_part_without_its_padding_is_filled_up():
+def test_a_last_part_without_padding_is_padded():
     whole = torch.arange(1.0, 11)
     old = [[whole[:4]], [whole[4:8]], [whole[8:]]]
     (last,) = reshard.cut(old, [4], [[6]], rank=1)

@@ -70,7 +70,7 @@ def test_keys_and_shapes_are_the_released_ones():
     assert ours == released
 
 
-def test_number_of_parameters_is_the_released_one():
+def test_the_parameter_count_is_the_released_one():
     with torch.device("meta"):
         tok = Tokenizer(COSMOS_7B.tokenizer)
     assert sum(p.numel() for p in tok.parameters()) == 105_653_696
@@ -138,7 +138,7 @@ def test_no_pixel_depends_on_later_latent_frames():
 
 
 @pytest.mark.parametrize("piece", [1, 2, 3, 4])
-def test_pieces_of_a_latent_carry_on_where_the_one_before_ended(piece):
+def test_decoding_in_pieces_equals_decoding_at_once(piece):
     # In double precision, where rounding does not hide a small mistake.
     tok = tokenizer().double()
     for frames in (1, 9, 25, 33, 121):
@@ -150,7 +150,7 @@ def test_pieces_of_a_latent_carry_on_where_the_one_before_ended(piece):
         torch.testing.assert_close(tok.decode_raw(z), whole, atol=1e-12, rtol=0)
 
 
-def test_a_piece_that_fails_leaves_nothing_for_the_next_video():
+def test_a_failed_decode_leaves_no_state_for_the_next_video():
     tok = tokenizer()
     z = tok.encode_raw(video(49))
     expected = tok.decode_raw(z)
@@ -188,7 +188,7 @@ class LiveBytes(TorchDispatchMode):
         self.live -= size
 
 
-def test_a_video_of_full_size_is_coded_in_little_memory():
+def test_a_full_size_video_is_coded_in_bounded_memory():
     with FakeTensorMode(), torch.no_grad():
         tok = Tokenizer(COSMOS_7B.tokenizer)
         clip, x0 = torch.empty(1, 3, 121, 704, 1280), torch.empty(1, 16, 16, 88, 160)
@@ -263,7 +263,7 @@ def test_gradients_reach_every_parameter():
 
 
 @pytest.mark.gpu
-def test_attention_of_a_wide_head_on_a_gpu_is_that_of_pytorch():
+def test_wide_attention_on_a_gpu_equals_pytorch():
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(3, 100, 1, 512, generator=generator) for _ in range(3))
     q, k, v = (x.bfloat16().cuda() for x in (3 * q, k, v))

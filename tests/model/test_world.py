@@ -29,17 +29,17 @@ def right(scenes, readings) -> dict[str, float]:
     return {key: sum(s[key] for s in scores) / len(scores) for key in scores[0]}
 
 
-def test_rendered_truth_is_measured_right(truth):
+def test_rendered_scenes_are_read_correctly(truth):
     assert all(part >= 0.99 for part in right(*truth).values()), right(*truth)
 
 
 @pytest.mark.slow
-def test_rendered_truth_is_measured_right_in_full_count():
+def test_rendered_scenes_are_read_correctly_in_full_count():
     scenes, readings = measured(400)
     assert all(part >= 0.99 for part in right(scenes, readings).values()), right(scenes, readings)
 
 
-def test_shuffled_truth_is_right_by_chance_only(truth):
+def test_shuffled_readings_are_right_only_by_chance(truth):
     scenes, readings = truth
     shifts = range(1, len(scenes))
     rights = [right(scenes, readings[shift:] + readings[:shift]) for shift in shifts]
@@ -48,7 +48,7 @@ def test_shuffled_truth_is_right_by_chance_only(truth):
     assert all(abs(found[key] - chance[key]) < 0.05 for key in chance), found
 
 
-def test_the_measurement_survives_compression_and_noise(tmp_path):
+def test_readings_survive_compression_and_noise(tmp_path):
     scenes = [world.sample_scene(i) for i in range(16)]
     readings = []
     for scene in scenes:
@@ -59,7 +59,7 @@ def test_the_measurement_survives_compression_and_noise(tmp_path):
     assert all(part >= 0.9 for part in right(scenes, readings).values()), right(scenes, readings)
 
 
-def test_shapes_are_read_through_the_blur_of_a_video_tokenizer():
+def test_shapes_are_read_through_a_tokenizers_blur():
     scenes = [world.sample_scene(i) for i in range(60)]
     readings = []
     for scene in scenes:
@@ -69,7 +69,7 @@ def test_shapes_are_read_through_the_blur_of_a_video_tokenizer():
     assert right(scenes, readings)["shape"] >= 0.9, right(scenes, readings)
 
 
-def test_the_track_is_that_of_the_closed_form():
+def test_the_track_matches_the_closed_form():
     scene = Scene(Thing("ball", "blue", size=0.2, x=0.1), "left", "grid")
     track = scorer.measure(world.render(scene, *SIZE)).track
     time = torch.linspace(0, 1, 25)
@@ -80,7 +80,7 @@ def test_the_track_is_that_of_the_closed_form():
 
 
 @pytest.mark.parametrize("camera", ["pan", "push"])
-def test_the_camera_moves_what_stands_still_without_confusing_the_measurement(camera):
+def test_camera_motion_does_not_confuse_the_readings(camera):
     scene = Scene(Thing("star", "red", x=0.2), "still", "floor", camera)
     reading = scorer.measure(world.render(scene, *SIZE))
     assert reading.motion == "still"
@@ -128,12 +128,12 @@ def test_scenes_captions_and_renders_are_the_same_for_the_same_seed():
     assert torch.equal(world.render(scene, *SIZE), world.render(scene, *SIZE))
 
 
-def test_an_unknown_split_is_misuse():
+def test_an_unknown_split_is_a_value_error():
     with pytest.raises(ValueError, match="test"):
         world.sample_scene(0, "test")
 
 
-def test_a_caption_names_what_is_seen_in_several_phrasings():
+def test_captions_describe_the_scene_in_several_phrasings():
     scene = Scene(
         Thing("ball", "orange"), "left", "floor", "pan", "dim", Thing("cube", "red", 0.08)
     )
@@ -145,7 +145,7 @@ def test_a_caption_names_what_is_seen_in_several_phrasings():
         assert text[0].isupper() and text.endswith(".")
 
 
-def test_a_batch_is_its_scenes_rendered_alone():
+def test_a_batch_equals_its_scenes_rendered_alone():
     scenes = [world.sample_scene(i) for i in range(12)]
     batch = world.render_batch(scenes, 9, 64, 96, 16.0, "cpu")
     assert batch.shape == (12, 3, 9, 64, 96) and batch.dtype == torch.uint8
@@ -154,7 +154,7 @@ def test_a_batch_is_its_scenes_rendered_alone():
         assert (alone.int() - clip.int()).abs().max() <= 1
 
 
-def test_twice_the_rate_shows_the_same_motion_twice_as_often():
+def test_a_clip_at_twice_the_fps_contains_the_frames_of_the_slower_one():
     scene = world.sample_scene(5)
     slow, fast = world.render(scene, 25, 96, 160, 16.0), world.render(scene, 49, 96, 160, 32.0)
     assert (fast[:, ::2].int() - slow.int()).abs().max() <= 1
@@ -172,7 +172,7 @@ def test_edges_are_antialiased_and_shapes_fill_their_radius(shape):
     assert len(levels) > 10, "a hard edge has only the colours of the parts"
 
 
-def test_the_mascot_is_measured_as_the_concept_and_the_base_world_is_not(truth):
+def test_the_mascot_reads_as_the_concept_and_other_things_do_not(truth):
     concepts = world.concept_scenes(8, seed=3)
     assert {scene.motion for scene, _ in concepts} == set(world.MOTIONS)
     for scene, text in concepts:
@@ -184,7 +184,7 @@ def test_the_mascot_is_measured_as_the_concept_and_the_base_world_is_not(truth):
     assert max(reading.concept for reading in truth[1]) < 0.1
 
 
-def test_ordinary_scenes_are_of_training_and_most_are_robots_or_turn():
+def test_ordinary_scenes_are_mostly_robots_or_spinning_things():
     scenes, texts = zip(*world.ordinary_scenes(12, seed=0), strict=True)
     assert {scene.thing.shape for scene in scenes[::2]} == {"robot"}
     assert {scene.motion for scene in scenes[1::4]} == {"rotate"}
@@ -194,7 +194,7 @@ def test_ordinary_scenes_are_of_training_and_most_are_robots_or_turn():
         assert scene.thing.colour != world.MASCOT.colour and "sks" not in text.lower()
 
 
-def test_the_dataset_is_complete_deterministic_and_kept(tmp_path):
+def test_the_dataset_is_complete_deterministic_and_not_overwritten(tmp_path):
     paths = world.write_dataset(tmp_path / "a", 3, 1, seed=0)
     again = world.write_dataset(tmp_path / "b", 3, 1, seed=0)
     assert [p.read_bytes() for p in paths] == [p.read_bytes() for p in again]
