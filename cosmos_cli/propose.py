@@ -117,7 +117,7 @@ def _num_frames(lengths: list[int], fps: float) -> Choice:
     frames = min((lower_quartile - 1) // tok.temporal * tok.temporal + 1, tok.chunk_frames)
     fit = sum(length >= frames for length in lengths)
     reason = f"{fit} of {len(lengths)} videos are long enough at {fps:g} fps"
-    more = "" if frames < tok.chunk_frames else "; the model was trained at it"
+    more = "" if frames < tok.chunk_frames else "; the model was trained at this length"
     return Choice("num_frames", frames, reason + more)
 
 

@@ -232,7 +232,7 @@ def test_the_install_script_names_the_room_it_needs(tmp_path):
     said = install_script(
         tmp_path, "--torch", "cpu", path=f"{tools}{os.pathsep}{os.environ['PATH']}"
     )
-    assert said == f"error: 1300 MB of disk are needed, {tmp_path} has 105 MB\n"
+    assert said == f"error: 1300 MB of disk space are needed, {tmp_path} has 105 MB\n"
 
 
 def test_print_is_install_as_a_script_that_bash_reads(tmp_path, environment_without):
