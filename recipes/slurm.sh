@@ -32,8 +32,8 @@ export WORLD_SIZE=$SLURM_NTASKS LOCAL_WORLD_SIZE=$SLURM_NTASKS_PER_NODE
 # srun starts the ranks, not torchrun. torchrun would kill them half a minute after the signal, in
 # the middle of a large save, and turn every exit code into 1. --kill-on-bad-exit=0: the first rank
 # to end does not end the others, which may still be writing. If a rank is lost, the others end
-# within the recipe's timeout_seconds. --wait=2000: srun kills ranks that hang 2000 seconds after the first
-# one ended. srun returns the highest exit code of all ranks.
+# within the recipe's timeout_seconds. --wait=2000: srun kills ranks that still hang 2000 seconds
+# after the first one ended. srun returns the highest exit code of all ranks.
 srun --kill-on-bad-exit=0 --wait=2000 --distribution=block --cpus-per-task="$SLURM_CPUS_PER_TASK" \
   bash -c 'RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID exec cosmos train "$@"' rank "$@"
 code=$?

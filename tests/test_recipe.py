@@ -119,9 +119,7 @@ def test_a_wrong_line_is_named_with_file_line_and_key(file: Path, line: str, mes
 
 
 @pytest.mark.parametrize("mode", ["attention", "most"])
-def test_partial_checkpointing_refuses_the_attention_of_transformer_engine(
-    file: Path, mode: str
-) -> None:
+def test_modes_that_store_attention_refuse_transformer_engine_all(file: Path, mode: str) -> None:
     lines = ("transformer_engine: all", f"activation_checkpointing: {mode}")
     assert f"{mode} cannot store the attention of transformer_engine all" in complaint(file, *lines)
     assert load(file, "transformer_engine: linears", lines[1])
@@ -227,7 +225,7 @@ def test_clip_shape_comes_from_the_model_unless_given(file: Path) -> None:
     assert r.spec is TINY
 
 
-def test_traps_of_yaml_1_1_are_gone(file: Path) -> None:
+def test_numbers_words_and_dates_are_not_converted_as_in_yaml_1_1(file: Path) -> None:
     r = load(file, "learning_rate: 5e-5", "adam_eps: 1e-8", "name: no", "group: 2024-01-01").recipe
     assert (r.learning_rate, r.adam_eps, r.name, r.group) == (5e-5, 1e-8, "no", "2024-01-01")
 
@@ -327,7 +325,7 @@ def test_an_unknown_recipe_is_refused_with_the_nearest(
     assert message in str(caught.value)
 
 
-def test_explain_is_yaml_with_the_origin_of_every_value_in_one_column(file: Path) -> None:
+def test_explain_aligns_the_origin_of_every_value_as_a_comment(file: Path) -> None:
     loaded = load(file, "prompt: " + "long " * 40, "seed: 3")
     text = recipe.explain(loaded)
     assert yaml.safe_load(text) == loaded.recipe.model_dump()
