@@ -78,7 +78,7 @@ class Recipe(BaseModel):
     )
     base: str | None = _model(
         "Weights to start from: a .pt or .safetensors file, or a diffusers folder; null uses the "
-        "model's released weights.",
+        "model's own weights.",
         None,
         pattern=TEXT,
     )
@@ -141,7 +141,7 @@ class Recipe(BaseModel):
     )
     resize: Literal["stretch", "crop", "pad"] = _data(
         "How to fit a video of another shape to height x width. stretch: change its proportions. "
-        "crop: cut off what exceeds the centre. pad: add black bars.",
+        "crop: keep the centre and cut off the edges. pad: add black bars.",
         "crop",
     )
     clip_stride_frames: int | None = _data(

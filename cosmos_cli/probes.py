@@ -59,10 +59,10 @@ def run(probes: Sequence[Probe]) -> dict[str, Outcome]:
     # PYTHONSAFEPATH: nothing in the working directory may be imported as a package.
     # TORCHDYNAMO_DISABLE: DeepSpeed would import all of torch's compiler for an unused optimizer.
     own = {"PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"}
-    asked = json.dumps({"seconds": PROBE_SECONDS, "probes": [asdict(probe) for probe in probes]})
+    request = json.dumps({"seconds": PROBE_SECONDS, "probes": [asdict(probe) for probe in probes]})
     with tempfile.TemporaryDirectory() as folder:
-        stem = subprocess.Popen(
-            [sys.executable, "-m", "cosmos_cli.probes", folder, asked],
+        parent = subprocess.Popen(
+            [sys.executable, "-m", "cosmos_cli.probes", folder, request],
             env=os.environ | own,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -72,17 +72,17 @@ def run(probes: Sequence[Probe]) -> dict[str, Outcome]:
         )
         try:
             # This process may hang too, while it imports torch.
-            out, err = stem.communicate(timeout=PROBE_SECONDS + 20)
+            out, err = parent.communicate(timeout=PROBE_SECONDS + 20)
         except subprocess.TimeoutExpired:
             return {probe.label: Outcome({}, HUNG) for probe in probes}
         finally:
             # Kill the whole process group, also after Ctrl-C.
             with suppress(ProcessLookupError):
-                os.killpg(stem.pid, signal.SIGKILL)
-            stem.communicate()
-    if stem.returncode:
-        return {probe.label: _outcome(stem.returncode, out, err) for probe in probes}
-    found = _outcome(stem.returncode, out, err).facts
+                os.killpg(parent.pid, signal.SIGKILL)
+            parent.communicate()
+    if parent.returncode:
+        return {probe.label: _outcome(parent.returncode, out, err) for probe in probes}
+    found = _outcome(parent.returncode, out, err).facts
     return {probe.label: Outcome(**found[probe.label]) for probe in probes}
 
 
@@ -95,7 +95,7 @@ def _outcome(code: int, out: str, err: str) -> Outcome:
     return Outcome(json.loads(out.splitlines()[-1]))
 
 
-# --- the parent process -----------------------------------------------------------------------
+# --- the parent process ---------------------------------------------------------------------------
 
 
 def _fork(folder: Path, probes: Sequence[Probe], seconds: int) -> Probe | None:
@@ -106,8 +106,8 @@ def _fork(folder: Path, probes: Sequence[Probe], seconds: int) -> Probe | None:
     """
     children: dict[int, tuple[str, list[Path]]] = {}
     for probe, rank in [(each, rank) for each in probes for rank in range(each.ranks)]:
-        said = [folder / f"{probe.label}.{name}{rank}" for name in ("out", "err")]
-        files = [os.open(path, os.O_WRONLY | os.O_CREAT) for path in said]
+        outputs = [folder / f"{probe.label}.{name}{rank}" for name in ("out", "err")]
+        files = [os.open(path, os.O_WRONLY | os.O_CREAT) for path in outputs]
         pid = os.fork()
         if not pid:
             signal.alarm(seconds)
@@ -116,19 +116,19 @@ def _fork(folder: Path, probes: Sequence[Probe], seconds: int) -> Probe | None:
             own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": probe.ranks}
             os.environ.update({k: str(v) for k, v in own.items()} | probe.environment)
             return probe
-        children[pid] = probe.label, said
+        children[pid] = probe.label, outputs
     outcomes: dict[str, dict[str, Any]] = {}
     while children:
         pid, status = os.wait()
-        label, said = children.pop(pid)
-        mates = [other for other, (its, _) in children.items() if its == label]
+        label, outputs = children.pop(pid)
+        other_ranks = [each for each, (its_label, _) in children.items() if its_label == label]
         code = os.waitstatus_to_exitcode(status)
-        if label not in outcomes and (code or not mates):
-            out, err = (path.read_text(errors="replace") for path in said)
+        if label not in outcomes and (code or not other_ranks):
+            out, err = (path.read_text(errors="replace") for path in outputs)
             outcomes[label] = asdict(_outcome(code, out, err))
             # The other ranks of this probe would wait for the one that ended.
-            for mate in mates:
-                os.kill(mate, signal.SIGKILL)
+            for other in other_ranks:
+                os.kill(other, signal.SIGKILL)
     print(json.dumps(outcomes))
     return None
 
