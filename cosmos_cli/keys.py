@@ -380,9 +380,9 @@ class Recipe(BaseModel):
         "auto",
     )
     compile: Literal["auto", "on", "off"] = _sampling(
-        "Use torch.compile for the denoiser's blocks in generate, for what lies between their "
-        "linears in train, and for the tokenizer's blocks in prep. auto: on a GPU, where it saves "
-        "time. on: always. off: never.",
+        "Use torch.compile for the denoiser's blocks in generate, for the operations between "
+        "their linears in train, and for the tokenizer's blocks in prep. auto: on a GPU, where it "
+        "saves time. on: always. off: never.",
         "auto",
     )
     video_crf: float = _sampling(
