@@ -1,4 +1,4 @@
-"""`python -m cosmos_cli` is `cosmos`."""
+"""Run `cosmos` as `python -m cosmos_cli`."""
 
 import sys
 
@@ -6,10 +6,10 @@ from cosmos_cli.errors import ExitCode
 
 
 def main() -> None:
-    """Runs the command, unless the system lacks what the modules behind it import."""
+    """Run the command, on Linux only: other modules import what other systems lack."""
     if sys.platform != "linux":
         print(
-            "error: cosmos runs on Linux: on Windows use WSL2 with Ubuntu, macOS is not supported",
+            "error: cosmos runs on Linux; on Windows use WSL2 with Ubuntu, macOS is not supported",
             file=sys.stderr,
         )
         sys.exit(ExitCode.ENVIRONMENT)

@@ -1,4 +1,4 @@
-"""What models made of words, for a later run: `$XDG_CACHE_HOME/cosmos`. No torch."""
+"""Cache what models compute from texts in `$XDG_CACHE_HOME/cosmos`, for later runs. No torch."""
 
 from __future__ import annotations
 
@@ -13,14 +13,17 @@ from pathlib import Path
 from cosmos_cli import __version__, layout
 from cosmos_cli.errors import UserError
 
-# The largest, T5-XXL's of 512 tokens, take 1 MB.
+# The largest answers, T5-XXL embeddings of 512 tokens, take 1 MB each.
 MOST_ANSWERS = 1000
-# Whose next version may have a model answer otherwise.
+# Packages whose other versions may change an answer.
 PACKAGES = ("torch", "transformers", "tokenizers")
 
 
 def cache_dir() -> Path:
-    """The folder for what can be made again; where there is no home, one that cannot be made."""
+    """Return the folder for files that can be made again.
+
+    For a user without a home folder it is a path that cannot be created.
+    """
     try:
         home = Path.home()
     except RuntimeError:
@@ -29,30 +32,31 @@ def cache_dir() -> Path:
 
 
 class Answers:
-    """What one model answers; an answer that cannot be kept is no error.
+    """Caches the answers of one model. An answer that cannot be written is not an error.
 
     Args:
-        model: the folder of its files, which are known by size and time.
-        asker: the class that asks it.
-        settings: what else its answers depend on.
+        model: the folder of the model's files, identified by size and modification time.
+        asker: the class that runs the model. Its source file is part of the cache key.
+        settings: everything else that the answers depend on.
     """
 
     def __init__(self, model: Path, asker: type, *settings: object) -> None:
         found = [path for path in sorted(model.rglob("*")) if path.is_file()]
-        # A download's notes are no part of the model.
+        # The notes of `cosmos download` are not part of the model.
         known = [path for path in found if layout.CACHE_DIR not in path.relative_to(model).parts]
         code = Path(inspect.getfile(asker))
         files = [f"{path.resolve()} {layout.stamp_of(path)}" for path in [*known, code]]
         versions = [__version__, *map(version, PACKAGES)]
         self.identity = layout.sha256_text(*files, *versions, *map(str, settings))
-        # What is no folder is a name on the hub to transformers, and may change unseen.
+        # transformers takes a path without files for a name on the hub. Such a model may change
+        # unnoticed, so its answers are not cached.
         self.known = bool(known)
         self.folder = cache_dir() / "answers"
 
     def get(self, words: str, make: Callable[[], bytes]) -> bytes:
-        """The answer to some words, kept from before or made now.
+        """Return the cached answer to a text, or make it and cache it.
 
-        An entry begins with the sha256 of its rest; one that is damaged is made again.
+        An entry begins with the sha256 of the rest. A damaged entry is made again.
         """
         if not self.known:
             return make()
@@ -62,7 +66,7 @@ class Answers:
             digest, answer = entry[:32], entry[32:]
             if hashlib.sha256(answer).digest() == digest:
                 with suppress(OSError):
-                    # What is used stays longest.
+                    # The entries that are removed first are those used longest ago.
                     os.utime(path)
                 return answer
         answer = make()

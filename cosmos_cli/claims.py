@@ -1,6 +1,6 @@
-"""Several processes at one folder: who does what, by locks on the bytes of one file. No torch.
+"""Share one job among several processes, with locks on the bytes of one file. No torch.
 
-The system frees the locks of a process that dies, also on another node of a shared disk.
+The system frees the locks of a process that dies, even on another node of a shared disk.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ from pathlib import Path
 from cosmos_cli import layout
 from cosmos_cli.errors import ExitCode, UserError
 
-# Which byte stands for what: being at work at all, then each piece of work.
+# Byte 0 is locked by every process at work, byte 1 + N by the process that does piece N.
 _MEMBERS, _FIRST_PIECE = 0, 1
 
 
 class Crew:
-    """The processes that do one job together; each must number its pieces of work the same."""
+    """The processes that share one job. All must number its pieces of work alike."""
 
     def __init__(self, file: int, job: str, where: Path) -> None:
         self._file, self._job, self._where = file, job.encode(), where
         self.first = self._lock(_MEMBERS, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        """Whether nobody else is at work; then nobody comes in before `start`."""
+        """True if no other process is at work. Then none can join before `start`."""
         if not self.first:
             self._lock(_MEMBERS, fcntl.LOCK_SH)
             if not self._read().startswith(self._job):
-                # Whoever was first may have given up before it began.
+                # The first process may have ended before it called `start`.
                 self.first = self._lock(_MEMBERS, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 if not self.first:
                     raise self._another()
@@ -37,14 +37,14 @@ class Crew:
             os.ftruncate(file, 0)
 
     def start(self) -> None:
-        """Lets others in."""
+        """Let other processes join."""
         if self.first:
             os.pwrite(self._file, self._job, 0)
             self._lock(_MEMBERS, fcntl.LOCK_SH)
 
     @contextmanager
     def piece(self, number: int) -> Iterator[bool]:
-        """Whether piece `number` is ours to do; others leave it alone meanwhile."""
+        """Lock piece `number` while the context lasts; False if another process does it."""
         ours = self._lock(_FIRST_PIECE + number, fcntl.LOCK_EX | fcntl.LOCK_NB)
         try:
             yield ours
@@ -53,12 +53,13 @@ class Crew:
                 self._lock(_FIRST_PIECE + number, fcntl.LOCK_UN)
 
     def wait_for_others(self) -> bool:
-        """Waits until nobody else is at work; whether somebody has finished the job meanwhile.
+        """Wait until no other process is at work; True if one of them finished the job.
 
         Raises:
-            UserError: somebody began another job meanwhile.
+            UserError: another process began a different job in the meantime.
         """
-        # Not an upgrade: two who wait for each other's lock would wait for ever.
+        # Unlock first: two processes that both upgrade a shared lock would wait for each other
+        # for ever.
         self._lock(_MEMBERS, fcntl.LOCK_UN)
         self._lock(_MEMBERS, fcntl.LOCK_EX)
         if not self._read().startswith(self._job):
@@ -66,7 +67,7 @@ class Crew:
         return self._read() == self._job + b"\n"
 
     def finished(self) -> None:
-        """Tells those who wait that nothing is left to do."""
+        """Tell the waiting processes that the job is done."""
         os.pwrite(self._file, b"\n", len(self._job))
 
     def _read(self) -> bytes:
@@ -88,19 +89,23 @@ class Crew:
 
     def _another(self) -> UserError:
         return UserError(
-            "another cosmos prep is at work on it, with another recipe or other videos",
+            "another `cosmos prep` is working here, with a different recipe or different videos",
             code=ExitCode.USAGE,
             where=str(self._where),
-            fix="wait for it, or set another dataset_dir",
+            fix="wait until it ends, or use `--set dataset_dir=FOLDER`",
         )
 
 
 @contextmanager
 def crew(path: Path, job: str) -> Iterator[Crew]:
-    """Joins those who do `job`, a text that says what decides its result, around the file `path`.
+    """Join the processes that do the same job.
+
+    Args:
+        path: the file that holds the locks.
+        job: a text that identifies the job by all that decides its result.
 
     Raises:
-        UserError: others are at work on another job, or the file cannot be written.
+        UserError: other processes do a different job, or the file cannot be written.
     """
     with layout.disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)

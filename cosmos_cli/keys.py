@@ -1,4 +1,4 @@
-"""Every key of the recipe: type, default and sentence, and which values do not go together."""
+"""Every key of a recipe: its type, default and description; and rules between the keys."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from cosmos_cli.model.spec import COSMOS_7B, LORA_TARGETS, MODELS, ModelSpec
 
-# cuBLAS takes fp8 matrices whose rows are of as many bytes; backward, a row is all tokens.
+# cuBLAS needs rows of a multiple of 16 bytes in fp8. In the backward pass a row holds all tokens.
 FP8_MULTIPLE = 16
 TEXT = r"^[^\x00]+$"
 NAME = r"^\w[\w.-]{0,99}$"
 REPO = r"^(embedded|[\w-][\w.-]*/[\w-][\w.-]*)$"
-# As in the shell, ~/ is the home folder.
+# In these keys ~/ means the home folder, as in the shell.
 PATHS = (
     "checkpoints_dir", "base", "dataset_dir", "videos_dir", "captions_file", "output_root",
 )  # fmt: skip
@@ -62,22 +62,23 @@ _output = partial(_key, "output")
 
 
 class Recipe(BaseModel):
-    """One run from download to video. Each description is the reference of its key."""
+    """The settings of one run, from download to video. The descriptions are the key reference."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     model: ModelName = _model("Model to post-train and to generate with.", COSMOS_7B.name)
     checkpoints_dir: str = _model(
-        "Folder of the downloaded and promoted models.", "checkpoints", pattern=TEXT
+        "Folder of downloaded and promoted models.", "checkpoints", pattern=TEXT
     )
     text_encoder_repo: TextEncoders = _model(
-        "Hub repository of T5's weights: a third party's copy of the encoder in fp16 (10 GB), or "
-        "google-t5/t5-11b itself (45 GB, of which 19.5 GB are kept).",
+        "Hub repository of the T5 encoder. comfyanonymous/cosmos_1.0_text_encoder_and_VAE_ComfyUI: "
+        "a third party's copy in fp16 (10 GB). google-t5/t5-11b: the original (a download of "
+        "45 GB, of which 19.5 GB are kept).",
         THIRD_PARTY_T5,
     )
     base: str | None = _model(
-        "Weights to start from, a .pt or .safetensors file or a diffusers folder; "
-        "null takes the model's own.",
+        "Weights to start from: a .pt or .safetensors file, or a diffusers folder; null uses the "
+        "model's own weights.",
         None,
         pattern=TEXT,
     )
@@ -86,12 +87,14 @@ class Recipe(BaseModel):
         "Folder of the dataset: videos, captions, embeddings and latents.", pattern=TEXT
     )
     dataset_repo: str | None = _data(
-        "Hub dataset that download fetches into dataset_dir; embedded draws clips instead.",
+        "Hub dataset that `cosmos download` fetches into dataset_dir; embedded renders synthetic "
+        "clips instead.",
         None,
         pattern=REPO,
     )
     dataset_revision: str | None = _data(
-        "Commit, tag or branch of dataset_repo; null takes the newest, and from then on that one.",
+        "Commit, tag or branch of dataset_repo; null takes the newest commit at the first download "
+        "and stays with it.",
         None,
         pattern=TEXT,
     )
@@ -99,7 +102,7 @@ class Recipe(BaseModel):
         "Glob of the files to fetch from dataset_repo; null fetches all.", None, pattern=TEXT
     )
     videos_dir: str | None = _data(
-        "Folder of the videos, or a LeRobot dataset; null means videos inside dataset_dir.",
+        "Folder of the videos, or a LeRobot dataset; null means videos/ inside dataset_dir.",
         None,
         pattern=TEXT,
     )
@@ -107,18 +110,19 @@ class Recipe(BaseModel):
         "Camera of a LeRobot dataset; null takes the only one.", None, pattern=TEXT
     )
     captions_file: str | None = _data(
-        "CSV or JSONL file with the columns file and caption; null means there is none.",
+        "CSV or JSONL file with the columns file and caption; null means no such file.",
         None,
         pattern=TEXT,
     )
     prompt: str | None = _data(
-        "Caption of every video that has none; with caption vlm, the words in front of what the "
-        "model writes.",
+        "Caption of every video that has none; with caption vlm, the text in front of each "
+        "caption that the model writes.",
         None,
         pattern=TEXT,
     )
     caption: Literal["given", "vlm"] = _data(
-        "Where missing captions come from: prompt, or a vision-language model that sees the video.",
+        "Source of missing captions. given: the key prompt. vlm: a vision-language model describes "
+        "the video.",
         "given",
     )
     caption_model: str | None = _data(
@@ -126,220 +130,263 @@ class Recipe(BaseModel):
         None,
         pattern=TEXT,
     )
-    num_frames: int = _clip("Frames of one clip, 8k + 1.", "num_frames", ge=1)
+    num_frames: int = _clip("Frames per clip, 8k + 1.", "num_frames", ge=1)
     height: int = _clip("Height of a clip in pixels, a multiple of 16.", "height", ge=16)
     width: int = _clip("Width of a clip in pixels, a multiple of 16.", "width", ge=16)
     fps: float = _clip("Frames per second of a clip.", "fps", gt=0, le=240)
     fps_policy: Literal["keep", "resample", "reject"] = _data(
-        "What to do with a video of another rate: keep its frames and its own rate, resample it "
-        "to fps, or reject it.",
+        "What to do with a video of another frame rate. keep: use its frames at its own rate. "
+        "resample: convert it to fps. reject: do not use it.",
         "resample",
     )
     resize: Literal["stretch", "crop", "pad"] = _data(
-        "How a video of another shape becomes height x width: stretch it, crop its middle, or "
-        "pad it with black.",
+        "How to fit a video of another shape to height x width. stretch: change its proportions. "
+        "crop: keep the centre and cut off the edges. pad: add black bars.",
         "crop",
     )
     clip_stride_frames: int | None = _data(
-        "Frames from the start of one clip to the next; null means num_frames, without overlap.",
+        "Frames from the start of one clip to the start of the next; null means num_frames, so "
+        "that clips do not overlap.",
         None,
         ge=1,
     )
     max_clips_per_video: int | None = _data(
-        "Most clips taken from one video; null takes all.", None, ge=1
+        "Maximum number of clips from one video; null takes all.", None, ge=1
     )
     holdout_share: float = _data(
-        "Share of the videos that train never sees, at least one when above 0, to measure on.",
+        "Share of the videos held out from training for validation; at least one video if above 0.",
         0.0,
         ge=0,
         le=0.5,
     )
     check_every_clips: int = _data(
-        "One clip in so many is decoded back and shown in prep's report, at most 12.", 50, ge=1
+        "prep decodes one clip in N from its latent and shows it in its report, at most 12 clips.",
+        50,
+        ge=1,
     )
-    strict: bool = _data("Fail prep when one video is rejected, instead of counting it.", False)
+    strict: bool = _data(
+        "true fails prep when a video is rejected; false counts rejected videos and continues.",
+        False,
+    )
 
     learning_rate: float = _training(
-        "Step size of AdamW once the warm-up is over; 2^-14.3 in the reference.",
+        "Learning rate of AdamW after the warm-up; the default, 2^-14.3, is the reference's.",
         4.957595e-5,
         gt=0,
         le=1,
     )
-    beta1: float = _training("Decay of AdamW's mean of the gradient.", 0.9, ge=0, lt=1)
-    beta2: float = _training("Decay of AdamW's mean of the squared gradient.", 0.99, ge=0, lt=1)
-    adam_eps: float = _training("Term that keeps AdamW's division finite.", 1e-10, gt=0, le=1)
+    beta1: float = _training("AdamW's decay rate for the mean of the gradient.", 0.9, ge=0, lt=1)
+    beta2: float = _training(
+        "AdamW's decay rate for the mean of the squared gradient.", 0.99, ge=0, lt=1
+    )
+    adam_eps: float = _training(
+        "AdamW's epsilon, which keeps its division finite.", 1e-10, gt=0, le=1
+    )
     weight_decay: float = _training("Decoupled weight decay of every weight.", 0.1, ge=0, le=10)
-    grad_clip: float = _training("Largest global norm of the gradient.", 1.0, gt=0)
+    grad_clip: float = _training("Maximum global norm of the gradient.", 1.0, gt=0)
     warmup_steps: int = _training(
-        "Steps over which the learning rate rises to its value.", 100, ge=0
+        "Steps over which the learning rate rises linearly to learning_rate.", 100, ge=0
     )
     lr_start_factor: float = _training(
-        "Share of learning_rate at the first step of the warm-up.", 1e-6, ge=0, le=1
+        "Learning rate at the first step of the warm-up, as a share of learning_rate.",
+        1e-6,
+        ge=0,
+        le=1,
     )
     lr_end_factor: float = _training(
-        "Share of learning_rate at max_steps, reached in a line from the end of the warm-up.",
+        "Learning rate at max_steps, as a share of learning_rate; after the warm-up it changes "
+        "linearly.",
         1.0,
         ge=0,
         le=1,
     )
     max_steps: int = _training("Optimizer steps of the whole run.", 1000, ge=1, le=10**8)
-    save_every_steps: int = _training("Steps between two checkpoints.", 200, ge=1)
-    log_every_steps: int = _training("Steps between two lines of metrics.", 10, ge=1)
+    save_every_steps: int = _training("Steps between checkpoints.", 200, ge=1)
+    log_every_steps: int = _training("Steps between lines of metrics.", 10, ge=1)
     validate_every_steps: int = _training(
-        "Steps between two measurements on held-out clips; every save has one too.", 100, ge=1
+        "Steps between validations on held-out clips; every checkpoint is validated too.", 100, ge=1
     )
     validate_clips: int = _training(
-        "Most held-out clips of a measurement, each at four noise levels.", 8, ge=1
+        "Maximum number of held-out clips per validation, each at four noise levels.", 8, ge=1
     )
     preview_every_steps: int = _training(
-        "Steps between two previews: what one denoising step makes of a few clips; 0 makes none.",
+        "Steps between previews, pictures of a few clips after one denoising step; 0 makes none.",
         100,
         ge=0,
     )
     sample_every_saves: int = _training(
-        "One save in so many also makes whole videos of the same clips' captions; 0 makes none.",
+        "Every N-th checkpoint also samples whole videos from the preview clips' captions; 0 "
+        "samples none.",
         5,
         ge=0,
     )
     preview_clips: int = _training(
-        "Clips of a preview and videos of a sample, of held-out clips where there are some.",
+        "Clips per preview and videos per sampling; held-out clips, or training clips if none are "
+        "held out.",
         2,
         ge=1,
         le=16,
     )
     preview_share: float = _training(
-        "Largest share of the run's time for previews and samples; they are made less often when "
-        "they would take more, the first ones aside.",
+        "Maximum share of the run's time for previews and samples. After the first of each, they "
+        "are skipped whenever they would exceed it.",
         0.02,
         gt=0,
         le=1,
     )
     tracker: Literal["none", "tensorboard", "wandb", "trackio"] = _training(
-        "What shows the metrics besides the run's own files.", "none"
+        "Experiment tracker for the metrics. none: only the run's own files. tensorboard, wandb, "
+        "trackio: that tracker as well.",
+        "none",
     )
     timeout_seconds: float = _training(
-        "Seconds without a sign of life of a process after which the run ends.", 1800.0, ge=1
+        "The run ends when a process shows no sign of life, or keeps the others waiting, for this "
+        "many seconds.",
+        1800.0,
+        ge=1,
     )
     max_restarts: int = _training(
-        "Times that training starts again from its last save, when a process is lost.", 0, ge=0
+        "How often training restarts from its last checkpoint after a process is lost.", 0, ge=0
     )
-    keep_last: int = _training("Newest resume states that are kept on disk.", 2, ge=1)
+    keep_last: int = _training("Number of newest resume states to keep on disk.", 2, ge=1)
     keep_every_steps: int = _training(
-        "Resume states of every so many steps are kept too; 0 keeps none.", 0, ge=0
+        "Also keep the resume states of steps that are a multiple of this; 0 keeps none of them.",
+        0,
+        ge=0,
     )
     global_batch_size: int = _training("Clips per optimizer step over all processes.", 8, ge=1)
-    micro_batch_size: int = _training("Clips that one process holds at a time.", 1, ge=1)
+    micro_batch_size: int = _training(
+        "Clips that one process computes in one forward and backward pass.", 1, ge=1
+    )
     num_processes: Processes | Literal["auto"] = _training(
         "Training processes; auto is one per GPU, or one on a CPU.", "auto"
     )
     sequence_parallel: int = _training(
-        "Processes that share the tokens of one clip, where one alone has too little memory or a "
-        "step takes too long; they divide the attention heads.",
+        "Processes in a sequence-parallel group, which splits the tokens of one clip to save "
+        "memory per GPU and to shorten a step. It must divide the number of attention heads.",
         1,
         ge=1,
     )
     zero_stage: int = _training(
-        "ZeRO stage: 1 shards the optimizer, 2 the gradients too, 3 the weights too; 0 is as 1.",
+        "ZeRO stage. 0 and 1: shard the optimizer state. 2: shard the gradients too. 3: shard the "
+        "weights too.",
         3,
         ge=0,
         le=3,
     )
     offload: Literal["none", "ema", "optimizer", "parameters"] = _training(
-        "What the memory of the host holds instead of the GPU's: nothing, the EMA, the optimizer "
-        "and gradients too, or the weights too; each costs more time than the one before.",
+        "State to keep in CPU memory instead of GPU memory; each level costs more time. none: "
+        "nothing. ema: the EMA. optimizer: the optimizer state and gradients too. parameters: the "
+        "weights too.",
         "none",
     )
     precision: Literal["bf16", "fp32"] = _training(
-        "Number format of weights and activations; the optimizer keeps fp32.", "bf16"
+        "Data type of weights and activations; the optimizer keeps fp32.", "bf16"
     )
     hpz_partition_size: Processes | Literal["auto"] = _training(
-        "Processes that hold a second copy of the weights among them, so that the backward pass "
-        "gathers within a node (ZeRO++ hpZ); auto is those of a node where there are several, 1 "
-        "is none.",
+        "Processes that shard a second copy of the weights (ZeRO++ hpZ), so that the backward pass "
+        "gathers within a node. auto: those of one node if there are several nodes. 1: no second "
+        "copy.",
         "auto",
     )
     activation_checkpointing: Literal["none", "most", "attention", "all"] = _training(
-        "What the backward pass computes again to save memory: nothing, all of a block but its "
-        "attention, which is most of the time, or all of it; most is attention, but keeps the "
-        "linears too in as many blocks as fit.",
+        "Activation checkpointing. none: store everything. most: like attention, but also store "
+        "the outputs of the linears in as many blocks as fit. attention: recompute each block "
+        "except self-attention, which takes most of the time. all: recompute whole blocks.",
         "all",
     )
+    # all also moves attention and its norms to Transformer Engine, in bf16. It remains accepted
+    # for existing recipes and is left out of the description: use linears.
     transformer_engine: Literal["off", "linears", "all"] = _training(
-        "What NVIDIA's Transformer Engine computes: nothing, the linears of all blocks but the "
-        "first and last in fp8, or also attention and its norms in bf16. Weights and files stay as "
-        "they are. Of what its linears give, most keeps nothing.",
+        "Use of NVIDIA's Transformer Engine. off: none. linears: compute the linears of all blocks "
+        "but the first and last in fp8; weights and files keep their format. With "
+        "activation_checkpointing most, the outputs of fp8 linears are not stored.",
         "off",
     )
     optimizer: Literal["auto", "torch", "deepspeed", "apex"] = _training(
-        "Whose AdamW: torch's fused one, which auto takes, DeepSpeed's, which is compiled at its "
-        "first use, or that of NVIDIA's Apex.",
+        "Implementation of AdamW. auto: the same as torch. torch: PyTorch's fused one. deepspeed: "
+        "DeepSpeed's, which is compiled at its first use. apex: NVIDIA Apex's, the kernel that "
+        "NVIDIA's own training uses; it is as fast as torch's (2.89 against 2.88 ms for 256 "
+        "million weights).",
         "auto",
     )
     text_dropout: float = _training(
-        "Share of clips that are trained without their text, which guidance needs.",
+        "Share of clips trained without their text, which classifier-free guidance needs.",
         0.2,
         ge=0,
         lt=1,
     )
-    # Above 12^-0.5 = 0.2887 the power function of EDM2 has no positive exponent.
+    # Above 12^-0.5 = 0.2887 no positive exponent of EDM2's power function gives this width.
     ema_rate: float = _training(
-        "Width of the EMA's memory as a share of the run (EDM2's relative deviation).",
+        "Width of the EMA's averaging profile as a share of the run (EDM2's relative standard "
+        "deviation).",
         0.1,
         gt=0,
         le=0.28,
     )
     seed: int = _training("Seed of clip order, noise and dropout.", 0, ge=0, lt=2**32)
     lora_rank: int = _training(
-        "Rank of a LoRA, which trains two small factors beside each of some frozen weights; "
-        "0 trains all weights.",
+        "Rank of a LoRA, which freezes the weights and trains two small factors next to some of "
+        "them; 0 trains all weights instead.",
         0,
         ge=0,
         le=1024,
     )
     lora_alpha: float | None = _training(
-        "The change is lora_alpha / lora_rank times the product of the factors; null is lora_rank.",
+        "A LoRA adds lora_alpha / lora_rank times the product of its factors; null means "
+        "lora_rank.",
         None,
         gt=0,
     )
     lora_targets: LoraTargets = _training(
-        "Linears of every block that a LoRA changes: attention, attention_mlp, or all with the "
-        "modulation too.",
+        "Linears that a LoRA changes in every block. attention: those of attention. "
+        "attention_mlp: those of the MLP too. all: those of the AdaLN modulation too.",
         "attention",
     )
 
-    sampler: Literal["euler", "res"] = _sampling("Solver of the sampling steps.", "euler")
-    num_steps: int = _sampling("Sampling steps of one video.", 35, ge=2, le=1000)
+    sampler: Literal["euler", "res"] = _sampling(
+        "Solver of the sampling steps. euler: first order. res: second-order multistep.", "euler"
+    )
+    num_steps: int = _sampling("Sampling steps per video.", 35, ge=2, le=1000)
     guidance: float = _sampling(
-        "Guidance g in cond + g (cond - uncond); 0 turns it off.", 7.0, ge=0, le=100
+        "Classifier-free guidance g in cond + g (cond - uncond); 0 turns it off.",
+        7.0,
+        ge=0,
+        le=100,
     )
     negative_prompt: str | None = _sampling(
-        'Text to steer away from; null is the model\'s own, "" is none.', None
+        'Text to steer away from; null uses the model\'s own, "" uses none.', None
     )
     sampling_seed: int = _sampling(
         "Seed of a video's noise; the same seed and prompt give the same video.", 1, ge=0, lt=2**32
     )
     upsampler: str = _sampling(
-        "Folder of the language model that makes short prompts long, or off.", "off", pattern=TEXT
+        "Folder of the language model that expands short prompts, or off.", "off", pattern=TEXT
     )
     upsampler_word_limit: int = _sampling(
-        "Most words of a prompt that is made longer; one with more stays as it is.", 250, ge=0
+        "Maximum number of words of a prompt to expand; longer prompts stay as they are.",
+        250,
+        ge=0,
     )
     guardrails: Literal["on", "off"] = _sampling(
-        "Check prompts and videos; what is blocked is not made. off is noted in every sidecar.",
+        "Safety checks of prompts and videos. on: nothing that a check blocks is made. off: no "
+        "checks, which every sidecar file notes.",
         "on",
     )
     memory: Literal["auto", "together", "in_turn"] = _sampling(
-        "Whether generate keeps all networks in memory together, or has them in turn, each loaded "
-        "once a batch; auto keeps them for prompts that come one by one, if they fit.",
+        "Which networks generate holds in memory. auto: all, if they fit and prompts come one by "
+        "one; else one after another. together: all. in_turn: one after another, each loaded once "
+        "per batch.",
         "auto",
     )
     compile: Literal["auto", "on", "off"] = _sampling(
-        "Have torch compile the denoiser's blocks, in training what lies between their linears, in "
-        "prep the tokenizer's blocks; auto does on a GPU where it saves time.",
+        "Use torch.compile for the denoiser's blocks in generate, for the operations between "
+        "their linears in train, and for the tokenizer's blocks in prep. auto: on a GPU, where it "
+        "saves time. on: always. off: never.",
         "auto",
     )
     video_crf: float = _sampling(
-        "Quality of the mp4 as x264's CRF, smaller is better.", 18.0, ge=0, le=51
+        "x264's CRF for the mp4; smaller is better quality.", 18.0, ge=0, le=51
     )
 
     output_root: str = _output(
@@ -353,12 +400,14 @@ class Recipe(BaseModel):
     )
     name: str = _output("Folder of the run itself.", "my_run", pattern=NAME)
     min_free_disk_gb: float = _output(
-        "Space that must stay free when prep or train starts.", 10.0, ge=0
+        "Disk space in GB that must remain free after all that prep or train will write; otherwise "
+        "they refuse to start.",
+        10.0,
+        ge=0,
     )
 
     @property
     def spec(self) -> ModelSpec:
-        """The numbers of the model."""
         return MODELS[self.model]
 
     @property
@@ -368,107 +417,115 @@ class Recipe(BaseModel):
 
     @property
     def lora_scale(self) -> float:
-        """What the product of a LoRA's factors is multiplied by."""
+        """Factor of the product of a LoRA's factors, lora_alpha / lora_rank."""
         return 1.0 if self.lora_alpha is None else self.lora_alpha / self.lora_rank
 
     @property
     def trained_parameters(self) -> int:
-        """How many weights are trained."""
+        """Number of weights that are trained."""
         if self.lora_rank:
             return self.spec.dit.lora_parameters(self.lora_rank, self.lora_targets)
         return self.spec.dit.parameters
 
     @property
     def run_dir(self) -> Path:
-        """The folder of the run, absolute."""
+        """Absolute path of the run's folder."""
         return Path(self.output_root, self.project, self.group, self.name).absolute()
 
 
 def conflicts(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str, str]]:
-    """The keys, the problem and the fix of each set of values that cannot work together."""
+    """Yield the keys, the problem and the fix of each set of values that cannot work together."""
     spec, tok = recipe.spec, recipe.spec.tokenizer
     if recipe.caption == "vlm" and not recipe.caption_model:
-        yield ("caption", "caption_model"), "caption vlm needs a model", "set caption_model"
+        fix = "name a vision-language model with `--set caption_model=FOLDER`"
+        yield ("caption", "caption_model"), "caption vlm needs caption_model", fix
     if (recipe.num_frames - 1) % tok.temporal or recipe.num_frames > tok.chunk_frames:
         rule = f"must be {tok.temporal}k + 1 and at most {tok.chunk_frames}"
-        fix = _neighbours(recipe.num_frames - 1, tok.temporal, tok.chunk_frames - 1, add=1)
+        fix = _try_nearest(recipe.num_frames - 1, tok.temporal, tok.chunk_frames - 1, add=1)
         yield ("num_frames",), f"{rule}, found {recipe.num_frames}", fix
     for key, size in (("height", recipe.height), ("width", recipe.width)):
         if size % spec.size_multiple or size > spec.max_size:
             rule = f"must be a multiple of {spec.size_multiple} and at most {spec.max_size}"
-            fix = _neighbours(size, spec.size_multiple, spec.max_size)
+            fix = _try_nearest(size, spec.size_multiple, spec.max_size)
             yield (key,), f"{rule}, found {size}", fix
-    least = {"none": 0, "ema": 0, "optimizer": 1, "parameters": 3}[recipe.offload]
-    if recipe.zero_stage < least:
-        what = f"{recipe.offload} needs zero_stage {least} or above, found {recipe.zero_stage}"
-        yield ("offload", "zero_stage"), what, f"set zero_stage: {least}"
+    least_stage = {"none": 0, "ema": 0, "optimizer": 1, "parameters": 3}[recipe.offload]
+    if recipe.zero_stage < least_stage:
+        what = f"offload {recipe.offload} needs zero_stage {least_stage} or above, "
+        what += f"found {recipe.zero_stage}"
+        yield ("offload", "zero_stage"), what, f"use `--set zero_stage={least_stage}`"
     if recipe.hpz_partition_size not in ("auto", 1) and recipe.zero_stage < 3:
-        what = f"hpz_partition_size shards weights, zero_stage {recipe.zero_stage} does not"
-        yield ("hpz_partition_size", "zero_stage"), what, "set zero_stage: 3"
-    shared = recipe.sequence_parallel
+        what = "hpz_partition_size needs the sharded weights of zero_stage 3, "
+        what += f"found zero_stage {recipe.zero_stage}"
+        yield ("hpz_partition_size", "zero_stage"), what, "use `--set zero_stage=3`"
+    group_size = recipe.sequence_parallel
     tokens = spec.tokens(recipe.num_frames, recipe.height, recipe.width)
-    if spec.dit.heads % shared or tokens % shared:
-        what = f"must divide {spec.dit.heads} heads and {tokens} tokens, found {shared}"
+    if spec.dit.heads % group_size or tokens % group_size:
+        what = f"must divide {spec.dit.heads} heads and {tokens} tokens, found {group_size}"
         yield ("sequence_parallel",), what, "use a power of two"
     if recipe.transformer_engine != "off":
-        yield from engine_conflicts(recipe, recipe.micro_batch_size * tokens // shared)
+        yield from engine_conflicts(recipe, recipe.micro_batch_size * tokens // group_size)
     if recipe.num_processes == "auto":
         return
-    if recipe.num_processes % shared:
-        what = f"must be a multiple of sequence_parallel {shared}, found {recipe.num_processes}"
-        fix = _neighbours(recipe.num_processes, shared)
+    if recipe.num_processes % group_size:
+        what = f"must be a multiple of sequence_parallel {group_size}, found {recipe.num_processes}"
+        fix = _try_nearest(recipe.num_processes, group_size)
         yield ("num_processes", "sequence_parallel"), what, fix
         return
     micro, total = recipe.micro_batch_size, recipe.global_batch_size
-    held = micro * (teams := recipe.num_processes // shared)
-    if total % held:
-        counted = "num_processes" if shared == 1 else "(num_processes / sequence_parallel)"
-        what = f"global_batch_size {total} is no multiple of micro_batch_size x {counted} = "
-        what += f"{micro} x {teams} = {held}"
+    clips_at_once = micro * (groups := recipe.num_processes // group_size)
+    if total % clips_at_once:
+        counted = "num_processes" if group_size == 1 else "(num_processes / sequence_parallel)"
+        what = f"global_batch_size {total} is not a multiple of micro_batch_size x {counted} = "
+        what += f"{micro} x {groups} = {clips_at_once}"
         keys = ("global_batch_size", "num_processes", "micro_batch_size", "sequence_parallel")
-        yield keys, what, f"{_neighbours(total, held)} for global_batch_size"
+        yield keys, what, f"{_try_nearest(total, clips_at_once)} for global_batch_size"
 
 
 def engine_conflicts(recipe: Recipe, tokens: int) -> Iterator[tuple[tuple[str, ...], str, str]]:
-    """The same of what Transformer Engine computes, with so many tokens in each process."""
+    """Yield the conflicts of Transformer Engine, like `conflicts`.
+
+    Args:
+        recipe: one that uses Transformer Engine.
+        tokens: the tokens of a micro batch in each process.
+    """
     key, mode = "transformer_engine", recipe.activation_checkpointing
     if recipe.precision != "bf16":
-        yield (key, "precision"), f"{key} needs precision bf16", f"set {key}: off"
+        what = f"{key} needs precision bf16, found {recipe.precision}"
+        yield (key, "precision"), what, f"use `--set precision=bf16` or `--set {key}=off`"
     if recipe.transformer_engine == "all" and mode in ("attention", "most"):
-        fix = f"set activation_checkpointing: all, or {key}: linears"
-        what = f"{mode} cannot keep the attention of Transformer Engine"
-        yield ("activation_checkpointing", key), what, fix
+        what = f"{mode} cannot store the attention of {key} all"
+        yield ("activation_checkpointing", key), what, f"use `--set {key}=linears`"
     if tokens % FP8_MULTIPLE:
         what = f"needs a multiple of {FP8_MULTIPLE} tokens in each process, found {tokens}"
-        yield (key,), what, f"set another size, or {key}: off"
+        yield (key,), what, f"change num_frames, height or width, or use `--set {key}=off`"
 
 
-def _neighbours(value: int, step: int, limit: float = float("inf"), add: int = 0) -> str:
+def _try_nearest(value: int, step: int, limit: float = float("inf"), add: int = 0) -> str:
     below = value // step * step
     near = [n + add for n in (below, below + step) if n <= limit and n + add > 0]
     return f"try {' or '.join(map(str, near or [int(limit) + add]))}"
 
 
 def oddities(recipe: Recipe) -> Iterator[str]:
-    """What works but is rarely meant, a sentence each."""
+    """Yield a warning for each value that works but is probably not intended."""
     spec = recipe.spec
     if recipe.warmup_steps >= recipe.max_steps:
         rise = (recipe.max_steps - 1) / recipe.warmup_steps
         share = recipe.lr_start_factor + (1 - recipe.lr_start_factor) * rise
         yield (
             f"warmup_steps {recipe.warmup_steps} is not below max_steps {recipe.max_steps}: the "
-            f"learning rate only ever reaches {share:.1%} of learning_rate"
+            f"learning rate never exceeds {share:.1%} of learning_rate"
         )
     if (recipe.height, recipe.width) not in spec.sizes:
         sizes = ", ".join(f"{height}x{width}" for height, width in spec.sizes)
         yield (
             f"{recipe.height}x{recipe.width} is not a size that {spec.name} was trained at "
-            f"({sizes}): expect to train longer"
+            f"({sizes}): it may need more steps"
         )
     if recipe.num_frames != spec.num_frames:
         yield (
             f"num_frames {recipe.num_frames} is not the {spec.num_frames} that {spec.name} was "
-            "trained at: expect to train longer"
+            "trained at: it may need more steps"
         )
     if recipe.stride < recipe.num_frames:
         yield (
@@ -478,22 +535,22 @@ def oddities(recipe: Recipe) -> Iterator[str]:
     if recipe.save_every_steps > recipe.max_steps:
         yield (
             f"save_every_steps {recipe.save_every_steps} is above max_steps {recipe.max_steps}: "
-            "a run that is killed starts again from the beginning"
+            "a killed run starts again from step 0"
         )
     if recipe.keep_every_steps % recipe.save_every_steps:
         yield (
-            f"keep_every_steps {recipe.keep_every_steps} is no multiple of save_every_steps "
-            f"{recipe.save_every_steps}: only the saves of both are kept"
+            f"keep_every_steps {recipe.keep_every_steps} is not a multiple of save_every_steps "
+            f"{recipe.save_every_steps}: only saves at a common multiple of both are kept"
         )
     if recipe.log_every_steps > recipe.max_steps:
         yield (
             f"log_every_steps {recipe.log_every_steps} is above max_steps {recipe.max_steps}: "
-            "only the last step's are written"
+            "only the metrics of the last step are written"
         )
     if recipe.keep_last == 1:
-        yield "keep_last 1 keeps one resume state: there is none to fall back on"
+        yield "keep_last 1 keeps one resume state: there is no older one to fall back on"
     if recipe.caption_model and recipe.caption != "vlm":
-        yield "caption_model has no effect without caption vlm"
+        yield "caption_model has no effect without `--set caption=vlm`"
     needs = dict.fromkeys(("dataset_revision", "dataset_include"), "dataset_repo")
     for key, other in ({"lora_alpha": "lora_rank"} | needs).items():
         if getattr(recipe, key) and not getattr(recipe, other):

@@ -1,6 +1,7 @@
-"""How ranks tell the process that started them why they failed, even when no disk can be written.
+"""Send the errors of ranks to the process that started them, even if no disk can be written.
 
-A datagram socket in Linux's abstract namespace: it needs no file and is gone with its owner.
+The channel is a datagram socket in Linux's abstract namespace. It needs no file and disappears with
+its owner.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ MAX_CHARACTERS = 20_000
 
 
 class Mailbox:
-    """The receiving end, to be closed; `address` goes to the ranks in their environment."""
+    """Receives the messages of the ranks, which find `address` in their environment variable."""
 
     def __init__(self) -> None:
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
@@ -26,7 +27,7 @@ class Mailbox:
         self.socket.setblocking(False)
 
     def read(self) -> list[dict[str, Any]]:
-        """The messages that have arrived, oldest first."""
+        """Return the messages that have arrived since the last call, oldest first."""
         messages = []
         with contextlib.suppress(BlockingIOError):
             while True:
@@ -34,16 +35,14 @@ class Mailbox:
         return messages
 
     def __enter__(self) -> Mailbox:
-        """Nothing to do, the socket is open."""
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Closes the socket; messages not read are lost."""
         self.socket.close()
 
 
 def post(message: dict[str, Any]) -> None:
-    """Sends a message to the process that started this one; prints it when there is none."""
+    """Send a message to the process that started this one, or print it if there is none."""
     text = json.dumps(message)
     address = os.environ.get(ADDRESS)
     try:

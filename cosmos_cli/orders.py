@@ -1,4 +1,4 @@
-"""From orders to outcomes: phase by phase, over processes, from a stream, beside each other."""
+"""Generate videos for requests: in batches, from a stream, or with two models to compare."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from cosmos_cli.jobs import Job, Order, Outcome, Weights, Wish
 
 
 def base_order(order: Order, base: Weights) -> Order:
-    """The same order to the base model.
+    """Return the same settings with the base model's weights, for --compare.
 
     Raises:
-        UserError: there is nothing to compare it with.
+        UserError: there is no second model, or the output is a single file.
     """
     if base.identity == order.weights.identity:
         raise UserError(
-            "there is only the base model", code=ExitCode.USAGE, where="--compare",
-            fix="run cosmos promote first, or give --model FOLDER",
+            "needs a second model to compare with the base", code=ExitCode.USAGE, where="--compare",
+            fix="run `cosmos promote` first, or add `--model FOLDER`",
         )  # fmt: skip
     if order.output.suffix.lower() == ".mp4":
         raise UserError(
-            "makes three videos of a prompt", code=ExitCode.USAGE, where="--compare",
-            fix="give a folder as --output",
+            f"writes three videos per prompt, but --output is the file {order.output}",
+            code=ExitCode.USAGE, where="--compare", fix="use `--output FOLDER`",
         )  # fmt: skip
     return replace(order, weights=base)
 
@@ -35,7 +35,7 @@ def base_order(order: Order, base: Weights) -> Order:
 def batch(
     orders: list[Order], wishes: Sequence[Wish | UserError], processes: int | None
 ) -> Iterator[Outcome]:
-    """Phase by phase, what is there already and what is refused first; comparisons last."""
+    """Yield finished and refused requests first, then each new video, then comparisons."""
     todo, done = [], []
     for order, wish in product(orders, wishes):
         outcome = order.place(wish)
@@ -46,7 +46,7 @@ def batch(
             yield outcome
     if todo:
         layout.require_writable(todo[0].path.parent)
-        for job, error in _made(list(dict.fromkeys(todo)), processes):
+        for job, error in _generate(list(dict.fromkeys(todo)), processes):
             if not error:
                 console.say(f"saved {job.path}")
             done.append(Outcome(job.prompt, job, error, done=not error))
@@ -55,20 +55,20 @@ def batch(
         yield from _comparisons(orders, [o.job for o in done if o.job and o.done])
 
 
-def _made(todo: list[Job], wanted: int | None) -> Iterator[tuple[Job, UserError | None]]:
-    """Each job when it is made, in this process or in several."""
+def _generate(todo: list[Job], wanted: int | None) -> Iterator[tuple[Job, UserError | None]]:
+    """Yield each job when its video is done or has failed, in this process or in several."""
     processes = spread.processes_for(todo, wanted)
     if processes > 1:
         yield from spread.run(todo, processes)
         return
     from cosmos_cli.model.device import best_device
-    from cosmos_cli.model.generate import generate as make
+    from cosmos_cli.model.generate import generate
 
-    yield from make(todo, best_device())
+    yield from generate(todo, best_device())
 
 
 def _comparisons(orders: list[Order], made: list[Job]) -> Iterator[Outcome]:
-    """The videos that both models made, beside each other."""
+    """Yield a side-by-side video for each job that both models have rendered."""
     from cosmos_cli.model.compare import compare
 
     base, tuned = orders
@@ -92,14 +92,14 @@ def _comparisons(orders: list[Order], made: list[Job]) -> Iterator[Outcome]:
 
 
 def stream(order: Order) -> Iterator[Outcome]:
-    """Each prompt of standard input as it comes, with all networks in memory if they fit."""
+    """Generate a video for each line of stdin; keep all networks in memory if they fit."""
     layout.require_writable(order.output.absolute())
     from cosmos_cli.model.device import best_device
     from cosmos_cli.model.generate import one_by_one
 
     make = one_by_one(order.r, order.weights, best_device())
     if isinstance(sys.stdin, io.TextIOWrapper):
-        # A line that is no UTF-8 is refused by itself.
+        # surrogateescape: a line that is not UTF-8 is refused and does not end the stream.
         sys.stdin.reconfigure(encoding="utf-8-sig", errors="surrogateescape")
     for wish in jobs.read_lines(sys.stdin):
         outcome = order.place(wish)

@@ -1,7 +1,7 @@
-"""What is tried out on this machine, each thing in processes of its own. No torch at import.
+"""Test this machine's packages, GPUs and network, each in its own process. No torch at import.
 
-A broken installation, a hanging network or a crash is thereby an outcome like any other. The
-processes are forked from one that has imported what takes longest: torch and its compiler, which
+A broken installation, a hanging network or a crash is then an outcome like any other. The
+processes are forked from one that has imported the slowest modules: torch and its compiler, which
 DeepSpeed, transformers and torchcodec all import.
 """
 
@@ -26,7 +26,7 @@ from cosmos_cli import download
 from cosmos_cli.assets import Asset
 from cosmos_cli.errors import UserError
 
-# On a busy machine, or from a cold network disk, importing torch alone takes a minute.
+# On a busy machine or from a cold network disk, importing torch alone takes a minute.
 PROBE_SECONDS = 180
 HUNG = "did not finish in time"
 NCCL_BYTES = 2**28
@@ -36,8 +36,7 @@ NCCL_BYTES = 2**28
 class Probe:
     """One function of `PROBES`, run by `ranks` processes at once.
 
-    The function gets `arguments`, and before them, when there are several ranks or it trains, the
-    path of a file by which the ranks find one another.
+    The function gets `arguments`. Those of `DISTRIBUTED` first get the path of a rendezvous file.
     """
 
     label: str
@@ -49,21 +48,21 @@ class Probe:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a probe found, or the end of its life as text; exactly one of them is filled."""
+    """The facts that a probe found, or else the error that ended it."""
 
     facts: dict[str, Any]
     error: str = ""
 
 
 def run(probes: Sequence[Probe]) -> dict[str, Outcome]:
-    """The outcome of every probe by its label; they run side by side."""
-    # Nothing in the working directory may pass for a package. And DeepSpeed would import torch's
-    # compiler whole, for an optimizer that is not used here.
+    """Run the probes at the same time; return the outcome of each by its label."""
+    # PYTHONSAFEPATH: nothing in the working directory may be imported as a package.
+    # TORCHDYNAMO_DISABLE: DeepSpeed would import all of torch's compiler for an unused optimizer.
     own = {"PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"}
-    asked = json.dumps({"seconds": PROBE_SECONDS, "probes": [asdict(probe) for probe in probes]})
+    request = json.dumps({"seconds": PROBE_SECONDS, "probes": [asdict(probe) for probe in probes]})
     with tempfile.TemporaryDirectory() as folder:
-        stem = subprocess.Popen(
-            [sys.executable, "-m", "cosmos_cli.probes", folder, asked],
+        parent = subprocess.Popen(
+            [sys.executable, "-m", "cosmos_cli.probes", folder, request],
             env=os.environ | own,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -72,23 +71,23 @@ def run(probes: Sequence[Probe]) -> dict[str, Outcome]:
             start_new_session=True,
         )
         try:
-            # It may hang as well, while it imports.
-            out, err = stem.communicate(timeout=PROBE_SECONDS + 20)
+            # This process may hang too, while it imports torch.
+            out, err = parent.communicate(timeout=PROBE_SECONDS + 20)
         except subprocess.TimeoutExpired:
             return {probe.label: Outcome({}, HUNG) for probe in probes}
         finally:
-            # With all that it forked, also after Ctrl-C.
+            # Kill the whole process group, also after Ctrl-C.
             with suppress(ProcessLookupError):
-                os.killpg(stem.pid, signal.SIGKILL)
-            stem.communicate()
-    if stem.returncode:
-        return {probe.label: _outcome(stem.returncode, out, err) for probe in probes}
-    found = _outcome(stem.returncode, out, err).facts
+                os.killpg(parent.pid, signal.SIGKILL)
+            parent.communicate()
+    if parent.returncode:
+        return {probe.label: _outcome(parent.returncode, out, err) for probe in probes}
+    found = _outcome(parent.returncode, out, err).facts
     return {probe.label: Outcome(**found[probe.label]) for probe in probes}
 
 
 def _outcome(code: int, out: str, err: str) -> Outcome:
-    """What became of a process; libraries print on stdout too, the answer is the last line."""
+    """Return the outcome of a process; the last line is its facts, after what libraries print."""
     if code == -signal.SIGALRM:
         return Outcome({}, HUNG)
     if code:
@@ -96,18 +95,19 @@ def _outcome(code: int, out: str, err: str) -> Outcome:
     return Outcome(json.loads(out.splitlines()[-1]))
 
 
-# --- the process that forks -----------------------------------------------------------------------
+# --- the parent process ---------------------------------------------------------------------------
 
 
 def _fork(folder: Path, probes: Sequence[Probe], seconds: int) -> Probe | None:
-    """Forks each rank of each probe; in each of them it returns what is to be tried out there.
+    """Fork each rank of each probe, wait for all of them and print their outcomes.
 
-    In this process it returns nothing, when all have ended and their outcomes were printed.
+    Returns:
+        The probe to run in each forked process; None in the parent, after all have ended.
     """
     children: dict[int, tuple[str, list[Path]]] = {}
     for probe, rank in [(each, rank) for each in probes for rank in range(each.ranks)]:
-        said = [folder / f"{probe.label}.{name}{rank}" for name in ("out", "err")]
-        files = [os.open(path, os.O_WRONLY | os.O_CREAT) for path in said]
+        outputs = [folder / f"{probe.label}.{name}{rank}" for name in ("out", "err")]
+        files = [os.open(path, os.O_WRONLY | os.O_CREAT) for path in outputs]
         pid = os.fork()
         if not pid:
             signal.alarm(seconds)
@@ -116,19 +116,19 @@ def _fork(folder: Path, probes: Sequence[Probe], seconds: int) -> Probe | None:
             own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": probe.ranks}
             os.environ.update({k: str(v) for k, v in own.items()} | probe.environment)
             return probe
-        children[pid] = probe.label, said
+        children[pid] = probe.label, outputs
     outcomes: dict[str, dict[str, Any]] = {}
     while children:
         pid, status = os.wait()
-        label, said = children.pop(pid)
-        mates = [other for other, (its, _) in children.items() if its == label]
+        label, outputs = children.pop(pid)
+        other_ranks = [each for each, (its_label, _) in children.items() if its_label == label]
         code = os.waitstatus_to_exitcode(status)
-        if label not in outcomes and (code or not mates):
-            out, err = (path.read_text(errors="replace") for path in said)
+        if label not in outcomes and (code or not other_ranks):
+            out, err = (path.read_text(errors="replace") for path in outputs)
             outcomes[label] = asdict(_outcome(code, out, err))
-            # They would wait for it.
-            for mate in mates:
-                os.kill(mate, signal.SIGKILL)
+            # The other ranks of this probe would wait for the one that ended.
+            for other in other_ranks:
+                os.kill(other, signal.SIGKILL)
     print(json.dumps(outcomes))
     return None
 
@@ -137,7 +137,7 @@ def _fork(folder: Path, probes: Sequence[Probe], seconds: int) -> Probe | None:
 
 
 def probe_torch() -> dict[str, Any]:
-    """Version, CUDA version and usable GPUs of the installed torch."""
+    """Return torch's version, its CUDA version and the usable GPUs."""
     import torch
 
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -153,7 +153,7 @@ def probe_torch() -> dict[str, Any]:
 
 
 def probe_video() -> dict[str, Any]:
-    """Versions of torchcodec and FFmpeg, after two seconds of mp4 were written and read back."""
+    """Write and read two seconds of mp4; return the versions of torchcodec and FFmpeg."""
     import torch
     import torchcodec
 
@@ -168,12 +168,14 @@ def probe_video() -> dict[str, Any]:
         decoded = video.read_frames(path, range(frames))
     error = (decoded.float() - moving.float()).abs().mean().item()
     if decoded.shape != moving.shape or error > 4:
-        raise RuntimeError(f"the mp4 came back as {tuple(decoded.shape)}, {error:.1f} levels off")
+        raise RuntimeError(
+            f"the mp4 was decoded to shape {tuple(decoded.shape)}, {error:.1f} grey levels off"
+        )
     return {"torchcodec": torchcodec.__version__, "ffmpeg": torchcodec.ffmpeg_major_version}
 
 
 def _join(store: str) -> Any:
-    """Joins the other ranks of this probe; the device of this one."""
+    """Join the other ranks of this probe; return the device of this one."""
     import torch
 
     on_gpu = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
@@ -190,14 +192,14 @@ def _join(store: str) -> Any:
 
 
 def probe_deepspeed(store: str) -> dict[str, Any]:
-    """The version of DeepSpeed, after one step of ZeRO-3 changed the weights."""
+    """Run one ZeRO-3 step; return the version of DeepSpeed and the type of the device."""
     import deepspeed
     import torch
     from deepspeed import ops
 
     device = _join(store)
     if device.type == "cpu":
-        # Its shared-memory all-reduce would be compiled for over a minute.
+        # Compiling its shared-memory all-reduce takes over a minute.
         ops.__compatible_ops__["deepspeed_shm_comm"] = False
     config = {
         "train_micro_batch_size_per_gpu": 1,
@@ -214,15 +216,15 @@ def probe_deepspeed(store: str) -> dict[str, Any]:
     engine.step()
     after = engine(x).square().mean()
     if before.item() == after.item():
-        raise RuntimeError("a ZeRO-3 step left the weights as they were")
+        raise RuntimeError("a ZeRO-3 step did not change the weights")
     torch.distributed.destroy_process_group()
     return {"version": deepspeed.__version__, "backend": device.type}
 
 
 def probe_nccl(store: str) -> dict[str, Any]:
-    """Bus bandwidth of an all-reduce of 268 MB over all GPUs, in bytes per second.
+    """Measure the bus bandwidth of an all-reduce of 268 MB over all GPUs, in bytes per second.
 
-    Source: NVIDIA/nccl-tests, doc/PERFORMANCE.md: 2 (n - 1) / n times the bytes over the time.
+    Source: NVIDIA/nccl-tests, doc/PERFORMANCE.md: 2 (n - 1) / n times bytes / seconds.
     """
     import torch
 
@@ -244,7 +246,7 @@ def probe_nccl(store: str) -> dict[str, Any]:
 
 
 def probe_transformers() -> dict[str, Any]:
-    """The version of transformers, whose T5 encoder could be imported."""
+    """Import the T5 encoder; return the version of transformers."""
     import transformers
     from transformers import T5EncoderModel, T5TokenizerFast  # noqa: F401
 
@@ -252,8 +254,8 @@ def probe_transformers() -> dict[str, Any]:
 
 
 def probe_transformer_engine() -> dict[str, Any]:
-    """The version of Transformer Engine, whose linear and norm agree with torch's on the GPU."""
-    # First, since its libraries are those that Transformer Engine loads.
+    """Compare a linear and a norm with torch's on the GPU; return Transformer Engine's version."""
+    # Import torch first: Transformer Engine loads the libraries that come with it.
     import torch
     import transformer_engine
     from transformer_engine import pytorch as te
@@ -266,13 +268,13 @@ def probe_transformer_engine() -> dict[str, Any]:
         plain = torch.nn.functional.rms_norm(x, (64,), eps=1e-5) @ linear.weight.T
         error = (linear(norm(x)) - plain).abs().max().item()
     if not error < 0.1:
-        raise RuntimeError(f"its linear layer is {error} off torch's")
+        raise RuntimeError(f"its linear layer differs from torch's by {error}")
     return {"version": transformer_engine.__version__}
 
 
 def probe_apex() -> dict[str, Any]:
-    """One step of the fused Adam of NVIDIA's Apex, which agrees with torch's on the GPU."""
-    # First, since the extension is linked against it.
+    """Compare one step of Apex's fused Adam with torch's AdamW on the GPU."""
+    # Import torch first: the extension of Apex is linked against it.
     import torch
     from apex.optimizers import FusedAdam
 
@@ -284,14 +286,15 @@ def probe_apex() -> dict[str, Any]:
     FusedAdam([theirs], lr=0.1, weight_decay=0.01).step()
     error = (ours - theirs).abs().max().item()
     if not error < 1e-5:
-        raise RuntimeError(f"its fused Adam is {error} off torch's")
+        raise RuntimeError(f"its fused Adam differs from torch's by {error}")
     return {}
 
 
 def probe_hub(*repositories: str) -> dict[str, Any]:
-    """Which of some repositories, each `model:owner/name` or `dataset:...`, may be read.
+    """Return which repositories this account may read: open, refused or unknown.
 
-    What keeps one from being read is `refused`, unless it is only that the hub cannot be asked.
+    A repository is `model:owner/name` or `dataset:owner/name`. It is unknown if the hub cannot be
+    reached.
     """
 
     def ask(repository: str) -> tuple[str, str, str]:
@@ -317,18 +320,21 @@ PROBES: dict[str, Callable[..., dict[str, Any]]] = {
     "apex": probe_apex,
     "hub": probe_hub,
 }
-TRAINING = ("deepspeed", "nccl")
+DISTRIBUTED = ("deepspeed", "nccl")
 
 
 def main(folder: Path, seconds: int, probes: Sequence[dict[str, Any]]) -> None:
-    """Imports what most probes import, forks them, and is then one of them."""
-    # What is missing or broken is told by those that need it. Neither starts a thread or a GPU.
+    """Import torch's compiler and fork the probes; each forked process then runs its probe."""
+    # The probes report what is missing or broken. This import starts no thread and uses no GPU, so
+    # that forking afterwards is safe.
     with suppress(ImportError, OSError, RuntimeError):
         importlib.import_module("torch._dynamo")
     if probe := _fork(folder, [Probe(**about) for about in probes], seconds):
-        meeting = (str(folder / f"{probe.label}.store"),) if probe.function in TRAINING else ()
-        print(json.dumps(PROBES[probe.function](*meeting, *probe.arguments)))
-    # To take down a Python with all of torch in it costs each process as much as its probe.
+        rendezvous = (
+            (str(folder / f"{probe.label}.store"),) if probe.function in DISTRIBUTED else ()
+        )
+        print(json.dumps(PROBES[probe.function](*rendezvous, *probe.arguments)))
+    # A regular exit of Python with torch loaded takes as long as a probe.
     sys.stdout.flush()
     os._exit(0)
 

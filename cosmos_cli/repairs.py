@@ -1,4 +1,4 @@
-"""The commands that mend a machine, and how they are run or written down. No torch."""
+"""Commands that install what a machine lacks, run one by one or written as a script. No torch."""
 
 from __future__ import annotations
 
@@ -19,16 +19,17 @@ from cosmos_cli.errors import ExitCode, UserError
 TORCHCODEC = "torchcodec>=0.13,<0.14"
 DEEPSPEED = "deepspeed>=0.19.8,<0.20"
 TRANSFORMER_ENGINE = "transformer-engine[pytorch,core-cu{major}]>=2.9,<3"
-# Apex has no releases; this commit builds with the torch that is pinned here.
+# Apex has no releases. This commit builds with the pinned version of torch.
 APEX = "git+https://github.com/NVIDIA/apex@6424da3b4faa6c8f062da4a48c424fff3f02d42d"
-# What the builds of both need and do not fetch, because they must see the installed torch.
+# Transformer Engine and Apex build without isolation, to compile against the installed torch. pip
+# then does not install their build requirements.
 BUILD_TOOLS = ("setuptools", "wheel", "packaging", "ninja", "pybind11")
 
 Command = tuple[str, ...]
 
 
 def apt(package: str) -> tuple[Command, ...]:
-    """The commands that install a package of Debian or Ubuntu; none where they cannot run."""
+    """Return the commands that install a Debian or Ubuntu package; none without apt-get or sudo."""
     root = () if os.geteuid() == 0 else ("sudo", "-n")
     if not all(map(shutil.which, (*root[:1], "apt-get"))):
         return ()
@@ -42,34 +43,35 @@ def apt(package: str) -> tuple[Command, ...]:
 
 
 def pip(*requirements: str) -> tuple[Command, ...]:
-    """The command that installs packages into this environment."""
+    """Return the command that installs packages into this environment."""
     return ((sys.executable, "-m", "pip", "install", *requirements),)
 
 
 def pip_uninstall(package: str) -> tuple[Command, ...]:
-    """The command that removes a package from this environment."""
+    """Return the command that removes a package from this environment."""
     return ((sys.executable, "-m", "pip", "uninstall", "--yes", package),)
 
 
 def transformer_engine(cuda: str) -> tuple[Command, ...]:
-    """The commands that build Transformer Engine for torch's version of CUDA, such as 13.0."""
+    """Return the commands that build Transformer Engine for torch's CUDA version, such as 13.0."""
     requirement = TRANSFORMER_ENGINE.format(major=cuda.partition(".")[0])
-    build = _building(requirement, "NVTE_FRAMEWORK=pytorch")
+    build = _build_command(requirement, "NVTE_FRAMEWORK=pytorch")
     return (*pip(*BUILD_TOOLS, "nvidia-cudnn-frontend"), build)
 
 
 def apex() -> tuple[Command, ...]:
-    """The commands that build NVIDIA's Apex from its source; they need git and nvcc."""
-    # Most of its twelve extensions are of two or three files, and they would wait for one another.
-    build = _building(APEX, "APEX_CPP_EXT=1", "APEX_CUDA_EXT=1", "APEX_PARALLEL_BUILD=4")
+    """Return the commands that build NVIDIA's Apex from source; they need git and nvcc."""
+    # Most of its twelve extensions have two or three files, too few to keep all cores busy. So four
+    # extensions are built at a time.
+    build = _build_command(APEX, "APEX_CPP_EXT=1", "APEX_CUDA_EXT=1", "APEX_PARALLEL_BUILD=4")
     return (*pip(*BUILD_TOOLS), build)
 
 
-def _building(requirement: str, *environment: str) -> Command:
-    """The command that compiles a package against the installed torch.
+def _build_command(requirement: str, *environment: str) -> Command:
+    """Return the command that compiles a package against the installed torch.
 
-    What it compiles includes headers of CUDA's libraries. A toolkit need not have them, but they
-    came with torch's wheels; those of the toolkit go before.
+    The sources include headers of CUDA's libraries. A toolkit may lack them, so the headers in
+    torch's wheels are added. The compiler prefers those of the toolkit.
     """
     wheels = Path(sysconfig.get_path("purelib"), "nvidia")
     headers = ":".join(map(str, sorted(wheels.glob("*/include"))))
@@ -78,10 +80,10 @@ def _building(requirement: str, *environment: str) -> Command:
 
 
 def install(commands: Sequence[Command]) -> Path:
-    """Runs the commands, each shown first; the log of what they printed.
+    """Show and run each command, and return the path of the log of their output.
 
     Raises:
-        UserError: one of them failed; names the log.
+        UserError: a command failed. The error names the log.
     """
     log = cache_dir() / "setup.log"
     console.say(f"installing what is missing; the output of the commands goes to {log}")
@@ -94,7 +96,7 @@ def install(commands: Sequence[Command]) -> Path:
             console.say(f"$ {shown}")
             print(f"$ {shown}", file=stream, flush=True)
             begin = stream.tell()
-            # No stdin: nobody may be there to answer.
+            # Without stdin a command that asks a question fails instead of waiting for an answer.
             done = subprocess.run(
                 command,
                 stdin=subprocess.DEVNULL,
@@ -103,20 +105,22 @@ def install(commands: Sequence[Command]) -> Path:
                 check=False,
             )
             if done.returncode:
-                said = log.read_bytes()[begin:].decode(errors="replace")
+                output = log.read_bytes()[begin:].decode(errors="replace")
                 raise UserError(
-                    f"`{shown}` failed with code {done.returncode}: {last_line(said)}",
+                    f"`{shown}` failed with code {done.returncode}: {last_line(output)}",
                     code=ExitCode.ENVIRONMENT,
                     where=str(log),
-                    fix="run it by hand, then cosmos setup again",
+                    fix="run that command yourself, then `cosmos setup` again",
                 )
     return log
 
 
 def script(commands: Sequence[Command], by_hand: Sequence[str]) -> str:
-    """The commands as a shell script that stops at the first that fails.
+    """Return the commands as a shell script that stops at the first failure.
 
-    What no command mends stands in its comments.
+    Args:
+        commands: the commands to run.
+        by_hand: what no command can fix; each becomes a comment.
     """
     notes = [f"# by hand: {text}" for text in by_hand]
     lines = [shlex.join(command) for command in commands]
@@ -124,7 +128,7 @@ def script(commands: Sequence[Command], by_hand: Sequence[str]) -> str:
 
 
 def last_line(text: str) -> str:
-    """The line of an output that says why: of a traceback its last exception."""
+    """Return the last exception of a traceback, or else the last line of the output."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     exceptions = [line for line in lines if re.match(r"(E|[\w.]+(Error|Exception)): ", line)]
     return ["", *lines, *exceptions][-1][:160]

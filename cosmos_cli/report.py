@@ -1,7 +1,7 @@
-"""Self-contained HTML pages: text, tables, pictures, videos and plots in one file. No torch.
+"""Build self-contained HTML pages of text, tables, images, videos and plots. No torch.
 
-A page is a title and a list of sections; every function here returns escaped HTML. Nothing is
-loaded from elsewhere, so that a page opens without a network, in dark and in light.
+A page is a title and a list of sections. Every function returns escaped HTML. A page loads nothing
+from elsewhere, so it opens without a network. It follows the browser's dark or light mode.
 """
 
 from __future__ import annotations
@@ -27,14 +27,20 @@ svg { width: 100%; height: auto; max-width: 40rem }
 svg text { font: 11px system-ui, sans-serif; fill: var(--soft) }
 pre { overflow-x: auto; font-size: .85rem }
 """
-# Told apart by those who do not see all colours. Source: Okabe and Ito 2008.
+# A palette that colour-blind readers can tell apart. Source: Okabe and Ito 2008.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 MOST_TICKS = 6
 MEDIA = {".mp4": "video/mp4", ".jpg": "image/jpeg", ".png": "image/png"}
 
 
 def page(title: str, sections: Iterable[tuple[str, str]], note: str = "") -> str:
-    """A whole document: a heading and its HTML for each section, below a title and a note."""
+    """Return a whole document.
+
+    Args:
+        title: the title and first heading.
+        sections: a heading and its HTML for each section.
+        note: a paragraph below the title.
+    """
     parts = [f"<h2>{html.escape(heading)}</h2>\n{body}" for heading, body in sections]
     return (
         '<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n'
@@ -47,17 +53,17 @@ def page(title: str, sections: Iterable[tuple[str, str]], note: str = "") -> str
 
 
 def text(words: str) -> str:
-    """A paragraph."""
+    """Return a paragraph."""
     return f"<p>{html.escape(words)}</p>"
 
 
 def code(words: str) -> str:
-    """Lines as they are: a command, a recipe."""
+    """Return preformatted lines, such as a command or a recipe."""
     return f"<pre>{html.escape(words)}</pre>"
 
 
 def table(rows: Iterable[Sequence[object]], header: Sequence[str] = ()) -> str:
-    """A table of escaped cells; a cell that is `Html` goes in as it is."""
+    """Return a table. Its cells are escaped, except those that are `Html`."""
     head = "".join(f"<th>{html.escape(name)}</th>" for name in header)
     lines = ["<tr>" + "".join(f"<td>{_cell(cell)}</td>" for cell in row) + "</tr>" for row in rows]
     return (
@@ -68,7 +74,7 @@ def table(rows: Iterable[Sequence[object]], header: Sequence[str] = ()) -> str:
 
 
 class Html(str):
-    """What is HTML already."""
+    """Text that is already HTML and is not escaped again."""
 
     __slots__ = ()
 
@@ -78,12 +84,12 @@ def _cell(cell: object) -> str:
 
 
 def row(*parts: str) -> str:
-    """Parts side by side where there is room."""
+    """Return the parts side by side, or below each other on a narrow screen."""
     return f'<div class="row">{"".join(f"<div>{part}</div>" for part in parts)}</div>'
 
 
 def media(path: Path, caption: str = "") -> Html:
-    """A picture or a video that plays in a loop, held in the page itself."""
+    """Return an image, or a video that plays in a loop, embedded in the page."""
     kind = MEDIA[path.suffix]
     data = f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
     if kind.startswith("video"):
@@ -94,7 +100,7 @@ def media(path: Path, caption: str = "") -> Html:
 
 
 def chart(series: Mapping[str, Sequence[tuple[float, float]]], x_name: str, y_name: str) -> Html:
-    """Lines of (x, y) points by name, as SVG; points that are not finite are left out."""
+    """Plot one line of (x, y) points per name as SVG, without points that are not finite."""
     kept = {
         name: [(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y)]
         for name, points in series.items()
@@ -103,19 +109,19 @@ def chart(series: Mapping[str, Sequence[tuple[float, float]]], x_name: str, y_na
     if not points:
         return Html(text("nothing to draw"))
     (x0, x1), (y0, y1) = (_bounds([point[axis] for point in points]) for axis in (0, 1))
-    across_at = [x for x in _ticks(x0, x1) if x0 <= x <= x1]
-    down_at = _ticks(y0, y1)
-    y0, y1 = down_at[0], down_at[-1]
+    x_ticks = [x for x in _ticks(x0, x1) if x0 <= x <= x1]
+    y_ticks = _ticks(y0, y1)
+    y0, y1 = y_ticks[0], y_ticks[-1]
 
     def place(x: float, y: float) -> tuple[float, float]:
         return 60 + 560 * (x - x0) / (x1 - x0), 222 - 210 * (y - y0) / (y1 - y0)
 
     parts, legend = [], []
-    for y in down_at:
+    for y in y_ticks:
         down = place(x0, y)[1]
         parts.append(f'<line x1="60" x2="620" y1="{down:.1f}" y2="{down:.1f}" stroke="#8883"/>')
         parts.append(f'<text x="54" y="{down + 4:.1f}" text-anchor="end">{y:.6g}</text>')
-    for x in across_at:
+    for x in x_ticks:
         across = place(x, y0)[0]
         parts.append(f'<text x="{across:.1f}" y="240" text-anchor="middle">{x:.6g}</text>')
     for i, (name, line) in enumerate(kept.items()):
@@ -135,7 +141,7 @@ def chart(series: Mapping[str, Sequence[tuple[float, float]]], x_name: str, y_na
 
 
 def histogram(values: Sequence[float], name: str, bins: int = 12) -> Html:
-    """How many values lie in each of `bins` equal ranges, as SVG."""
+    """Plot the number of values in each of `bins` equal ranges as SVG."""
     if not values:
         return Html(text("nothing to draw"))
     low, high = _bounds(values)
@@ -160,7 +166,7 @@ def histogram(values: Sequence[float], name: str, bins: int = 12) -> Html:
 
 
 def _ticks(low: float, high: float) -> list[float]:
-    """Round numbers, from the last one up to `low` to the first one from `high` on."""
+    """Return evenly spaced round numbers; the first is at most `low`, the last at least `high`."""
     step = 10.0 ** math.floor(math.log10(high - low))
     step *= next(
         part for part in (0.2, 0.25, 0.5, 1, 2) if (high - low) / step <= part * MOST_TICKS

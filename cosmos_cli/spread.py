@@ -1,4 +1,4 @@
-"""Videos over several processes: start them, pass on what they report, stop them. No torch."""
+"""Generate videos in several processes: start them, report their results, stop them. No torch."""
 
 from __future__ import annotations
 
@@ -13,33 +13,35 @@ from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.jobs import Job
 from cosmos_cli.keys import Recipe
 
-# What torchrun gives its ranks to end in order.
+# Longer than the 30 s that torchrun allows its ranks to end after SIGTERM.
 STOP_SECONDS = 40
 
 
 def processes_for(todo: list[Job], wanted: int | None) -> int:
-    """How many processes make the jobs, at most one per GPU or as many as wanted.
+    """Return the number of processes for the jobs: at most one per GPU, or `wanted`.
 
-    One a video; or two, one for each side of guidance; or more, which share the tokens of a side.
+    One process per video, if there are not enough for more. Two split the conditional and the
+    unconditional pass of classifier-free guidance. With four or eight, the processes of each pass
+    also split its tokens.
     """
-    most = wanted or max(len(launch.gpu_names()), 1)
-    for team in (8, 4, 2):
-        if most >= team * len(todo) and all(_divides(job.r, team) for job in todo):
-            return team * len(todo)
-    return min(most, len(todo))
+    limit = wanted or max(len(launch.gpu_names()), 1)
+    for per_video in (8, 4, 2):
+        if limit >= per_video * len(todo) and all(_can_split(job.r, per_video) for job in todo):
+            return per_video * len(todo)
+    return min(limit, len(todo))
 
 
-def _divides(r: Recipe, team: int) -> bool:
-    """Whether so many processes can make one video."""
-    tokens = r.spec.tokens(r.num_frames, r.height, r.width)
-    return r.guidance > 0 and not tokens % (team // 2) and not r.spec.dit.heads % (team // 2)
+def _can_split(r: Recipe, processes: int) -> bool:
+    """True if `processes` processes can generate one video together."""
+    tokens, per_pass = r.spec.tokens(r.num_frames, r.height, r.width), processes // 2
+    return r.guidance > 0 and not tokens % per_pass and not r.spec.dit.heads % per_pass
 
 
 def run(todo: list[Job], processes: int) -> Iterator[tuple[Job, UserError | None]]:
-    """Makes the jobs; yields each one when its files are there, or why not.
+    """Run the jobs; yield each one when its files are written, or with its error.
 
     Raises:
-        UserError: what ended a process.
+        UserError: a process ended with an error.
     """
     listed = todo[0].path.parent / f".{os.getpid()}.jobs.tmp.json"
     command = [
@@ -55,7 +57,7 @@ def run(todo: list[Job], processes: int) -> Iterator[tuple[Job, UserError | None
                 env={**launch.environment(processes), mailbox.ADDRESS: box.address},
                 stdout=subprocess.PIPE,
                 text=True,
-                # Ctrl-C reaches us alone, and is passed on in order.
+                # Ctrl-C must reach only this process, which then stops the others cleanly.
                 start_new_session=True,
             )
             assert process.stdout
@@ -65,13 +67,13 @@ def run(todo: list[Job], processes: int) -> Iterator[tuple[Job, UserError | None
             if process:
                 _stop(process)
             listed.unlink(missing_ok=True)
-        verdict = next((message for message in box.read() if "first" in message), None)
+        failed = next((message for message in box.read() if "first" in message), None)
     if process.returncode:
-        where = f"process {verdict['first']}" if verdict else "torchrun"
-        code = verdict["process_code"] if verdict else process.returncode
+        where = f"process {failed['first']}" if failed else "torchrun"
+        code = failed["process_code"] if failed else process.returncode
         raise UserError(
-            f"ended with code {code}; what it said stands above", code=ExitCode.BUG, where=where,
-            fix="the same command goes on where it stopped",
+            f"ended with code {code}; its output is above", code=ExitCode.BUG, where=where,
+            fix="run the same command again to make the remaining videos",
         )  # fmt: skip
 
 
@@ -91,7 +93,7 @@ def _outcomes(lines: Iterator[str], todo: list[Job]) -> Iterator[tuple[Job, User
 
 
 def _stop(process: subprocess.Popen[str]) -> None:
-    """Ends what still runs: in order, or after a while not."""
+    """Terminate the processes, and kill those that do not end within `STOP_SECONDS`."""
     process.terminate()
     try:
         process.wait(STOP_SECONDS)

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Installs cosmos from this clone into its .venv, and FFmpeg when it is missing.
+# Install cosmos from this clone into its .venv, and FFmpeg if it is missing.
 #
 #   bash recipes/install.sh [--test] [--torch cpu|cuda]
 #
-#   --test    also what the tests need
-#   --torch   the build of torch; by default cuda when there is an NVIDIA GPU, else cpu
+#   --test    also install what the tests need
+#   --torch   the build of torch; the default is cuda if there is an NVIDIA GPU, else cpu
 #
-# Exit code 3: this machine lacks something, the last line says what.
+# Exit code 3: this machine lacks something; the last line names it.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -26,7 +26,7 @@ fail() {
   exit 3
 }
 
-# A run that got to its end leaves this file; it holds as long as nothing it depends on changes.
+# A finished installation leaves this file. It is valid until one of the hashed files changes.
 key=$(cat pyproject.toml .ci/constraints.txt <(pwd) | sha256sum | cut -c1-16)
 stamp=.venv/installed-$key
 if [[ -z $torch && -e $stamp-$extras && -x .venv/bin/cosmos ]]; then
@@ -61,12 +61,12 @@ else
   room=1300 cost="270 MB to download, 1.3 GB on disk, 2 minutes"
 fi
 free=$(df --output=avail --block-size=1MB . | tail -n 1)
-[[ -n $present ]] || ((free >= room)) || fail "$room MB of disk are needed, $PWD has ${free// /} MB"
+[[ -n $present ]] || ((free >= room)) || fail "$room MB of disk space are needed, $PWD has ${free// /} MB"
 echo "Installing cosmos into $PWD/.venv ($("$python" --version), torch for $torch): about $cost."
-echo "FFmpeg is added with apt-get when it is missing (60 MB). Nothing else outside .venv changes."
+echo "If FFmpeg is missing, apt-get installs it (60 MB). Nothing else outside .venv changes."
 
 if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
-  # Debian's Python without python3-venv cannot put pip into a new environment, but its pip can.
+  # Debian's Python without python3-venv cannot put pip into a new environment; Debian's pip can.
   if ! "$python" -m venv --clear .venv >/dev/null 2>&1; then
     "$python" -m venv --clear --without-pip .venv
     "$python" -m pip --python .venv/bin/python install --quiet pip ||
@@ -77,20 +77,20 @@ fi
 
 version=$(sed -n 's/^torch==//p' .ci/constraints.txt)
 if [[ $torch == cpu && $present != *+cpu ]]; then
-  # The package index itself holds only the CUDA build, of gigabytes. `+cpu` cannot match that one.
-  # One try: where the index cannot be reached, pip's own configuration may know the file.
+  # PyPI has only the CUDA build of several GB; `+cpu` cannot match it. Retry only once: if
+  # PyTorch's index cannot be reached, an index in pip's own configuration may have the file.
   "${pip[@]}" install --no-deps --retries 1 --timeout 30 "torch==$version+cpu" \
     --extra-index-url https://download.pytorch.org/whl/cpu ||
     fail "no CPU build of torch $version for $("$python" --version) could be fetched;" \
-      "try again, or take the CUDA build (3 GB): bash recipes/install.sh --torch cuda"
+      "try again, or install the CUDA build (3 GB): bash recipes/install.sh --torch cuda"
 elif [[ $torch == cuda && $present == *+cpu ]]; then
   "${pip[@]}" uninstall --quiet --yes torch
 fi
 
-echo "Installing the packages, about a minute."
-# The build backend warns at length about every editable installation.
+echo "Installing the packages takes about a minute."
+# setuptools prints long warnings about every editable installation.
 PYTHONWARNINGS=ignore "${pip[@]}" install --quiet --constraint .ci/constraints.txt --editable ".[$extras]"
 .venv/bin/cosmos setup tiny --install
 
 touch "$stamp-train,guardrails" "$stamp-$extras"
-echo "Installed. Use it with: source $PWD/.venv/bin/activate"
+echo "Installed. To use it: source $PWD/.venv/bin/activate"

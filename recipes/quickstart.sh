@@ -1,18 +1,18 @@
 #!/usr/bin/env bash
-# From a bare machine to a video: installs cosmos, runs its six verbs on the tiny recipe, and measures
-# the model before and after.
+# Install cosmos, run its six verbs on the tiny recipe, and compare the model before and after
+# post-training.
 #
 #   bash recipes/quickstart.sh [PROMPT]
 #
-# It is also the pattern for scripts of your own: every verb ends with 0 or a documented code, so
-# `set -e` stops at the first one that failed, and stdout carries the result only.
+# Use it as a pattern for your own scripts: every verb ends with 0 or a documented exit code, so
+# `set -e` stops at the first failure, and stdout carries only the result.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 prompt=${1:-A video of sks teal robot moving left on a light background.}
-echo "Post-training a tiny video model on drawn clips, then making a video of: $prompt"
-echo "This takes under 10 minutes on 2 cores, 4 GB of memory, and 330 MB of downloads the first time."
-echo "Needed are Linux and Python 3.11 to 3.13. Everything stays in $PWD."
+echo "Post-training a tiny video model on synthetic clips, then generating a video of: $prompt"
+echo "This takes under 10 minutes on 2 cores and 4 GB of memory. The first run downloads 330 MB."
+echo "It needs Linux and Python 3.11 to 3.13, and writes into $PWD."
 
 bash recipes/install.sh
 PATH=$PWD/.venv/bin:$PATH
@@ -26,4 +26,4 @@ video=$(cosmos generate tiny --prompt "$prompt")
 cosmos evaluate tiny --prompts 12
 
 echo "Your video: $video"
-echo "Before and after, with the curves of the training: $PWD/outputs/evaluation.html"
+echo "Before and after, with the training curves: $PWD/outputs/evaluation.html"

@@ -1,4 +1,4 @@
-"""Embeddings and upsampled prompts are kept between runs, and never change what is made."""
+"""Cached embeddings and upsampled prompts never change the generated videos."""
 
 import hashlib
 import os
@@ -19,12 +19,12 @@ QUICK = settings("num_steps=2", "guidance=2", "negative_prompt=w7", "upsampler=c
 
 
 class Asker:
-    """What asks a model."""
+    """Stands for a class that runs a model."""
 
 
 @pytest.fixture
 def answers(tmp_path, monkeypatch):
-    """Makes the answers of a model of one file."""
+    """Make the `Answers` of a model of one file."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "weights").write_bytes(b"1234")
@@ -39,7 +39,7 @@ def entries(tmp_path):
     return sorted((tmp_path / "cache" / "cosmos" / "answers").iterdir())
 
 
-def test_an_answer_is_that_of_the_same_words_files_and_settings(answers, tmp_path):
+def test_an_answer_is_reused_for_the_same_text_files_and_settings(answers, tmp_path):
     assert ask(answers(), "a", b"1") == b"1"
     assert ask(answers(), "a", b"2") == b"1"
     assert ask(answers(), "b", b"") == b""
@@ -70,11 +70,11 @@ def test_a_damaged_answer_is_made_again(answers, tmp_path, damage):
         path.unlink()
         path.mkdir()
     assert ask(answers(), "a", b"again") == b"again"
-    # A folder cannot be replaced; the answer is made every time.
+    # A folder cannot be replaced, so the answer is made every time.
     assert ask(answers(), "a", b"more") == (b"more" if damage == "a folder" else b"again")
 
 
-def test_the_oldest_answers_go_and_those_in_use_stay(answers, tmp_path, monkeypatch):
+def test_the_least_recently_used_answers_are_removed(answers, tmp_path, monkeypatch):
     monkeypatch.setattr(cache, "MOST_ANSWERS", 3)
     for i, words in enumerate("abc"):
         ask(answers(), words, words.encode())
@@ -86,7 +86,7 @@ def test_the_oldest_answers_go_and_those_in_use_stay(answers, tmp_path, monkeypa
     assert [ask(answers(), words, b"new") for words in "acdb"] == [b"a", b"c", b"d", b"new"]
 
 
-def test_no_home_is_no_obstacle(answers, monkeypatch):
+def test_a_user_without_a_home_folder_gets_answers_without_a_cache(answers, monkeypatch):
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.delenv("HOME")
     monkeypatch.setattr(os, "getuid", lambda: 2**31 - 7)
@@ -99,7 +99,7 @@ def test_no_home_is_no_obstacle(answers, monkeypatch):
 
 @pytest.fixture
 def own(tmp_path):
-    """Runs a copy of the package whose text encoder can be exchanged, with a chat model."""
+    """Run a copy of the package whose text encoder a test can replace, with a chat model."""
     package = Path(cosmos_cli.__file__).parent
     for folder in (package, package.parent / "recipes"):
         ignored = shutil.ignore_patterns("__pycache__")
@@ -109,25 +109,25 @@ def own(tmp_path):
 
 
 def make(cosmos, folder, *words, code=0):
-    """The mp4's sha256 and the words that were encoded."""
+    """Return the mp4's sha256, the encoded text and stderr."""
     done = cosmos("generate", "--prompt", *words, "-o", folder, *QUICK, code=code)
     (mp4,) = (cosmos.cwd / folder).glob("*.mp4")
     return layout.sha256_file(mp4), mp4.with_suffix(".txt").read_text(), done.stderr
 
 
 def replace_weights(path, content):
-    """Other weights of the same size and time."""
+    """Write other weights of the same size and modification time."""
     stamp, size = path.stat(), path.stat().st_size
     path.write_bytes(content.ljust(size)[:size])
     os.utime(path, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
 
 
 @pytest.mark.workflow
-def test_what_is_kept_gives_the_same_files_and_neither_model_is_loaded(own):
+def test_cached_answers_give_the_same_files_without_loading_a_model(own):
     plain = make(Cosmos(own.cwd), "plain", "w5 w6")
     assert not own.cache.exists()
     assert make(own, "first", "w5 w6")[:2] == plain[:2]
-    # Words and what they became, and what to avoid.
+    # The upsampled prompt, its embedding and that of the negative prompt.
     assert len(kept := entries(own.cwd)) == 3
     t5 = own.cwd / "cosmos_cli" / "model" / "tiny" / "t5" / "model.safetensors"
     chat = own.cwd / "chat" / "model.safetensors"
@@ -137,14 +137,14 @@ def test_what_is_kept_gives_the_same_files_and_neither_model_is_loaded(own):
     second = make(own, "second", "w5 w6")
     assert second[:2] == plain[:2]
     assert f"upsampled: {plain[1].strip()}" in second[2]
-    # A model whose files are others is asked.
+    # A model with other files is run again.
     chat.write_bytes(whole[chat])
     save_file({name: 2 * weight for name, weight in load_file(chat).items()}, chat)
     t5.write_bytes(whole[t5])
     other = make(own, "third", "w5 w6")
     assert other[0] != plain[0]
     assert other[1] != plain[1]
-    # What the guards think of today is asked of what was kept, too.
+    # The guardrails also check cached answers.
     assert set(kept) < set(entries(own.cwd))
     for path in entries(own.cwd):
         path.write_bytes(hashlib.sha256(b"A nude statue.").digest() + b"A nude statue.")
@@ -154,7 +154,7 @@ def test_what_is_kept_gives_the_same_files_and_neither_model_is_loaded(own):
 
 @pytest.mark.workflow
 @pytest.mark.parametrize("kills", [1, pytest.param(20, marks=pytest.mark.slow)])
-def test_a_run_that_is_killed_while_it_keeps_answers_changes_nothing(own, kills):
+def test_a_run_killed_while_caching_answers_changes_no_video(own, kills):
     (own.cwd / "b.jsonl").write_text("".join(f'{{"prompt": "w{i} w6"}}\n' for i in range(3, 9)))
     ask = ["generate", "--batch", "b.jsonl", *QUICK]
     Cosmos(own.cwd)(*ask, "-o", "plain")

@@ -12,7 +12,7 @@ def run(environment):
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
 
 
-def test_a_message_of_another_process_arrives():
+def test_messages_of_other_processes_arrive_once():
     with Mailbox() as box:
         assert box.read() == []
         run({**os.environ, ADDRESS: box.address})

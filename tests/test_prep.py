@@ -445,7 +445,7 @@ def test_a_process_with_another_recipe_is_refused_while_one_is_at_work(undisturb
     with claims.crew(dataset / "prep.lock", "another job") as crew:
         crew.start()
         refused = cosmos("prep", "tiny", *settings(PROMPT), code=2)
-    assert "another cosmos prep is at work" in refused.stderr
+    assert "another `cosmos prep` is working here" in refused.stderr
     assert not (dataset / "metas").exists()
     cosmos("prep", "tiny", *settings(PROMPT))
     assert snapshot(dataset) == undisturbed[1]

@@ -99,7 +99,10 @@ WRONG = [
     ("fps: 0", "must be a number, above 0 and at most 240, found 0"),
     ("clip_stride_frames: 0", "must be a whole number, at least 1, or null, found 0"),
     ("ema_rate: 0.3", "must be a number, above 0 and at most 0.28, found 0.3"),
-    ("num_processes: 3", "global_batch_size 8 is no multiple of micro_batch_size x num_processes"),
+    (
+        "num_processes: 3",
+        "global_batch_size 8 is not a multiple of micro_batch_size x num_processes",
+    ),
     ("sequence_parallel: 3", "must divide 32 heads and 56320 tokens, found 3"),
     ("seed: 4294967296", "at least 0 and below 4294967296, found 4294967296"),
     ("video_crf: 52", "found 52"),
@@ -116,19 +119,19 @@ def test_a_wrong_line_is_named_with_file_line_and_key(file: Path, line: str, mes
 
 
 @pytest.mark.parametrize("mode", ["attention", "most"])
-def test_what_cannot_keep_an_attention_does_not_go_with_it(file: Path, mode: str) -> None:
+def test_modes_that_store_attention_refuse_transformer_engine_all(file: Path, mode: str) -> None:
     lines = ("transformer_engine: all", f"activation_checkpointing: {mode}")
-    assert f"{mode} cannot keep the attention of Transformer Engine" in complaint(file, *lines)
+    assert f"{mode} cannot store the attention of transformer_engine all" in complaint(file, *lines)
     assert load(file, "transformer_engine: linears", lines[1])
     assert load(file, lines[0], "activation_checkpointing: all")
 
 
-def test_fp8_is_refused_where_a_process_has_an_odd_number_of_tokens(file: Path) -> None:
+def test_fp8_needs_a_multiple_of_16_tokens_in_each_process(file: Path) -> None:
     lines = ("transformer_engine: linears", "num_frames: 1", "height: 480", "width: 848")
     said = complaint(file, *lines)
     assert "transformer_engine: needs a multiple of 16 tokens in each process, found 1590" in said
     assert load(file, *lines, "micro_batch_size: 8").recipe.transformer_engine == "linears"
-    # A half of eight times as many.
+    # 8 x 1590 tokens, split over two processes.
     shared = ("micro_batch_size: 8", "sequence_parallel: 2", "num_processes: 2")
     assert "found 6360" in complaint(file, *lines, *shared)
 
@@ -167,7 +170,7 @@ def test_a_wrong_value_causes_no_second_problem(file: Path) -> None:
     assert len(text.splitlines()) == 1
 
 
-def test_a_batch_smaller_than_one_pass_is_told_the_smallest(file: Path) -> None:
+def test_a_batch_smaller_than_one_pass_is_refused_with_the_smallest(file: Path) -> None:
     lines = ("global_batch_size: 2", "micro_batch_size: 3", "num_processes: 1")
     assert complaint(file, *lines).endswith("= 3 x 1 = 3; try 3 for global_batch_size")
 
@@ -179,7 +182,7 @@ def test_an_override_has_the_errors_of_the_file(file: Path) -> None:
     assert second.startswith("--set learning_rate=fast: must be a number")
 
 
-def test_an_override_mends_a_wrong_value_and_the_last_one_wins(file: Path) -> None:
+def test_an_override_replaces_a_wrong_value_and_the_last_one_wins(file: Path) -> None:
     loaded = load(file, "num_frames: 120", overrides=("num_frames=33", "num_frames=57"))
     assert loaded.recipe.num_frames == 57
     assert loaded.origins["num_frames"] == "--set"
@@ -222,7 +225,7 @@ def test_clip_shape_comes_from_the_model_unless_given(file: Path) -> None:
     assert r.spec is TINY
 
 
-def test_traps_of_yaml_1_1_are_gone(file: Path) -> None:
+def test_numbers_words_and_dates_are_not_converted_as_in_yaml_1_1(file: Path) -> None:
     r = load(file, "learning_rate: 5e-5", "adam_eps: 1e-8", "name: no", "group: 2024-01-01").recipe
     assert (r.learning_rate, r.adam_eps, r.name, r.group) == (5e-5, 1e-8, "no", "2024-01-01")
 
@@ -230,19 +233,19 @@ def test_traps_of_yaml_1_1_are_gone(file: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "warning"),
     [
-        ("warmup_steps: 1250", "the learning rate only ever reaches 79.9% of learning_rate"),
-        ("warmup_steps: 1000", "the learning rate only ever reaches 99.9% of learning_rate"),
+        ("warmup_steps: 1250", "the learning rate never exceeds 79.9% of learning_rate"),
+        ("warmup_steps: 1000", "the learning rate never exceeds 99.9% of learning_rate"),
         ("height: 480", "480x1280 is not a size that"),
         ("num_frames: 57", "num_frames 57 is not the 121 that"),
         ("clip_stride_frames: 1", "clips overlap by 120 frames"),
-        ("save_every_steps: 1001", "a run that is killed starts again"),
-        ("log_every_steps: 1001", "only the last step's"),
-        ("keep_last: 1", "none to fall back on"),
+        ("save_every_steps: 1001", "a killed run starts again from step 0"),
+        ("log_every_steps: 1001", "only the metrics of the last step"),
+        ("keep_last: 1", "no older one to fall back on"),
         ("dataset_revision: main", "dataset_revision has no effect without dataset_repo"),
         ("dataset_include: '*.mp4'", "dataset_include has no effect without dataset_repo"),
     ],
 )
-def test_what_is_odd_is_a_warning(file: Path, line: str, warning: str) -> None:
+def test_an_unusual_value_gives_a_warning(file: Path, line: str, warning: str) -> None:
     assert load(file).warnings == ()
     (found,) = load(file, line).warnings
     assert warning in found
@@ -322,7 +325,7 @@ def test_an_unknown_recipe_is_refused_with_the_nearest(
     assert message in str(caught.value)
 
 
-def test_explain_is_yaml_with_the_origin_of_every_value_in_one_column(file: Path) -> None:
+def test_explain_aligns_the_origin_of_every_value_as_a_comment(file: Path) -> None:
     loaded = load(file, "prompt: " + "long " * 40, "seed: 3")
     text = recipe.explain(loaded)
     assert yaml.safe_load(text) == loaded.recipe.model_dump()

@@ -127,6 +127,8 @@ def test_the_rate_is_the_models_unless_the_videos_are_slower() -> None:
     assert rates(30, 30) == (24, "resample")
     assert rates(15, 15) == (15, "keep")
     assert rates(15, 15, 24) == (15, "resample")
+    rows = propose.propose("robot", Path("clips"), [info(fps=30)] * 2, 0, ())
+    assert {row.key: row.because for row in rows}["fps_policy"] == "30 fps is resampled to 24"
 
 
 def test_lengths_are_counted_at_the_proposed_rate() -> None:
@@ -145,7 +147,7 @@ def test_the_shape_follows_the_videos() -> None:
     assert shape((1000, 1000)) == (704, 1280, "pad")
 
 
-def test_the_batch_is_a_multiple_of_the_gpus() -> None:
+def test_the_batch_is_a_multiple_of_the_number_of_gpus() -> None:
     sizes = {n: choices(info(), gpus=("H200",) * n)["global_batch_size"] for n in (0, 1, 3, 8, 16)}
     assert sizes == {0: 8, 1: 8, 3: 9, 8: 8, 16: 16}
 

@@ -99,7 +99,7 @@ def test_a_bare_environment_fails_row_by_row_in_one_json_object(tmp_path, enviro
     assert found["dataset_dir"]["status"] == found["Python"]["status"] == "ok"
 
 
-def test_dry_run_prints_the_commands_that_mend_and_runs_none(
+def test_dry_run_prints_the_install_commands_and_runs_none(
     tmp_path, environment_without, without_ffmpeg
 ):
     apex = tmp_path / "path" / "apex"
@@ -160,9 +160,7 @@ def test_a_low_limit_of_open_files_is_a_warning():
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
-def test_install_shows_and_logs_every_command_and_stops_at_the_first_failure(
-    tmp_path, monkeypatch, capsys
-):
+def test_install_logs_every_command_and_stops_at_the_first_failure(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     works = (sys.executable, "-c", "print('done that')")
     fails = (sys.executable, "-c", "raise OSError('no network')")
@@ -179,7 +177,7 @@ def test_install_shows_and_logs_every_command_and_stops_at_the_first_failure(
     assert not (tmp_path / "never").exists()
 
 
-def test_what_install_fetches_is_what_the_package_declares_and_the_pins_allow():
+def test_install_uses_the_versions_of_pyproject_which_match_the_pins():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
     assert repairs.TORCHCODEC in project["dependencies"]
@@ -225,17 +223,17 @@ def test_the_install_script_names_the_python_it_needs(tmp_path):
     assert said == "error: Python 3.11, 3.12 or 3.13 is needed, found Python 3.9.18\n"
 
 
-def test_the_install_script_names_the_room_it_needs(tmp_path):
+def test_the_install_script_names_the_disk_space_it_needs(tmp_path):
     tools = tmp_path / "bin"
     tools.mkdir()
     fake(tools / "df", "echo Avail; echo '  105'")
     said = install_script(
         tmp_path, "--torch", "cpu", path=f"{tools}{os.pathsep}{os.environ['PATH']}"
     )
-    assert said == f"error: 1300 MB of disk are needed, {tmp_path} has 105 MB\n"
+    assert said == f"error: 1300 MB of disk space are needed, {tmp_path} has 105 MB\n"
 
 
-def test_print_is_install_as_a_script_that_bash_reads(tmp_path, environment_without):
+def test_print_writes_the_install_commands_as_a_valid_bash_script(tmp_path, environment_without):
     python = environment_without("deepspeed")
     words = ("setup", "--print", "--with", "transformer-engine", "--with", "apex")
     done = cosmos(tmp_path, *words, python=python)
@@ -246,7 +244,7 @@ def test_print_is_install_as_a_script_that_bash_reads(tmp_path, environment_with
     assert subprocess.run(["bash", "-n"], input=done.stdout, text=True, check=False).returncode == 0
 
 
-def test_what_is_compiled_finds_the_headers_of_the_wheels(tmp_path, monkeypatch):
+def test_builds_find_the_headers_in_torchs_wheels(tmp_path, monkeypatch):
     for name in ("cudnn", "cu13"):
         (tmp_path / "nvidia" / name / "include").mkdir(parents=True)
     monkeypatch.setattr("sysconfig.get_path", lambda _: str(tmp_path))
@@ -287,7 +285,7 @@ def test_a_rank_that_fails_ends_its_group_at_once(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("package", ["torch", "deepspeed"])
-def test_a_crash_is_named_wherever_it_happens(monkeypatch, tmp_path, package):
+def test_a_crash_in_a_probe_or_in_its_parent_is_named(monkeypatch, tmp_path, package):
     """In a probe, or in the process from which all are forked."""
     (tmp_path / f"{package}.py").write_text("import os\nos.abort()\n")
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{ROOT}")
@@ -308,7 +306,7 @@ def test_a_probe_that_hangs_is_a_failed_row_that_blames_no_package(monkeypatch, 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not version("torch").endswith("+cpu"), reason="CUDA's torch fits the wheel")
-def test_install_mends_a_wrong_torchcodec_and_a_missing_deepspeed(tmp_path, environment_without):
+def test_install_repairs_a_wrong_torchcodec_and_a_missing_deepspeed(tmp_path, environment_without):
     python = environment_without("torchcodec", "deepspeed")
     wrong = [python, "-m", "pip", "install", "--quiet", "--no-deps", "torchcodec==0.17.0"]
     if subprocess.run(wrong, check=False).returncode:
@@ -328,7 +326,7 @@ def test_install_mends_a_wrong_torchcodec_and_a_missing_deepspeed(tmp_path, envi
 
 
 @pytest.mark.workflow
-def test_closed_repositories_are_failed_rows_and_a_missing_network_is_a_warning(tmp_path):
+def test_closed_repositories_fail_and_a_missing_network_warns(tmp_path):
     model, tokenizer = (
         "nvidia/Cosmos-Predict1-7B-Text2World",
         "nvidia/Cosmos-Tokenize1-CV8x8x8-720p",
@@ -347,9 +345,7 @@ def test_closed_repositories_are_failed_rows_and_a_missing_network_is_a_warning(
 
 
 @pytest.mark.workflow
-def test_a_read_only_home_and_a_full_disk_are_named_and_keep_install_from_trying(
-    tmp_path, environment_without
-):
+def test_install_does_not_start_with_a_read_only_home_or_a_full_disk(tmp_path, environment_without):
     words = ("setup", "tiny", "--install", "--json", "--set", "min_free_disk_gb=1e6")
     own = {"python": environment_without("deepspeed"), "HOME": "/proc", "XDG_CACHE_HOME": ""}
     done = cosmos(tmp_path, *words, **own)

@@ -25,7 +25,7 @@ exit "${highest:-0}"
 
 @pytest.mark.workflow
 @pytest.mark.slow
-def test_a_slurm_job_requeues_a_stopped_run_and_neither_a_finished_nor_a_failed_one(prepared):
+def test_slurm_requeues_only_a_job_that_its_signal_stopped(prepared):
     for name, text in STAND_INS.items():
         (prepared / name).write_text(text)
         (prepared / name).chmod(0o755)

@@ -1,4 +1,4 @@
-"""`cosmos download`: model weights and the dataset, verified."""
+"""`cosmos download`: fetch and verify model weights and the dataset."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from cosmos_cli.layout import Dataset
 if TYPE_CHECKING:
     from cosmos_cli.keys import Recipe
 
-# What is drawn for the embedded model: clips of the new concept, and of what it knows.
+# Synthetic clips for the embedded model: of the new concept, and of things that it already knows.
 CONCEPT_CLIPS, ORDINARY_CLIPS = 12, 24
 
 
 class Stage(StrEnum):
-    """What --for takes."""
+    """The values of --for."""
 
     prep = "prep"
     train = "train"
@@ -36,18 +36,18 @@ def download(
     check: Annotated[
         bool,
         typer.Option(
-            "--check", help="Repair what was fetched; try the weights that are there, in a minute."
+            "--check", help="Verify and repair the files, then test the weights, about a minute."
         ),
     ] = False,
     for_: Annotated[
-        Stage, typer.Option("--for", help="Fetch what this verb reads, the rest another time.")
+        Stage, typer.Option("--for", help="Fetch only the files that this verb needs.")
     ] = Stage.all,
     set_: options.SetOption = None,
     print_recipe: options.PrintRecipeOption = False,
     dry_run: options.DryRunOption = False,
     json_: options.JsonOption = False,
 ) -> None:
-    """Fetch the weights and the dataset of a recipe; what is there and whole is kept.
+    """Fetch the weights and the dataset of a recipe; complete files are kept.
 
     Example: cosmos download nemo_assets
     """
@@ -63,11 +63,11 @@ def download(
         console.emit(_check(r, next_, dry_run), as_json=json_)
         return
     if r.spec.embedded:
-        console.say(f"{r.model}: its weights are part of the package, {layout.EMBEDDED_DIR}")
+        console.say(f"the weights of {r.model} are part of the package: {layout.EMBEDDED_DIR}")
     root = Path(r.dataset_dir).absolute()
     figures = {"assets": [listing.figures for listing in listings], "dry_run": dry_run}
     if for_ in (Stage.all, Stage.prep):
-        _draw(r, root, dry_run)
+        _render_clips(r, root, dry_run)
         if not dry_run:
             figures["videos"] = _count_videos(r)
             console.say(f"{figures['videos']} videos in {root}")
@@ -76,10 +76,10 @@ def download(
     console.emit(Result(str(root), [root], figures, next_), as_json=json_)
 
 
-def _draw(r: Recipe, root: Path, dry_run: bool) -> None:
+def _render_clips(r: Recipe, root: Path, dry_run: bool) -> None:
     if r.dataset_repo == "embedded":
         clips = CONCEPT_CLIPS + ORDINARY_CLIPS
-        console.say(f"drawing {clips} captioned clips into {root}")
+        console.say(f"rendering {clips} captioned clips into {root}")
         if not dry_run:
             from cosmos_cli.model import world
 
@@ -87,10 +87,10 @@ def _draw(r: Recipe, root: Path, dry_run: bool) -> None:
 
 
 def _count_videos(r: Recipe) -> int:
-    """The number of videos of the dataset.
+    """Count the videos of the dataset.
 
     Raises:
-        UserError: there is none.
+        UserError: there are none.
     """
     dataset = Dataset.at(r.dataset_dir, r.videos_dir)
     if lerobot.is_lerobot(dataset.videos):
@@ -98,16 +98,16 @@ def _count_videos(r: Recipe) -> int:
     count = len(dataset.video_files())
     if not count:
         raise UserError(
-            "holds no videos",
+            "has no videos",
             code=ExitCode.DATASET,
             where=str(dataset.videos),
-            fix="put your videos there, or set videos_dir",
+            fix="put your videos there, or use `--set videos_dir=FOLDER`",
         )
     return count
 
 
 def _check(r: Recipe, next_: str, dry_run: bool) -> Result:
-    """Measures the model against itself: do the weights do what such weights should?"""
+    """Test whether the weights denoise as trained weights should."""
     files = layout.model_files(r.spec, r.checkpoints_dir, r.base)
     console.say(f"checking {files.tokenizer} and {files.dit}")
     if dry_run:
@@ -117,7 +117,12 @@ def _check(r: Recipe, next_: str, dry_run: bool) -> Result:
 
     device = best_device()
     if device == "cpu" and not r.spec.embedded:
-        raise UserError("would take days without a GPU", code=ExitCode.ENVIRONMENT, where=r.model)
+        raise UserError(
+            "the downloaded files are complete, but testing the weights needs a GPU",
+            code=ExitCode.ENVIRONMENT,
+            where=r.model,
+            fix="run the same command on a machine with a GPU",
+        )
     with gpu_memory_errors("use a GPU with more memory"):
         figures = check.check(r, device)
     return Result("the weights work", figures=figures, next=next_)

@@ -1,6 +1,6 @@
-"""The options that several verbs share, and how a verb opens its recipe.
+"""Define the options that several verbs share, and open a verb's recipe.
 
-The recipe's model takes longer to import than `cosmos --help` may last, so commands import it when
+Importing the recipe's pydantic model would slow down `cosmos --help`, so commands import it when
 they run.
 """
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def shipped_names() -> list[str]:
-    """The names that a shell completes."""
+    """Return the names of the shipped recipes, for shell completion."""
     from cosmos_cli import recipe
 
     return list(recipe.shipped())
@@ -28,23 +28,21 @@ RecipeArgument = Annotated[
     str,
     typer.Argument(
         metavar="RECIPE",
-        help="A recipe file, or the name of a shipped one.",
+        help="A recipe file, or the name of a shipped recipe.",
         autocompletion=shipped_names,
     ),
 ]
 SetOption = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Override one key; may be given repeatedly."),
+    typer.Option("--set", metavar="KEY=VALUE", help="Override one key of the recipe; repeatable."),
 ]
 PrintRecipeOption = Annotated[
     bool,
-    typer.Option("--print-recipe", help="Print every value with its origin, and do nothing else."),
+    typer.Option("--print-recipe", help="Print every value with its origin and exit."),
 ]
-DryRunOption = Annotated[
-    bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")
-]
+DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Print what would be done and exit.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
-YesOption = Annotated[bool, typer.Option("--yes", help="Do not ask before replacing something.")]
+YesOption = Annotated[bool, typer.Option("--yes", help="Replace existing files without asking.")]
 
 
 def open_recipe(
@@ -55,9 +53,14 @@ def open_recipe(
     *,
     trains: bool = True,
 ) -> LoadedRecipe:
-    """The recipe of a command; with --print-recipe prints it and exits.
+    """Load the recipe of a command; with --print-recipe print it and exit.
 
-    What is odd about it is printed where it leads to a training; it is of no use behind one.
+    Args:
+        name: the path or shipped name of the recipe.
+        overrides: the values of --set.
+        print_recipe: True with --print-recipe.
+        as_json: True with --json.
+        trains: False for verbs that follow a training, when warnings about it come too late.
     """
     from cosmos_cli import recipe
 
@@ -72,7 +75,7 @@ def open_recipe(
 
 
 def command_line(verb: str, name: str, overrides: list[str] | None, extra: str = "") -> str:
-    """The command of another verb on the same recipe, ready to paste into a shell."""
+    """Return the command of another verb on the same recipe, to paste into a shell."""
     words = ["cosmos", verb, name]
     for override in overrides or ():
         words += ["--set", override]

@@ -1,4 +1,4 @@
-"""`cosmos setup`: is this machine able to run a recipe? Installs or repairs what is missing."""
+"""`cosmos setup`: check whether this machine can run a recipe, and install what is missing."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from cosmos_cli.errors import ExitCode
 
 
 class Extra(StrEnum):
-    """What --with takes."""
+    """The values of --with."""
 
     transformer_engine = "transformer-engine"
     apex = "apex"
 
 
 InstallOption = Annotated[
-    bool, typer.Option("--install", help="Mend what can be mended; what works is left alone.")
+    bool, typer.Option("--install", help="Install or repair what is missing or broken.")
 ]
 PrintOption = Annotated[
-    bool, typer.Option("--print", help="Print what --install would run, as a shell script.")
+    bool, typer.Option("--print", help="Print the commands of --install as a shell script.")
 ]
 WithOption = Annotated[
     list[Extra] | None,
-    typer.Option("--with", help="Also require this, which cosmos runs without; repeatable."),
+    typer.Option("--with", help="Also require this optional package; repeatable."),
 ]
 
 
@@ -45,22 +45,22 @@ def setup(
     dry_run: options.DryRunOption = False,
     json_: options.JsonOption = False,
 ) -> None:
-    """Check this machine for a recipe; with --install mend what is missing.
+    """Check whether this machine can run a recipe; --install adds what is missing.
 
     Example: cosmos setup nemo_assets --install
     """
     r = options.open_recipe(recipe, set_, print_recipe, json_).recipe
     wanted = [name.value for name in with_ or ()]
-    mend = " ".join(["--install", *(f"--with {name}" for name in wanted)])
+    install_options = " ".join(["--install", *(f"--with {name}" for name in wanted)])
     console.say(f"checking this machine for {recipe}, about 10 s")
     rows = checks.run_checks(r, wanted)
     if print_ or dry_run:
-        following = options.command_line("setup", recipe, set_, mend)
+        following = options.command_line("setup", recipe, set_, install_options)
         _emit_plan(rows, following, as_script=print_, as_json=json_)
         return
     artifacts: list[Path] = []
     tried: list[repairs.Command] = []
-    # What is missing may hide the next missing thing, so what is mended is checked again.
+    # A missing package can hide the next problem, so everything is checked again after each repair.
     while install and (commands := [c for c in checks.mending(rows) if c not in tried]):
         artifacts = [repairs.install(commands)]
         tried += commands
@@ -71,8 +71,9 @@ def setup(
     if failed := [row.name for row in rows if row.status == "fail"]:
         result.code = ExitCode.ENVIRONMENT
         result.error = f"this machine is not ready: {', '.join(failed)}"
-        mendable = checks.mending(rows) and not install
-        result.next = options.command_line("setup", recipe, set_, mend if mendable else "")
+        can_install = checks.mending(rows) and not install
+        following = install_options if can_install else ""
+        result.next = options.command_line("setup", recipe, set_, following)
     console.emit(result, as_json=json_)
     raise typer.Exit(result.code)
 
