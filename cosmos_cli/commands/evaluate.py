@@ -10,7 +10,7 @@ import typer
 
 from cosmos_cli import console, layout
 from cosmos_cli.commands import options
-from cosmos_cli.commands.generate import choose_model, read_weights
+from cosmos_cli.commands.generate import choose_model, find_weights
 from cosmos_cli.console import Result
 
 EMBEDDED_PROMPTS = 24
@@ -50,7 +50,7 @@ def evaluate(
     # Every promoted folder of a model has the same name.
     short = len({Path(name).name for name in names}) == len(names)
     weights = {
-        Path(name).name if short else name.strip("/").replace("/", "_"): read_weights(
+        Path(name).name if short else name.strip("/").replace("/", "_"): find_weights(
             r, choose_model(recipe, name, set_ or [])[1]
         )
         for name in names
