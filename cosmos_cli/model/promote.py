@@ -81,10 +81,11 @@ def promote(r: Recipe, step: int, kind: str, format: str, target: Path) -> dict[
 def _lora(base: dict[str, Tensor], merged: dict[str, Tensor], source: Path) -> dict[str, Any]:
     """Return what the manifest says of the LoRA; says how much of its change the weights kept."""
     kept = lora.kept_share(base, merged, source)
-    precision = str(next(iter(merged.values())).dtype).removeprefix("torch.")
+    dtype = next(tensor.dtype for name, tensor in merged.items() if name.startswith("net.blocks."))
+    precision = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}.get(dtype)
     console.say(
-        f"{precision} weights kept {kept:.0%} of the LoRA's change; {layout.LORA_FILE} beside them "
-        "keeps all of it, and generate uses it where it finds the base"
+        f"the merged weights in {precision or dtype} kept {kept:.0%} of the LoRA's change; "
+        f"{layout.LORA_FILE} keeps all of it, and generate uses that where it finds the base"
     )
     return {"file": layout.LORA_FILE, "sha256": layout.sha256_file(source), "kept": kept}
 
