@@ -110,8 +110,9 @@ ASK = ("--set", "num_steps=2", "--prompt", "A teal robot.")
 
 
 def video(cosmos, *more):
-    """The mp4 of a prompt, its sidecar, and what the command said."""
-    done = cosmos("generate", "tiny", *options("whole", *LORA), *ASK, *more, "--json")
+    """The mp4 of a prompt, its sidecar, and what the command said; made anew each time."""
+    made = ("-o", cosmos.cwd / f"videos{len(list(cosmos.cwd.glob('videos*')))}")
+    done = cosmos("generate", "tiny", *options("whole", *LORA), *ASK, *made, *more, "--json")
     path = cosmos.cwd / json.loads(done.stdout)["videos"][0]["path"]
     return path.read_bytes(), layout.read_json(path.with_suffix(".json")), done.stderr
 
@@ -154,7 +155,7 @@ def test_without_its_base_the_merged_weights_are_used_and_it_says_so(cosmos, pro
     del manifest["lora"]
     layout.write_json(copy / "manifest.json", manifest)
     (copy / "lora.safetensors").unlink()
-    assert video(cosmos, "--model", copy, "--overwrite")[1]["weights"] == about["weights"]
+    assert video(cosmos, "--model", copy)[1]["weights"] == about["weights"]
 
 
 def test_a_lora_that_the_model_contains_is_not_counted_twice(cosmos, whole, promoted):
