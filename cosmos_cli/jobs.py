@@ -34,16 +34,20 @@ MAX_CHARACTERS = 20_000
 
 @dataclass(frozen=True)
 class Lora:
-    """A LoRA file, how much of it is merged, and its identity."""
+    """A LoRA file, how much of it is applied, and its identity.
+
+    `config_sha256` is that of the adapter_config.json beside the file, which has its scale.
+    """
 
     path: Path
     strength: float
     sha256: str
+    config_sha256: str = ""
 
 
 @dataclass(frozen=True)
 class Weights:
-    """A denoiser's weights and what is merged into them."""
+    """A denoiser's weights and the LoRAs that are applied beside them."""
 
     path: Path
     sha256: str
@@ -54,8 +58,10 @@ class Weights:
         """The sha256 of the weights, with that of every LoRA and its strength."""
         if not self.loras:
             return self.sha256
-        merged = (f"{lora.sha256} {lora.strength!r}" for lora in self.loras)
-        return layout.sha256_text(self.sha256, *merged)
+        applied = (
+            f"{lora.sha256} {lora.strength!r} {lora.config_sha256}".rstrip() for lora in self.loras
+        )
+        return layout.sha256_text(self.sha256, *applied)
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,10 @@ MODEL_FILE = "model.pt"
 # What a denoiser is called in a folder of ours, by format.
 MODEL_FORMATS = {"pt": MODEL_FILE, "safetensors": "model.safetensors", "diffusers": "transformer"}
 MANIFEST_FILE = "manifest.json"
+# The LoRA beside a promoted model, if it was trained as one, and what LoRA folders of others hold.
+LORA_FILE = "lora.safetensors"
+ADAPTER_FILES = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors", LORA_FILE)
+ADAPTER_CONFIG_FILE = "adapter_config.json"
 TOKENIZER_DIR = "Cosmos-Tokenize1-CV8x8x8-720p"
 TEXT_ENCODER_DIR = "google-t5/t5-11b"
 SIGLIP_DIR = "google/siglip-so400m-patch14-384"

@@ -417,7 +417,7 @@ ALLOWED = {
     "model/data.py": "safetensors, behind check_safetensors",
     "model/generate.py": "a text of the package",
     "model/guardrail.py": "transformers, behind check_model_folder",
-    "model/lora.py": "safetensors, behind check_safetensors",
+    "model/lora_file.py": "safetensors, behind check_safetensors",
     "model/metrics.py": "a run's figures, written",
     "model/prep.py": "safetensors, behind check_safetensors",
     "model/reshard.py": "a resume state, whose hashes were compared",

@@ -16,7 +16,7 @@ TORCH_FREE = [
     or path.name in ("__init__.py", "spec.py", "elastic.py", "plan.py")
 ]
 LEAVES = ("dit", "tokenizer", "text", "edm", "sampler", "video")
-BELOW = {"containers", "kernels", "sequence", "spec"}
+BELOW = {"containers", "finite", "kernels", "sequence", "spec"}
 
 
 def imports(path, everywhere):

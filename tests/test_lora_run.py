@@ -1,14 +1,17 @@
 """A LoRA from training to video, in real DeepSpeed processes on the CPU."""
 
+import json
 import shutil
+import subprocess
 
 import pytest
 import torch
 from conftest import Cosmos
+from safetensors.torch import save_file
 from test_train import find_run, losses, options
 
 from cosmos_cli import layout
-from cosmos_cli.model import lora, weights
+from cosmos_cli.model import lora, lora_file, weights
 from cosmos_cli.model.spec import TINY
 
 pytestmark = pytest.mark.workflow
@@ -63,9 +66,9 @@ def test_three_steps_a_stop_and_three_more_equal_six(cosmos, whole, processes, s
 
 def test_only_the_factors_are_saved_and_they_have_moved(whole):
     fresh = TINY.dit.lora_parameters(4, "all")
-    first, _ = lora.load(whole.lora(3, "reg"))
-    last, scale = lora.load(whole.lora(6, "reg"))
-    assert scale == 1.5
+    first, last = (lora.factors(lora_file.read(whole.lora(n, "reg"))) for n in (3, 6))
+    changes = lora_file.read(whole.lora(6, "reg"))
+    assert {change.scale for change in changes.values()} == {1.5}
     assert sum(factor.numel() for factor in last.values()) == fresh
     assert not any(torch.equal(first[name], last[name]) for name in last)
     assert not list(whole.checkpoints.glob("*_model.pt"))
@@ -81,30 +84,138 @@ def test_a_lora_is_not_continued_as_something_else(cosmos, whole):
         assert f"started with {change.partition('=')[0]} =" in refused.stderr
 
 
-def test_promoted_and_merged_at_load_it_makes_the_same_video(cosmos, whole):
-    pairs = options("whole", *LORA)
-    cosmos("promote", "tiny", *pairs, "--step", "6", "--weights", "reg")
+@pytest.fixture(scope="module")
+def promoted(cosmos, whole):
+    """The folder of the run's last step, promoted."""
+    done = cosmos("promote", "tiny", *options("whole", *LORA), "--step", "6", "--weights", "reg")
+    assert "weights in bf16 kept 99% of the LoRA's change" in done.stderr
+    return layout.promoted_dir(TINY, str(cosmos.cwd / "checkpoints"))
+
+
+def test_promote_keeps_the_lora_beside_the_merged_weights(cosmos, whole, promoted):
     base = weights.load_dit_state(layout.EMBEDDED_DIR / "model.safetensors")
     merged = lora.merge(base, whole.lora(6, "reg"), 1.0)
-    folder = layout.promoted_dir(TINY, str(cosmos.cwd / "checkpoints"))
-    promoted = weights.load_dit_state(folder / "model.pt")
-    assert all(torch.equal(promoted[name], tensor) for name, tensor in merged.items())
+    written = weights.load_dit_state(promoted / "model.pt")
+    assert all(torch.equal(written[name], tensor) for name, tensor in merged.items())
+    assert (promoted / "lora.safetensors").read_bytes() == whole.lora(6, "reg").read_bytes()
+    manifest = layout.read_json(promoted / "manifest.json")
+    assert manifest["lora"]["sha256"] == layout.sha256_file(whole.lora(6, "reg"))
+    assert 0.98 < manifest["lora"]["kept"] < 1
+    assert manifest["base"]["sha256"] == layout.sha256_file(
+        layout.EMBEDDED_DIR / "model.safetensors"
+    )
 
-    def video(*more):
-        command = ["generate", "tiny", *pairs, "--set", "num_steps=2", "--prompt", "A teal robot."]
-        made = cosmos.json(*command, *more)
-        path = cosmos.cwd / made["videos"][0]["path"]
-        return path.read_bytes(), layout.read_json(path.with_suffix(".json"))
 
+ASK = ("--set", "num_steps=2", "--prompt", "A teal robot.")
+
+
+def video(cosmos, *more):
+    """The mp4 of a prompt, its sidecar, and what the command said; made anew each time."""
+    made = ("-o", cosmos.cwd / f"videos{len(list(cosmos.cwd.glob('videos*')))}")
+    done = cosmos("generate", "tiny", *options("whole", *LORA), *ASK, *made, *more, "--json")
+    path = cosmos.cwd / json.loads(done.stdout)["videos"][0]["path"]
+    return path.read_bytes(), layout.read_json(path.with_suffix(".json")), done.stderr
+
+
+def test_promoted_and_beside_the_base_it_makes_the_same_video(cosmos, whole, promoted):
     file = whole.lora(6, "reg")
-    by_promote, _ = video()
-    at_load, sidecar = video("--model", "base", "--lora", file)
-    nothing, _ = video("--model", "base", "--lora", f"{file}:0")
-    plain, _ = video("--model", "base")
-    assert by_promote == at_load
-    assert nothing == plain != at_load
-    (used,) = sidecar["loras"]
-    assert used == {"path": str(file), "strength": 1.0, "sha256": layout.sha256_file(file)}
+    by_promote, about, said = video(cosmos)
+    beside, sidecar, _ = video(cosmos, "--model", "base", "--lora", file)
+    _, of_merged, _ = video(cosmos, "--model", promoted / "model.pt")
+    nothing, _, _ = video(cosmos, "--model", "base", "--lora", f"{file}:0")
+    plain, _, _ = video(cosmos, "--model", "base")
+    assert by_promote == beside
+    assert nothing == plain != beside
+    base = layout.EMBEDDED_DIR / "model.safetensors"
+    assert f"using the base {base} with the LoRA {promoted / 'lora.safetensors'}" in said
+    for used_by, path in ((about, promoted / "lora.safetensors"), (sidecar, file)):
+        assert used_by["weights"] == {"path": str(base), "sha256": layout.sha256_file(base)}
+        assert used_by["loras"] == [
+            {"path": str(path), "strength": 1.0, "sha256": layout.sha256_file(file),
+             "config_sha256": ""}
+        ]  # fmt: skip
+    assert of_merged["weights"]["path"] == str(promoted / "model.pt")
+    assert of_merged["loras"] == []
+
+
+def test_without_its_base_the_merged_weights_are_used_and_it_says_so(cosmos, promoted, tmp_path):
+    copy = tmp_path / "elsewhere_post-trained"
+    shutil.copytree(promoted, copy)
+    manifest = layout.read_json(copy / "manifest.json")
+    manifest["base"]["sha256"] = "0" * 64
+    layout.write_json(copy / "manifest.json", manifest)
+    _, about, said = video(cosmos, "--model", copy)
+    assert "using the merged weights, which kept 99% of the LoRA's change" in said
+    assert about["weights"]["path"] == str(copy / "model.pt")
+    (copy / "lora.safetensors").write_bytes(b"")
+    refused = cosmos("generate", "tiny", *ASK, "--model", copy, code=4)
+    assert "lora.safetensors: is missing or not as cosmos promote wrote it" in refused.stderr
+    assert f"--model {copy / 'model.pt'}" in refused.stderr
+    # As promote wrote it before it kept the LoRA.
+    del manifest["lora"]
+    layout.write_json(copy / "manifest.json", manifest)
+    (copy / "lora.safetensors").unlink()
+    assert video(cosmos, "--model", copy)[1]["weights"] == about["weights"]
+
+
+def test_a_lora_that_the_model_contains_is_not_counted_twice(cosmos, whole, promoted):
+    for model in (promoted, promoted / "model.pt"):
+        words = ("--model", model, "--lora", whole.lora(6, "reg"))
+        refused = cosmos("generate", "tiny", *ASK, *words, code=2)
+        assert "is in the promoted model already" in refused.stderr
+    other = ("--model", promoted, "--lora", f"{whole.lora(3, 'reg')}:0.1")
+    assert "is of the run that the promoted LoRA is of" in video(cosmos, *other)[2]
+
+
+def test_evaluate_measures_what_generate_uses(cosmos, promoted):
+    words = ("--model", "promoted", "--prompts", "1", "-o", "page.html")
+    done = cosmos("evaluate", "tiny", *options("whole", *LORA, "num_steps=2"), *words)
+    assert "using the base" in done.stderr
+
+
+def test_a_folder_of_peft_is_given_by_its_name(cosmos, whole, tmp_path):
+    folder = tmp_path / "peft"
+    folder.mkdir()
+    changes = lora_file.read(whole.lora(6, "reg"))
+    state = weights.rename(lora.factors(changes), weights.OURS, weights.DIFFUSERS, folder)
+    state = {f"base_model.model.{key}": value for key, value in state.items()}
+    save_file(state, folder / "adapter_model.safetensors")
+    settings = {"peft_type": "LORA", "r": 4, "lora_alpha": 6}
+    layout.write_json(folder / "adapter_config.json", settings)
+    made, about, said = video(cosmos, "--model", "base", "--lora", folder)
+    expected, _, _ = video(cosmos, "--model", "base", "--lora", whole.lora(6, "reg"))
+    assert made == expected
+    assert "rank 4, scale 1.5, strength 1" in said
+    # The settings decide the video, and so are part of what it is known by.
+    settings["lora_alpha"] = 60
+    layout.write_json(folder / "adapter_config.json", settings)
+    other, changed, _ = video(cosmos, "--model", "base", "--lora", folder)
+    assert other != made
+    assert changed["key"] != about["key"]
+
+
+def test_a_folder_without_one_lora_is_refused(cosmos, tmp_path):
+    words = ("generate", "tiny", *ASK, "--model", "base", "--lora", tmp_path)
+    assert "holds no LoRA file" in cosmos(*words, code=4).stderr
+    for name in ("adapter_model.safetensors", "pytorch_lora_weights.safetensors"):
+        save_file({}, tmp_path / name)
+    assert "holds several LoRA files" in cosmos(*words, code=4).stderr
+    (tmp_path / name).unlink()
+    assert "holds no tensors" in cosmos(*words, code=4).stderr
+
+
+def test_two_processes_and_standard_input_apply_a_lora_too(cosmos, whole, tmp_path):
+    lora_of = ("--model", "base", "--lora", f"{whole.lora(6, 'reg')}:0.5")
+    alone, _, _ = video(cosmos, *lora_of)
+    two, _, _ = video(cosmos, *lora_of, "--num-processes", "2", "-o", tmp_path)
+    assert two == alone
+    words = ("generate", "tiny", *options("whole", *LORA), "--set", "num_steps=2", *lora_of)
+    for memory in ("together", "in_turn"):
+        folder = tmp_path / memory
+        more = ("--prompts", "-", "--set", f"memory={memory}", "-o", folder)
+        process = cosmos.start(*words, *more, stdin=subprocess.PIPE)
+        process.communicate("A teal robot.\n", timeout=300)
+        assert next(folder.glob("*.mp4")).read_bytes() == alone
 
 
 def test_a_missing_lora_is_refused(cosmos):

@@ -11,7 +11,7 @@ import typer
 from cosmos_cli import console, layout, promoted
 from cosmos_cli.choose import choose_model
 from cosmos_cli.commands import options
-from cosmos_cli.commands.generate import read_weights
+from cosmos_cli.commands.generate import find_weights
 from cosmos_cli.console import Result
 
 EMBEDDED_PROMPTS = 24
@@ -52,7 +52,7 @@ def evaluate(
     # Two checkpoints_dirs may hold folders of the same name.
     short = len({Path(name).name for name in names}) == len(names)
     weights = {
-        Path(name).name if short else name.strip("/").replace("/", "_"): read_weights(
+        Path(name).name if short else name.strip("/").replace("/", "_"): find_weights(
             r, choose_model(recipe, name, set_ or []).weights
         )
         for name in names

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -59,7 +59,7 @@ LoraOption = Annotated[
     list[str] | None,
     typer.Option(
         metavar="PATH[:STRENGTH]",
-        help="LoRA file to merge in, whole or in part; may be given repeatedly.",
+        help="LoRA file, or its folder, to apply in whole or in part; may be given repeatedly.",
     ),
 ]
 CompareOption = Annotated[
@@ -121,9 +121,9 @@ def generate(
             f"{output.suffix} files are not written", code=ExitCode.USAGE,
             where=f"--output {output}", fix="name an .mp4 file, or a folder",
         )  # fmt: skip
-    weights = replace(read_weights(r, choice.weights), loras=tuple(map(read_lora, lora or ())))
+    weights = add_loras(find_weights(r, choice.weights), tuple(map(read_lora, lora or ())))
     order = Order(r, weights, output, overwrite)
-    placed = [orders.base_order(order, read_weights(r, None)), order] if compare else [order]
+    placed = [orders.base_order(order, base_of(r, weights)), order] if compare else [order]
     console.say(
         f"{r.model} ({order.weights.path}): {r.num_frames} frames, {r.width}x{r.height} at "
         f"{r.fps:g} fps, {r.num_steps} steps, guidance {r.guidance:g}"
@@ -178,8 +178,86 @@ def read_weights(r: Recipe, folder: Path | None) -> Weights:
     return found
 
 
+def find_weights(r: Recipe, folder: Path | None) -> Weights:
+    """Return the weights to use: of a promoted LoRA its base and the LoRA, where both are here.
+
+    Merged into bf16 weights, a part of a LoRA's change is lost.
+
+    Raises:
+        UserError: they are missing or damaged.
+    """
+    manifest = _manifest(folder) if folder and folder.is_dir() else {}
+    if not folder or "lora" not in manifest:
+        return read_weights(r, folder)
+    path = folder / layout.LORA_FILE
+    merged = shlex.quote(str(layout.weights_in(folder)))
+    try:
+        wanted, sha256 = manifest["base"], manifest["lora"]["sha256"]
+        candidates, kept = [Path(wanted["path"])], f"{manifest['lora']['kept']:.0%}"
+    except (KeyError, TypeError, ValueError) as error:
+        raise _not_promoted(folder / layout.MANIFEST_FILE, merged) from error
+    if not path.is_file() or layout.sha256_file(path) != sha256:
+        raise _not_promoted(path, merged)
+    candidates += [
+        layout.model_files(r.spec, r.checkpoints_dir, base).dit for base in (r.base, None)
+    ]
+    for base in dict.fromkeys(candidates):
+        if base.exists() and layout.sha256_path(base) == wanted["sha256"]:
+            console.say(f"using the base {base} with the LoRA {path} beside its weights")
+            return Weights(base, wanted["sha256"], (Lora(path, 1.0, sha256),))
+    console.say(
+        f"using the merged weights, which kept {kept} of the LoRA's change: its base, "
+        f"{wanted['path']} with sha256 {wanted['sha256'][:12]}, is not here"
+    )
+    return read_weights(r, folder)
+
+
+def _not_promoted(path: Path, merged: str) -> UserError:
+    return UserError(
+        "is missing or not as cosmos promote wrote it", code=ExitCode.ASSET, where=str(path),
+        fix=f"run cosmos promote again, or use the merged weights with --model {merged}",
+    )  # fmt: skip
+
+
+def base_of(r: Recipe, weights: Weights) -> Weights:
+    """Return the base's weights, hashed once where `weights` are those with LoRAs beside them."""
+    base = layout.weights_in(layout.model_files(r.spec, r.checkpoints_dir, r.base).dit)
+    return replace(weights, loras=()) if weights.path == base else read_weights(r, None)
+
+
+def add_loras(weights: Weights, loras: tuple[Lora, ...]) -> Weights:
+    """Return the weights with more LoRAs.
+
+    Raises:
+        UserError: the weights have one of them already, so it would count twice.
+    """
+    places = (weights.path, *(used.path for used in weights.loras))
+    manifests = [_manifest(place.parent) for place in places]
+    inside = {(manifest.get("checkpoint") or {}).get("sha256") for manifest in manifests}
+    runs = [Path(m["run"]) for m in manifests if "lora" in m and "run" in m]
+    for lora in loras:
+        if lora.sha256 in inside:
+            raise UserError(
+                "is in the promoted model already and would count twice", code=ExitCode.USAGE,
+                where=f"--lora {lora.path}",
+                fix="leave it out, or choose its strength with --model base --lora FILE:0.8",
+            )  # fmt: skip
+        if any(lora.path.is_relative_to(run) for run in runs):
+            console.warn(f"{lora.path} is of the run that the promoted LoRA is of: both count")
+    if len({lora.sha256 for lora in loras}) < len(loras):
+        console.warn("one LoRA is given twice: its strengths add up")
+    return replace(weights, loras=(*weights.loras, *loras))
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    """Return what promote wrote about the model in a folder, {} for any other folder."""
+    path = folder / layout.MANIFEST_FILE
+    content = layout.read_json(path) if path.is_file() else {}
+    return content if isinstance(content, dict) else {}
+
+
 def read_lora(text: str) -> Lora:
-    """The LoRA that PATH or PATH:STRENGTH names.
+    """The LoRA that PATH or PATH:STRENGTH names; a folder is one of peft or diffusers.
 
     Raises:
         UserError: there is no such file.
@@ -189,13 +267,35 @@ def read_lora(text: str) -> Lora:
         path, share = Path(name).absolute(), float(strength)
     except ValueError:
         path, share = Path(text).absolute(), 1.0
-    fix = "give a LoRA file, and maybe its strength, as in --lora FILE:0.8"
+    fix = "give a LoRA file or its folder, and maybe its strength, as in --lora FILE:0.8"
+    if os.path.isdir(path):  # noqa: PTH112 - as below
+        path = _lora_in(path, fix)
     if not os.path.exists(path):  # noqa: PTH110 - a path that cannot be reached is none
         raise UserError("does not exist", code=ExitCode.ASSET, where=str(path), fix=fix)
     if not math.isfinite(share):
         raise UserError(f"{share} is no strength", code=ExitCode.USAGE, where=text, fix=fix)
     files.check_weights(path)
-    return Lora(path, share, layout.sha256_file(path))
+    config = path.with_name(layout.ADAPTER_CONFIG_FILE)
+    about = layout.sha256_file(config) if config.is_file() else ""
+    return Lora(path, share, layout.sha256_file(path), about)
+
+
+def _lora_in(folder: Path, fix: str) -> Path:
+    """Return the one LoRA file of a folder.
+
+    Raises:
+        UserError: it has none, or several.
+    """
+    known = [folder / name for name in layout.ADAPTER_FILES if (folder / name).is_file()]
+    found = known or sorted(folder.glob("*.safetensors"))
+    if len(found) != 1:
+        names = ", ".join(path.name for path in found[:5])
+        what = f"holds several LoRA files: {names}" if found else "holds no LoRA file"
+        expected = " or ".join(layout.ADAPTER_FILES[:2])
+        raise UserError(
+            f"{what} (expected is {expected})", code=ExitCode.ASSET, where=str(folder), fix=fix
+        )
+    return found[0]
 
 
 def _wishes(prompts: list[str], batch: Path | None) -> list[Wish | UserError]:

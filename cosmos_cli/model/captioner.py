@@ -16,6 +16,7 @@ from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.keys import Recipe
 from cosmos_cli.layout import Dataset
 from cosmos_cli.model import sources, upsampler, video
+from cosmos_cli.model.finite import require_finite
 from cosmos_cli.model.sources import Source
 
 INSTRUCTION = (
@@ -54,6 +55,7 @@ class Captioner:
         if not getattr(self.processor, "chat_template", None):
             raise _bad(source, "has no chat template", "choose a model that was trained to chat")
         self.model = model.to(device).eval()
+        require_finite(self.model.state_dict(), Path(source))
 
     @torch.inference_mode()
     def describe(self, source: Source) -> str:

@@ -14,9 +14,10 @@ from cosmos_cli import layout
 from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.keys import Recipe
 from cosmos_cli.layout import MANIFEST_FILE, Run
-from cosmos_cli.model import lora, reshard, weights
+from cosmos_cli.model import lora, lora_file, reshard, weights
 from cosmos_cli.model.device import best_device
 from cosmos_cli.model.ema import PowerEMA
+from cosmos_cli.model.finite import require_finite
 
 # The folder of DeepSpeed's files inside a resume state.
 SHARDS = "zero"
@@ -64,10 +65,21 @@ def gather(parameter: nn.Parameter, part: Tensor) -> Tensor:
     return joined[: parameter.ds_numel].view(full_shape(parameter))
 
 
+def own_part(parameter: nn.Parameter, part: Tensor) -> Tensor:
+    """Return what of a rank's part is of the parameter; the end of the last shard is padding."""
+    if not hasattr(parameter, "ds_tensor"):
+        return part
+    left = parameter.ds_numel - dist.get_rank() * part.numel()
+    return part[: max(min(left, part.numel()), 0)]
+
+
 def load_weights(module: nn.Module, state: dict[str, Tensor], where: Path) -> None:
     """Copies a full state dict into this rank's shards, a tensor at a time.
 
     A base without the log-variance head keeps the fresh one.
+
+    Raises:
+        UserError: names or shapes are not those of the module, or a number is not finite.
     """
     parameters, buffers = dict(module.named_parameters()), dict(module.named_buffers())
     if not any(name.startswith("logvar.") for name in state):
@@ -81,6 +93,11 @@ def load_weights(module: nn.Module, state: dict[str, Tensor], where: Path) -> No
         scatter(state[name], parameter, shard(parameter))
     for name, buffer in buffers.items():
         buffer.copy_(state[name])
+    require_finite(
+        {n: own_part(p, shard(p)) for n, p in parameters.items()} | buffers,
+        where,
+        weights.name_in_file(where),
+    )
     forget_copies(module)
 
 
@@ -145,7 +162,8 @@ def resume(engine: Any, ema: PowerEMA, run: Run, step: int) -> None:
     Another number of ranks than saved them may call it.
 
     Raises:
-        UserError: a file of the resume state is missing or not as it was written.
+        UserError: a file of the resume state is missing or not as it was written, or a weight is
+            not finite.
     """
     folder = run.resume_state(step)
     manifest = layout.read_json(folder / MANIFEST_FILE)
@@ -166,9 +184,14 @@ def resume(engine: Any, ema: PowerEMA, run: Run, step: int) -> None:
     else:
         reshard.load(engine, folder / SHARDS, saved_by)
     forget_copies(module)
-    state = lora.load(path)[0] if adapted else weights.load_dit_state(path)
+    state = lora.factors(lora_file.read(path)) if adapted else weights.load_dit_state(path)
+    own = {}
     for (name, parameter), part in zip(trained(module).items(), ema.shards, strict=True):
         scatter(state[name], parameter, part)
+        own[name] = own_part(parameter, shard(parameter))
+        own[f"{name} (ema)"] = own_part(parameter, part)
+    fix = "delete this folder; the same command then resumes from the save before it"
+    require_finite(own, folder, fix=fix)
 
 
 def model_file(run: Run, module: nn.Module, step: int, kind: str) -> Path:
@@ -225,7 +248,7 @@ def _gather_all(module: nn.Module, parts: list[Tensor], rank: int) -> dict[str, 
 def _save_model(module: nn.Module, state: dict[str, Tensor], path: Path) -> str:
     """Writes the trained weights; their file's sha256."""
     if lora.attached(module):
-        lora.save(path, state, lora.scale(module))
+        lora_file.save(path, state, lora.scale(module))
         return layout.sha256_file(path)
     buffers = {name: buffer.cpu() for name, buffer in module.named_buffers()}
     return weights.save_released(path, {**buffers, **state})

@@ -242,6 +242,8 @@ class Attention(nn.Module):
         super().__init__()
         self.heads = spec.heads
         self.sequence = SequenceGroup()
+        # What LoRAs of q, k and v append to the tokens that all three of them read.
+        self.widen: nn.Module = nn.Identity()
         self.q = linear(spec.width, spec.width)
         self.k = linear(kv_channels, spec.width)
         self.v = linear(kv_channels, spec.width)
@@ -251,6 +253,8 @@ class Attention(nn.Module):
 
     def forward(self, u_BLD: Tensor, context: Text, rope: Rope | None = None) -> Tensor:
         """What each of `u` reads from `context`, BLD; `rope` turns both when they are the same."""
+        if context is u_BLD:
+            u_BLD = context = self.widen(u_BLD)
         q = self.q_norm(self.q(u_BLD).unflatten(-1, (self.heads, -1)), rope)
         k, v = context if isinstance(context, tuple) else self.keys_values(context, rope)
         q, k, v = (self.sequence.to_heads(x) for x in (q, k, v))

@@ -21,13 +21,14 @@ from torch import Tensor
 
 from cosmos_cli import __version__, console, layout
 from cosmos_cli.cache import Answers
-from cosmos_cli.errors import UserError
+from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.jobs import Job, Lora, Weights
 from cosmos_cli.keys import Recipe
 from cosmos_cli.model import edm, guardrail, kernels, lora, prep, sampler, text, video, weights
 from cosmos_cli.model.aegis import Aegis
 from cosmos_cli.model.device import can_compile, gpu_memory_errors
 from cosmos_cli.model.dit import DiT, Prompt, patch_grid
+from cosmos_cli.model.finite import require_finite
 from cosmos_cli.model.sequence import SequenceGroup
 from cosmos_cli.model.upsampler import Upsampler
 
@@ -239,7 +240,7 @@ class TextModels:
             return {
                 job: w
                 if isinstance(w, UserError)
-                else Conditioning(w, embed(w), embed(negative_prompt(job.r)))
+                else _conditioning(w, embed(w), embed(negative_prompt(job.r)))
                 for job, w in words.items()
             }
 
@@ -268,16 +269,27 @@ class TextModels:
         console.say(f"upsampled: {longer}")
         return self._guarded(longer) if longer else words
 
-    def _embed(self, words: str) -> Tensor:
+    def _embed(self, words: str) -> Tensor | UserError:
         spec = self.r.spec.text
         if not words:
             return torch.zeros(spec.tokens, spec.channels)
         made = self.embeddings.get(words, lambda: save({"text": self.encoder.encode([words])[0]}))
         embedding = load(made)["text"].float()
+        if not embedding.isfinite().all():
+            folder = layout.model_files(self.r.spec, self.r.checkpoints_dir).text_encoder
+            return text.no_embedding(words, folder)
         if len(embedding) == spec.tokens and (cut := self.encoder.cut([words])):
             read = f"only the first {spec.tokens} of {cut[words]} tokens are read"
             console.warn(f"{read} of: {words[:60]} ...")
         return text.pad(embedding, spec)
+
+
+def _conditioning(
+    words: str, cond: Tensor | UserError, uncond: Tensor | UserError
+) -> Conditioning | UserError:
+    if isinstance(cond, UserError):
+        return cond
+    return uncond if isinstance(uncond, UserError) else Conditioning(words, cond, uncond)
 
 
 class Studio:
@@ -317,8 +329,13 @@ class Studio:
             x0 = sample(job.r, self.net, [text_emb], [seed], name[:40], self.pair)
         if self.pair and not self.pair.writes:
             return None
+        if not x0.isfinite().all():
+            return not_finite("denoiser's latent", job)
         with phase(f"{name}: decoder", self.device):
-            pixels = video.to_uint8(self.tokenizer.decode(x0.to(self.dtype))[0]).cpu()
+            decoded = self.tokenizer.decode(x0.to(self.dtype))[0]
+            pixels = video.to_uint8(decoded).cpu() if decoded.isfinite().all() else None
+        if pixels is None:
+            return not_finite("decoded video", job)
         if self.frame_filter and (reason := self.frame_filter.reason(pixels)):
             return guardrail.blocked("frame filter", reason, job.prompt)
         faces = self.face_blur.blur(pixels) if self.face_blur else None
@@ -346,18 +363,37 @@ class Resident:
         return text_emb if isinstance(text_emb, UserError) else self.studio.make(job, text_emb)
 
 
+def not_finite(what: str, job: Job) -> UserError:
+    """Return the failure of one video whose numbers overflowed although all weights are finite.
+
+    It is one of the weights (ASSET): they, or a LoRA's strength, are too large for this prompt.
+    """
+    return UserError(
+        f"the {what} is not finite (NaN or infinity), so no video was written",
+        code=ExitCode.ASSET, where=job.path.stem,
+        fix="take another checkpoint, or less of a LoRA, as in --lora FILE:0.8",
+    )  # fmt: skip
+
+
 def load_denoiser(
     r: Recipe, base: Path, device: str, dtype: torch.dtype, loras: tuple[Lora, ...] = ()
 ) -> DiT:
-    """The denoiser with the weights of a model file and LoRAs merged, on `device` in `dtype`."""
+    """Load the denoiser from a model file, with LoRAs beside its weights, in `dtype` on `device`.
+
+    Raises:
+        UserError: a file is missing, damaged, of another model, or holds numbers that are not
+            finite.
+    """
     with torch.device("meta"):
         net = DiT(r.spec.dit)
     state = weights.load_dit_state(base)
-    for adapter in loras:
-        state = lora.merge(state, adapter.path, adapter.strength)
     state = {k.removeprefix("net."): v for k, v in state.items() if k.startswith("net.")}
     net = net.to(dtype).to_empty(device=device)
     weights.load_strict(net, state, base)
+    loaded = {f"net.{name}": tensor for name, tensor in net.state_dict().items()}
+    require_finite(loaded, base, weights.name_in_file(base))
+    del loaded
+    lora.load_beside(net, ((used.path, used.strength) for used in loras))
     kernels.put_cudnn_first()
     return net.eval()
 

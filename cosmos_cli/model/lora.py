@@ -7,26 +7,23 @@ averages the factors, not their product, as is the custom.
 
 from __future__ import annotations
 
-import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from cosmos_cli import files
-from cosmos_cli.model import edm, weights
+from cosmos_cli import console
+from cosmos_cli.model import edm, lora_file, weights
+from cosmos_cli.model.finite import require_finite
+from cosmos_cli.model.lora_file import Change
 from cosmos_cli.model.spec import LORA_TARGETS
 
-# What diffusers and peft put before the names of a LoRA, and where diffusers keeps its settings.
-_PREFIX = "transformer."
-_PREFIXES = re.compile(r"^(base_model\.model\.|transformer\.(?=transformer_blocks))+")
-_SETTINGS = "lora_adapter_metadata"
+# Columns that are added to a weight are a multiple of this, so that its rows stay aligned.
+ALIGNED_RANK = 16
 
 
 class LoRALinear(nn.Module):
@@ -87,39 +84,153 @@ def fresh_factors(shapes: Mapping[str, tuple[int, ...]], seed: int) -> dict[str,
     return state
 
 
-def save(path: Path, state: Mapping[str, Tensor], scale: float) -> None:
-    """Writes the factors of a LoRA as a file that diffusers reads, through peft."""
-    renamed = weights.rename(state, weights.OURS, weights.DIFFUSERS, path)
-    rank = next(len(factor) for name, factor in state.items() if name.endswith("lora_A.weight"))
-    linears = {re.sub(r"^\w+\.\d+\.|\.lora_[AB]\.weight$", "", key) for key in renamed}
-    settings = {"r": rank, "lora_alpha": scale * rank, "target_modules": sorted(linears)}
-    settings = {_PREFIX + key: value for key, value in settings.items()}
-    tensors = {_PREFIX + key: value for key, value in renamed.items()}
-    weights.write_safetensors(path, tensors, {_SETTINGS: json.dumps(settings)})
+def factors(changes: Mapping[str, Change]) -> dict[str, Tensor]:
+    """Return the factors of a run's LoRA under the names of its parameters."""
+    state = {}
+    for name, change in changes.items():
+        state[f"{name}.lora_A.weight"], state[f"{name}.lora_B.weight"] = change.a, change.b
+    return state
 
 
-def load(path: Path) -> tuple[dict[str, Tensor], float]:
-    """The factors of a LoRA file of ours, of diffusers or of peft, and the scale of their product.
+# --- beside the weights, for sampling -------------------------------------------------------------
+
+
+class Widen(nn.Module):
+    """Appends A x to each token x."""
+
+    def __init__(self, a: Tensor) -> None:
+        super().__init__()
+        self.lora_A = nn.Parameter(a, requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return [x; A x], of inputs + rank channels."""
+        return torch.cat((x, F.linear(x, self.lora_A)), dim=-1)
+
+
+class AdaptedLinear(nn.Module):
+    """A frozen linear with the change of LoRAs, W x + B (A x), as one product [W B] [x; A x].
+
+    Both terms are summed in the fp32 accumulators of the product and rounded once. Two bf16
+    products and a bf16 sum would lose a change that is below half a step of the output, and so
+    would a merged weight: of |dW| / |W| = 8e-4 either keeps 45 %, this all of it.
+    """
+
+    def __init__(self, weight: Tensor, b: Tensor, widen: nn.Module) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.cat((weight, b), dim=1), requires_grad=False)
+        self.widen = widen
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the output of the changed linear."""
+        return F.linear(self.widen(x), self.weight)
+
+
+def load_beside(net: nn.Module, files: Iterable[tuple[Path, float]]) -> None:
+    """Put LoRA files beside the weights of a denoiser, each with its strength.
 
     Raises:
-        UserError: the file is missing, damaged, of another model, or not of pairs of factors.
+        UserError: a file is missing, damaged, or of another model.
     """
-    files.check_safetensors(path)
-    with weights.reading(path):
-        stored = load_file(path)
-        with safe_open(path, framework="pt") as stream:
-            settings = json.loads((stream.metadata() or {}).get(_SETTINGS, "{}"))
-        # Files without settings mean a scale of 1, as diffusers takes them.
-        plain = {key.removeprefix(_PREFIX): value for key, value in settings.items()}
-        scale = plain["lora_alpha"] / plain["r"] if plain else 1.0
-    names = {_PREFIXES.sub("", key): value for key, value in stored.items()}
-    state = weights.rename(names, weights.DIFFUSERS, weights.OURS, path)
-    for name in state:
-        stem = re.sub(r"\.lora_[AB]\.weight$", "", name)
-        a, b = (state.get(f"{stem}.lora_{side}.weight") for side in "AB")
-        if a is None or b is None or a.shape[0] != b.shape[1]:
-            raise weights.another_model([f"no pair of factors for {stem}"], path)
-    return state, scale
+    read = []
+    for path, strength in files:
+        changes = lora_file.read(path)
+        linears = {f"net.{n}": m for n, m in net.named_modules() if isinstance(m, nn.Linear)}
+        check_fit(changes, {name: linear.weight.shape for name, linear in linears.items()}, path)
+        scaled = {
+            name: Change(change.a, change.b * (change.scale * strength), 1.0, change.key)
+            for name, change in changes.items()
+        }
+        of_keys = {change.key: change.b for change in scaled.values()}
+        fix = "give it less strength, as in --lora FILE:0.8"
+        require_finite(of_keys, path, fix=fix)
+        ranks = sorted({len(change.a) for change in changes.values()})
+        scales = sorted({round(change.scale, 6) for change in changes.values()})
+        console.say(
+            f"LoRA {path}: {len(changes)} linears, rank {_range(ranks)}, scale {_range(scales)}, "
+            f"strength {strength:g}"
+        )
+        if not any(change.b.any() and change.a.any() for change in changes.values()):
+            console.warn(f"{path}: changes nothing, all of its factors A or B are zero")
+        # Without strength the weights stay as they are to the last bit.
+        read += [scaled] if strength else []
+    if read:
+        put_beside(net, read)
+
+
+@torch.no_grad()
+def put_beside(net: nn.Module, loras: Sequence[Mapping[str, Change]]) -> None:
+    """Replace the linears of a denoiser that LoRAs change. Names are of the form net.blocks...."""
+    changed = {name.removeprefix("net.") for changes in loras for name in changes}
+    qkv = re.compile(r"(.*\.self_attn)\.[qkv]")
+    for attention in sorted({match[1] for name in changed if (match := qkv.fullmatch(name))}):
+        # These three read the same tokens, which are widened once for all of them.
+        names = [f"{attention}.{child}" for child in "qkv"]
+        net.get_submodule(attention).widen = _adapt(net, names, loras, nn.Identity())
+        changed -= set(names)
+    for name in changed:
+        _adapt(net, [name], loras, None)
+
+
+def _adapt(
+    net: nn.Module,
+    names: Sequence[str],
+    loras: Sequence[Mapping[str, Change]],
+    widen: nn.Module | None,
+) -> Widen:
+    """Replace linears that read the same input, and return what widens it for all of them.
+
+    Each of them calls `widen` on its input, by default the returned module.
+    """
+    found = {n: [c for changes in loras if (c := changes.get(f"net.{n}"))] for n in names}
+    weight = net.get_submodule(names[0]).weight
+    rank = sum(len(change.a) for changes in found.values() for change in changes)
+    rank += -rank % ALIGNED_RANK
+    a, column = weight.new_zeros(rank, weight.shape[1]), 0
+    appends = Widen(a)
+    for name, changes in found.items():
+        linear = net.get_submodule(name)
+        b = weight.new_zeros(len(linear.weight), rank)
+        for change in changes:
+            columns = slice(column, column + len(change.a))
+            a[columns] = change.a.to(weight)
+            b[:, columns] = (change.scale * change.b).to(weight)
+            column += len(change.a)
+        parent, _, child = name.rpartition(".")
+        adapted = AdaptedLinear(linear.weight, b, widen or appends)
+        setattr(net.get_submodule(parent), child, adapted)
+    return appends
+
+
+def _range(values: Sequence[float]) -> str:
+    return f"{values[0]:g}" if len(values) == 1 else f"{values[0]:g} to {values[-1]:g}"
+
+
+# --- merged into the weights, for promote ---------------------------------------------------------
+
+
+def check_fit(
+    changes: Mapping[str, Change], shapes: Mapping[str, tuple[int, ...]], where: Path
+) -> None:
+    """Refuse changes of linears that a model does not have or that have other sizes.
+
+    Args:
+        changes: what a file does, by our names of the linears.
+        shapes: of the weights of the model's linears, by the same names.
+        where: the file.
+
+    Raises:
+        UserError: (ASSET) one does not fit; it names file and key.
+    """
+    unknown = [change.key for name, change in changes.items() if name not in shapes]
+    other = [
+        f"{change.key} changes a weight of {(len(change.b), change.a.shape[1])} instead of "
+        f"{tuple(shapes[name])}"
+        for name, change in changes.items()
+        if name in shapes and (len(change.b), change.a.shape[1]) != tuple(shapes[name])
+    ]
+    found = {"unknown": unknown, "of another shape": other}
+    if problems := [weights.some(names, kind) for kind, names in found.items() if names]:
+        raise weights.another_model(problems, where)
 
 
 @torch.no_grad()
@@ -129,16 +240,28 @@ def merge(state: Mapping[str, Tensor], path: Path, strength: float) -> dict[str,
     Raises:
         UserError: the file is missing, damaged, or of another model.
     """
-    factors, own = load(path)
-    changes = {}
-    for name, a in factors.items():
-        if name.endswith(".lora_A.weight"):
-            stem = name.removesuffix(".lora_A.weight")
-            b = factors[f"{stem}.lora_B.weight"]
-            changes[f"{stem}.weight"] = strength * own * (b.float() @ a.float())
-    fitting = {name: state[name].shape for name in changes if name in state}
-    weights.check_keys(fitting, changes, path)
-    return {
-        name: (tensor.float() + changes[name]).to(tensor.dtype) if name in changes else tensor
-        for name, tensor in state.items()
-    }
+    changes = lora_file.read(path)
+    stems = {name.removesuffix(".weight"): tensor.shape for name, tensor in state.items()}
+    check_fit(changes, stems, path)
+    merged = dict(state)
+    for name, change in changes.items():
+        tensor = state[f"{name}.weight"]
+        wide = tensor.float() + strength * change.scale * (change.b @ change.a)
+        merged[f"{name}.weight"] = wide.to(tensor.dtype)
+    return merged
+
+
+@torch.no_grad()
+def kept_share(before: Mapping[str, Tensor], after: Mapping[str, Tensor], path: Path) -> float:
+    """Return how much of a LoRA's change is in weights that it was merged into, 1 for all of it.
+
+    The difference of the weights is projected on the change. Rounding each sum to bf16 drops most
+    parts of the change that are below half a step of their weight.
+    """
+    found = wanted = 0.0
+    for name, change in lora_file.read(path).items():
+        delta = change.scale * (change.b @ change.a)
+        difference = after[f"{name}.weight"].float() - before[f"{name}.weight"].float()
+        found += (difference * delta).sum().item()
+        wanted += delta.square().sum().item()
+    return found / wanted if wanted else 1.0

@@ -25,6 +25,7 @@ from cosmos_cli.keys import Recipe
 from cosmos_cli.layout import Dataset
 from cosmos_cli.model import captioner, damage, looks, prep_report, sources, text, video, weights
 from cosmos_cli.model.device import compiles
+from cosmos_cli.model.finite import require_finite
 from cosmos_cli.model.sources import Source
 from cosmos_cli.model.tokenizer import Tokenizer
 
@@ -260,6 +261,8 @@ def _write_embeddings(
                 stale = {c: _stale(dataset, paths[c]) for c in batch} if ours else {}
                 if any(stale.values()):
                     for caption, embedding in zip(batch, encoder.encode(batch), strict=True):
+                        if not embedding.isfinite().all():
+                            raise text.no_embedding(caption, folder)
                         for path in stale[caption]:
                             with layout.atomic_file(path) as temporary:
                                 text.write_pickle(temporary, embedding)
@@ -419,11 +422,17 @@ class Latents:
 
 
 def load_tokenizer(r: Recipe, device: str, dtype: torch.dtype) -> Tokenizer:
-    """The video tokenizer of the recipe's model, ready to encode and decode."""
+    """Load the video tokenizer of the recipe's model, ready to encode and decode.
+
+    Raises:
+        UserError: it is missing or damaged, or holds numbers that are not finite.
+    """
     path = layout.model_files(r.spec, r.checkpoints_dir).tokenizer
     tokenizer = Tokenizer(r.spec.tokenizer, r.spec.sigma_data)
     weights.load_strict(tokenizer, weights.load_tokenizer_state(path), path)
-    return tokenizer.to(device=device, dtype=dtype).eval()
+    tokenizer = tokenizer.to(device=device, dtype=dtype).eval()
+    require_finite(tokenizer.state_dict(), path)
+    return tokenizer
 
 
 def _trim_memory() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from cosmos_cli.keys import Recipe
 from cosmos_cli.layout import Run
 from cosmos_cli.model import lora, weights
 from cosmos_cli.model.dit import DiT
+from cosmos_cli.model.finite import require_finite
 
 LICENCE_URL = (
     "https://www.nvidia.com/en-us/agreements/enterprise-software/nvidia-open-model-license/"
@@ -53,10 +55,15 @@ def promote(r: Recipe, step: int, kind: str, format: str, target: Path) -> dict[
     weights.check_keys(expected, net, source)
     weights.check_keys(expected, {k: v for k, v in original.items() if k in net}, base)
     changes = relative_changes(net, original)
+    fix = "promote an earlier step"
+    require_finite(original, base, weights.name_in_file(base))
+    require_finite(tuned, source, weights.name_in_file(source), fix)
     require_trained(changes, source)
     # Diffusers has no place for the log-variance head, which training alone needs.
     written = net if format == "diffusers" else tuned
+    kept = {"lora": _lora(original, tuned, source)} if r.lora_rank else {}
     return _write_folder(r, target, written, {
+        **kept,
         "model": r.model,
         "format": format,
         "weights": kind,
@@ -69,6 +76,18 @@ def promote(r: Recipe, step: int, kind: str, format: str, target: Path) -> dict[
         "recipe": json.loads(r.model_dump_json()),
         "cosmos": __version__,
     })  # fmt: skip
+
+
+def _lora(base: dict[str, Tensor], merged: dict[str, Tensor], source: Path) -> dict[str, Any]:
+    """Return what the manifest says of the LoRA; says how much of its change the weights kept."""
+    kept = lora.kept_share(base, merged, source)
+    dtype = next(tensor.dtype for name, tensor in merged.items() if name.startswith("net.blocks."))
+    precision = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}.get(dtype)
+    console.say(
+        f"the merged weights in {precision or dtype} kept {kept:.0%} of the LoRA's change; "
+        f"{layout.LORA_FILE} keeps all of it, and generate uses that where it finds the base"
+    )
+    return {"file": layout.LORA_FILE, "sha256": layout.sha256_file(source), "kept": kept}
 
 
 def require_trained(changes: dict[str, float], source: Path) -> None:
@@ -143,6 +162,8 @@ def _fill_folder(
             fix="check the disk and promote again",
         )
     del written
+    if "lora" in manifest:
+        _copy_lora(Path(manifest["checkpoint"]["path"]), building, manifest["lora"]["sha256"])
     manifest["sha256"] = layout.sha256_path(path)
     layout.write_text(building / "recipe.yaml", recipe.dump(r))
     layout.write_text(building / "README.md", _card(r, manifest))
@@ -150,6 +171,18 @@ def _fill_folder(
         layout.write_text(building / "NOTICE", _NOTICE)
     layout.write_json(building / layout.MANIFEST_FILE, manifest)
     return manifest
+
+
+def _copy_lora(source: Path, folder: Path, sha256: str) -> None:
+    """Puts the LoRA file that was merged beside the merged weights."""
+    target = folder / layout.LORA_FILE
+    with layout.atomic_file(target) as temporary:
+        shutil.copyfile(source, temporary)
+    if layout.sha256_file(target) != sha256:
+        raise UserError(
+            "was not copied as it should be", code=ExitCode.ASSET, where=str(source),
+            fix="check the disk and promote again",
+        )  # fmt: skip
 
 
 def change_table(changes: dict[str, float]) -> str:
@@ -172,6 +205,10 @@ Who passes it on gives a copy of that licence and the file NOTICE along, and kee
 a page about it. The licence ends for who disables a guardrail without an equal one in its place.
 """
 
+_LORA_WORDS = f"""
+`{layout.LORA_FILE}` is the LoRA that was trained, in the format of diffusers and peft.
+"""
+
 
 def _card(r: Recipe, manifest: dict[str, Any]) -> str:
     derived = not r.spec.embedded
@@ -190,4 +227,4 @@ pipeline_tag: text-to-video
 
 `{layout.MODEL_FORMATS[manifest["format"]]}` has the weights; `manifest.json` the hashes of weights,
 base and dataset and the recipe in full; `recipe.yaml` is that recipe.
-{_TERMS if derived else ""}"""
+{_LORA_WORDS if "lora" in manifest else ""}{_TERMS if derived else ""}"""

@@ -30,6 +30,7 @@ from torch import Tensor
 from cosmos_cli import files, pickles
 from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.model import kernels
+from cosmos_cli.model.finite import require_finite
 from cosmos_cli.model.spec import TextSpec
 
 # Tokens of a batch: 16 of the longest captions.
@@ -68,7 +69,9 @@ class TextEncoder:
             encoder = T5EncoderModel.from_pretrained(self.folder, dtype=self.dtype)
             if encoder.config.feed_forward_proj != "relu":
                 raise ValueError(f"its layers are {encoder.config.feed_forward_proj}, T5's relu")
-        return encoder.to(self.device).eval()
+        encoder = encoder.to(self.device).eval()
+        require_finite(encoder.state_dict(), self.folder)
+        return encoder
 
     @cached_property
     def bias_NMM(self) -> Tensor:
@@ -152,6 +155,14 @@ class TextEncoder:
         return layer.o(read[0] if len(read) == 1 else torch.cat(read))
 
 
+def no_embedding(caption: str, folder: Path) -> UserError:
+    """Return the failure of a text whose embedding is not finite although all weights are."""
+    return UserError(
+        f"makes numbers that are not finite of the text {caption[:60]!r}",
+        code=ExitCode.ASSET, where=str(folder), fix="say it in other words",
+    )  # fmt: skip
+
+
 def pad(embedding: Tensor, spec: TextSpec) -> Tensor:
     """The embedding (tokens, channels) with zeros behind its real tokens."""
     return torch.nn.functional.pad(embedding, (0, 0, 0, spec.tokens - len(embedding)))
@@ -167,7 +178,8 @@ def read_pickle(path: Path, spec: TextSpec) -> Tensor:
     """The embedding (real tokens, channels) in a pickle; nothing but numpy arrays is admitted.
 
     Raises:
-        UserError: the file is missing or damaged, names anything else, or has another shape.
+        UserError: the file is missing, damaged or empty, names anything else, has another shape,
+            or holds numbers that are not finite.
     """
     content = files.read_bytes(path, files.EMBEDDING)
     try:
@@ -183,10 +195,15 @@ def read_pickle(path: Path, spec: TextSpec) -> Tensor:
         raise _bad(path, f"holds {type(value).__name__}, not a list with one array")
     array = arrays[0]
     fits = array.ndim == 2 and array.shape[1] == spec.channels and len(array) <= spec.tokens
-    if not fits or array.dtype.kind != "f":
-        expected = f"(up to {spec.tokens}, {spec.channels}) numbers"
+    if not fits or array.dtype.kind != "f" or not len(array):
+        expected = f"(1 to {spec.tokens}, {spec.channels}) numbers"
         raise _bad(path, f"holds {array.dtype} {array.shape}, expected {expected}")
-    # torch reads the machine's own order of bytes alone.
+    # Training reads it as fp32, in which a large number of fp64 is infinite.
+    with np.errstate(over="ignore"):
+        finite = np.isfinite(array.astype(np.float32)).all()
+    if not finite:
+        raise _bad(path, "holds numbers that are not finite (NaN or infinity)")
+    # torch reads only the machine's own byte order.
     return torch.from_numpy(np.ascontiguousarray(array, array.dtype.newbyteorder("=")))
 
 

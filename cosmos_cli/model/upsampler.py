@@ -20,6 +20,7 @@ from torch import Tensor
 from cosmos_cli import files, layout
 from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.model import weights
+from cosmos_cli.model.finite import require_finite
 
 INSTRUCTION = "Upsample the short caption to a long caption: "
 MAX_NEW_TOKENS = 512
@@ -77,6 +78,7 @@ class Upsampler:
                 fix="choose a chat model",
             )  # fmt: skip
         self.model = model.to(device=device, dtype=dtype).eval()
+        require_finite(self.model.state_dict(), released if released.is_file() else folder)
 
     @torch.inference_mode()
     def upsample(self, prompt: str) -> str:

@@ -16,7 +16,7 @@ import re
 import struct
 import warnings
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -75,7 +75,7 @@ logvar.freqs          logvar.0.freqs                       -
 logvar.phases         logvar.0.phases                      -
 logvar                logvar.1                             -
 """
-OURS, RELEASED, DIFFUSERS = range(3)
+COLUMNS = OURS, RELEASED, DIFFUSERS = range(3)
 
 # What a released file has beside weights: positions 0, 1, 2 ... and Transformer Engine's fp8 state.
 _NOT_WEIGHTS = re.compile(r"net\.pos_embedder\.seq|.*\._extra_state")
@@ -162,7 +162,7 @@ def diffusers_config(spec: DiTSpec) -> dict[str, Any]:
     }
 
 
-def _names(source: int, target: int) -> dict[str, str]:
+def names(source: int, target: int) -> dict[str, str]:
     """One column of the tables by another; "#" stands for the number of the block."""
     prefixes = {
         _NET: ("net.", "net.", ""),
@@ -182,20 +182,26 @@ def rename(state: Mapping[str, Tensor], source: int, target: int, where: Path) -
     Raises:
         UserError: a name is not in the tables.
     """
-    names = _names(source, target)
+    known = names(source, target)
     renamed, unknown = {}, []
     for key, value in state.items():
         stem = re.sub(r"(\.lora_[AB])?\.weight$", "", key)
         block = re.search(r"blocks\.(?:block)?(\d+)", stem)
         number = block[1] if block else ""
         general = f"{stem[: block.start(1)]}#{stem[block.end(1) :]}" if block else stem
-        if general in names:
-            renamed[names[general].replace("#", number) + key[len(stem) :]] = value
+        if general in known:
+            renamed[known[general].replace("#", number) + key[len(stem) :]] = value
         else:
             unknown.append(key)
     if unknown:
-        raise another_model([_some(unknown, "unknown")], where)
+        raise another_model([some(unknown, "unknown")], where)
     return renamed
+
+
+def name_in_file(path: Path) -> Callable[[str], str]:
+    """Return what gives the name that a file or folder of the denoiser's has for one of ours."""
+    column = DIFFUSERS if path.is_dir() else OURS if path.suffix == ".safetensors" else RELEASED
+    return lambda name: next(iter(rename({name: torch.empty(0)}, OURS, column, path)))
 
 
 def load_tensors(path: Path) -> State:
@@ -303,7 +309,7 @@ def check_keys(
         if name in state and tuple(state[name].shape) != tuple(shape)
     ]
     found = {"missing": missing, "unknown": unknown, "of another shape": other}
-    problems = [_some(names, kind) for kind, names in found.items() if names]
+    problems = [some(names, kind) for kind, names in found.items() if names]
     if problems:
         raise another_model(problems, where)
 
@@ -329,7 +335,8 @@ def another_model(problems: list[str], where: Path) -> UserError:
     )  # fmt: skip
 
 
-def _some(names: list[str], kind: str) -> str:
+def some(names: list[str], kind: str) -> str:
+    """Return how many names there are, and the first three."""
     more = ", ..." if len(names) > 3 else ""
     return f"{len(names)} {kind} ({', '.join(names[:3])}{more})"
 
@@ -501,5 +508,5 @@ def _check_tensors(state: dict[str, Any], where: Path) -> State:
         if not (isinstance(value, Tensor) and value.device.type == "cpu" and not value.is_sparse)
     ]
     if others:
-        raise another_model([_some(others, "that are no tensors")], where)
+        raise another_model([some(others, "that are no tensors")], where)
     return state

@@ -5,6 +5,8 @@ forward  one pass of the denoiser at 121 frames of 704x1280, ours and diffusers'
          of the number format against fp32 at a smaller size.
 sample   a whole video as `generate` makes it: text encoder, all steps after two that compile the
          blocks, decoder, mp4; time and peak memory of each phase.
+lora     one pass with compiled blocks, plain and with a LoRA of rank 16 and 64 beside every linear;
+         and how much of a LoRA's change is in the output of the number format, against fp32.
 split    the same steps by one process and by all together, guidance halves first; started by
          `torchrun --standalone --nproc-per-node 2 tests/bench/bench_generate.py --parts split`.
 load     host memory while a model file of full size is loaded to the GPU.
@@ -37,9 +39,10 @@ from transformers import AutoTokenizer, T5Config, T5EncoderModel
 
 from cosmos_cli import layout, recipe
 from cosmos_cli.keys import Recipe
-from cosmos_cli.model import generate, spread, text, video, weights
+from cosmos_cli.model import generate, lora, spread, text, video, weights
 from cosmos_cli.model.device import best_device
 from cosmos_cli.model.dit import DiT
+from cosmos_cli.model.lora_file import Change
 from cosmos_cli.model.sequence import SequenceGroup, neighbours
 from cosmos_cli.model.spec import COSMOS_7B, TINY, DiTSpec, ModelSpec
 from cosmos_cli.model.tokenizer import Tokenizer
@@ -198,8 +201,15 @@ class Inputs:
     fps_B: Tensor
 
     @classmethod
-    def of(cls, spec: ModelSpec, size: tuple[int, int, int], device: str, dtype: torch.dtype):
-        generator = torch.Generator(device).manual_seed(1)
+    def of(
+        cls,
+        spec: ModelSpec,
+        size: tuple[int, int, int],
+        device: str,
+        dtype: torch.dtype,
+        seed: int = 1,
+    ):
+        generator = torch.Generator(device).manual_seed(seed)
 
         def normal(*shape: int) -> Tensor:
             return torch.randn(shape, generator=generator, device=device).to(dtype)
@@ -280,6 +290,81 @@ def number_format_errors(
         name: ((output.float() - exact).norm() / exact.norm()).item()
         for name, output in outputs.items()
     }
+
+
+def random_lora(net: DiT, rank: int, size: float) -> dict[str, Change]:
+    """A change of every linear by `size` of its weight's norm, drawn on the CPU."""
+    generator, found = torch.Generator().manual_seed(2), {}
+    for name, module in net.named_modules():
+        if isinstance(module, nn.Linear):
+            a = torch.randn(rank, module.in_features, generator=generator)
+            b = torch.randn(module.out_features, rank, generator=generator)
+            norm = a.norm() * b.norm() / rank**0.5
+            scale = size * module.weight.norm().item() / norm.item()
+            found[f"net.{name}"] = Change(a, b, scale, name)
+    return found
+
+
+def with_lora(net: DiT, changes: dict[str, Change]) -> DiT:
+    """Another network on the same tensors but those of the changed linears."""
+    other = sharing(net)
+    lora.put_beside(other, [changes])
+    return other
+
+
+def bench_lora(bench: Bench, net: DiT) -> dict[str, object]:
+    """One pass with and without a LoRA beside every linear, and what is left of its change."""
+    rows = lora_passes(bench, net)
+    torch._dynamo.reset()
+    return {"rows": rows, "kept_of_the_change": kept_changes(bench, net)}
+
+
+def lora_passes(bench: Bench, net: DiT) -> list[dict[str, object]]:
+    """The time of one pass without a LoRA and with one, blocks compiled."""
+    x = Inputs.of(bench.spec, bench.size, bench.device, bench.dtype)
+    nets = {"plain": sharing(net)}
+    for rank in (16, 64):
+        nets[f"rank {rank}"] = with_lora(net, random_lora(net, rank, 1e-3))
+    for variant in nets.values():
+        generate.compile_blocks(variant)
+    variants = {name: run_ours(variant, x) for name, variant in nets.items()}
+    rows = interleaved(variants, bench.device, bench.rounds)
+    for row in rows:
+        row["times_plain"] = round(float(row["seconds"]) / float(rows[0]["seconds"]), 4)
+    return rows
+
+
+def kept_changes(bench: Bench, net: DiT) -> dict[str, tuple[float, float]]:
+    """The change of the output by a LoRA, projected on that in fp32; 1 is all of it.
+
+    Rounding noise of the format is many times a small change, but it has no direction: it shows
+    in the norm of the difference and not in the projection. Given are the mean over inputs and its
+    standard error.
+    """
+
+    def outputs(network: DiT) -> list[Tensor]:
+        dtype = next(network.parameters()).dtype
+        size = SMALL[bench.spec.name]
+        made = (
+            Inputs.of(bench.spec, size, bench.device, bench.dtype, seed).to(dtype)
+            for seed in range(4 * bench.rounds)
+        )
+        return [run_ours(network, x)().float().cpu() for x in made]
+
+    plain, exact_plain, found = outputs(net), outputs(sharing(net).float()), {}
+    for size in (4e-3, 8e-4, 2e-4):
+        changes = random_lora(net, 16, size)
+        beside = outputs(with_lora(net, changes))
+        exact = sharing(net).float()
+        lora.put_beside(exact, [changes])
+        pairs = zip(beside, plain, outputs(exact), exact_plain, strict=True)
+        del exact
+        parts = [
+            (((a - b) * (c - d)).sum() / (c - d).square().sum()).item() for a, b, c, d in pairs
+        ]
+        error = statistics.stdev(parts) / len(parts) ** 0.5
+        found[f"|dW|/|W| {size:g}"] = (round(statistics.fmean(parts), 4), round(error, 4))
+    return found
 
 
 def bench_sample(bench: Bench, net: DiT) -> dict[str, object]:
@@ -427,7 +512,8 @@ def markdown(rows: list[dict[str, object]]) -> str:
 
 
 PARTS = {
-    "forward": bench_forward, "sample": bench_sample, "split": bench_split, "load": bench_load
+    "forward": bench_forward, "lora": bench_lora, "sample": bench_sample, "split": bench_split,
+    "load": bench_load,
 }  # fmt: skip
 SETTINGS = {COSMOS_7B.name: ("nemo_assets", ["height=704"]), TINY.name: ("tiny", [])}
 
@@ -436,7 +522,9 @@ def main() -> None:
     """Runs the chosen parts and writes what they found."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", choices=["7b", "tiny"], default="7b")
-    parser.add_argument("--parts", default="forward,sample,load", help="and split; %(default)s")
+    parser.add_argument(
+        "--parts", default="forward,sample,load", help="and lora, split; %(default)s"
+    )
     parser.add_argument("--out", type=Path, required=True, help="JSON file of the figures")
     parser.add_argument("--scratch", type=Path, required=True, help="folder with 30 GB of space")
     parser.add_argument("--rounds", type=int, default=5)

@@ -61,6 +61,10 @@ def test_hostile_pickle_is_refused_and_never_runs(tmp_path):
         pickle.dumps([np.zeros((17, 8), np.float16)]),
         pickle.dumps([np.zeros((3, 8), np.int64)]),
         pickle.dumps([np.zeros((3, 8), np.float16)])[:-9],
+        pickle.dumps([np.zeros((0, 8), np.float16)]),
+        pickle.dumps([np.full((3, 8), np.nan, np.float16)]),
+        pickle.dumps([np.full((3, 8), -np.inf, np.float32)]),
+        pickle.dumps([np.full((3, 8), 1e300)]),
     ],
 )
 def test_damaged_pickle_is_named(tmp_path, content):

@@ -1,0 +1,57 @@
+"""Numbers that are not finite: one NaN among billions of weights makes every video black."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from cosmos_cli.errors import ExitCode, UserError
+
+
+@torch.no_grad()
+def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Return the names of the tensors that hold a NaN or an infinity.
+
+    Each tensor is read once, where it lies. A GPU is waited for once, not once per tensor.
+    """
+    by_device: dict[torch.device, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and tensor.numel():
+            by_device.setdefault(tensor.device, {})[name] = tensor
+    suspects: list[str] = []
+    for found in by_device.values():
+        # A NaN or an infinity shows in the sum, which unlike isfinite() writes nothing.
+        sums = torch.stack([tensor.sum().float() for tensor in found.values()])
+        fine = sums.isfinite().tolist()
+        suspects += [name for name, is_fine in zip(found, fine, strict=True) if not is_fine]
+    # A sum of large finite numbers may overflow.
+    return [name for name in suspects if not tensors[name].isfinite().all()]
+
+
+def require_finite(
+    tensors: Mapping[str, Tensor],
+    where: Path,
+    name_in_file: Callable[[str], str] = str,
+    fix: str = "download or make the file again",
+) -> None:
+    """Refuse tensors with a NaN or an infinity.
+
+    Args:
+        tensors: the weights, by name.
+        where: the file or folder that they were read from.
+        name_in_file: turns a name into the one that the file has for it.
+        fix: what to do about it.
+
+    Raises:
+        UserError: (ASSET) a tensor holds one; it names the file and the tensor.
+    """
+    if bad := not_finite(tensors):
+        shown = ", ".join(name_in_file(name) for name in bad[:3])
+        more = f" and {len(bad) - 3} more tensors" if len(bad) > 3 else ""
+        raise UserError(
+            f"holds numbers that are not finite (NaN or infinity) in {shown}{more}",
+            code=ExitCode.ASSET, where=str(where), fix=fix,
+        )  # fmt: skip
