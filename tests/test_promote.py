@@ -289,6 +289,24 @@ def test_an_unknown_format_is_refused(trained):
     assert "safetensors" in refused.stderr
 
 
+@pytest.mark.workflow
+@pytest.mark.parametrize(
+    ("tensor", "in_file"),
+    [("net.final.linear.weight", "net.final_layer.linear.weight"),
+     ("logvar.weight", "logvar.1.weight")],
+)  # fmt: skip
+def test_a_checkpoint_that_is_not_finite_is_refused_by_tensor(trained, tensor, in_file):
+    trained.state[tensor].view(-1)[0] = float("nan")
+    run = Run(trained.cwd / "outputs/posttraining/diffusion_text2world/tiny")
+    weights.save_dit(run.model(4, "ema"), trained.state, "pt")
+    err = trained("promote", "tiny", "--set", "lora_rank=0", code=4).stderr
+    words = (
+        f"{run.model(4, 'ema')}: holds numbers that are not finite (NaN or infinity) in {in_file};"
+    )
+    assert words in err
+    assert not (trained.cwd / "checkpoints").exists()
+
+
 def about(format_):
     return {
         "format": format_, "weights": "ema", "step": 4, "run": "r", "base": {}, "checkpoint": {},
