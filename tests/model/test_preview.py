@@ -241,7 +241,7 @@ def test_training_survives_pictures_at_every_memory_limit(prepared, world, victi
     off = ("preview_every_steps=0", "sample_every_saves=0")
     _, expected, _ = run_ranks(prepared, f"g{world}", "none", *off, world=world)
     left_out = []
-    for megabytes in (0, 4, 16, 64, 128, 256, 512, 1024, 8192):
+    for megabytes in (0, 16, 128, 8192):
         name = f"g{world}_{victim[0]}_{megabytes}"
         said, losses, made = run_ranks(
             prepared, name, megabytes * 2**20, world=world, victim=victim
