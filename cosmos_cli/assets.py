@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cosmos_cli import files, layout
+from cosmos_cli import files, paths
 
 if TYPE_CHECKING:
     from cosmos_cli.keys import Recipe
@@ -20,9 +20,9 @@ GUARD_PATTERNS = (
 )  # fmt: skip
 # By repository, which is their folder's name too.
 OTHER_GUARDS = {
-    layout.LLAMA_GUARD_DIR: ("README.md", "*.json", "tokenizer.*", "model*.safetensors"),
-    layout.AEGIS_DIR: ("README.md", "adapter_config.json", "adapter_model.safetensors"),
-    layout.SIGLIP_DIR: (
+    paths.LLAMA_GUARD_DIR: ("README.md", "*.json", "tokenizer.*", "model*.safetensors"),
+    paths.AEGIS_DIR: ("README.md", "adapter_config.json", "adapter_model.safetensors"),
+    paths.SIGLIP_DIR: (
         "README.md", "config.json", "preprocessor_config.json", "model.safetensors",
     ),
 }  # fmt: skip
@@ -85,7 +85,7 @@ class Asset:
     @property
     def notes(self) -> Path:
         """Where the folder keeps what belongs to its downloads alone."""
-        return self.folder / layout.CACHE_DIR / "cosmos"
+        return self.folder / paths.CACHE_DIR / "cosmos"
 
     @property
     def arrivals(self) -> Path:
@@ -99,7 +99,7 @@ class Asset:
 
     def path(self, name: str) -> Path:
         """Where a file goes: as the hub has it, but the videos of a dataset all into `videos`."""
-        if self.kind == "dataset" and Path(name).suffix.lower() in layout.VIDEO_SUFFIXES:
+        if self.kind == "dataset" and Path(name).suffix.lower() in paths.VIDEO_SUFFIXES:
             return self.folder / "videos" / Path(name).name
         return self.folder / (self.target or name)
 
@@ -118,7 +118,7 @@ class RemoteFile:
         if not path.is_file() or path.stat().st_size != self.size:
             return False
         if not self.is_git_hash:
-            return layout.sha256_file(path) == self.digest
+            return paths.sha256_file(path) == self.digest
         content = files.read_bytes(path, files.HUB_TEXT)
         header = f"blob {len(content)}\0".encode()
         return hashlib.sha1(header + content, usedforsecurity=False).hexdigest() == self.digest
@@ -140,9 +140,9 @@ def _dataset(r: Recipe) -> Iterator[Asset]:
 def _models(r: Recipe) -> Iterator[Asset]:
     if r.spec.embedded:
         return
-    files = layout.model_files(r.spec, r.checkpoints_dir)
+    files = paths.model_files(r.spec, r.checkpoints_dir)
     repo, text, coded = f"nvidia/{r.spec.name}", files.text_encoder, ("prep", "generate")
-    tokenizer = f"nvidia/{layout.TOKENIZER_DIR}"
+    tokenizer = f"nvidia/{paths.TOKENIZER_DIR}"
     yield Asset(tokenizer, "model", files.tokenizer, TOKENIZER_PATTERNS, stages=coded)
     if r.text_encoder_repo == r.spec.text.name:
         original = (*TEXT_PATTERNS, TEXT_ORIGINAL)
@@ -161,6 +161,6 @@ def _models(r: Recipe) -> Iterator[Asset]:
 
 def _upsampler(r: Recipe) -> Iterator[Asset]:
     folder = Path(r.upsampler).absolute()
-    if folder.name == layout.UPSAMPLER_DIR:
+    if folder.name == paths.UPSAMPLER_DIR:
         repo = f"nvidia/{folder.name}"
         yield Asset(repo, "model", folder, UPSAMPLER_PATTERNS, stages=("generate",))

@@ -20,11 +20,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import psutil
 
-from cosmos_cli import assets, console, download, launch, layout, preflight, probes, repairs
+from cosmos_cli import assets, console, download, launch, paths, preflight, probes, repairs
 from cosmos_cli import gpus as selection
 from cosmos_cli.cache import cache_dir
 from cosmos_cli.errors import UserError
-from cosmos_cli.layout import Run
+from cosmos_cli.paths import Run
 from cosmos_cli.probes import Outcome, Probe
 from cosmos_cli.repairs import last_line
 
@@ -371,7 +371,7 @@ def _disk(r: Recipe) -> Check:
         preflight.check_disk(r, run, run.last_step)
     except UserError as error:
         return Check("free disk", "fail", f"{error.what} at {error.where}", error.fix)
-    free = layout.free_bytes(run.root)
+    free = paths.free_bytes(run.root)
     return Check("free disk", "ok", f"{console.size(free)} for {run.root}")
 
 
@@ -406,7 +406,7 @@ def _open_files() -> Check:
 def _writable(key: str, folder: str) -> Check:
     path = Path(folder).absolute()
     try:
-        with tempfile.TemporaryFile(dir=layout.nearest_existing(path)):
+        with tempfile.TemporaryFile(dir=paths.nearest_existing(path)):
             return Check(key, "ok", f"{path} can be written")
     except UserError as error:
         return Check(key, "fail", str(error), f"make it writable, or set {key}")

@@ -7,10 +7,10 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from cosmos_cli import console, exchange, flatyaml, layout, promoted
+from cosmos_cli import console, exchange, flatyaml, paths, promoted
 from cosmos_cli.errors import ExitCode, UserError
-from cosmos_cli.model.spec import COSMOS_7B, MODELS, TINY, ModelSpec
 from cosmos_cli.promoted import Promoted
+from cosmos_cli.spec import COSMOS_7B, MODELS, TINY, ModelSpec
 
 # The shipped recipe with the sizes that a model was made for, for weights without a recipe.yaml.
 _OWN_SIZES = {TINY.name: "tiny", COSMOS_7B.name: "my_videos"}
@@ -76,7 +76,7 @@ def _newest(model: str | None, overrides: list[str]) -> Choice:
         raise _none_promoted()
     where = _folder(checkpoints_dir)
     for base in (spec,) if spec else MODELS.values():
-        weights = layout.model_files(base, checkpoints_dir).dit
+        weights = paths.model_files(base, checkpoints_dir).dit
         if not base.embedded and os.path.lexists(weights):
             console.say(f"nothing was promoted in {where}: using the base model {base.name}")
             return _of_spec(base, None)
@@ -121,7 +121,7 @@ def _by_name(recipe: str | None, model: str, overrides: list[str]) -> Choice:
     else:
         raise _unknown_name(model, checkpoints_dir)
     # The weights of a diffusers model are a folder inside the model's.
-    inside = path.name in layout.MODEL_FORMATS.values() or not path.is_dir()
+    inside = path.name in paths.MODEL_FORMATS.values() or not path.is_dir()
     folder = path.parent if inside else path
     if recipe is None:
         choice = _beside(folder)
@@ -188,7 +188,7 @@ def _say_promoted(chosen: Promoted, models: list[Promoted], recipe: str) -> None
 
 def _say_unverified(folder: Path, recipe: str) -> None:
     """Say in one line what a folder lacks that promote would have written."""
-    manifest = folder / layout.MANIFEST_FILE
+    manifest = folder / paths.MANIFEST_FILE
     lacks = []
     if promoted.manifest_of(folder) is None:
         what = f"names no sha256 in its {manifest.name}" if manifest.is_file() else ""

@@ -18,7 +18,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from cosmos_cli import assets, console, files, layout, t5
+from cosmos_cli import assets, console, files, paths, t5
 from cosmos_cli.assets import Asset, RemoteFile
 from cosmos_cli.errors import ExitCode, UserError, together
 
@@ -113,10 +113,10 @@ def require_room(listings: Sequence[Listing]) -> None:
     """
     on_disk = defaultdict(list)
     for listing in listings:
-        device = layout.nearest_existing(listing.asset.folder).stat().st_dev
+        device = paths.nearest_existing(listing.asset.folder).stat().st_dev
         on_disk[device].append(listing)
     for group in on_disk.values():
-        layout.require_free(
+        paths.require_free(
             group[0].asset.folder,
             sum(listing.room for listing in group),
             f"{sum(len(listing.missing) for listing in group)} files",
@@ -147,7 +147,7 @@ def is_recorded(asset: Asset) -> bool:
     """Whether the files were fetched and still have their sizes; asks nobody and reads no file."""
     files = _matching(asset, _recorded(asset)[1])
     return bool(files) and all(
-        any(layout.size_of(path) == form.size for path, form in _forms(asset, f)) for f in files
+        any(paths.size_of(path) == form.size for path, form in _forms(asset, f)) for f in files
     )
 
 
@@ -286,12 +286,12 @@ def _fetch_file(listing: Listing, file: RemoteFile, counter: type) -> None:
 
     asset = listing.asset
     path, arrival = asset.path(file.name), asset.arrivals / file.name
-    with layout.disk_errors(path):
+    with paths.disk_errors(path):
         if not file.is_at(arrival):
             arrival.unlink(missing_ok=True)
             _take_from_cache(listing, file, arrival)
     if not arrival.exists():
-        with _hub_errors(asset), layout.disk_errors(path):
+        with _hub_errors(asset), paths.disk_errors(path):
             _retrying(
                 asset,
                 lambda: hf_hub_download(
@@ -301,7 +301,7 @@ def _fetch_file(listing: Listing, file: RemoteFile, counter: type) -> None:
                     revision=listing.revision,
                     local_dir=asset.arrivals,
                     # Not the shared cache, from which the library would copy what it never checks.
-                    cache_dir=asset.arrivals / layout.CACHE_DIR,
+                    cache_dir=asset.arrivals / paths.CACHE_DIR,
                     tqdm_class=counter,
                 ),
             )
@@ -316,9 +316,9 @@ def _fetch_file(listing: Listing, file: RemoteFile, counter: type) -> None:
     _compare_published(asset, file, arrival)
     if asset.target:
         t5.require_encoder(arrival, asset)
-    with layout.disk_errors(path):
+    with paths.disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        layout.sync(arrival)
+        paths.sync(arrival)
         arrival.replace(path)
 
 
@@ -405,7 +405,7 @@ def _retrying(asset: Asset, call: Callable[[], T]) -> T:
 def _alone_in(asset: Asset) -> Iterator[None]:
     """Waits until no other process fetches into the folder, then clears what a killed one left."""
     lock = asset.notes / "lock"
-    with layout.disk_errors(lock):
+    with paths.disk_errors(lock):
         lock.parent.mkdir(parents=True, exist_ok=True)
         stream = lock.open("a")
     with stream:
@@ -431,14 +431,14 @@ def _write_record(listing: Listing) -> None:
         "revision": listing.revision,
         "files": list(files.values()),
     }
-    layout.write_json(asset.record, record)
+    paths.write_json(asset.record, record)
 
 
 def _recorded(asset: Asset) -> tuple[str, list[RemoteFile]]:
     """Commit and files of the last download; none when it was of another revision."""
     if not asset.record.is_file():
         return "", []
-    record = layout.read_json(asset.record)
+    record = paths.read_json(asset.record)
     if asset.revision not in (record["asked_for"], record["revision"]):
         return "", []
     return record["revision"], [RemoteFile(*file) for file in record["files"]]

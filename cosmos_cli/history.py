@@ -15,10 +15,10 @@ from typing import Any
 
 import psutil
 
-from cosmos_cli import console, files, layout, report
+from cosmos_cli import console, files, html, paths
 from cosmos_cli.errors import ExitCode, UserError
-from cosmos_cli.layout import Run
-from cosmos_cli.model.spec import PREVIEW_SIGMAS
+from cosmos_cli.paths import Run
+from cosmos_cli.spec import PREVIEW_SIGMAS
 
 Row = dict[str, Any]
 HELD_OUT = "heldout"
@@ -41,7 +41,7 @@ def rows(run: Run) -> list[Row]:
 def note(run: Run, figures: Row) -> None:
     """Writes status.json: some figures, and which process wrote them when."""
     who = {"time": time.time(), "pid": os.getpid(), "host": platform.node()}
-    layout.write_json(run.status, {**figures, **who})
+    paths.write_json(run.status, {**figures, **who})
 
 
 def saved_step(run: Run) -> int:
@@ -62,7 +62,7 @@ def saved_step(run: Run) -> int:
 
 def is_finished(run: Run) -> bool:
     """Whether a run came to its end, what is measured and made after its last save included."""
-    return run.result.exists() and not layout.read_json(run.result)["exit_code"]
+    return run.result.exists() and not paths.read_json(run.result)["exit_code"]
 
 
 def best_step(run: Run) -> int | None:
@@ -83,8 +83,8 @@ def state(run: Run) -> Row:
             "there is no run", code=ExitCode.ASSET, where=str(run.root),
             fix="start it with cosmos train",
         )  # fmt: skip
-    status = layout.read_json(run.status)
-    result = layout.read_json(run.result) if run.result.exists() else None
+    status = paths.read_json(run.status)
+    result = paths.read_json(run.result) if run.result.exists() else None
     known = rows(run)
     trained = [row for row in known if "loss" in row]
     measured = [row for row in known if HELD_OUT in row]
@@ -162,7 +162,7 @@ def _state_words(figures: Row) -> list[tuple[str, str]]:
 
 def write_page(run: Run) -> None:
     """Writes report.html: curves, settings and provenance of a run on one page."""
-    layout.write_text(run.report, report.page(f"Training run {run.root.name}", sections(run)))
+    paths.write_text(run.report, html.page(f"Training run {run.root.name}", sections(run)))
 
 
 def sections(run: Run) -> list[tuple[str, str]]:
@@ -173,15 +173,15 @@ def sections(run: Run) -> list[tuple[str, str]]:
     bands = [key for key in (trained[0] if trained else {}) if key.startswith("edm_")]
     levels = [key for key in (measured[0] if measured else {}) if key.startswith(f"{HELD_OUT}_")]
     shown = [
-        ("Where it stands", report.table(_state_words(state(run)))),
-        ("Error on the training clips", report.row(
+        ("Where it stands", html.table(_state_words(state(run)))),
+        ("Error on the training clips", html.row(
             _curves(trained, {"edm": "all"}, "EDM error"),
             _curves(trained, {key: _band(key) for key in bands}, "EDM error by noise band"),
         )),
     ]  # fmt: skip
     if measured:
-        shown.append(("Error on held-out clips", report.row(
-            report.chart(_against_base(measured), "step", "EDM error, and that of the base"),
+        shown.append(("Error on held-out clips", html.row(
+            html.chart(_against_base(measured), "step", "EDM error, and that of the base"),
             _curves(measured, {key: _band(key) for key in levels}, "EDM error by noise level"),
         )))  # fmt: skip
     shown += _pictures(run, [row for row in known if NEAREST in row])
@@ -191,13 +191,13 @@ def sections(run: Run) -> list[tuple[str, str]]:
     )
     return [
         *shown,
-        ("Loss, learning rate and gradient", report.text(words) + report.row(
+        ("Loss, learning rate and gradient", html.text(words) + html.row(
             _curves(trained, {"loss": "loss"}, "loss with log-variance"),
             _curves(trained, {"learning_rate": "learning rate"}, "learning rate"),
             _curves(trained, {"grad_norm": "norm"}, "norm of the gradient before clipping"),
         )),
-        ("Provenance", report.table(_provenance(run))),
-        ("Recipe", report.code(files.read_text(run.resolved, files.RECIPE))),
+        ("Provenance", html.table(_provenance(run))),
+        ("Recipe", html.code(files.read_text(run.resolved, files.RECIPE))),
     ]  # fmt: skip
 
 
@@ -208,20 +208,20 @@ def _pictures(run: Run, samples: list[Row]) -> Iterator[tuple[str, str]]:
             "The last of some frames of a clip, then what one step of the denoiser makes of it "
             f"under noise of sigma {', '.join(f'{sigma:g}' for sigma in PREVIEW_SIGMAS)}."
         )
-        rows = ((f"step {step}", report.media(run.preview(step))) for step in steps)
-        yield "Previews", report.text(note) + report.table(rows)
+        rows = ((f"step {step}", html.media(run.preview(step))) for step in steps)
+        yield "Previews", html.text(note) + html.table(rows)
     if steps := _some(run.picture_steps("sample0")):
-        prompts = layout.read_json(run.sample_prompts)
+        prompts = paths.read_json(run.sample_prompts)
         sheets = (
             [run.sample(step, i).with_suffix(".jpg") for i in range(len(prompts))] for step in steps
         )
         pictures = (
-            (f"step {step}", *(report.media(path) for path in paths if path.exists()))
+            (f"step {step}", *(html.media(path) for path in paths if path.exists()))
             for step, paths in zip(steps, sheets, strict=True)
         )
         names = {NEAREST: "least of a sample", "clips_apart": "usual between training clips"}
         distances = _curves(samples, names, "distance to the nearest training clip")
-        yield "Samples", report.table(pictures, ("", *prompts)) + (distances if samples else "")
+        yield "Samples", html.table(pictures, ("", *prompts)) + (distances if samples else "")
 
 
 def _some(steps: list[int]) -> list[int]:
@@ -234,7 +234,7 @@ def _curves(points: Iterable[Row], names: dict[str, str], title: str) -> str:
         name: [(row["step"], row[key]) for row in points if row.get(key) is not None]
         for key, name in names.items()
     }
-    return report.chart(series, "step", title)
+    return html.chart(series, "step", title)
 
 
 def _against_base(measured: list[Row]) -> dict[str, list[tuple[float, float]]]:
@@ -251,10 +251,10 @@ def _band(key: str) -> str:
 
 
 def _provenance(run: Run) -> list[tuple[str, str]]:
-    environment = layout.read_json(run.root / "env.json")
+    environment = paths.read_json(run.root / "env.json")
     facts = [(key, value) for key, value in environment.items() if value]
     steps = run.resumable_steps()
     if steps:
-        saved = layout.read_json(run.resume_state(steps[-1]) / layout.MANIFEST_FILE)
+        saved = paths.read_json(run.resume_state(steps[-1]) / paths.MANIFEST_FILE)
         facts += [("dataset manifest sha256", saved["dataset"]), ("processes", saved["world_size"])]
     return [(key, " ".join(map(str, v)) if isinstance(v, list) else str(v)) for key, v in facts]

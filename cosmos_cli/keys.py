@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from cosmos_cli.model.spec import COSMOS_7B, LORA_TARGETS, MODELS, ModelSpec
+from cosmos_cli.spec import COSMOS_7B, LORA_TARGETS, MODELS, ModelSpec
 
 # cuBLAS needs rows of a multiple of 16 bytes in fp8. In the backward pass a row holds all tokens.
 FP8_MULTIPLE = 16

@@ -19,20 +19,10 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from cosmos_cli import (
-    __version__,
-    console,
-    files,
-    gpus,
-    history,
-    layout,
-    mailbox,
-    signals,
-    trackers,
-)
+from cosmos_cli import __version__, console, files, gpus, history, paths, signals, trackers
 from cosmos_cli.errors import ExitCode, Interrupted, UserError
-from cosmos_cli.layout import Run
 from cosmos_cli.model import plan
+from cosmos_cli.paths import Run
 
 if TYPE_CHECKING:
     from cosmos_cli.keys import Recipe
@@ -133,7 +123,7 @@ def start(loaded: LoadedRecipe, ranks: int, overwrite: bool) -> dict[str, Any]:
         "--nproc-per-node", str(ranks), "-m", "cosmos_cli.model.train", str(run.resolved),
     ]  # fmt: skip
     restarts = 0
-    with _locked(run) as lock, mailbox.Mailbox() as box:
+    with _locked(run) as lock, ranks.Mailbox() as box:
         if overwrite:
             _discard(run)
         while True:
@@ -141,7 +131,7 @@ def start(loaded: LoadedRecipe, ranks: int, overwrite: bool) -> dict[str, Any]:
             with trackers.following(loaded.recipe, run):
                 code, signal_seen = _run_to_the_end(
                     command,
-                    env={**environment(ranks), mailbox.ADDRESS: box.address},
+                    env={**environment(ranks), ranks.ADDRESS: box.address},
                     stdout=sys.stderr,
                     # The launcher holds the lock too: ranks may still save when this process is
                     # killed.
@@ -184,7 +174,7 @@ def _failure(messages: list[dict[str, Any]], launcher_code: int) -> UserError:
 
 
 def _outcome(run: Run) -> dict[str, Any]:
-    result: dict[str, Any] = layout.read_json(run.result)
+    result: dict[str, Any] = paths.read_json(run.result)
     if result["exit_code"]:
         raise Interrupted(ExitCode(result["exit_code"]))
     return result
@@ -288,7 +278,7 @@ def _locked(run: Run) -> Iterator[int]:
     Raises:
         UserError: another process trains it.
     """
-    with layout.disk_errors(run.root):
+    with paths.disk_errors(run.root):
         run.checkpoints.mkdir(parents=True, exist_ok=True)
         stream = (run.root / ".lock").open("w")
     with stream:
@@ -314,7 +304,7 @@ def _discard(run: Run) -> None:
     status.json goes last: until then, a start without --overwrite is still refused.
     """
     start = run.last_step
-    with layout.disk_errors(run.root):
+    with paths.disk_errors(run.root):
         for paths in run.weight_files(start).values():
             for path in paths:
                 path.unlink()
@@ -334,15 +324,15 @@ def _prepare(loaded: LoadedRecipe, run: Run) -> None:
     """Clears what an earlier start left and writes what the run is made from."""
     from cosmos_cli import recipe
 
-    with layout.disk_errors(run.root):
+    with paths.disk_errors(run.root):
         run.checkpoints.mkdir(parents=True, exist_ok=True)
-        layout.remove_stale(run.checkpoints)
+        paths.remove_stale(run.checkpoints)
         run.result.unlink(missing_ok=True)
     if loaded.path is not None:
-        layout.write_text(run.root / "recipe.yaml", files.read_text(loaded.path, files.RECIPE))
-    layout.write_text(run.resolved, recipe.dump(loaded.recipe))
+        paths.write_text(run.root / "recipe.yaml", files.read_text(loaded.path, files.RECIPE))
+    paths.write_text(run.resolved, recipe.dump(loaded.recipe))
     step = run.last_step
-    with layout.disk_errors(run.samples):
+    with paths.disk_errors(run.samples):
         for path in run.samples.glob("step_" + "[0-9]" * 9 + "*"):
             if int(path.name[5:14]) > step:
                 path.unlink()
@@ -358,4 +348,4 @@ def _prepare(loaded: LoadedRecipe, run: Run) -> None:
         "slurm_job": os.environ.get("SLURM_JOB_ID"),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
-    layout.write_text(run.root / "env.json", json.dumps(facts, indent=1) + "\n")
+    paths.write_text(run.root / "env.json", json.dumps(facts, indent=1) + "\n")

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import product
 
-from cosmos_cli import console, jobs, layout, spread
+from cosmos_cli import console, jobs, paths, spread
 from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.jobs import Job, Order, Outcome, Weights, Wish
 
@@ -45,7 +45,7 @@ def batch(
             done.append(outcome)
             yield outcome
     if todo:
-        layout.require_writable(todo[0].path.parent)
+        paths.require_writable(todo[0].path.parent)
         for job, error in _generate(list(dict.fromkeys(todo)), processes):
             if not error:
                 console.say(f"saved {job.path}")
@@ -72,7 +72,7 @@ def _comparisons(orders: list[Order], made: list[Job]) -> Iterator[Outcome]:
     from cosmos_cli.model.compare import compare
 
     base, tuned = orders
-    both = layout.sha256_text(base.weights.identity, tuned.weights.identity)
+    both = paths.sha256_text(base.weights.identity, tuned.weights.identity)
     of_tuned = {(job.prompt, job.r): job for job in made if job.weights == tuned.weights}
     for job in made:
         other = of_tuned.get((job.prompt, job.r))
@@ -93,7 +93,7 @@ def _comparisons(orders: list[Order], made: list[Job]) -> Iterator[Outcome]:
 
 def stream(order: Order) -> Iterator[Outcome]:
     """Generate a video for each line of stdin; keep all networks in memory if they fit."""
-    layout.require_writable(order.output.absolute())
+    paths.require_writable(order.output.absolute())
     from cosmos_cli.model.device import best_device
     from cosmos_cli.model.generate import one_by_one
 

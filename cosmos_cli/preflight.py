@@ -10,11 +10,11 @@ from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Any
 
-from cosmos_cli import console, gpus, history, layout, trackers
+from cosmos_cli import console, gpus, history, paths, trackers
 from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.launch import gpu_names, under_launcher
-from cosmos_cli.layout import Dataset, Run
 from cosmos_cli.model import plan
+from cosmos_cli.paths import Dataset, Run
 
 if TYPE_CHECKING:
     from cosmos_cli.keys import Recipe
@@ -52,7 +52,7 @@ def check_dataset(r: Recipe) -> tuple[int, int]:
             )
     listed = {video["path"]: video["bytes"] for video in manifest["videos"]}
     paths = {*listed, *(path.name for path in dataset.video_files())}
-    present = {path: layout.size_of(dataset.videos / path) for path in paths}
+    present = {path: paths.size_of(dataset.videos / path) for path in paths}
     if changed := sorted(set(present.items()) ^ set(listed.items())):
         raise UserError(
             f"is older than the videos: {changed[0][0]} was added, removed or changed",
@@ -60,7 +60,7 @@ def check_dataset(r: Recipe) -> tuple[int, int]:
             where=where,
             fix="run cosmos prep again",
         )
-    clips, held_out = layout.split_clips(manifest)
+    clips, held_out = paths.split_clips(manifest)
     return len(clips), len(held_out)
 
 
@@ -85,7 +85,7 @@ def check_recipe(r: Recipe, ranks: int) -> None:
         )
     trackers.check(r)
     check_kernels(r)
-    base = layout.model_files(r.spec, r.checkpoints_dir, r.base).dit
+    base = paths.model_files(r.spec, r.checkpoints_dir, r.base).dit
     if not base.exists():
         raise UserError(
             "the base weights are missing",
@@ -93,7 +93,7 @@ def check_recipe(r: Recipe, ranks: int) -> None:
             where=str(base),
             fix="run cosmos download, or set base",
         )
-    tokenizer = layout.model_files(r.spec, r.checkpoints_dir).tokenizer
+    tokenizer = paths.model_files(r.spec, r.checkpoints_dir).tokenizer
     if (r.preview_every_steps or r.sample_every_saves) and not tokenizer.exists():
         raise UserError(
             "the video tokenizer is missing, which previews and samples need",
@@ -193,15 +193,15 @@ def check_resume(r: Recipe, run: Run, ranks: int) -> int:
     if not steps:
         return 0
     folder = run.resume_state(steps[-1])
-    saved = layout.read_json(folder / layout.MANIFEST_FILE)
+    saved = paths.read_json(folder / paths.MANIFEST_FILE)
     changes = _changes(r, saved)
     for key in FIXED_KEYS:
         before, now = changes.get(key, (None, None))
         if before != now and not _are_one(key, before, now):
             raise _another_run(folder, f"{key} = {before}, the recipe says {now}")
     if "base" in saved:
-        base = layout.model_files(r.spec, r.checkpoints_dir, r.base).dit
-        if layout.sha256_path(base) != saved["base"]:
+        base = paths.model_files(r.spec, r.checkpoints_dir, r.base).dit
+        if paths.sha256_path(base) != saved["base"]:
             raise _another_run(folder, f"other base weights than now lie in {base}")
     if saved["world_size"] != ranks:
         changes["num_processes"] = (saved["world_size"], ranks)
@@ -221,7 +221,7 @@ def _changes(r: Recipe, saved: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
         if hasattr(r, key) and getattr(r, key) != value
     }
     dataset = Dataset.at(r.dataset_dir, r.videos_dir).manifest
-    now = layout.sha256_file(dataset) if dataset.exists() else "is missing"
+    now = paths.sha256_file(dataset) if dataset.exists() else "is missing"
     if saved["dataset"] != now:
         changes["clips"] = (f"manifest {saved['dataset'][:12]}", f"manifest {now[:12]}")
     return changes
@@ -242,7 +242,7 @@ def check_overwrite(r: Recipe, run: Run, start: int, command: Callable[[str, str
         return
     later = [step for step in run.weight_files(start) if step <= newest]
     if start:
-        saved = layout.read_json(run.resume_state(start) / layout.MANIFEST_FILE)
+        saved = paths.read_json(run.resume_state(start) / paths.MANIFEST_FILE)
         changed = DECIDING_KEYS & _changes(r, saved).keys()
         if r.lr_end_factor == 1:
             changed -= {"max_steps"}
@@ -279,7 +279,7 @@ def _ways_out(r: Recipe, run: Run, later: list[int], command: Callable[[str, str
             # A LoRA is no base by itself: promote adds it to the weights that it was trained on.
             kind = "ema" if newest == run.lora(later[-1], "ema") else "reg"
             first = command("promote", f"--step {later[-1]} --weights {kind}") + " && "
-            base = layout.promoted_dir(r.spec, r.checkpoints_dir) / layout.MODEL_FILE
+            base = paths.promoted_dir(r.spec, r.checkpoints_dir) / paths.MODEL_FILE
         ways.append(f"one that starts from them: `{first}{another} --set {quote(f'base={base}')}`")
     ways.append(f"delete them and start again: `{command('train', '--overwrite')}`")
     return "; ".join(ways)
@@ -305,7 +305,7 @@ def check_disk(r: Recipe, run: Run, start: int, freed: int = 0) -> None:
     Raises:
         UserError: less free than the remaining saves and min_free_disk_gb need.
     """
-    layout.require_free(
+    paths.require_free(
         run.root,
         plan.disk_bytes(r, start)["whole run"] + r.min_free_disk_gb * 1e9 - freed,
         "the saves of the run",

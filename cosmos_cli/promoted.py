@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cosmos_cli import console, exchange, layout
+from cosmos_cli import console, exchange, paths
 from cosmos_cli.errors import ExitCode, UserError
-from cosmos_cli.model.spec import MODELS, ModelSpec
+from cosmos_cli.spec import MODELS, ModelSpec
 
 # NVIDIA's own scripts also write names such as <Model>_post-trained-lora.
 _FOLDER = re.compile(r"(?P<model>[^.].*?)_post-trained([-_].+)?")
@@ -48,9 +48,9 @@ def manifest_of(folder: Path) -> dict[str, Any] | None:
     Raises:
         UserError: the file is damaged.
     """
-    path = folder / layout.MANIFEST_FILE
+    path = folder / paths.MANIFEST_FILE
     try:
-        manifest = layout.read_json(path) if path.is_file() else None
+        manifest = paths.read_json(path) if path.is_file() else None
     except UserError as error:
         error.fix = "run cosmos promote again, or delete it to use the weights unverified"
         raise
@@ -99,7 +99,7 @@ def named(word: str, checkpoints_dir: str, spec: ModelSpec | None = None) -> lis
         return []
     root = Path(checkpoints_dir).absolute()
     specs = [spec] if spec else MODELS.values()
-    wanted = [[root / word], [layout.promoted_dir(s, checkpoints_dir, word) for s in specs]]
+    wanted = [[root / word], [paths.promoted_dir(s, checkpoints_dir, word) for s in specs]]
     for folders in wanted:
         for folder in filter(is_promoted, folders):
             exchange.restore(folder)
@@ -143,10 +143,10 @@ def _changed_ns(folder: Path) -> int | None:
         ) from error  # fmt: skip
     except OSError as error:
         raise _unreadable(folder, error) from error
-    holds = content & {*layout.MODEL_FORMATS.values(), layout.MANIFEST_FILE, "recipe.yaml"}
+    holds = content & {*paths.MODEL_FORMATS.values(), paths.MANIFEST_FILE, "recipe.yaml"}
     if not holds:
         if model_of(folder):
-            names = " or ".join(layout.MODEL_FORMATS.values())
+            names = " or ".join(paths.MODEL_FORMATS.values())
             console.warn(f"{folder} is ignored: it is not a folder with {names}")
         return None
     if model_of(folder) is None and "recipe.yaml" not in content:
@@ -160,7 +160,7 @@ def _changed_ns(folder: Path) -> int | None:
 def _changed(path: Path) -> int:
     """Return when a file changed in ns, or the link to it, which may be new to an old file."""
     with contextlib.suppress(OSError):
-        return max(layout.stamp_of(path)[1], path.lstat().st_mtime_ns)
+        return max(paths.stamp_of(path)[1], path.lstat().st_mtime_ns)
     return 0
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cosmos_cli import flatyaml
-from cosmos_cli.layout import Dataset
-from cosmos_cli.model.spec import COSMOS_7B as SPEC
+from cosmos_cli.paths import Dataset
+from cosmos_cli.spec import COSMOS_7B as SPEC
 
 if TYPE_CHECKING:
     from cosmos_cli.model.video import VideoInfo

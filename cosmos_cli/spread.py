@@ -8,7 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 
-from cosmos_cli import console, jobs, launch, layout, mailbox
+from cosmos_cli import console, jobs, launch, paths, ranks
 from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.jobs import Job
 from cosmos_cli.keys import Recipe
@@ -48,13 +48,13 @@ def run(todo: list[Job], processes: int) -> Iterator[tuple[Job, UserError | None
         sys.executable, "-m", "cosmos_cli.model.elastic", "--nproc-per-node", str(processes),
         "-m", "cosmos_cli.model.spread", str(listed),
     ]  # fmt: skip
-    with mailbox.Mailbox() as box:
+    with ranks.Mailbox() as box:
         process = None
         try:
-            layout.write_json(listed, [jobs.to_json(job) for job in todo])
+            paths.write_json(listed, [jobs.to_json(job) for job in todo])
             process = subprocess.Popen(
                 command,
-                env={**launch.environment(processes), mailbox.ADDRESS: box.address},
+                env={**launch.environment(processes), ranks.ADDRESS: box.address},
                 stdout=subprocess.PIPE,
                 text=True,
                 # Ctrl-C must reach only this process, which then stops the others cleanly.

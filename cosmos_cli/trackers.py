@@ -21,10 +21,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
-from cosmos_cli import console, history, layout, recipe
+from cosmos_cli import console, history, paths, recipe
 from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.keys import Recipe
-from cosmos_cli.layout import Run
+from cosmos_cli.paths import Run
 
 # Between two looks at what the run has written, and for the last of it at the end.
 PAUSE_SECONDS, END_SECONDS = 2.0, 60.0
@@ -50,7 +50,7 @@ def following(r: Recipe, run: Run) -> Iterator[None]:
         yield
         return
     log = run.log.with_name("tracker.log")
-    with layout.disk_errors(log):
+    with paths.disk_errors(log):
         log.parent.mkdir(parents=True, exist_ok=True)
         stream = log.open("wb")
     with stream:
@@ -81,7 +81,7 @@ def _environment(run: Run) -> dict[str, str]:
     defaults = {
         "WANDB_MODE": "online" if "WANDB_API_KEY" in os.environ else "offline",
         "WANDB_DIR": str(run.root),
-        "WANDB_RUN_ID": layout.sha256_text(str(run.root))[:16],
+        "WANDB_RUN_ID": paths.sha256_text(str(run.root))[:16],
         "TRACKIO_DIR": str(run.root / "trackio"),
         "PYTHONSAFEPATH": "1",
     }

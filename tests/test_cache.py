@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from test_upsampler import chat_folder
 
 import cosmos_cli
-from cosmos_cli import cache, layout
+from cosmos_cli import cache, paths
 
 QUICK = settings("num_steps=2", "guidance=2", "negative_prompt=w7", "upsampler=chat")
 
@@ -45,7 +45,7 @@ def test_an_answer_is_reused_for_the_same_text_files_and_settings(answers, tmp_p
     assert ask(answers(), "b", b"") == b""
     assert ask(answers(), "b", b"3") == b""
     assert ask(answers("bf16"), "a", b"4") == b"4"
-    notes = tmp_path / "model" / layout.CACHE_DIR / "cosmos" / "lock"
+    notes = tmp_path / "model" / paths.CACHE_DIR / "cosmos" / "lock"
     notes.parent.mkdir(parents=True)
     notes.touch()
     assert ask(answers(), "a", b"5") == b"1"
@@ -112,7 +112,7 @@ def make(cosmos, folder, *words, code=0):
     """Return the mp4's sha256, the encoded text and stderr."""
     done = cosmos("generate", "--prompt", *words, "-o", folder, *QUICK, code=code)
     (mp4,) = (cosmos.cwd / folder).glob("*.mp4")
-    return layout.sha256_file(mp4), mp4.with_suffix(".txt").read_text(), done.stderr
+    return paths.sha256_file(mp4), mp4.with_suffix(".txt").read_text(), done.stderr
 
 
 def replace_weights(path, content):
@@ -170,7 +170,7 @@ def test_a_run_killed_while_caching_answers_changes_no_video(own, kills):
     own(*ask, "-o", "last")
     assert not [path for path in entries(own.cwd) if path.name.startswith(".")]
     plain, last = (
-        {path.name: layout.sha256_file(path) for path in (own.cwd / folder).glob("*.mp4")}
+        {path.name: paths.sha256_file(path) for path in (own.cwd / folder).glob("*.mp4")}
         for folder in ("plain", "last")
     )
     assert len(plain) == 6

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from cosmos_cli import layout
+from cosmos_cli import paths
 
 pytestmark = pytest.mark.workflow
 
@@ -23,7 +23,7 @@ def choose(cosmos, *arguments, code=0):
     if code:
         return done.stderr
     weights = json.loads(done.stdout)["weights"]
-    assert weights["sha256"] == layout.sha256_path(cosmos.cwd / weights["path"])
+    assert weights["sha256"] == paths.sha256_path(cosmos.cwd / weights["path"])
     assert f"({weights['path']})" in done.stderr
     return os.path.relpath(weights["path"], cosmos.cwd), done.stderr
 
@@ -41,8 +41,8 @@ def put(cosmos, name, content="weights", file="model.pt", changed=None):
 def promoted(cosmos, name, run="/runs/one", changed=None):
     """A folder with all that `cosmos promote` writes."""
     folder = put(cosmos, name, name, changed=changed)
-    manifest = {"sha256": layout.sha256_path(folder / "model.pt"), "run": run}
-    layout.write_json(folder / "manifest.json", manifest)
+    manifest = {"sha256": paths.sha256_path(folder / "model.pt"), "run": run}
+    paths.write_json(folder / "manifest.json", manifest)
     recipe = f"model: {name.partition('_')[0]}\ndataset_dir: d\nnum_frames: 9\n"
     (folder / "recipe.yaml").write_text(recipe)
     if changed is not None:
@@ -158,7 +158,7 @@ def test_checkpoints_dir_and_home_are_where_the_user_says(cosmos, monkeypatch):
 def test_a_path_wins_over_the_name_of_a_model_aloud(cosmos):
     promoted(cosmos, f"{SEVEN}_post-trained_robots")
     (cosmos.cwd / "robots").mkdir()
-    shutil.copy(layout.EMBEDDED_DIR / "model.safetensors", cosmos.cwd / "robots")
+    shutil.copy(paths.EMBEDDED_DIR / "model.safetensors", cosmos.cwd / "robots")
     path, said = choose(cosmos, "--model", "robots")
     assert path == "robots/model.safetensors"
     assert f"is the path {cosmos.cwd}/robots, not the model" in said

@@ -20,11 +20,11 @@ from conftest import Cosmos, moving_square, settings
 from safetensors.torch import save_file
 
 import cosmos_cli
-from cosmos_cli import files, flatyaml, history, jobs, layout, pickles
+from cosmos_cli import files, flatyaml, history, jobs, paths, pickles
 from cosmos_cli.errors import ExitCode, UserError
-from cosmos_cli.layout import Run
 from cosmos_cli.model import text, video, weights
-from cosmos_cli.model.spec import TINY
+from cosmos_cli.paths import Run
+from cosmos_cli.spec import TINY
 
 PACKAGE = Path(cosmos_cli.__file__).parent
 # What a hostile file may add to the memory of a process.
@@ -69,11 +69,11 @@ KINDS = {
 READERS = {
     "recipe": (flatyaml.read, ExitCode.USAGE),
     "batch": (jobs.read_batch, ExitCode.USAGE),
-    "json": (layout.read_json, ExitCode.ASSET),
-    "hash": (layout.sha256_file, ExitCode.ASSET),
+    "json": (paths.read_json, ExitCode.ASSET),
+    "hash": (paths.sha256_file, ExitCode.ASSET),
     "embedding": (lambda path: text.read_pickle(path, TINY.text), ExitCode.ASSET),
     "weights": (weights.load_dit_state, ExitCode.ASSET),
-    "manifest": (lambda path: layout.Dataset(path.parent, path.parent).read_manifest(), 5),
+    "manifest": (lambda path: paths.Dataset(path.parent, path.parent).read_manifest(), 5),
     "metrics": (lambda path: history.rows(Run(path.parent)), ExitCode.ASSET),
 }
 NAMES = {"manifest": "manifest.json", "metrics": "metrics.jsonl"}
@@ -316,7 +316,7 @@ def test_an_embedding_of_every_protocol_is_read(tmp_path, protocol, dtype):
 
 
 def test_a_damaged_folder_of_a_text_encoder_is_one_line(tmp_path):
-    source = layout.EMBEDDED_DIR / "t5"
+    source = paths.EMBEDDED_DIR / "t5"
     for name, make in (
         ("tokenizer.json", make_pipe),
         ("tokenizer_config.json", make_endless),

@@ -9,7 +9,7 @@ import sys
 import pytest
 from conftest import Cosmos
 
-from cosmos_cli import gpus, launch, layout, recipe
+from cosmos_cli import gpus, launch, paths, recipe
 from cosmos_cli.gpus import Gpu, select
 from cosmos_cli.model import plan
 
@@ -207,9 +207,9 @@ def test_a_run_notes_the_gpus_that_it_used(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "pynvml", raising=False)
     monkeypatch.setenv(gpus.VARIABLE, "GPU-11,0")
-    run = layout.Run(tmp_path / "run")
+    run = paths.Run(tmp_path / "run")
     launch._prepare(recipe.load("tiny"), run)
-    environment = layout.read_json(run.root / "env.json")
+    environment = paths.read_json(run.root / "env.json")
     assert environment["gpus"] == ["NVIDIA H200"]
     assert environment["cuda_visible_devices"] == "GPU-11,0"
     monkeypatch.delitem(sys.modules, "pynvml")

@@ -10,7 +10,7 @@ from conftest import Cosmos
 from test_train import find_run, options
 
 from cosmos_cli import history
-from cosmos_cli.layout import MANIFEST_FILE, read_json, sha256_file, stamp_of
+from cosmos_cli.paths import MANIFEST_FILE, read_json, sha256_file, stamp_of
 
 pytestmark = pytest.mark.workflow
 

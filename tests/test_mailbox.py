@@ -2,7 +2,7 @@ import os
 import subprocess
 import sys
 
-from cosmos_cli.mailbox import ADDRESS, Mailbox
+from cosmos_cli.ranks import ADDRESS, Mailbox
 
 POST = "from cosmos_cli import mailbox; mailbox.post({'rank': 1, 'error': 'ünï'})"
 

@@ -11,7 +11,7 @@ from conftest import Cosmos
 from test_train import find_run, options, under_torchrun
 
 from cosmos_cli import history
-from cosmos_cli.layout import sha256_file
+from cosmos_cli.paths import sha256_file
 
 pytestmark = pytest.mark.workflow
 

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from cosmos_cli import recipe
 from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.keys import Recipe
-from cosmos_cli.model.spec import MODELS, TINY
 from cosmos_cli.recipe import LoadedRecipe
+from cosmos_cli.spec import MODELS, TINY
 
 
 @pytest.fixture(autouse=True)

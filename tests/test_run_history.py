@@ -11,7 +11,7 @@ from conftest import Cosmos
 from safetensors.torch import load_file, save_file
 from test_train import find_run, losses, options, wait_for_step
 
-from cosmos_cli import history, layout
+from cosmos_cli import history, paths
 
 pytestmark = pytest.mark.workflow
 
@@ -58,8 +58,8 @@ def test_held_out_clips_are_measured_and_not_trained_on(cosmos, measured, tmp_pa
     _, one, pairs = measured
     shutil.copytree(cosmos.cwd / "datasets", tmp_path / "datasets")
     other = Cosmos(tmp_path)
-    manifest = layout.read_json(tmp_path / "datasets" / "tiny" / "manifest.json")
-    for clip in layout.split_clips(manifest)[1]:
+    manifest = paths.read_json(tmp_path / "datasets" / "tiny" / "manifest.json")
+    for clip in paths.split_clips(manifest)[1]:
         latent = tmp_path / "datasets" / "tiny" / clip["latent"]
         save_file({"latent": load_file(latent)["latent"] + 1}, latent)
     other("train", "tiny", *options("one", *pairs, "num_processes=1"))
@@ -72,7 +72,7 @@ def test_the_best_saved_step_is_named_and_promoted(cosmos, measured):
     result, run, pairs = measured
     error = errors(run)
     best = min((3, 5), key=error.get)
-    assert result["best_step"] == layout.read_json(run.result)["best_step"] == best
+    assert result["best_step"] == paths.read_json(run.result)["best_step"] == best
     assert result["next"].endswith("--step best")
     done = cosmos.json("promote", "tiny", *options("one", *pairs), "--step", "best")
     assert done["step"] == best

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cosmos_cli import assets, console, layout, lerobot
+from cosmos_cli import assets, console, lerobot, paths
 from cosmos_cli import download as hub
 from cosmos_cli.commands import options
 from cosmos_cli.console import Result
 from cosmos_cli.errors import ExitCode, UserError
-from cosmos_cli.layout import Dataset
+from cosmos_cli.paths import Dataset
 
 if TYPE_CHECKING:
     from cosmos_cli.keys import Recipe
@@ -63,7 +63,7 @@ def download(
         console.emit(_check(r, next_, dry_run), as_json=json_)
         return
     if r.spec.embedded:
-        console.say(f"the weights of {r.model} are part of the package: {layout.EMBEDDED_DIR}")
+        console.say(f"the weights of {r.model} are part of the package: {paths.EMBEDDED_DIR}")
     root = Path(r.dataset_dir).absolute()
     figures = {"assets": [listing.figures for listing in listings], "dry_run": dry_run}
     if for_ in (Stage.all, Stage.prep):
@@ -108,7 +108,7 @@ def _count_videos(r: Recipe) -> int:
 
 def _check(r: Recipe, next_: str, dry_run: bool) -> Result:
     """Test whether the weights denoise as trained weights should."""
-    files = layout.model_files(r.spec, r.checkpoints_dir, r.base)
+    files = paths.model_files(r.spec, r.checkpoints_dir, r.base)
     console.say(f"checking {files.tokenizer} and {files.dit}")
     if dry_run:
         return Result(figures={"dry_run": True})

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from cosmos_cli import console, layout, promoted
+from cosmos_cli import console, paths, promoted
 from cosmos_cli.choose import choose_model
 from cosmos_cli.commands import options
 from cosmos_cli.commands.generate import find_weights
@@ -59,7 +59,7 @@ def evaluate(
     }
     output = (output / "evaluation.html" if output.is_dir() else output).absolute()
     count = prompts if prompts is not None else EMBEDDED_PROMPTS if r.spec.embedded else 0
-    layout.require_writable(output.parent)
+    paths.require_writable(output.parent)
 
     from cosmos_cli.model import evaluate as measure
     from cosmos_cli.model.device import best_device

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cosmos_cli import console, files, jobs, layout, orders, promoted
+from cosmos_cli import console, files, jobs, orders, paths, promoted
 from cosmos_cli.choose import choose_model
 from cosmos_cli.commands import options
 from cosmos_cli.console import Result
@@ -116,7 +116,7 @@ def generate(
             f"one file for {len(wishes) or 'many'} videos", code=ExitCode.USAGE, where="--output",
             fix="give a folder",
         )  # fmt: skip
-    if output.suffix.lower() in layout.VIDEO_SUFFIXES - {".mp4"} and not output.is_dir():
+    if output.suffix.lower() in paths.VIDEO_SUFFIXES - {".mp4"} and not output.is_dir():
         raise UserError(
             f"{output.suffix} files are not written", code=ExitCode.USAGE,
             where=f"--output {output}", fix="name an .mp4 file, or a folder",
@@ -144,9 +144,9 @@ def read_weights(r: Recipe, folder: Path | None) -> Weights:
     Raises:
         UserError: they are missing or damaged.
     """
-    path = folder or layout.model_files(r.spec, r.checkpoints_dir, r.base).dit
+    path = folder or paths.model_files(r.spec, r.checkpoints_dir, r.base).dit
     again = "promote again" if folder and promoted.is_promoted(folder) else "download"
-    path = layout.weights_in(path)
+    path = paths.weights_in(path)
     if not path.exists():
         raise UserError(
             "the weights are missing", code=ExitCode.ASSET, where=str(path),
@@ -155,20 +155,20 @@ def read_weights(r: Recipe, folder: Path | None) -> Weights:
     # Of diffusers' it is a folder, with this file; all of another one would be hashed.
     if path.is_dir() and not (path / "config.json").is_file():
         raise UserError(
-            f"holds no {', '.join(layout.MODEL_FORMATS.values())}", code=ExitCode.ASSET,
+            f"holds no {', '.join(paths.MODEL_FORMATS.values())}", code=ExitCode.ASSET,
             where=str(path), fix="give a folder or file of weights",
         )  # fmt: skip
     if not path.is_dir():
         files.check_weights(path)
-    before = layout.file_id(path)
-    found = Weights(path, layout.sha256_path(path))
-    named = path.name in layout.MODEL_FORMATS.values()
+    before = paths.file_id(path)
+    found = Weights(path, paths.sha256_path(path))
+    named = path.name in paths.MODEL_FORMATS.values()
     manifest = promoted.manifest_of(path.parent) if named else None
     if manifest and manifest["sha256"] != found.sha256:
-        if layout.file_id(path) != before:
+        if paths.file_id(path) != before:
             # A promotion exchanged the folder while the old weights were hashed.
             return read_weights(r, folder)
-        name = layout.MANIFEST_FILE
+        name = paths.MANIFEST_FILE
         raise UserError(
             f"is damaged: its sha256 is {found.sha256[:12]}, {name} says "
             f"{manifest['sha256'][:12]}",
@@ -189,20 +189,20 @@ def find_weights(r: Recipe, folder: Path | None) -> Weights:
     manifest = _manifest(folder) if folder and folder.is_dir() else {}
     if not folder or "lora" not in manifest:
         return read_weights(r, folder)
-    path = folder / layout.LORA_FILE
-    merged = shlex.quote(str(layout.weights_in(folder)))
+    path = folder / paths.LORA_FILE
+    merged = shlex.quote(str(paths.weights_in(folder)))
     try:
         wanted, sha256 = manifest["base"], manifest["lora"]["sha256"]
         candidates, kept = [Path(wanted["path"])], f"{manifest['lora']['kept']:.0%}"
     except (KeyError, TypeError, ValueError) as error:
-        raise _not_promoted(folder / layout.MANIFEST_FILE, merged) from error
-    if not path.is_file() or layout.sha256_file(path) != sha256:
+        raise _not_promoted(folder / paths.MANIFEST_FILE, merged) from error
+    if not path.is_file() or paths.sha256_file(path) != sha256:
         raise _not_promoted(path, merged)
     candidates += [
-        layout.model_files(r.spec, r.checkpoints_dir, base).dit for base in (r.base, None)
+        paths.model_files(r.spec, r.checkpoints_dir, base).dit for base in (r.base, None)
     ]
     for base in dict.fromkeys(candidates):
-        if base.exists() and layout.sha256_path(base) == wanted["sha256"]:
+        if base.exists() and paths.sha256_path(base) == wanted["sha256"]:
             console.say(f"using the base {base} with the LoRA {path} beside its weights")
             return Weights(base, wanted["sha256"], (Lora(path, 1.0, sha256),))
     console.say(
@@ -221,7 +221,7 @@ def _not_promoted(path: Path, merged: str) -> UserError:
 
 def base_of(r: Recipe, weights: Weights) -> Weights:
     """Return the base's weights, hashed once where `weights` are those with LoRAs beside them."""
-    base = layout.weights_in(layout.model_files(r.spec, r.checkpoints_dir, r.base).dit)
+    base = paths.weights_in(paths.model_files(r.spec, r.checkpoints_dir, r.base).dit)
     return replace(weights, loras=()) if weights.path == base else read_weights(r, None)
 
 
@@ -251,8 +251,8 @@ def add_loras(weights: Weights, loras: tuple[Lora, ...]) -> Weights:
 
 def _manifest(folder: Path) -> dict[str, Any]:
     """Return what promote wrote about the model in a folder, {} for any other folder."""
-    path = folder / layout.MANIFEST_FILE
-    content = layout.read_json(path) if path.is_file() else {}
+    path = folder / paths.MANIFEST_FILE
+    content = paths.read_json(path) if path.is_file() else {}
     return content if isinstance(content, dict) else {}
 
 
@@ -275,9 +275,9 @@ def read_lora(text: str) -> Lora:
     if not math.isfinite(share):
         raise UserError(f"{share} is no strength", code=ExitCode.USAGE, where=text, fix=fix)
     files.check_weights(path)
-    config = path.with_name(layout.ADAPTER_CONFIG_FILE)
-    about = layout.sha256_file(config) if config.is_file() else ""
-    return Lora(path, share, layout.sha256_file(path), about)
+    config = path.with_name(paths.ADAPTER_CONFIG_FILE)
+    about = paths.sha256_file(config) if config.is_file() else ""
+    return Lora(path, share, paths.sha256_file(path), about)
 
 
 def _lora_in(folder: Path, fix: str) -> Path:
@@ -286,12 +286,12 @@ def _lora_in(folder: Path, fix: str) -> Path:
     Raises:
         UserError: it has none, or several.
     """
-    known = [folder / name for name in layout.ADAPTER_FILES if (folder / name).is_file()]
+    known = [folder / name for name in paths.ADAPTER_FILES if (folder / name).is_file()]
     found = known or sorted(folder.glob("*.safetensors"))
     if len(found) != 1:
         names = ", ".join(path.name for path in found[:5])
         what = f"holds several LoRA files: {names}" if found else "holds no LoRA file"
-        expected = " or ".join(layout.ADAPTER_FILES[:2])
+        expected = " or ".join(paths.ADAPTER_FILES[:2])
         raise UserError(
             f"{what} (expected is {expected})", code=ExitCode.ASSET, where=str(folder), fix=fix
         )

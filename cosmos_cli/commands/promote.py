@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cosmos_cli import console, exchange, history, layout, promoted
+from cosmos_cli import console, exchange, history, paths, promoted
 from cosmos_cli.commands import options
 from cosmos_cli.console import Result
 from cosmos_cli.errors import ExitCode, UserError
-from cosmos_cli.layout import Run
+from cosmos_cli.paths import Run
 
 if TYPE_CHECKING:
     from cosmos_cli.keys import Recipe
@@ -53,16 +53,16 @@ def promote(
     Example: cosmos promote nemo_assets --step 2000
     """
     r = options.open_recipe(recipe, set_, print_recipe, json_, trains=False).recipe
-    if format_ not in layout.MODEL_FORMATS:
+    if format_ not in paths.MODEL_FORMATS:
         raise UserError(
-            f"{format_!r} is none of {', '.join(layout.MODEL_FORMATS)}",
+            f"{format_!r} is none of {', '.join(paths.MODEL_FORMATS)}",
             code=ExitCode.USAGE,
             where="--format",
         )
     number = choose_step(Run(r.run_dir), step, weights)
     if name is not None:
         check_name(name)
-    target = layout.promoted_dir(r.spec, r.checkpoints_dir, name)
+    target = paths.promoted_dir(r.spec, r.checkpoints_dir, name)
     run = Run(r.run_dir)
     asked = {"step": (step, "latest"), "weights": (weights, "ema"), "format": (format_, "pt")}
     words = [f"--{option} {value}" for option, (value, usual) in asked.items() if value != usual]
@@ -84,7 +84,7 @@ def promote(
     console.emit(
         Result(
             str(target),
-            artifacts=[target / layout.MODEL_FORMATS[format_]],
+            artifacts=[target / paths.MODEL_FORMATS[format_]],
             figures={key: manifest[key] for key in ("step", "weights", "format", "sha256")},
             next=shlex.join(_generate_command(r, target, name)),
         ),
@@ -112,10 +112,10 @@ def check_name(name: str) -> None:
 
 def _generate_command(r: Recipe, target: Path, name: str | None) -> list[str]:
     """A prompt like those of the training, and --model where generate would not look by itself."""
-    manifest = layout.Dataset.at(r.dataset_dir, r.videos_dir).manifest
+    manifest = paths.Dataset.at(r.dataset_dir, r.videos_dir).manifest
     captions = [
         video["caption"]
-        for video in (layout.read_json(manifest)["videos"] if manifest.exists() else ())
+        for video in (paths.read_json(manifest)["videos"] if manifest.exists() else ())
         if video["verdict"] == "used"
     ]
     prompt = captions[0] if captions else r.prompt or "A red ball moves left."
@@ -136,7 +136,7 @@ def require_own(target: Path, run: Run, yes: bool, aside: str) -> None:
     Raises:
         UserError: the folder holds something else.
     """
-    with layout.disk_errors(target):
+    with paths.disk_errors(target):
         # An empty folder, or one with hidden files alone, holds nobody's work.
         there = any(target.glob("[!.]*")) if target.is_dir() else target.exists()
     if yes or not there:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cosmos_cli import captions, console, files, layout, lerobot
+from cosmos_cli import captions, console, files, lerobot, paths
 from cosmos_cli.commands import options
 from cosmos_cli.console import Result
 from cosmos_cli.errors import ExitCode, UserError
@@ -82,16 +82,16 @@ def copy(
 
     source = recipe.find(name)
     target = destination or Path()
-    with layout.disk_errors(target):
+    with paths.disk_errors(target):
         target = target / source.name if target.is_dir() else target
     _check_free(target, yes)
-    layout.write_text(target, files.read_text(source, files.RECIPE))
+    paths.write_text(target, files.read_text(source, files.RECIPE))
     following = f"edit {target}, then cosmos recipes check {target}"
     console.emit(Result(str(target.absolute()), [target.absolute()], next=following), as_json=json_)
 
 
 def _check_free(target: Path, yes: bool) -> None:
-    with layout.disk_errors(target):
+    with paths.disk_errors(target):
         taken = target.exists()
     if taken and not yes:
         raise UserError(
@@ -159,7 +159,7 @@ def schema(
         console.emit(Result(text, figures={"schema": content}), as_json=json_)
         return
     _check_free(output, yes)
-    layout.write_text(output, text + "\n")
+    paths.write_text(output, text + "\n")
     console.emit(Result(str(output.absolute()), [output.absolute()]), as_json=json_)
 
 
@@ -193,7 +193,7 @@ def new(
         "",
         f"Run: cosmos setup {target}, then download, prep, train, promote and generate.",
     ]
-    layout.write_text(target, propose.render(choices, header))
+    paths.write_text(target, propose.render(choices, header))
     loaded = recipe.load(target)
     for warning in (*bad, *loaded.warnings):
         console.warn(warning)
@@ -206,7 +206,7 @@ def new(
     console.emit(result, as_json=json_)
 
 
-def _probe(dataset: layout.Dataset) -> tuple[dict[Path, VideoInfo], list[str]]:
+def _probe(dataset: paths.Dataset) -> tuple[dict[Path, VideoInfo], list[str]]:
     """What is known of every usable video, and a line on every other."""
     files = dataset.video_files()
     from cosmos_cli.model import video
@@ -232,7 +232,7 @@ def _probe(dataset: layout.Dataset) -> tuple[dict[Path, VideoInfo], list[str]]:
     return usable, bad
 
 
-def _captioned(dataset: layout.Dataset, videos: list[Path]) -> int:
+def _captioned(dataset: paths.Dataset, videos: list[Path]) -> int:
     """The number of videos that have a caption."""
     names = [path.name for path in videos]
     texts = captions.files_in(dataset.metas, captions.SUFFIX)

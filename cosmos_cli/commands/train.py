@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cosmos_cli import console, history, launch, layout, preflight
+from cosmos_cli import console, history, launch, paths, preflight
 from cosmos_cli.commands import options
 from cosmos_cli.console import Result
 from cosmos_cli.errors import UserError
-from cosmos_cli.layout import Run
 from cosmos_cli.model import plan as planner
+from cosmos_cli.paths import Run
 
 if TYPE_CHECKING:
     from cosmos_cli.keys import Recipe
@@ -75,7 +75,7 @@ def train(
         preflight.check_overwrite(r, run, start, command)
     deleted = _deleted_by_overwriting(run, start) if overwrite else []
     if not finished:
-        preflight.check_disk(r, run, start, sum(map(layout.size_of, deleted)))
+        preflight.check_disk(r, run, start, sum(map(paths.size_of, deleted)))
     figures = {
         "run_dir": str(run.root), "clips": clips, "heldout_clips": held_out, "processes": ranks,
         "from": start,

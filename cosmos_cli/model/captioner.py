@@ -11,13 +11,13 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from cosmos_cli import claims, console, files, layout
+from cosmos_cli import claims, console, files, paths
 from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.keys import Recipe
-from cosmos_cli.layout import Dataset
 from cosmos_cli.model import sources, upsampler, video
 from cosmos_cli.model.finite import require_finite
 from cosmos_cli.model.sources import Source
+from cosmos_cli.paths import Dataset
 
 INSTRUCTION = (
     "These are frames of one video, in order. Describe the video in one paragraph of plain text: "
@@ -131,7 +131,7 @@ def _describe_one(r: Recipe, dataset: Dataset, source: Source, captioner: Captio
         console.warn(f"{source.path}: cannot be described: {error}")
         return
     value = {"key": sources.description_key(r, source), "model": r.caption_model, "caption": words}
-    layout.write_json(dataset.descriptions / f"{source.stem}.json", value)
+    paths.write_json(dataset.descriptions / f"{source.stem}.json", value)
 
 
 def _bad(source: str, what: str, fix: str) -> UserError:

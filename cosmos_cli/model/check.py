@@ -23,7 +23,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from cosmos_cli import console, layout
+from cosmos_cli import console, paths
 from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.keys import Recipe
 from cosmos_cli.model import edm, generate, prep, sampler, video, world
@@ -75,7 +75,7 @@ def check(r: Recipe, device: str) -> dict[str, Any]:
     latents, figures = check_tokenizer(
         r, [world.render(scene, FRAMES, *size) for scene in SCENES], device
     )
-    files = layout.model_files(r.spec, r.checkpoints_dir, r.base)
+    files = paths.model_files(r.spec, r.checkpoints_dir, r.base)
     denoiser = Denoiser(
         generate.load_denoiser(r, files.dit, device, generate.number_format(device)), r
     )
@@ -133,7 +133,7 @@ def check_tokenizer(
     if problem:
         raise UserError(
             f"the tokenizer {problem}", code=ExitCode.ASSET,
-            where=str(layout.model_files(r.spec, r.checkpoints_dir).tokenizer),
+            where=str(paths.model_files(r.spec, r.checkpoints_dir).tokenizer),
             fix="download it again; if it already is the hub's file, report this as a bug",
         )  # fmt: skip
     return [x0.float() for x0 in latents], {"psnr": psnr, "lost": error / variance, "rms": rms}

@@ -10,14 +10,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from cosmos_cli import layout
+from cosmos_cli import paths
 from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.keys import Recipe
-from cosmos_cli.layout import MANIFEST_FILE, Run
 from cosmos_cli.model import lora, lora_file, reshard, weights
 from cosmos_cli.model.device import best_device
 from cosmos_cli.model.ema import PowerEMA
 from cosmos_cli.model.finite import require_finite
+from cosmos_cli.paths import MANIFEST_FILE, Run
 
 # The folder of DeepSpeed's files inside a resume state.
 SHARDS = "zero"
@@ -131,11 +131,11 @@ def save(engine: Any, ema: PowerEMA, run: Run, step: int, about: dict[str, Any])
                     **about,
                     "files": files,
                 }
-                layout.write_json(building / MANIFEST_FILE, manifest)
-                layout.sync(building / SHARDS)
+                paths.write_json(building / MANIFEST_FILE, manifest)
+                paths.sync(building / SHARDS)
                 shutil.rmtree(final, ignore_errors=True)
                 building.rename(final)
-                layout.sync(run.checkpoints)
+                paths.sync(run.checkpoints)
     except UserError:
         if dist.get_rank() == 0:
             shutil.rmtree(building, ignore_errors=True)
@@ -145,7 +145,7 @@ def save(engine: Any, ema: PowerEMA, run: Run, step: int, about: dict[str, Any])
 
 def prune(run: Run, r: Recipe) -> None:
     """Drops the resume states that the recipe does not keep, once a newer one is complete."""
-    with layout.disk_errors(run.checkpoints):
+    with paths.disk_errors(run.checkpoints):
         for step in run.resumable_steps()[: -r.keep_last]:
             if r.keep_every_steps and step % r.keep_every_steps == 0:
                 continue
@@ -166,10 +166,10 @@ def resume(engine: Any, ema: PowerEMA, run: Run, step: int) -> None:
             not finite.
     """
     folder = run.resume_state(step)
-    manifest = layout.read_json(folder / MANIFEST_FILE)
+    manifest = paths.read_json(folder / MANIFEST_FILE)
     module = engine.module
     path = model_file(run, module, step, "ema")
-    whole = path.is_file() and layout.sha256_file(path) == manifest["ema_sha256"]
+    whole = path.is_file() and paths.sha256_file(path) == manifest["ema_sha256"]
     if _hash_files(folder) != manifest["files"] or not whole:
         raise UserError(
             f"is damaged: its files or {path.name} are not as they were written",
@@ -249,7 +249,7 @@ def _save_model(module: nn.Module, state: dict[str, Tensor], path: Path) -> str:
     """Writes the trained weights; their file's sha256."""
     if lora.attached(module):
         lora_file.save(path, state, lora.scale(module))
-        return layout.sha256_file(path)
+        return paths.sha256_file(path)
     buffers = {name: buffer.cpu() for name, buffer in module.named_buffers()}
     return weights.save_released(path, {**buffers, **state})
 
@@ -264,7 +264,7 @@ def _hash_files(folder: Path) -> dict[str, dict[str, Any]]:
     return _of_all_ranks({
         name: {
             "bytes": (folder / name).stat().st_size,
-            "sha256": layout.sha256_file(folder / name),
+            "sha256": paths.sha256_file(folder / name),
         }
         for name in names[dist.get_rank() :: dist.get_world_size()]
     })  # fmt: skip

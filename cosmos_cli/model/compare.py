@@ -6,7 +6,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from cosmos_cli import layout, report
+from cosmos_cli import html, paths
 from cosmos_cli.jobs import Job
 from cosmos_cli.model import video
 
@@ -30,15 +30,15 @@ def compare(base: Job, tuned: Job, joined: Job) -> None:
         "prompt": joined.prompt,
         "seed": joined.r.sampling_seed,
         "key": joined.key,
-        "compared": {name: layout.read_json(job.files[0]) for name, job in sides.items()},
+        "compared": {name: paths.read_json(job.files[0]) for name, job in sides.items()},
     }
-    with layout.atomic_file(mp4) as temporary:
+    with paths.atomic_file(mp4) as temporary:
         video.write_mp4(temporary, pixels, joined.r.fps, joined.r.video_crf)
-        layout.write_json(sidecar, {**record, "mp4_sha256": layout.sha256_file(temporary)})
-        layout.write_text(prompt_file, joined.prompt + "\n")
-        with layout.atomic_file(sheet) as image:
+        paths.write_json(sidecar, {**record, "mp4_sha256": paths.sha256_file(temporary)})
+        paths.write_text(prompt_file, joined.prompt + "\n")
+        with paths.atomic_file(sheet) as image:
             video.contact_sheet(pixels, columns=2, rows=4, width=640).save(image, quality=90)
-        layout.write_text(mp4.with_suffix(".html"), _page(sides, joined))
+        paths.write_text(mp4.with_suffix(".html"), _page(sides, joined))
 
 
 def _page(sides: dict[str, Job], joined: Job) -> str:
@@ -50,11 +50,11 @@ def _page(sides: dict[str, Job], joined: Job) -> str:
         f"Seed {r.sampling_seed}, {r.num_steps} steps, guidance {r.guidance:g}, {r.num_frames} "
         f"frames of {r.width}x{r.height} at {r.fps:g} fps. Only the weights differ."
     )
-    return report.page(
+    return html.page(
         joined.prompt,
         [
-            ("Side by side", report.row(*(report.media(j.path, n) for n, j in sides.items()))),
-            ("Weights", report.table(facts, ("", "file", "sha256", "video"))),
+            ("Side by side", html.row(*(html.media(j.path, n) for n, j in sides.items()))),
+            ("Weights", html.table(facts, ("", "file", "sha256", "video"))),
         ],
         note,
     )

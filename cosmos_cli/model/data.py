@@ -16,7 +16,7 @@ from torch import Tensor
 from cosmos_cli import files
 from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.model import edm, text
-from cosmos_cli.model.spec import ModelSpec
+from cosmos_cli.spec import ModelSpec
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from cosmos_cli.model import kernels
 from cosmos_cli.model.sequence import SequenceGroup
-from cosmos_cli.model.spec import DiTSpec
+from cosmos_cli.spec import DiTSpec
 
 # Cosine and sine of the rotary angles, each (B, L, K/2) in fp32.
 Rope = tuple[Tensor, Tensor]

@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 
-from cosmos_cli import mailbox
+from cosmos_cli import ranks
 from cosmos_cli.errors import ExitCode
 
 _PR_SET_PDEATHSIG = 1
@@ -39,7 +39,7 @@ def main(arguments: list[str]) -> int:
         return int(ExitCode.SIGTERM)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
-        mailbox.post({"first": rank, "process_code": failure.exitcode})
+        ranks.post({"first": rank, "process_code": failure.exitcode})
         return int(ExitCode.TRAINING)
     return 0
 

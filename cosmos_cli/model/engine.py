@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from cosmos_cli import console, layout
+from cosmos_cli import console, paths
 from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.keys import Recipe
 from cosmos_cli.model import checkpoint, data, edm, kernels, lora, plan, weights
@@ -41,7 +41,7 @@ def build(r: Recipe, share: data.Share, device: torch.device) -> Any:
     if r.transformer_engine == "all":
         kernels.use_engine_attention(net.blocks)
     kernels.put_cudnn_first()
-    base = layout.model_files(r.spec, r.checkpoints_dir, r.base).dit
+    base = paths.model_files(r.spec, r.checkpoints_dir, r.base).dit
     shapes = {name: checkpoint.full_shape(p) for name, p in module.named_parameters()}
     state = {**weights.load_dit_state(base), **lora.fresh_factors(shapes, r.seed)}
     checkpoint.load_weights(module, state, base)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cosmos_cli import console, history, layout, report
+from cosmos_cli import console, history, html, paths
 from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.jobs import Job, Weights
 from cosmos_cli.keys import Recipe
@@ -77,11 +77,11 @@ class Dataset:
     @classmethod
     def of(cls, r: Recipe) -> Dataset | None:
         """Return the dataset of a recipe, or None if prep has not run."""
-        files = layout.Dataset.at(r.dataset_dir, r.videos_dir)
+        files = paths.Dataset.at(r.dataset_dir, r.videos_dir)
         if not files.manifest.exists():
             return None
         manifest = files.read_manifest()
-        train, heldout = (Clips(files.root, rows, r.spec) for rows in layout.split_clips(manifest))
+        train, heldout = (Clips(files.root, rows, r.spec) for rows in paths.split_clips(manifest))
         used = (video["caption"] for video in manifest["videos"] if video["verdict"] == "used")
         return cls(train, heldout, tuple(dict.fromkeys(used)))
 
@@ -282,7 +282,7 @@ def write_page(
     path: Path, r: Recipe, figures: dict[str, Any], samples: dict[str, list[Sample]]
 ) -> list[Path]:
     """Write one self-contained page and, next to it, its videos; return all paths."""
-    sections = [("Figures", report.table(rows(figures), ("", "chance", *figures["models"])))]
+    sections = [("Figures", html.table(rows(figures), ("", "chance", *figures["models"])))]
     written = [path]
     for heading, mascot in (("The new concept", True), ("Other prompts", False)):
         shown = {
@@ -296,15 +296,15 @@ def write_page(
             mosaic = path.with_name(f"{path.stem}_{name}_{'concept' if mascot else 'others'}.mp4")
             write_mosaic(mosaic, made, r)
             written.append(mosaic)
-            parts.append(report.media(mosaic, name))
+            parts.append(html.media(mosaic, name))
         prompts = ((s.trial.prompt,) for s in next(iter(shown.values())))
-        sections.append((heading, report.row(*parts) + report.table(prompts, ("row by row",))))
-    run = layout.Run(r.run_dir)
+        sections.append((heading, html.row(*parts) + html.table(prompts, ("row by row",))))
+    run = paths.Run(r.run_dir)
     if run.metrics.exists():
         sections += history.sections(run)
     hashes = ((name, model["weights"]) for name, model in figures["models"].items())
-    sections.append(("Weights", report.table(hashes, ("", "sha256"))))
-    layout.write_text(path, report.page(f"Evaluation of {r.model}", sections))
+    sections.append(("Weights", html.table(hashes, ("", "sha256"))))
+    paths.write_text(path, html.page(f"Evaluation of {r.model}", sections))
     return written
 
 
@@ -316,5 +316,5 @@ def write_mosaic(path: Path, samples: Iterable[Sample], r: Recipe) -> None:
         torch.cat(pixels[first : first + MOSAIC_COLUMNS], dim=3)
         for first in range(0, len(pixels), MOSAIC_COLUMNS)
     ]
-    with layout.atomic_file(path) as temporary:
+    with paths.atomic_file(path) as temporary:
         video.write_mp4(temporary, torch.cat(strips, dim=2), r.fps, r.video_crf)

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from safetensors.torch import load, save
 from torch import Tensor
 
-from cosmos_cli import __version__, console, layout
+from cosmos_cli import __version__, console, paths
 from cosmos_cli.cache import Answers
 from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.jobs import Job, Lora, Weights
@@ -133,16 +133,16 @@ def bytes_together(r: Recipe) -> int:
     The denoiser in bf16, the others as their files.
     """
     root = Path(r.checkpoints_dir)
-    folders = [layout.model_files(r.spec, r.checkpoints_dir).text_encoder]
+    folders = [paths.model_files(r.spec, r.checkpoints_dir).text_encoder]
     if r.upsampler != "off":
         folders.append(Path(r.upsampler))
     if guardrail.has_all(r):
-        folders += [root / layout.LLAMA_GUARD_DIR, root / layout.SIGLIP_DIR]
+        folders += [root / paths.LLAMA_GUARD_DIR, root / paths.SIGLIP_DIR]
     others = sum(
-        layout.size_of(path)
+        paths.size_of(path)
         for folder in folders
         for path in folder.rglob("*")
-        if path.suffix == ".safetensors" or path.name == layout.MODEL_FILE
+        if path.suffix == ".safetensors" or path.name == paths.MODEL_FILE
     )
     tokens = r.spec.tokens(r.num_frames, r.height, r.width)
     activations = PASS_ACTIVATIONS * tokens * r.spec.dit.width
@@ -192,7 +192,7 @@ class TextModels:
         self.in_turn = in_turn
         self.block_list = guardrail.block_list(r)
         chip = device if device == "cpu" else torch.cuda.get_device_name()
-        encoder = layout.model_files(r.spec, r.checkpoints_dir).text_encoder
+        encoder = paths.model_files(r.spec, r.checkpoints_dir).text_encoder
         about = chip, number_format(device)
         self.embeddings = Answers(encoder, text.TextEncoder, r.spec.text, *about)
         self.longer_prompts = Answers(Path(r.upsampler), Upsampler, *about)
@@ -212,7 +212,7 @@ class TextModels:
     @cached_property
     def encoder(self) -> text.TextEncoder:
         """The model's text encoder."""
-        folder = layout.model_files(self.r.spec, self.r.checkpoints_dir).text_encoder
+        folder = paths.model_files(self.r.spec, self.r.checkpoints_dir).text_encoder
         return text.TextEncoder(folder, self.r.spec.text, self.device, number_format(self.device))
 
     def prepare(self, jobs: list[Job]) -> dict[Job, Conditioning | UserError]:
@@ -276,7 +276,7 @@ class TextModels:
         made = self.embeddings.get(words, lambda: save({"text": self.encoder.encode([words])[0]}))
         embedding = load(made)["text"].float()
         if not embedding.isfinite().all():
-            folder = layout.model_files(self.r.spec, self.r.checkpoints_dir).text_encoder
+            folder = paths.model_files(self.r.spec, self.r.checkpoints_dir).text_encoder
             return text.no_embedding(words, folder)
         if len(embedding) == spec.tokens and (cut := self.encoder.cut([words])):
             read = f"only the first {spec.tokens} of {cut[words]} tokens are read"
@@ -492,14 +492,14 @@ def negative_prompt(r: Recipe) -> str:
 def _write(job: Job, text_emb: Conditioning, pixels: Tensor, about: dict[str, Any]) -> None:
     """The sidecar comes first, so that what a kill leaves is known as ours; the mp4 comes last."""
     sidecar, words, sheet, mp4 = job.files
-    with layout.atomic_file(mp4) as temporary:
+    with paths.atomic_file(mp4) as temporary:
         video.write_mp4(temporary, pixels, job.r.fps, job.r.video_crf)
-        digest = layout.sha256_file(temporary)
-        layout.write_json(
+        digest = paths.sha256_file(temporary)
+        paths.write_json(
             sidecar, {**_provenance(job, text_emb.prompt), "mp4_sha256": digest, **about}
         )
-        layout.write_text(words, text_emb.prompt + "\n")
-        with layout.atomic_file(sheet) as picture:
+        paths.write_text(words, text_emb.prompt + "\n")
+        with paths.atomic_file(sheet) as picture:
             video.contact_sheet(pixels).save(picture, quality=90)
 
 

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from cosmos_cli import console, files, layout
+from cosmos_cli import console, files, paths
 from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.keys import Recipe
 from cosmos_cli.model import weights
@@ -68,7 +68,7 @@ def block_list(r: Recipe) -> BlockList | None:
                 code=ExitCode.ENVIRONMENT,
                 fix='run pip install -e ".[guardrails]" in the clone',
             )
-    return BlockList(layout.model_files(r.spec, r.checkpoints_dir).guardrail / "blocklist")
+    return BlockList(paths.model_files(r.spec, r.checkpoints_dir).guardrail / "blocklist")
 
 
 def aegis(r: Recipe, device: str, dtype: torch.dtype) -> Aegis | None:
@@ -131,11 +131,11 @@ class _Files:
 
 def _files(r: Recipe) -> _Files:
     root = Path(r.checkpoints_dir).absolute()
-    guardrails = layout.model_files(r.spec, r.checkpoints_dir).guardrail
+    guardrails = paths.model_files(r.spec, r.checkpoints_dir).guardrail
     return _Files(
-        root / layout.LLAMA_GUARD_DIR,
-        root / layout.AEGIS_DIR,
-        root / layout.SIGLIP_DIR,
+        root / paths.LLAMA_GUARD_DIR,
+        root / paths.AEGIS_DIR,
+        root / paths.SIGLIP_DIR,
         guardrails / "video_content_safety_filter" / "safety_filter.pt",
         guardrails / "face_blur_filter" / "Resnet50_Final.pth",
     )

@@ -20,7 +20,7 @@ from cosmos_cli import console
 from cosmos_cli.model import edm, lora_file, weights
 from cosmos_cli.model.finite import require_finite
 from cosmos_cli.model.lora_file import Change
-from cosmos_cli.model.spec import LORA_TARGETS
+from cosmos_cli.spec import LORA_TARGETS
 
 # Columns that are added to a weight are a multiple of this, so that its rows stay aligned.
 ALIGNED_RANK = 16

@@ -24,7 +24,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from cosmos_cli import console, files, layout
+from cosmos_cli import console, files, paths
 from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.model import weights
 from cosmos_cli.model.finite import require_finite
@@ -175,12 +175,12 @@ def read(path: Path) -> dict[str, Change]:
     _refuse_other_methods(path, stored)
     require_finite(stored, path, fix="train or export the LoRA again")
     parts = _sorted_by_linear(path, stored)
-    beside = path.with_name(layout.ADAPTER_CONFIG_FILE)
+    beside = path.with_name(paths.ADAPTER_CONFIG_FILE)
     settings = None
     if header:
         settings, source = _settings(header, path), path
     elif beside.is_file():
-        settings, source = _settings(layout.read_json(beside), beside), beside
+        settings, source = _settings(paths.read_json(beside), beside), beside
     changes = {}
     for linear, found in parts.items():
         a, b, key = _pair(path, found)

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from cosmos_cli import console, history, layout
+from cosmos_cli import console, history, paths
 from cosmos_cli.keys import Recipe
-from cosmos_cli.layout import Run
 from cosmos_cli.model import data, edm, plan
 from cosmos_cli.model.engine import known_gpu
+from cosmos_cli.paths import Run
 
 
 class Stats:
@@ -86,7 +86,7 @@ class Metrics:
                 for row in history.rows(run)
                 if row["step"] < start or (row["step"] == start and history.HELD_OUT not in row)
             )
-            layout.write_text(run.metrics, "".join(f"{json.dumps(row)}\n" for row in kept))
+            paths.write_text(run.metrics, "".join(f"{json.dumps(row)}\n" for row in kept))
             history.note(run, self.status)
 
     def write(self, row: dict[str, Any]) -> None:
@@ -100,7 +100,7 @@ class Metrics:
             )
         self.status |= row
         if dist.get_rank() == 0:
-            with layout.disk_errors(self.run.metrics), self.run.metrics.open("a") as stream:
+            with paths.disk_errors(self.run.metrics), self.run.metrics.open("a") as stream:
                 stream.write(json.dumps(row) + "\n")
             history.note(self.run, self.status)
 

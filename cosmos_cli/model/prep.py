@@ -18,16 +18,16 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from cosmos_cli import claims, console, files, layout, recipe
+from cosmos_cli import claims, console, files, paths, recipe
 from cosmos_cli.claims import Crew
 from cosmos_cli.console import Stopwatch
 from cosmos_cli.keys import Recipe
-from cosmos_cli.layout import Dataset
 from cosmos_cli.model import captioner, damage, looks, prep_report, sources, text, video, weights
 from cosmos_cli.model.device import compiles
 from cosmos_cli.model.finite import require_finite
 from cosmos_cli.model.sources import Source
 from cosmos_cli.model.tokenizer import Tokenizer
+from cosmos_cli.paths import Dataset
 
 # Recipe keys that decide the content of a prepared dataset.
 SETTINGS = (
@@ -89,15 +89,15 @@ def prepare(r: Recipe, device: str) -> dict[str, Any]:
 
 def _job(r: Recipe, videos: list[Source]) -> str:
     """What decides the result; processes that differ in it must not work on one dataset."""
-    listed = [f"{v.name} {v.reason} {v.path} {layout.stamp_of(v.path)}" for v in videos]
-    return layout.sha256_text(recipe.dump(r), *listed)
+    listed = [f"{v.name} {v.reason} {v.path} {paths.stamp_of(v.path)}" for v in videos]
+    return paths.sha256_text(recipe.dump(r), *listed)
 
 
 def _remove_stale(dataset: Dataset) -> None:
     """Removes what killed processes left half written."""
     for folder in (dataset.root, dataset.metas, dataset.embeddings, dataset.latents):
         if folder.is_dir():
-            layout.remove_stale(folder)
+            paths.remove_stale(folder)
 
 
 def _remove_manifest(dataset: Dataset) -> None:
@@ -129,14 +129,14 @@ def _finish(
     for path in dataset.latents.glob("*.safetensors"):
         if path.name not in listed:
             path.unlink()
-    layout.write_text(dataset.root / "resolved.yaml", recipe.dump(r))
+    paths.write_text(dataset.root / "resolved.yaml", recipe.dump(r))
     # In the order of the videos, not in that in which this process came to them.
     seen = {v.name: latents.looks[v.name] for v in videos if v.name in latents.looks}
     findings = prep_report.Findings(manifest, seen, times.seconds, notes.lines(r))
     prep_report.write(r, dataset, videos, findings, latents.tokenizer)
     # Of one that was killed while this one waited for it.
     _remove_stale(dataset)
-    layout.write_json(dataset.manifest, manifest)
+    paths.write_json(dataset.manifest, manifest)
 
 
 def choose_held_out(content: Mapping[str, str], share: float) -> set[str]:
@@ -146,7 +146,7 @@ def choose_held_out(content: Mapping[str, str], share: float) -> set[str]:
     Those of the same `content` go together, or a run were measured on what it was trained on.
     """
     copies: dict[str, list[str]] = {}
-    for name in sorted(content, key=layout.sha256_text):
+    for name in sorted(content, key=paths.sha256_text):
         copies.setdefault(content[name], []).append(name)
     wanted = max(round(share * len(content)), 1) if share else 0
     chosen: set[str] = set()
@@ -168,7 +168,7 @@ def _check_disk(r: Recipe, dataset: Dataset, videos: list[Source]) -> None:
         for source in videos
         for clip in source.clips
     )
-    layout.require_free(
+    paths.require_free(
         dataset.root,
         missing * latent_bytes(r) + r.min_free_disk_gb * 1e9,
         f"{missing} latents",
@@ -219,7 +219,7 @@ def _cut_captions(r: Recipe, dataset: Dataset, videos: list[Source]) -> dict[str
     used = [v for v in videos if not v.reason]
     # A token takes at least a byte, but for one at the start and one at the end.
     long = [v for v in used if len(unicodedata.normalize("NFKC", v.caption).encode()) + 2 > most]
-    folder = layout.model_files(r.spec, r.checkpoints_dir).text_encoder
+    folder = paths.model_files(r.spec, r.checkpoints_dir).text_encoder
     if long and (folder / "config.json").is_file():
         tokens = text.TextEncoder(folder, r.spec.text, "cpu", torch.float32)
         cut = tokens.cut(v.caption for v in long)
@@ -252,7 +252,7 @@ def _write_embeddings(
             paths.setdefault(source.caption, []).append(path)
     if not any(_stale(dataset, files) for files in paths.values()):
         return
-    folder = layout.model_files(r.spec, r.checkpoints_dir).text_encoder
+    folder = paths.model_files(r.spec, r.checkpoints_dir).text_encoder
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     encoder = text.TextEncoder(folder, r.spec.text, device, dtype)
     with console.progress("embed", len(paths), "captions") as bar:
@@ -264,7 +264,7 @@ def _write_embeddings(
                         if not embedding.isfinite().all():
                             raise text.no_embedding(caption, folder)
                         for path in stale[caption]:
-                            with layout.atomic_file(path) as temporary:
+                            with paths.atomic_file(path) as temporary:
                                 text.write_pickle(temporary, embedding)
             bar.advance(count=len(batch))
 
@@ -308,7 +308,7 @@ class Latents:
         )
         if compiles(r.compile, worth, torch.device(device), loss):
             self.tokenizer.compile_blocks()
-        identity = layout.sha256_path(layout.model_files(r.spec, r.checkpoints_dir).tokenizer)
+        identity = paths.sha256_path(paths.model_files(r.spec, r.checkpoints_dir).tokenizer)
         settings = {key: getattr(r, key) for key in ("height", "width", "num_frames", "resize")}
         self.settings = (json.dumps(settings), identity)
         self.rows: dict[str, list[dict[str, Any]]] = {}
@@ -321,7 +321,7 @@ class Latents:
         if source.reason:
             return ""
         if source.path not in self._digests:
-            self._digests[source.path] = layout.sha256_file(source.path)
+            self._digests[source.path] = paths.sha256_file(source.path)
         return self._digests[source.path]
 
     def make(self, videos: list[Source], crew: Crew) -> None:
@@ -339,7 +339,7 @@ class Latents:
 
     def _make_one(self, source: Source) -> None:
         keys = {
-            clip: layout.sha256_text(self.digest(source), json.dumps(asdict(clip)), *self.settings)
+            clip: paths.sha256_text(self.digest(source), json.dumps(asdict(clip)), *self.settings)
             for clip in source.clips
         }
         try:
@@ -413,7 +413,7 @@ class Latents:
         root, path = self.dataset.root, self.dataset.latents / source.latent_name(clip)
         return {
             "latent": str(path.relative_to(root)),
-            "sha256": layout.sha256_file(path),
+            "sha256": paths.sha256_file(path),
             "text": str((self.dataset.embeddings / f"{source.stem}.pickle").relative_to(root)),
             "video": source.name,
             "first_frame": clip.start,
@@ -427,7 +427,7 @@ def load_tokenizer(r: Recipe, device: str, dtype: torch.dtype) -> Tokenizer:
     Raises:
         UserError: it is missing or damaged, or holds numbers that are not finite.
     """
-    path = layout.model_files(r.spec, r.checkpoints_dir).tokenizer
+    path = paths.model_files(r.spec, r.checkpoints_dir).tokenizer
     tokenizer = Tokenizer(r.spec.tokenizer, r.spec.sigma_data)
     weights.load_strict(tokenizer, weights.load_tokenizer_state(path), path)
     tokenizer = tokenizer.to(device=device, dtype=dtype).eval()

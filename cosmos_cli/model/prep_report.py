@@ -12,14 +12,14 @@ from typing import Any
 
 import torch
 
-from cosmos_cli import console, layout, report
+from cosmos_cli import console, html, paths
+from cosmos_cli.html import Html
 from cosmos_cli.keys import Recipe
-from cosmos_cli.layout import Dataset
 from cosmos_cli.model import looks, video
 from cosmos_cli.model.data import read_latent
 from cosmos_cli.model.sources import Source
 from cosmos_cli.model.tokenizer import Tokenizer
-from cosmos_cli.report import Html
+from cosmos_cli.paths import Dataset
 
 # A page stays small enough for a browser: pictures of so many videos and so many decoded clips.
 MOST_PICTURES, MOST_CHECKED, MOST_WARNINGS = 200, 12, 200
@@ -53,7 +53,7 @@ def write(
         checked = _reconstructions(r, dataset, videos, tokenizer, Path(folder))
         pictures = _pictures(r, videos, Path(folder))
     sections = [
-        ("Totals", report.table(_totals(dataset, findings))),
+        ("Totals", html.table(_totals(dataset, findings))),
         ("Warnings", _lines([*findings.notes, *warnings])),
         ("Distributions", _histograms(findings)),
         ("What the tokenizer keeps", checked),
@@ -61,7 +61,7 @@ def write(
         ("Time", _times(findings.seconds, next(tokenizer.parameters()).device.type)),
     ]
     note = f"{dataset.videos} prepared for {r.model}: {_settings(findings.manifest['settings'])}."
-    layout.write_text(dataset.report, report.page(f"Dataset {dataset.root.name}", sections, note))
+    paths.write_text(dataset.report, html.page(f"Dataset {dataset.root.name}", sections, note))
 
 
 def _settings(settings: dict[str, Any]) -> str:
@@ -105,19 +105,19 @@ def _warnings(findings: Findings) -> Iterator[str]:
 
 def _lines(lines: list[str]) -> str:
     if not lines:
-        return report.text("none")
+        return html.text("none")
     more = [f"... and {len(lines) - MOST_WARNINGS} more"] if len(lines) > MOST_WARNINGS else []
-    return report.table([line] for line in [*lines[:MOST_WARNINGS], *more])
+    return html.table([line] for line in [*lines[:MOST_WARNINGS], *more])
 
 
 def _histograms(findings: Findings) -> str:
     videos = [video for video in findings.manifest["videos"] if video["frames"]]
     motion = [look.motion for seen in findings.looks.values() for look in seen]
-    return report.row(
-        report.histogram([v["seconds"] for v in videos], "length of a video in seconds"),
-        report.histogram([v["width"] * v["height"] / 1e6 for v in videos], "size in megapixels"),
-        report.histogram([v["fps"] for v in videos], "frames per second"),
-        report.histogram(motion, "motion of a clip: mean change of a frame in grey levels"),
+    return html.row(
+        html.histogram([v["seconds"] for v in videos], "length of a video in seconds"),
+        html.histogram([v["width"] * v["height"] / 1e6 for v in videos], "size in megapixels"),
+        html.histogram([v["fps"] for v in videos], "frames per second"),
+        html.histogram(motion, "motion of a clip: mean change of a frame in grey levels"),
     )
 
 
@@ -143,9 +143,9 @@ def _table(findings: Findings, pictures: dict[str, Html]) -> str:
     note = (
         ""
         if len(pictures) < MOST_PICTURES
-        else report.text(f"Pictures are of {MOST_PICTURES} videos, drawn by lot.")
+        else html.text(f"Pictures are of {MOST_PICTURES} videos, drawn by lot.")
     )
-    return note + report.table(rows, header)
+    return note + html.table(rows, header)
 
 
 def _pictures(r: Recipe, videos: list[Source], folder: Path) -> dict[str, Html]:
@@ -164,7 +164,7 @@ def _pictures(r: Recipe, videos: list[Source], folder: Path) -> dict[str, Html]:
             except video.VideoError:
                 continue
             video.contact_sheet(frames, COLUMNS, ROWS, CELL).save(path, quality=75)
-            pictures[source.name] = report.media(path)
+            pictures[source.name] = html.media(path)
     return pictures
 
 
@@ -191,14 +191,14 @@ def _reconstructions(
             path = folder / "check.mp4"
             video.write_mp4(path, _side_by_side(pixels, again), clip.fps, CHECK_CRF)
             what = f"{source.name} from frame {clip.start}: PSNR {found[-1]:.1f} dB"
-            shown.append(report.media(path, what))
+            shown.append(html.media(path, what))
             bar.advance(source.name)
     mean = sum(found) / count
     console.say(
         f"{count} clips decoded back: PSNR {mean:.1f} dB on average, {min(found):.1f} least"
     )
     note = f"Left the clip, right its reconstruction; {count} of {len(numbered)} clips, by lot."
-    return report.text(note) + report.row(*shown)
+    return html.text(note) + html.row(*shown)
 
 
 def _side_by_side(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
@@ -213,4 +213,4 @@ def _times(seconds: dict[str, float], device: str) -> str:
         "Of the process that wrote this page; what was there before took no time. Frames were "
         f"decoded on the cpu, and resized and encoded on {device}."
     )
-    return report.text(note) + report.table(rows)
+    return html.text(note) + html.table(rows)

@@ -21,16 +21,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cosmos_cli import console, files, layout
+from cosmos_cli import console, files, paths
 from cosmos_cli.errors import UserError
 from cosmos_cli.keys import Recipe
-from cosmos_cli.layout import Dataset, Run
 from cosmos_cli.model import edm, nearest, plan, prep, sampler, video
 from cosmos_cli.model.data import Clips
 from cosmos_cli.model.device import gpu_memory_errors, has_room, is_out_of_memory
 from cosmos_cli.model.heldout import HeldOut
-from cosmos_cli.model.spec import PREVIEW_SIGMAS
 from cosmos_cli.model.tokenizer import Tokenizer
+from cosmos_cli.paths import Dataset, Run
+from cosmos_cli.spec import PREVIEW_SIGMAS
 
 # A preview shows the last frame that so many frames of the latent decode to.
 LATENT_FRAMES = 2
@@ -158,7 +158,7 @@ class Pictures:
         with self._decoder(device) as decode:
             frames = torch.cat([decode(cell)[:, -1:] for cell in cells], dim=1)
             size = (1 + len(PREVIEW_SIGMAS), len(self.shown.chosen), CELL_PIXELS)
-            with layout.atomic_file(self.run.preview(step)) as temporary:
+            with paths.atomic_file(self.run.preview(step)) as temporary:
                 video.contact_sheet(frames, *size).save(temporary, quality=90)
 
     @torch.no_grad()
@@ -183,7 +183,7 @@ class Pictures:
             self._warn("samples", engine, step, why)
             missing.clear()
         if rank == 0:
-            layout.write_json(self.run.sample_prompts, [self._caption(clip) for clip in chosen])
+            paths.write_json(self.run.sample_prompts, [self._caption(clip) for clip in chosen])
         if len(self.clips) < 2:
             return {}
         latents = [latent[0].cpu() for latent in x0]
@@ -225,9 +225,9 @@ class Pictures:
         return sampler.solve(r.sampler, r.num_steps, sigmas, denoiser, noise, look_up)
 
     def _write_sample(self, path: Path, pixels: Tensor) -> None:
-        with layout.atomic_file(path) as temporary:
+        with paths.atomic_file(path) as temporary:
             video.write_mp4(temporary, pixels, self.r.fps, self.r.video_crf)
-        with layout.atomic_file(path.with_suffix(".jpg")) as temporary:
+        with paths.atomic_file(path.with_suffix(".jpg")) as temporary:
             sheet = video.contact_sheet(pixels, SHEET_COLUMNS, 1, CELL_PIXELS)
             sheet.save(temporary, quality=90)
 

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cosmos_cli import __version__, console, exchange, layout, recipe
+from cosmos_cli import __version__, console, exchange, paths, recipe
 from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.keys import Recipe
-from cosmos_cli.layout import Run
 from cosmos_cli.model import lora, weights
 from cosmos_cli.model.dit import DiT
 from cosmos_cli.model.finite import require_finite
+from cosmos_cli.paths import Run
 
 LICENCE_URL = (
     "https://www.nvidia.com/en-us/agreements/enterprise-software/nvidia-open-model-license/"
@@ -46,7 +46,7 @@ def promote(r: Recipe, step: int, kind: str, format: str, target: Path) -> dict[
     r = r.model_copy(update={"checkpoints_dir": str(target.parent)})
     source = run.lora(step, kind) if r.lora_rank else run.model(step, kind)
     console.say(f"reading {source}")
-    base = layout.model_files(r.spec, r.checkpoints_dir, r.base).dit
+    base = paths.model_files(r.spec, r.checkpoints_dir, r.base).dit
     original = weights.load_dit_state(base)
     tuned = lora.merge(original, source, 1.0) if r.lora_rank else weights.load_dit_state(source)
     with torch.device("meta"):
@@ -69,8 +69,8 @@ def promote(r: Recipe, step: int, kind: str, format: str, target: Path) -> dict[
         "weights": kind,
         "step": step,
         "run": str(run.root),
-        "checkpoint": {"path": str(source), "sha256": layout.sha256_path(source)},
-        "base": {"path": str(base), "sha256": layout.sha256_path(base)},
+        "checkpoint": {"path": str(source), "sha256": paths.sha256_path(source)},
+        "base": {"path": str(base), "sha256": paths.sha256_path(base)},
         "dataset_manifest_sha256": _dataset_hash(run, step),
         "relative_change": changes,
         "recipe": json.loads(r.model_dump_json()),
@@ -85,9 +85,9 @@ def _lora(base: dict[str, Tensor], merged: dict[str, Tensor], source: Path) -> d
     precision = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}.get(dtype)
     console.say(
         f"the merged weights in {precision or dtype} kept {kept:.0%} of the LoRA's change; "
-        f"{layout.LORA_FILE} keeps all of it, and generate uses that where it finds the base"
+        f"{paths.LORA_FILE} keeps all of it, and generate uses that where it finds the base"
     )
-    return {"file": layout.LORA_FILE, "sha256": layout.sha256_file(source), "kept": kept}
+    return {"file": paths.LORA_FILE, "sha256": paths.sha256_file(source), "kept": kept}
 
 
 def require_trained(changes: dict[str, float], source: Path) -> None:
@@ -130,8 +130,8 @@ def relative_changes(tuned: dict[str, Tensor], base: dict[str, Tensor]) -> dict[
 
 
 def _dataset_hash(run: Run, step: int) -> str | None:
-    path = run.resume_state(step) / layout.MANIFEST_FILE
-    return str(layout.read_json(path)["dataset"]) if path.exists() else None
+    path = run.resume_state(step) / paths.MANIFEST_FILE
+    return str(paths.read_json(path)["dataset"]) if path.exists() else None
 
 
 def _write_folder(
@@ -146,7 +146,7 @@ def _fill_folder(
     r: Recipe, building: Path, state: dict[str, Tensor], manifest: dict[str, Any]
 ) -> dict[str, Any]:
     """Write all files of the folder and read its weights back."""
-    path = building / layout.MODEL_FORMATS[manifest["format"]]
+    path = building / paths.MODEL_FORMATS[manifest["format"]]
     if manifest["format"] == "diffusers":
         weights.save_diffusers(path, state, r.spec.dit)
     else:
@@ -164,21 +164,21 @@ def _fill_folder(
     del written
     if "lora" in manifest:
         _copy_lora(Path(manifest["checkpoint"]["path"]), building, manifest["lora"]["sha256"])
-    manifest["sha256"] = layout.sha256_path(path)
-    layout.write_text(building / "recipe.yaml", recipe.dump(r))
-    layout.write_text(building / "README.md", _card(r, manifest))
+    manifest["sha256"] = paths.sha256_path(path)
+    paths.write_text(building / "recipe.yaml", recipe.dump(r))
+    paths.write_text(building / "README.md", _card(r, manifest))
     if not r.spec.embedded:
-        layout.write_text(building / "NOTICE", _NOTICE)
-    layout.write_json(building / layout.MANIFEST_FILE, manifest)
+        paths.write_text(building / "NOTICE", _NOTICE)
+    paths.write_json(building / paths.MANIFEST_FILE, manifest)
     return manifest
 
 
 def _copy_lora(source: Path, folder: Path, sha256: str) -> None:
     """Puts the LoRA file that was merged beside the merged weights."""
-    target = folder / layout.LORA_FILE
-    with layout.atomic_file(target) as temporary:
+    target = folder / paths.LORA_FILE
+    with paths.atomic_file(target) as temporary:
         shutil.copyfile(source, temporary)
-    if layout.sha256_file(target) != sha256:
+    if paths.sha256_file(target) != sha256:
         raise UserError(
             "was not copied as it should be", code=ExitCode.ASSET, where=str(source),
             fix="check the disk and promote again",
@@ -206,7 +206,7 @@ a page about it. The licence ends for who disables a guardrail without an equal 
 """
 
 _LORA_WORDS = f"""
-`{layout.LORA_FILE}` is the LoRA that was trained, in the format of diffusers and peft.
+`{paths.LORA_FILE}` is the LoRA that was trained, in the format of diffusers and peft.
 """
 
 
@@ -225,6 +225,6 @@ pipeline_tag: text-to-video
 
     cosmos generate --prompt "{(r.prompt or "...").replace('"', "'")}"
 
-`{layout.MODEL_FORMATS[manifest["format"]]}` has the weights; `manifest.json` the hashes of weights,
+`{paths.MODEL_FORMATS[manifest["format"]]}` has the weights; `manifest.json` the hashes of weights,
 base and dataset and the recipe in full; `recipe.yaml` is that recipe.
 {_LORA_WORDS if "lora" in manifest else ""}{_TERMS if derived else ""}"""

@@ -14,7 +14,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from cosmos_cli import console, mailbox
+from cosmos_cli import console, ranks
 from cosmos_cli.errors import ExitCode
 
 # Each rank checks the next one this many times within the time-out.
@@ -61,7 +61,7 @@ class Pulse(threading.Thread):
         except dist.DistNetworkError:
             # The process that holds the store has exited. Under a launcher it is the launcher,
             # which ends the ranks itself. Otherwise it is rank 0.
-            if mailbox.ADDRESS not in os.environ and not self.ended.wait(self.timeout):
+            if ranks.ADDRESS not in os.environ and not self.ended.wait(self.timeout):
                 self._end_run("has exited", 0)
         except dist.DistStoreError:
             self._end_run(f"{host}:{port} did not answer for {self.timeout:g} s", 0)
@@ -74,9 +74,9 @@ class Pulse(threading.Thread):
     def _end_run(self, error: str, rank: int) -> None:
         """Report the error of `rank` and end this process at once: its main thread is stuck."""
         error += " (timeout_seconds)"
-        if mailbox.ADDRESS in os.environ:
+        if ranks.ADDRESS in os.environ:
             message = {"rank": rank, "code": int(ExitCode.TRAINING), "error": error, "lost": True}
-            mailbox.post(message)
+            ranks.post(message)
         else:
             console.unmute()
             console.say(f"error: rank {rank}: {error}")

@@ -8,11 +8,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cosmos_cli import captions, console, files, layout, lerobot
+from cosmos_cli import captions, console, files, lerobot, paths
 from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.keys import Recipe
-from cosmos_cli.layout import VIDEO_SUFFIXES, Dataset
 from cosmos_cli.model import video
+from cosmos_cli.paths import VIDEO_SUFFIXES, Dataset
 
 # Where a caption comes from that lies in `metas` under another name than prep writes.
 OTHER_NAME = "metas, under another name"
@@ -279,7 +279,7 @@ def adopt_embeddings(dataset: Dataset, sources: list[Source]) -> None:
         if source.reason or source.name in known or source.name not in found or path.exists():
             continue
         content = files.read_bytes(found[source.name], files.EMBEDDING)
-        with layout.atomic_file(path) as temporary:
+        with paths.atomic_file(path) as temporary:
             temporary.write_bytes(content)
             _copy_time(found[source.name], temporary)
 
@@ -321,8 +321,8 @@ def _is_ours(meta: str, known: Mapping[str, str]) -> bool:
 
 def description_key(r: Recipe, source: Source) -> str:
     """What decides the words of a vision-language model about a video."""
-    file = map(str, layout.stamp_of(source.path))
-    return layout.sha256_text(str(r.caption_model), str(source.span), *file)
+    file = map(str, paths.stamp_of(source.path))
+    return paths.sha256_text(str(r.caption_model), str(source.span), *file)
 
 
 def read_description(r: Recipe, dataset: Dataset, source: Source) -> str | None:
@@ -330,7 +330,7 @@ def read_description(r: Recipe, dataset: Dataset, source: Source) -> str | None:
     path = dataset.descriptions / f"{source.stem}.json"
     if not path.exists():
         return None
-    value = layout.read_json(path)
+    value = paths.read_json(path)
     words: str = value["caption"]
     return words if value["key"] == description_key(r, source) else None
 
@@ -364,16 +364,16 @@ def write_captions(r: Recipe, dataset: Dataset, sources: list[Source]) -> None:
             (dataset.embeddings / f"{source.stem}.pickle").unlink(missing_ok=True)
     if any(stale.values()):
         during = {n: {**note, "replaced": stale.get(n, "")} for n, note in notes.items()}
-        layout.write_json(dataset.captions, {"model": r.model, "videos": during})
+        paths.write_json(dataset.captions, {"model": r.model, "videos": during})
     else:
-        layout.write_json(dataset.captions, {"model": r.model, "videos": notes})
+        paths.write_json(dataset.captions, {"model": r.model, "videos": notes})
     for source in used:
         if source.name in stale:
-            layout.write_text(metas[source.name], source.caption + "\n")
+            paths.write_text(metas[source.name], source.caption + "\n")
             if source.caption_file:
                 _copy_time(source.caption_file, metas[source.name])
     if any(stale.values()):
-        layout.write_json(dataset.captions, {"model": r.model, "videos": notes})
+        paths.write_json(dataset.captions, {"model": r.model, "videos": notes})
 
 
 # --- verdicts -------------------------------------------------------------------------------------
@@ -436,7 +436,7 @@ def row(dataset: Dataset, source: Source, digest: str) -> dict[str, Any]:
     return {
         "file": source.name,
         "path": source.path.relative_to(dataset.videos).as_posix(),
-        "bytes": layout.size_of(source.path),
+        "bytes": paths.size_of(source.path),
         "sha256": digest,
         "verdict": "rejected" if source.reason else "used",
         "reason": source.reason,

@@ -11,7 +11,7 @@ from types import FrameType
 
 import torch.distributed as dist
 
-from cosmos_cli import console, jobs, layout, signals
+from cosmos_cli import console, jobs, paths, signals
 from cosmos_cli.errors import ExitCode, Interrupted, UserError
 from cosmos_cli.model.device import best_device, gpu_memory_errors
 from cosmos_cli.model.generate import Pair, generate
@@ -26,7 +26,7 @@ def main(listed: str) -> int:
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if rank:
         console.mute()
-    todo = [jobs.from_json(entry) for entry in layout.read_json(Path(listed))]
+    todo = [jobs.from_json(entry) for entry in paths.read_json(Path(listed))]
     device = best_device()
     pair, teams = None, world
     if world > len(todo):

@@ -17,10 +17,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from cosmos_cli import console, history, layout, mailbox, recipe, signals
+from cosmos_cli import console, history, paths, ranks, recipe, signals
 from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.keys import Recipe
-from cosmos_cli.layout import Dataset, Run
 from cosmos_cli.model import checkpoint, data, metrics, plan
 from cosmos_cli.model import engine as engines
 from cosmos_cli.model.device import gpu_memory_errors
@@ -30,6 +29,7 @@ from cosmos_cli.model.heldout import HeldOut
 from cosmos_cli.model.preview import Pictures
 from cosmos_cli.model.pulse import Pulse
 from cosmos_cli.model.sequence import neighbours
+from cosmos_cli.paths import Dataset, Run
 
 # On how many of a GPU's processors NCCL gathers weights and reduces gradients beside arithmetic. It
 # waits there for the slowest rank, and kernels made for all processors wait for it. On two H100, 12
@@ -158,16 +158,16 @@ def open_dataset(r: Recipe) -> tuple[data.Clips, HeldOut | None, dict[str, Any]]
     dataset = Dataset.at(r.dataset_dir, r.videos_dir)
     clips, held_out = (
         data.Clips(dataset.root, rows, r.spec)
-        for rows in layout.split_clips(dataset.read_manifest())
+        for rows in paths.split_clips(dataset.read_manifest())
     )
     about = {
         "recipe": json.loads(r.model_dump_json()),
-        "dataset": layout.sha256_file(dataset.manifest),
+        "dataset": paths.sha256_file(dataset.manifest),
     }
     if r.lora_rank and dist.get_rank() == 0:
         # Its factors mean something beside these weights alone.
-        base = layout.model_files(r.spec, r.checkpoints_dir, r.base).dit
-        about["base"] = layout.sha256_path(base)
+        base = paths.model_files(r.spec, r.checkpoints_dir, r.base).dit
+        about["base"] = paths.sha256_path(base)
     return clips, HeldOut(held_out, r.validate_clips) if len(held_out) else None, about
 
 
@@ -196,7 +196,7 @@ def save(r: Recipe, run: Run, engine: Any, ema: PowerEMA, step: int, about: dict
         sizes = plan.disk_bytes(r, step)
         needed = sizes["model files of a save"] + sizes["a resume state"]
         fix = "free some space and start the same command; the last save is untouched"
-        layout.require_free(run.checkpoints, needed, f"the files of step {step}", fix)
+        paths.require_free(run.checkpoints, needed, f"the files of step {step}", fix)
     checkpoint.save(engine, ema, run, step, about)
     if dist.get_rank() == 0:
         checkpoint.prune(run, r)
@@ -221,7 +221,7 @@ def _was_touched(request: Path) -> bool:
     """Whether somebody made this file, which rank 0 takes away."""
     if dist.get_rank() or not request.exists():
         return False
-    with layout.disk_errors(request):
+    with paths.disk_errors(request):
         request.unlink(missing_ok=True)
     return True
 
@@ -258,7 +258,7 @@ def run_rank(r: Recipe) -> dict[str, Any]:
         outcome = train(r, device)
     if dist.get_rank() == 0:
         outcome["best_step"] = history.best_step(run)
-        layout.write_json(run.result, outcome)
+        paths.write_json(run.result, outcome)
         history.write_page(run)
     pulse.end()
     dist.destroy_process_group()
@@ -293,13 +293,13 @@ def main(resolved: str) -> int:
 
     def post_bug(kind: Any, error: BaseException, trace: Any) -> None:
         text = "".join(traceback.format_exception(kind, error, trace))
-        mailbox.post({"rank": rank, "traceback": text[-mailbox.MAX_CHARACTERS :]})
+        ranks.post({"rank": rank, "traceback": text[-ranks.MAX_CHARACTERS :]})
 
     sys.excepthook = post_bug
     try:
         run_rank(recipe.load(resolved).recipe)
     except UserError as error:
-        mailbox.post({"rank": rank, "code": int(error.code), "error": str(error)})
+        ranks.post({"rank": rank, "code": int(error.code), "error": str(error)})
         return int(error.code)
     return 0
 

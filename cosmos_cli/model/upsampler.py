@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from cosmos_cli import files, layout
+from cosmos_cli import files, paths
 from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.model import weights
 from cosmos_cli.model.finite import require_finite
@@ -58,7 +58,7 @@ class Upsampler:
 
         logging.disable_progress_bar()
         self.device = device
-        released = folder / layout.MODEL_FILE
+        released = folder / paths.MODEL_FILE
         files.check_model_folder(folder)
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(folder)

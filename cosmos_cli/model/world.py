@@ -17,7 +17,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from cosmos_cli import layout
 from cosmos_cli.model import video
 
 COLOURS = {
@@ -396,9 +395,9 @@ def write_dataset(folder: Path, mascots: int, ordinary: int, seed: int) -> list[
         paths.append(path)
         if not path.exists():
             frames, height, width, fps = TAKES[i % len(TAKES)]
-            with layout.atomic_file(path) as temporary:
+            with paths.atomic_file(path) as temporary:
                 clip = render(scene, frames, height, width, fps)
                 video.write_mp4(temporary, clip, fps, DATASET_CRF)
         if not meta.exists():
-            layout.write_text(meta, text + "\n")
+            paths.write_text(meta, text + "\n")
     return paths

@@ -37,15 +37,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoTokenizer, T5Config, T5EncoderModel
 
-from cosmos_cli import layout, recipe
+from cosmos_cli import paths, recipe
 from cosmos_cli.keys import Recipe
 from cosmos_cli.model import generate, lora, spread, text, video, weights
 from cosmos_cli.model.device import best_device
 from cosmos_cli.model.dit import DiT
 from cosmos_cli.model.lora_file import Change
 from cosmos_cli.model.sequence import SequenceGroup, neighbours
-from cosmos_cli.model.spec import COSMOS_7B, TINY, DiTSpec, ModelSpec
 from cosmos_cli.model.tokenizer import Tokenizer
+from cosmos_cli.spec import COSMOS_7B, TINY, DiTSpec, ModelSpec
 
 # Frames, height and width at which the error against fp32 is measured.
 SMALL = {COSMOS_7B.name: (25, 352, 640), TINY.name: (9, 64, 96)}
@@ -435,9 +435,9 @@ def bench_text(bench: Bench, rows: list[dict[str, object]]) -> Tensor:
     """The embedding (M, D) of a prompt of full length by an encoder of full size."""
     folder, spec = bench.scratch / "t5", bench.spec.text
     if bench.spec.embedded:
-        folder = layout.EMBEDDED_DIR / "t5"
+        folder = paths.EMBEDDED_DIR / "t5"
     elif not (folder / "config.json").exists():
-        tokenizer = AutoTokenizer.from_pretrained(layout.EMBEDDED_DIR / "t5")
+        tokenizer = AutoTokenizer.from_pretrained(paths.EMBEDDED_DIR / "t5")
         tokenizer.save_pretrained(folder)
         with torch.device(bench.device):
             config = T5Config(**T5_11B, pad_token_id=0, eos_token_id=1)
@@ -457,7 +457,7 @@ def bench_text(bench: Bench, rows: list[dict[str, object]]) -> Tensor:
 
 def bench_load(bench: Bench, net: DiT) -> dict[str, object]:
     """Host memory while `generate` loads a model file of the full size to the device."""
-    path, rows = bench.scratch / layout.MODEL_FILE, []
+    path, rows = bench.scratch / paths.MODEL_FILE, []
     if not path.exists():
         state = {f"net.{name}": tensor.cpu() for name, tensor in net.state_dict().items()}
         weights.save_dit(path, state, "pt")
@@ -561,7 +561,7 @@ def main() -> None:
         for part in filter(chosen.__contains__, PARTS):
             found[part] = PARTS[part](bench, net)
             if os.environ.get("RANK", "0") == "0":
-                layout.write_json(options.out, found)
+                paths.write_json(options.out, found)
     print(json.dumps(about))
     for part in filter(chosen.__contains__, PARTS):
         rest = {key: value for key, value in found[part].items() if key != "rows"}

@@ -173,13 +173,13 @@ def text(model, rounds=3):
     from torch.nn.attention import SDPBackend
     from transformers import T5Config, T5EncoderModel
 
-    from cosmos_cli import layout, recipe
+    from cosmos_cli import paths, recipe
     from cosmos_cli.model import kernels
     from cosmos_cli.model import text as model_text
     from cosmos_cli.model.device import best_device
 
     device = best_device()
-    spec, folder = recipe.load(*MODELS[model]).recipe.spec.text, layout.EMBEDDED_DIR / "t5"
+    spec, folder = recipe.load(*MODELS[model]).recipe.spec.text, paths.EMBEDDED_DIR / "t5"
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     encoder = model_text.TextEncoder(folder, spec, device, dtype)
     if model == "7b":

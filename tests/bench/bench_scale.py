@@ -31,7 +31,7 @@ import torch.distributed as dist
 from cosmos_cli import console, launch, recipe
 from cosmos_cli.keys import Recipe
 from cosmos_cli.model import plan
-from cosmos_cli.model.spec import DiTSpec
+from cosmos_cli.spec import DiTSpec
 
 HERE = Path(__file__).parent
 Row = dict[str, Any]

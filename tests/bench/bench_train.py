@@ -38,12 +38,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from cosmos_cli import launch, layout, recipe
+from cosmos_cli import launch, paths, recipe
 from cosmos_cli.keys import Recipe
 from cosmos_cli.model import plan, weights
 from cosmos_cli.model.device import best_device
 from cosmos_cli.model.engine import known_gpu
-from cosmos_cli.model.spec import MODELS, ModelSpec
+from cosmos_cli.spec import MODELS, ModelSpec
 
 CLIPS = 8
 # The first steps compile, allocate and let DeepSpeed learn the order of the weights.
@@ -93,7 +93,7 @@ def shorten(model: str, blocks: int) -> None:
 
 def make_dataset(root: Path, r: Recipe) -> None:
     """Random latents and text embeddings of full length, as prep lists them."""
-    if (root / layout.MANIFEST_FILE).exists():
+    if (root / paths.MANIFEST_FILE).exists():
         return
     (root / "videos").mkdir(parents=True)
     generator, clips = torch.Generator().manual_seed(0), []
@@ -107,7 +107,7 @@ def make_dataset(root: Path, r: Recipe) -> None:
         clips.append(
             {"video": f"{i}.mp4", "latent": f"{i}.safetensors", "text": "text.pickle", "fps": r.fps}
         )
-    layout.write_json(root / layout.MANIFEST_FILE, {"settings": {}, "videos": [], "clips": clips})
+    paths.write_json(root / paths.MANIFEST_FILE, {"settings": {}, "videos": [], "clips": clips})
 
 
 def make_base(options: argparse.Namespace, r: Recipe) -> None:
@@ -128,7 +128,7 @@ def make_base(options: argparse.Namespace, r: Recipe) -> None:
 
 def bench_ours(options: argparse.Namespace, r: Recipe, words: list[str]) -> dict[str, Any]:
     """One run of `cosmos train`, ended after its last step unless its save is measured."""
-    run = layout.Run(r.run_dir)
+    run = paths.Run(r.run_dir)
     pairs = [word for pair in words for word in ("--set", pair)]
     command = [sys.executable, "-m", "cosmos_cli", "train", SHIPPED[options.model], *pairs]
     if options.world or options.blocks:
@@ -264,7 +264,7 @@ def peer_rank(options: argparse.Namespace, r: Recipe) -> None:
     if rank == 0:
         peak = 0 if device.type == "cpu" else torch.cuda.max_memory_allocated() / 1e9
         figures = {"seconds": statistics.median(times[2:]), "peak_gb": round(peak, 1)}
-        layout.write_json(options.scratch / "peer.json", figures)
+        paths.write_json(options.scratch / "peer.json", figures)
 
 
 def peer_loss(engine: Any, x: Tensor, noise: Tensor, spec: ModelSpec) -> Tensor:

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from cosmos_cli import layout, recipe, report
+from cosmos_cli import html, paths, recipe
 from cosmos_cli.commands.download import CONCEPT_CLIPS, ORDINARY_CLIPS
 from cosmos_cli.jobs import Weights
 from cosmos_cli.keys import Recipe
@@ -42,8 +42,8 @@ Row = dict[str, Any]
 
 def sampling(r: Recipe, prompts: int, device: str) -> Iterator[Row]:
     """Scores of the base model by solver and steps, then by guidance."""
-    path = layout.EMBEDDED_DIR / "model.safetensors"
-    base = Weights(path, layout.sha256_file(path))
+    path = paths.EMBEDDED_DIR / "model.safetensors"
+    base = Weights(path, paths.sha256_file(path))
     wanted = [trial for trial in evaluate.world_trials(prompts) if not trial.of_mascot]
     mascot = evaluate.world_trials(1)[-1]
     variants = [
@@ -94,7 +94,7 @@ def page(rows: list[Row]) -> str:
         names = [key for key in found[0] if key not in ("study", "value", "seconds")]
         scores = {name: [(row["value"], row[name]) for row in found] for name in names}
         seconds = {"seconds": [(row["value"], row["seconds"]) for row in found]}
-        table = report.table(
+        table = html.table(
             [
                 (
                     f"{row['value']:g}",
@@ -105,12 +105,12 @@ def page(rows: list[Row]) -> str:
             ],
             (study, *names, "seconds"),
         )
-        plots = report.row(
-            report.chart(scores, study, "share of videos that are right"),
-            report.chart(seconds, study, "seconds"),
+        plots = html.row(
+            html.chart(scores, study, "share of videos that are right"),
+            html.chart(seconds, study, "seconds"),
         )
         sections.append((study, plots + table))
-    return report.page("What decides the quality of the tiny model", sections)
+    return html.page("What decides the quality of the tiny model", sections)
 
 
 def main() -> None:
@@ -129,8 +129,8 @@ def main() -> None:
         for row in found:
             rows.append(row)
             print(json.dumps(row), flush=True)
-            layout.write_json(options.out / "study.json", rows)
-            layout.write_text(options.out / "study.html", page(rows))
+            paths.write_json(options.out / "study.json", rows)
+            paths.write_text(options.out / "study.html", page(rows))
 
 
 if __name__ == "__main__":

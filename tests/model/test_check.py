@@ -6,11 +6,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from cosmos_cli import layout, recipe
+from cosmos_cli import paths, recipe
 from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.model import check, weights
 from cosmos_cli.model.dit import DiT
-from cosmos_cli.model.spec import TINY
+from cosmos_cli.spec import TINY
 
 R = recipe.load("tiny").recipe
 
@@ -19,8 +19,8 @@ R = recipe.load("tiny").recipe
 def folder(tmp_path, monkeypatch):
     """A copy of the embedded model, in the place of the embedded one."""
     copy = tmp_path / "tiny"
-    shutil.copytree(layout.EMBEDDED_DIR, copy, ignore=shutil.ignore_patterns("t5"))
-    monkeypatch.setattr(layout, "EMBEDDED_DIR", copy)
+    shutil.copytree(paths.EMBEDDED_DIR, copy, ignore=shutil.ignore_patterns("t5"))
+    monkeypatch.setattr(paths, "EMBEDDED_DIR", copy)
     return copy
 
 
@@ -157,7 +157,7 @@ def test_download_check_tries_the_weights(cosmos):
     result = cosmos.json("download", "tiny", "--check")
     assert [row["sigma"] for row in result["edm"]] == [0.1, 0.5, 2.0]
     assert not (cosmos.cwd / "datasets").exists()
-    bad = weights.load_dit_state(layout.EMBEDDED_DIR / "model.safetensors")
+    bad = weights.load_dit_state(paths.EMBEDDED_DIR / "model.safetensors")
     start_again(bad)
     weights.save_dit(cosmos.cwd / "bad.pt", bad, "pt")
     refused = cosmos("download", "tiny", "--check", "--set", "base=bad.pt", code=4)

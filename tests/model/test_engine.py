@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from cosmos_cli import spec
 from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.keys import Recipe
-from cosmos_cli.model import edm, engine, spec, train, weights
+from cosmos_cli.model import edm, engine, train, weights
 from cosmos_cli.model.data import Share
 from cosmos_cli.model.dit import DiT
 

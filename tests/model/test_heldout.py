@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cosmos_cli import layout
+from cosmos_cli import paths
 from cosmos_cli.model import edm, prep
 from cosmos_cli.model.heldout import HeldOut
 
@@ -38,7 +38,7 @@ def test_a_video_is_held_out_with_all_of_its_clips():
         "videos": [{"file": "a.mp4", "split": "train"}, {"file": "b.mp4", "split": "heldout"}],
         "clips": [{"video": v, "latent": f"{v}{i}"} for i in range(3) for v in ("a.mp4", "b.mp4")],
     }
-    train, held_out = layout.split_clips(manifest)
+    train, held_out = paths.split_clips(manifest)
     assert {clip["video"] for clip in train} == {"a.mp4"}
     assert {clip["video"] for clip in held_out} == {"b.mp4"}
     assert len(train) == len(held_out) == 3

@@ -18,7 +18,7 @@ from cosmos_cli.errors import UserError
 from cosmos_cli.model import checkpoint, lora, lora_file
 from cosmos_cli.model.dit import DiT
 from cosmos_cli.model.lora_file import Change
-from cosmos_cli.model.spec import LORA_TARGETS, TINY, DiTSpec
+from cosmos_cli.spec import LORA_TARGETS, TINY, DiTSpec
 
 
 def adapted(targets, factors=True):

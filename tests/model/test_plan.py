@@ -10,7 +10,7 @@ from cosmos_cli import recipe
 from cosmos_cli.errors import UserError
 from cosmos_cli.model import edm, plan
 from cosmos_cli.model.dit import DiT
-from cosmos_cli.model.spec import COSMOS_7B
+from cosmos_cli.spec import COSMOS_7B
 
 FULL = recipe.load("nemo_assets", ["height=704", "activation_checkpointing=all"]).recipe
 FAST, H100 = map(plan.find_gpu, ("H200", "H100-80GB"))

@@ -12,13 +12,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from cosmos_cli import history, launch, layout, recipe
+from cosmos_cli import history, launch, paths, recipe
 from cosmos_cli.errors import ExitCode, UserError
-from cosmos_cli.layout import Run
 from cosmos_cli.model import device as devices
 from cosmos_cli.model import edm, preview, train
 from cosmos_cli.model.preview import Pictures
 from cosmos_cli.model.tokenizer import Tokenizer
+from cosmos_cli.paths import Run
 
 pytestmark = pytest.mark.workflow
 
@@ -61,8 +61,8 @@ def break_load():
 
 
 def lose_tokenizer():
-    files = layout.model_files
-    layout.model_files = lambda *a: files(*a).__class__(
+    files = paths.model_files
+    paths.model_files = lambda *a: files(*a).__class__(
         files(*a).dit, Path("/gone/tokenizer"), files(*a).text_encoder, files(*a).guardrail
     )
 

@@ -17,12 +17,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from cosmos_cli import layout
+from cosmos_cli import paths
 from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.model import edm, weights
 from cosmos_cli.model.dit import DiT
-from cosmos_cli.model.spec import DiTSpec, ModelSpec, TokenizerSpec
 from cosmos_cli.model.tokenizer import Tokenizer
+from cosmos_cli.spec import DiTSpec, ModelSpec, TokenizerSpec
 
 SPEC = ModelSpec(
     name="small", dit=DiTSpec(width=32, blocks=2, heads=2, text_channels=8, adaln_rank=4, max_t=8)
@@ -254,7 +254,7 @@ def test_what_a_killed_process_leaves_is_known_and_removed(tmp_path):
     done = subprocess.run([sys.executable, "-c", DYING], cwd=tmp_path, check=False)
     assert done.returncode == -signal.SIGXFSZ
     assert len([path for path in tmp_path.rglob("*") if path.is_file()]) == 2
-    layout.remove_stale(tmp_path)
+    paths.remove_stale(tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 

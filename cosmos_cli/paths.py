@@ -16,7 +16,7 @@ from typing import Any
 
 from cosmos_cli import files
 from cosmos_cli.errors import ExitCode, UserError
-from cosmos_cli.model.spec import ModelSpec
+from cosmos_cli.spec import ModelSpec
 
 EMBEDDED_DIR = Path(__file__).parent / "model" / "tiny"
 VIDEO_SUFFIXES = frozenset({
