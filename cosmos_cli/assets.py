@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from cosmos_cli import files, paths
 
 if TYPE_CHECKING:
-    from cosmos_cli.keys import Recipe
+    from cosmos_cli.recipe.keys import Recipe
 
 DIT_PATTERNS = ("README.md", "LICENSE*", "model.pt", "config.json")
 GUARD_PATTERNS = (

@@ -29,7 +29,7 @@ from cosmos_cli.probes import Outcome, Probe
 from cosmos_cli.repairs import last_line
 
 if TYPE_CHECKING:
-    from cosmos_cli.keys import Recipe
+    from cosmos_cli.recipe.keys import Recipe
 
 OLDEST_PYTHON, NEWEST_PYTHON = (3, 11), (3, 13)
 

@@ -7,9 +7,10 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from cosmos_cli import console, exchange, flatyaml, paths, promoted
+from cosmos_cli import console, exchange, paths, promoted
 from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.promoted import Promoted
+from cosmos_cli.recipe import strict_yaml
 from cosmos_cli.spec import COSMOS_7B, MODELS, TINY, ModelSpec
 
 # The shipped recipe with the sizes that a model was made for, for weights without a recipe.yaml.
@@ -43,7 +44,7 @@ def choose_model(recipe: str | None, model: str | None, overrides: list[str]) ->
         return _newest(model, overrides)
     if model == "base":
         return Choice(recipe)
-    from cosmos_cli.recipe import load
+    from cosmos_cli.recipe.loading import load
 
     r = load(recipe, overrides).recipe
     models = promoted.found(r.checkpoints_dir, r.spec)
@@ -90,7 +91,7 @@ def _newest(model: str | None, overrides: list[str]) -> Choice:
 def _typed(overrides: list[str], key: str) -> str | None:
     """Return the text that --set gives a key; what is wrong with it is found with the recipe."""
     with contextlib.suppress(UserError):
-        values = dict(flatyaml.parse_override(override) for override in overrides)
+        values = dict(strict_yaml.parse_override(override) for override in overrides)
         value = values[key].value if key in values else None
         return os.path.expanduser(value) if isinstance(value, str) else None  # noqa: PTH111
     return None
@@ -102,7 +103,7 @@ def _typed(overrides: list[str], key: str) -> str | None:
 def _by_name(recipe: str | None, model: str, overrides: list[str]) -> Choice:
     checkpoints_dir, spec = _typed(overrides, "checkpoints_dir") or "checkpoints", None
     if recipe is not None:
-        from cosmos_cli.recipe import load
+        from cosmos_cli.recipe.loading import load
 
         r = load(recipe, overrides).recipe
         checkpoints_dir, spec = r.checkpoints_dir, r.spec

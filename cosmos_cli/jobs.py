@@ -13,7 +13,7 @@ from cosmos_cli import console, files, paths
 from cosmos_cli.errors import ExitCode, UserError
 
 if TYPE_CHECKING:
-    from cosmos_cli.keys import Recipe
+    from cosmos_cli.recipe.keys import Recipe
 
 # What a line of a batch may say of its video, and the recipe's key for it.
 LINE_KEYS = {
@@ -107,7 +107,7 @@ def to_json(job: Job) -> dict[str, Any]:
 
 def from_json(value: dict[str, Any]) -> Job:
     """The job that `to_json` wrote."""
-    from cosmos_cli.keys import Recipe
+    from cosmos_cli.recipe.keys import Recipe
 
     weights = value["weights"]
     loras = tuple(Lora(**{**lora, "path": Path(lora["path"])}) for lora in weights["loras"])
@@ -247,7 +247,7 @@ def _check_prompt(wish: Wish) -> None:
 def _with_changes(wish: Wish, r: Recipe) -> Recipe:
     from pydantic import ValidationError
 
-    from cosmos_cli.keys import Recipe
+    from cosmos_cli.recipe.keys import Recipe
 
     if not wish.changes:
         return r

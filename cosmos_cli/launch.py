@@ -21,12 +21,12 @@ import psutil
 
 from cosmos_cli import __version__, console, files, gpus, history, paths, signals, trackers
 from cosmos_cli.errors import ExitCode, Interrupted, UserError
-from cosmos_cli.model import plan
 from cosmos_cli.paths import Run
+from cosmos_cli.recipe import plan
 
 if TYPE_CHECKING:
-    from cosmos_cli.keys import Recipe
-    from cosmos_cli.recipe import LoadedRecipe
+    from cosmos_cli.recipe.keys import Recipe
+    from cosmos_cli.recipe.loading import LoadedRecipe
 
 
 def under_launcher() -> bool:
@@ -322,7 +322,7 @@ def _discard(run: Run) -> None:
 
 def _prepare(loaded: LoadedRecipe, run: Run) -> None:
     """Clears what an earlier start left and writes what the run is made from."""
-    from cosmos_cli import recipe
+    from cosmos_cli.recipe import loading
 
     with paths.disk_errors(run.root):
         run.checkpoints.mkdir(parents=True, exist_ok=True)
@@ -330,7 +330,7 @@ def _prepare(loaded: LoadedRecipe, run: Run) -> None:
         run.result.unlink(missing_ok=True)
     if loaded.path is not None:
         paths.write_text(run.root / "recipe.yaml", files.read_text(loaded.path, files.RECIPE))
-    paths.write_text(run.resolved, recipe.dump(loaded.recipe))
+    paths.write_text(run.resolved, loading.dump(loaded.recipe))
     step = run.last_step
     with paths.disk_errors(run.samples):
         for path in run.samples.glob("step_" + "[0-9]" * 9 + "*"):

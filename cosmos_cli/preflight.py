@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 from cosmos_cli import console, gpus, history, paths, trackers
 from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.launch import gpu_names, under_launcher
-from cosmos_cli.model import plan
 from cosmos_cli.paths import Dataset, Run
+from cosmos_cli.recipe import plan
 
 if TYPE_CHECKING:
-    from cosmos_cli.keys import Recipe
+    from cosmos_cli.recipe.keys import Recipe
 
 # A resumed run must agree with its checkpoint on these: another value would be another run.
 FIXED_KEYS = (

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from cosmos_cli import flatyaml
 from cosmos_cli.paths import Dataset
+from cosmos_cli.recipe import strict_yaml
 from cosmos_cli.spec import COSMOS_7B as SPEC
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ def propose(
 
 def render(choices: Sequence[Choice], header: Sequence[str]) -> str:
     """Return the text of the recipe file, with `header` as a comment above the choices."""
-    lines = [f"{choice.key}: {flatyaml.dump(choice.value)}" for choice in choices]
+    lines = [f"{choice.key}: {strict_yaml.dump(choice.value)}" for choice in choices]
     column = max(len(line) for line in lines if len(line) <= 60)
     body = [
         f"{line:<{column}}  # because {choice.because}"

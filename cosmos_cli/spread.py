@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from cosmos_cli import console, jobs, launch, paths, ranks
 from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.jobs import Job
-from cosmos_cli.keys import Recipe
+from cosmos_cli.recipe.keys import Recipe
 
 # Longer than the 30 s that torchrun allows its ranks to end after SIGTERM.
 STOP_SECONDS = 40

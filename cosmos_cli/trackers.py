@@ -21,10 +21,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
-from cosmos_cli import console, history, paths, recipe
+from cosmos_cli import console, history, paths
 from cosmos_cli.errors import ExitCode, UserError
-from cosmos_cli.keys import Recipe
 from cosmos_cli.paths import Run
+from cosmos_cli.recipe import loading
+from cosmos_cli.recipe.keys import Recipe
 
 # Between two looks at what the run has written, and for the last of it at the end.
 PAUSE_SECONDS, END_SECONDS = 2.0, 60.0
@@ -193,7 +194,7 @@ def main(root: str) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     run = Run(Path(root))
-    r = recipe.load(str(run.resolved)).recipe
+    r = loading.load(str(run.resolved)).recipe
     news, ended = News(run), threading.Event()
 
     def wait_for_end() -> None:

@@ -19,11 +19,11 @@ import torch.distributed as dist
 
 from cosmos_cli import paths, spec
 from cosmos_cli.errors import UserError
-from cosmos_cli.keys import Recipe
 from cosmos_cli.model import checkpoint, edm, engine, train, weights
 from cosmos_cli.model.data import Share
 from cosmos_cli.model.dit import DiT
 from cosmos_cli.model.ema import PowerEMA
+from cosmos_cli.recipe.keys import Recipe
 
 SMALL = spec.ModelSpec(
     name="small",

@@ -20,10 +20,11 @@ from conftest import Cosmos, moving_square, settings
 from safetensors.torch import save_file
 
 import cosmos_cli
-from cosmos_cli import files, flatyaml, history, jobs, paths, pickles
+from cosmos_cli import files, history, jobs, paths, pickles
 from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.model import text, video, weights
 from cosmos_cli.paths import Run
+from cosmos_cli.recipe import strict_yaml
 from cosmos_cli.spec import TINY
 
 PACKAGE = Path(cosmos_cli.__file__).parent
@@ -67,7 +68,7 @@ KINDS = {
     "dangling": (lambda path: path.symlink_to("nowhere"), "does not exist"),
 }
 READERS = {
-    "recipe": (flatyaml.read, ExitCode.USAGE),
+    "recipe": (strict_yaml.read, ExitCode.USAGE),
     "batch": (jobs.read_batch, ExitCode.USAGE),
     "json": (paths.read_json, ExitCode.ASSET),
     "hash": (paths.sha256_file, ExitCode.ASSET),

@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import Cosmos, settings
 
-from cosmos_cli import paths, recipe
+from cosmos_cli import paths
 from cosmos_cli.model import edm, sampler, video, weights
 from cosmos_cli.model.dit import DiT
 from cosmos_cli.model.generate import (
@@ -24,6 +24,7 @@ from cosmos_cli.model.generate import (
     sample,
     worth_compiling,
 )
+from cosmos_cli.recipe import loading
 from cosmos_cli.spec import COSMOS_14B, MODELS
 
 pytestmark = pytest.mark.workflow
@@ -94,12 +95,12 @@ def test_compiled_blocks_make_the_same_video_and_no_compiler_is_no_obstacle(cosm
 
 
 def test_a_video_is_compiled_for_when_its_own_passes_are_many():
-    seven = recipe.load("nemo_assets", []).recipe
+    seven = loading.load("nemo_assets", []).recipe
     assert worth_compiling(seven, "cuda")
     assert not worth_compiling(seven, "cpu")
     assert not worth_compiling(seven.model_copy(update={"compile": "off"}), "cuda")
     assert not worth_compiling(seven.model_copy(update={"num_steps": 10}), "cuda")
-    assert not worth_compiling(recipe.load("tiny", []).recipe, "cuda")
+    assert not worth_compiling(loading.load("tiny", []).recipe, "cuda")
 
 
 @pytest.mark.parametrize(
@@ -270,7 +271,7 @@ def test_networks_together_or_in_turn_make_the_same_files(cosmos):
 
 def test_memory_of_all_networks_is_that_of_their_files_and_a_pass(tmp_path):
     settings = [f"checkpoints_dir={tmp_path}", f"upsampler={tmp_path / 'chat'}", "height=704"]
-    seven = recipe.load("nemo_assets", settings).recipe
+    seven = loading.load("nemo_assets", settings).recipe
     t5, guard = tmp_path / paths.TEXT_ENCODER_DIR, tmp_path / paths.LLAMA_GUARD_DIR
     sizes = {
         t5 / "model.safetensors": 9.8e9,
@@ -306,7 +307,7 @@ def test_the_14b_is_loaded_and_sampled_by_its_own_numbers(tmp_path, monkeypatch)
     made = []
     for dit in (small, replace(small, rope_ratio=(2.0, 1.0, 1.0))):
         monkeypatch.setitem(MODELS, COSMOS_14B.name, replace(COSMOS_14B, dit=dit, text=text))
-        r = recipe.load("nemo_assets", [f"model={COSMOS_14B.name}", *small_size]).recipe
+        r = loading.load("nemo_assets", [f"model={COSMOS_14B.name}", *small_size]).recipe
         loaded = load_denoiser(r, tmp_path / "model.pt", "cpu", torch.float32)
         with torch.inference_mode():
             made.append(sample(r, loaded, [Conditioning("", words, 0 * words)], [1], "14B"))
@@ -486,7 +487,7 @@ def test_promote_refuses_weights_that_do_not_differ_from_the_base(trained):
 
 
 def test_a_video_is_what_the_guided_estimates_of_both_texts_lead_to():
-    r = recipe.load("tiny", ["num_steps=3", "guidance=2"]).recipe
+    r = loading.load("tiny", ["num_steps=3", "guidance=2"]).recipe
     net = load_denoiser(r, paths.model_files(r.spec, r.checkpoints_dir).dit, "cpu", torch.float32)
     generator = torch.Generator().manual_seed(0)
     shape = 2, r.spec.text.tokens, r.spec.text.channels

@@ -12,12 +12,13 @@ from conftest import settings
 from PIL import Image
 from transformers import SiglipImageProcessorPil, SiglipVisionConfig, SiglipVisionModel
 
-from cosmos_cli import paths, recipe
+from cosmos_cli import paths
 from cosmos_cli.errors import UserError
 from cosmos_cli.jobs import Job, Weights
 from cosmos_cli.model import world
 from cosmos_cli.model.generate import Resident
 from cosmos_cli.model.guardrail import UNSAFE, BlockList, FrameFilter, Lemmas
+from cosmos_cli.recipe import loading
 
 SHIPPED = paths.EMBEDDED_DIR / "guardrail" / "blocklist"
 # Verdicts of better-profanity 0.7.0 and NLTK 3.9.1 called as the reference calls them.
@@ -155,7 +156,7 @@ def test_one_unsafe_frame_blocks_and_numbers_that_are_none_do_too(tmp_path):
 
 def test_a_blocked_video_is_not_written(tmp_path):
     small_filter(tmp_path, unsafe_bias=1e6)
-    r = recipe.load("tiny", settings("num_steps=2", "guidance=0")[1::2]).recipe
+    r = loading.load("tiny", settings("num_steps=2", "guidance=0")[1::2]).recipe
     base = Weights(paths.model_files(r.spec, r.checkpoints_dir).dit, "")
     job = Job("A red ball.", r, base, tmp_path / "out" / "x.mp4")
     networks = Resident(r, base, "cpu")

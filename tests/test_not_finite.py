@@ -10,13 +10,14 @@ from conftest import Cosmos, settings
 from safetensors.torch import load_file, save_file
 from test_train import find_run, options
 
-from cosmos_cli import paths, recipe
+from cosmos_cli import paths
 from cosmos_cli.errors import UserError
 from cosmos_cli.jobs import Job, Weights
 from cosmos_cli.model import metrics, text, weights
 from cosmos_cli.model.data import Batch
 from cosmos_cli.model.finite import not_finite
 from cosmos_cli.model.generate import generate, load_denoiser
+from cosmos_cli.recipe import loading
 from cosmos_cli.spec import TINY as SPEC
 
 TINY = paths.EMBEDDED_DIR / "model.safetensors"
@@ -95,7 +96,7 @@ def embedded(tmp_path, monkeypatch):
 def test_weights_that_are_not_finite_are_refused_by_file_and_tensor(embedded, file, tensor, value):
     plant(embedded / file, embedded / file, tensor, value)
     small = ["num_frames=9", "height=64", "width=96", "num_steps=2"]
-    r = recipe.load("tiny", small).recipe
+    r = loading.load("tiny", small).recipe
     base = paths.model_files(r.spec, r.checkpoints_dir).dit
     job = Job("A red ball.", r, Weights(base, "of the file"), embedded.parent / "out.mp4")
     with pytest.raises(UserError) as caught:
@@ -115,7 +116,7 @@ def test_the_tensor_has_the_name_that_the_file_has_for_it(tmp_path, format):
         weights.save_diffusers(path := tmp_path / "model", state, SPEC.dit)
     else:
         weights.save_dit(path := tmp_path / f"model.{format}", state, format)
-    r = recipe.load("tiny").recipe
+    r = loading.load("tiny").recipe
     names = {"pt": "net.final_layer.linear", "safetensors": "net.final.linear"}
     with pytest.raises(UserError, match="not finite") as caught:
         load_denoiser(r, path, "cpu", torch.float32)

@@ -17,8 +17,9 @@ from conftest import SMALL, Cosmos, moving_square, settings
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from cosmos_cli import claims, recipe
+from cosmos_cli import claims
 from cosmos_cli.model import prep, prep_report, sources, video
+from cosmos_cli.recipe import loading
 
 pytestmark = pytest.mark.workflow
 
@@ -302,7 +303,7 @@ def test_the_report_of_many_videos_stays_bounded(tmp_path, monkeypatch):
     videos = tmp_path / "datasets" / "tiny" / "videos"
     for i in range(4):
         write(videos, f"{i}.mp4", 9, fps=16)
-    prep.prepare(recipe.load("tiny", [*SMALL, PROMPT]).recipe, "cpu")
+    prep.prepare(loading.load("tiny", [*SMALL, PROMPT]).recipe, "cpu")
     page = (videos.parent / "report.html").read_text()
     assert page.count("data:image/jpeg;base64,") == 2
     assert "Pictures are of 2 videos" in page
@@ -400,7 +401,7 @@ def test_the_one_that_ends_last_clears_up_behind_one_that_was_killed(
     cosmos, dataset = fresh(undisturbed, tmp_path)
     cosmos("prep", "tiny", *settings(PROMPT))
     monkeypatch.chdir(tmp_path)
-    r = recipe.load("tiny", [*SMALL, PROMPT]).recipe
+    r = loading.load("tiny", [*SMALL, PROMPT]).recipe
     job = prep._job(r, sources.inspect(r, prep.Dataset.at(r.dataset_dir, r.videos_dir)))
     with claims.crew(dataset / "prep.lock", job) as crew:
         crew.start()

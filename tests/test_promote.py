@@ -13,9 +13,10 @@ import pytest
 import torch
 from conftest import settings
 
-from cosmos_cli import exchange, paths, recipe
+from cosmos_cli import exchange, paths
 from cosmos_cli.model import promote, weights
 from cosmos_cli.paths import Run
+from cosmos_cli.recipe import loading
 
 MODEL = "Cosmos-Tiny-Text2World"
 FOLDER = f"{MODEL}_post-trained"
@@ -315,7 +316,7 @@ def about(format_):
 
 @pytest.mark.parametrize("format_", paths.MODEL_FORMATS)
 def test_a_model_derived_from_nvidias_says_so_as_its_licence_asks(tmp_path, format_):
-    r = recipe.load("nemo_assets").recipe
+    r = loading.load("nemo_assets").recipe
     state = {"net.t_norm.weight": torch.ones(8), "net.pos_embedder.t": torch.ones(2, 8)}
     state |= {f"net.pos_embedder.{axis}": torch.ones(3, 8) for axis in "hw"}
     promote._write_folder(r, tmp_path / "model", state, about(format_))
@@ -336,7 +337,7 @@ def test_a_model_derived_from_nvidias_says_so_as_its_licence_asks(tmp_path, form
 
 
 def test_weights_that_do_not_read_back_as_written_are_not_put_in_place(tmp_path, monkeypatch):
-    r = recipe.load("tiny").recipe
+    r = loading.load("tiny").recipe
     state = weights.load_dit_state(TINY)
     true_save = weights.save_dit
 

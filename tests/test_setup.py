@@ -16,9 +16,10 @@ import pytest
 from hub import serve
 from packaging.requirements import Requirement
 
-from cosmos_cli import checks, probes, recipe, repairs
+from cosmos_cli import checks, probes, repairs
 from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.probes import Outcome, Probe
+from cosmos_cli.recipe import loading
 
 ROOT = Path(__file__).parents[1]
 RUN_COSMOS = "from cosmos_cli.__main__ import main; main()"
@@ -298,7 +299,7 @@ def test_a_probe_that_hangs_is_a_failed_row_that_blames_no_package(monkeypatch, 
     (tmp_path / "deepspeed.py").write_text("import time\ntime.sleep(50)\n")
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{ROOT}")
     monkeypatch.setattr(probes, "PROBE_SECONDS", 8)
-    tiny = recipe.load("tiny").recipe
+    tiny = loading.load("tiny").recipe
     (row,) = [row for row in checks.run_checks(tiny) if row.name == "DeepSpeed"]
     assert (row.status, row.found) == ("fail", "did not finish in time")
     assert "less busy" in row.fix

@@ -16,7 +16,7 @@ from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.paths import Dataset
 
 if TYPE_CHECKING:
-    from cosmos_cli.keys import Recipe
+    from cosmos_cli.recipe.keys import Recipe
 
 # Synthetic clips for the embedded model: of the new concept, and of things that it already knows.
 CONCEPT_CLIPS, ORDINARY_CLIPS = 12, 24

@@ -21,7 +21,7 @@ from cosmos_cli.errors import ExitCode, Interrupted, UserError, together
 from cosmos_cli.jobs import Lora, Order, Outcome, Weights, Wish
 
 if TYPE_CHECKING:
-    from cosmos_cli.keys import Recipe
+    from cosmos_cli.recipe.keys import Recipe
 
 
 RecipeArgument = Annotated[

@@ -17,7 +17,7 @@ from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.paths import Run
 
 if TYPE_CHECKING:
-    from cosmos_cli.keys import Recipe
+    from cosmos_cli.recipe.keys import Recipe
 
 # Of 255 bytes, what the rest of the folder's name and the names beside it leave with room to spare.
 LONGEST_NAME = 100
@@ -98,7 +98,7 @@ def check_name(name: str) -> None:
     Raises:
         UserError: it is such a name.
     """
-    from cosmos_cli.keys import NAME, PATTERNS
+    from cosmos_cli.recipe.keys import NAME, PATTERNS
 
     if name in ("base", "promoted"):
         what = f"--model {name} has a meaning of its own"

@@ -36,11 +36,11 @@ def list_(json_: options.JsonOption = False) -> None:
 
     Example: cosmos recipes list
     """
-    from cosmos_cli import recipe
+    from cosmos_cli.recipe import loading
 
     rows: list[tuple[str, ...]] = [
-        (name, recipe.load(path).recipe.model, _title(path))
-        for name, path in recipe.shipped().items()
+        (name, loading.load(path).recipe.model, _title(path))
+        for name, path in loading.shipped().items()
     ]
     figures = {"recipes": [dict(zip(("name", "model", "title"), row, strict=True)) for row in rows]}
     text = console.table(rows, ("recipe", "model", "what it is"))
@@ -57,9 +57,9 @@ def show(name: NameArgument, json_: options.JsonOption = False) -> None:
 
     Example: cosmos recipes show nemo_assets
     """
-    from cosmos_cli import recipe
+    from cosmos_cli.recipe import loading
 
-    loaded = recipe.load(name)
+    loaded = loading.load(name)
     text = files.read_text(loaded.path, files.RECIPE)
     figures = {"path": str(loaded.path.absolute()), "recipe": loaded.recipe.model_dump()}
     console.emit(Result(text.rstrip("\n"), figures=figures), as_json=json_)
@@ -78,9 +78,9 @@ def copy(
 
     Example: cosmos recipes copy my_videos robot.yaml
     """
-    from cosmos_cli import recipe
+    from cosmos_cli.recipe import loading
 
-    source = recipe.find(name)
+    source = loading.find(name)
     target = destination or Path()
     with paths.disk_errors(target):
         target = target / source.name if target.is_dir() else target
@@ -110,9 +110,9 @@ def check(
 
     Example: cosmos recipes check my_videos.yaml --set max_steps=400
     """
-    from cosmos_cli import recipe
+    from cosmos_cli.recipe import loading
 
-    loaded = recipe.load(name, set_ or ())
+    loaded = loading.load(name, set_ or ())
     for warning in loaded.warnings:
         console.warn(warning)
     figures = {"path": str(loaded.path.absolute()), "warnings": list(loaded.warnings)}
@@ -125,9 +125,9 @@ def keys(json_: options.JsonOption = False) -> None:
 
     Example: cosmos recipes keys
     """
-    from cosmos_cli import recipe
+    from cosmos_cli.recipe import loading
 
-    rows = recipe.key_reference()
+    rows = loading.key_reference()
     lines = []
     for group, members in groupby(rows, key=lambda row: row.group):
         lines += [f"{group}:", ""]
@@ -151,9 +151,9 @@ def schema(
 
     Example: cosmos recipes schema --output recipe.schema.json
     """
-    from cosmos_cli import recipe
+    from cosmos_cli.recipe import loading
 
-    content = recipe.json_schema()
+    content = loading.json_schema()
     text = json.dumps(content, indent=2)
     if output is None:
         console.emit(Result(text, figures={"schema": content}), as_json=json_)
@@ -174,12 +174,13 @@ def new(
 
     Example: cosmos recipes new robot --videos ~/robot_videos
     """
-    from cosmos_cli import flatyaml, keys, launch, propose, recipe
+    from cosmos_cli import launch, propose
+    from cosmos_cli.recipe import keys, loading, strict_yaml
 
     name = name.removesuffix(".yaml")
     target = Path(f"{name}.yaml")
     if not re.fullmatch(keys.NAME, name):
-        raise flatyaml.problem(f"NAME {name}", f"must be {keys.PATTERNS[keys.NAME]}")
+        raise strict_yaml.problem(f"NAME {name}", f"must be {keys.PATTERNS[keys.NAME]}")
     dataset = propose.dataset_of(name, videos)
     _check_free(target, yes)
     usable, bad = _probe(dataset)
@@ -194,7 +195,7 @@ def new(
         f"Run: cosmos setup {target}, then download, prep, train, promote and generate.",
     ]
     paths.write_text(target, propose.render(choices, header))
-    loaded = recipe.load(target)
+    loaded = loading.load(target)
     for warning in (*bad, *loaded.warnings):
         console.warn(warning)
     result = Result(

@@ -12,11 +12,11 @@ from cosmos_cli import console, history, launch, paths, preflight
 from cosmos_cli.commands import options
 from cosmos_cli.console import Result
 from cosmos_cli.errors import UserError
-from cosmos_cli.model import plan as planner
 from cosmos_cli.paths import Run
+from cosmos_cli.recipe import plan as planner
 
 if TYPE_CHECKING:
-    from cosmos_cli.keys import Recipe
+    from cosmos_cli.recipe.keys import Recipe
 
 
 def train(

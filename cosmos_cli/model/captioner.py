@@ -13,11 +13,11 @@ from PIL import Image
 
 from cosmos_cli import claims, console, files, paths
 from cosmos_cli.errors import ExitCode, UserError
-from cosmos_cli.keys import Recipe
 from cosmos_cli.model import sources, upsampler, video
 from cosmos_cli.model.finite import require_finite
 from cosmos_cli.model.sources import Source
 from cosmos_cli.paths import Dataset
+from cosmos_cli.recipe.keys import Recipe
 
 INSTRUCTION = (
     "These are frames of one video, in order. Describe the video in one paragraph of plain text: "

@@ -23,7 +23,6 @@ from cosmos_cli import __version__, console, paths
 from cosmos_cli.cache import Answers
 from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.jobs import Job, Lora, Weights
-from cosmos_cli.keys import Recipe
 from cosmos_cli.model import edm, guardrail, kernels, lora, prep, sampler, text, video, weights
 from cosmos_cli.model.aegis import Aegis
 from cosmos_cli.model.device import can_compile, gpu_memory_errors
@@ -31,6 +30,7 @@ from cosmos_cli.model.dit import DiT, Prompt, patch_grid
 from cosmos_cli.model.finite import require_finite
 from cosmos_cli.model.sequence import SequenceGroup
 from cosmos_cli.model.upsampler import Upsampler
+from cosmos_cli.recipe.keys import Recipe
 
 # Values of the tokens in all blocks and passes of a video for which a compiled block saves the 10 s
 # that compiling takes: at 121 frames of 704x1280 the 7B has 6.5e9 a pass and saves 0.34 s.

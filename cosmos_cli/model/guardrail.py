@@ -23,10 +23,10 @@ from torch import Tensor, nn
 
 from cosmos_cli import console, files, paths
 from cosmos_cli.errors import ExitCode, UserError
-from cosmos_cli.keys import Recipe
 from cosmos_cli.model import weights
 from cosmos_cli.model.aegis import Aegis
 from cosmos_cli.model.faces import FaceBlur
+from cosmos_cli.recipe.keys import Recipe
 
 # What may stand for a letter of a listed word.
 LOOKALIKES = {

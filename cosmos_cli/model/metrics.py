@@ -11,10 +11,11 @@ import torch
 import torch.distributed as dist
 
 from cosmos_cli import console, history, paths
-from cosmos_cli.keys import Recipe
-from cosmos_cli.model import data, edm, plan
+from cosmos_cli.model import data, edm
 from cosmos_cli.model.engine import known_gpu
 from cosmos_cli.paths import Run
+from cosmos_cli.recipe import plan
+from cosmos_cli.recipe.keys import Recipe
 
 
 class Stats:

@@ -18,16 +18,17 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from cosmos_cli import claims, console, files, paths, recipe
+from cosmos_cli import claims, console, files, paths
 from cosmos_cli.claims import Crew
 from cosmos_cli.console import Stopwatch
-from cosmos_cli.keys import Recipe
 from cosmos_cli.model import captioner, damage, looks, prep_report, sources, text, video, weights
 from cosmos_cli.model.device import compiles
 from cosmos_cli.model.finite import require_finite
 from cosmos_cli.model.sources import Source
 from cosmos_cli.model.tokenizer import Tokenizer
 from cosmos_cli.paths import Dataset
+from cosmos_cli.recipe import loading
+from cosmos_cli.recipe.keys import Recipe
 
 # Recipe keys that decide the content of a prepared dataset.
 SETTINGS = (
@@ -90,7 +91,7 @@ def prepare(r: Recipe, device: str) -> dict[str, Any]:
 def _job(r: Recipe, videos: list[Source]) -> str:
     """What decides the result; processes that differ in it must not work on one dataset."""
     listed = [f"{v.name} {v.reason} {v.path} {paths.stamp_of(v.path)}" for v in videos]
-    return paths.sha256_text(recipe.dump(r), *listed)
+    return paths.sha256_text(loading.dump(r), *listed)
 
 
 def _remove_stale(dataset: Dataset) -> None:
@@ -129,7 +130,7 @@ def _finish(
     for path in dataset.latents.glob("*.safetensors"):
         if path.name not in listed:
             path.unlink()
-    paths.write_text(dataset.root / "resolved.yaml", recipe.dump(r))
+    paths.write_text(dataset.root / "resolved.yaml", loading.dump(r))
     # In the order of the videos, not in that in which this process came to them.
     seen = {v.name: latents.looks[v.name] for v in videos if v.name in latents.looks}
     findings = prep_report.Findings(manifest, seen, times.seconds, notes.lines(r))

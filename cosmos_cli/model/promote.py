@@ -12,13 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cosmos_cli import __version__, console, exchange, paths, recipe
+from cosmos_cli import __version__, console, exchange, paths
 from cosmos_cli.errors import ExitCode, UserError
-from cosmos_cli.keys import Recipe
 from cosmos_cli.model import lora, weights
 from cosmos_cli.model.dit import DiT
 from cosmos_cli.model.finite import require_finite
 from cosmos_cli.paths import Run
+from cosmos_cli.recipe import loading
+from cosmos_cli.recipe.keys import Recipe
 
 LICENCE_URL = (
     "https://www.nvidia.com/en-us/agreements/enterprise-software/nvidia-open-model-license/"
@@ -42,7 +43,7 @@ def promote(r: Recipe, step: int, kind: str, format: str, target: Path) -> dict[
     """
     run = Run(r.run_dir)
     if run.resolved.exists():
-        r = recipe.load(run.resolved).recipe
+        r = loading.load(run.resolved).recipe
     r = r.model_copy(update={"checkpoints_dir": str(target.parent)})
     source = run.lora(step, kind) if r.lora_rank else run.model(step, kind)
     console.say(f"reading {source}")
@@ -165,7 +166,7 @@ def _fill_folder(
     if "lora" in manifest:
         _copy_lora(Path(manifest["checkpoint"]["path"]), building, manifest["lora"]["sha256"])
     manifest["sha256"] = paths.sha256_path(path)
-    paths.write_text(building / "recipe.yaml", recipe.dump(r))
+    paths.write_text(building / "recipe.yaml", loading.dump(r))
     paths.write_text(building / "README.md", _card(r, manifest))
     if not r.spec.embedded:
         paths.write_text(building / "NOTICE", _NOTICE)

@@ -10,9 +10,9 @@ from typing import Any
 
 from cosmos_cli import captions, console, files, lerobot, paths
 from cosmos_cli.errors import ExitCode, UserError
-from cosmos_cli.keys import Recipe
 from cosmos_cli.model import video
 from cosmos_cli.paths import VIDEO_SUFFIXES, Dataset
+from cosmos_cli.recipe.keys import Recipe
 
 # Where a caption comes from that lies in `metas` under another name than prep writes.
 OTHER_NAME = "metas, under another name"

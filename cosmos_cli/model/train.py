@@ -17,10 +17,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from cosmos_cli import console, history, paths, ranks, recipe, signals
+from cosmos_cli import console, history, paths, ranks, signals
 from cosmos_cli.errors import ExitCode, UserError
-from cosmos_cli.keys import Recipe
-from cosmos_cli.model import checkpoint, data, metrics, plan
+from cosmos_cli.model import checkpoint, data, metrics
 from cosmos_cli.model import engine as engines
 from cosmos_cli.model.device import gpu_memory_errors
 from cosmos_cli.model.elastic import die_with_parent
@@ -30,6 +29,8 @@ from cosmos_cli.model.preview import Pictures
 from cosmos_cli.model.pulse import Pulse
 from cosmos_cli.model.sequence import neighbours
 from cosmos_cli.paths import Dataset, Run
+from cosmos_cli.recipe import loading, plan
+from cosmos_cli.recipe.keys import Recipe
 
 # On how many of a GPU's processors NCCL gathers weights and reduces gradients beside arithmetic. It
 # waits there for the slowest rank, and kernels made for all processors wait for it. On two H100, 12
@@ -297,7 +298,7 @@ def main(resolved: str) -> int:
 
     sys.excepthook = post_bug
     try:
-        run_rank(recipe.load(resolved).recipe)
+        run_rank(loading.load(resolved).recipe)
     except UserError as error:
         ranks.post({"rank": rank, "code": int(error.code), "error": str(error)})
         return int(error.code)

@@ -37,14 +37,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoTokenizer, T5Config, T5EncoderModel
 
-from cosmos_cli import paths, recipe
-from cosmos_cli.keys import Recipe
+from cosmos_cli import paths
 from cosmos_cli.model import generate, lora, spread, text, video, weights
 from cosmos_cli.model.device import best_device
 from cosmos_cli.model.dit import DiT
 from cosmos_cli.model.lora_file import Change
 from cosmos_cli.model.sequence import SequenceGroup, neighbours
 from cosmos_cli.model.tokenizer import Tokenizer
+from cosmos_cli.recipe import loading
+from cosmos_cli.recipe.keys import Recipe
 from cosmos_cli.spec import COSMOS_7B, TINY, DiTSpec, ModelSpec
 
 # Frames, height and width at which the error against fp32 is measured.
@@ -411,7 +412,7 @@ def bench_split(bench: Bench, net: DiT) -> dict[str, object]:
     spec, generator = bench.spec.text, torch.Generator(device).manual_seed(1)
     embedding = torch.randn(spec.tokens, spec.channels, generator=generator, device=device)
     conditioning = [generate.Conditioning(PROMPT, embedding, embedding.flip(0))]
-    if generate.worth_compiling(recipe.load(*SETTINGS[bench.spec.name]).recipe, device):
+    if generate.worth_compiling(loading.load(*SETTINGS[bench.spec.name]).recipe, device):
         generate.compile_blocks(net)
     few, made = r.model_copy(update={"num_steps": 2}), []
     world = dist.get_world_size()
@@ -543,7 +544,7 @@ def main() -> None:
     shipped, settings = SETTINGS[{"7b": COSMOS_7B, "tiny": TINY}[options.model].name]
     if options.steps:
         settings = [*settings, f"num_steps={options.steps}"]
-    r, device = recipe.load(shipped, settings).recipe, best_device()
+    r, device = loading.load(shipped, settings).recipe, best_device()
     dtype = generate.number_format(device)
     bench = Bench(r, device, dtype, options.scratch, options.rounds)
     with torch.inference_mode():

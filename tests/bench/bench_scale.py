@@ -28,9 +28,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from cosmos_cli import console, launch, recipe
-from cosmos_cli.keys import Recipe
-from cosmos_cli.model import plan
+from cosmos_cli import console, launch
+from cosmos_cli.recipe import loading, plan
+from cosmos_cli.recipe.keys import Recipe
 from cosmos_cli.spec import DiTSpec
 
 HERE = Path(__file__).parent
@@ -193,7 +193,7 @@ def bench_predict(options: argparse.Namespace) -> Iterator[Row]:
     for machine in MACHINES if options.model == "7b" else ():
         ranks, gpu = plan.parse_gpus(machine)
         size = [f"num_processes={ranks}", f"global_batch_size={ranks}"]
-        r = recipe.load(name, [*settings, *size, *options.set]).recipe
+        r = loading.load(name, [*settings, *size, *options.set]).recipe
         found = plan.plan(r, ranks, gpu)
         seconds = found.step_seconds
         traffic = plan.traffic_seconds(r, ranks, gpu)
@@ -206,7 +206,7 @@ def bench_predict(options: argparse.Namespace) -> Iterator[Row]:
             "traffic_seconds": round(traffic, 2),
         }  # fmt: skip
     if options.model == "7b":
-        r = recipe.load(name, settings).recipe
+        r = loading.load(name, settings).recipe
         for count in (2, 4, 8):
             seconds, exchanged = video_seconds(r, count)
             yield {
@@ -254,7 +254,7 @@ def main() -> None:
     if not set(chosen) <= set(PARTS):
         parser.error(f"--parts are some of {', '.join(PARTS)}")
     if options.rank:
-        link_rank(options, recipe.load(*SHIPPED[options.model]).recipe)
+        link_rank(options, loading.load(*SHIPPED[options.model]).recipe)
         return
     options.scratch.mkdir(parents=True, exist_ok=True)
     rows: dict[str, list[Row]] = {part: [] for part in chosen}

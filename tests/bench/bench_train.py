@@ -38,11 +38,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from cosmos_cli import launch, paths, recipe
-from cosmos_cli.keys import Recipe
-from cosmos_cli.model import plan, weights
+from cosmos_cli import launch, paths
+from cosmos_cli.model import weights
 from cosmos_cli.model.device import best_device
 from cosmos_cli.model.engine import known_gpu
+from cosmos_cli.recipe import loading, plan
+from cosmos_cli.recipe.keys import Recipe
 from cosmos_cli.spec import MODELS, ModelSpec
 
 CLIPS = 8
@@ -82,7 +83,7 @@ def base_file(options: argparse.Namespace) -> Path:
 
 def shorten(model: str, blocks: int) -> None:
     """Gives a shipped model fewer blocks in this process; 0 leaves it as it is."""
-    name = recipe.load(SHIPPED[model]).recipe.model
+    name = loading.load(SHIPPED[model]).recipe.model
     if blocks:
         whole = MODELS[name]
         MODELS[name] = replace(whole, dit=replace(whole.dit, blocks=blocks))
@@ -305,7 +306,7 @@ def main() -> None:
     os.environ.pop("OUTPUT_ROOT", None)
     words = settings(options)
     shorten(options.model, options.blocks)
-    r = recipe.load(SHIPPED[options.model], words).recipe
+    r = loading.load(SHIPPED[options.model], words).recipe
     if options.rank:
         (peer_rank if options.peer else our_rank)(options, r)
         return

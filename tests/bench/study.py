@@ -16,12 +16,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from cosmos_cli import html, paths, recipe
+from cosmos_cli import html, paths
 from cosmos_cli.commands.download import CONCEPT_CLIPS, ORDINARY_CLIPS
 from cosmos_cli.jobs import Weights
-from cosmos_cli.keys import Recipe
 from cosmos_cli.model import evaluate, world
 from cosmos_cli.model.device import best_device
+from cosmos_cli.recipe import loading
+from cosmos_cli.recipe.keys import Recipe
 
 STEPS = (4, 8, 16, 35)
 GUIDANCES = (0.0, 1.0, 2.0, 4.0, 7.0)
@@ -120,7 +121,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=64)
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    r = recipe.load("tiny").recipe
+    r = loading.load("tiny").recipe
     rows: list[Row] = []
     for found in (
         sampling(r, options.prompts, best_device()),

@@ -17,12 +17,13 @@ from transformers import (
     T5EncoderModel,
 )
 
-from cosmos_cli import paths, recipe
+from cosmos_cli import paths
 from cosmos_cli.errors import UserError
 from cosmos_cli.jobs import Job, Weights
 from cosmos_cli.model import guardrail
 from cosmos_cli.model.aegis import CATEGORIES, Aegis, verdict
 from cosmos_cli.model.generate import Conditioning, TextModels
+from cosmos_cli.recipe import loading
 
 WORDS = ("<unk>", "</s>", "[/INST]", "zorg", "safe", "unsafe", "O4,O12", "ball")
 UNK, EOS, ASKED, BAD, SAFE, UNSAFE, WHY, _ = range(len(WORDS))
@@ -131,7 +132,7 @@ def test_a_prompt_beyond_the_models_context_is_blocked(tmp_path):
 
 
 def released_recipe(root):
-    return recipe.load("nemo_assets", [f"checkpoints_dir={root}"]).recipe
+    return loading.load("nemo_assets", [f"checkpoints_dir={root}"]).recipe
 
 
 @pytest.mark.parametrize(

@@ -6,13 +6,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from cosmos_cli import paths, recipe
+from cosmos_cli import paths
 from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.model import check, weights
 from cosmos_cli.model.dit import DiT
+from cosmos_cli.recipe import loading
 from cosmos_cli.spec import TINY
 
-R = recipe.load("tiny").recipe
+R = loading.load("tiny").recipe
 
 
 @pytest.fixture

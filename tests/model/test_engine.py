@@ -9,10 +9,10 @@ import torch
 
 from cosmos_cli import spec
 from cosmos_cli.errors import ExitCode, UserError
-from cosmos_cli.keys import Recipe
 from cosmos_cli.model import edm, engine, train, weights
 from cosmos_cli.model.data import Share
 from cosmos_cli.model.dit import DiT
+from cosmos_cli.recipe.keys import Recipe
 
 STAND_IN = Path(__file__).parents[1] / "data/stand_in"
 SMALL = spec.ModelSpec(

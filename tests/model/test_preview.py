@@ -12,13 +12,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from cosmos_cli import history, launch, paths, recipe
+from cosmos_cli import history, launch, paths
 from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.model import device as devices
 from cosmos_cli.model import edm, preview, train
 from cosmos_cli.model.preview import Pictures
 from cosmos_cli.model.tokenizer import Tokenizer
 from cosmos_cli.paths import Run
+from cosmos_cli.recipe import loading
 
 pytestmark = pytest.mark.workflow
 
@@ -119,7 +120,7 @@ def rank_of_a_run(place, broken, victim, pairs):
     if not torch.cuda.is_available():
         os.environ["DS_ACCELERATOR"] = "cpu"
     torch.set_num_threads(1)
-    loaded = recipe.load("tiny", pairs)
+    loaded = loading.load("tiny", pairs)
     run = Run(loaded.recipe.run_dir)
     if rank == 0:
         launch._prepare(loaded, run)
@@ -215,12 +216,12 @@ def test_a_missing_tokenizer_is_refused_before_any_process_starts(tmp_path):
     base = tmp_path / "base.pt"
     base.touch()
     pairs = [f"checkpoints_dir={tmp_path}", f"base={base}"]
-    r = recipe.load("nemo_assets", pairs).recipe
+    r = loading.load("nemo_assets", pairs).recipe
     with pytest.raises(UserError, match="tokenizer is missing") as caught:
         preflight.check_recipe(r, 1)
     assert caught.value.code == ExitCode.ASSET
     off = [*pairs, "preview_every_steps=0", "sample_every_saves=0"]
-    preflight.check_recipe(recipe.load("nemo_assets", off).recipe, 1)
+    preflight.check_recipe(loading.load("nemo_assets", off).recipe, 1)
 
 
 def needs_gpus(count):

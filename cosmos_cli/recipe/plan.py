@@ -17,7 +17,7 @@ from cosmos_cli import console
 from cosmos_cli.errors import ExitCode, UserError
 
 if TYPE_CHECKING:
-    from cosmos_cli.keys import Recipe
+    from cosmos_cli.recipe.keys import Recipe
 
 # Of a GPU's memory, what PyTorch's allocator can hand out before fragments and CUDA's own share
 # leave nothing: a step whose peak was 145.1 GB ran on an H200. Above the second share it would not

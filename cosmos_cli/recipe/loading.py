@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
-from cosmos_cli import flatyaml
 from cosmos_cli.errors import UserError
-from cosmos_cli.flatyaml import Entry, problem
-from cosmos_cli.keys import PATHS, PATTERNS, Recipe, conflicts, oddities
+from cosmos_cli.recipe import strict_yaml
+from cosmos_cli.recipe.keys import PATHS, PATTERNS, Recipe, conflicts, oddities
+from cosmos_cli.recipe.strict_yaml import Entry, problem
 
 
 @dataclass(frozen=True)
@@ -34,10 +34,10 @@ def load(name_or_path: str | Path, overrides: Sequence[str] = ()) -> LoadedRecip
         UserError: (USAGE) with every problem of the recipe, one line each.
     """
     path = find(name_or_path)
-    entries, problems = flatyaml.read(path)
+    entries, problems = strict_yaml.read(path)
     for override in overrides:
         try:
-            key, entry = flatyaml.parse_override(override)
+            key, entry = strict_yaml.parse_override(override)
             entries[key] = entry
         except UserError as err:
             problems.append(err)
@@ -66,7 +66,7 @@ def _origin(key: str, entry: Entry | None) -> str:
 
 def shipped() -> dict[str, Path]:
     """The recipes that come with the package, by name."""
-    here = Path(__file__).parent
+    here = Path(__file__).parents[1]
     installed = here / "recipes"
     folder = installed if installed.is_dir() else here.parent / "recipes"
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
@@ -100,7 +100,9 @@ def find(name_or_path: str | Path) -> Path:
 
 def dump(recipe: Recipe) -> str:
     """YAML of every key, which `load` reads back to the same recipe."""
-    return "".join(f"{key}: {flatyaml.dump(value)}\n" for key, value in recipe.model_dump().items())
+    return "".join(
+        f"{key}: {strict_yaml.dump(value)}\n" for key, value in recipe.model_dump().items()
+    )
 
 
 def explain(loaded: LoadedRecipe) -> str:
@@ -132,7 +134,7 @@ def key_reference() -> list[Key]:
         if info.default_factory:
             default = "the model's"
         else:
-            default = "required" if info.is_required() else flatyaml.dump(info.default)
+            default = "required" if info.is_required() else strict_yaml.dump(info.default)
         part = schema[name]
         rows.append(Key(name, part["group"], _takes(part), default, part["description"]))
     return rows
@@ -184,7 +186,7 @@ def _wrong_value(kind: str, key: str, entry: Entry | None, path: Path) -> UserEr
     quoted = isinstance(entry.value, str)
     found = repr(entry.text) if quoted else entry.text or "nothing"
     fix = _nearest(entry.text, schema.get("enum", ()))
-    if quoted and isinstance(flatyaml.scalar(entry.text), int | float):
+    if quoted and isinstance(strict_yaml.scalar(entry.text), int | float):
         fix = "take the quotes away"
     elif not quoted and entry.value is not None and "text" in _takes(schema):
         fix = "put it in quotes"
