@@ -81,7 +81,7 @@ def _render_clips(r: Recipe, root: Path, dry_run: bool) -> None:
         clips = CONCEPT_CLIPS + ORDINARY_CLIPS
         console.say(f"rendering {clips} captioned clips into {root}")
         if not dry_run:
-            from cosmos_cli.model import world
+            from cosmos_cli.model.tiny import world
 
             world.write_dataset(root, CONCEPT_CLIPS, ORDINARY_CLIPS, seed=0)
 

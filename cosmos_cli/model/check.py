@@ -25,9 +25,10 @@ from torch import Tensor, nn
 
 from cosmos_cli import console, paths
 from cosmos_cli.errors import ExitCode, UserError
-from cosmos_cli.model import edm, generate, prep, sampler, video, world
+from cosmos_cli.model import edm, generate, prep, sampler, video
 from cosmos_cli.model.dit import DiT, Prompt, Rope, patch_grid, rope_table
-from cosmos_cli.model.world import Scene, Thing
+from cosmos_cli.model.tiny import world
+from cosmos_cli.model.tiny.world import Scene, Thing
 from cosmos_cli.recipe.keys import Recipe
 
 FRAMES = 25

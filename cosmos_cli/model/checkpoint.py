@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from cosmos_cli import paths
 from cosmos_cli.errors import ExitCode, UserError
-from cosmos_cli.model import lora, lora_file, reshard, weights
+from cosmos_cli.model import lora, lora_files, reshard, weights
 from cosmos_cli.model.device import best_device
 from cosmos_cli.model.ema import PowerEMA
 from cosmos_cli.model.finite import require_finite
@@ -184,7 +184,7 @@ def resume(engine: Any, ema: PowerEMA, run: Run, step: int) -> None:
     else:
         reshard.load(engine, folder / SHARDS, saved_by)
     forget_copies(module)
-    state = lora.factors(lora_file.read(path)) if adapted else weights.load_dit_state(path)
+    state = lora.factors(lora_files.read(path)) if adapted else weights.load_dit_state(path)
     own = {}
     for (name, parameter), part in zip(trained(module).items(), ema.shards, strict=True):
         scatter(state[name], parameter, part)
@@ -248,7 +248,7 @@ def _gather_all(module: nn.Module, parts: list[Tensor], rank: int) -> dict[str, 
 def _save_model(module: nn.Module, state: dict[str, Tensor], path: Path) -> str:
     """Writes the trained weights; their file's sha256."""
     if lora.attached(module):
-        lora_file.save(path, state, lora.scale(module))
+        lora_files.save(path, state, lora.scale(module))
         return paths.sha256_file(path)
     buffers = {name: buffer.cpu() for name, buffer in module.named_buffers()}
     return weights.save_released(path, {**buffers, **state})

@@ -21,11 +21,12 @@ from torch import Tensor
 from cosmos_cli import console, history, html, paths
 from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.jobs import Job, Weights
-from cosmos_cli.model import edm, generate, nearest, prep, scorer, video, world
+from cosmos_cli.model import edm, generate, nearest, prep, video
 from cosmos_cli.model.data import Clips
 from cosmos_cli.model.heldout import HeldOut
-from cosmos_cli.model.scorer import Reading
-from cosmos_cli.model.world import Scene
+from cosmos_cli.model.tiny import scorer, world
+from cosmos_cli.model.tiny.scorer import Reading
+from cosmos_cli.model.tiny.world import Scene
 from cosmos_cli.recipe.keys import Recipe
 
 CHANCE = {

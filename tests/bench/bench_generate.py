@@ -41,7 +41,7 @@ from cosmos_cli import paths
 from cosmos_cli.model import generate, lora, spread, text, video, weights
 from cosmos_cli.model.device import best_device
 from cosmos_cli.model.dit import DiT
-from cosmos_cli.model.lora_file import Change
+from cosmos_cli.model.lora_files import Change
 from cosmos_cli.model.sequence import SequenceGroup, neighbours
 from cosmos_cli.model.tokenizer import Tokenizer
 from cosmos_cli.recipe import loading

@@ -28,10 +28,11 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
 from cosmos_cli import paths
-from cosmos_cli.model import edm, weights, world
+from cosmos_cli.model import edm, weights
 from cosmos_cli.model.dit import DiT
 from cosmos_cli.model.ema import PowerEMA
 from cosmos_cli.model.text import TextEncoder, pad
+from cosmos_cli.model.tiny import world
 from cosmos_cli.model.tokenizer import Tokenizer
 from cosmos_cli.spec import TINY
 

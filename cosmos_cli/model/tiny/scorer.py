@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cosmos_cli.model import world
+from cosmos_cli.model.tiny import world
 
 # In a rendered mascot, the area in the accent colour over the area in the body's colour.
 MASCOT_OWN = 0.42
