@@ -62,7 +62,7 @@ def run(probes: Sequence[Probe]) -> dict[str, Outcome]:
     request = json.dumps({"seconds": PROBE_SECONDS, "probes": [asdict(probe) for probe in probes]})
     with tempfile.TemporaryDirectory() as folder:
         parent = subprocess.Popen(
-            [sys.executable, "-m", "cosmos_cli.probes", folder, request],
+            [sys.executable, "-m", "cosmos_cli.setup.probes", folder, request],
             env=os.environ | own,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,

@@ -20,13 +20,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import psutil
 
-from cosmos_cli import assets, console, download, launch, paths, preflight, probes, repairs
+from cosmos_cli import assets, console, download, launch, paths, preflight
 from cosmos_cli import gpus as selection
 from cosmos_cli.cache import cache_dir
 from cosmos_cli.errors import UserError
 from cosmos_cli.paths import Run
-from cosmos_cli.probes import Outcome, Probe
-from cosmos_cli.repairs import last_line
+from cosmos_cli.setup import installs, probes
+from cosmos_cli.setup.installs import last_line
+from cosmos_cli.setup.probes import Outcome, Probe
 
 if TYPE_CHECKING:
     from cosmos_cli.recipe.keys import Recipe
@@ -59,7 +60,7 @@ class Check:
     status: Status
     found: str
     fix: str = ""
-    commands: tuple[repairs.Command, ...] = ()
+    commands: tuple[installs.Command, ...] = ()
 
 
 def run_checks(r: Recipe, wanted: Iterable[str] = ()) -> list[Check]:
@@ -97,7 +98,7 @@ def run_checks(r: Recipe, wanted: Iterable[str] = ()) -> list[Check]:
     return [replace(row, fix=patience) if probes.HUNG in row.found else row for row in rows]
 
 
-def mending(checks: Iterable[Check]) -> list[repairs.Command]:
+def mending(checks: Iterable[Check]) -> list[installs.Command]:
     """The commands that mend the failed checks, each once; nothing that works is touched.
 
     None before the cache can be written, where pip and the log of the commands want to write.
@@ -270,7 +271,7 @@ def _video(outcome: Outcome) -> Check:
     reasons = re.findall(r"^OSError: (?!Could not load)(.+)$", outcome.error, re.MULTILINE)
     others = [reason for reason in reasons if not re.search(r"lib(av|sw)\w*\.so", reason)]
     if reasons and not others:
-        commands = repairs.apt("ffmpeg")
+        commands = installs.apt("ffmpeg")
         fix = (
             "cosmos setup --install"
             if commands
@@ -281,10 +282,12 @@ def _video(outcome: Outcome) -> Check:
         return _shared_python(name)
     if others:
         found = f"torchcodec does not match torch: {others[0][:100]}"
-        return Check(name, "fail", found, "cosmos setup --install", repairs.pip(repairs.TORCHCODEC))
+        return Check(
+            name, "fail", found, "cosmos setup --install", installs.pip(installs.TORCHCODEC)
+        )
     if "No module named 'torchcodec'" in outcome.error:
         fix = "cosmos setup --install"
-        return Check(name, "fail", "torchcodec is missing", fix, repairs.pip(repairs.TORCHCODEC))
+        return Check(name, "fail", "torchcodec is missing", fix, installs.pip(installs.TORCHCODEC))
     return Check(name, "fail", last_line(outcome.error), "mend what is named here")
 
 
@@ -295,7 +298,7 @@ def _shared_python(name: str) -> Check:
     if Path(str(folder), str(library)).exists():
         return Check(name, "fail", found, f"export LD_LIBRARY_PATH={folder}")
     commands = (
-        repairs.apt(f"libpython3.{sys.version_info.minor}") if sys.base_prefix == "/usr" else ()
+        installs.apt(f"libpython3.{sys.version_info.minor}") if sys.base_prefix == "/usr" else ()
     )
     fix = "cosmos setup --install" if commands else "use a Python that was built --enable-shared"
     return Check(name, "fail", found, fix, commands)
@@ -310,9 +313,9 @@ def _deepspeed(alone: Outcome, in_two: Outcome) -> Check:
         return Check("DeepSpeed", "ok", found)
     if "No module named 'deepspeed'" in alone.error:
         fix = "cosmos setup --install"
-        return Check("DeepSpeed", "fail", "missing", fix, repairs.pip(repairs.DEEPSPEED))
+        return Check("DeepSpeed", "fail", "missing", fix, installs.pip(installs.DEEPSPEED))
     found = last_line(alone.error) if alone.error else f"in 2 processes: {last_line(in_two.error)}"
-    fix = f"pip install --force-reinstall --no-deps '{repairs.DEEPSPEED}'"
+    fix = f"pip install --force-reinstall --no-deps '{installs.DEEPSPEED}'"
     return Check("DeepSpeed", "fail", found, fix)
 
 
@@ -331,7 +334,7 @@ def _transformer_engine(
         return [Check(name, status, "there is no GPU to try it on", fix)] if asked else []
     fix = "cosmos setup --install --with transformer-engine"
     found = "missing; cosmos runs without it"
-    return [Check(name, status, found, fix, repairs.transformer_engine(torch.facts["cuda"]))]
+    return [Check(name, status, found, fix, installs.transformer_engine(torch.facts["cuda"]))]
 
 
 def _apex(outcome: Outcome | None, torch: Outcome, wanted: Iterable[str]) -> list[Check]:
@@ -346,7 +349,7 @@ def _apex(outcome: Outcome | None, torch: Outcome, wanted: Iterable[str]) -> lis
     folders = (spec.submodule_search_locations if spec else None) or ()
     if spec and not any(Path(folder, "optimizers").is_dir() for folder in folders):
         found = "the package apex is not NVIDIA's but PyPI's unrelated one"
-        return [Check("Apex", "fail", found, "pip uninstall apex", repairs.pip_uninstall("apex"))]
+        return [Check("Apex", "fail", found, "pip uninstall apex", installs.pip_uninstall("apex"))]
     if not asked or importlib.util.find_spec("amp_C"):
         return []
     if not torch.facts.get("cuda") or not shutil.which("nvcc"):
@@ -356,7 +359,7 @@ def _apex(outcome: Outcome | None, torch: Outcome, wanted: Iterable[str]) -> lis
         )
         return [Check("Apex", "fail", found, fix)]
     fix = "cosmos setup --install --with apex"
-    return [Check("Apex", "fail", "NVIDIA's is missing", fix, repairs.apex())]
+    return [Check("Apex", "fail", "NVIDIA's is missing", fix, installs.apex())]
 
 
 def _transformers(outcome: Outcome) -> Check:
