@@ -20,9 +20,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import psutil
 
-from cosmos_cli import assets, console, download, launch, paths, preflight
+from cosmos_cli import console, launch, paths, preflight
 from cosmos_cli import gpus as selection
 from cosmos_cli.cache import cache_dir
+from cosmos_cli.download import assets, fetch
 from cosmos_cli.errors import UserError
 from cosmos_cli.paths import Run
 from cosmos_cli.setup import installs, probes
@@ -69,7 +70,7 @@ def run_checks(r: Recipe, wanted: Iterable[str] = ()) -> list[Check]:
     `wanted` names those of transformer-engine and apex whose absence is a failure.
     """
     gpus = launch.gpu_names()
-    absent = [asset for asset in assets.of_recipe(r) if not download.is_recorded(asset)]
+    absent = [asset for asset in assets.of_recipe(r) if not fetch.is_recorded(asset)]
     outcomes = probes.run(list(_probes(gpus, absent)))
     torch = outcomes["torch"]
     usable = len(torch.facts.get("gpus", ()))

@@ -18,8 +18,9 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from cosmos_cli import assets, console, files, paths, t5
-from cosmos_cli.assets import Asset, RemoteFile
+from cosmos_cli import console, files, paths
+from cosmos_cli.download import assets, t5
+from cosmos_cli.download.assets import Asset, RemoteFile
 from cosmos_cli.errors import ExitCode, UserError, together
 
 T = TypeVar("T")

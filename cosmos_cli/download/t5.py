@@ -18,8 +18,9 @@ from math import prod
 from pathlib import Path
 from typing import IO, Any
 
-from cosmos_cli import assets, console, files, paths
-from cosmos_cli.assets import Asset, RemoteFile
+from cosmos_cli import console, files, paths
+from cosmos_cli.download import assets
+from cosmos_cli.download.assets import Asset, RemoteFile
 from cosmos_cli.errors import ExitCode, UserError
 
 # What reading a damaged pickle may raise.
