@@ -17,8 +17,8 @@ from conftest import SMALL, Cosmos, moving_square, settings
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from cosmos_cli import claims
-from cosmos_cli.model import prep, prep_report, sources, video
+from cosmos_cli.model import video
+from cosmos_cli.prep import page, prepare, sources, work_sharing
 from cosmos_cli.recipe import loading
 
 pytestmark = pytest.mark.workflow
@@ -298,12 +298,12 @@ def test_the_report_shows_every_video_and_loads_nothing(tmp_path):
 
 
 def test_the_report_of_many_videos_stays_bounded(tmp_path, monkeypatch):
-    monkeypatch.setattr(prep_report, "MOST_PICTURES", 2)
+    monkeypatch.setattr(page, "MOST_PICTURES", 2)
     monkeypatch.chdir(tmp_path)
     videos = tmp_path / "datasets" / "tiny" / "videos"
     for i in range(4):
         write(videos, f"{i}.mp4", 9, fps=16)
-    prep.prepare(loading.load("tiny", [*SMALL, PROMPT]).recipe, "cpu")
+    prepare.prepare(loading.load("tiny", [*SMALL, PROMPT]).recipe, "cpu")
     page = (videos.parent / "report.html").read_text()
     assert page.count("data:image/jpeg;base64,") == 2
     assert "Pictures are of 2 videos" in page
@@ -402,8 +402,8 @@ def test_the_one_that_ends_last_clears_up_behind_one_that_was_killed(
     cosmos("prep", "tiny", *settings(PROMPT))
     monkeypatch.chdir(tmp_path)
     r = loading.load("tiny", [*SMALL, PROMPT]).recipe
-    job = prep._job(r, sources.inspect(r, prep.Dataset.at(r.dataset_dir, r.videos_dir)))
-    with claims.crew(dataset / "prep.lock", job) as crew:
+    job = prepare._job(r, sources.inspect(r, prepare.Dataset.at(r.dataset_dir, r.videos_dir)))
+    with work_sharing.crew(dataset / "prep.lock", job) as crew:
         crew.start()
         (dataset / ".99999999.report.tmp").mkdir()
         shutil.rmtree(dataset / "latents")
@@ -443,7 +443,7 @@ def test_the_ranks_of_a_launcher_share_the_work_and_one_speaks(undisturbed, tmp_
 
 def test_a_process_with_another_recipe_is_refused_while_one_is_at_work(undisturbed, tmp_path):
     cosmos, dataset = fresh(undisturbed, tmp_path)
-    with claims.crew(dataset / "prep.lock", "another job") as crew:
+    with work_sharing.crew(dataset / "prep.lock", "another job") as crew:
         crew.start()
         refused = cosmos("prep", "tiny", *settings(PROMPT), code=2)
     assert "another `cosmos prep` is working here" in refused.stderr

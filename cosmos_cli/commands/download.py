@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cosmos_cli import console, lerobot, paths
+from cosmos_cli import console, paths
 from cosmos_cli.commands import options
 from cosmos_cli.console import Result
 from cosmos_cli.download import assets
 from cosmos_cli.download import fetch as hub
 from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.paths import Dataset
+from cosmos_cli.prep import lerobot
 
 if TYPE_CHECKING:
     from cosmos_cli.recipe.keys import Recipe

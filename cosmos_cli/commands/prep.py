@@ -26,9 +26,9 @@ def prep(
     dataset = paths.Dataset.at(r.dataset_dir, r.videos_dir)
     console.say(f"preparing {dataset.videos} into {dataset.root}")
     dataset.video_files()
-    from cosmos_cli.model import prep as model_prep
-    from cosmos_cli.model import sources
     from cosmos_cli.model.device import best_device, gpu_memory_errors
+    from cosmos_cli.prep import prepare as model_prep
+    from cosmos_cli.prep import sources
 
     if dry_run:
         videos = sources.inspect(r, dataset)

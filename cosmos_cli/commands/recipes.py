@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cosmos_cli import captions, console, files, lerobot, paths
+from cosmos_cli import console, files, paths
 from cosmos_cli.commands import options
 from cosmos_cli.console import Result
 from cosmos_cli.errors import ExitCode, UserError
+from cosmos_cli.prep import captions, lerobot
 
 if TYPE_CHECKING:
     from cosmos_cli.model.video import VideoInfo

@@ -25,10 +25,11 @@ from torch import Tensor, nn
 
 from cosmos_cli import console, paths
 from cosmos_cli.errors import ExitCode, UserError
-from cosmos_cli.model import edm, generate, prep, sampler, video
+from cosmos_cli.model import edm, generate, sampler, video
 from cosmos_cli.model.dit import DiT, Prompt, Rope, patch_grid, rope_table
 from cosmos_cli.model.tiny import world
 from cosmos_cli.model.tiny.world import Scene, Thing
+from cosmos_cli.prep import prepare
 from cosmos_cli.recipe.keys import Recipe
 
 FRAMES = 25
@@ -111,7 +112,7 @@ def check_tokenizer(
     Raises:
         UserError: the reconstruction loses the picture, or the latents have the wrong scale.
     """
-    tokenizer = prep.load_tokenizer(r, device, generate.number_format(device))
+    tokenizer = prepare.load_tokenizer(r, device, generate.number_format(device))
     weight = next(tokenizer.parameters())
     latents, errors, variances = [], [], []
     for clip in clips:

@@ -21,12 +21,13 @@ from torch import Tensor
 from cosmos_cli import console, history, html, paths
 from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.jobs import Job, Weights
-from cosmos_cli.model import edm, generate, nearest, prep, video
+from cosmos_cli.model import edm, generate, nearest, video
 from cosmos_cli.model.data import Clips
 from cosmos_cli.model.heldout import HeldOut
 from cosmos_cli.model.tiny import scorer, world
 from cosmos_cli.model.tiny.scorer import Reading
 from cosmos_cli.model.tiny.world import Scene
+from cosmos_cli.prep import prepare
 from cosmos_cli.recipe.keys import Recipe
 
 CHANCE = {
@@ -160,7 +161,7 @@ def draw(r: Recipe, weights: Weights, wanted: Sequence[Trial], device: str) -> l
     prepared = generate.TextModels(r, device, in_turn=True).prepare(jobs)
     dtype = generate.number_format(device)
     net = generate.load_denoiser(r, weights.path, device, dtype, weights.loras)
-    tokenizer = prep.load_tokenizer(r, device, dtype)
+    tokenizer = prepare.load_tokenizer(r, device, dtype)
     samples: list[Sample] = []
     batch = (16 if device == "cpu" else 64) if r.spec.embedded else 1
     for first in range(0, len(wanted), batch):
@@ -211,7 +212,7 @@ def consistency(reading: Reading) -> float:
 def reconstruction(r: Recipe, count: int, device: str) -> float:
     """Return the tokenizer's mean reconstruction PSNR in dB on held-out synthetic clips."""
     dtype = generate.number_format(device)
-    tokenizer = prep.load_tokenizer(r, device, dtype)
+    tokenizer = prepare.load_tokenizer(r, device, dtype)
     psnrs = []
     for seed in range(count):
         scene = world.sample_scene(seed, "heldout")

@@ -23,13 +23,14 @@ from cosmos_cli import __version__, console, paths
 from cosmos_cli.cache import Answers
 from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.jobs import Job, Lora, Weights
-from cosmos_cli.model import edm, guardrail, kernels, lora, prep, sampler, text, video, weights
+from cosmos_cli.model import edm, guardrail, kernels, lora, sampler, text, video, weights
 from cosmos_cli.model.aegis import Aegis
 from cosmos_cli.model.device import can_compile, gpu_memory_errors
 from cosmos_cli.model.dit import DiT, Prompt, patch_grid
 from cosmos_cli.model.finite import require_finite
 from cosmos_cli.model.sequence import SequenceGroup
 from cosmos_cli.model.upsampler import Upsampler
+from cosmos_cli.prep import prepare
 from cosmos_cli.recipe.keys import Recipe
 
 # Values of the tokens in all blocks and passes of a video for which a compiled block saves the 10 s
@@ -303,7 +304,7 @@ class Studio:
         self.dtype = number_format(device)
         with phase("loading denoiser and decoder", device):
             self.net = load_denoiser(r, weights_.path, device, self.dtype, weights_.loras)
-            self.tokenizer = prep.load_tokenizer(r, device, self.dtype)
+            self.tokenizer = prepare.load_tokenizer(r, device, self.dtype)
         if pair:
             self.net.share(pair.sequence)
         self.attention = attention_backend(r, self.net)

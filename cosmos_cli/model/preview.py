@@ -23,12 +23,13 @@ from torch import Tensor
 
 from cosmos_cli import console, files, paths
 from cosmos_cli.errors import UserError
-from cosmos_cli.model import edm, nearest, prep, sampler, video
+from cosmos_cli.model import edm, nearest, sampler, video
 from cosmos_cli.model.data import Clips
 from cosmos_cli.model.device import gpu_memory_errors, has_room, is_out_of_memory
 from cosmos_cli.model.heldout import HeldOut
 from cosmos_cli.model.tokenizer import Tokenizer
 from cosmos_cli.paths import Dataset, Run
+from cosmos_cli.prep import prepare
 from cosmos_cli.recipe import plan
 from cosmos_cli.recipe.keys import Recipe
 from cosmos_cli.spec import PREVIEW_SIGMAS
@@ -244,7 +245,7 @@ class Pictures:
     def _tokenizer(self) -> Tokenizer:
         dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
         try:
-            return prep.load_tokenizer(self.r, "cpu", dtype)
+            return prepare.load_tokenizer(self.r, "cpu", dtype)
         except UserError as error:
             # It was there when the run began.
             raise _Skipped(str(error)) from error

@@ -8,10 +8,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cosmos_cli import captions, console, files, lerobot, paths
+from cosmos_cli import console, files, paths
 from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.model import video
 from cosmos_cli.paths import VIDEO_SUFFIXES, Dataset
+from cosmos_cli.prep import captions, lerobot
 from cosmos_cli.recipe.keys import Recipe
 
 # Where a caption comes from that lies in `metas` under another name than prep writes.

@@ -14,11 +14,12 @@ import torch
 
 from cosmos_cli import console, html, paths
 from cosmos_cli.html import Html
-from cosmos_cli.model import looks, video
+from cosmos_cli.model import video
 from cosmos_cli.model.data import read_latent
-from cosmos_cli.model.sources import Source
 from cosmos_cli.model.tokenizer import Tokenizer
 from cosmos_cli.paths import Dataset
+from cosmos_cli.prep import clip_statistics
+from cosmos_cli.prep.sources import Source
 from cosmos_cli.recipe.keys import Recipe
 
 # A page stays small enough for a browser: pictures of so many videos and so many decoded clips.
@@ -33,7 +34,7 @@ class Findings:
     """What prep knows at its end: manifest, looks of the clips, times, lines about captions."""
 
     manifest: dict[str, Any]
-    looks: dict[str, list[looks.Look]]
+    looks: dict[str, list[clip_statistics.Look]]
     seconds: dict[str, float]
     notes: list[str]
 
@@ -98,7 +99,7 @@ def _warnings(findings: Findings) -> Iterator[str]:
                 yield f"{name}: the clip from frame {start} seems to have a cut at {look.cut}"
     first = {name: seen[0].fingerprint for name, seen in findings.looks.items() if seen}
     digests = {video["file"]: video["sha256"] for video in findings.manifest["videos"]}
-    for earlier, name in looks.near_duplicates(first):
+    for earlier, name in clip_statistics.near_duplicates(first):
         how = "has the same bytes as" if digests[earlier] == digests[name] else "looks like"
         yield f"{name}: {how} {earlier}"
 

@@ -18,15 +18,16 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from cosmos_cli import claims, console, files, paths
-from cosmos_cli.claims import Crew
+from cosmos_cli import console, files, paths
 from cosmos_cli.console import Stopwatch
-from cosmos_cli.model import captioner, damage, looks, prep_report, sources, text, video, weights
+from cosmos_cli.model import text, video, weights
 from cosmos_cli.model.device import compiles
 from cosmos_cli.model.finite import require_finite
-from cosmos_cli.model.sources import Source
 from cosmos_cli.model.tokenizer import Tokenizer
 from cosmos_cli.paths import Dataset
+from cosmos_cli.prep import captioner, clip_statistics, damage, page, sources, work_sharing
+from cosmos_cli.prep.sources import Source
+from cosmos_cli.prep.work_sharing import Crew
 from cosmos_cli.recipe import loading
 from cosmos_cli.recipe.keys import Recipe
 
@@ -56,7 +57,7 @@ def prepare(r: Recipe, device: str) -> dict[str, Any]:
     job = _job(r, videos)
     with times("describe"):
         captioner.describe(r, dataset, videos, job, device)
-    with claims.crew(dataset.lock, job) as crew:
+    with work_sharing.crew(dataset.lock, job) as crew:
         for source in sources.find_captions(r, dataset, videos):
             source.reject("no caption: its frames do not decode")
         notes = caption_notes(r, dataset, videos)
@@ -133,8 +134,8 @@ def _finish(
     paths.write_text(dataset.root / "resolved.yaml", loading.dump(r))
     # In the order of the videos, not in that in which this process came to them.
     seen = {v.name: latents.looks[v.name] for v in videos if v.name in latents.looks}
-    findings = prep_report.Findings(manifest, seen, times.seconds, notes.lines(r))
-    prep_report.write(r, dataset, videos, findings, latents.tokenizer)
+    findings = page.Findings(manifest, seen, times.seconds, notes.lines(r))
+    page.write(r, dataset, videos, findings, latents.tokenizer)
     # Of one that was killed while this one waited for it.
     _remove_stale(dataset)
     paths.write_json(dataset.manifest, manifest)
@@ -313,7 +314,7 @@ class Latents:
         settings = {key: getattr(r, key) for key in ("height", "width", "num_frames", "resize")}
         self.settings = (json.dumps(settings), identity)
         self.rows: dict[str, list[dict[str, Any]]] = {}
-        self.looks: dict[str, list[looks.Look]] = {}
+        self.looks: dict[str, list[clip_statistics.Look]] = {}
         self._digests: dict[Path, str] = {}
         self._warned = False
 
@@ -353,7 +354,7 @@ class Latents:
             source.reject(str(error))
             return
         self.rows[source.name] = [self._row(source, clip) for clip in source.clips]
-        self.looks[source.name] = [looks.Look(*abouts[c]["look"]) for c in source.clips]
+        self.looks[source.name] = [clip_statistics.Look(*abouts[c]["look"]) for c in source.clips]
 
     def _kept(self, source: Source, clip: video.Clip, key: str) -> dict[str, Any]:
         """Return what is noted in a clip's latent, nothing when it must be made.
@@ -365,7 +366,10 @@ class Latents:
         if about.get("key") != key:
             return {}
         if not about.get("checked"):
-            now, then = looks.measure(self._pixels(source, clip)), looks.Look(*about["look"])
+            now, then = (
+                clip_statistics.measure(self._pixels(source, clip)),
+                clip_statistics.Look(*about["look"]),
+            )
             if now.cut != then.cut or abs(now.motion - then.motion) > 1e-3 * (1 + then.motion):
                 return {}
         return about
@@ -401,7 +405,7 @@ class Latents:
             "fps": clip.fps,
             "video": source.name,
             "caption": source.stem,
-            "look": looks.measure(pixels),
+            "look": clip_statistics.measure(pixels),
             # The decoder showed these frames, and reported no damage in them.
             "checked": True,
         }

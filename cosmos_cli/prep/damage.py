@@ -203,7 +203,7 @@ def _decode_hevc(path: Path, stream: int, span: tuple[int, int]) -> Iterator[tup
         except av.FFmpegError:
             yield units[-1][0] if units else span[0], True
     rows = [struct.pack("<I", len(data)) + data for _, data in units]
-    child = [sys.executable, "-m", "cosmos_cli.model.damage"]
+    child = [sys.executable, "-m", "cosmos_cli.prep.damage"]
     done = subprocess.run(child, input=b"".join(rows), capture_output=True, check=False)
     reports = done.stdout.split()
     for (pts, _), report in zip(units, reports, strict=False):

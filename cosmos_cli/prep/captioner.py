@@ -11,12 +11,13 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from cosmos_cli import claims, console, files, paths
+from cosmos_cli import console, files, paths
 from cosmos_cli.errors import ExitCode, UserError
-from cosmos_cli.model import sources, upsampler, video
+from cosmos_cli.model import upsampler, video
 from cosmos_cli.model.finite import require_finite
-from cosmos_cli.model.sources import Source
 from cosmos_cli.paths import Dataset
+from cosmos_cli.prep import sources, work_sharing
+from cosmos_cli.prep.sources import Source
 from cosmos_cli.recipe.keys import Recipe
 
 INSTRUCTION = (
@@ -93,7 +94,7 @@ def describe(r: Recipe, dataset: Dataset, videos: list[Source], job: str, device
     unseen = sources.find_captions(r, dataset, videos)
     if not unseen:
         return
-    with claims.crew(dataset.descriptions / "prep.lock", job) as crew:
+    with work_sharing.crew(dataset.descriptions / "prep.lock", job) as crew:
         crew.start()
         _share(r, dataset, videos, crew, device)
         if not crew.wait_for_others():
@@ -103,7 +104,7 @@ def describe(r: Recipe, dataset: Dataset, videos: list[Source], job: str, device
 
 
 def _share(
-    r: Recipe, dataset: Dataset, videos: list[Source], crew: claims.Crew, device: str
+    r: Recipe, dataset: Dataset, videos: list[Source], crew: work_sharing.Crew, device: str
 ) -> None:
     """Describes what nobody else has or is about to."""
     captioner: Captioner | None = None
