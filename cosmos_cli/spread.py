@@ -8,10 +8,11 @@ import subprocess
 import sys
 from collections.abc import Iterator
 
-from cosmos_cli import console, jobs, launch, paths, ranks
+from cosmos_cli import console, jobs, paths, ranks
 from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.jobs import Job
 from cosmos_cli.recipe.keys import Recipe
+from cosmos_cli.train import launch
 
 # Longer than the 30 s that torchrun allows its ranks to end after SIGTERM.
 STOP_SECONDS = 40

@@ -19,11 +19,12 @@ import torch.distributed as dist
 
 from cosmos_cli import paths, spec
 from cosmos_cli.errors import UserError
-from cosmos_cli.model import checkpoint, edm, engine, train, weights
-from cosmos_cli.model.data import Share
+from cosmos_cli.model import edm, weights
 from cosmos_cli.model.dit import DiT
 from cosmos_cli.model.ema import PowerEMA
 from cosmos_cli.recipe.keys import Recipe
+from cosmos_cli.train import checkpoint, engine, loop
+from cosmos_cli.train.data import Share
 
 SMALL = spec.ModelSpec(
     name="small",
@@ -137,7 +138,7 @@ class Saver:
 
 
 def main(folder, sample=None):
-    train._join_world(60)
+    loop._join_world(60)
     saver = Saver(folder)
     log = folder / "strace.log"
     saver.save(3)

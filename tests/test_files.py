@@ -20,12 +20,13 @@ from conftest import Cosmos, moving_square, settings
 from safetensors.torch import save_file
 
 import cosmos_cli
-from cosmos_cli import files, history, jobs, paths, pickles
+from cosmos_cli import files, jobs, paths, pickles
 from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.model import text, video, weights
 from cosmos_cli.paths import Run
 from cosmos_cli.recipe import strict_yaml
 from cosmos_cli.spec import TINY
+from cosmos_cli.train import status
 
 PACKAGE = Path(cosmos_cli.__file__).parent
 # What a hostile file may add to the memory of a process.
@@ -75,7 +76,7 @@ READERS = {
     "embedding": (lambda path: text.read_pickle(path, TINY.text), ExitCode.ASSET),
     "weights": (weights.load_dit_state, ExitCode.ASSET),
     "manifest": (lambda path: paths.Dataset(path.parent, path.parent).read_manifest(), 5),
-    "metrics": (lambda path: history.rows(Run(path.parent)), ExitCode.ASSET),
+    "metrics": (lambda path: status.rows(Run(path.parent)), ExitCode.ASSET),
 }
 NAMES = {"manifest": "manifest.json", "metrics": "metrics.jsonl"}
 

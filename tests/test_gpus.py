@@ -9,9 +9,10 @@ import sys
 import pytest
 from conftest import Cosmos
 
-from cosmos_cli import gpus, launch, paths
+from cosmos_cli import gpus, paths
 from cosmos_cli.gpus import Gpu, select
 from cosmos_cli.recipe import loading, plan
+from cosmos_cli.train import launch
 
 A, B, C = "GPU-aa11-0001", "GPU-aa22-0002", "GPU-bb33-0003"
 H100 = "NVIDIA H100 80GB HBM3"

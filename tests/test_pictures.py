@@ -7,7 +7,8 @@ from conftest import Cosmos
 from PIL import Image
 from test_train import find_run, losses, options
 
-from cosmos_cli import history, paths
+from cosmos_cli import paths
+from cosmos_cli.train import status
 
 pytestmark = pytest.mark.workflow
 
@@ -64,7 +65,7 @@ def test_the_model_that_trains_is_the_one_in_the_pictures(cosmos, shown):
 
 def test_one_process_makes_the_samples_of_two(cosmos, shown):
     cosmos("train", "tiny", *options("alone", *PICTURES, "num_processes=1", "max_steps=1"))
-    rows = [history.rows(find_run(cosmos, name))[1] for name in ("alone", "shown")]
+    rows = [status.rows(find_run(cosmos, name))[1] for name in ("alone", "shown")]
     assert rows[0] == pytest.approx(rows[1], rel=1e-4)
     assert rows[0]["nearest_clip"] > 0
 

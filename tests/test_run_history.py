@@ -11,7 +11,8 @@ from conftest import Cosmos
 from safetensors.torch import load_file, save_file
 from test_train import find_run, losses, options, wait_for_step
 
-from cosmos_cli import history, paths
+from cosmos_cli import paths
+from cosmos_cli.train import status
 
 pytestmark = pytest.mark.workflow
 
@@ -29,7 +30,7 @@ def cosmos(prepared, tmp_path_factory):
 
 
 def errors(run):
-    return {row["step"]: row["heldout"] for row in history.rows(run) if "heldout" in row}
+    return {row["step"]: row["heldout"] for row in status.rows(run) if "heldout" in row}
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +95,7 @@ def test_the_page_of_a_run_stands_alone_and_shows_what_it_measured(measured):
     for words in ("held-out", "EDM error by noise band", "learning rate", "global_batch_size: 2"):
         assert words in page
     assert page.count("<svg") == 7
-    history.write_page(run)
+    status.write_page(run)
     assert page.partition("<h2>Error")[2] == run.report.read_text().partition("<h2>Error")[2]
 
 
@@ -137,7 +138,7 @@ def test_a_running_run_saves_when_asked_and_says_where_it_stands(cosmos):
     assert not run.save_request.exists()
     process.send_signal(signal.SIGUSR1)
     wait_until(lambda: len(run.resumable_steps()) == 2, process)
-    wait_until(lambda: history.state(run)["step"] > run.resumable_steps()[-1], process)
+    wait_until(lambda: status.state(run)["step"] > run.resumable_steps()[-1], process)
     stands = cosmos.json(*status)
     assert stands["state"] == "running"
     assert stands["saved_steps"][-1] == run.resumable_steps()[-1]

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from cosmos_cli import console, launch, paths
+from cosmos_cli import console, paths
 from cosmos_cli.commands import options
 from cosmos_cli.console import Result
 from cosmos_cli.errors import UserError
+from cosmos_cli.train import launch
 
 
 def prep(

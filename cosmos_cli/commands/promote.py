@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cosmos_cli import console, exchange, history, paths, promoted
+from cosmos_cli import console, exchange, paths, promoted
 from cosmos_cli.commands import options
 from cosmos_cli.console import Result
 from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.paths import Run
+from cosmos_cli.train import status
 
 if TYPE_CHECKING:
     from cosmos_cli.recipe.keys import Recipe
@@ -172,7 +173,7 @@ def choose_step(run: Run, step: str, weights: str) -> int:
     if step == "latest":
         return saved[-1]
     if step == "best":
-        best = history.best_step(run)
+        best = status.best_step(run)
         if best is None:
             raise UserError(
                 "no saved step was measured on held-out clips",

@@ -175,8 +175,9 @@ def new(
 
     Example: cosmos recipes new robot --videos ~/robot_videos
     """
-    from cosmos_cli import launch, propose
+    from cosmos_cli import propose
     from cosmos_cli.recipe import keys, loading, strict_yaml
+    from cosmos_cli.train import launch
 
     name = name.removesuffix(".yaml")
     target = Path(f"{name}.yaml")

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cosmos_cli import console, history, launch, paths, preflight
+from cosmos_cli import console, paths
 from cosmos_cli.commands import options
 from cosmos_cli.console import Result
 from cosmos_cli.errors import UserError
 from cosmos_cli.paths import Run
 from cosmos_cli.recipe import plan as planner
+from cosmos_cli.train import launch, preflight
 
 if TYPE_CHECKING:
     from cosmos_cli.recipe.keys import Recipe
@@ -54,8 +55,8 @@ def train(
         return options.command_line(verb, recipe, set_, extra)
 
     if status:
-        stands = history.state(run)
-        console.emit(Result(history.state_table(stands), figures=stands), as_json=json_)
+        stands = status.state(run)
+        console.emit(Result(status.state_table(stands), figures=stands), as_json=json_)
         return
     if not gpus:
         preflight.warn_of_hidden_gpus()
@@ -70,7 +71,7 @@ def train(
     preflight.check_recipe(r, ranks)
     clips, held_out = preflight.check_dataset(r)
     start = preflight.check_resume(r, run, ranks)
-    finished = start >= r.max_steps and history.is_finished(run)
+    finished = start >= r.max_steps and status.is_finished(run)
     if not overwrite:
         preflight.check_overwrite(r, run, start, command)
     deleted = _deleted_by_overwriting(run, start) if overwrite else []
@@ -89,7 +90,7 @@ def train(
     following = "promote"
     if finished:
         console.say(f"nothing to do: step {start} is saved; raise max_steps to go on")
-        figures |= {"step": start, "best_step": history.best_step(run)}
+        figures |= {"step": start, "best_step": status.best_step(run)}
     elif dry_run:
         following = "train"
         figures["deletes"] = [str(path) for path in deleted]

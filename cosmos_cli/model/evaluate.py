@@ -18,17 +18,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cosmos_cli import console, history, html, paths
+from cosmos_cli import console, html, paths
 from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.jobs import Job, Weights
-from cosmos_cli.model import edm, generate, nearest, video
-from cosmos_cli.model.data import Clips
-from cosmos_cli.model.heldout import HeldOut
+from cosmos_cli.model import edm, generate, video
 from cosmos_cli.model.tiny import scorer, world
 from cosmos_cli.model.tiny.scorer import Reading
 from cosmos_cli.model.tiny.world import Scene
 from cosmos_cli.prep import prepare
 from cosmos_cli.recipe.keys import Recipe
+from cosmos_cli.train import nearest, status
+from cosmos_cli.train.data import Clips
+from cosmos_cli.train.heldout import HeldOut
 
 CHANCE = {
     "colour": 1 / len(world.COLOURS),
@@ -303,7 +304,7 @@ def write_page(
         sections.append((heading, html.row(*parts) + html.table(prompts, ("row by row",))))
     run = paths.Run(r.run_dir)
     if run.metrics.exists():
-        sections += history.sections(run)
+        sections += status.sections(run)
     hashes = ((name, model["weights"]) for name, model in figures["models"].items())
     sections.append(("Weights", html.table(hashes, ("", "sha256"))))
     paths.write_text(path, html.page(f"Evaluation of {r.model}", sections))

@@ -15,12 +15,12 @@ import torch
 from cosmos_cli import console, html, paths
 from cosmos_cli.html import Html
 from cosmos_cli.model import video
-from cosmos_cli.model.data import read_latent
 from cosmos_cli.model.tokenizer import Tokenizer
 from cosmos_cli.paths import Dataset
 from cosmos_cli.prep import clip_statistics
 from cosmos_cli.prep.sources import Source
 from cosmos_cli.recipe.keys import Recipe
+from cosmos_cli.train.data import read_latent
 
 # A page stays small enough for a browser: pictures of so many videos and so many decoded clips.
 MOST_PICTURES, MOST_CHECKED, MOST_WARNINGS = 200, 12, 200

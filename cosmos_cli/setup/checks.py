@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import psutil
 
-from cosmos_cli import console, launch, paths, preflight
+from cosmos_cli import console, paths
 from cosmos_cli import gpus as selection
 from cosmos_cli.cache import cache_dir
 from cosmos_cli.download import assets, fetch
@@ -29,6 +29,7 @@ from cosmos_cli.paths import Run
 from cosmos_cli.setup import installs, probes
 from cosmos_cli.setup.installs import last_line
 from cosmos_cli.setup.probes import Outcome, Probe
+from cosmos_cli.train import launch, preflight
 
 if TYPE_CHECKING:
     from cosmos_cli.recipe.keys import Recipe

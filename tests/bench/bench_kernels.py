@@ -38,8 +38,8 @@ from torch.utils._pytree import tree_map_only
 
 from cosmos_cli.model import dit, kernels
 from cosmos_cli.model.device import best_device
-from cosmos_cli.model.engine import optimizer_settings
 from cosmos_cli.recipe import loading
+from cosmos_cli.train.engine import optimizer_settings
 
 Row = dict[str, Any]
 # What a package does that is missing, was built for something else, or refuses this machine.

@@ -28,10 +28,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from cosmos_cli import console, launch
+from cosmos_cli import console
 from cosmos_cli.recipe import loading, plan
 from cosmos_cli.recipe.keys import Recipe
 from cosmos_cli.spec import DiTSpec
+from cosmos_cli.train import launch
 
 HERE = Path(__file__).parent
 Row = dict[str, Any]

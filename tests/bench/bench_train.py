@@ -38,13 +38,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from cosmos_cli import launch, paths
+from cosmos_cli import paths
 from cosmos_cli.model import weights
 from cosmos_cli.model.device import best_device
-from cosmos_cli.model.engine import known_gpu
 from cosmos_cli.recipe import loading, plan
 from cosmos_cli.recipe.keys import Recipe
 from cosmos_cli.spec import MODELS, ModelSpec
+from cosmos_cli.train import launch
+from cosmos_cli.train.engine import known_gpu
 
 CLIPS = 8
 # The first steps compile, allocate and let DeepSpeed learn the order of the weights.
@@ -173,7 +174,7 @@ def own_ranks(options: argparse.Namespace) -> list[str]:
 
 def our_rank(options: argparse.Namespace, r: Recipe) -> None:
     """One rank of ours, in a world or with a network that the command does not offer."""
-    from cosmos_cli.model import train
+    from cosmos_cli.train import loop
 
     if options.world:
         from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -182,7 +183,7 @@ def our_rank(options: argparse.Namespace, r: Recipe) -> None:
         torch.distributed.init_process_group(
             "fake", rank=0, world_size=options.world, store=FakeStore()
         )
-    train.run_rank(r)
+    loop.run_rank(r)
 
 
 @contextmanager
@@ -229,9 +230,10 @@ def peer_rank(options: argparse.Namespace, r: Recipe) -> None:
     import deepspeed
     from bench_generate import diffusers_network
 
-    from cosmos_cli.model import data, kernels, train
+    from cosmos_cli.model import kernels
+    from cosmos_cli.train import data, loop
 
-    device = train._join_world(600)
+    device = loop._join_world(600)
     # It has the attention that ours has, also where Transformer Engine was imported.
     kernels.put_cudnn_first()
     rank = torch.distributed.get_rank()

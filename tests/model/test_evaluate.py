@@ -8,11 +8,11 @@ import torch
 from safetensors.torch import save_file
 
 from cosmos_cli.model import evaluate
-from cosmos_cli.model.data import Clips
 from cosmos_cli.model.evaluate import Sample, Trial
 from cosmos_cli.model.text import write_pickle
 from cosmos_cli.model.tiny import scorer, world
 from cosmos_cli.spec import TINY
+from cosmos_cli.train.data import Clips
 
 SIZE = (TINY.num_frames, TINY.height, TINY.width, TINY.fps)
 

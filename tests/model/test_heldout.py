@@ -4,8 +4,8 @@ from hypothesis import strategies as st
 
 from cosmos_cli import paths
 from cosmos_cli.model import edm
-from cosmos_cli.model.heldout import HeldOut
 from cosmos_cli.prep import prepare
+from cosmos_cli.train.heldout import HeldOut
 
 names = st.lists(st.from_regex(r"[a-z0-9]{1,8}\.mp4", fullmatch=True), min_size=1, unique=True)
 

@@ -1,7 +1,7 @@
 import pytest
 
-from cosmos_cli.model.train import learning_rate
 from cosmos_cli.recipe import loading
+from cosmos_cli.train.loop import learning_rate
 
 
 def of(*pairs):

@@ -15,10 +15,11 @@ from test_dit import (
 from torch import nn
 
 from cosmos_cli.errors import UserError
-from cosmos_cli.model import checkpoint, lora, lora_files
+from cosmos_cli.model import lora, lora_files
 from cosmos_cli.model.dit import DiT
 from cosmos_cli.model.lora_files import Change
 from cosmos_cli.spec import LORA_TARGETS, TINY, DiTSpec
+from cosmos_cli.train import checkpoint
 
 
 def adapted(targets, factors=True):

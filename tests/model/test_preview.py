@@ -12,14 +12,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from cosmos_cli import history, launch, paths
+from cosmos_cli import paths
 from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.model import device as devices
-from cosmos_cli.model import edm, preview, train
-from cosmos_cli.model.preview import Pictures
+from cosmos_cli.model import edm
 from cosmos_cli.model.tokenizer import Tokenizer
 from cosmos_cli.paths import Run
 from cosmos_cli.recipe import loading
+from cosmos_cli.train import launch, loop, previews, status
+from cosmos_cli.train.previews import Pictures
 
 pytestmark = pytest.mark.workflow
 
@@ -58,7 +59,7 @@ def break_decode_on_the_host():
 
 
 def break_load():
-    preview.prep.load_tokenizer = python_memory
+    previews.prep.load_tokenizer = python_memory
 
 
 def lose_tokenizer():
@@ -77,7 +78,7 @@ def break_second_forward():
         return original(net, *inputs) if len(calls) % 3 else no_memory()
 
     # Training keeps the one that works.
-    preview.edm = SimpleNamespace(denoise=denoise)
+    previews.edm = SimpleNamespace(denoise=denoise)
 
 
 BREAKS = {
@@ -124,13 +125,13 @@ def rank_of_a_run(place, broken, victim, pairs):
     run = Run(loaded.recipe.run_dir)
     if rank == 0:
         launch._prepare(loaded, run)
-    device = train._join_world(120)
+    device = loop._join_world(120)
     if rank in victim:
         BREAKS[broken]() if isinstance(broken, str) else limit_memory(broken)
     said = io.StringIO()
     with contextlib.redirect_stderr(said):
-        train.train(loaded.recipe, device)
-    losses = [row["loss"] for row in history.rows(run) if "loss" in row]
+        loop.train(loaded.recipe, device)
+    losses = [row["loss"] for row in status.rows(run) if "loss" in row]
     made = sorted(path.name for path in run.samples.glob("*"))
     sys.stderr.write(said.getvalue())
     torch.distributed.destroy_process_group()
@@ -205,13 +206,13 @@ def test_errors_that_are_not_about_memory_are_not_hidden():
     for error in (RuntimeError("shape"), OSError(28, "No space"), ValueError("out of memory")):
         assert not devices.is_out_of_memory(error)
     missing = []
-    with pytest.raises(RuntimeError, match="shape"), preview._spared(missing):
+    with pytest.raises(RuntimeError, match="shape"), previews._spared(missing):
         raise RuntimeError("shape")
     assert not missing
 
 
 def test_a_missing_tokenizer_is_refused_before_any_process_starts(tmp_path):
-    from cosmos_cli import preflight
+    from cosmos_cli.train import preflight
 
     base = tmp_path / "base.pt"
     base.touch()

@@ -10,11 +10,12 @@ from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Any
 
-from cosmos_cli import console, gpus, history, paths, trackers
+from cosmos_cli import console, gpus, paths
 from cosmos_cli.errors import ExitCode, UserError
-from cosmos_cli.launch import gpu_names, under_launcher
 from cosmos_cli.paths import Dataset, Run
 from cosmos_cli.recipe import plan
+from cosmos_cli.train import status, trackers
+from cosmos_cli.train.launch import gpu_names, under_launcher
 
 if TYPE_CHECKING:
     from cosmos_cli.recipe.keys import Recipe
@@ -237,7 +238,7 @@ def check_overwrite(r: Recipe, run: Run, start: int, command: Callable[[str, str
     Raises:
         UserError: there are such weights, or metrics, and --overwrite was not given.
     """
-    newest = history.saved_step(run)
+    newest = status.saved_step(run)
     if newest <= start or start >= r.max_steps:
         return
     later = [step for step in run.weight_files(start) if step <= newest]
@@ -249,7 +250,7 @@ def check_overwrite(r: Recipe, run: Run, start: int, command: Callable[[str, str
         if not later or not changed:
             return
         why = f"would resume at step {start} with another {', '.join(sorted(changed))}"
-    elif later or history.rows(run):
+    elif later or status.rows(run):
         why = "has no complete resume state and would start again at step 0"
     else:
         return

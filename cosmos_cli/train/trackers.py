@@ -21,11 +21,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
-from cosmos_cli import console, history, paths
+from cosmos_cli import console, paths
 from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.paths import Run
 from cosmos_cli.recipe import loading
 from cosmos_cli.recipe.keys import Recipe
+from cosmos_cli.train import status
 
 # Between two looks at what the run has written, and for the last of it at the end.
 PAUSE_SECONDS, END_SECONDS = 2.0, 60.0
@@ -56,7 +57,7 @@ def following(r: Recipe, run: Run) -> Iterator[None]:
         stream = log.open("wb")
     with stream:
         process = subprocess.Popen(
-            [sys.executable, "-m", "cosmos_cli.trackers", str(run.root)],
+            [sys.executable, "-m", "cosmos_cli.train.trackers", str(run.root)],
             stdin=subprocess.PIPE,
             stdout=stream,
             stderr=stream,
@@ -168,7 +169,7 @@ class News:
         """Steps and their figures and pictures by name, ascending: some trackers want that."""
         found: list[tuple[int, dict[str, Any]]] = [
             (row["step"], {k: v for k, v in row.items() if k != "step" and v is not None})
-            for row in history.rows(self.run)
+            for row in status.rows(self.run)
         ]
         for path in self.run.samples.glob("step_*.jpg"):
             _, step, name = path.stem.split("_")

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from cosmos_cli.model import data, edm
-from cosmos_cli.model.data import Batch, Clips
+from cosmos_cli.model import edm
+from cosmos_cli.train import data
+from cosmos_cli.train.data import Batch, Clips
 
 
 def spread(count: int, most: int) -> list[int]:

@@ -12,12 +12,13 @@ from torch import Tensor, nn
 
 from cosmos_cli import paths
 from cosmos_cli.errors import ExitCode, UserError
-from cosmos_cli.model import lora, lora_files, reshard, weights
+from cosmos_cli.model import lora, lora_files, weights
 from cosmos_cli.model.device import best_device
 from cosmos_cli.model.ema import PowerEMA
 from cosmos_cli.model.finite import require_finite
 from cosmos_cli.paths import MANIFEST_FILE, Run
 from cosmos_cli.recipe.keys import Recipe
+from cosmos_cli.train import reshard
 
 # The folder of DeepSpeed's files inside a resume state.
 SHARDS = "zero"

@@ -19,10 +19,11 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from cosmos_cli import __version__, console, files, gpus, history, paths, signals, trackers
+from cosmos_cli import __version__, console, files, gpus, paths, signals
 from cosmos_cli.errors import ExitCode, Interrupted, UserError
 from cosmos_cli.paths import Run
 from cosmos_cli.recipe import plan
+from cosmos_cli.train import status, trackers
 
 if TYPE_CHECKING:
     from cosmos_cli.recipe.keys import Recipe
@@ -92,10 +93,10 @@ def join(loaded: LoadedRecipe, overwrite: bool) -> dict[str, Any]:
             # torchrun handles SIGHUP also under nohup: it passes it on, and kills what has not
             # ended half a minute later. Its ranks get none from a terminal.
             signal.signal(signal.SIGHUP, signal.SIG_DFL)
-        from cosmos_cli.model import train
+        from cosmos_cli.train import loop
 
         try:
-            outcome = train.run_rank(loaded.recipe)
+            outcome = loop.run_rank(loaded.recipe)
         except UserError as error:
             if rank:
                 # The others only learn that this rank is gone.
@@ -120,7 +121,7 @@ def start(loaded: LoadedRecipe, ranks: int, overwrite: bool) -> dict[str, Any]:
     run = Run(loaded.recipe.run_dir)
     command = [
         sys.executable, "-m", "cosmos_cli.model.elastic",
-        "--nproc-per-node", str(ranks), "-m", "cosmos_cli.model.train", str(run.resolved),
+        "--nproc-per-node", str(ranks), "-m", "cosmos_cli.train.loop", str(run.resolved),
     ]  # fmt: skip
     restarts = 0
     with _locked(run) as lock, ranks.Mailbox() as box:
@@ -138,7 +139,7 @@ def start(loaded: LoadedRecipe, ranks: int, overwrite: bool) -> dict[str, Any]:
                     pass_fds=(lock,),
                 )
             messages = box.read()
-            if run.result.exists() and (not signal_seen or history.is_finished(run)):
+            if run.result.exists() and (not signal_seen or status.is_finished(run)):
                 return _outcome(run)
             # What a rank explained, a full disk or a loss that is not finite, would come again.
             explained = any("error" in m and "lost" not in m for m in messages)
@@ -336,8 +337,8 @@ def _prepare(loaded: LoadedRecipe, run: Run) -> None:
         for path in run.samples.glob("step_" + "[0-9]" * 9 + "*"):
             if int(path.name[5:14]) > step:
                 path.unlink()
-    saved = max(step, history.saved_step(run))
-    history.note(run, {"step": step, "max_steps": loaded.recipe.max_steps, "saved_step": saved})
+    saved = max(step, status.saved_step(run))
+    status.note(run, {"step": step, "max_steps": loaded.recipe.max_steps, "saved_step": saved})
     facts = {
         "cosmos": __version__,
         "python": platform.python_version(),

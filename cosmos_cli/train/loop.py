@@ -17,20 +17,20 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from cosmos_cli import console, history, paths, ranks, signals
+from cosmos_cli import console, paths, ranks, signals
 from cosmos_cli.errors import ExitCode, UserError
-from cosmos_cli.model import checkpoint, data, metrics
-from cosmos_cli.model import engine as engines
 from cosmos_cli.model.device import gpu_memory_errors
 from cosmos_cli.model.elastic import die_with_parent
 from cosmos_cli.model.ema import PowerEMA
-from cosmos_cli.model.heldout import HeldOut
-from cosmos_cli.model.preview import Pictures
-from cosmos_cli.model.pulse import Pulse
 from cosmos_cli.model.sequence import neighbours
 from cosmos_cli.paths import Dataset, Run
 from cosmos_cli.recipe import loading, plan
 from cosmos_cli.recipe.keys import Recipe
+from cosmos_cli.train import checkpoint, data, metrics, status
+from cosmos_cli.train import engine as engines
+from cosmos_cli.train.heldout import HeldOut
+from cosmos_cli.train.previews import Pictures
+from cosmos_cli.train.watchdog import Pulse
 
 # On how many of a GPU's processors NCCL gathers weights and reduces gradients beside arithmetic. It
 # waits there for the slowest rank, and kernels made for all processors wait for it. On two H100, 12
@@ -258,9 +258,9 @@ def run_rank(r: Recipe) -> dict[str, Any]:
     with console.log_file(run.log), gpu_memory_errors(fix):
         outcome = train(r, device)
     if dist.get_rank() == 0:
-        outcome["best_step"] = history.best_step(run)
+        outcome["best_step"] = status.best_step(run)
         paths.write_json(run.result, outcome)
-        history.write_page(run)
+        status.write_page(run)
     pulse.end()
     dist.destroy_process_group()
     return outcome

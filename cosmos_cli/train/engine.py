@@ -10,11 +10,12 @@ import torch.distributed as dist
 
 from cosmos_cli import console, paths
 from cosmos_cli.errors import ExitCode, UserError
-from cosmos_cli.model import checkpoint, data, edm, kernels, lora, weights
+from cosmos_cli.model import edm, kernels, lora, weights
 from cosmos_cli.model.device import compiles
 from cosmos_cli.model.dit import DiT
 from cosmos_cli.recipe import plan
 from cosmos_cli.recipe.keys import Recipe
+from cosmos_cli.train import checkpoint, data
 
 
 def build(r: Recipe, share: data.Share, device: torch.device) -> Any:

@@ -10,12 +10,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from cosmos_cli import console, history, paths
-from cosmos_cli.model import data, edm
-from cosmos_cli.model.engine import known_gpu
+from cosmos_cli import console, paths
+from cosmos_cli.model import edm
 from cosmos_cli.paths import Run
 from cosmos_cli.recipe import plan
 from cosmos_cli.recipe.keys import Recipe
+from cosmos_cli.train import data, status
+from cosmos_cli.train.engine import known_gpu
 
 
 class Stats:
@@ -76,7 +77,7 @@ class Metrics:
             "step": start,
             "max_steps": r.max_steps,
             "from": start,
-            "saved_step": history.saved_step(run),
+            "saved_step": status.saved_step(run),
             "started": time.time(),
             "planned_memory_gb": round(planned.total_gb, 3),
         }
@@ -84,11 +85,11 @@ class Metrics:
             # Those of steps that the resume state knows; at its own step it is measured anew.
             kept = (
                 row
-                for row in history.rows(run)
-                if row["step"] < start or (row["step"] == start and history.HELD_OUT not in row)
+                for row in status.rows(run)
+                if row["step"] < start or (row["step"] == start and status.HELD_OUT not in row)
             )
             paths.write_text(run.metrics, "".join(f"{json.dumps(row)}\n" for row in kept))
-            history.note(run, self.status)
+            status.note(run, self.status)
 
     def write(self, row: dict[str, Any]) -> None:
         """Appends one step; the first with a GPU's memory at its full says what was planned."""
@@ -103,18 +104,18 @@ class Metrics:
         if dist.get_rank() == 0:
             with paths.disk_errors(self.run.metrics), self.run.metrics.open("a") as stream:
                 stream.write(json.dumps(row) + "\n")
-            history.note(self.run, self.status)
+            status.note(self.run, self.status)
 
     def write_saved(self, step: int) -> None:
         """Note that the save of a step is complete."""
         self.status["saved_step"] = max(step, self.status["saved_step"])
         if dist.get_rank() == 0:
-            history.note(self.run, self.status)
+            status.note(self.run, self.status)
 
     def write_held_out(self, step: int, errors: dict[str, float]) -> None:
         """Appends what was measured at a step."""
         self.write({"step": step, **errors})
-        console.say(f"step {step}: {errors[history.HELD_OUT]:.4f} on held-out clips")
+        console.say(f"step {step}: {errors[status.HELD_OUT]:.4f} on held-out clips")
 
     def write_samples(self, step: int, distances: dict[str, float]) -> None:
         """Appends how far samples of a step are from training clips, where some were made."""
@@ -124,7 +125,7 @@ class Metrics:
     def write_page(self) -> None:
         """Writes the page of the run."""
         if dist.get_rank() == 0:
-            history.write_page(self.run)
+            status.write_page(self.run)
 
 
 def words(row: dict[str, Any]) -> str:

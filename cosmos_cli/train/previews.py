@@ -23,16 +23,17 @@ from torch import Tensor
 
 from cosmos_cli import console, files, paths
 from cosmos_cli.errors import UserError
-from cosmos_cli.model import edm, nearest, sampler, video
-from cosmos_cli.model.data import Clips
+from cosmos_cli.model import edm, sampler, video
 from cosmos_cli.model.device import gpu_memory_errors, has_room, is_out_of_memory
-from cosmos_cli.model.heldout import HeldOut
 from cosmos_cli.model.tokenizer import Tokenizer
 from cosmos_cli.paths import Dataset, Run
 from cosmos_cli.prep import prepare
 from cosmos_cli.recipe import plan
 from cosmos_cli.recipe.keys import Recipe
 from cosmos_cli.spec import PREVIEW_SIGMAS
+from cosmos_cli.train import nearest
+from cosmos_cli.train.data import Clips
+from cosmos_cli.train.heldout import HeldOut
 
 # A preview shows the last frame that so many frames of the latent decode to.
 LATENT_FRAMES = 2
