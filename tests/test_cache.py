@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from test_upsampler import chat_folder
 
 import cosmos_cli
-from cosmos_cli import cache, paths
+from cosmos_cli import paths
+from cosmos_cli.generate import answers
 
 QUICK = settings("num_steps=2", "guidance=2", "negative_prompt=w7", "upsampler=chat")
 
@@ -28,7 +29,7 @@ def answers(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "weights").write_bytes(b"1234")
-    return lambda *settings: cache.Answers(tmp_path / "model", Asker, *settings)
+    return lambda *settings: answers.Answers(tmp_path / "model", Asker, *settings)
 
 
 def ask(answers, words, answer):
@@ -75,7 +76,7 @@ def test_a_damaged_answer_is_made_again(answers, tmp_path, damage):
 
 
 def test_the_least_recently_used_answers_are_removed(answers, tmp_path, monkeypatch):
-    monkeypatch.setattr(cache, "MOST_ANSWERS", 3)
+    monkeypatch.setattr(answers, "MOST_ANSWERS", 3)
     for i, words in enumerate("abc"):
         ask(answers(), words, words.encode())
         os.utime(next(p for p in entries(tmp_path) if p.stat().st_mtime > 9), (i, i))
@@ -90,7 +91,7 @@ def test_a_user_without_a_home_folder_gets_answers_without_a_cache(answers, monk
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.delenv("HOME")
     monkeypatch.setattr(os, "getuid", lambda: 2**31 - 7)
-    assert cache.cache_dir().parent == Path("/dev/null/.cache")
+    assert answers.cache_dir().parent == Path("/dev/null/.cache")
     assert [ask(answers(), "a", made) for made in (b"1", b"2")] == [b"1", b"2"]
 
 

@@ -20,8 +20,9 @@ from conftest import Cosmos, moving_square, settings
 from safetensors.torch import save_file
 
 import cosmos_cli
-from cosmos_cli import files, jobs, paths, pickles
+from cosmos_cli import files, paths, pickles
 from cosmos_cli.errors import ExitCode, UserError
+from cosmos_cli.generate import jobs
 from cosmos_cli.model import text, video, weights
 from cosmos_cli.paths import Run
 from cosmos_cli.recipe import strict_yaml

@@ -15,15 +15,15 @@ import torch
 from conftest import Cosmos, settings
 
 from cosmos_cli import paths
-from cosmos_cli.model import edm, sampler, video, weights
-from cosmos_cli.model.dit import DiT
-from cosmos_cli.model.generate import (
+from cosmos_cli.generate.phases import (
     Conditioning,
     bytes_together,
     load_denoiser,
     sample,
     worth_compiling,
 )
+from cosmos_cli.model import edm, sampler, video, weights
+from cosmos_cli.model.dit import DiT
 from cosmos_cli.recipe import loading
 from cosmos_cli.spec import COSMOS_14B, MODELS
 

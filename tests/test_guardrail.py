@@ -14,9 +14,9 @@ from transformers import SiglipImageProcessorPil, SiglipVisionConfig, SiglipVisi
 
 from cosmos_cli import paths
 from cosmos_cli.errors import UserError
-from cosmos_cli.jobs import Job, Weights
-from cosmos_cli.model.generate import Resident
-from cosmos_cli.model.guardrail import UNSAFE, BlockList, FrameFilter, Lemmas
+from cosmos_cli.generate.guards.guardrail import UNSAFE, BlockList, FrameFilter, Lemmas
+from cosmos_cli.generate.jobs import Job, Weights
+from cosmos_cli.generate.phases import Resident
 from cosmos_cli.model.tiny import world
 from cosmos_cli.recipe import loading
 

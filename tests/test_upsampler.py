@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
 
 from cosmos_cli.errors import UserError
-from cosmos_cli.model import upsampler
+from cosmos_cli.generate import upsampler
 
 WIDTH, HEADS, KV_HEADS, LAYERS, HIDDEN, VOCABULARY = 192, 4, 2, 3, 320, 40
 K = upsampler.HEAD_WIDTH

@@ -8,11 +8,12 @@ from typing import Annotated
 
 import typer
 
-from cosmos_cli import console, paths, promoted
-from cosmos_cli.choose import choose_model
+from cosmos_cli import console, paths
 from cosmos_cli.commands import options
 from cosmos_cli.commands.generate import find_weights
 from cosmos_cli.console import Result
+from cosmos_cli.generate import promoted
+from cosmos_cli.generate.choice import choose_model
 
 EMBEDDED_PROMPTS = 24
 

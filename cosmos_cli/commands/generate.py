@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cosmos_cli import console, files, jobs, orders, paths, promoted
-from cosmos_cli.choose import choose_model
+from cosmos_cli import console, files, paths
 from cosmos_cli.commands import options
 from cosmos_cli.console import Result
 from cosmos_cli.errors import ExitCode, Interrupted, UserError, together
-from cosmos_cli.jobs import Lora, Order, Outcome, Weights, Wish
+from cosmos_cli.generate import jobs, promoted
+from cosmos_cli.generate.choice import choose_model
+from cosmos_cli.generate.jobs import Lora, Order, Outcome, Weights, Wish
 
 if TYPE_CHECKING:
     from cosmos_cli.recipe.keys import Recipe
@@ -123,7 +124,7 @@ def generate(
         )  # fmt: skip
     weights = add_loras(find_weights(r, choice.weights), tuple(map(read_lora, lora or ())))
     order = Order(r, weights, output, overwrite)
-    placed = [orders.base_order(order, base_of(r, weights)), order] if compare else [order]
+    placed = [batch.base_order(order, base_of(r, weights)), order] if compare else [order]
     console.say(
         f"{r.model} ({order.weights.path}): {r.num_frames} frames, {r.width}x{r.height} at "
         f"{r.fps:g} fps, {r.num_steps} steps, guidance {r.guidance:g}"
@@ -131,9 +132,9 @@ def generate(
     if dry_run:
         result = _preview(placed, wishes)
     elif prompts is None:
-        result = _finish(orders.batch(placed, wishes, num_processes), streaming=False)
+        result = _finish(batch.batch(placed, wishes, num_processes), streaming=False)
     else:
-        result = _finish(orders.stream(order), streaming=True)
+        result = _finish(batch.stream(order), streaming=True)
     result.figures["weights"] = {"path": str(weights.path), "sha256": weights.sha256}
     console.emit(result, as_json=json_)
 

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cosmos_cli import console, exchange, paths, promoted
+from cosmos_cli import console, exchange, paths
 from cosmos_cli.commands import options
 from cosmos_cli.console import Result
 from cosmos_cli.errors import ExitCode, UserError
+from cosmos_cli.generate import promoted
 from cosmos_cli.paths import Run
 from cosmos_cli.train import status
 

@@ -20,8 +20,9 @@ from torch import Tensor
 
 from cosmos_cli import console, html, paths
 from cosmos_cli.errors import ExitCode, UserError
-from cosmos_cli.jobs import Job, Weights
-from cosmos_cli.model import edm, generate, video
+from cosmos_cli.generate import phases
+from cosmos_cli.generate.jobs import Job, Weights
+from cosmos_cli.model import edm, video
 from cosmos_cli.model.tiny import scorer, world
 from cosmos_cli.model.tiny.scorer import Reading
 from cosmos_cli.model.tiny.world import Scene
@@ -159,9 +160,9 @@ def draw(r: Recipe, weights: Weights, wanted: Sequence[Trial], device: str) -> l
         Job(t.prompt, r.model_copy(update={"sampling_seed": t.seed}), weights, Path())
         for t in wanted
     ]
-    prepared = generate.TextModels(r, device, in_turn=True).prepare(jobs)
-    dtype = generate.number_format(device)
-    net = generate.load_denoiser(r, weights.path, device, dtype, weights.loras)
+    prepared = phases.TextModels(r, device, in_turn=True).prepare(jobs)
+    dtype = phases.number_format(device)
+    net = phases.load_denoiser(r, weights.path, device, dtype, weights.loras)
     tokenizer = prepare.load_tokenizer(r, device, dtype)
     samples: list[Sample] = []
     batch = (16 if device == "cpu" else 64) if r.spec.embedded else 1
@@ -174,7 +175,7 @@ def draw(r: Recipe, weights: Weights, wanted: Sequence[Trial], device: str) -> l
                 raise text_emb
             text_embs.append(text_emb)
         label = f"videos {first + 1}-{first + len(trials)} of {len(wanted)}"
-        x0 = generate.sample(r, net, text_embs, [trial.seed for trial in trials], label)
+        x0 = phases.sample(r, net, text_embs, [trial.seed for trial in trials], label)
         for trial, latent in zip(trials, x0, strict=True):
             pixels = video.to_uint8(tokenizer.decode(latent[None].to(dtype))[0]).cpu()
             samples.append(Sample(trial, pixels, latent.cpu()))
@@ -212,7 +213,7 @@ def consistency(reading: Reading) -> float:
 @torch.inference_mode()
 def reconstruction(r: Recipe, count: int, device: str) -> float:
     """Return the tokenizer's mean reconstruction PSNR in dB on held-out synthetic clips."""
-    dtype = generate.number_format(device)
+    dtype = phases.number_format(device)
     tokenizer = prepare.load_tokenizer(r, device, dtype)
     psnrs = []
     for seed in range(count):
@@ -230,8 +231,8 @@ def reconstruction(r: Recipe, count: int, device: str) -> float:
 @torch.inference_mode()
 def clip_errors(r: Recipe, weights: Weights, clips: Clips, device: str) -> dict[float, float]:
     """Return the mean EDM error of clips at each of `edm.FIXED_SIGMAS`, with fixed noise."""
-    dtype = generate.number_format(device)
-    net = generate.load_denoiser(r, weights.path, device, dtype, weights.loras)
+    dtype = phases.number_format(device)
+    net = phases.load_denoiser(r, weights.path, device, dtype, weights.loras)
     loss = edm.EDMLoss(net, r.spec).to(device)
     measured = HeldOut(clips, r.validate_clips)
     errors: dict[float, list[float]] = {sigma: [] for sigma in edm.FIXED_SIGMAS}

@@ -13,7 +13,8 @@ from PIL import Image
 
 from cosmos_cli import console, files, paths
 from cosmos_cli.errors import ExitCode, UserError
-from cosmos_cli.model import upsampler, video
+from cosmos_cli.generate import upsampler
+from cosmos_cli.model import video
 from cosmos_cli.model.finite import require_finite
 from cosmos_cli.paths import Dataset
 from cosmos_cli.prep import sources, work_sharing

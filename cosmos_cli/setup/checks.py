@@ -22,9 +22,9 @@ import psutil
 
 from cosmos_cli import console, paths
 from cosmos_cli import gpus as selection
-from cosmos_cli.cache import cache_dir
 from cosmos_cli.download import assets, fetch
 from cosmos_cli.errors import UserError
+from cosmos_cli.generate.answers import cache_dir
 from cosmos_cli.paths import Run
 from cosmos_cli.setup import installs, probes
 from cosmos_cli.setup.installs import last_line

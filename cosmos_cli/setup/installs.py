@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cosmos_cli import console, paths
-from cosmos_cli.cache import cache_dir
 from cosmos_cli.errors import ExitCode, UserError
+from cosmos_cli.generate.answers import cache_dir
 
 TORCHCODEC = "torchcodec>=0.13,<0.14"
 DEEPSPEED = "deepspeed>=0.19.8,<0.20"

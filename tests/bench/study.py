@@ -18,7 +18,7 @@ from typing import Any
 
 from cosmos_cli import html, paths
 from cosmos_cli.commands.download import CONCEPT_CLIPS, ORDINARY_CLIPS
-from cosmos_cli.jobs import Weights
+from cosmos_cli.generate.jobs import Weights
 from cosmos_cli.model import evaluate
 from cosmos_cli.model.device import best_device
 from cosmos_cli.model.tiny import world

@@ -19,10 +19,10 @@ from transformers import (
 
 from cosmos_cli import paths
 from cosmos_cli.errors import UserError
-from cosmos_cli.jobs import Job, Weights
-from cosmos_cli.model import guardrail
-from cosmos_cli.model.aegis import CATEGORIES, Aegis, verdict
-from cosmos_cli.model.generate import Conditioning, TextModels
+from cosmos_cli.generate.guards import guardrail
+from cosmos_cli.generate.guards.aegis import CATEGORIES, Aegis, verdict
+from cosmos_cli.generate.jobs import Job, Weights
+from cosmos_cli.generate.phases import Conditioning, TextModels
 from cosmos_cli.recipe import loading
 
 WORDS = ("<unk>", "</s>", "[/INST]", "zorg", "safe", "unsafe", "O4,O12", "ball")

@@ -9,9 +9,10 @@ from transformers import ResNetBackbone, ResNetConfig
 
 from cosmos_cli import paths
 from cosmos_cli.errors import UserError
-from cosmos_cli.jobs import Job, Weights
-from cosmos_cli.model import faces, video
-from cosmos_cli.model.generate import Resident
+from cosmos_cli.generate.guards import faces
+from cosmos_cli.generate.jobs import Job, Weights
+from cosmos_cli.generate.phases import Resident
+from cosmos_cli.model import video
 from cosmos_cli.recipe import loading
 
 STAGES = ((64, 256, 3), (256, 512, 4), (512, 1024, 6), (1024, 2048, 3))

@@ -11,10 +11,11 @@ from types import FrameType
 
 import torch.distributed as dist
 
-from cosmos_cli import console, jobs, paths, signals
+from cosmos_cli import console, paths, signals
 from cosmos_cli.errors import ExitCode, Interrupted, UserError
+from cosmos_cli.generate import jobs
+from cosmos_cli.generate.phases import Pair, generate
 from cosmos_cli.model.device import best_device, gpu_memory_errors
-from cosmos_cli.model.generate import Pair, generate
 from cosmos_cli.model.sequence import neighbours
 
 # A line below the 4,096 bytes that a pipe takes at once is not torn by another process's.

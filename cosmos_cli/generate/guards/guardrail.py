@@ -23,9 +23,9 @@ from torch import Tensor, nn
 
 from cosmos_cli import console, files, paths
 from cosmos_cli.errors import ExitCode, UserError
+from cosmos_cli.generate.guards.aegis import Aegis
+from cosmos_cli.generate.guards.faces import FaceBlur
 from cosmos_cli.model import weights
-from cosmos_cli.model.aegis import Aegis
-from cosmos_cli.model.faces import FaceBlur
 from cosmos_cli.recipe.keys import Recipe
 
 # What may stand for a letter of a listed word.

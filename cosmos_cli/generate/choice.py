@@ -7,9 +7,10 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from cosmos_cli import console, exchange, paths, promoted
+from cosmos_cli import console, exchange, paths
 from cosmos_cli.errors import ExitCode, UserError
-from cosmos_cli.promoted import Promoted
+from cosmos_cli.generate import promoted
+from cosmos_cli.generate.promoted import Promoted
 from cosmos_cli.recipe import strict_yaml
 from cosmos_cli.spec import COSMOS_7B, MODELS, TINY, ModelSpec
 

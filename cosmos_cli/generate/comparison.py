@@ -7,7 +7,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from cosmos_cli import html, paths
-from cosmos_cli.jobs import Job
+from cosmos_cli.generate.jobs import Job
 from cosmos_cli.model import video
 
 LABEL_SHARE = 0.08

@@ -8,9 +8,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import product
 
-from cosmos_cli import console, jobs, paths, spread
+from cosmos_cli import console, paths
 from cosmos_cli.errors import ExitCode, UserError
-from cosmos_cli.jobs import Job, Order, Outcome, Weights, Wish
+from cosmos_cli.generate import jobs, processes
+from cosmos_cli.generate.jobs import Job, Order, Outcome, Weights, Wish
 
 
 def base_order(order: Order, base: Weights) -> Order:
@@ -57,19 +58,19 @@ def batch(
 
 def _generate(todo: list[Job], wanted: int | None) -> Iterator[tuple[Job, UserError | None]]:
     """Yield each job when its video is done or has failed, in this process or in several."""
-    processes = spread.processes_for(todo, wanted)
+    processes = processes.processes_for(todo, wanted)
     if processes > 1:
-        yield from spread.run(todo, processes)
+        yield from processes.run(todo, processes)
         return
+    from cosmos_cli.generate.phases import generate
     from cosmos_cli.model.device import best_device
-    from cosmos_cli.model.generate import generate
 
     yield from generate(todo, best_device())
 
 
 def _comparisons(orders: list[Order], made: list[Job]) -> Iterator[Outcome]:
     """Yield a side-by-side video for each job that both models have rendered."""
-    from cosmos_cli.model.compare import compare
+    from cosmos_cli.generate.comparison import compare
 
     base, tuned = orders
     both = paths.sha256_text(base.weights.identity, tuned.weights.identity)
@@ -94,8 +95,8 @@ def _comparisons(orders: list[Order], made: list[Job]) -> Iterator[Outcome]:
 def stream(order: Order) -> Iterator[Outcome]:
     """Generate a video for each line of stdin; keep all networks in memory if they fit."""
     paths.require_writable(order.output.absolute())
+    from cosmos_cli.generate.phases import one_by_one
     from cosmos_cli.model.device import best_device
-    from cosmos_cli.model.generate import one_by_one
 
     make = one_by_one(order.r, order.weights, best_device())
     if isinstance(sys.stdin, io.TextIOWrapper):

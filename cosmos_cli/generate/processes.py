@@ -8,9 +8,10 @@ import subprocess
 import sys
 from collections.abc import Iterator
 
-from cosmos_cli import console, jobs, paths, ranks
+from cosmos_cli import console, paths, ranks
 from cosmos_cli.errors import ExitCode, UserError
-from cosmos_cli.jobs import Job
+from cosmos_cli.generate import jobs
+from cosmos_cli.generate.jobs import Job
 from cosmos_cli.recipe.keys import Recipe
 from cosmos_cli.train import launch
 
@@ -47,7 +48,7 @@ def run(todo: list[Job], processes: int) -> Iterator[tuple[Job, UserError | None
     listed = todo[0].path.parent / f".{os.getpid()}.jobs.tmp.json"
     command = [
         sys.executable, "-m", "cosmos_cli.model.elastic", "--nproc-per-node", str(processes),
-        "-m", "cosmos_cli.model.spread", str(listed),
+        "-m", "cosmos_cli.generate.worker", str(listed),
     ]  # fmt: skip
     with ranks.Mailbox() as box:
         process = None

@@ -20,16 +20,17 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from cosmos_cli import __version__, console, paths
-from cosmos_cli.cache import Answers
 from cosmos_cli.errors import ExitCode, UserError
-from cosmos_cli.jobs import Job, Lora, Weights
-from cosmos_cli.model import edm, guardrail, kernels, lora, sampler, text, video, weights
-from cosmos_cli.model.aegis import Aegis
+from cosmos_cli.generate.answers import Answers
+from cosmos_cli.generate.guards import guardrail
+from cosmos_cli.generate.guards.aegis import Aegis
+from cosmos_cli.generate.jobs import Job, Lora, Weights
+from cosmos_cli.generate.upsampler import Upsampler
+from cosmos_cli.model import edm, kernels, lora, sampler, text, video, weights
 from cosmos_cli.model.device import can_compile, gpu_memory_errors
 from cosmos_cli.model.dit import DiT, Prompt, patch_grid
 from cosmos_cli.model.finite import require_finite
 from cosmos_cli.model.sequence import SequenceGroup
-from cosmos_cli.model.upsampler import Upsampler
 from cosmos_cli.prep import prepare
 from cosmos_cli.recipe.keys import Recipe
 
