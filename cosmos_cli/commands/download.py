@@ -114,7 +114,7 @@ def _check(r: Recipe, next_: str, dry_run: bool) -> Result:
     console.say(f"checking {files.tokenizer} and {files.dit}")
     if dry_run:
         return Result(figures={"dry_run": True})
-    from cosmos_cli.model import check
+    from cosmos_cli.evaluate import first_contact
     from cosmos_cli.model.device import best_device, gpu_memory_errors
 
     device = best_device()
@@ -126,5 +126,5 @@ def _check(r: Recipe, next_: str, dry_run: bool) -> Result:
             fix="run the same command on a machine with a GPU",
         )
     with gpu_memory_errors("use a GPU with more memory"):
-        figures = check.check(r, device)
+        figures = first_contact.check(r, device)
     return Result("the weights work", figures=figures, next=next_)

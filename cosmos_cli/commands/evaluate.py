@@ -62,7 +62,7 @@ def evaluate(
     count = prompts if prompts is not None else EMBEDDED_PROMPTS if r.spec.embedded else 0
     paths.require_writable(output.parent)
 
-    from cosmos_cli.model import evaluate as measure
+    from cosmos_cli.evaluate import evaluation as measure
     from cosmos_cli.model.device import best_device
 
     figures, samples = measure.evaluate(r, weights, count, best_device())

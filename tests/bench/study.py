@@ -18,8 +18,8 @@ from typing import Any
 
 from cosmos_cli import html, paths
 from cosmos_cli.commands.download import CONCEPT_CLIPS, ORDINARY_CLIPS
+from cosmos_cli.evaluate import evaluation
 from cosmos_cli.generate.jobs import Weights
-from cosmos_cli.model import evaluate
 from cosmos_cli.model.device import best_device
 from cosmos_cli.model.tiny import world
 from cosmos_cli.recipe import loading
@@ -46,8 +46,8 @@ def sampling(r: Recipe, prompts: int, device: str) -> Iterator[Row]:
     """Scores of the base model by solver and steps, then by guidance."""
     path = paths.EMBEDDED_DIR / "model.safetensors"
     base = Weights(path, paths.sha256_file(path))
-    wanted = [trial for trial in evaluate.world_trials(prompts) if not trial.of_mascot]
-    mascot = evaluate.world_trials(1)[-1]
+    wanted = [trial for trial in evaluation.world_trials(prompts) if not trial.of_mascot]
+    mascot = evaluation.world_trials(1)[-1]
     variants = [
         (f"steps with {solver}", steps, {"sampler": solver, "num_steps": steps})
         for solver in ("euler", "res")
@@ -55,8 +55,8 @@ def sampling(r: Recipe, prompts: int, device: str) -> Iterator[Row]:
     ] + [("guidance", guidance, {"guidance": guidance}) for guidance in GUIDANCES]
     for study, value, changes in variants:
         began = time.monotonic()
-        samples = evaluate.draw(r.model_copy(update=changes), base, [*wanted, mascot], device)
-        scores = evaluate.scores(samples)
+        samples = evaluation.draw(r.model_copy(update=changes), base, [*wanted, mascot], device)
+        scores = evaluation.scores(samples)
         del scores["concept"]
         yield {"study": study, "value": value, "seconds": time.monotonic() - began, **scores}
 
