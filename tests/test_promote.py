@@ -13,8 +13,8 @@ import pytest
 import torch
 from conftest import settings
 
-from cosmos_cli import exchange, paths
-from cosmos_cli.model import promote, weights
+from cosmos_cli import exchange, paths, promote
+from cosmos_cli.model import weights
 from cosmos_cli.paths import Run
 from cosmos_cli.recipe import loading
 

@@ -8,7 +8,7 @@ import jsonschema
 import pytest
 from typer.testing import CliRunner
 
-from cosmos_cli import propose
+from cosmos_cli import new_recipe
 from cosmos_cli.commands.recipes import app
 from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.model.video import VideoInfo
@@ -103,7 +103,7 @@ def info(frames: int = 240, fps: float = 24.0, height: int = 720, width: int = 1
 
 
 def choices(*videos: VideoInfo, captioned: int = 0, gpus: tuple[str, ...] = ()) -> dict[str, Any]:
-    rows = propose.propose("robot", Path("clips"), videos, captioned, gpus)
+    rows = new_recipe.propose("robot", Path("clips"), videos, captioned, gpus)
     assert all(row.because for row in rows)
     return {row.key: row.value for row in rows}
 
@@ -128,7 +128,7 @@ def test_the_rate_is_the_models_unless_the_videos_are_slower() -> None:
     assert rates(30, 30) == (24, "resample")
     assert rates(15, 15) == (15, "keep")
     assert rates(15, 15, 24) == (15, "resample")
-    rows = propose.propose("robot", Path("clips"), [info(fps=30)] * 2, 0, ())
+    rows = new_recipe.propose("robot", Path("clips"), [info(fps=30)] * 2, 0, ())
     assert {row.key: row.because for row in rows}["fps_policy"] == "30 fps is resampled to 24"
 
 
@@ -167,7 +167,7 @@ def test_a_prompt_is_proposed_only_where_captions_are_missing() -> None:
 
 def test_a_new_dataset_leaves_the_folder_of_the_videos_alone(workplace: Path) -> None:
     def places(folder: Path) -> tuple[Path, Path]:
-        dataset = propose.dataset_of("robot", folder)
+        dataset = new_recipe.dataset_of("robot", folder)
         return dataset.root, dataset.videos
 
     bare = workplace / "videos"

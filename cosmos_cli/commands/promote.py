@@ -79,7 +79,7 @@ def promote(
     with exchange.alone(target):
         require_own(target, run, yes, aside)
 
-        from cosmos_cli.model import promote as model_promote
+        from cosmos_cli import promote as model_promote
 
         manifest = model_promote.promote(r, number, weights, format_, target)
     console.say(model_promote.change_table(manifest["relative_change"]))

@@ -175,7 +175,7 @@ def new(
 
     Example: cosmos recipes new robot --videos ~/robot_videos
     """
-    from cosmos_cli import propose
+    from cosmos_cli import new_recipe
     from cosmos_cli.recipe import keys, loading, strict_yaml
     from cosmos_cli.train import launch
 
@@ -183,12 +183,12 @@ def new(
     target = Path(f"{name}.yaml")
     if not re.fullmatch(keys.NAME, name):
         raise strict_yaml.problem(f"NAME {name}", f"must be {keys.PATTERNS[keys.NAME]}")
-    dataset = propose.dataset_of(name, videos)
+    dataset = new_recipe.dataset_of(name, videos)
     _check_free(target, yes)
     usable, bad = _probe(dataset)
     captioned = _captioned(dataset, list(usable))
     gpus = launch.gpu_names()
-    choices = propose.propose(name, videos, list(usable.values()), captioned, gpus)
+    choices = new_recipe.propose(name, videos, list(usable.values()), captioned, gpus)
     header = [
         f"Written by `cosmos recipes new {name}` from {len(usable)} videos of "
         f"{console.duration(sum(info.seconds for info in usable.values()))} in all.",
@@ -196,7 +196,7 @@ def new(
         "",
         f"Run: cosmos setup {target}, then download, prep, train, promote and generate.",
     ]
-    paths.write_text(target, propose.render(choices, header))
+    paths.write_text(target, new_recipe.render(choices, header))
     loaded = loading.load(target)
     for warning in (*bad, *loaded.warnings):
         console.warn(warning)
