@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from cosmos_cli.errors import ExitCode, UserError
-from cosmos_cli.paths import disk_errors
+from cosmos_cli.files import disk_errors
 
 PLAIN_SECONDS = 5.0
 SCHEMA_VERSION = 1

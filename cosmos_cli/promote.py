@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cosmos_cli import __version__, console, exchange, paths
+from cosmos_cli import __version__, console, exchange, files, paths
 from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.model import lora, weights
 from cosmos_cli.model.dit import DiT
@@ -70,8 +70,8 @@ def promote(r: Recipe, step: int, kind: str, format: str, target: Path) -> dict[
         "weights": kind,
         "step": step,
         "run": str(run.root),
-        "checkpoint": {"path": str(source), "sha256": paths.sha256_path(source)},
-        "base": {"path": str(base), "sha256": paths.sha256_path(base)},
+        "checkpoint": {"path": str(source), "sha256": files.sha256_path(source)},
+        "base": {"path": str(base), "sha256": files.sha256_path(base)},
         "dataset_manifest_sha256": _dataset_hash(run, step),
         "relative_change": changes,
         "recipe": json.loads(r.model_dump_json()),
@@ -88,7 +88,7 @@ def _lora(base: dict[str, Tensor], merged: dict[str, Tensor], source: Path) -> d
         f"the merged weights in {precision or dtype} kept {kept:.0%} of the LoRA's change; "
         f"{paths.LORA_FILE} keeps all of it, and generate uses that where it finds the base"
     )
-    return {"file": paths.LORA_FILE, "sha256": paths.sha256_file(source), "kept": kept}
+    return {"file": paths.LORA_FILE, "sha256": files.sha256_file(source), "kept": kept}
 
 
 def require_trained(changes: dict[str, float], source: Path) -> None:
@@ -132,7 +132,7 @@ def relative_changes(tuned: dict[str, Tensor], base: dict[str, Tensor]) -> dict[
 
 def _dataset_hash(run: Run, step: int) -> str | None:
     path = run.resume_state(step) / paths.MANIFEST_FILE
-    return str(paths.read_json(path)["dataset"]) if path.exists() else None
+    return str(files.read_json(path)["dataset"]) if path.exists() else None
 
 
 def _write_folder(
@@ -165,21 +165,21 @@ def _fill_folder(
     del written
     if "lora" in manifest:
         _copy_lora(Path(manifest["checkpoint"]["path"]), building, manifest["lora"]["sha256"])
-    manifest["sha256"] = paths.sha256_path(path)
-    paths.write_text(building / "recipe.yaml", loading.dump(r))
-    paths.write_text(building / "README.md", _card(r, manifest))
+    manifest["sha256"] = files.sha256_path(path)
+    files.write_text(building / "recipe.yaml", loading.dump(r))
+    files.write_text(building / "README.md", _card(r, manifest))
     if not r.spec.embedded:
-        paths.write_text(building / "NOTICE", _NOTICE)
-    paths.write_json(building / paths.MANIFEST_FILE, manifest)
+        files.write_text(building / "NOTICE", _NOTICE)
+    files.write_json(building / paths.MANIFEST_FILE, manifest)
     return manifest
 
 
 def _copy_lora(source: Path, folder: Path, sha256: str) -> None:
     """Puts the LoRA file that was merged beside the merged weights."""
     target = folder / paths.LORA_FILE
-    with paths.atomic_file(target) as temporary:
+    with files.atomic_file(target) as temporary:
         shutil.copyfile(source, temporary)
-    if paths.sha256_file(target) != sha256:
+    if files.sha256_file(target) != sha256:
         raise UserError(
             "was not copied as it should be", code=ExitCode.ASSET, where=str(source),
             fix="check the disk and promote again",

@@ -18,7 +18,7 @@ from hub import commit_of, serve
 from safetensors.torch import save
 from transformers import T5Config, T5EncoderModel
 
-from cosmos_cli import paths
+from cosmos_cli import files, paths
 from cosmos_cli.model import video
 
 pytestmark = pytest.mark.workflow
@@ -223,10 +223,10 @@ def test_the_tiny_recipe_needs_no_hub(cosmos):
     first = cosmos.json("download", "tiny")
     assert first["videos"] == 36
     videos = cosmos.cwd / "datasets" / "tiny" / "videos"
-    hashes = {path.name: paths.sha256_file(path) for path in videos.iterdir()}
+    hashes = {path.name: files.sha256_file(path) for path in videos.iterdir()}
     next(videos.iterdir()).unlink()
     cosmos("download", "tiny")
-    assert {path.name: paths.sha256_file(path) for path in videos.iterdir()} == hashes
+    assert {path.name: files.sha256_file(path) for path in videos.iterdir()} == hashes
     sizes = {(info.height, info.width, info.fps) for info in map(video.probe, videos.iterdir())}
     assert len(sizes) > 1
 

@@ -9,7 +9,7 @@ import sys
 import pytest
 from conftest import Cosmos
 
-from cosmos_cli import gpus, paths
+from cosmos_cli import files, gpus, paths
 from cosmos_cli.gpus import Gpu, select
 from cosmos_cli.recipe import loading, plan
 from cosmos_cli.train import launch
@@ -210,7 +210,7 @@ def test_a_run_notes_the_gpus_that_it_used(tmp_path, monkeypatch):
     monkeypatch.setenv(gpus.VARIABLE, "GPU-11,0")
     run = paths.Run(tmp_path / "run")
     launch._prepare(loading.load("tiny"), run)
-    environment = paths.read_json(run.root / "env.json")
+    environment = files.read_json(run.root / "env.json")
     assert environment["gpus"] == ["NVIDIA H200"]
     assert environment["cuda_visible_devices"] == "GPU-11,0"
     monkeypatch.delitem(sys.modules, "pynvml")

@@ -12,7 +12,8 @@ import pytest
 from conftest import Cosmos
 from test_train import find_run, options, wait_for_step
 
-from cosmos_cli.paths import read_json, split_clips
+from cosmos_cli.files import read_json
+from cosmos_cli.paths import split_clips
 
 pytestmark = pytest.mark.workflow
 

@@ -13,8 +13,8 @@ import pytest
 from conftest import Cosmos, moving_square, settings
 from test_train import find_run, options
 
+from cosmos_cli.files import read_json
 from cosmos_cli.model import video
-from cosmos_cli.paths import read_json
 
 pytestmark = pytest.mark.workflow
 

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from cosmos_cli import paths
+from cosmos_cli import files
 from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.paths import Run
 from cosmos_cli.train import status
@@ -26,10 +26,10 @@ def run(tmp_path):
         {"step": 4, "loss": -0.7, "edm": 0.3, "edm_sigma_below_0.5": 0.3, "learning_rate": 1e-3},
         {"step": 4, "heldout": 0.5, "heldout_sigma_0.32": 0.5},
     ]
-    paths.write_text(run.metrics, "".join(json.dumps(row) + "\n" for row in rows))
-    paths.write_text(run.resolved, "name: <run>\n")
-    paths.write_json(run.root / "env.json", {"cosmos": "1.2.3", "gpus": []})
-    paths.write_text(run.model(2, "ema"), "")
+    files.write_text(run.metrics, "".join(json.dumps(row) + "\n" for row in rows))
+    files.write_text(run.resolved, "name: <run>\n")
+    files.write_json(run.root / "env.json", {"cosmos": "1.2.3", "gpus": []})
+    files.write_text(run.model(2, "ema"), "")
     pace = {"from": 0, "started": time.time() - 20}
     status.note(run, {"step": 4, "max_steps": 10, **pace, **rows[4]})
     return run
@@ -43,9 +43,9 @@ def test_a_folder_without_a_run_is_refused(tmp_path):
 
 def test_the_best_step_is_one_that_was_saved(run):
     assert status.best_step(run) == 2
-    paths.write_text(run.lora(4, "ema"), "")
+    files.write_text(run.lora(4, "ema"), "")
     assert status.best_step(run) == 2
-    paths.write_text(run.lora(3, "ema"), "")
+    files.write_text(run.lora(3, "ema"), "")
     assert status.best_step(run) == 3
 
 
@@ -60,21 +60,21 @@ def test_a_running_run_has_a_pace_and_an_end(run):
 
 
 def test_a_run_whose_process_is_gone_without_a_result_has_failed(run):
-    status = paths.read_json(run.status)
+    stored = files.read_json(run.status)
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
-    paths.write_json(run.status, {**status, "pid": gone.pid})
+    files.write_json(run.status, {**stored, "pid": gone.pid})
     assert status.state(run)["state"] == "failed"
     # Another process that has got the number since.
-    paths.write_json(run.status, {**status, "pid": os.getpid(), "time": 0})
+    files.write_json(run.status, {**stored, "pid": os.getpid(), "time": 0})
     assert status.state(run)["state"] == "failed"
-    paths.write_json(run.status, {**status, "host": "elsewhere"})
+    files.write_json(run.status, {**stored, "host": "elsewhere"})
     assert status.state(run)["state"] == "unknown, on elsewhere"
 
 
 @pytest.mark.parametrize(("code", "name"), [(0, "finished"), (143, "stopped")])
 def test_a_run_with_a_result_has_ended(run, code, name):
-    paths.write_json(run.result, {"step": 4, "exit_code": code})
+    files.write_json(run.result, {"step": 4, "exit_code": code})
     stands = status.state(run)
     assert stands["state"] == name
     assert stands["seconds_left"] is None

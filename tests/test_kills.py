@@ -9,7 +9,8 @@ import pytest
 from conftest import Cosmos
 from test_train import find_run, options
 
-from cosmos_cli.paths import MANIFEST_FILE, read_json, sha256_file, stamp_of
+from cosmos_cli.files import read_json, sha256_file, stamp_of
+from cosmos_cli.paths import MANIFEST_FILE
 from cosmos_cli.train import status
 
 pytestmark = pytest.mark.workflow

@@ -10,7 +10,7 @@ import pytest
 from conftest import Cosmos
 from test_train import find_run, options, under_torchrun
 
-from cosmos_cli.paths import sha256_file
+from cosmos_cli.files import sha256_file
 from cosmos_cli.train import status
 
 pytestmark = pytest.mark.workflow

@@ -7,7 +7,7 @@ from conftest import Cosmos
 from PIL import Image
 from test_train import find_run, losses, options
 
-from cosmos_cli import paths
+from cosmos_cli import files
 from cosmos_cli.train import status
 
 pytestmark = pytest.mark.workflow
@@ -41,7 +41,7 @@ def test_pictures_are_made_before_the_first_step_when_due_and_at_the_end(cosmos,
     assert run.picture_steps("preview") == [0, 2, 4, 5]
     assert run.picture_steps("sample0") == [0, 3, 5]
     assert "pictures took" in shown
-    clips = len(paths.read_json(run.sample_prompts))
+    clips = len(files.read_json(run.sample_prompts))
     assert picture(run.preview(0)).size == (800, clips * round(64 * 200 / 96))
     assert all(run.sample(5, i).exists() for i in range(clips))
 

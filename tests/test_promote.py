@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import settings
 
-from cosmos_cli import exchange, paths, promote
+from cosmos_cli import exchange, files, paths, promote
 from cosmos_cli.model import weights
 from cosmos_cli.paths import Run
 from cosmos_cli.recipe import loading
@@ -58,7 +58,7 @@ def test_generate_loads_whichever_format_was_promoted_last(trained):
     assert len(digests) == 1
     manifest = json.loads((folder / "manifest.json").read_text())
     assert (manifest["step"], manifest["weights"], manifest["format"]) == (4, "ema", "diffusers")
-    assert manifest["base"]["sha256"] == paths.sha256_file(TINY)
+    assert manifest["base"]["sha256"] == files.sha256_file(TINY)
     assert manifest["recipe"]["model"] == MODEL
     assert "license" not in (folder / "README.md").read_text()
 
@@ -149,7 +149,7 @@ def test_a_model_copied_by_hand_makes_a_video(trained):
     made = trained.json("generate", "--prompt", "A ball.", *settings("num_steps=2"))
     about = json.loads((trained.cwd / made["artifacts"][0]).with_suffix(".json").read_text())
     assert about["weights"] == made["weights"]
-    assert made["weights"]["sha256"] == paths.sha256_file(saved)
+    assert made["weights"]["sha256"] == files.sha256_file(saved)
 
 
 @pytest.mark.workflow

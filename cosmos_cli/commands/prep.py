@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from cosmos_cli import console, paths
+from cosmos_cli import console, paths, ranks
 from cosmos_cli.commands import options
 from cosmos_cli.console import Result
 from cosmos_cli.errors import UserError
-from cosmos_cli.train import launch
 
 
 def prep(
@@ -22,7 +21,7 @@ def prep(
 
     Example: cosmos prep my_videos.yaml --set prompt="A video of sks teal robot."
     """
-    launch.mute_all_but_first()
+    ranks.mute_all_but_first()
     r = options.open_recipe(recipe, set_, print_recipe, json_).recipe
     dataset = paths.Dataset.at(r.dataset_dir, r.videos_dir)
     console.say(f"preparing {dataset.videos} into {dataset.root}")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cosmos_cli import console, exchange, paths
+from cosmos_cli import console, exchange, files, paths
 from cosmos_cli.commands import options
 from cosmos_cli.console import Result
 from cosmos_cli.errors import ExitCode, UserError
@@ -117,7 +117,7 @@ def _generate_command(r: Recipe, target: Path, name: str | None) -> list[str]:
     manifest = paths.Dataset.at(r.dataset_dir, r.videos_dir).manifest
     captions = [
         video["caption"]
-        for video in (paths.read_json(manifest)["videos"] if manifest.exists() else ())
+        for video in (files.read_json(manifest)["videos"] if manifest.exists() else ())
         if video["verdict"] == "used"
     ]
     prompt = captions[0] if captions else r.prompt or "A red ball moves left."
@@ -138,7 +138,7 @@ def require_own(target: Path, run: Run, yes: bool, aside: str) -> None:
     Raises:
         UserError: the folder holds something else.
     """
-    with paths.disk_errors(target):
+    with files.disk_errors(target):
         # An empty folder, or one with hidden files alone, holds nobody's work.
         there = any(target.glob("[!.]*")) if target.is_dir() else target.exists()
     if yes or not there:

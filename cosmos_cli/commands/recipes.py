@@ -83,16 +83,16 @@ def copy(
 
     source = loading.find(name)
     target = destination or Path()
-    with paths.disk_errors(target):
+    with files.disk_errors(target):
         target = target / source.name if target.is_dir() else target
     _check_free(target, yes)
-    paths.write_text(target, files.read_text(source, files.RECIPE))
+    files.write_text(target, files.read_text(source, files.RECIPE))
     following = f"edit {target}, then cosmos recipes check {target}"
     console.emit(Result(str(target.absolute()), [target.absolute()], next=following), as_json=json_)
 
 
 def _check_free(target: Path, yes: bool) -> None:
-    with paths.disk_errors(target):
+    with files.disk_errors(target):
         taken = target.exists()
     if taken and not yes:
         raise UserError(
@@ -160,7 +160,7 @@ def schema(
         console.emit(Result(text, figures={"schema": content}), as_json=json_)
         return
     _check_free(output, yes)
-    paths.write_text(output, text + "\n")
+    files.write_text(output, text + "\n")
     console.emit(Result(str(output.absolute()), [output.absolute()]), as_json=json_)
 
 
@@ -175,9 +175,8 @@ def new(
 
     Example: cosmos recipes new robot --videos ~/robot_videos
     """
-    from cosmos_cli import new_recipe
+    from cosmos_cli import gpus, new_recipe
     from cosmos_cli.recipe import keys, loading, strict_yaml
-    from cosmos_cli.train import launch
 
     name = name.removesuffix(".yaml")
     target = Path(f"{name}.yaml")
@@ -187,8 +186,8 @@ def new(
     _check_free(target, yes)
     usable, bad = _probe(dataset)
     captioned = _captioned(dataset, list(usable))
-    gpus = launch.gpu_names()
-    choices = new_recipe.propose(name, videos, list(usable.values()), captioned, gpus)
+    known = gpus.gpu_names()
+    choices = new_recipe.propose(name, videos, list(usable.values()), captioned, known)
     header = [
         f"Written by `cosmos recipes new {name}` from {len(usable)} videos of "
         f"{console.duration(sum(info.seconds for info in usable.values()))} in all.",
@@ -196,7 +195,7 @@ def new(
         "",
         f"Run: cosmos setup {target}, then download, prep, train, promote and generate.",
     ]
-    paths.write_text(target, new_recipe.render(choices, header))
+    files.write_text(target, new_recipe.render(choices, header))
     loaded = loading.load(target)
     for warning in (*bad, *loaded.warnings):
         console.warn(warning)
@@ -211,19 +210,19 @@ def new(
 
 def _probe(dataset: paths.Dataset) -> tuple[dict[Path, VideoInfo], list[str]]:
     """What is known of every usable video, and a line on every other."""
-    files = dataset.video_files()
+    listed = dataset.video_files()
     from cosmos_cli.model import video
 
     usable, bad = {}, []
-    with console.progress("probing", len(files), "videos") as progress:
-        for path in files:
+    with console.progress("probing", len(listed), "videos") as progress:
+        for path in listed:
             try:
                 usable[path] = video.probe(path)
             except video.VideoError as error:
                 bad.append(f"{path.name!r}: {error}")
             progress.advance()
     if not usable:
-        found = f"none of {len(files)} videos can be used" if files else "no videos"
+        found = f"none of {len(listed)} videos can be used" if listed else "no videos"
         raise UserError(
             f"{found} ({'; '.join(bad[:3])})" if bad else found,
             code=ExitCode.DATASET,

@@ -85,7 +85,7 @@ class Asset:
     @property
     def notes(self) -> Path:
         """Where the folder keeps what belongs to its downloads alone."""
-        return self.folder / paths.CACHE_DIR / "cosmos"
+        return self.folder / files.CACHE_DIR / "cosmos"
 
     @property
     def arrivals(self) -> Path:
@@ -118,7 +118,7 @@ class RemoteFile:
         if not path.is_file() or path.stat().st_size != self.size:
             return False
         if not self.is_git_hash:
-            return paths.sha256_file(path) == self.digest
+            return files.sha256_file(path) == self.digest
         content = files.read_bytes(path, files.HUB_TEXT)
         header = f"blob {len(content)}\0".encode()
         return hashlib.sha1(header + content, usedforsecurity=False).hexdigest() == self.digest
@@ -140,10 +140,10 @@ def _dataset(r: Recipe) -> Iterator[Asset]:
 def _models(r: Recipe) -> Iterator[Asset]:
     if r.spec.embedded:
         return
-    files = paths.model_files(r.spec, r.checkpoints_dir)
-    repo, text, coded = f"nvidia/{r.spec.name}", files.text_encoder, ("prep", "generate")
+    places = paths.model_files(r.spec, r.checkpoints_dir)
+    repo, text, coded = f"nvidia/{r.spec.name}", places.text_encoder, ("prep", "generate")
     tokenizer = f"nvidia/{paths.TOKENIZER_DIR}"
-    yield Asset(tokenizer, "model", files.tokenizer, TOKENIZER_PATTERNS, stages=coded)
+    yield Asset(tokenizer, "model", places.tokenizer, TOKENIZER_PATTERNS, stages=coded)
     if r.text_encoder_repo == r.spec.text.name:
         original = (*TEXT_PATTERNS, TEXT_ORIGINAL)
         yield Asset(r.spec.text.name, "model", text, original, stages=coded)
@@ -151,9 +151,9 @@ def _models(r: Recipe) -> Iterator[Asset]:
         yield Asset(r.spec.text.name, "model", text, TEXT_PATTERNS, stages=coded)
         third, encoder = r.text_encoder_repo, (TEXT_THIRD_PARTY,)
         yield Asset(third, "model", text, encoder, stages=coded, target=TEXT_WEIGHTS)
-    yield Asset(repo, "model", files.dit.parent, DIT_PATTERNS, stages=("train", "generate"))
+    yield Asset(repo, "model", places.dit.parent, DIT_PATTERNS, stages=("train", "generate"))
     if r.guardrails == "on":
-        yield Asset(repo, "model", files.dit.parent, GUARD_PATTERNS, stages=("generate",))
+        yield Asset(repo, "model", places.dit.parent, GUARD_PATTERNS, stages=("generate",))
         for name, patterns in OTHER_GUARDS.items():
             folder = Path(r.checkpoints_dir).absolute() / name
             yield Asset(name, "model", folder, patterns, stages=("generate",))

@@ -18,7 +18,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from cosmos_cli import console, files, paths
+from cosmos_cli import console, files
 from cosmos_cli.download import assets, t5
 from cosmos_cli.download.assets import Asset, RemoteFile
 from cosmos_cli.errors import ExitCode, UserError, together
@@ -114,10 +114,10 @@ def require_room(listings: Sequence[Listing]) -> None:
     """
     on_disk = defaultdict(list)
     for listing in listings:
-        device = paths.nearest_existing(listing.asset.folder).stat().st_dev
+        device = files.nearest_existing(listing.asset.folder).stat().st_dev
         on_disk[device].append(listing)
     for group in on_disk.values():
-        paths.require_free(
+        files.require_free(
             group[0].asset.folder,
             sum(listing.room for listing in group),
             f"{sum(len(listing.missing) for listing in group)} files",
@@ -146,9 +146,9 @@ def require_access(asset: Asset) -> None:
 
 def is_recorded(asset: Asset) -> bool:
     """Whether the files were fetched and still have their sizes; asks nobody and reads no file."""
-    files = _matching(asset, _recorded(asset)[1])
-    return bool(files) and all(
-        any(paths.size_of(path) == form.size for path, form in _forms(asset, f)) for f in files
+    listed = _matching(asset, _recorded(asset)[1])
+    return bool(listed) and all(
+        any(files.size_of(path) == form.size for path, form in _forms(asset, f)) for f in listed
     )
 
 
@@ -157,7 +157,7 @@ def damaged(wanted: Sequence[Asset]) -> list[Asset]:
     known = {asset: _matching(asset, _recorded(asset)[1]) for asset in wanted}
     if count := sum(map(len, known.values())):
         console.say(f"comparing {count} files with what was fetched")
-    return [asset for asset, files in known.items() if _missing(asset, files)]
+    return [asset for asset, listed in known.items() if _missing(asset, listed)]
 
 
 def _forms(asset: Asset, file: RemoteFile) -> Iterator[tuple[Path, RemoteFile]]:
@@ -182,24 +182,24 @@ def _look(asset: Asset) -> Listing:
             )
     except UserError as error:
         # Without a network, what was fetched before and is whole will do.
-        files = _matching(asset, known)
-        if not error.what.startswith(UNREACHABLE) or not files or _missing(asset, files):
+        listed = _matching(asset, known)
+        if not error.what.startswith(UNREACHABLE) or not listed or _missing(asset, listed):
             raise
-        return Listing(asset, revision, files, [])
+        return Listing(asset, revision, listed, [])
     # Repositories of kernels, the third kind, have no siblings; ours are models and datasets.
     siblings: list[Any] = getattr(info, "siblings", None) or []
-    files = _matching(asset, [_remote_file(sibling) for sibling in siblings])
-    names = [file.name for file in files]
+    listed = _matching(asset, [_remote_file(sibling) for sibling in siblings])
+    names = [file.name for file in listed]
     weights = [pattern for pattern in asset.patterns if pattern.endswith(assets.WEIGHTS)]
     lacking = [pattern for pattern in weights if not filter_names(names, pattern)]
-    if lacking or not files:
+    if lacking or not listed:
         raise UserError(
             f"has no file like {', '.join(lacking or asset.patterns)}",
             code=ExitCode.ASSET,
             where=asset.url,
             fix="check the name and the revision",
         )
-    placed = Counter(asset.path(file.name) for file in files)
+    placed = Counter(asset.path(file.name) for file in listed)
     if twice := [path.name for path, count in placed.items() if count > 1]:
         raise UserError(
             f"has several files named {twice[0]}, and videos lie in one folder",
@@ -207,15 +207,15 @@ def _look(asset: Asset) -> Listing:
             where=asset.url,
             fix="choose some of them with dataset_include",
         )
-    return Listing(asset, str(info.sha), files, _missing(asset, files))
+    return Listing(asset, str(info.sha), listed, _missing(asset, listed))
 
 
-def _matching(asset: Asset, files: Sequence[RemoteFile]) -> list[RemoteFile]:
-    return [f for f in files if any(fnmatch(f.name, pattern) for pattern in asset.patterns)]
+def _matching(asset: Asset, listed: Sequence[RemoteFile]) -> list[RemoteFile]:
+    return [f for f in listed if any(fnmatch(f.name, pattern) for pattern in asset.patterns)]
 
 
-def _missing(asset: Asset, files: Sequence[RemoteFile]) -> list[RemoteFile]:
-    return [f for f in files if not any(form.is_at(path) for path, form in _forms(asset, f))]
+def _missing(asset: Asset, listed: Sequence[RemoteFile]) -> list[RemoteFile]:
+    return [f for f in listed if not any(form.is_at(path) for path, form in _forms(asset, f))]
 
 
 def _remote_file(sibling: Any) -> RemoteFile:
@@ -252,12 +252,12 @@ def fetch(listing: Listing) -> None:
             t5.convert(asset, originals[0])
 
 
-def _fetch_files(listing: Listing, files: Sequence[RemoteFile], bar: console.Progress) -> None:
+def _fetch_files(listing: Listing, listed: Sequence[RemoteFile], bar: console.Progress) -> None:
     """Brings files side by side; after a failure none is begun, those under way still arrive."""
     problems: list[UserError] = []
     done = []
     # A list's iterator gives each of its items to one thread alone.
-    left = iter(files)
+    left = iter(listed)
 
     def work() -> None:
         for file in left:
@@ -271,7 +271,7 @@ def _fetch_files(listing: Listing, files: Sequence[RemoteFile], bar: console.Pro
                 done.append(file)
 
     # As daemons they end with the process when it is interrupted, whatever they wait for.
-    threads = [threading.Thread(target=work, daemon=True) for _ in files[:AT_ONCE]]
+    threads = [threading.Thread(target=work, daemon=True) for _ in listed[:AT_ONCE]]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -279,7 +279,7 @@ def _fetch_files(listing: Listing, files: Sequence[RemoteFile], bar: console.Pro
     if problems:
         raise together(problems)
     # The traceback of what went wrong instead has been printed by its thread.
-    assert len(done) == len(files)
+    assert len(done) == len(listed)
 
 
 def _fetch_file(listing: Listing, file: RemoteFile, counter: type) -> None:
@@ -287,12 +287,12 @@ def _fetch_file(listing: Listing, file: RemoteFile, counter: type) -> None:
 
     asset = listing.asset
     path, arrival = asset.path(file.name), asset.arrivals / file.name
-    with paths.disk_errors(path):
+    with files.disk_errors(path):
         if not file.is_at(arrival):
             arrival.unlink(missing_ok=True)
             _take_from_cache(listing, file, arrival)
     if not arrival.exists():
-        with _hub_errors(asset), paths.disk_errors(path):
+        with _hub_errors(asset), files.disk_errors(path):
             _retrying(
                 asset,
                 lambda: hf_hub_download(
@@ -302,7 +302,7 @@ def _fetch_file(listing: Listing, file: RemoteFile, counter: type) -> None:
                     revision=listing.revision,
                     local_dir=asset.arrivals,
                     # Not the shared cache, from which the library would copy what it never checks.
-                    cache_dir=asset.arrivals / paths.CACHE_DIR,
+                    cache_dir=asset.arrivals / files.CACHE_DIR,
                     tqdm_class=counter,
                 ),
             )
@@ -317,9 +317,9 @@ def _fetch_file(listing: Listing, file: RemoteFile, counter: type) -> None:
     _compare_published(asset, file, arrival)
     if asset.target:
         t5.require_encoder(arrival, asset)
-    with paths.disk_errors(path):
+    with files.disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        paths.sync(arrival)
+        files.sync(arrival)
         arrival.replace(path)
 
 
@@ -352,8 +352,8 @@ def _compare_published(asset: Asset, file: RemoteFile, path: Path) -> None:
             )
 
 
-def _megabytes(files: Sequence[RemoteFile]) -> int:
-    return math.ceil(sum(file.size for file in files) / 1e6)
+def _megabytes(listed: Sequence[RemoteFile]) -> int:
+    return math.ceil(sum(file.size for file in listed) / 1e6)
 
 
 def _counter(bar: console.Progress, file: RemoteFile) -> type:
@@ -406,7 +406,7 @@ def _retrying(asset: Asset, call: Callable[[], T]) -> T:
 def _alone_in(asset: Asset) -> Iterator[None]:
     """Waits until no other process fetches into the folder, then clears what a killed one left."""
     lock = asset.notes / "lock"
-    with paths.disk_errors(lock):
+    with files.disk_errors(lock):
         lock.parent.mkdir(parents=True, exist_ok=True)
         stream = lock.open("a")
     with stream:
@@ -425,21 +425,21 @@ def _write_record(listing: Listing) -> None:
     asset = listing.asset
     revision, known = _recorded(asset)
     kept = known if revision == listing.revision else []
-    files = {file.name: astuple(file) for file in [*kept, *listing.files]}
+    listed = {file.name: astuple(file) for file in [*kept, *listing.files]}
     record = {
         "url": asset.url,
         "asked_for": asset.revision,
         "revision": listing.revision,
-        "files": list(files.values()),
+        "files": list(listed.values()),
     }
-    paths.write_json(asset.record, record)
+    files.write_json(asset.record, record)
 
 
 def _recorded(asset: Asset) -> tuple[str, list[RemoteFile]]:
     """Commit and files of the last download; none when it was of another revision."""
     if not asset.record.is_file():
         return "", []
-    record = paths.read_json(asset.record)
+    record = files.read_json(asset.record)
     if asset.revision not in (record["asked_for"], record["revision"]):
         return "", []
     return record["revision"], [RemoteFile(*file) for file in record["files"]]

@@ -18,7 +18,7 @@ from math import prod
 from pathlib import Path
 from typing import IO, Any
 
-from cosmos_cli import console, files, paths
+from cosmos_cli import console, files
 from cosmos_cli.download import assets
 from cosmos_cli.download.assets import Asset, RemoteFile
 from cosmos_cli.errors import ExitCode, UserError
@@ -78,10 +78,10 @@ def convert(asset: Asset, original: RemoteFile) -> None:
         shapes = _require_shapes({name: t.shape for name, t in tensors.items()}, asset)
         encoder = {name: tensors[name] for name in shapes}
         needed = sum(t.length for t in encoder.values())
-        paths.require_free(target, needed, "the numbers of T5's encoder", "free some space")
+        files.require_free(target, needed, "the numbers of T5's encoder", "free some space")
         digest = _write_safetensors(target, path, encoder)
-        form = RemoteFile(assets.TEXT_WEIGHTS, paths.size_of(target), digest, is_git_hash=False)
-        paths.write_json(_note(asset), {"of": original.digest, "file": astuple(form)})
+        form = RemoteFile(assets.TEXT_WEIGHTS, files.size_of(target), digest, is_git_hash=False)
+        files.write_json(_note(asset), {"of": original.digest, "file": astuple(form)})
     if path.exists():
         console.say(
             f"{path} is not read any more and may be deleted: {console.size(original.size)}"
@@ -91,7 +91,7 @@ def convert(asset: Asset, original: RemoteFile) -> None:
 def converted(asset: Asset, original: RemoteFile) -> Iterator[tuple[Path, RemoteFile]]:
     """Where the encoder made of a file should be, with its size and hash; nothing if none was."""
     if original.name == assets.TEXT_ORIGINAL and _note(asset).is_file():
-        note = paths.read_json(_note(asset))
+        note = files.read_json(_note(asset))
         if note["of"] == original.digest:
             yield asset.folder / assets.TEXT_WEIGHTS, RemoteFile(*note["file"])
 
@@ -105,7 +105,7 @@ def _note(asset: Asset) -> Path:
 
 def _require_shapes(found: dict[str, Any], asset: Asset) -> dict[str, list[int]]:
     """The shapes of the encoder's tensors, which `found` must have."""
-    wanted = _shapes(paths.read_json(asset.folder / "config.json"))
+    wanted = _shapes(files.read_json(asset.folder / "config.json"))
     for name, shape in wanted.items():
         if found.get(name) != shape:
             raise UserError(
@@ -167,7 +167,7 @@ def _write_safetensors(path: Path, source: Path, tensors: dict[str, Stored]) -> 
     text += b" " * (-len(text) % 8)
     digest = hashlib.sha256()
     with (
-        paths.atomic_file(path) as temporary,
+        files.atomic_file(path) as temporary,
         files.open_regular(source, files.WEIGHTS) as old,
         temporary.open("wb") as new,
         console.progress(f"{source.name} to {path.name}", ends[-1] // 10**6, "MB") as bar,
@@ -201,7 +201,7 @@ def _read_old_format(path: Path) -> dict[str, Stored]:
     files.check_torch(path)
     with files.open_regular(path, files.WEIGHTS) as stream:
         try:
-            return _tensors(stream, paths.size_of(path))
+            return _tensors(stream, files.size_of(path))
         except DAMAGE as error:
             raise UserError(
                 f"is damaged or holds more than tensors; nothing in it was run ({error})",

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cosmos_cli import console, html, paths
+from cosmos_cli import console, files, html, paths
 from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.generate import phases
 from cosmos_cli.generate.jobs import Job, Weights
@@ -26,7 +26,7 @@ from cosmos_cli.model import edm, video
 from cosmos_cli.model.tiny import scorer, world
 from cosmos_cli.model.tiny.scorer import Reading
 from cosmos_cli.model.tiny.world import Scene
-from cosmos_cli.prep import prepare
+from cosmos_cli.prep import latent_files
 from cosmos_cli.recipe.keys import Recipe
 from cosmos_cli.train import nearest, status
 from cosmos_cli.train.data import Clips
@@ -81,11 +81,11 @@ class Dataset:
     @classmethod
     def of(cls, r: Recipe) -> Dataset | None:
         """Return the dataset of a recipe, or None if prep has not run."""
-        files = paths.Dataset.at(r.dataset_dir, r.videos_dir)
-        if not files.manifest.exists():
+        dataset = paths.Dataset.at(r.dataset_dir, r.videos_dir)
+        if not dataset.manifest.exists():
             return None
-        manifest = files.read_manifest()
-        train, heldout = (Clips(files.root, rows, r.spec) for rows in paths.split_clips(manifest))
+        manifest = dataset.read_manifest()
+        train, heldout = (Clips(dataset.root, rows, r.spec) for rows in paths.split_clips(manifest))
         used = (video["caption"] for video in manifest["videos"] if video["verdict"] == "used")
         return cls(train, heldout, tuple(dict.fromkeys(used)))
 
@@ -163,7 +163,7 @@ def draw(r: Recipe, weights: Weights, wanted: Sequence[Trial], device: str) -> l
     prepared = phases.TextModels(r, device, in_turn=True).prepare(jobs)
     dtype = phases.number_format(device)
     net = phases.load_denoiser(r, weights.path, device, dtype, weights.loras)
-    tokenizer = prepare.load_tokenizer(r, device, dtype)
+    tokenizer = latent_files.load_tokenizer(r, device, dtype)
     samples: list[Sample] = []
     batch = (16 if device == "cpu" else 64) if r.spec.embedded else 1
     for first in range(0, len(wanted), batch):
@@ -214,7 +214,7 @@ def consistency(reading: Reading) -> float:
 def reconstruction(r: Recipe, count: int, device: str) -> float:
     """Return the tokenizer's mean reconstruction PSNR in dB on held-out synthetic clips."""
     dtype = phases.number_format(device)
-    tokenizer = prepare.load_tokenizer(r, device, dtype)
+    tokenizer = latent_files.load_tokenizer(r, device, dtype)
     psnrs = []
     for seed in range(count):
         scene = world.sample_scene(seed, "heldout")
@@ -308,7 +308,7 @@ def write_page(
         sections += status.sections(run)
     hashes = ((name, model["weights"]) for name, model in figures["models"].items())
     sections.append(("Weights", html.table(hashes, ("", "sha256"))))
-    paths.write_text(path, html.page(f"Evaluation of {r.model}", sections))
+    files.write_text(path, html.page(f"Evaluation of {r.model}", sections))
     return written
 
 
@@ -320,5 +320,5 @@ def write_mosaic(path: Path, samples: Iterable[Sample], r: Recipe) -> None:
         torch.cat(pixels[first : first + MOSAIC_COLUMNS], dim=3)
         for first in range(0, len(pixels), MOSAIC_COLUMNS)
     ]
-    with paths.atomic_file(path) as temporary:
+    with files.atomic_file(path) as temporary:
         video.write_mp4(temporary, torch.cat(strips, dim=2), r.fps, r.video_crf)

@@ -30,7 +30,7 @@ from cosmos_cli.model import edm, sampler, video
 from cosmos_cli.model.dit import DiT, Prompt, Rope, patch_grid, rope_table
 from cosmos_cli.model.tiny import world
 from cosmos_cli.model.tiny.world import Scene, Thing
-from cosmos_cli.prep import prepare
+from cosmos_cli.prep import latent_files
 from cosmos_cli.recipe.keys import Recipe
 
 FRAMES = 25
@@ -111,7 +111,7 @@ def check_tokenizer(
     Raises:
         UserError: the reconstruction loses the picture, or the latents have the wrong scale.
     """
-    tokenizer = prepare.load_tokenizer(r, device, phases.number_format(device))
+    tokenizer = latent_files.load_tokenizer(r, device, phases.number_format(device))
     weight = next(tokenizer.parameters())
     latents, errors, variances = [], [], []
     for clip in clips:

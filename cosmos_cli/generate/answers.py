@@ -10,7 +10,7 @@ from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 
-from cosmos_cli import __version__, paths
+from cosmos_cli import __version__, files
 from cosmos_cli.errors import UserError
 
 # The largest answers, T5-XXL embeddings of 512 tokens, take 1 MB each.
@@ -43,11 +43,11 @@ class Answers:
     def __init__(self, model: Path, asker: type, *settings: object) -> None:
         found = [path for path in sorted(model.rglob("*")) if path.is_file()]
         # The notes of `cosmos download` are not part of the model.
-        known = [path for path in found if paths.CACHE_DIR not in path.relative_to(model).parts]
+        known = [path for path in found if files.CACHE_DIR not in path.relative_to(model).parts]
         code = Path(inspect.getfile(asker))
-        files = [f"{path.resolve()} {paths.stamp_of(path)}" for path in [*known, code]]
+        stamps = [f"{path.resolve()} {files.stamp_of(path)}" for path in [*known, code]]
         versions = [__version__, *map(version, PACKAGES)]
-        self.identity = paths.sha256_text(*files, *versions, *map(str, settings))
+        self.identity = files.sha256_text(*stamps, *versions, *map(str, settings))
         # transformers takes a path without files for a name on the hub. Such a model may change
         # unnoticed, so its answers are not cached.
         self.known = bool(known)
@@ -60,7 +60,7 @@ class Answers:
         """
         if not self.known:
             return make()
-        path = self.folder / paths.sha256_text(self.identity, words)
+        path = self.folder / files.sha256_text(self.identity, words)
         with suppress(OSError):
             entry = path.read_bytes()
             digest, answer = entry[:32], entry[32:]
@@ -71,10 +71,10 @@ class Answers:
                 return answer
         answer = make()
         with suppress(OSError, UserError):
-            paths.remove_stale(self.folder)
-            with paths.atomic_file(path) as temporary:
+            files.remove_stale(self.folder)
+            with files.atomic_file(path) as temporary:
                 temporary.write_bytes(hashlib.sha256(answer).digest() + answer)
-            kept = sorted(self.folder.glob("[!.]*"), key=lambda old: paths.stamp_of(old)[1])
+            kept = sorted(self.folder.glob("[!.]*"), key=lambda old: files.stamp_of(old)[1])
             for old in kept[:-MOST_ANSWERS]:
                 old.unlink(missing_ok=True)
         return answer

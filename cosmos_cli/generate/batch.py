@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import product
 
-from cosmos_cli import console, paths
+from cosmos_cli import console, files
 from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.generate import jobs, processes
 from cosmos_cli.generate.jobs import Job, Order, Outcome, Weights, Wish
@@ -46,7 +46,7 @@ def batch(
             done.append(outcome)
             yield outcome
     if todo:
-        paths.require_writable(todo[0].path.parent)
+        files.require_writable(todo[0].path.parent)
         for job, error in _generate(list(dict.fromkeys(todo)), processes):
             if not error:
                 console.say(f"saved {job.path}")
@@ -58,9 +58,9 @@ def batch(
 
 def _generate(todo: list[Job], wanted: int | None) -> Iterator[tuple[Job, UserError | None]]:
     """Yield each job when its video is done or has failed, in this process or in several."""
-    processes = processes.processes_for(todo, wanted)
-    if processes > 1:
-        yield from processes.run(todo, processes)
+    count = processes.processes_for(todo, wanted)
+    if count > 1:
+        yield from processes.run(todo, count)
         return
     from cosmos_cli.generate.phases import generate
     from cosmos_cli.model.device import best_device
@@ -73,7 +73,7 @@ def _comparisons(orders: list[Order], made: list[Job]) -> Iterator[Outcome]:
     from cosmos_cli.generate.comparison import compare
 
     base, tuned = orders
-    both = paths.sha256_text(base.weights.identity, tuned.weights.identity)
+    both = files.sha256_text(base.weights.identity, tuned.weights.identity)
     of_tuned = {(job.prompt, job.r): job for job in made if job.weights == tuned.weights}
     for job in made:
         other = of_tuned.get((job.prompt, job.r))
@@ -94,7 +94,7 @@ def _comparisons(orders: list[Order], made: list[Job]) -> Iterator[Outcome]:
 
 def stream(order: Order) -> Iterator[Outcome]:
     """Generate a video for each line of stdin; keep all networks in memory if they fit."""
-    paths.require_writable(order.output.absolute())
+    files.require_writable(order.output.absolute())
     from cosmos_cli.generate.phases import one_by_one
     from cosmos_cli.model.device import best_device
 

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
-from dataclasses import dataclass
+import shlex
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from cosmos_cli import console, exchange, paths
+from cosmos_cli import console, exchange, files, paths
 from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.generate import promoted
+from cosmos_cli.generate.jobs import Lora, Weights
 from cosmos_cli.generate.promoted import Promoted
 from cosmos_cli.recipe import strict_yaml
 from cosmos_cli.spec import COSMOS_7B, MODELS, TINY, ModelSpec
+
+if TYPE_CHECKING:
+    from cosmos_cli.recipe.keys import Recipe
 
 # The shipped recipe with the sizes that a model was made for, for weights without a recipe.yaml.
 _OWN_SIZES = {TINY.name: "tiny", COSMOS_7B.name: "my_videos"}
@@ -203,3 +210,163 @@ def _say_unverified(folder: Path, recipe: str) -> None:
 
 def _folder(checkpoints_dir: str) -> Path:
     return Path(checkpoints_dir).absolute()
+
+
+def read_weights(r: Recipe, folder: Path | None) -> Weights:
+    """The weights to generate with, hashed; those of a promoted model must be what promote wrote.
+
+    Raises:
+        UserError: they are missing or damaged.
+    """
+    path = folder or paths.model_files(r.spec, r.checkpoints_dir, r.base).dit
+    again = "promote again" if folder and promoted.is_promoted(folder) else "download"
+    path = paths.weights_in(path)
+    if not path.exists():
+        raise UserError(
+            "the weights are missing", code=ExitCode.ASSET, where=str(path),
+            fix=f"run cosmos {again}, or choose a --model",
+        )  # fmt: skip
+    # Of diffusers' it is a folder, with this file; all of another one would be hashed.
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise UserError(
+            f"holds no {', '.join(paths.MODEL_FORMATS.values())}", code=ExitCode.ASSET,
+            where=str(path), fix="give a folder or file of weights",
+        )  # fmt: skip
+    if not path.is_dir():
+        files.check_weights(path)
+    before = files.file_id(path)
+    found = Weights(path, files.sha256_path(path))
+    named = path.name in paths.MODEL_FORMATS.values()
+    manifest = promoted.manifest_of(path.parent) if named else None
+    if manifest and manifest["sha256"] != found.sha256:
+        if files.file_id(path) != before:
+            # A promotion exchanged the folder while the old weights were hashed.
+            return read_weights(r, folder)
+        name = paths.MANIFEST_FILE
+        raise UserError(
+            f"is damaged: its sha256 is {found.sha256[:12]}, {name} says "
+            f"{manifest['sha256'][:12]}",
+            code=ExitCode.ASSET, where=str(path),
+            fix=f"run cosmos promote again; if you put other weights there, delete its {name}",
+        )  # fmt: skip
+    return found
+
+
+def find_weights(r: Recipe, folder: Path | None) -> Weights:
+    """Return the weights to use: of a promoted LoRA its base and the LoRA, where both are here.
+
+    Merged into bf16 weights, a part of a LoRA's change is lost.
+
+    Raises:
+        UserError: they are missing or damaged.
+    """
+    manifest = _manifest(folder) if folder and folder.is_dir() else {}
+    if not folder or "lora" not in manifest:
+        return read_weights(r, folder)
+    path = folder / paths.LORA_FILE
+    merged = shlex.quote(str(paths.weights_in(folder)))
+    try:
+        wanted, sha256 = manifest["base"], manifest["lora"]["sha256"]
+        candidates, kept = [Path(wanted["path"])], f"{manifest['lora']['kept']:.0%}"
+    except (KeyError, TypeError, ValueError) as error:
+        raise _not_promoted(folder / paths.MANIFEST_FILE, merged) from error
+    if not path.is_file() or files.sha256_file(path) != sha256:
+        raise _not_promoted(path, merged)
+    candidates += [
+        paths.model_files(r.spec, r.checkpoints_dir, base).dit for base in (r.base, None)
+    ]
+    for base in dict.fromkeys(candidates):
+        if base.exists() and files.sha256_path(base) == wanted["sha256"]:
+            console.say(f"using the base {base} with the LoRA {path} beside its weights")
+            return Weights(base, wanted["sha256"], (Lora(path, 1.0, sha256),))
+    console.say(
+        f"using the merged weights, which kept {kept} of the LoRA's change: its base, "
+        f"{wanted['path']} with sha256 {wanted['sha256'][:12]}, is not here"
+    )
+    return read_weights(r, folder)
+
+
+def _not_promoted(path: Path, merged: str) -> UserError:
+    return UserError(
+        "is missing or not as cosmos promote wrote it", code=ExitCode.ASSET, where=str(path),
+        fix=f"run cosmos promote again, or use the merged weights with --model {merged}",
+    )  # fmt: skip
+
+
+def base_of(r: Recipe, weights: Weights) -> Weights:
+    """Return the base's weights, hashed once where `weights` are those with LoRAs beside them."""
+    base = paths.weights_in(paths.model_files(r.spec, r.checkpoints_dir, r.base).dit)
+    return replace(weights, loras=()) if weights.path == base else read_weights(r, None)
+
+
+def add_loras(weights: Weights, loras: tuple[Lora, ...]) -> Weights:
+    """Return the weights with more LoRAs.
+
+    Raises:
+        UserError: the weights have one of them already, so it would count twice.
+    """
+    places = (weights.path, *(used.path for used in weights.loras))
+    manifests = [_manifest(place.parent) for place in places]
+    inside = {(manifest.get("checkpoint") or {}).get("sha256") for manifest in manifests}
+    runs = [Path(m["run"]) for m in manifests if "lora" in m and "run" in m]
+    for lora in loras:
+        if lora.sha256 in inside:
+            raise UserError(
+                "is in the promoted model already and would count twice", code=ExitCode.USAGE,
+                where=f"--lora {lora.path}",
+                fix="leave it out, or choose its strength with --model base --lora FILE:0.8",
+            )  # fmt: skip
+        if any(lora.path.is_relative_to(run) for run in runs):
+            console.warn(f"{lora.path} is of the run that the promoted LoRA is of: both count")
+    if len({lora.sha256 for lora in loras}) < len(loras):
+        console.warn("one LoRA is given twice: its strengths add up")
+    return replace(weights, loras=(*weights.loras, *loras))
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    """Return what promote wrote about the model in a folder, {} for any other folder."""
+    path = folder / paths.MANIFEST_FILE
+    content = files.read_json(path) if path.is_file() else {}
+    return content if isinstance(content, dict) else {}
+
+
+def read_lora(text: str) -> Lora:
+    """The LoRA that PATH or PATH:STRENGTH names; a folder is one of peft or diffusers.
+
+    Raises:
+        UserError: there is no such file.
+    """
+    name, _, strength = text.rpartition(":")
+    try:
+        path, share = Path(name).absolute(), float(strength)
+    except ValueError:
+        path, share = Path(text).absolute(), 1.0
+    fix = "give a LoRA file or its folder, and maybe its strength, as in --lora FILE:0.8"
+    if os.path.isdir(path):  # noqa: PTH112 - as below
+        path = _lora_in(path, fix)
+    if not os.path.exists(path):  # noqa: PTH110 - a path that cannot be reached is none
+        raise UserError("does not exist", code=ExitCode.ASSET, where=str(path), fix=fix)
+    if not math.isfinite(share):
+        raise UserError(f"{share} is no strength", code=ExitCode.USAGE, where=text, fix=fix)
+    files.check_weights(path)
+    config = path.with_name(paths.ADAPTER_CONFIG_FILE)
+    about = files.sha256_file(config) if config.is_file() else ""
+    return Lora(path, share, files.sha256_file(path), about)
+
+
+def _lora_in(folder: Path, fix: str) -> Path:
+    """Return the one LoRA file of a folder.
+
+    Raises:
+        UserError: it has none, or several.
+    """
+    known = [folder / name for name in paths.ADAPTER_FILES if (folder / name).is_file()]
+    found = known or sorted(folder.glob("*.safetensors"))
+    if len(found) != 1:
+        names = ", ".join(path.name for path in found[:5])
+        what = f"holds several LoRA files: {names}" if found else "holds no LoRA file"
+        expected = " or ".join(paths.ADAPTER_FILES[:2])
+        raise UserError(
+            f"{what} (expected is {expected})", code=ExitCode.ASSET, where=str(folder), fix=fix
+        )
+    return found[0]

@@ -6,7 +6,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from cosmos_cli import html, paths
+from cosmos_cli import files, html
 from cosmos_cli.generate.jobs import Job
 from cosmos_cli.model import video
 
@@ -30,15 +30,15 @@ def compare(base: Job, tuned: Job, joined: Job) -> None:
         "prompt": joined.prompt,
         "seed": joined.r.sampling_seed,
         "key": joined.key,
-        "compared": {name: paths.read_json(job.files[0]) for name, job in sides.items()},
+        "compared": {name: files.read_json(job.files[0]) for name, job in sides.items()},
     }
-    with paths.atomic_file(mp4) as temporary:
+    with files.atomic_file(mp4) as temporary:
         video.write_mp4(temporary, pixels, joined.r.fps, joined.r.video_crf)
-        paths.write_json(sidecar, {**record, "mp4_sha256": paths.sha256_file(temporary)})
-        paths.write_text(prompt_file, joined.prompt + "\n")
-        with paths.atomic_file(sheet) as image:
+        files.write_json(sidecar, {**record, "mp4_sha256": files.sha256_file(temporary)})
+        files.write_text(prompt_file, joined.prompt + "\n")
+        with files.atomic_file(sheet) as image:
             video.contact_sheet(pixels, columns=2, rows=4, width=640).save(image, quality=90)
-        paths.write_text(mp4.with_suffix(".html"), _page(sides, joined))
+        files.write_text(mp4.with_suffix(".html"), _page(sides, joined))
 
 
 def _page(sides: dict[str, Job], joined: Job) -> str:

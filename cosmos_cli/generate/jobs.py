@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cosmos_cli import console, files, paths
+from cosmos_cli import console, files
 from cosmos_cli.errors import ExitCode, UserError
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ class Weights:
         applied = (
             f"{lora.sha256} {lora.strength!r} {lora.config_sha256}".rstrip() for lora in self.loras
         )
-        return paths.sha256_text(self.sha256, *applied)
+        return files.sha256_text(self.sha256, *applied)
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class Job:
 
 def _key(prompt: str, r: Recipe, weights: Weights) -> str:
     settings = json.dumps([getattr(r, name) for name in SETTINGS])
-    return paths.sha256_text(prompt, weights.identity, settings)
+    return files.sha256_text(prompt, weights.identity, settings)
 
 
 def to_json(job: Job) -> dict[str, Any]:
@@ -206,7 +206,7 @@ class Order:
             return Outcome("", error=wish)
         try:
             job = self._job(wish)
-            with paths.disk_errors(job.path):
+            with files.disk_errors(job.path):
                 done = not self.overwrite and is_made(job)
         except UserError as error:
             return Outcome(wish.prompt, error=error)
@@ -279,7 +279,7 @@ def is_made(wanted: Job) -> bool:
     about = _sidecar(sidecar)
     if about.get("key") == wanted.key:
         path = wanted.path
-        return path.is_file() and paths.sha256_file(path) == about["mp4_sha256"]
+        return path.is_file() and files.sha256_file(path) == about["mp4_sha256"]
     if taken := next((path for path in wanted.files if path.exists()), None):
         what = "belongs to another video" if "key" in about else "is there and not from here"
         raise UserError(

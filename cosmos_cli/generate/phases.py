@@ -19,7 +19,7 @@ import torch.distributed as dist
 from safetensors.torch import load, save
 from torch import Tensor
 
-from cosmos_cli import __version__, console, paths
+from cosmos_cli import __version__, console, files, paths
 from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.generate.answers import Answers
 from cosmos_cli.generate.guards import guardrail
@@ -31,7 +31,7 @@ from cosmos_cli.model.device import can_compile, gpu_memory_errors
 from cosmos_cli.model.dit import DiT, Prompt, patch_grid
 from cosmos_cli.model.finite import require_finite
 from cosmos_cli.model.sequence import SequenceGroup
-from cosmos_cli.prep import prepare
+from cosmos_cli.prep import latent_files
 from cosmos_cli.recipe.keys import Recipe
 
 # Values of the tokens in all blocks and passes of a video for which a compiled block saves the 10 s
@@ -141,7 +141,7 @@ def bytes_together(r: Recipe) -> int:
     if guardrail.has_all(r):
         folders += [root / paths.LLAMA_GUARD_DIR, root / paths.SIGLIP_DIR]
     others = sum(
-        paths.size_of(path)
+        files.size_of(path)
         for folder in folders
         for path in folder.rglob("*")
         if path.suffix == ".safetensors" or path.name == paths.MODEL_FILE
@@ -305,7 +305,7 @@ class Studio:
         self.dtype = number_format(device)
         with phase("loading denoiser and decoder", device):
             self.net = load_denoiser(r, weights_.path, device, self.dtype, weights_.loras)
-            self.tokenizer = prepare.load_tokenizer(r, device, self.dtype)
+            self.tokenizer = latent_files.load_tokenizer(r, device, self.dtype)
         if pair:
             self.net.share(pair.sequence)
         self.attention = attention_backend(r, self.net)
@@ -494,14 +494,14 @@ def negative_prompt(r: Recipe) -> str:
 def _write(job: Job, text_emb: Conditioning, pixels: Tensor, about: dict[str, Any]) -> None:
     """The sidecar comes first, so that what a kill leaves is known as ours; the mp4 comes last."""
     sidecar, words, sheet, mp4 = job.files
-    with paths.atomic_file(mp4) as temporary:
+    with files.atomic_file(mp4) as temporary:
         video.write_mp4(temporary, pixels, job.r.fps, job.r.video_crf)
-        digest = paths.sha256_file(temporary)
-        paths.write_json(
+        digest = files.sha256_file(temporary)
+        files.write_json(
             sidecar, {**_provenance(job, text_emb.prompt), "mp4_sha256": digest, **about}
         )
-        paths.write_text(words, text_emb.prompt + "\n")
-        with paths.atomic_file(sheet) as picture:
+        files.write_text(words, text_emb.prompt + "\n")
+        with files.atomic_file(sheet) as picture:
             video.contact_sheet(pixels).save(picture, quality=90)
 
 

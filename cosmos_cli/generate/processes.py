@@ -8,12 +8,11 @@ import subprocess
 import sys
 from collections.abc import Iterator
 
-from cosmos_cli import console, paths, ranks
+from cosmos_cli import console, files, gpus, ranks
 from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.generate import jobs
 from cosmos_cli.generate.jobs import Job
 from cosmos_cli.recipe.keys import Recipe
-from cosmos_cli.train import launch
 
 # Longer than the 30 s that torchrun allows its ranks to end after SIGTERM.
 STOP_SECONDS = 40
@@ -26,7 +25,7 @@ def processes_for(todo: list[Job], wanted: int | None) -> int:
     unconditional pass of classifier-free guidance. With four or eight, the processes of each pass
     also split its tokens.
     """
-    limit = wanted or max(len(launch.gpu_names()), 1)
+    limit = wanted or max(len(gpus.gpu_names()), 1)
     for per_video in (8, 4, 2):
         if limit >= per_video * len(todo) and all(_can_split(job.r, per_video) for job in todo):
             return per_video * len(todo)
@@ -47,16 +46,16 @@ def run(todo: list[Job], processes: int) -> Iterator[tuple[Job, UserError | None
     """
     listed = todo[0].path.parent / f".{os.getpid()}.jobs.tmp.json"
     command = [
-        sys.executable, "-m", "cosmos_cli.model.elastic", "--nproc-per-node", str(processes),
+        sys.executable, "-m", "cosmos_cli.ranks", "--nproc-per-node", str(processes),
         "-m", "cosmos_cli.generate.worker", str(listed),
     ]  # fmt: skip
     with ranks.Mailbox() as box:
         process = None
         try:
-            paths.write_json(listed, [jobs.to_json(job) for job in todo])
+            files.write_json(listed, [jobs.to_json(job) for job in todo])
             process = subprocess.Popen(
                 command,
-                env={**launch.environment(processes), ranks.ADDRESS: box.address},
+                env={**ranks.environment(processes), ranks.ADDRESS: box.address},
                 stdout=subprocess.PIPE,
                 text=True,
                 # Ctrl-C must reach only this process, which then stops the others cleanly.
@@ -102,4 +101,4 @@ def _stop(process: subprocess.Popen[str]) -> None:
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
-    launch.kill_group(process.pid)
+    ranks.kill_group(process.pid)

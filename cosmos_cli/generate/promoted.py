@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cosmos_cli import console, exchange, paths
+from cosmos_cli import console, exchange, files, paths
 from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.spec import MODELS, ModelSpec
 
@@ -50,7 +50,7 @@ def manifest_of(folder: Path) -> dict[str, Any] | None:
     """
     path = folder / paths.MANIFEST_FILE
     try:
-        manifest = paths.read_json(path) if path.is_file() else None
+        manifest = files.read_json(path) if path.is_file() else None
     except UserError as error:
         error.fix = "run cosmos promote again, or delete it to use the weights unverified"
         raise
@@ -160,7 +160,7 @@ def _changed_ns(folder: Path) -> int | None:
 def _changed(path: Path) -> int:
     """Return when a file changed in ns, or the link to it, which may be new to an old file."""
     with contextlib.suppress(OSError):
-        return max(paths.stamp_of(path)[1], path.lstat().st_mtime_ns)
+        return max(files.stamp_of(path)[1], path.lstat().st_mtime_ns)
     return 0
 
 

@@ -21,11 +21,10 @@ from cosmos_cli import files, paths
 from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.model import weights
 from cosmos_cli.model.finite import require_finite
+from cosmos_cli.prep import captions
 
 INSTRUCTION = "Upsample the short caption to a long caption: "
 MAX_NEW_TOKENS = 512
-PREFIXES = ("Caption:", "#####", "####", "- ", "* ", ",")
-SHORT_WORDS = 10
 
 # What the shapes of the released weights do not say.
 HEAD_WIDTH = 128
@@ -96,20 +95,7 @@ class Upsampler:
             pad_token_id=self.tokenizer.eos_token_id,
         )
         answer = output[0, tokens.input_ids.shape[1] :]
-        return clean(self.tokenizer.decode(answer, skip_special_tokens=True))
-
-
-def clean(answer: str) -> str:
-    """The caption in a model's answer, without line breaks, list marks, headings and quotes."""
-    text = answer.replace("\r", " ").replace("\n", " ")
-    text = re.sub(r"- \*\*(.*?)\*\*", _drop_short, text)
-    for prefix in PREFIXES:
-        text = text.removeprefix(prefix).lstrip() if text.startswith(prefix) else text
-    return " ".join(text.split()).strip(" -,*:\"'\u201c\u201d\u2018\u2019")
-
-
-def _drop_short(heading: re.Match[str]) -> str:
-    return "" if len(re.findall(r"\w+", heading[1])) < SHORT_WORDS else heading[0]
+        return captions.clean(self.tokenizer.decode(answer, skip_special_tokens=True))
 
 
 def load_released(path: Path) -> Any:

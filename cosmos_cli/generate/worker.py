@@ -11,7 +11,7 @@ from types import FrameType
 
 import torch.distributed as dist
 
-from cosmos_cli import console, paths, signals
+from cosmos_cli import console, files, signals
 from cosmos_cli.errors import ExitCode, Interrupted, UserError
 from cosmos_cli.generate import jobs
 from cosmos_cli.generate.phases import Pair, generate
@@ -27,7 +27,7 @@ def main(listed: str) -> int:
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if rank:
         console.mute()
-    todo = [jobs.from_json(entry) for entry in paths.read_json(Path(listed))]
+    todo = [jobs.from_json(entry) for entry in files.read_json(Path(listed))]
     device = best_device()
     pair, teams = None, world
     if world > len(todo):

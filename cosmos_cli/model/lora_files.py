@@ -180,7 +180,7 @@ def read(path: Path) -> dict[str, Change]:
     if header:
         settings, source = _settings(header, path), path
     elif beside.is_file():
-        settings, source = _settings(paths.read_json(beside), beside), beside
+        settings, source = _settings(files.read_json(beside), beside), beside
     changes = {}
     for linear, found in parts.items():
         a, b, key = _pair(path, found)

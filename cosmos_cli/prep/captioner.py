@@ -11,13 +11,12 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from cosmos_cli import console, files, paths
+from cosmos_cli import console, files
 from cosmos_cli.errors import ExitCode, UserError
-from cosmos_cli.generate import upsampler
 from cosmos_cli.model import video
 from cosmos_cli.model.finite import require_finite
 from cosmos_cli.paths import Dataset
-from cosmos_cli.prep import sources, work_sharing
+from cosmos_cli.prep import captions, sources, work_sharing
 from cosmos_cli.prep.sources import Source
 from cosmos_cli.recipe.keys import Recipe
 
@@ -79,7 +78,7 @@ class Captioner:
         ).to(self.device, self.dtype)
         output = self.model.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)
         answer = output[0, inputs["input_ids"].shape[1] :]
-        return upsampler.clean(self.processor.decode(answer, skip_special_tokens=True))
+        return captions.clean(self.processor.decode(answer, skip_special_tokens=True))
 
 
 def describe(r: Recipe, dataset: Dataset, videos: list[Source], job: str, device: str) -> None:
@@ -133,7 +132,7 @@ def _describe_one(r: Recipe, dataset: Dataset, source: Source, captioner: Captio
         console.warn(f"{source.path}: cannot be described: {error}")
         return
     value = {"key": sources.description_key(r, source), "model": r.caption_model, "caption": words}
-    paths.write_json(dataset.descriptions / f"{source.stem}.json", value)
+    files.write_json(dataset.descriptions / f"{source.stem}.json", value)
 
 
 def _bad(source: str, what: str, fix: str) -> UserError:

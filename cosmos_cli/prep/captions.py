@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 import unicodedata
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -265,3 +266,22 @@ def _jsonl(text: str) -> Iterator[tuple[int, dict[Any, Any] | str]]:
             yield number, f"is no JSON: {error}"
             continue
         yield number, row if isinstance(row, dict) else "is no JSON object"
+
+
+PREFIXES = ("Caption:", "#####", "####", "- ", "* ", ",")
+
+
+SHORT_WORDS = 10
+
+
+def clean(answer: str) -> str:
+    """The caption in a model's answer, without line breaks, list marks, headings and quotes."""
+    text = answer.replace("\r", " ").replace("\n", " ")
+    text = re.sub(r"- \*\*(.*?)\*\*", _drop_short, text)
+    for prefix in PREFIXES:
+        text = text.removeprefix(prefix).lstrip() if text.startswith(prefix) else text
+    return " ".join(text.split()).strip(" -,*:\"'\u201c\u201d\u2018\u2019")
+
+
+def _drop_short(heading: re.Match[str]) -> str:
+    return "" if len(re.findall(r"\w+", heading[1])) < SHORT_WORDS else heading[0]

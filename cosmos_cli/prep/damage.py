@@ -23,7 +23,7 @@ import av
 import av.logging
 from av.bitstream import BitStreamFilterContext
 
-from cosmos_cli import paths
+from cosmos_cli import files
 from cosmos_cli.model import containers
 from cosmos_cli.model.containers import Packets
 
@@ -53,7 +53,7 @@ def find(path: Path, clips: Sequence[Clip]) -> list[Span]:
     in the middle of a whole file may report references that it lacks; so what is suspicious is
     decoded again in order from the start of the file.
     """
-    stream, packets = _scan(path, paths.stamp_of(path))
+    stream, packets = _scan(path, files.stamp_of(path))
     if packets is None or not clips:
         return {}
     pts, zero, tick = packets.pts, packets.pts[0], packets.tick

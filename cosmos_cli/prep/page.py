@@ -12,15 +12,15 @@ from typing import Any
 
 import torch
 
-from cosmos_cli import console, html, paths
+from cosmos_cli import console, files, html
 from cosmos_cli.html import Html
 from cosmos_cli.model import video
 from cosmos_cli.model.tokenizer import Tokenizer
 from cosmos_cli.paths import Dataset
 from cosmos_cli.prep import clip_statistics
+from cosmos_cli.prep.latent_files import read_latent
 from cosmos_cli.prep.sources import Source
 from cosmos_cli.recipe.keys import Recipe
-from cosmos_cli.train.data import read_latent
 
 # A page stays small enough for a browser: pictures of so many videos and so many decoded clips.
 MOST_PICTURES, MOST_CHECKED, MOST_WARNINGS = 200, 12, 200
@@ -62,7 +62,7 @@ def write(
         ("Time", _times(findings.seconds, next(tokenizer.parameters()).device.type)),
     ]
     note = f"{dataset.videos} prepared for {r.model}: {_settings(findings.manifest['settings'])}."
-    paths.write_text(dataset.report, html.page(f"Dataset {dataset.root.name}", sections, note))
+    files.write_text(dataset.report, html.page(f"Dataset {dataset.root.name}", sections, note))
 
 
 def _settings(settings: dict[str, Any]) -> str:
@@ -82,8 +82,8 @@ def _totals(dataset: Dataset, findings: Findings) -> Iterator[tuple[str, str]]:
     origins = [video["caption_source"] for video in used]
     counts = (f"{origins.count(origin)} from {origin}" for origin in dict.fromkeys(origins))
     yield "captions", ", ".join(counts)
-    paths = {video["path"]: video["bytes"] for video in videos}
-    yield "disk of the videos", console.size(sum(paths.values()))
+    sizes = {video["path"]: video["bytes"] for video in videos}
+    yield "disk of the videos", console.size(sum(sizes.values()))
     for name, folder in (("latents", dataset.latents), ("embeddings", dataset.embeddings)):
         yield f"disk of the {name}", console.size(sum(p.stat().st_size for p in folder.iterdir()))
 

@@ -22,10 +22,16 @@ from cosmos_cli import console, files, paths
 from cosmos_cli.console import Stopwatch
 from cosmos_cli.model import text, video, weights
 from cosmos_cli.model.device import compiles
-from cosmos_cli.model.finite import require_finite
-from cosmos_cli.model.tokenizer import Tokenizer
 from cosmos_cli.paths import Dataset
-from cosmos_cli.prep import captioner, clip_statistics, damage, page, sources, work_sharing
+from cosmos_cli.prep import (
+    captioner,
+    clip_statistics,
+    damage,
+    latent_files,
+    page,
+    sources,
+    work_sharing,
+)
 from cosmos_cli.prep.sources import Source
 from cosmos_cli.prep.work_sharing import Crew
 from cosmos_cli.recipe import loading
@@ -91,15 +97,15 @@ def prepare(r: Recipe, device: str) -> dict[str, Any]:
 
 def _job(r: Recipe, videos: list[Source]) -> str:
     """What decides the result; processes that differ in it must not work on one dataset."""
-    listed = [f"{v.name} {v.reason} {v.path} {paths.stamp_of(v.path)}" for v in videos]
-    return paths.sha256_text(loading.dump(r), *listed)
+    listed = [f"{v.name} {v.reason} {v.path} {files.stamp_of(v.path)}" for v in videos]
+    return files.sha256_text(loading.dump(r), *listed)
 
 
 def _remove_stale(dataset: Dataset) -> None:
     """Removes what killed processes left half written."""
     for folder in (dataset.root, dataset.metas, dataset.embeddings, dataset.latents):
         if folder.is_dir():
-            paths.remove_stale(folder)
+            files.remove_stale(folder)
 
 
 def _remove_manifest(dataset: Dataset) -> None:
@@ -131,14 +137,14 @@ def _finish(
     for path in dataset.latents.glob("*.safetensors"):
         if path.name not in listed:
             path.unlink()
-    paths.write_text(dataset.root / "resolved.yaml", loading.dump(r))
+    files.write_text(dataset.root / "resolved.yaml", loading.dump(r))
     # In the order of the videos, not in that in which this process came to them.
     seen = {v.name: latents.looks[v.name] for v in videos if v.name in latents.looks}
     findings = page.Findings(manifest, seen, times.seconds, notes.lines(r))
     page.write(r, dataset, videos, findings, latents.tokenizer)
     # Of one that was killed while this one waited for it.
     _remove_stale(dataset)
-    paths.write_json(dataset.manifest, manifest)
+    files.write_json(dataset.manifest, manifest)
 
 
 def choose_held_out(content: Mapping[str, str], share: float) -> set[str]:
@@ -148,7 +154,7 @@ def choose_held_out(content: Mapping[str, str], share: float) -> set[str]:
     Those of the same `content` go together, or a run were measured on what it was trained on.
     """
     copies: dict[str, list[str]] = {}
-    for name in sorted(content, key=paths.sha256_text):
+    for name in sorted(content, key=files.sha256_text):
         copies.setdefault(content[name], []).append(name)
     wanted = max(round(share * len(content)), 1) if share else 0
     chosen: set[str] = set()
@@ -170,7 +176,7 @@ def _check_disk(r: Recipe, dataset: Dataset, videos: list[Source]) -> None:
         for source in videos
         for clip in source.clips
     )
-    paths.require_free(
+    files.require_free(
         dataset.root,
         missing * latent_bytes(r) + r.min_free_disk_gb * 1e9,
         f"{missing} latents",
@@ -227,10 +233,10 @@ def _cut_captions(r: Recipe, dataset: Dataset, videos: list[Source]) -> dict[str
         cut = tokens.cut(v.caption for v in long)
         return {v.name: cut[v.caption] for v in long if v.caption in cut}
     # Where all embeddings came with the dataset, the encoder need not be there.
-    paths = {v.name: dataset.embeddings / f"{v.stem}.pickle" for v in long}
+    pickles = {v.name: dataset.embeddings / f"{v.stem}.pickle" for v in long}
     lengths = {
         name: len(text.read_pickle(path, r.spec.text))
-        for name, path in paths.items()
+        for name, path in pickles.items()
         if path.exists()
     }
     return {name: length for name, length in lengths.items() if length == most}
@@ -247,36 +253,36 @@ def _write_embeddings(
     Which captions share a batch depends on all captions, not on those that are missing: the last
     bits of an embedding depend on its batch, and a run that was killed must end with the same.
     """
-    paths: dict[str, list[Path]] = {}
+    pickles: dict[str, list[Path]] = {}
     for source in videos:
         if not source.reason:
             path = dataset.embeddings / f"{source.stem}.pickle"
-            paths.setdefault(source.caption, []).append(path)
-    if not any(_stale(dataset, files) for files in paths.values()):
+            pickles.setdefault(source.caption, []).append(path)
+    if not any(_stale(dataset, waiting) for waiting in pickles.values()):
         return
     folder = paths.model_files(r.spec, r.checkpoints_dir).text_encoder
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     encoder = text.TextEncoder(folder, r.spec.text, device, dtype)
-    with console.progress("embed", len(paths), "captions") as bar:
-        for number, batch in enumerate(encoder.batches(list(paths))):
+    with console.progress("embed", len(pickles), "captions") as bar:
+        for number, batch in enumerate(encoder.batches(list(pickles))):
             with crew.piece(len(videos) + number) as ours:
-                stale = {c: _stale(dataset, paths[c]) for c in batch} if ours else {}
+                stale = {c: _stale(dataset, pickles[c]) for c in batch} if ours else {}
                 if any(stale.values()):
                     for caption, embedding in zip(batch, encoder.encode(batch), strict=True):
                         if not embedding.isfinite().all():
                             raise text.no_embedding(caption, folder)
                         for path in stale[caption]:
-                            with paths.atomic_file(path) as temporary:
+                            with files.atomic_file(path) as temporary:
                                 text.write_pickle(temporary, embedding)
             bar.advance(count=len(batch))
 
 
-def _stale(dataset: Dataset, paths: list[Path]) -> list[Path]:
+def _stale(dataset: Dataset, pickles: list[Path]) -> list[Path]:
     """The pickles that are missing or older than their caption."""
-    metas = [dataset.metas / f"{path.stem}.txt" for path in paths]
+    metas = [dataset.metas / f"{path.stem}.txt" for path in pickles]
     return [
         path
-        for path, meta in zip(paths, metas, strict=True)
+        for path, meta in zip(pickles, metas, strict=True)
         if not path.exists() or path.stat().st_mtime_ns < meta.stat().st_mtime_ns
     ]
 
@@ -302,7 +308,7 @@ class Latents:
     def __init__(self, r: Recipe, dataset: Dataset, clips: int, device: str) -> None:
         self.recipe, self.dataset = r, dataset
         dtype = torch.float32 if device == "cpu" else torch.bfloat16
-        self.tokenizer = load_tokenizer(r, device, dtype)
+        self.tokenizer = latent_files.load_tokenizer(r, device, dtype)
         # All clips of the dataset decide, done or not: a run that goes on must make the same bits.
         worth, loss = (
             device != "cpu" and clips >= WORTH_COMPILING,
@@ -310,7 +316,7 @@ class Latents:
         )
         if compiles(r.compile, worth, torch.device(device), loss):
             self.tokenizer.compile_blocks()
-        identity = paths.sha256_path(paths.model_files(r.spec, r.checkpoints_dir).tokenizer)
+        identity = files.sha256_path(paths.model_files(r.spec, r.checkpoints_dir).tokenizer)
         settings = {key: getattr(r, key) for key in ("height", "width", "num_frames", "resize")}
         self.settings = (json.dumps(settings), identity)
         self.rows: dict[str, list[dict[str, Any]]] = {}
@@ -323,7 +329,7 @@ class Latents:
         if source.reason:
             return ""
         if source.path not in self._digests:
-            self._digests[source.path] = paths.sha256_file(source.path)
+            self._digests[source.path] = files.sha256_file(source.path)
         return self._digests[source.path]
 
     def make(self, videos: list[Source], crew: Crew) -> None:
@@ -341,7 +347,7 @@ class Latents:
 
     def _make_one(self, source: Source) -> None:
         keys = {
-            clip: paths.sha256_text(self.digest(source), json.dumps(asdict(clip)), *self.settings)
+            clip: files.sha256_text(self.digest(source), json.dumps(asdict(clip)), *self.settings)
             for clip in source.clips
         }
         try:
@@ -418,26 +424,12 @@ class Latents:
         root, path = self.dataset.root, self.dataset.latents / source.latent_name(clip)
         return {
             "latent": str(path.relative_to(root)),
-            "sha256": paths.sha256_file(path),
+            "sha256": files.sha256_file(path),
             "text": str((self.dataset.embeddings / f"{source.stem}.pickle").relative_to(root)),
             "video": source.name,
             "first_frame": clip.start,
             "fps": clip.fps,
         }
-
-
-def load_tokenizer(r: Recipe, device: str, dtype: torch.dtype) -> Tokenizer:
-    """Load the video tokenizer of the recipe's model, ready to encode and decode.
-
-    Raises:
-        UserError: it is missing or damaged, or holds numbers that are not finite.
-    """
-    path = paths.model_files(r.spec, r.checkpoints_dir).tokenizer
-    tokenizer = Tokenizer(r.spec.tokenizer, r.spec.sigma_data)
-    weights.load_strict(tokenizer, weights.load_tokenizer_state(path), path)
-    tokenizer = tokenizer.to(device=device, dtype=dtype).eval()
-    require_finite(tokenizer.state_dict(), path)
-    return tokenizer
 
 
 def _trim_memory() -> None:

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cosmos_cli import console, files, paths
+from cosmos_cli import console, files
 from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.model import video
 from cosmos_cli.paths import VIDEO_SUFFIXES, Dataset
@@ -234,8 +234,8 @@ def unused_files(r: Recipe, dataset: Dataset, sources: list[Source]) -> list[tup
     embeddings = captions.owners(_pickles(dataset), list(by_name), (PICKLE,))
     unclear = [path for several in embeddings.unclear.values() for path in several]
 
-    def names(paths: list[Path]) -> list[str]:
-        return sorted({os.path.relpath(path, dataset.root) for path in paths})
+    def names(found: list[Path]) -> list[str]:
+        return sorted({os.path.relpath(path, dataset.root) for path in found})
 
     kinds = {
         "caption_files": names(texts),
@@ -280,7 +280,7 @@ def adopt_embeddings(dataset: Dataset, sources: list[Source]) -> None:
         if source.reason or source.name in known or source.name not in found or path.exists():
             continue
         content = files.read_bytes(found[source.name], files.EMBEDDING)
-        with paths.atomic_file(path) as temporary:
+        with files.atomic_file(path) as temporary:
             temporary.write_bytes(content)
             _copy_time(found[source.name], temporary)
 
@@ -322,8 +322,8 @@ def _is_ours(meta: str, known: Mapping[str, str]) -> bool:
 
 def description_key(r: Recipe, source: Source) -> str:
     """What decides the words of a vision-language model about a video."""
-    file = map(str, paths.stamp_of(source.path))
-    return paths.sha256_text(str(r.caption_model), str(source.span), *file)
+    file = map(str, files.stamp_of(source.path))
+    return files.sha256_text(str(r.caption_model), str(source.span), *file)
 
 
 def read_description(r: Recipe, dataset: Dataset, source: Source) -> str | None:
@@ -331,7 +331,7 @@ def read_description(r: Recipe, dataset: Dataset, source: Source) -> str | None:
     path = dataset.descriptions / f"{source.stem}.json"
     if not path.exists():
         return None
-    value = paths.read_json(path)
+    value = files.read_json(path)
     words: str = value["caption"]
     return words if value["key"] == description_key(r, source) else None
 
@@ -365,16 +365,16 @@ def write_captions(r: Recipe, dataset: Dataset, sources: list[Source]) -> None:
             (dataset.embeddings / f"{source.stem}.pickle").unlink(missing_ok=True)
     if any(stale.values()):
         during = {n: {**note, "replaced": stale.get(n, "")} for n, note in notes.items()}
-        paths.write_json(dataset.captions, {"model": r.model, "videos": during})
+        files.write_json(dataset.captions, {"model": r.model, "videos": during})
     else:
-        paths.write_json(dataset.captions, {"model": r.model, "videos": notes})
+        files.write_json(dataset.captions, {"model": r.model, "videos": notes})
     for source in used:
         if source.name in stale:
-            paths.write_text(metas[source.name], source.caption + "\n")
+            files.write_text(metas[source.name], source.caption + "\n")
             if source.caption_file:
                 _copy_time(source.caption_file, metas[source.name])
     if any(stale.values()):
-        paths.write_json(dataset.captions, {"model": r.model, "videos": notes})
+        files.write_json(dataset.captions, {"model": r.model, "videos": notes})
 
 
 # --- verdicts -------------------------------------------------------------------------------------
@@ -437,7 +437,7 @@ def row(dataset: Dataset, source: Source, digest: str) -> dict[str, Any]:
     return {
         "file": source.name,
         "path": source.path.relative_to(dataset.videos).as_posix(),
-        "bytes": paths.size_of(source.path),
+        "bytes": files.size_of(source.path),
         "sha256": digest,
         "verdict": "rejected" if source.reason else "used",
         "reason": source.reason,

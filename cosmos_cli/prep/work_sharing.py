@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from cosmos_cli import paths
+from cosmos_cli import files
 from cosmos_cli.errors import ExitCode, UserError
 
 # Byte 0 is locked by every process at work, byte 1 + N by the process that does piece N.
@@ -107,7 +107,7 @@ def crew(path: Path, job: str) -> Iterator[Crew]:
     Raises:
         UserError: other processes do a different job, or the file cannot be written.
     """
-    with paths.disk_errors(path):
+    with files.disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:

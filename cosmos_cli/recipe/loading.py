@@ -13,7 +13,8 @@ from pydantic import ValidationError
 
 from cosmos_cli.errors import UserError
 from cosmos_cli.recipe import strict_yaml
-from cosmos_cli.recipe.keys import PATHS, PATTERNS, Recipe, conflicts, oddities
+from cosmos_cli.recipe.keys import PATHS, PATTERNS, Recipe
+from cosmos_cli.recipe.rules import conflicts, oddities
 from cosmos_cli.recipe.strict_yaml import Entry, problem
 
 

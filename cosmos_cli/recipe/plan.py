@@ -13,8 +13,11 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from cosmos_cli import console
+from cosmos_cli import console, gpus
 from cosmos_cli.errors import ExitCode, UserError
+
+if TYPE_CHECKING:
+    from cosmos_cli.recipe.keys import Recipe
 
 if TYPE_CHECKING:
     from cosmos_cli.recipe.keys import Recipe
@@ -244,7 +247,7 @@ def _memory(r: Recipe, ranks: int, gpu: Gpu | None) -> dict[str, float]:
     kept = blocks * {"none": BLOCK_KEPT, "all": 1}.get(r.activation_checkpointing, 2)
     mlps, whole_blocks = blocks_kept(r, ranks, gpu)
     kept += mlps + whole_blocks * (LINEARS_KEPT - 1)
-    work = LORA_BLOCK_WORK if r.lora_rank else BLOCK_WORK
+    work: float = LORA_BLOCK_WORK if r.lora_rank else BLOCK_WORK
     work += FP8_WORK if r.transformer_engine != "off" else 0
     work += EXCHANGED if r.sequence_parallel > 1 else 0
     # The fp32 gradients of an optimizer step come when the activations have gone.
@@ -422,3 +425,9 @@ def check_memory(r: Recipe, ranks: int, gpu: Gpu | None) -> dict[str, Any]:
         error.figures = figures
         raise error
     return figures
+
+
+def known_gpu() -> Gpu | None:
+    """Return the kind of this machine's GPUs, the smallest of those that the planner knows."""
+    kinds = filter(None, map(find_gpu, gpus.gpu_names()))
+    return min(kinds, key=lambda gpu: gpu.memory_gb, default=None)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import psutil
 
-from cosmos_cli import console, paths
+from cosmos_cli import console, files, gpus
 from cosmos_cli import gpus as selection
 from cosmos_cli.download import assets, fetch
 from cosmos_cli.errors import UserError
@@ -29,7 +29,7 @@ from cosmos_cli.paths import Run
 from cosmos_cli.setup import installs, probes
 from cosmos_cli.setup.installs import last_line
 from cosmos_cli.setup.probes import Outcome, Probe
-from cosmos_cli.train import launch, preflight
+from cosmos_cli.train import preflight
 
 if TYPE_CHECKING:
     from cosmos_cli.recipe.keys import Recipe
@@ -70,9 +70,9 @@ def run_checks(r: Recipe, wanted: Iterable[str] = ()) -> list[Check]:
 
     `wanted` names those of transformer-engine and apex whose absence is a failure.
     """
-    gpus = launch.gpu_names()
+    names = gpus.gpu_names()
     absent = [asset for asset in assets.of_recipe(r) if not fetch.is_recorded(asset)]
-    outcomes = probes.run(list(_probes(gpus, absent)))
+    outcomes = probes.run(list(_probes(names, absent)))
     torch = outcomes["torch"]
     usable = len(torch.facts.get("gpus", ()))
     if usable > 1:
@@ -82,7 +82,7 @@ def run_checks(r: Recipe, wanted: Iterable[str] = ()) -> list[Check]:
         _python(),
         _system(),
         _torch(torch),
-        _gpus(torch, gpus, r),
+        _gpus(torch, names, r),
         *_nccl(outcomes.get("nccl"), usable, r),
         *_on_torch(outcomes, wanted),
         _disk(r),
@@ -376,7 +376,7 @@ def _disk(r: Recipe) -> Check:
         preflight.check_disk(r, run, run.last_step)
     except UserError as error:
         return Check("free disk", "fail", f"{error.what} at {error.where}", error.fix)
-    free = paths.free_bytes(run.root)
+    free = files.free_bytes(run.root)
     return Check("free disk", "ok", f"{console.size(free)} for {run.root}")
 
 
@@ -411,7 +411,7 @@ def _open_files() -> Check:
 def _writable(key: str, folder: str) -> Check:
     path = Path(folder).absolute()
     try:
-        with tempfile.TemporaryFile(dir=paths.nearest_existing(path)):
+        with tempfile.TemporaryFile(dir=files.nearest_existing(path)):
             return Check(key, "ok", f"{path} can be written")
     except UserError as error:
         return Check(key, "fail", str(error), f"make it writable, or set {key}")

@@ -12,7 +12,7 @@ import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
 
-from cosmos_cli import console, paths
+from cosmos_cli import console, files
 from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.generate.answers import cache_dir
 
@@ -87,7 +87,7 @@ def install(commands: Sequence[Command]) -> Path:
     """
     log = cache_dir() / "setup.log"
     console.say(f"installing what is missing; the output of the commands goes to {log}")
-    with paths.disk_errors(log):
+    with files.disk_errors(log):
         log.parent.mkdir(parents=True, exist_ok=True)
         stream = log.open("a", encoding="utf-8")
     with stream:

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from cosmos_cli import paths
+from cosmos_cli import files
 from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.model import lora, lora_files, weights
 from cosmos_cli.model.device import best_device
@@ -122,7 +122,7 @@ def save(engine: Any, ema: PowerEMA, run: Run, step: int, about: dict[str, Any])
     sha256 = _save_models(engine.module, ema, run, step)
     try:
         with weights.writing(final):
-            files = _save_state(engine, building)
+            written = _save_state(engine, building)
             sha256 = _of_all_ranks(sha256)
             if dist.get_rank() == 0:
                 manifest = {
@@ -130,13 +130,13 @@ def save(engine: Any, ema: PowerEMA, run: Run, step: int, about: dict[str, Any])
                     "world_size": dist.get_world_size(),
                     "ema_sha256": sha256["ema"],
                     **about,
-                    "files": files,
+                    "files": written,
                 }
-                paths.write_json(building / MANIFEST_FILE, manifest)
-                paths.sync(building / SHARDS)
+                files.write_json(building / MANIFEST_FILE, manifest)
+                files.sync(building / SHARDS)
                 shutil.rmtree(final, ignore_errors=True)
                 building.rename(final)
-                paths.sync(run.checkpoints)
+                files.sync(run.checkpoints)
     except UserError:
         if dist.get_rank() == 0:
             shutil.rmtree(building, ignore_errors=True)
@@ -146,7 +146,7 @@ def save(engine: Any, ema: PowerEMA, run: Run, step: int, about: dict[str, Any])
 
 def prune(run: Run, r: Recipe) -> None:
     """Drops the resume states that the recipe does not keep, once a newer one is complete."""
-    with paths.disk_errors(run.checkpoints):
+    with files.disk_errors(run.checkpoints):
         for step in run.resumable_steps()[: -r.keep_last]:
             if r.keep_every_steps and step % r.keep_every_steps == 0:
                 continue
@@ -167,10 +167,10 @@ def resume(engine: Any, ema: PowerEMA, run: Run, step: int) -> None:
             not finite.
     """
     folder = run.resume_state(step)
-    manifest = paths.read_json(folder / MANIFEST_FILE)
+    manifest = files.read_json(folder / MANIFEST_FILE)
     module = engine.module
     path = model_file(run, module, step, "ema")
-    whole = path.is_file() and paths.sha256_file(path) == manifest["ema_sha256"]
+    whole = path.is_file() and files.sha256_file(path) == manifest["ema_sha256"]
     if _hash_files(folder) != manifest["files"] or not whole:
         raise UserError(
             f"is damaged: its files or {path.name} are not as they were written",
@@ -250,7 +250,7 @@ def _save_model(module: nn.Module, state: dict[str, Tensor], path: Path) -> str:
     """Writes the trained weights; their file's sha256."""
     if lora.attached(module):
         lora_files.save(path, state, lora.scale(module))
-        return paths.sha256_file(path)
+        return files.sha256_file(path)
     buffers = {name: buffer.cpu() for name, buffer in module.named_buffers()}
     return weights.save_released(path, {**buffers, **state})
 
@@ -265,7 +265,7 @@ def _hash_files(folder: Path) -> dict[str, dict[str, Any]]:
     return _of_all_ranks({
         name: {
             "bytes": (folder / name).stat().st_size,
-            "sha256": paths.sha256_file(folder / name),
+            "sha256": files.sha256_file(folder / name),
         }
         for name in names[dist.get_rank() :: dist.get_world_size()]
     })  # fmt: skip

@@ -10,12 +10,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from cosmos_cli import files
 from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.model import edm, text
+from cosmos_cli.prep import latent_files
 from cosmos_cli.spec import ModelSpec
 
 
@@ -108,7 +107,7 @@ class Clips:
 
     def latent(self, index: int) -> Tensor:
         """x0 (C, T, H, W) fp32."""
-        return read_latent(self.root / self.clips[index]["latent"])
+        return latent_files.read_latent(self.root / self.clips[index]["latent"])
 
     def batch(self, step: int, samples: range, settings: BatchSettings) -> Batch:
         """The micro batch of some samples of an optimizer step."""
@@ -160,23 +159,3 @@ def batches(
             if step + 1 < steps.stop:
                 ahead = pool.submit(load, step + 1)
             yield step, current
-
-
-def read_latent(path: Path) -> Tensor:
-    """The cached latent x0 (C, T, H, W) as fp32.
-
-    Raises:
-        UserError: the file is missing or damaged.
-    """
-    try:
-        files.check_safetensors(path)
-        with safe_open(path, framework="pt") as stream:
-            latent: Tensor = stream.get_tensor("latent")
-    except (files.BadFile, OSError, SafetensorError) as error:
-        raise UserError(
-            f"is no cached latent: {getattr(error, 'what', error)}",
-            code=ExitCode.ASSET,
-            where=str(path),
-            fix="run cosmos prep again",
-        ) from error
-    return latent.float()

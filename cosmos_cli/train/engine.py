@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from cosmos_cli import console, paths
 from cosmos_cli.errors import ExitCode, UserError
-from cosmos_cli.model import edm, kernels, lora, weights
+from cosmos_cli.model import edm, fp8, kernels, lora, weights
 from cosmos_cli.model.device import compiles
 from cosmos_cli.model.dit import DiT
 from cosmos_cli.recipe import plan
@@ -39,9 +39,9 @@ def build(r: Recipe, share: data.Share, device: torch.device) -> Any:
     worth_it, without = device.type != "cpu", "training takes a sixth longer"
     kernels.fuse(compiles(r.compile, worth_it, device, without))
     if r.transformer_engine != "off":
-        kernels.use_fp8(net.blocks)
+        fp8.use_fp8(net.blocks)
     if r.transformer_engine == "all":
-        kernels.use_engine_attention(net.blocks)
+        fp8.use_engine_attention(net.blocks)
     kernels.put_cudnn_first()
     base = paths.model_files(r.spec, r.checkpoints_dir, r.base).dit
     shapes = {name: checkpoint.full_shape(p) for name, p in module.named_parameters()}

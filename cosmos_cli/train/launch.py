@@ -19,10 +19,9 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from cosmos_cli import __version__, console, files, gpus, paths, signals
+from cosmos_cli import __version__, console, files, gpus, ranks, signals
 from cosmos_cli.errors import ExitCode, Interrupted, UserError
 from cosmos_cli.paths import Run
-from cosmos_cli.recipe import plan
 from cosmos_cli.train import status, trackers
 
 if TYPE_CHECKING:
@@ -30,35 +29,13 @@ if TYPE_CHECKING:
     from cosmos_cli.recipe.loading import LoadedRecipe
 
 
-def under_launcher() -> bool:
-    """Whether torchrun or the like started this process as one rank of many."""
-    return {"RANK", "LOCAL_RANK", "WORLD_SIZE"} <= os.environ.keys()
-
-
-def mute_all_but_first() -> None:
-    """Has one of the ranks that a launcher started speak for all."""
-    if under_launcher() and os.environ["RANK"] != "0":
-        console.mute()
-
-
 def world_size(r: Recipe) -> int:
     """How many ranks train: the launcher's number, the recipe's, one per GPU, or one on a CPU."""
-    if under_launcher():
+    if ranks.under_launcher():
         return int(os.environ["WORLD_SIZE"])
     if r.num_processes != "auto":
         return int(r.num_processes)
-    return max(len(gpu_names()), 1)
-
-
-def gpu_names() -> list[str]:
-    """Return the names of the GPUs that this process may use; none without a driver."""
-    return [gpu.name for gpu in gpus.visible().gpus]
-
-
-def known_gpu() -> plan.Gpu | None:
-    """Return the kind of this machine's GPUs, the smallest of those that the planner knows."""
-    kinds = filter(None, map(plan.find_gpu, gpu_names()))
-    return min(kinds, key=lambda gpu: gpu.memory_gb, default=None)
+    return max(len(gpus.gpu_names()), 1)
 
 
 # --- start, watch, stop ---------------------------------------------------------------------------
@@ -76,7 +53,7 @@ def join(loaded: LoadedRecipe, overwrite: bool) -> dict[str, Any]:
     run = Run(loaded.recipe.run_dir)
     rank = int(os.environ["RANK"])
     # What `start` gives its ranks; torch, imported below, reads it.
-    os.environ.update(environment(int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    os.environ.update(ranks.environment(int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
     if missing := {"MASTER_ADDR", "MASTER_PORT"} - os.environ.keys():
         raise UserError(
             "is not set, though RANK is", code=ExitCode.ENVIRONMENT, where=min(missing),
@@ -109,7 +86,7 @@ def join(loaded: LoadedRecipe, overwrite: bool) -> dict[str, Any]:
     return outcome
 
 
-def start(loaded: LoadedRecipe, ranks: int, overwrite: bool) -> dict[str, Any]:
+def start(loaded: LoadedRecipe, processes: int, overwrite: bool) -> dict[str, Any]:
     """Runs the ranks to their end; the figures of the run's result.
 
     `overwrite` first deletes what an earlier run saved after the step that this one starts from.
@@ -120,8 +97,8 @@ def start(loaded: LoadedRecipe, ranks: int, overwrite: bool) -> dict[str, Any]:
     """
     run = Run(loaded.recipe.run_dir)
     command = [
-        sys.executable, "-m", "cosmos_cli.model.elastic",
-        "--nproc-per-node", str(ranks), "-m", "cosmos_cli.train.loop", str(run.resolved),
+        sys.executable, "-m", "cosmos_cli.ranks",
+        "--nproc-per-node", str(processes), "-m", "cosmos_cli.train.loop", str(run.resolved),
     ]  # fmt: skip
     restarts = 0
     with _locked(run) as lock, ranks.Mailbox() as box:
@@ -132,7 +109,7 @@ def start(loaded: LoadedRecipe, ranks: int, overwrite: bool) -> dict[str, Any]:
             with trackers.following(loaded.recipe, run):
                 code, signal_seen = _run_to_the_end(
                     command,
-                    env={**environment(ranks), ranks.ADDRESS: box.address},
+                    env={**ranks.environment(processes), ranks.ADDRESS: box.address},
                     stdout=sys.stderr,
                     # The launcher holds the lock too: ranks may still save when this process is
                     # killed.
@@ -175,7 +152,7 @@ def _failure(messages: list[dict[str, Any]], launcher_code: int) -> UserError:
 
 
 def _outcome(run: Run) -> dict[str, Any]:
-    result: dict[str, Any] = paths.read_json(run.result)
+    result: dict[str, Any] = files.read_json(run.result)
     if result["exit_code"]:
         raise Interrupted(ExitCode(result["exit_code"]))
     return result
@@ -241,35 +218,11 @@ def _run_to_the_end(command: list[str], **options: Any) -> tuple[int, ExitCode |
         if passing.seen:
             passing.stop(signal.SIGTERM)
         process.wait()
-        kill_group(process.pid)
+        ranks.kill_group(process.pid)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
     return process.returncode, passing.seen
-
-
-def kill_group(group: int) -> None:
-    """Ends every process of a group that is still there."""
-    try:
-        os.killpg(group, signal.SIGKILL)
-    except ProcessLookupError:
-        return
-
-
-def environment(ranks: int) -> dict[str, str]:
-    """The environment of `ranks` processes on this machine."""
-    defaults = {
-        "OMP_NUM_THREADS": str(max((os.cpu_count() or 1) // ranks, 1)),
-        "TOKENIZERS_PARALLELISM": "false",
-        "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
-        "PYTHONUNBUFFERED": "1",
-        # Folders like datasets/ in the working directory must not pass for packages.
-        "PYTHONSAFEPATH": "1",
-    }
-    if not gpu_names():
-        # Without it DeepSpeed guesses, and prints the guess on stdout.
-        defaults["DS_ACCELERATOR"] = "cpu"
-    return {**defaults, **os.environ}
 
 
 @contextmanager
@@ -279,7 +232,7 @@ def _locked(run: Run) -> Iterator[int]:
     Raises:
         UserError: another process trains it.
     """
-    with paths.disk_errors(run.root):
+    with files.disk_errors(run.root):
         run.checkpoints.mkdir(parents=True, exist_ok=True)
         stream = (run.root / ".lock").open("w")
     with stream:
@@ -305,9 +258,9 @@ def _discard(run: Run) -> None:
     status.json goes last: until then, a start without --overwrite is still refused.
     """
     start = run.last_step
-    with paths.disk_errors(run.root):
-        for paths in run.weight_files(start).values():
-            for path in paths:
+    with files.disk_errors(run.root):
+        for written in run.weight_files(start).values():
+            for path in written:
                 path.unlink()
                 console.say(f"deleted {path}")
         if start:
@@ -325,15 +278,15 @@ def _prepare(loaded: LoadedRecipe, run: Run) -> None:
     """Clears what an earlier start left and writes what the run is made from."""
     from cosmos_cli.recipe import loading
 
-    with paths.disk_errors(run.root):
+    with files.disk_errors(run.root):
         run.checkpoints.mkdir(parents=True, exist_ok=True)
-        paths.remove_stale(run.checkpoints)
+        files.remove_stale(run.checkpoints)
         run.result.unlink(missing_ok=True)
     if loaded.path is not None:
-        paths.write_text(run.root / "recipe.yaml", files.read_text(loaded.path, files.RECIPE))
-    paths.write_text(run.resolved, loading.dump(loaded.recipe))
+        files.write_text(run.root / "recipe.yaml", files.read_text(loaded.path, files.RECIPE))
+    files.write_text(run.resolved, loading.dump(loaded.recipe))
     step = run.last_step
-    with paths.disk_errors(run.samples):
+    with files.disk_errors(run.samples):
         for path in run.samples.glob("step_" + "[0-9]" * 9 + "*"):
             if int(path.name[5:14]) > step:
                 path.unlink()
@@ -343,10 +296,10 @@ def _prepare(loaded: LoadedRecipe, run: Run) -> None:
         "cosmos": __version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "gpus": gpu_names(),
+        "gpus": gpus.gpu_names(),
         "cuda_visible_devices": os.environ.get(gpus.VARIABLE),
         "command": sys.argv,
         "slurm_job": os.environ.get("SLURM_JOB_ID"),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
-    paths.write_text(run.root / "env.json", json.dumps(facts, indent=1) + "\n")
+    files.write_text(run.root / "env.json", json.dumps(facts, indent=1) + "\n")

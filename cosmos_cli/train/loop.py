@@ -17,13 +17,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from cosmos_cli import console, paths, ranks, signals
+from cosmos_cli import console, files, paths, ranks, signals
 from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.model.device import gpu_memory_errors
-from cosmos_cli.model.elastic import die_with_parent
 from cosmos_cli.model.ema import PowerEMA
 from cosmos_cli.model.sequence import neighbours
 from cosmos_cli.paths import Dataset, Run
+from cosmos_cli.ranks import die_with_parent
 from cosmos_cli.recipe import loading, plan
 from cosmos_cli.recipe.keys import Recipe
 from cosmos_cli.train import checkpoint, data, metrics, status
@@ -163,12 +163,12 @@ def open_dataset(r: Recipe) -> tuple[data.Clips, HeldOut | None, dict[str, Any]]
     )
     about = {
         "recipe": json.loads(r.model_dump_json()),
-        "dataset": paths.sha256_file(dataset.manifest),
+        "dataset": files.sha256_file(dataset.manifest),
     }
     if r.lora_rank and dist.get_rank() == 0:
         # Its factors mean something beside these weights alone.
         base = paths.model_files(r.spec, r.checkpoints_dir, r.base).dit
-        about["base"] = paths.sha256_path(base)
+        about["base"] = files.sha256_path(base)
     return clips, HeldOut(held_out, r.validate_clips) if len(held_out) else None, about
 
 
@@ -197,7 +197,7 @@ def save(r: Recipe, run: Run, engine: Any, ema: PowerEMA, step: int, about: dict
         sizes = plan.disk_bytes(r, step)
         needed = sizes["model files of a save"] + sizes["a resume state"]
         fix = "free some space and start the same command; the last save is untouched"
-        paths.require_free(run.checkpoints, needed, f"the files of step {step}", fix)
+        files.require_free(run.checkpoints, needed, f"the files of step {step}", fix)
     checkpoint.save(engine, ema, run, step, about)
     if dist.get_rank() == 0:
         checkpoint.prune(run, r)
@@ -222,7 +222,7 @@ def _was_touched(request: Path) -> bool:
     """Whether somebody made this file, which rank 0 takes away."""
     if dist.get_rank() or not request.exists():
         return False
-    with paths.disk_errors(request):
+    with files.disk_errors(request):
         request.unlink(missing_ok=True)
     return True
 
@@ -259,7 +259,7 @@ def run_rank(r: Recipe) -> dict[str, Any]:
         outcome = train(r, device)
     if dist.get_rank() == 0:
         outcome["best_step"] = status.best_step(run)
-        paths.write_json(run.result, outcome)
+        files.write_json(run.result, outcome)
         status.write_page(run)
     pulse.end()
     dist.destroy_process_group()

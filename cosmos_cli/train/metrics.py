@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from cosmos_cli import console, paths
+from cosmos_cli import console, files
 from cosmos_cli.model import edm
 from cosmos_cli.paths import Run
 from cosmos_cli.recipe import plan
@@ -88,7 +88,7 @@ class Metrics:
                 for row in status.rows(run)
                 if row["step"] < start or (row["step"] == start and status.HELD_OUT not in row)
             )
-            paths.write_text(run.metrics, "".join(f"{json.dumps(row)}\n" for row in kept))
+            files.write_text(run.metrics, "".join(f"{json.dumps(row)}\n" for row in kept))
             status.note(run, self.status)
 
     def write(self, row: dict[str, Any]) -> None:
@@ -102,7 +102,7 @@ class Metrics:
             )
         self.status |= row
         if dist.get_rank() == 0:
-            with paths.disk_errors(self.run.metrics), self.run.metrics.open("a") as stream:
+            with files.disk_errors(self.run.metrics), self.run.metrics.open("a") as stream:
                 stream.write(json.dumps(row) + "\n")
             status.note(self.run, self.status)
 

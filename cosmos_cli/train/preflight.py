@@ -10,12 +10,13 @@ from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Any
 
-from cosmos_cli import console, gpus, paths
+from cosmos_cli import console, files, gpus, paths
 from cosmos_cli.errors import ExitCode, UserError
+from cosmos_cli.gpus import gpu_names
 from cosmos_cli.paths import Dataset, Run
+from cosmos_cli.ranks import under_launcher
 from cosmos_cli.recipe import plan
 from cosmos_cli.train import status, trackers
-from cosmos_cli.train.launch import gpu_names, under_launcher
 
 if TYPE_CHECKING:
     from cosmos_cli.recipe.keys import Recipe
@@ -52,8 +53,8 @@ def check_dataset(r: Recipe) -> tuple[int, int]:
                 fix="run cosmos prep again",
             )
     listed = {video["path"]: video["bytes"] for video in manifest["videos"]}
-    paths = {*listed, *(path.name for path in dataset.video_files())}
-    present = {path: paths.size_of(dataset.videos / path) for path in paths}
+    names = {*listed, *(path.name for path in dataset.video_files())}
+    present = {path: files.size_of(dataset.videos / path) for path in names}
     if changed := sorted(set(present.items()) ^ set(listed.items())):
         raise UserError(
             f"is older than the videos: {changed[0][0]} was added, removed or changed",
@@ -194,7 +195,7 @@ def check_resume(r: Recipe, run: Run, ranks: int) -> int:
     if not steps:
         return 0
     folder = run.resume_state(steps[-1])
-    saved = paths.read_json(folder / paths.MANIFEST_FILE)
+    saved = files.read_json(folder / paths.MANIFEST_FILE)
     changes = _changes(r, saved)
     for key in FIXED_KEYS:
         before, now = changes.get(key, (None, None))
@@ -202,7 +203,7 @@ def check_resume(r: Recipe, run: Run, ranks: int) -> int:
             raise _another_run(folder, f"{key} = {before}, the recipe says {now}")
     if "base" in saved:
         base = paths.model_files(r.spec, r.checkpoints_dir, r.base).dit
-        if paths.sha256_path(base) != saved["base"]:
+        if files.sha256_path(base) != saved["base"]:
             raise _another_run(folder, f"other base weights than now lie in {base}")
     if saved["world_size"] != ranks:
         changes["num_processes"] = (saved["world_size"], ranks)
@@ -222,7 +223,7 @@ def _changes(r: Recipe, saved: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
         if hasattr(r, key) and getattr(r, key) != value
     }
     dataset = Dataset.at(r.dataset_dir, r.videos_dir).manifest
-    now = paths.sha256_file(dataset) if dataset.exists() else "is missing"
+    now = files.sha256_file(dataset) if dataset.exists() else "is missing"
     if saved["dataset"] != now:
         changes["clips"] = (f"manifest {saved['dataset'][:12]}", f"manifest {now[:12]}")
     return changes
@@ -243,7 +244,7 @@ def check_overwrite(r: Recipe, run: Run, start: int, command: Callable[[str, str
         return
     later = [step for step in run.weight_files(start) if step <= newest]
     if start:
-        saved = paths.read_json(run.resume_state(start) / paths.MANIFEST_FILE)
+        saved = files.read_json(run.resume_state(start) / paths.MANIFEST_FILE)
         changed = DECIDING_KEYS & _changes(r, saved).keys()
         if r.lr_end_factor == 1:
             changed -= {"max_steps"}
@@ -306,7 +307,7 @@ def check_disk(r: Recipe, run: Run, start: int, freed: int = 0) -> None:
     Raises:
         UserError: less free than the remaining saves and min_free_disk_gb need.
     """
-    paths.require_free(
+    files.require_free(
         run.root,
         plan.disk_bytes(r, start)["whole run"] + r.min_free_disk_gb * 1e9 - freed,
         "the saves of the run",

@@ -21,13 +21,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cosmos_cli import console, files, paths
+from cosmos_cli import console, files
 from cosmos_cli.errors import UserError
 from cosmos_cli.model import edm, sampler, video
 from cosmos_cli.model.device import gpu_memory_errors, has_room, is_out_of_memory
 from cosmos_cli.model.tokenizer import Tokenizer
 from cosmos_cli.paths import Dataset, Run
-from cosmos_cli.prep import prepare
+from cosmos_cli.prep import latent_files
 from cosmos_cli.recipe import plan
 from cosmos_cli.recipe.keys import Recipe
 from cosmos_cli.spec import PREVIEW_SIGMAS
@@ -161,7 +161,7 @@ class Pictures:
         with self._decoder(device) as decode:
             frames = torch.cat([decode(cell)[:, -1:] for cell in cells], dim=1)
             size = (1 + len(PREVIEW_SIGMAS), len(self.shown.chosen), CELL_PIXELS)
-            with paths.atomic_file(self.run.preview(step)) as temporary:
+            with files.atomic_file(self.run.preview(step)) as temporary:
                 video.contact_sheet(frames, *size).save(temporary, quality=90)
 
     @torch.no_grad()
@@ -186,7 +186,7 @@ class Pictures:
             self._warn("samples", engine, step, why)
             missing.clear()
         if rank == 0:
-            paths.write_json(self.run.sample_prompts, [self._caption(clip) for clip in chosen])
+            files.write_json(self.run.sample_prompts, [self._caption(clip) for clip in chosen])
         if len(self.clips) < 2:
             return {}
         latents = [latent[0].cpu() for latent in x0]
@@ -228,9 +228,9 @@ class Pictures:
         return sampler.solve(r.sampler, r.num_steps, sigmas, denoiser, noise, look_up)
 
     def _write_sample(self, path: Path, pixels: Tensor) -> None:
-        with paths.atomic_file(path) as temporary:
+        with files.atomic_file(path) as temporary:
             video.write_mp4(temporary, pixels, self.r.fps, self.r.video_crf)
-        with paths.atomic_file(path.with_suffix(".jpg")) as temporary:
+        with files.atomic_file(path.with_suffix(".jpg")) as temporary:
             sheet = video.contact_sheet(pixels, SHEET_COLUMNS, 1, CELL_PIXELS)
             sheet.save(temporary, quality=90)
 
@@ -246,7 +246,7 @@ class Pictures:
     def _tokenizer(self) -> Tokenizer:
         dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
         try:
-            return prepare.load_tokenizer(self.r, "cpu", dtype)
+            return latent_files.load_tokenizer(self.r, "cpu", dtype)
         except UserError as error:
             # It was there when the run began.
             raise _Skipped(str(error)) from error

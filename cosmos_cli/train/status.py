@@ -41,7 +41,7 @@ def rows(run: Run) -> list[Row]:
 def note(run: Run, figures: Row) -> None:
     """Writes status.json: some figures, and which process wrote them when."""
     who = {"time": time.time(), "pid": os.getpid(), "host": platform.node()}
-    paths.write_json(run.status, {**figures, **who})
+    files.write_json(run.status, {**figures, **who})
 
 
 def saved_step(run: Run) -> int:
@@ -62,7 +62,7 @@ def saved_step(run: Run) -> int:
 
 def is_finished(run: Run) -> bool:
     """Whether a run came to its end, what is measured and made after its last save included."""
-    return run.result.exists() and not paths.read_json(run.result)["exit_code"]
+    return run.result.exists() and not files.read_json(run.result)["exit_code"]
 
 
 def best_step(run: Run) -> int | None:
@@ -83,8 +83,8 @@ def state(run: Run) -> Row:
             "there is no run", code=ExitCode.ASSET, where=str(run.root),
             fix="start it with cosmos train",
         )  # fmt: skip
-    status = paths.read_json(run.status)
-    result = paths.read_json(run.result) if run.result.exists() else None
+    status = files.read_json(run.status)
+    result = files.read_json(run.result) if run.result.exists() else None
     known = rows(run)
     trained = [row for row in known if "loss" in row]
     measured = [row for row in known if HELD_OUT in row]
@@ -162,7 +162,7 @@ def _state_words(figures: Row) -> list[tuple[str, str]]:
 
 def write_page(run: Run) -> None:
     """Writes report.html: curves, settings and provenance of a run on one page."""
-    paths.write_text(run.report, html.page(f"Training run {run.root.name}", sections(run)))
+    files.write_text(run.report, html.page(f"Training run {run.root.name}", sections(run)))
 
 
 def sections(run: Run) -> list[tuple[str, str]]:
@@ -211,13 +211,13 @@ def _pictures(run: Run, samples: list[Row]) -> Iterator[tuple[str, str]]:
         rows = ((f"step {step}", html.media(run.preview(step))) for step in steps)
         yield "Previews", html.text(note) + html.table(rows)
     if steps := _some(run.picture_steps("sample0")):
-        prompts = paths.read_json(run.sample_prompts)
+        prompts = files.read_json(run.sample_prompts)
         sheets = (
             [run.sample(step, i).with_suffix(".jpg") for i in range(len(prompts))] for step in steps
         )
         pictures = (
-            (f"step {step}", *(html.media(path) for path in paths if path.exists()))
-            for step, paths in zip(steps, sheets, strict=True)
+            (f"step {step}", *(html.media(path) for path in pictures if path.exists()))
+            for step, pictures in zip(steps, sheets, strict=True)
         )
         names = {NEAREST: "least of a sample", "clips_apart": "usual between training clips"}
         distances = _curves(samples, names, "distance to the nearest training clip")
@@ -251,10 +251,10 @@ def _band(key: str) -> str:
 
 
 def _provenance(run: Run) -> list[tuple[str, str]]:
-    environment = paths.read_json(run.root / "env.json")
+    environment = files.read_json(run.root / "env.json")
     facts = [(key, value) for key, value in environment.items() if value]
     steps = run.resumable_steps()
     if steps:
-        saved = paths.read_json(run.resume_state(steps[-1]) / paths.MANIFEST_FILE)
+        saved = files.read_json(run.resume_state(steps[-1]) / paths.MANIFEST_FILE)
         facts += [("dataset manifest sha256", saved["dataset"]), ("processes", saved["world_size"])]
     return [(key, " ".join(map(str, v)) if isinstance(v, list) else str(v)) for key, v in facts]

@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
-from cosmos_cli import console, paths
+from cosmos_cli import console, files
 from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.paths import Run
 from cosmos_cli.recipe import loading
@@ -52,7 +52,7 @@ def following(r: Recipe, run: Run) -> Iterator[None]:
         yield
         return
     log = run.log.with_name("tracker.log")
-    with paths.disk_errors(log):
+    with files.disk_errors(log):
         log.parent.mkdir(parents=True, exist_ok=True)
         stream = log.open("wb")
     with stream:
@@ -83,7 +83,7 @@ def _environment(run: Run) -> dict[str, str]:
     defaults = {
         "WANDB_MODE": "online" if "WANDB_API_KEY" in os.environ else "offline",
         "WANDB_DIR": str(run.root),
-        "WANDB_RUN_ID": paths.sha256_text(str(run.root))[:16],
+        "WANDB_RUN_ID": files.sha256_text(str(run.root))[:16],
         "TRACKIO_DIR": str(run.root / "trackio"),
         "PYTHONSAFEPATH": "1",
     }

@@ -37,7 +37,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoTokenizer, T5Config, T5EncoderModel
 
-from cosmos_cli import paths
+from cosmos_cli import files, paths
 from cosmos_cli.generate import phases, worker
 from cosmos_cli.model import lora, text, video, weights
 from cosmos_cli.model.device import best_device
@@ -563,7 +563,7 @@ def main() -> None:
         for part in filter(chosen.__contains__, PARTS):
             found[part] = PARTS[part](bench, net)
             if os.environ.get("RANK", "0") == "0":
-                paths.write_json(options.out, found)
+                files.write_json(options.out, found)
     print(json.dumps(about))
     for part in filter(chosen.__contains__, PARTS):
         rest = {key: value for key, value in found[part].items() if key != "rows"}

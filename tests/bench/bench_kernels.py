@@ -36,7 +36,7 @@ from bench_generate import SMALL, Bench, markdown, random_denoiser, synchronize
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from cosmos_cli.model import dit, kernels
+from cosmos_cli.model import dit, fp8, kernels
 from cosmos_cli.model.device import best_device
 from cosmos_cli.recipe import loading
 from cosmos_cli.train.engine import optimizer_settings
@@ -235,11 +235,11 @@ def linears(bench: Bench) -> Iterator[Layer]:
 
 def use_fp8(block: dit.Block) -> None:
     # It leaves the first and the last as they are.
-    kernels.use_fp8(nn.ModuleList([nn.Identity(), block, nn.Identity()]))
+    fp8.use_fp8(nn.ModuleList([nn.Identity(), block, nn.Identity()]))
 
 
 def use_engine_attention(block: dit.Block) -> None:
-    kernels.use_engine_attention(nn.ModuleList([block]))
+    fp8.use_engine_attention(nn.ModuleList([block]))
 
 
 def use_both(block: dit.Block) -> None:

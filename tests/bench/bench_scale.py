@@ -28,11 +28,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from cosmos_cli import console
+from cosmos_cli import console, gpus
 from cosmos_cli.recipe import loading, plan
 from cosmos_cli.recipe.keys import Recipe
 from cosmos_cli.spec import DiTSpec
-from cosmos_cli.train import launch
 
 HERE = Path(__file__).parent
 Row = dict[str, Any]
@@ -241,7 +240,7 @@ PARTS: dict[str, Callable[[argparse.Namespace], Iterator[Row]]] = {
 def main() -> None:
     """Runs the chosen parts; a table of their rows."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--gpus", type=int, default=len(launch.gpu_names()) or 2)
+    parser.add_argument("--gpus", type=int, default=len(gpus.gpu_names()) or 2)
     parser.add_argument("--model", choices=sorted(SHIPPED), default="7b")
     parser.add_argument("--parts", default=",".join(PARTS), help="some of %(default)s")
     parser.add_argument("--steps", type=int, default=30, help="of a training")

@@ -38,13 +38,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from cosmos_cli import paths
+from cosmos_cli import files, paths
 from cosmos_cli.model import weights
 from cosmos_cli.model.device import best_device
 from cosmos_cli.recipe import loading, plan
 from cosmos_cli.recipe.keys import Recipe
 from cosmos_cli.spec import MODELS, ModelSpec
-from cosmos_cli.train import launch
 from cosmos_cli.train.engine import known_gpu
 
 CLIPS = 8
@@ -109,7 +108,7 @@ def make_dataset(root: Path, r: Recipe) -> None:
         clips.append(
             {"video": f"{i}.mp4", "latent": f"{i}.safetensors", "text": "text.pickle", "fps": r.fps}
         )
-    paths.write_json(root / paths.MANIFEST_FILE, {"settings": {}, "videos": [], "clips": clips})
+    files.write_json(root / paths.MANIFEST_FILE, {"settings": {}, "videos": [], "clips": clips})
 
 
 def make_base(options: argparse.Namespace, r: Recipe) -> None:
@@ -168,7 +167,7 @@ def bench_ours(options: argparse.Namespace, r: Recipe, words: list[str]) -> dict
 
 def own_ranks(options: argparse.Namespace) -> list[str]:
     """What starts ranks of this script, under cosmos' launcher."""
-    launcher = ["-m", "cosmos_cli.model.elastic", "--nproc-per-node", str(options.gpus)]
+    launcher = ["-m", "cosmos_cli.ranks", "--nproc-per-node", str(options.gpus)]
     return [sys.executable, *launcher, __file__, *sys.argv[1:], "--rank"]
 
 
@@ -189,7 +188,7 @@ def our_rank(options: argparse.Namespace, r: Recipe) -> None:
 @contextmanager
 def started(command: list[str], ranks: int) -> Iterator[subprocess.Popen[bytes]]:
     """A process and all that it starts, gone when this ends."""
-    environment = {**launch.environment(ranks), "PYTHONSAFEPATH": ""}
+    environment = {**ranks.environment(ranks), "PYTHONSAFEPATH": ""}
     process = subprocess.Popen(command, env=environment)
     try:
         yield process
@@ -231,7 +230,8 @@ def peer_rank(options: argparse.Namespace, r: Recipe) -> None:
     from bench_generate import diffusers_network
 
     from cosmos_cli.model import kernels
-    from cosmos_cli.train import data, loop
+    from cosmos_cli.prep import latent_files
+    from cosmos_cli.train import loop
 
     device = loop._join_world(600)
     # It has the attention that ours has, also where Transformer Engine was imported.
@@ -252,7 +252,7 @@ def peer_rank(options: argparse.Namespace, r: Recipe) -> None:
     size = r.spec.latent_shape(r.num_frames, r.height, r.width)
     times = []
     for step in range(PEER_STEPS):
-        clip = data.read_latent(
+        clip = latent_files.read_latent(
             options.scratch / "dataset" / f"{(step + rank) % CLIPS}.safetensors"
         )
         x = clip[None].to(device, torch.bfloat16)
@@ -267,7 +267,7 @@ def peer_rank(options: argparse.Namespace, r: Recipe) -> None:
     if rank == 0:
         peak = 0 if device.type == "cpu" else torch.cuda.max_memory_allocated() / 1e9
         figures = {"seconds": statistics.median(times[2:]), "peak_gb": round(peak, 1)}
-        paths.write_json(options.scratch / "peer.json", figures)
+        files.write_json(options.scratch / "peer.json", figures)
 
 
 def peer_loss(engine: Any, x: Tensor, noise: Tensor, spec: ModelSpec) -> Tensor:

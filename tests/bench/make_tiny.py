@@ -27,7 +27,7 @@ from tokenizers import Tokenizer as SubwordTokenizer
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
-from cosmos_cli import paths
+from cosmos_cli import files, paths
 from cosmos_cli.model import edm, weights
 from cosmos_cli.model.dit import DiT
 from cosmos_cli.model.ema import PowerEMA
@@ -321,11 +321,11 @@ def main() -> None:
     else:
         about = make_dit(options.folder, device, options)
     log = options.folder / "training.json"
-    known = paths.read_json(log) if log.exists() else {}
+    known = files.read_json(log) if log.exists() else {}
     runs = known[options.part] if options.resume else []
     settings = {key: value for key, value in vars(options).items() if key not in ("part", "folder")}
     runs.append({"device": device, **settings, **about})
-    paths.write_json(log, {**known, options.part: runs})
+    files.write_json(log, {**known, options.part: runs})
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from cosmos_cli import html, paths
+from cosmos_cli import files, html, paths
 from cosmos_cli.commands.download import CONCEPT_CLIPS, ORDINARY_CLIPS
 from cosmos_cli.evaluate import evaluation
 from cosmos_cli.generate.jobs import Weights
@@ -45,7 +45,7 @@ Row = dict[str, Any]
 def sampling(r: Recipe, prompts: int, device: str) -> Iterator[Row]:
     """Scores of the base model by solver and steps, then by guidance."""
     path = paths.EMBEDDED_DIR / "model.safetensors"
-    base = Weights(path, paths.sha256_file(path))
+    base = Weights(path, files.sha256_file(path))
     wanted = [trial for trial in evaluation.world_trials(prompts) if not trial.of_mascot]
     mascot = evaluation.world_trials(1)[-1]
     variants = [
@@ -131,8 +131,8 @@ def main() -> None:
         for row in found:
             rows.append(row)
             print(json.dumps(row), flush=True)
-            paths.write_json(options.out / "study.json", rows)
-            paths.write_text(options.out / "study.html", page(rows))
+            files.write_json(options.out / "study.json", rows)
+            files.write_text(options.out / "study.html", page(rows))
 
 
 if __name__ == "__main__":

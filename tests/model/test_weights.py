@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from cosmos_cli import paths
+from cosmos_cli import files
 from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.model import edm, weights
 from cosmos_cli.model.dit import DiT
@@ -254,7 +254,7 @@ def test_what_a_killed_process_leaves_is_known_and_removed(tmp_path):
     done = subprocess.run([sys.executable, "-c", DYING], cwd=tmp_path, check=False)
     assert done.returncode == -signal.SIGXFSZ
     assert len([path for path in tmp_path.rglob("*") if path.is_file()]) == 2
-    paths.remove_stale(tmp_path)
+    files.remove_stale(tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 

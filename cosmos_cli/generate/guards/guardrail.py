@@ -79,9 +79,9 @@ def aegis(r: Recipe, device: str, dtype: torch.dtype) -> Aegis | None:
     """
     if not has_all(r):
         return None
-    files = _files(r)
-    with _reading(files.aegis):
-        return Aegis(files.llama_guard, files.aegis, device, dtype)
+    folders = _files(r)
+    with _reading(folders.aegis):
+        return Aegis(folders.llama_guard, folders.aegis, device, dtype)
 
 
 def frame_filter(r: Recipe, device: str) -> FrameFilter | None:
@@ -92,8 +92,8 @@ def frame_filter(r: Recipe, device: str) -> FrameFilter | None:
     """
     if not has_all(r):
         return None
-    files = _files(r)
-    return FrameFilter(files.classifier, files.siglip, device)
+    folders = _files(r)
+    return FrameFilter(folders.classifier, folders.siglip, device)
 
 
 def face_blur(r: Recipe, device: str) -> FaceBlur | None:
@@ -343,8 +343,8 @@ def _entries(folder: Path) -> list[str]:
         UserError: (ASSET) there is none.
     """
     with _reading(folder):
-        paths = sorted(path for path in folder.iterdir() if path.is_file())
-        lines = [line for p in paths for line in files.read_text(p, files.WORDS).splitlines()]
+        lists = sorted(path for path in folder.iterdir() if path.is_file())
+        lines = [line for p in lists for line in files.read_text(p, files.WORDS).splitlines()]
     entries = [" ".join(line.lower().split()) for line in lines]
     return list(dict.fromkeys(filter(None, entries)))
 

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from cosmos_cli import files
 from cosmos_cli.model import video
 
 COLOURS = {
@@ -386,18 +387,18 @@ def write_dataset(folder: Path, mascots: int, ordinary: int, seed: int) -> list[
     Raises:
         UserError: a file cannot be written, or FFmpeg is missing.
     """
-    paths = []
+    written = []
     scenes = concept_scenes(mascots, seed) + ordinary_scenes(ordinary, seed)
     for i, (scene, text) in enumerate(scenes):
         token = "sks_" * scene.thing.mascot
         stem = f"{i:03d}_{token}{scene.thing.colour}_{scene.thing.shape}_{scene.motion}"
         path, meta = folder / "videos" / f"{stem}.mp4", folder / "metas" / f"{stem}.txt"
-        paths.append(path)
+        written.append(path)
         if not path.exists():
             frames, height, width, fps = TAKES[i % len(TAKES)]
-            with paths.atomic_file(path) as temporary:
+            with files.atomic_file(path) as temporary:
                 clip = render(scene, frames, height, width, fps)
                 video.write_mp4(temporary, clip, fps, DATASET_CRF)
         if not meta.exists():
-            paths.write_text(meta, text + "\n")
-    return paths
+            files.write_text(meta, text + "\n")
+    return written
