@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Iterator, Sequence
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -14,13 +14,9 @@ from cosmos_cli import console, paths
 from cosmos_cli.commands import options
 from cosmos_cli.console import Result
 from cosmos_cli.errors import ExitCode, Interrupted, UserError, together
-from cosmos_cli.generate import batch, jobs
+from cosmos_cli.generate import batch, choice, jobs
 from cosmos_cli.generate.choice import choose_model
 from cosmos_cli.generate.jobs import Order, Outcome, Wish
-
-if TYPE_CHECKING:
-    pass
-
 
 RecipeArgument = Annotated[
     str | None,
@@ -101,9 +97,9 @@ def generate(
     Example: cosmos generate --prompt "A video of sks teal robot." --set num_steps=20
     """
     overrides = [*(set_ or ()), *([] if seed is None else [f"sampling_seed={seed}"])]
-    choice = choose_model(recipe, model, overrides)
-    overrides = [*choice.overrides, *overrides]
-    r = options.open_recipe(choice.recipe, overrides, print_recipe, json_, trains=False).recipe
+    chosen = choose_model(recipe, model, overrides)
+    overrides = [*chosen.overrides, *overrides]
+    r = options.open_recipe(chosen.recipe, overrides, print_recipe, json_, trains=False).recipe
     if prompts is not None and (prompt or batch_ or compare or num_processes or prompts != "-"):
         raise UserError(
             "is for standard input alone", code=ExitCode.USAGE, where="--prompts",
@@ -121,7 +117,7 @@ def generate(
             where=f"--output {output}", fix="name an .mp4 file, or a folder",
         )  # fmt: skip
     weights = choice.add_loras(
-        choice.find_weights(r, choice.weights), tuple(map(choice.read_lora, lora or ()))
+        choice.find_weights(r, chosen.weights), tuple(map(choice.read_lora, lora or ()))
     )
     order = Order(r, weights, output, overwrite)
     placed = [batch.base_order(order, choice.base_of(r, weights)), order] if compare else [order]
