@@ -43,6 +43,11 @@ def mute() -> None:
     _muted = True
 
 
+def is_muted() -> bool:
+    """True if another process speaks for this one."""
+    return _muted
+
+
 def unmute() -> None:
     """Lets this process speak again: its own failure must be seen."""
     global _muted  # noqa: PLW0603

@@ -5,6 +5,7 @@ import os
 import shutil
 
 import pytest
+from conftest import stand_in_weights
 
 from cosmos_cli import files, paths
 
@@ -31,8 +32,7 @@ def choose(cosmos, *arguments, code=0):
 def put(cosmos, name, content="weights", file="model.pt", changed=None):
     """Puts weights into a folder in checkpoints, as a person would by hand."""
     path = cosmos.cwd / "checkpoints" / name / file
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(content)
+    stand_in_weights(path, content)
     if changed is not None:
         os.utime(path, (changed, changed))
     return cosmos.cwd / "checkpoints" / name
@@ -233,7 +233,7 @@ def test_a_manifest_that_says_nothing_verifies_nothing_and_a_wrong_one_refuses(c
         assert "cosmos promote" in said
     for path, content in whole.items():
         path.write_bytes(content)
-    (folder / "model.pt").write_text("another")
+    stand_in_weights(folder / "model.pt", "another")
     said = choose(cosmos, code=4)
     assert "is damaged: its sha256" in said
     assert "if you put other weights there, delete its manifest.json" in said

@@ -155,7 +155,7 @@ def test_check_fetches_again_what_is_damaged_and_asks_for_nothing_else(online, r
         assert weights.read_bytes() != whole[model]
         online.hub.log.clear()
         # The weights themselves are tried on a GPU only.
-        assert "without a GPU" in online(*ask, code=3).stderr
+        assert "needs a GPU" in online(*ask, code=3).stderr
         fetched = {path for _, path in online.hub.log if "/resolve/" in path}
         assert {path.rpartition("/")[2] for path in fetched} == {"model.pt", "mean_std.pt"}
         guard = f"{by_hand}/model-00001-of-00001.safetensors"

@@ -248,16 +248,18 @@ HOSTILE = {
 READ = """
 import resource, sys, time
 from pathlib import Path
-from cosmos_cli import jobs, layout, recipe
+from cosmos_cli import files
 from cosmos_cli.errors import UserError
+from cosmos_cli.generate import jobs
 from cosmos_cli.model import text, weights
-from cosmos_cli.model.spec import TINY
+from cosmos_cli.recipe import loading
+from cosmos_cli.spec import TINY
 readers = {
     ".pt": weights.load_dit_state, ".jit": weights._read_torchscript,
-    ".safetensors": weights.load_dit_state, ".json": layout.read_json,
+    ".safetensors": weights.load_dit_state, ".json": files.read_json,
     ".pickle": lambda path: text.read_pickle(path, TINY.text),
     ".jsonl": lambda path: [print(e) for e in jobs.read_batch(path) if isinstance(e, UserError)],
-    ".yaml": recipe.load,
+    ".yaml": loading.load,
 }
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
@@ -407,7 +409,6 @@ ALLOWED = {
     "download/fetch.py": "a lock that is made",
     "exchange.py": "a lock that is made",
     "train/launch.py": "a lock that is made",
-    "paths.py": "a descriptor to sync what was written; a hash of an opened stream",
     "setup/probes.py": "logs of its own processes",
     "setup/installs.py": "a log of its own process",
     "html.py": "pictures that were just written",
@@ -417,12 +418,12 @@ ALLOWED = {
     "model/containers.py": "FFmpeg, behind the look of video.py at the kind of file",
     "prep/damage.py": "FFmpeg, behind the look of video.py at the kind of file",
     "prep/captioner.py": "transformers, behind check_model_folder",
-    "train/data.py": "safetensors, behind check_safetensors",
     "generate/phases.py": "a text of the package",
     "generate/guards/guardrail.py": "transformers, behind check_model_folder",
     "model/lora_files.py": "safetensors, behind check_safetensors",
     "train/metrics.py": "a run's figures, written",
     "prep/prepare.py": "safetensors, behind check_safetensors",
+    "prep/latent_files.py": "safetensors, behind check_safetensors",
     "train/reshard.py": "a resume state, whose hashes were compared",
     "model/text.py": "a pickle that is written; transformers, behind check_model_folder",
     "generate/upsampler.py": "transformers, behind check_model_folder",

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import settings
+from conftest import settings, stand_in_weights
 from PIL import Image
 from transformers import SiglipImageProcessorPil, SiglipVisionConfig, SiglipVisionModel
 
@@ -200,8 +200,7 @@ def test_guardrails_go_off_by_the_recipe_alone_and_not_in_silence(cosmos):
 @pytest.mark.workflow
 def test_released_models_are_not_used_without_their_guardrails(cosmos):
     model = cosmos.cwd / "checkpoints" / "Cosmos-Predict1-7B-Text2World"
-    model.mkdir(parents=True)
-    (model / "model.pt").write_bytes(b"weights")
+    stand_in_weights(model / "model.pt")
     refused = cosmos("generate", "nemo_assets", "--prompt", "A robot.", code=4)
     assert "guardrail" in refused.stderr
     assert "cosmos download" in refused.stderr

@@ -104,7 +104,7 @@ def test_where_each_rank_is_started_by_itself_the_loss_of_rank_0_ends_the_others
     script.write_text(
         "import time\n"
         "import torch.distributed as dist\n"
-        "from cosmos_cli.model.pulse import Pulse\n"
+        "from cosmos_cli.train.watchdog import Pulse\n"
         "dist.init_process_group('gloo')\n"
         "Pulse(6).start()\n"
         "print('beats', flush=True)\n"

@@ -4,7 +4,7 @@ import sys
 
 from cosmos_cli.ranks import ADDRESS, Mailbox
 
-POST = "from cosmos_cli import mailbox; mailbox.post({'rank': 1, 'error': 'ünï'})"
+POST = "from cosmos_cli import ranks; ranks.post({'rank': 1, 'error': 'ünï'})"
 
 
 def run(environment):

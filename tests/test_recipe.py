@@ -388,7 +388,7 @@ def test_the_key_reference_has_every_key_in_its_group() -> None:
 
 def test_the_recipe_is_read_without_torch_and_quickly() -> None:
     code = (
-        "import sys, cosmos_cli.recipe as r; r.load('tiny');"
+        "import sys, cosmos_cli.recipe.loading as r; r.load('tiny');"
         "sys.exit(any(m in sys.modules for m in ('torch', 'transformers', 'deepspeed', 'numpy')))"
     )
     seconds = []

@@ -131,7 +131,7 @@ def test_a_broken_deepspeed_is_named_with_its_error(tmp_path):
     package.mkdir(parents=True)
     (package / "__init__.py").write_text("raise OSError('half of it is gone')\n")
     done = subprocess.run(
-        [sys.executable, "-c", "from cosmos_cli import probes; probes.probe_deepspeed('')"],
+        [sys.executable, "-c", "from cosmos_cli.setup import probes; probes.probe_deepspeed('')"],
         env={**os.environ, "PYTHONPATH": f"{package.parent}{os.pathsep}{ROOT}"},
         capture_output=True,
         text=True,

@@ -80,6 +80,7 @@ def join(loaded: LoadedRecipe, overwrite: bool) -> dict[str, Any]:
                 console.unmute()
                 console.say(f"error: rank {rank}: {error}")
                 console.mute()
+            error.told = True
             raise
     if outcome["exit_code"]:
         raise Interrupted(ExitCode(outcome["exit_code"]))

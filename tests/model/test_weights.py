@@ -237,7 +237,7 @@ def test_load_strict_names_what_does_not_fit_and_changes_nothing():
 DYING = """
 import os, resource, signal, sys, torch
 from pathlib import Path
-from cosmos_cli.model import lora_file, weights
+from cosmos_cli.model import lora_files, weights
 signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
 resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
@@ -245,7 +245,7 @@ stem = "net.blocks.0.mlp.up"
 if os.fork():
     os.wait()
     factors = {f"{stem}.lora_{side}.weight": torch.zeros(4, 9999) for side in "AB"}
-    lora_file.save(Path("lora.safetensors"), factors, 1.0)
+    lora_files.save(Path("lora.safetensors"), factors, 1.0)
 weights.write_safetensors(Path("m.safetensors"), {"w": torch.zeros(99_999)})
 """
 
