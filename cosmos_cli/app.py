@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import signal
 import sys
+import time
 from types import FrameType
 from typing import Annotated
 
@@ -22,6 +24,9 @@ from cosmos_cli.commands import (
     train,
 )
 from cosmos_cli.errors import ExitCode, Interrupted, UserError
+
+# Rank 0 needs less to print a line, also on a busy machine.
+RANK_0_SECONDS = 10
 
 app = typer.Typer(
     name="cosmos",
@@ -59,6 +64,12 @@ def _interrupt(number: int, _frame: FrameType | None) -> None:
         raise Interrupted(ExitCode.SIGINT if number == signal.SIGINT else ExitCode.SIGTERM)
 
 
+def _let_rank_0_explain() -> None:
+    """Wait a moment, since all ranks have this error and the launcher ends them with the first."""
+    with contextlib.suppress(Interrupted):
+        time.sleep(RANK_0_SECONDS)
+
+
 def main() -> None:
     """Runs the command line and ends the process with a documented exit code."""
     for number in signals.ending():
@@ -70,6 +81,8 @@ def main() -> None:
     try:
         app()
     except UserError as error:
+        if console.is_muted() and not error.told:
+            _let_rank_0_explain()
         console.emit(console.failure(error), as_json=as_json)
         sys.exit(error.code)
     except SystemExit as end:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from cosmos_cli.errors import ExitCode, UserError
-from cosmos_cli.layout import disk_errors
+from cosmos_cli.files import disk_errors
 
 PLAIN_SECONDS = 5.0
 SCHEMA_VERSION = 1
@@ -41,6 +41,11 @@ def mute() -> None:
     """Silences this process: of many ranks one speaks."""
     global _muted  # noqa: PLW0603
     _muted = True
+
+
+def is_muted() -> bool:
+    """True if another process speaks for this one."""
+    return _muted
 
 
 def unmute() -> None:

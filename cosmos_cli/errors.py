@@ -49,6 +49,8 @@ class UserError(Exception):
         self.where = where
         self.fix = fix
         self.also = also
+        # A rank other than 0 has printed it already.
+        self.told = False
         # What was finished before, and what else --json says of it.
         self.artifacts: tuple[Path, ...] = ()
         self.figures: dict[str, object] = {}

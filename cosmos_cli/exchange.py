@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from cosmos_cli import console, layout
+from cosmos_cli import console, files, paths
 from cosmos_cli.errors import ExitCode, UserError
 
 # Linux: sys/fcntl.h and linux/fs.h.
@@ -38,7 +38,7 @@ def left_aside(folder: Path) -> Path | None:
     true = true_path(folder)
     old = _beside(true, "old")
     # Earlier versions deleted an old folder under this name: without weights it is a rest of one.
-    lost = not os.path.lexists(true) and layout.weights_in(old) != old
+    lost = not os.path.lexists(true) and paths.weights_in(old) != old
     return old if lost else None
 
 
@@ -79,7 +79,7 @@ def alone(folder: Path) -> Iterator[None]:
         UserError: another process holds the lock, or the disk refuses.
     """
     true = true_path(folder)
-    with layout.disk_errors(true.parent):
+    with files.disk_errors(true.parent):
         true.parent.mkdir(parents=True, exist_ok=True)
     with _lock(true) as ours:
         if not ours:
@@ -87,7 +87,7 @@ def alone(folder: Path) -> Iterator[None]:
                 "another cosmos promote is writing this model", code=ExitCode.USAGE,
                 where=str(folder), fix="wait for it, or promote under another --name",
             )  # fmt: skip
-        with layout.disk_errors(true):
+        with files.disk_errors(true):
             _restore(true)
         yield
 
@@ -106,16 +106,16 @@ def replacing(folder: Path) -> Iterator[Path]:
     building = _beside(true, "building")
     if os.path.ismount(true):
         raise _fixed(folder, "it is a mount point")
-    with layout.disk_errors(building):
+    with files.disk_errors(building):
         _delete(building)
         building.mkdir(parents=True)
     try:
         yield building
-        with layout.disk_errors(folder):
+        with files.disk_errors(folder):
             _put(building, true)
         _discard(_beside(true, "old"))
     finally:
-        with layout.disk_errors(folder):
+        with files.disk_errors(folder):
             # A signal may have come between two renames.
             _restore(true)
         _discard(building)
@@ -129,7 +129,7 @@ def _fixed(folder: Path, why: str) -> UserError:
 
 
 def _put(building: Path, true: Path) -> None:
-    layout.sync(building)
+    files.sync(building)
     try:
         if os.path.lexists(true):
             exchange(building, true)
@@ -140,7 +140,7 @@ def _put(building: Path, true: Path) -> None:
         if error.errno in (errno.EBUSY, errno.EXDEV):
             raise _fixed(true, os.strerror(error.errno)) from error
         raise
-    layout.sync(true.parent)
+    files.sync(true.parent)
 
 
 def exchange(one: Path, other: Path) -> None:
@@ -219,7 +219,7 @@ def _lock(true: Path) -> Iterator[bool]:
 def _open_locked(path: Path) -> int | None:
     """Return the open file with its lock, None where another process has the lock."""
     while True:
-        with layout.disk_errors(path):
+        with files.disk_errors(path):
             file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -232,6 +232,6 @@ def _open_locked(path: Path) -> int | None:
             console.warn(f"{path.parent}: {what}")
             return file
         # Whoever held the lock before may have deleted the file between our open and our lock.
-        if layout.file_id(path) == layout.file_id(file):
+        if files.file_id(path) == files.file_id(file):
             return file
         os.close(file)

@@ -8,11 +8,17 @@ Where a library opens a file by its name, the file gets the same look just befor
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import io
 import json
 import os
+import re
+import shutil
 import stat
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -332,3 +338,191 @@ def check_model_folder(folder: Path) -> None:
                 check_torch(path)
         except NoSuchFile:
             continue
+
+
+_DISK_ERRORS = frozenset({
+    errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOTDIR,
+    errno.ENOENT, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG, errno.EFBIG, errno.ELOOP,
+    errno.ENOTEMPTY,
+})  # fmt: skip
+
+
+_UMASK = os.umask(0)
+os.umask(_UMASK)
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turns what the file system refuses below into one line that names `path`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _DISK_ERRORS:
+            raise
+        raise UserError(
+            f"cannot be written: {os.strerror(error.errno or 0)}",
+            code=ExitCode.ASSET,
+            where=str(path),
+            fix="free some space or choose another folder",
+        ) from error
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path` (same suffix) that is synced and renamed on success.
+
+    Raises:
+        UserError: the file system refused (full, read-only, no permission).
+    """
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Shorter than most names, so that a name that fits has a temporary one that fits.
+        mark = hashlib.sha256(os.fsencode(path.name)).hexdigest()[:8]
+        temporary = path.with_name(f".{os.getpid()}.{mark}.tmp{path.suffix}")
+        try:
+            yield temporary
+            # Some writers make private files; what we write is as readable as the umask allows.
+            temporary.chmod(0o666 & ~_UMASK)
+            sync(temporary)
+            temporary.replace(path)
+            sync(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Forces a file or folder to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes UTF-8 text atomically."""
+    with atomic_file(path) as temporary:
+        # File names need not be UTF-8; Python keeps what is not as surrogates.
+        temporary.write_text(text, encoding="utf-8", errors="surrogateescape")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes indented JSON atomically."""
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def remove_stale(folder: Path) -> None:
+    """Removes the temporary files and folders that a killed process left in `folder`."""
+    for path in folder.glob(".*.tmp*"):
+        owner = re.match(r"\.(\d+)\.", path.name)
+        if owner and Path("/proc", owner[1]).exists():
+            continue
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def nearest_existing(path: Path) -> Path:
+    """The path itself or the first folder above it that exists.
+
+    Raises:
+        UserError: a folder above it may not be looked into.
+    """
+    with disk_errors(path):
+        return next(parent for parent in [path, *path.parents] if parent.exists())
+
+
+def free_bytes(path: Path) -> int:
+    """Free space of the disk that `path` lies on or will lie on.
+
+    Raises:
+        UserError: a folder above it may not be looked into.
+    """
+    return shutil.disk_usage(nearest_existing(path)).free
+
+
+def require_free(path: Path, needed: float, what: str, fix: str) -> None:
+    """Refuses to start what the disk of `path` has no room for.
+
+    Raises:
+        UserError: less than `needed` bytes are free.
+    """
+    free = free_bytes(path)
+    if free < needed:
+        raise UserError(
+            f"{what} need {round(needed / 1e6):,} MB, {round(free / 1e6):,} MB are free",
+            code=ExitCode.ASSET,
+            where=str(path),
+            fix=fix,
+        )
+
+
+def require_writable(folder: Path) -> None:
+    """Makes a folder for output.
+
+    Raises:
+        UserError: it cannot be made or written to.
+    """
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(errno.EACCES, "")
+
+
+def size_of(path: Path) -> int:
+    """Bytes of a file, 0 for what cannot be looked at, such as a broken link."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
+
+
+def stamp_of(path: Path) -> tuple[int, int]:
+    """Bytes and time of the last change of a file, zeros for what cannot be looked at."""
+    try:
+        status = path.stat()
+    except OSError:
+        return 0, 0
+    return status.st_size, status.st_mtime_ns
+
+
+def file_id(file: Path | int) -> tuple[int, int] | None:
+    """Return what tells a path or open file from every other file, None where it is gone."""
+    try:
+        status = os.stat(file)  # noqa: PTH116 - also of a descriptor
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+def sha256_file(path: Path) -> str:
+    """The sha256 of a file as hex, read in pieces.
+
+    Raises:
+        UserError: it is missing, no regular file, or cannot be read.
+    """
+    with open_regular(path, DATA) as stream:
+        try:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+        except OSError as error:
+            raise unreadable(path, DATA, error) from error
+
+
+def sha256_path(path: Path) -> str:
+    """The identity of a file, or of a folder by the files in it, a download's notes aside."""
+    if not path.is_dir():
+        return sha256_file(path)
+    found = sorted(file for file in path.rglob("*") if file.is_file())
+    names = {file: str(file.relative_to(path)) for file in found}
+    kept = [file for file in found if not names[file].startswith(f"{CACHE_DIR}/")]
+    return sha256_text(*(f"{names[file]} {sha256_file(file)}" for file in kept))
+
+
+def sha256_text(*parts: str) -> str:
+    """The sha256 of some texts as hex; ("ab", "c") and ("a", "bc") differ."""
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+# In a downloaded folder: what is no part of it.
+CACHE_DIR = ".cache"

@@ -9,7 +9,10 @@ import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    pass
 
 VARIABLE, ORDER = "CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER"
 # What people set to hide all GPUs on purpose.
@@ -186,3 +189,8 @@ def _slice_name(name: str, handle: Any) -> str:
         return own
     about = pynvml.nvmlDeviceGetAttributes(handle)
     return f"{name} MIG {about.gpuInstanceSliceCount}g.{-(-about.memorySizeMB // 1024)}gb"
+
+
+def gpu_names() -> list[str]:
+    """Return the names of the GPUs that this process may use; none without a driver."""
+    return [gpu.name for gpu in visible().gpus]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from cosmos_cli.model import video
 
@@ -71,6 +72,18 @@ def moving_square(frames, height, width):
         left = t * (width - edge) // max(frames - 1, 1)
         clip[0, t, edge : 2 * edge, left : left + edge] = 230
     return clip
+
+
+def stand_in_weights(path, content="weights"):
+    """Writes a file that is whole, but of no model; its name decides the format."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tensors = {"content": torch.tensor(list(content.encode()))}
+    if path.suffix == ".pt":
+        torch.save(tensors, path)
+    elif path.suffix == ".safetensors":
+        save_file(tensors, path)
+    else:
+        path.write_text(content)
 
 
 @pytest.fixture

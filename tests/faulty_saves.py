@@ -17,13 +17,14 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from cosmos_cli import layout
+from cosmos_cli import paths, spec
 from cosmos_cli.errors import UserError
-from cosmos_cli.keys import Recipe
-from cosmos_cli.model import checkpoint, edm, engine, spec, train, weights
-from cosmos_cli.model.data import Share
+from cosmos_cli.model import edm, weights
 from cosmos_cli.model.dit import DiT
 from cosmos_cli.model.ema import PowerEMA
+from cosmos_cli.recipe.keys import Recipe
+from cosmos_cli.train import checkpoint, engine, loop
+from cosmos_cli.train.data import Share
 
 SMALL = spec.ModelSpec(
     name="small",
@@ -70,7 +71,7 @@ class Saver:
         self.r = r = r.model_copy(update={"model": "small", "base": str(base)})
         self.engine = engine.build(r, Share(0, 1, 1), torch.device("cpu"))
         self.ema = PowerEMA(checkpoint.shards(self.engine.module), r.ema_rate)
-        self.run = layout.Run(folder / "run")
+        self.run = paths.Run(folder / "run")
         self.backup = folder / "backup"
         for step in (1, 2):
             self.learn(step)
@@ -137,7 +138,7 @@ class Saver:
 
 
 def main(folder, sample=None):
-    train._join_world(60)
+    loop._join_world(60)
     saver = Saver(folder)
     log = folder / "strace.log"
     saver.save(3)

@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from test_upsampler import chat_folder
 
 import cosmos_cli
-from cosmos_cli import cache, layout
+from cosmos_cli import files
+from cosmos_cli.generate import answers
 
 QUICK = settings("num_steps=2", "guidance=2", "negative_prompt=w7", "upsampler=chat")
 
@@ -23,75 +24,75 @@ class Asker:
 
 
 @pytest.fixture
-def answers(tmp_path, monkeypatch):
+def cached(tmp_path, monkeypatch):
     """Make the `Answers` of a model of one file."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "weights").write_bytes(b"1234")
-    return lambda *settings: cache.Answers(tmp_path / "model", Asker, *settings)
+    return lambda *settings: answers.Answers(tmp_path / "model", Asker, *settings)
 
 
-def ask(answers, words, answer):
-    return answers.get(words, lambda: answer)
+def ask(cached, words, answer):
+    return cached.get(words, lambda: answer)
 
 
 def entries(tmp_path):
     return sorted((tmp_path / "cache" / "cosmos" / "answers").iterdir())
 
 
-def test_an_answer_is_reused_for_the_same_text_files_and_settings(answers, tmp_path):
-    assert ask(answers(), "a", b"1") == b"1"
-    assert ask(answers(), "a", b"2") == b"1"
-    assert ask(answers(), "b", b"") == b""
-    assert ask(answers(), "b", b"3") == b""
-    assert ask(answers("bf16"), "a", b"4") == b"4"
-    notes = tmp_path / "model" / layout.CACHE_DIR / "cosmos" / "lock"
+def test_an_answer_is_reused_for_the_same_text_files_and_settings(cached, tmp_path):
+    assert ask(cached(), "a", b"1") == b"1"
+    assert ask(cached(), "a", b"2") == b"1"
+    assert ask(cached(), "b", b"") == b""
+    assert ask(cached(), "b", b"3") == b""
+    assert ask(cached("bf16"), "a", b"4") == b"4"
+    notes = tmp_path / "model" / files.CACHE_DIR / "cosmos" / "lock"
     notes.parent.mkdir(parents=True)
     notes.touch()
-    assert ask(answers(), "a", b"5") == b"1"
+    assert ask(cached(), "a", b"5") == b"1"
     (tmp_path / "model" / "config.json").touch()
-    assert ask(answers(), "a", b"6") == b"6"
+    assert ask(cached(), "a", b"6") == b"6"
     os.utime(tmp_path / "model" / "weights", (1, 1))
-    assert ask(answers(), "a", b"7") == b"7"
+    assert ask(cached(), "a", b"7") == b"7"
 
 
-def test_a_model_without_files_is_asked_every_time(answers, tmp_path):
+def test_a_model_without_files_is_asked_every_time(cached, tmp_path):
     shutil.rmtree(tmp_path / "model")
-    assert [ask(answers(), "a", made) for made in (b"1", b"2")] == [b"1", b"2"]
+    assert [ask(cached(), "a", made) for made in (b"1", b"2")] == [b"1", b"2"]
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "flipped", "a folder"])
-def test_a_damaged_answer_is_made_again(answers, tmp_path, damage):
-    ask(answers(), "a", b"first")
+def test_a_damaged_answer_is_made_again(cached, tmp_path, damage):
+    ask(cached(), "a", b"first")
     (path,) = entries(tmp_path)
     whole = path.read_bytes()
     path.write_bytes({"cut": whole[:-1], "flipped": whole[:-1] + b"u"}.get(damage, b""))
     if damage == "a folder":
         path.unlink()
         path.mkdir()
-    assert ask(answers(), "a", b"again") == b"again"
+    assert ask(cached(), "a", b"again") == b"again"
     # A folder cannot be replaced, so the answer is made every time.
-    assert ask(answers(), "a", b"more") == (b"more" if damage == "a folder" else b"again")
+    assert ask(cached(), "a", b"more") == (b"more" if damage == "a folder" else b"again")
 
 
-def test_the_least_recently_used_answers_are_removed(answers, tmp_path, monkeypatch):
-    monkeypatch.setattr(cache, "MOST_ANSWERS", 3)
+def test_the_least_recently_used_answers_are_removed(cached, tmp_path, monkeypatch):
+    monkeypatch.setattr(answers, "MOST_ANSWERS", 3)
     for i, words in enumerate("abc"):
-        ask(answers(), words, words.encode())
+        ask(cached(), words, words.encode())
         os.utime(next(p for p in entries(tmp_path) if p.stat().st_mtime > 9), (i, i))
     (tmp_path / "cache" / "cosmos" / "answers" / ".99999999.x.tmp").touch()
-    ask(answers(), "a", b"used")
-    ask(answers(), "d", b"d")
+    ask(cached(), "a", b"used")
+    ask(cached(), "d", b"d")
     assert len(entries(tmp_path)) == 3
-    assert [ask(answers(), words, b"new") for words in "acdb"] == [b"a", b"c", b"d", b"new"]
+    assert [ask(cached(), words, b"new") for words in "acdb"] == [b"a", b"c", b"d", b"new"]
 
 
-def test_a_user_without_a_home_folder_gets_answers_without_a_cache(answers, monkeypatch):
+def test_a_user_without_a_home_folder_gets_answers_without_a_cache(cached, monkeypatch):
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.delenv("HOME")
     monkeypatch.setattr(os, "getuid", lambda: 2**31 - 7)
-    assert cache.cache_dir().parent == Path("/dev/null/.cache")
-    assert [ask(answers(), "a", made) for made in (b"1", b"2")] == [b"1", b"2"]
+    assert answers.cache_dir().parent == Path("/dev/null/.cache")
+    assert [ask(cached(), "a", made) for made in (b"1", b"2")] == [b"1", b"2"]
 
 
 # --- in real processes ----------------------------------------------------------------------------
@@ -112,7 +113,7 @@ def make(cosmos, folder, *words, code=0):
     """Return the mp4's sha256, the encoded text and stderr."""
     done = cosmos("generate", "--prompt", *words, "-o", folder, *QUICK, code=code)
     (mp4,) = (cosmos.cwd / folder).glob("*.mp4")
-    return layout.sha256_file(mp4), mp4.with_suffix(".txt").read_text(), done.stderr
+    return files.sha256_file(mp4), mp4.with_suffix(".txt").read_text(), done.stderr
 
 
 def replace_weights(path, content):
@@ -170,7 +171,7 @@ def test_a_run_killed_while_caching_answers_changes_no_video(own, kills):
     own(*ask, "-o", "last")
     assert not [path for path in entries(own.cwd) if path.name.startswith(".")]
     plain, last = (
-        {path.name: layout.sha256_file(path) for path in (own.cwd / folder).glob("*.mp4")}
+        {path.name: files.sha256_file(path) for path in (own.cwd / folder).glob("*.mp4")}
         for folder in ("plain", "last")
     )
     assert len(plain) == 6

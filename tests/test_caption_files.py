@@ -10,9 +10,9 @@ import pytest
 import torch
 from conftest import Cosmos, moving_square, settings
 
-from cosmos_cli import layout
+from cosmos_cli import paths
 from cosmos_cli.model import text, video
-from cosmos_cli.model.spec import TINY
+from cosmos_cli.spec import TINY
 
 NFC, NFD = "caf\u00e9", "cafe\u0301"
 
@@ -173,7 +173,7 @@ def test_a_new_recipe_counts_captions_of_other_names(tmp_path):
 
 
 def test_a_caption_of_just_the_tokens_that_are_read_is_not_cut():
-    encoder = text.TextEncoder(layout.EMBEDDED_DIR / "t5", TINY.text, "cpu", torch.float32)
+    encoder = text.TextEncoder(paths.EMBEDDED_DIR / "t5", TINY.text, "cpu", torch.float32)
     word = len(encoder.tokenizer("word").input_ids) - 1
     words = (TINY.text.tokens - 1) // word
     whole, more = " ".join(["word"] * words), " ".join(["word"] * (words + word + 1))

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from cosmos_cli import captions
 from cosmos_cli.errors import ExitCode, UserError
+from cosmos_cli.prep import captions
 
 VIDEOS = {"a.mp4", "b, with comma.mp4"}
 WANTED = {"a.mp4": "Line one,\nline two.", "b, with comma.mp4": 'He said "no".'}

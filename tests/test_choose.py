@@ -5,8 +5,9 @@ import os
 import shutil
 
 import pytest
+from conftest import stand_in_weights
 
-from cosmos_cli import layout
+from cosmos_cli import files, paths
 
 pytestmark = pytest.mark.workflow
 
@@ -23,7 +24,7 @@ def choose(cosmos, *arguments, code=0):
     if code:
         return done.stderr
     weights = json.loads(done.stdout)["weights"]
-    assert weights["sha256"] == layout.sha256_path(cosmos.cwd / weights["path"])
+    assert weights["sha256"] == files.sha256_path(cosmos.cwd / weights["path"])
     assert f"({weights['path']})" in done.stderr
     return os.path.relpath(weights["path"], cosmos.cwd), done.stderr
 
@@ -31,8 +32,7 @@ def choose(cosmos, *arguments, code=0):
 def put(cosmos, name, content="weights", file="model.pt", changed=None):
     """Puts weights into a folder in checkpoints, as a person would by hand."""
     path = cosmos.cwd / "checkpoints" / name / file
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(content)
+    stand_in_weights(path, content)
     if changed is not None:
         os.utime(path, (changed, changed))
     return cosmos.cwd / "checkpoints" / name
@@ -41,8 +41,8 @@ def put(cosmos, name, content="weights", file="model.pt", changed=None):
 def promoted(cosmos, name, run="/runs/one", changed=None):
     """A folder with all that `cosmos promote` writes."""
     folder = put(cosmos, name, name, changed=changed)
-    manifest = {"sha256": layout.sha256_path(folder / "model.pt"), "run": run}
-    layout.write_json(folder / "manifest.json", manifest)
+    manifest = {"sha256": files.sha256_path(folder / "model.pt"), "run": run}
+    files.write_json(folder / "manifest.json", manifest)
     recipe = f"model: {name.partition('_')[0]}\ndataset_dir: d\nnum_frames: 9\n"
     (folder / "recipe.yaml").write_text(recipe)
     if changed is not None:
@@ -50,7 +50,7 @@ def promoted(cosmos, name, run="/runs/one", changed=None):
     return folder
 
 
-def files(folder):
+def contents(folder):
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
@@ -158,7 +158,7 @@ def test_checkpoints_dir_and_home_are_where_the_user_says(cosmos, monkeypatch):
 def test_a_path_wins_over_the_name_of_a_model_aloud(cosmos):
     promoted(cosmos, f"{SEVEN}_post-trained_robots")
     (cosmos.cwd / "robots").mkdir()
-    shutil.copy(layout.EMBEDDED_DIR / "model.safetensors", cosmos.cwd / "robots")
+    shutil.copy(paths.EMBEDDED_DIR / "model.safetensors", cosmos.cwd / "robots")
     path, said = choose(cosmos, "--model", "robots")
     assert path == "robots/model.safetensors"
     assert f"is the path {cosmos.cwd}/robots, not the model" in said
@@ -219,7 +219,7 @@ def test_a_link_to_a_model_is_a_model(cosmos, tmp_path_factory):
 
 def test_a_manifest_that_says_nothing_verifies_nothing_and_a_wrong_one_refuses(cosmos):
     folder = promoted(cosmos, f"{SEVEN}_post-trained")
-    whole = files(folder)
+    whole = contents(folder)
     for content in ("{}", "[]", '{"sha256": 3}', "null"):
         (folder / "manifest.json").write_text(content)
         path, said = choose(cosmos)
@@ -233,7 +233,7 @@ def test_a_manifest_that_says_nothing_verifies_nothing_and_a_wrong_one_refuses(c
         assert "cosmos promote" in said
     for path, content in whole.items():
         path.write_bytes(content)
-    (folder / "model.pt").write_text("another")
+    stand_in_weights(folder / "model.pt", "another")
     said = choose(cosmos, code=4)
     assert "is damaged: its sha256" in said
     assert "if you put other weights there, delete its manifest.json" in said
@@ -243,12 +243,12 @@ def test_a_manifest_that_says_nothing_verifies_nothing_and_a_wrong_one_refuses(c
 def test_a_model_that_a_kill_left_aside_is_put_back(cosmos, asked):
     put(cosmos, SEVEN)
     folder = promoted(cosmos, f"{SEVEN}_post-trained_robots")
-    whole = files(folder)
+    whole = contents(folder)
     folder.rename(folder.with_name(f".{folder.name}.old"))
     put(cosmos, f".{folder.name}.building", "half")
     asked = ["--model", folder] if asked == ["path"] else asked
     path, said = choose(cosmos, *asked)
     assert path == f"checkpoints/{folder.name}/model.pt"
     assert f"warning: {folder} was missing: put back" in said
-    assert files(folder) == whole
+    assert contents(folder) == whole
     assert "warning" not in choose(cosmos, *asked)[1]

@@ -18,7 +18,7 @@ from hub import commit_of, serve
 from safetensors.torch import save
 from transformers import T5Config, T5EncoderModel
 
-from cosmos_cli import layout
+from cosmos_cli import files, paths
 from cosmos_cli.model import video
 
 pytestmark = pytest.mark.workflow
@@ -145,7 +145,7 @@ def test_check_fetches_again_what_is_damaged_and_asks_for_nothing_else(online, r
         model, by_hand = "Cosmos-Predict1-7B-Text2World/model.pt", "meta-llama/LlamaGuard-7b"
         weights = online.cwd / "checkpoints" / model
         weights.write_bytes(b"X" + weights.read_bytes()[1:])
-        (online.cwd / "checkpoints" / layout.TOKENIZER_DIR / "mean_std.pt").unlink()
+        (online.cwd / "checkpoints" / paths.TOKENIZER_DIR / "mean_std.pt").unlink()
         # Nothing is known of files that came by other ways.
         (online.cwd / "checkpoints" / by_hand / "model-00001-of-00001.safetensors").write_bytes(b"")
         for record in (online.cwd / "checkpoints" / by_hand / ".cache" / "cosmos").glob("*.json"):
@@ -155,7 +155,7 @@ def test_check_fetches_again_what_is_damaged_and_asks_for_nothing_else(online, r
         assert weights.read_bytes() != whole[model]
         online.hub.log.clear()
         # The weights themselves are tried on a GPU only.
-        assert "without a GPU" in online(*ask, code=3).stderr
+        assert "needs a GPU" in online(*ask, code=3).stderr
         fetched = {path for _, path in online.hub.log if "/resolve/" in path}
         assert {path.rpartition("/")[2] for path in fetched} == {"model.pt", "mean_std.pt"}
         guard = f"{by_hand}/model-00001-of-00001.safetensors"
@@ -223,10 +223,10 @@ def test_the_tiny_recipe_needs_no_hub(cosmos):
     first = cosmos.json("download", "tiny")
     assert first["videos"] == 36
     videos = cosmos.cwd / "datasets" / "tiny" / "videos"
-    hashes = {path.name: layout.sha256_file(path) for path in videos.iterdir()}
+    hashes = {path.name: files.sha256_file(path) for path in videos.iterdir()}
     next(videos.iterdir()).unlink()
     cosmos("download", "tiny")
-    assert {path.name: layout.sha256_file(path) for path in videos.iterdir()} == hashes
+    assert {path.name: files.sha256_file(path) for path in videos.iterdir()} == hashes
     sizes = {(info.height, info.width, info.fps) for info in map(video.probe, videos.iterdir())}
     assert len(sizes) > 1
 

@@ -1,7 +1,7 @@
 """The evaluate command in real processes."""
 
 import pytest
-from conftest import Cosmos, settings
+from conftest import Cosmos, settings, stand_in_weights
 
 pytestmark = pytest.mark.workflow
 
@@ -27,6 +27,6 @@ def test_what_was_never_promoted_is_not_measured(cosmos):
 
 
 def test_without_a_prepared_dataset_there_is_nothing_to_measure_the_7b_on(cosmos):
-    (cosmos.cwd / "model.pt").write_bytes(b"")
+    stand_in_weights(cosmos.cwd / "model.pt")
     done = cosmos("evaluate", "nemo_assets", "--model", "model.pt", code=4)
     assert "cosmos_nemo_assets: there is no prepared dataset" in done.stderr

@@ -20,11 +20,14 @@ from conftest import Cosmos, moving_square, settings
 from safetensors.torch import save_file
 
 import cosmos_cli
-from cosmos_cli import files, flatyaml, history, jobs, layout, pickles
+from cosmos_cli import files, paths, pickles
 from cosmos_cli.errors import ExitCode, UserError
-from cosmos_cli.layout import Run
+from cosmos_cli.generate import jobs
 from cosmos_cli.model import text, video, weights
-from cosmos_cli.model.spec import TINY
+from cosmos_cli.paths import Run
+from cosmos_cli.recipe import strict_yaml
+from cosmos_cli.spec import TINY
+from cosmos_cli.train import status
 
 PACKAGE = Path(cosmos_cli.__file__).parent
 # What a hostile file may add to the memory of a process.
@@ -67,14 +70,14 @@ KINDS = {
     "dangling": (lambda path: path.symlink_to("nowhere"), "does not exist"),
 }
 READERS = {
-    "recipe": (flatyaml.read, ExitCode.USAGE),
+    "recipe": (strict_yaml.read, ExitCode.USAGE),
     "batch": (jobs.read_batch, ExitCode.USAGE),
-    "json": (layout.read_json, ExitCode.ASSET),
-    "hash": (layout.sha256_file, ExitCode.ASSET),
+    "json": (files.read_json, ExitCode.ASSET),
+    "hash": (files.sha256_file, ExitCode.ASSET),
     "embedding": (lambda path: text.read_pickle(path, TINY.text), ExitCode.ASSET),
     "weights": (weights.load_dit_state, ExitCode.ASSET),
-    "manifest": (lambda path: layout.Dataset(path.parent, path.parent).read_manifest(), 5),
-    "metrics": (lambda path: history.rows(Run(path.parent)), ExitCode.ASSET),
+    "manifest": (lambda path: paths.Dataset(path.parent, path.parent).read_manifest(), 5),
+    "metrics": (lambda path: status.rows(Run(path.parent)), ExitCode.ASSET),
 }
 NAMES = {"manifest": "manifest.json", "metrics": "metrics.jsonl"}
 
@@ -245,16 +248,18 @@ HOSTILE = {
 READ = """
 import resource, sys, time
 from pathlib import Path
-from cosmos_cli import jobs, layout, recipe
+from cosmos_cli import files
 from cosmos_cli.errors import UserError
+from cosmos_cli.generate import jobs
 from cosmos_cli.model import text, weights
-from cosmos_cli.model.spec import TINY
+from cosmos_cli.recipe import loading
+from cosmos_cli.spec import TINY
 readers = {
     ".pt": weights.load_dit_state, ".jit": weights._read_torchscript,
-    ".safetensors": weights.load_dit_state, ".json": layout.read_json,
+    ".safetensors": weights.load_dit_state, ".json": files.read_json,
     ".pickle": lambda path: text.read_pickle(path, TINY.text),
     ".jsonl": lambda path: [print(e) for e in jobs.read_batch(path) if isinstance(e, UserError)],
-    ".yaml": recipe.load,
+    ".yaml": loading.load,
 }
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
@@ -316,7 +321,7 @@ def test_an_embedding_of_every_protocol_is_read(tmp_path, protocol, dtype):
 
 
 def test_a_damaged_folder_of_a_text_encoder_is_one_line(tmp_path):
-    source = layout.EMBEDDED_DIR / "t5"
+    source = paths.EMBEDDED_DIR / "t5"
     for name, make in (
         ("tokenizer.json", make_pipe),
         ("tokenizer_config.json", make_endless),
@@ -397,32 +402,31 @@ LOADERS = {"torch", "jit", "np", "numpy", "yaml", "Image", "tarfile"}
 # Where a file may be opened another way, and why.
 ALLOWED = {
     "files.py": "the place itself",
-    "cache.py": "an entry of our own, whose sha256 stands in front",
-    "checks.py": "the kernel's file on memory",
-    "claims.py": "a lock that is made",
+    "generate/answers.py": "an entry of our own, whose sha256 stands in front",
+    "setup/checks.py": "the kernel's file on memory",
+    "prep/work_sharing.py": "a lock that is made",
     "console.py": "a log that is written, and /dev/null",
-    "download.py": "a lock that is made",
+    "download/fetch.py": "a lock that is made",
     "exchange.py": "a lock that is made",
-    "launch.py": "a lock that is made",
-    "layout.py": "a descriptor to sync what was written; a hash of an opened stream",
-    "probes.py": "logs of its own processes",
-    "repairs.py": "a log of its own process",
-    "report.py": "pictures that were just written",
-    "t5.py": "the encoder's file that is written",
-    "trackers.py": "a log of its own process, pictures that were just written",
-    "model/aegis.py": "a text of the package; transformers, behind check_model_folder",
+    "train/launch.py": "a lock that is made",
+    "setup/probes.py": "logs of its own processes",
+    "setup/installs.py": "a log of its own process",
+    "html.py": "pictures that were just written",
+    "download/t5.py": "the encoder's file that is written",
+    "train/trackers.py": "a log of its own process, pictures that were just written",
+    "generate/guards/aegis.py": "a text of the package; transformers, behind check_model_folder",
     "model/containers.py": "FFmpeg, behind the look of video.py at the kind of file",
-    "model/damage.py": "FFmpeg, behind the look of video.py at the kind of file",
-    "model/captioner.py": "transformers, behind check_model_folder",
-    "model/data.py": "safetensors, behind check_safetensors",
-    "model/generate.py": "a text of the package",
-    "model/guardrail.py": "transformers, behind check_model_folder",
-    "model/lora_file.py": "safetensors, behind check_safetensors",
-    "model/metrics.py": "a run's figures, written",
-    "model/prep.py": "safetensors, behind check_safetensors",
-    "model/reshard.py": "a resume state, whose hashes were compared",
+    "prep/damage.py": "FFmpeg, behind the look of video.py at the kind of file",
+    "prep/captioner.py": "transformers, behind check_model_folder",
+    "generate/phases.py": "a text of the package",
+    "generate/guards/guardrail.py": "transformers, behind check_model_folder",
+    "model/lora_files.py": "safetensors, behind check_safetensors",
+    "train/metrics.py": "a run's figures, written",
+    "prep/prepare.py": "safetensors, behind check_safetensors",
+    "prep/latent_files.py": "safetensors, behind check_safetensors",
+    "train/reshard.py": "a resume state, whose hashes were compared",
     "model/text.py": "a pickle that is written; transformers, behind check_model_folder",
-    "model/upsampler.py": "transformers, behind check_model_folder",
+    "generate/upsampler.py": "transformers, behind check_model_folder",
     "model/video.py": "FFmpeg, behind a look of its own at the kind of file",
     "model/weights.py": "torch and safetensors, behind check_torch and check_safetensors",
 }

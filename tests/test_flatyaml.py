@@ -9,8 +9,8 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cosmos_cli import flatyaml
 from cosmos_cli.errors import ExitCode, UserError
+from cosmos_cli.recipe import strict_yaml
 
 
 @pytest.mark.parametrize(
@@ -47,13 +47,15 @@ from cosmos_cli.errors import ExitCode, UserError
     ],
 )
 def test_plain_scalars_follow_the_core_schema_of_yaml_1_2(text: str, value: object) -> None:
-    found = flatyaml.scalar(text)
+    found = strict_yaml.scalar(text)
     assert found == value
     assert type(found) is type(value)
 
 
 def test_quoted_scalars_are_text_and_lines_are_counted_from_one() -> None:
-    entries, problems = flatyaml.parse("# head\n\na: '5'\nb: |\n  x\n  y\nc: 5 # five\n", "r.yaml")
+    entries, problems = strict_yaml.parse(
+        "# head\n\na: '5'\nb: |\n  x\n  y\nc: 5 # five\n", "r.yaml"
+    )
     assert problems == []
     assert entries["a"] == ("5", "5", "r.yaml:3")
     assert entries["b"].value == "x\ny\n"
@@ -74,28 +76,30 @@ def test_quoted_scalars_are_text_and_lines_are_counted_from_one() -> None:
     ],
 )
 def test_an_override_is_read_like_a_line_of_the_file(text: str, value: object) -> None:
-    key, entry = flatyaml.parse_override(text)
+    key, entry = strict_yaml.parse_override(text)
     assert (key, entry.value, entry.origin) == ("k", value, f"--set {text}")
 
 
 @pytest.mark.parametrize("text", ["k", "=3", "", 'k="open', "k='a' b"])
 def test_a_malformed_override_is_refused_by_name(text: str) -> None:
     with pytest.raises(UserError) as caught:
-        flatyaml.parse_override(text)
+        strict_yaml.parse_override(text)
     assert caught.value.code == ExitCode.USAGE
     assert f"--set {text}".strip() in str(caught.value)
 
 
 def test_aliases_are_refused_before_they_grow() -> None:
     lines = ["a0: &a0 x"] + [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 60)]
-    entries, problems = flatyaml.parse("\n".join(lines), "bomb.yaml")
+    entries, problems = strict_yaml.parse("\n".join(lines), "bomb.yaml")
     assert entries == {}
     assert len(problems) == 60
     assert "bomb.yaml:60: a59: no anchors, aliases or tags" in str(problems[-1])
 
 
 def test_a_nested_value_is_named_and_the_rest_is_read() -> None:
-    entries, problems = flatyaml.parse("a:\n  b: 1\nc: [1, {d: 2}]\ne: 3\n? [f]\n: 4\n", "r.yaml")
+    entries, problems = strict_yaml.parse(
+        "a:\n  b: 1\nc: [1, {d: 2}]\ne: 3\n? [f]\n: 4\n", "r.yaml"
+    )
     assert [str(problem) for problem in problems] == [
         "r.yaml:1: a: must be a single value, found a mapping",
         "r.yaml:3: c: must be a single value, found a list",
@@ -106,7 +110,7 @@ def test_a_nested_value_is_named_and_the_rest_is_read() -> None:
 
 def test_deep_nesting_is_refused_at_once() -> None:
     with pytest.raises(UserError, match=r"deep\.yaml:2: deeply nested; a recipe is flat"):
-        flatyaml.parse("a: 1\nb: " + "[" * 50_000, "deep.yaml")
+        strict_yaml.parse("a: 1\nb: " + "[" * 50_000, "deep.yaml")
 
 
 @pytest.mark.parametrize(
@@ -134,7 +138,7 @@ def test_a_file_that_is_no_mapping_is_refused_by_line(
     path = tmp_path / "r.yaml"
     path.write_bytes(content)
     with pytest.raises(UserError) as caught:
-        flatyaml.read(path)
+        strict_yaml.read(path)
     assert caught.value.code == ExitCode.USAGE
     assert str(caught.value).startswith(str(path))
     assert message in str(caught.value)
@@ -143,7 +147,7 @@ def test_a_file_that_is_no_mapping_is_refused_by_line(
 def test_a_byte_order_mark_is_no_part_of_the_first_key(tmp_path: Path) -> None:
     path = tmp_path / "r.yaml"
     path.write_bytes(b"\xef\xbb\xbfa: 1\r\nb: 2\r\n")
-    entries, problems = flatyaml.read(path)
+    entries, problems = strict_yaml.read(path)
     assert {key: entry.value for key, entry in entries.items()} == {"a": 1, "b": 2}
     assert problems == []
 
@@ -154,7 +158,7 @@ def test_an_unreadable_file_is_named(tmp_path: Path) -> None:
     path.write_text("a: 1")
     path.chmod(0)
     with pytest.raises(UserError, match=r"r\.yaml: cannot be read: Permission denied"):
-        flatyaml.read(path)
+        strict_yaml.read(path)
 
 
 TEXTS = st.text(st.characters(exclude_categories=("Cs",)))
@@ -164,8 +168,8 @@ TRAPS = st.sampled_from(["yes", "5e-5", "12:30", "0o17", "~", "a: b", "x # y", "
 
 @given(TEXTS | TRAPS | NUMBERS | st.booleans() | st.none())
 def test_what_is_dumped_is_read_back(value: object) -> None:
-    line = f"key: {flatyaml.dump(value)}"
-    entries, problems = flatyaml.parse(line + "\n", "r.yaml")
+    line = f"key: {strict_yaml.dump(value)}"
+    entries, problems = strict_yaml.parse(line + "\n", "r.yaml")
     assert problems == []
     assert entries["key"].value == value
     assert type(entries["key"].value) is type(value)

@@ -14,17 +14,18 @@ import pytest
 import torch
 from conftest import Cosmos, settings
 
-from cosmos_cli import layout, recipe
-from cosmos_cli.model import edm, sampler, video, weights
-from cosmos_cli.model.dit import DiT
-from cosmos_cli.model.generate import (
+from cosmos_cli import files, paths
+from cosmos_cli.generate.phases import (
     Conditioning,
     bytes_together,
     load_denoiser,
     sample,
     worth_compiling,
 )
-from cosmos_cli.model.spec import COSMOS_14B, MODELS
+from cosmos_cli.model import edm, sampler, video, weights
+from cosmos_cli.model.dit import DiT
+from cosmos_cli.recipe import loading
+from cosmos_cli.spec import COSMOS_14B, MODELS
 
 pytestmark = pytest.mark.workflow
 
@@ -32,7 +33,7 @@ QUICK = settings("num_steps=3", "guidance=2")
 
 
 def digest(result, index=0):
-    return layout.sha256_file(result["artifacts"][index])
+    return files.sha256_file(result["artifacts"][index])
 
 
 def generate(cosmos, *arguments, code=0):
@@ -47,11 +48,9 @@ def test_a_prompt_becomes_an_mp4_with_sidecar_text_and_contact_sheet(cosmos):
     info = video.probe(path)
     assert (info.frames, info.fps, info.height, info.width) == (9, 16.0, 64, 96)
     about = json.loads(path.with_suffix(".json").read_text())
-    assert about["mp4_sha256"] == layout.sha256_file(path)
+    assert about["mp4_sha256"] == files.sha256_file(path)
     assert about["seed"] == 1
-    assert about["weights"]["sha256"] == layout.sha256_file(
-        layout.EMBEDDED_DIR / "model.safetensors"
-    )
+    assert about["weights"]["sha256"] == files.sha256_file(paths.EMBEDDED_DIR / "model.safetensors")
     assert about["recipe"]["num_steps"] == 3
     assert path.with_suffix(".txt").read_text() == "A red [bold]ball[/bold] moves left.\n"
     assert path.with_suffix(".jpg").read_bytes()[:2] == b"\xff\xd8"
@@ -87,7 +86,7 @@ def test_compiled_blocks_make_the_same_video_and_no_compiler_is_no_obstacle(cosm
     (warning,) = (line for line in done.stderr.splitlines() if "is compiled" in line)
     assert "compiler" in warning
     (without,) = cosmos.cwd.glob("c/*.mp4")
-    assert layout.sha256_file(without) == digest(plain)
+    assert files.sha256_file(without) == digest(plain)
     noted = [
         json.loads(next(cosmos.cwd.glob(f"{folder}/*.json")).read_text())["compiled"]
         for folder in "abc"
@@ -96,12 +95,12 @@ def test_compiled_blocks_make_the_same_video_and_no_compiler_is_no_obstacle(cosm
 
 
 def test_a_video_is_compiled_for_when_its_own_passes_are_many():
-    seven = recipe.load("nemo_assets", []).recipe
+    seven = loading.load("nemo_assets", []).recipe
     assert worth_compiling(seven, "cuda")
     assert not worth_compiling(seven, "cpu")
     assert not worth_compiling(seven.model_copy(update={"compile": "off"}), "cuda")
     assert not worth_compiling(seven.model_copy(update={"num_steps": 10}), "cuda")
-    assert not worth_compiling(recipe.load("tiny", []).recipe, "cuda")
+    assert not worth_compiling(loading.load("tiny", []).recipe, "cuda")
 
 
 @pytest.mark.parametrize(
@@ -197,7 +196,7 @@ def test_what_is_made_is_not_made_again(cosmos):
     assert 0 < len(left) < 6
     again = generate(cosmos, "--batch", batch, "-o", "cut")["artifacts"]
     assert [path.name for path in again] == [path.name for path in whole]
-    assert [layout.sha256_file(p) for p in again] == [layout.sha256_file(p) for p in whole]
+    assert [files.sha256_file(p) for p in again] == [files.sha256_file(p) for p in whole]
     assert {path: path.stat().st_mtime_ns for path in left} == left
     assert sorted(p.suffix for p in cosmos.cwd.glob("cut/[!.]*")) == sorted(
         [".mp4", ".json", ".txt", ".jpg"] * 6
@@ -205,7 +204,7 @@ def test_what_is_made_is_not_made_again(cosmos):
     # A damaged video is made again, and --overwrite makes all again.
     again[0].write_bytes(b"damaged")
     assert "not again" in cosmos("generate", "--batch", batch, "-o", "cut", *QUICK).stderr
-    assert layout.sha256_file(again[0]) == layout.sha256_file(whole[0])
+    assert files.sha256_file(again[0]) == files.sha256_file(whole[0])
     forced = cosmos("generate", "--batch", batch, "-o", "cut", "--overwrite", *QUICK)
     assert "not again" not in forced.stderr
 
@@ -233,7 +232,7 @@ def test_prompts_from_standard_input_become_videos_as_they_come(cosmos):
     first = answer("A red ball moves left.")
     assert first["status"] == "ok"
     # The file is there while the command waits for more.
-    digest = layout.sha256_file(Path(first["path"]))
+    digest = files.sha256_file(Path(first["path"]))
     assert process.poll() is None
     assert answer('{"prompt": "红色的球向左移动。", "seed": 4}')["seed"] == 4
     refused = [answer('{"prompt": ""}'), answer('{"text": 1}'), answer("x" * 100_000)]
@@ -245,7 +244,7 @@ def test_prompts_from_standard_input_become_videos_as_they_come(cosmos):
     assert "not again" in err
     assert "Traceback" not in err
     alone = generate(cosmos, "--prompt", "A red ball moves left.", "-o", "alone")
-    assert layout.sha256_file(alone["artifacts"][0]) == digest
+    assert files.sha256_file(alone["artifacts"][0]) == digest
 
 
 def test_networks_together_or_in_turn_make_the_same_files(cosmos):
@@ -266,14 +265,14 @@ def test_networks_together_or_in_turn_make_the_same_files(cosmos):
     made = sorted(path.name for path in cosmos.cwd.glob("turn/*.mp4"))
     assert len(made) == 2
     for name in made:
-        files = (cosmos.cwd / folder / name for folder in ("turn", "together", "stream"))
-        assert len({layout.sha256_file(file) for file in files}) == 1
+        copies = (cosmos.cwd / folder / name for folder in ("turn", "together", "stream"))
+        assert len({files.sha256_file(file) for file in copies}) == 1
 
 
 def test_memory_of_all_networks_is_that_of_their_files_and_a_pass(tmp_path):
     settings = [f"checkpoints_dir={tmp_path}", f"upsampler={tmp_path / 'chat'}", "height=704"]
-    seven = recipe.load("nemo_assets", settings).recipe
-    t5, guard = tmp_path / layout.TEXT_ENCODER_DIR, tmp_path / layout.LLAMA_GUARD_DIR
+    seven = loading.load("nemo_assets", settings).recipe
+    t5, guard = tmp_path / paths.TEXT_ENCODER_DIR, tmp_path / paths.LLAMA_GUARD_DIR
     sizes = {
         t5 / "model.safetensors": 9.8e9,
         t5 / "pytorch_model.bin": 45e9,  # Google's, of which the other was made.
@@ -308,7 +307,7 @@ def test_the_14b_is_loaded_and_sampled_by_its_own_numbers(tmp_path, monkeypatch)
     made = []
     for dit in (small, replace(small, rope_ratio=(2.0, 1.0, 1.0))):
         monkeypatch.setitem(MODELS, COSMOS_14B.name, replace(COSMOS_14B, dit=dit, text=text))
-        r = recipe.load("nemo_assets", [f"model={COSMOS_14B.name}", *small_size]).recipe
+        r = loading.load("nemo_assets", [f"model={COSMOS_14B.name}", *small_size]).recipe
         loaded = load_denoiser(r, tmp_path / "model.pt", "cpu", torch.float32)
         with torch.inference_mode():
             made.append(sample(r, loaded, [Conditioning("", words, 0 * words)], [1], "14B"))
@@ -352,8 +351,8 @@ def test_two_processes_make_the_same_videos_as_one(cosmos):
     assert sorted(path.name for path in two["artifacts"]) == names
     assert len(names) == 3
     for name in names:
-        files = (cosmos.cwd / folder / name for folder in ("one", "two"))
-        assert len({layout.sha256_file(file) for file in files}) == 1
+        copies = (cosmos.cwd / folder / name for folder in ("one", "two"))
+        assert len({files.sha256_file(file) for file in copies}) == 1
     assert "nude" in two["error"]
     assert not list(cosmos.cwd.glob("two/.*"))
 
@@ -404,7 +403,7 @@ def test_promote_describes_the_model_and_generate_finds_it(trained):
     manifest = json.loads((folder / "manifest.json").read_text())
     assert promoted["step"] == manifest["step"] == 2
     assert manifest["weights"] == "ema"
-    assert manifest["sha256"] == layout.sha256_file(folder / "model.pt")
+    assert manifest["sha256"] == files.sha256_file(folder / "model.pt")
     assert manifest["base"]["sha256"]
     assert min(manifest["relative_change"].values()) > 0
     assert "base_model: Cosmos-Tiny-Text2World" in (folder / "README.md").read_text()
@@ -475,7 +474,7 @@ def test_promote_refuses_weights_that_do_not_differ_from_the_base(trained):
     (saved,) = trained.cwd.glob("outputs/*/*/*/checkpoints/iter_000000002_reg_model.pt")
     whole = saved.read_bytes()
     try:
-        base = weights.load_dit_state(layout.EMBEDDED_DIR / "model.safetensors")
+        base = weights.load_dit_state(paths.EMBEDDED_DIR / "model.safetensors")
         weights.save_dit(saved, base, "pt")
         refused = trained("promote", "tiny", "--weights", "reg", *RUN, code=4)
         assert "does not differ" in refused.stderr
@@ -488,8 +487,8 @@ def test_promote_refuses_weights_that_do_not_differ_from_the_base(trained):
 
 
 def test_a_video_is_what_the_guided_estimates_of_both_texts_lead_to():
-    r = recipe.load("tiny", ["num_steps=3", "guidance=2"]).recipe
-    net = load_denoiser(r, layout.model_files(r.spec, r.checkpoints_dir).dit, "cpu", torch.float32)
+    r = loading.load("tiny", ["num_steps=3", "guidance=2"]).recipe
+    net = load_denoiser(r, paths.model_files(r.spec, r.checkpoints_dir).dit, "cpu", torch.float32)
     generator = torch.Generator().manual_seed(0)
     shape = 2, r.spec.text.tokens, r.spec.text.channels
     cond, uncond = torch.randn(shape, generator=generator)

@@ -9,9 +9,10 @@ import sys
 import pytest
 from conftest import Cosmos
 
-from cosmos_cli import gpus, launch, layout, recipe
+from cosmos_cli import files, gpus, paths
 from cosmos_cli.gpus import Gpu, select
-from cosmos_cli.model import plan
+from cosmos_cli.recipe import loading, plan
+from cosmos_cli.train import launch
 
 A, B, C = "GPU-aa11-0001", "GPU-aa22-0002", "GPU-bb33-0003"
 H100 = "NVIDIA H100 80GB HBM3"
@@ -207,9 +208,9 @@ def test_a_run_notes_the_gpus_that_it_used(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "pynvml", raising=False)
     monkeypatch.setenv(gpus.VARIABLE, "GPU-11,0")
-    run = layout.Run(tmp_path / "run")
-    launch._prepare(recipe.load("tiny"), run)
-    environment = layout.read_json(run.root / "env.json")
+    run = paths.Run(tmp_path / "run")
+    launch._prepare(loading.load("tiny"), run)
+    environment = files.read_json(run.root / "env.json")
     assert environment["gpus"] == ["NVIDIA H200"]
     assert environment["cuda_visible_devices"] == "GPU-11,0"
     monkeypatch.delitem(sys.modules, "pynvml")

@@ -8,18 +8,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import settings
+from conftest import settings, stand_in_weights
 from PIL import Image
 from transformers import SiglipImageProcessorPil, SiglipVisionConfig, SiglipVisionModel
 
-from cosmos_cli import layout, recipe
+from cosmos_cli import paths
 from cosmos_cli.errors import UserError
-from cosmos_cli.jobs import Job, Weights
-from cosmos_cli.model import world
-from cosmos_cli.model.generate import Resident
-from cosmos_cli.model.guardrail import UNSAFE, BlockList, FrameFilter, Lemmas
+from cosmos_cli.generate.guards.guardrail import UNSAFE, BlockList, FrameFilter, Lemmas
+from cosmos_cli.generate.jobs import Job, Weights
+from cosmos_cli.generate.phases import Resident
+from cosmos_cli.model.tiny import world
+from cosmos_cli.recipe import loading
 
-SHIPPED = layout.EMBEDDED_DIR / "guardrail" / "blocklist"
+SHIPPED = paths.EMBEDDED_DIR / "guardrail" / "blocklist"
 # Verdicts of better-profanity 0.7.0 and NLTK 3.9.1 called as the reference calls them.
 CASES = json.loads((Path(__file__).parent / "data" / "block_list.json").read_text())
 QUICK = settings("num_steps=2", "guidance=0")
@@ -155,8 +156,8 @@ def test_one_unsafe_frame_blocks_and_numbers_that_are_none_do_too(tmp_path):
 
 def test_a_blocked_video_is_not_written(tmp_path):
     small_filter(tmp_path, unsafe_bias=1e6)
-    r = recipe.load("tiny", settings("num_steps=2", "guidance=0")[1::2]).recipe
-    base = Weights(layout.model_files(r.spec, r.checkpoints_dir).dit, "")
+    r = loading.load("tiny", settings("num_steps=2", "guidance=0")[1::2]).recipe
+    base = Weights(paths.model_files(r.spec, r.checkpoints_dir).dit, "")
     job = Job("A red ball.", r, base, tmp_path / "out" / "x.mp4")
     networks = Resident(r, base, "cpu")
     networks.studio.frame_filter = FrameFilter(
@@ -199,8 +200,7 @@ def test_guardrails_go_off_by_the_recipe_alone_and_not_in_silence(cosmos):
 @pytest.mark.workflow
 def test_released_models_are_not_used_without_their_guardrails(cosmos):
     model = cosmos.cwd / "checkpoints" / "Cosmos-Predict1-7B-Text2World"
-    model.mkdir(parents=True)
-    (model / "model.pt").write_bytes(b"weights")
+    stand_in_weights(model / "model.pt")
     refused = cosmos("generate", "nemo_assets", "--prompt", "A robot.", code=4)
     assert "guardrail" in refused.stderr
     assert "cosmos download" in refused.stderr

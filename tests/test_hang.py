@@ -12,7 +12,8 @@ import pytest
 from conftest import Cosmos
 from test_train import find_run, options, wait_for_step
 
-from cosmos_cli.layout import read_json, split_clips
+from cosmos_cli.files import read_json
+from cosmos_cli.paths import split_clips
 
 pytestmark = pytest.mark.workflow
 
@@ -103,7 +104,7 @@ def test_where_each_rank_is_started_by_itself_the_loss_of_rank_0_ends_the_others
     script.write_text(
         "import time\n"
         "import torch.distributed as dist\n"
-        "from cosmos_cli.model.pulse import Pulse\n"
+        "from cosmos_cli.train.watchdog import Pulse\n"
         "dist.init_process_group('gloo')\n"
         "Pulse(6).start()\n"
         "print('beats', flush=True)\n"

@@ -13,7 +13,7 @@ import pytest
 from conftest import Cosmos, moving_square, settings
 from test_train import find_run, options
 
-from cosmos_cli.layout import read_json
+from cosmos_cli.files import read_json
 from cosmos_cli.model import video
 
 pytestmark = pytest.mark.workflow

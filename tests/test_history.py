@@ -8,9 +8,10 @@ import time
 
 import pytest
 
-from cosmos_cli import history, layout
+from cosmos_cli import files
 from cosmos_cli.errors import ExitCode, UserError
-from cosmos_cli.layout import Run
+from cosmos_cli.paths import Run
+from cosmos_cli.train import status
 
 
 @pytest.fixture
@@ -25,56 +26,56 @@ def run(tmp_path):
         {"step": 4, "loss": -0.7, "edm": 0.3, "edm_sigma_below_0.5": 0.3, "learning_rate": 1e-3},
         {"step": 4, "heldout": 0.5, "heldout_sigma_0.32": 0.5},
     ]
-    layout.write_text(run.metrics, "".join(json.dumps(row) + "\n" for row in rows))
-    layout.write_text(run.resolved, "name: <run>\n")
-    layout.write_json(run.root / "env.json", {"cosmos": "1.2.3", "gpus": []})
-    layout.write_text(run.model(2, "ema"), "")
+    files.write_text(run.metrics, "".join(json.dumps(row) + "\n" for row in rows))
+    files.write_text(run.resolved, "name: <run>\n")
+    files.write_json(run.root / "env.json", {"cosmos": "1.2.3", "gpus": []})
+    files.write_text(run.model(2, "ema"), "")
     pace = {"from": 0, "started": time.time() - 20}
-    history.note(run, {"step": 4, "max_steps": 10, **pace, **rows[4]})
+    status.note(run, {"step": 4, "max_steps": 10, **pace, **rows[4]})
     return run
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path):
     with pytest.raises(UserError) as caught:
-        history.state(Run(tmp_path))
+        status.state(Run(tmp_path))
     assert caught.value.code == ExitCode.ASSET
 
 
 def test_the_best_step_is_one_that_was_saved(run):
-    assert history.best_step(run) == 2
-    layout.write_text(run.lora(4, "ema"), "")
-    assert history.best_step(run) == 2
-    layout.write_text(run.lora(3, "ema"), "")
-    assert history.best_step(run) == 3
+    assert status.best_step(run) == 2
+    files.write_text(run.lora(4, "ema"), "")
+    assert status.best_step(run) == 2
+    files.write_text(run.lora(3, "ema"), "")
+    assert status.best_step(run) == 3
 
 
 def test_a_running_run_has_a_pace_and_an_end(run):
-    stands = history.state(run)
+    stands = status.state(run)
     assert (stands["state"], stands["step"], stands["max_steps"]) == ("running", 4, 10)
     assert stands["seconds_per_step"] == pytest.approx(5, abs=0.2)
     assert stands["seconds_left"] == pytest.approx(30, abs=2)
     assert stands["last"]["edm"] == 0.3
     assert (stands["heldout_base"]["heldout"], stands["heldout"]["heldout"]) == (0.9, 0.5)
-    assert "0.5000 at step 4, 0.9000 before training" in history.state_table(stands)
+    assert "0.5000 at step 4, 0.9000 before training" in status.state_table(stands)
 
 
 def test_a_run_whose_process_is_gone_without_a_result_has_failed(run):
-    status = layout.read_json(run.status)
+    stored = files.read_json(run.status)
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
-    layout.write_json(run.status, {**status, "pid": gone.pid})
-    assert history.state(run)["state"] == "failed"
+    files.write_json(run.status, {**stored, "pid": gone.pid})
+    assert status.state(run)["state"] == "failed"
     # Another process that has got the number since.
-    layout.write_json(run.status, {**status, "pid": os.getpid(), "time": 0})
-    assert history.state(run)["state"] == "failed"
-    layout.write_json(run.status, {**status, "host": "elsewhere"})
-    assert history.state(run)["state"] == "unknown, on elsewhere"
+    files.write_json(run.status, {**stored, "pid": os.getpid(), "time": 0})
+    assert status.state(run)["state"] == "failed"
+    files.write_json(run.status, {**stored, "host": "elsewhere"})
+    assert status.state(run)["state"] == "unknown, on elsewhere"
 
 
 @pytest.mark.parametrize(("code", "name"), [(0, "finished"), (143, "stopped")])
 def test_a_run_with_a_result_has_ended(run, code, name):
-    layout.write_json(run.result, {"step": 4, "exit_code": code})
-    stands = history.state(run)
+    files.write_json(run.result, {"step": 4, "exit_code": code})
+    stands = status.state(run)
     assert stands["state"] == name
     assert stands["seconds_left"] is None
 
@@ -82,11 +83,11 @@ def test_a_run_with_a_result_has_ended(run, code, name):
 def test_a_line_that_a_kill_cut_is_left_out(run):
     with run.metrics.open("a") as stream:
         stream.write('{"step": 6, "lo')
-    assert [row["step"] for row in history.rows(run)] == [0, 2, 2, 3, 4, 4]
+    assert [row["step"] for row in status.rows(run)] == [0, 2, 2, 3, 4, 4]
 
 
 def test_the_page_draws_each_curve_and_escapes_the_recipe(run):
-    history.write_page(run)
+    status.write_page(run)
     page = run.report.read_text()
     assert page.count("<svg") == 6
     for words in ("base</span>", "held-out clips</span>", "sigma 0.32</span>", "1.2.3"):

@@ -9,8 +9,9 @@ import pytest
 from conftest import Cosmos
 from test_train import find_run, options
 
-from cosmos_cli import history
-from cosmos_cli.layout import MANIFEST_FILE, read_json, sha256_file, stamp_of
+from cosmos_cli.files import read_json, sha256_file, stamp_of
+from cosmos_cli.paths import MANIFEST_FILE
+from cosmos_cli.train import status
 
 pytestmark = pytest.mark.workflow
 
@@ -21,7 +22,7 @@ START_SECONDS, STEP_SECONDS, SAVE_SECONDS = 12.0, 2.5, 0.3
 
 def figures(run):
     """The lines of metrics.jsonl but for how long a step took."""
-    return [{key: row[key] for key in row if key != "seconds"} for row in history.rows(run)]
+    return [{key: row[key] for key in row if key != "seconds"} for row in status.rows(run)]
 
 
 def model_files(run):

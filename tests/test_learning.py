@@ -5,8 +5,8 @@ from conftest import Cosmos
 from safetensors.torch import load_file
 from test_train import find_run, options
 
-from cosmos_cli import history
 from cosmos_cli.model.ema import power_gamma
+from cosmos_cli.train import status
 
 pytestmark = [pytest.mark.workflow, pytest.mark.slow]
 
@@ -18,7 +18,7 @@ def test_training_on_a_concept_lowers_the_error_on_clips_of_it_that_are_held_out
     cosmos, name = Cosmos(prepared), f"concept{rate}"
     pairs = ("num_processes=1", "max_steps=40", "save_every_steps=40", f"learning_rate={rate}")
     cosmos("train", "tiny", *options(name, *pairs))
-    measured = [row["heldout"] for row in history.rows(find_run(cosmos, name)) if "heldout" in row]
+    measured = [row["heldout"] for row in status.rows(find_run(cosmos, name)) if "heldout" in row]
     assert (measured[-1] < 0.4 * measured[0]) is learns
 
 

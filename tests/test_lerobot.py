@@ -8,9 +8,9 @@ import pytest
 import torch
 from conftest import Cosmos, settings
 
-from cosmos_cli import lerobot
 from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.model import video
+from cosmos_cli.prep import lerobot
 
 CAMERAS = ("observation.images.top", "observation.images.wrist")
 LENGTHS = (20, 14, 30)

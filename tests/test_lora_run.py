@@ -10,9 +10,9 @@ from conftest import Cosmos
 from safetensors.torch import save_file
 from test_train import find_run, losses, options
 
-from cosmos_cli import layout
-from cosmos_cli.model import lora, lora_file, weights
-from cosmos_cli.model.spec import TINY
+from cosmos_cli import files, paths
+from cosmos_cli.model import lora, lora_files, weights
+from cosmos_cli.spec import TINY
 
 pytestmark = pytest.mark.workflow
 
@@ -66,8 +66,8 @@ def test_three_steps_a_stop_and_three_more_equal_six(cosmos, whole, processes, s
 
 def test_only_the_factors_are_saved_and_they_have_moved(whole):
     fresh = TINY.dit.lora_parameters(4, "all")
-    first, last = (lora.factors(lora_file.read(whole.lora(n, "reg"))) for n in (3, 6))
-    changes = lora_file.read(whole.lora(6, "reg"))
+    first, last = (lora.factors(lora_files.read(whole.lora(n, "reg"))) for n in (3, 6))
+    changes = lora_files.read(whole.lora(6, "reg"))
     assert {change.scale for change in changes.values()} == {1.5}
     assert sum(factor.numel() for factor in last.values()) == fresh
     assert not any(torch.equal(first[name], last[name]) for name in last)
@@ -89,21 +89,19 @@ def promoted(cosmos, whole):
     """The folder of the run's last step, promoted."""
     done = cosmos("promote", "tiny", *options("whole", *LORA), "--step", "6", "--weights", "reg")
     assert "weights in bf16 kept 99% of the LoRA's change" in done.stderr
-    return layout.promoted_dir(TINY, str(cosmos.cwd / "checkpoints"))
+    return paths.promoted_dir(TINY, str(cosmos.cwd / "checkpoints"))
 
 
 def test_promote_keeps_the_lora_beside_the_merged_weights(cosmos, whole, promoted):
-    base = weights.load_dit_state(layout.EMBEDDED_DIR / "model.safetensors")
+    base = weights.load_dit_state(paths.EMBEDDED_DIR / "model.safetensors")
     merged = lora.merge(base, whole.lora(6, "reg"), 1.0)
     written = weights.load_dit_state(promoted / "model.pt")
     assert all(torch.equal(written[name], tensor) for name, tensor in merged.items())
     assert (promoted / "lora.safetensors").read_bytes() == whole.lora(6, "reg").read_bytes()
-    manifest = layout.read_json(promoted / "manifest.json")
-    assert manifest["lora"]["sha256"] == layout.sha256_file(whole.lora(6, "reg"))
+    manifest = files.read_json(promoted / "manifest.json")
+    assert manifest["lora"]["sha256"] == files.sha256_file(whole.lora(6, "reg"))
     assert 0.98 < manifest["lora"]["kept"] < 1
-    assert manifest["base"]["sha256"] == layout.sha256_file(
-        layout.EMBEDDED_DIR / "model.safetensors"
-    )
+    assert manifest["base"]["sha256"] == files.sha256_file(paths.EMBEDDED_DIR / "model.safetensors")
 
 
 ASK = ("--set", "num_steps=2", "--prompt", "A teal robot.")
@@ -114,7 +112,7 @@ def video(cosmos, *more):
     made = ("-o", cosmos.cwd / f"videos{len(list(cosmos.cwd.glob('videos*')))}")
     done = cosmos("generate", "tiny", *options("whole", *LORA), *ASK, *made, *more, "--json")
     path = cosmos.cwd / json.loads(done.stdout)["videos"][0]["path"]
-    return path.read_bytes(), layout.read_json(path.with_suffix(".json")), done.stderr
+    return path.read_bytes(), files.read_json(path.with_suffix(".json")), done.stderr
 
 
 def test_promoted_and_beside_the_base_it_makes_the_same_video(cosmos, whole, promoted):
@@ -126,12 +124,12 @@ def test_promoted_and_beside_the_base_it_makes_the_same_video(cosmos, whole, pro
     plain, _, _ = video(cosmos, "--model", "base")
     assert by_promote == beside
     assert nothing == plain != beside
-    base = layout.EMBEDDED_DIR / "model.safetensors"
+    base = paths.EMBEDDED_DIR / "model.safetensors"
     assert f"using the base {base} with the LoRA {promoted / 'lora.safetensors'}" in said
     for used_by, path in ((about, promoted / "lora.safetensors"), (sidecar, file)):
-        assert used_by["weights"] == {"path": str(base), "sha256": layout.sha256_file(base)}
+        assert used_by["weights"] == {"path": str(base), "sha256": files.sha256_file(base)}
         assert used_by["loras"] == [
-            {"path": str(path), "strength": 1.0, "sha256": layout.sha256_file(file),
+            {"path": str(path), "strength": 1.0, "sha256": files.sha256_file(file),
              "config_sha256": ""}
         ]  # fmt: skip
     assert of_merged["weights"]["path"] == str(promoted / "model.pt")
@@ -141,9 +139,9 @@ def test_promoted_and_beside_the_base_it_makes_the_same_video(cosmos, whole, pro
 def test_without_its_base_the_merged_weights_are_used_and_it_says_so(cosmos, promoted, tmp_path):
     copy = tmp_path / "elsewhere_post-trained"
     shutil.copytree(promoted, copy)
-    manifest = layout.read_json(copy / "manifest.json")
+    manifest = files.read_json(copy / "manifest.json")
     manifest["base"]["sha256"] = "0" * 64
-    layout.write_json(copy / "manifest.json", manifest)
+    files.write_json(copy / "manifest.json", manifest)
     _, about, said = video(cosmos, "--model", copy)
     assert "using the merged weights, which kept 99% of the LoRA's change" in said
     assert about["weights"]["path"] == str(copy / "model.pt")
@@ -153,7 +151,7 @@ def test_without_its_base_the_merged_weights_are_used_and_it_says_so(cosmos, pro
     assert f"--model {copy / 'model.pt'}" in refused.stderr
     # As promote wrote it before it kept the LoRA.
     del manifest["lora"]
-    layout.write_json(copy / "manifest.json", manifest)
+    files.write_json(copy / "manifest.json", manifest)
     (copy / "lora.safetensors").unlink()
     assert video(cosmos, "--model", copy)[1]["weights"] == about["weights"]
 
@@ -176,19 +174,19 @@ def test_evaluate_measures_what_generate_uses(cosmos, promoted):
 def test_a_folder_of_peft_is_given_by_its_name(cosmos, whole, tmp_path):
     folder = tmp_path / "peft"
     folder.mkdir()
-    changes = lora_file.read(whole.lora(6, "reg"))
+    changes = lora_files.read(whole.lora(6, "reg"))
     state = weights.rename(lora.factors(changes), weights.OURS, weights.DIFFUSERS, folder)
     state = {f"base_model.model.{key}": value for key, value in state.items()}
     save_file(state, folder / "adapter_model.safetensors")
     settings = {"peft_type": "LORA", "r": 4, "lora_alpha": 6}
-    layout.write_json(folder / "adapter_config.json", settings)
+    files.write_json(folder / "adapter_config.json", settings)
     made, about, said = video(cosmos, "--model", "base", "--lora", folder)
     expected, _, _ = video(cosmos, "--model", "base", "--lora", whole.lora(6, "reg"))
     assert made == expected
     assert "rank 4, scale 1.5, strength 1" in said
     # The settings decide the video, and so are part of what it is known by.
     settings["lora_alpha"] = 60
-    layout.write_json(folder / "adapter_config.json", settings)
+    files.write_json(folder / "adapter_config.json", settings)
     other, changed, _ = video(cosmos, "--model", "base", "--lora", folder)
     assert other != made
     assert changed["key"] != about["key"]

@@ -2,9 +2,9 @@ import os
 import subprocess
 import sys
 
-from cosmos_cli.mailbox import ADDRESS, Mailbox
+from cosmos_cli.ranks import ADDRESS, Mailbox
 
-POST = "from cosmos_cli import mailbox; mailbox.post({'rank': 1, 'error': 'ünï'})"
+POST = "from cosmos_cli import ranks; ranks.post({'rank': 1, 'error': 'ünï'})"
 
 
 def run(environment):

@@ -10,16 +10,18 @@ from conftest import Cosmos, settings
 from safetensors.torch import load_file, save_file
 from test_train import find_run, options
 
-from cosmos_cli import layout, recipe
+from cosmos_cli import paths
 from cosmos_cli.errors import UserError
-from cosmos_cli.jobs import Job, Weights
-from cosmos_cli.model import metrics, text, weights
-from cosmos_cli.model.data import Batch
+from cosmos_cli.generate.jobs import Job, Weights
+from cosmos_cli.generate.phases import generate, load_denoiser
+from cosmos_cli.model import text, weights
 from cosmos_cli.model.finite import not_finite
-from cosmos_cli.model.generate import generate, load_denoiser
-from cosmos_cli.model.spec import TINY as SPEC
+from cosmos_cli.recipe import loading
+from cosmos_cli.spec import TINY as SPEC
+from cosmos_cli.train import metrics
+from cosmos_cli.train.data import Batch
 
-TINY = layout.EMBEDDED_DIR / "model.safetensors"
+TINY = paths.EMBEDDED_DIR / "model.safetensors"
 FINAL = "net.final.linear.weight"
 
 
@@ -75,8 +77,8 @@ def test_a_sum_that_overflows_is_not_taken_for_a_number_that_is_not_finite():
 def embedded(tmp_path, monkeypatch):
     """A copy of the embedded model to spoil."""
     folder = tmp_path / "tiny"
-    shutil.copytree(layout.EMBEDDED_DIR, folder)
-    monkeypatch.setattr(layout, "EMBEDDED_DIR", folder)
+    shutil.copytree(paths.EMBEDDED_DIR, folder)
+    monkeypatch.setattr(paths, "EMBEDDED_DIR", folder)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return folder
 
@@ -95,8 +97,8 @@ def embedded(tmp_path, monkeypatch):
 def test_weights_that_are_not_finite_are_refused_by_file_and_tensor(embedded, file, tensor, value):
     plant(embedded / file, embedded / file, tensor, value)
     small = ["num_frames=9", "height=64", "width=96", "num_steps=2"]
-    r = recipe.load("tiny", small).recipe
-    base = layout.model_files(r.spec, r.checkpoints_dir).dit
+    r = loading.load("tiny", small).recipe
+    base = paths.model_files(r.spec, r.checkpoints_dir).dit
     job = Job("A red ball.", r, Weights(base, "of the file"), embedded.parent / "out.mp4")
     with pytest.raises(UserError) as caught:
         list(generate([job], "cpu"))
@@ -115,7 +117,7 @@ def test_the_tensor_has_the_name_that_the_file_has_for_it(tmp_path, format):
         weights.save_diffusers(path := tmp_path / "model", state, SPEC.dit)
     else:
         weights.save_dit(path := tmp_path / f"model.{format}", state, format)
-    r = recipe.load("tiny").recipe
+    r = loading.load("tiny").recipe
     names = {"pt": "net.final_layer.linear", "safetensors": "net.final.linear"}
     with pytest.raises(UserError, match="not finite") as caught:
         load_denoiser(r, path, "cpu", torch.float32)

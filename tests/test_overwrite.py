@@ -10,8 +10,8 @@ import pytest
 from conftest import Cosmos
 from test_train import find_run, options, under_torchrun
 
-from cosmos_cli import history
-from cosmos_cli.layout import sha256_file
+from cosmos_cli.files import sha256_file
+from cosmos_cli.train import status
 
 pytestmark = pytest.mark.workflow
 
@@ -52,7 +52,7 @@ def files(run):
 
 
 def figures(run):
-    return [{key: row[key] for key in row if key != "seconds"} for row in history.rows(run)]
+    return [{key: row[key] for key in row if key != "seconds"} for row in status.rows(run)]
 
 
 def models(run):
@@ -112,7 +112,7 @@ def test_overwrite_leaves_nothing_of_the_earlier_run(cosmos, copy):
     assert len(cosmos.json("train", "tiny", *words, "--dry-run", "--overwrite")["deletes"]) == 4
     assert len(run.weight_files()) == 2
     cosmos("train", "tiny", *words, "--overwrite")
-    assert [row["step"] for row in history.rows(run) if "loss" in row] == [1, 2]
+    assert [row["step"] for row in status.rows(run) if "loss" in row] == [1, 2]
     assert list(run.weight_files()) == run.resumable_steps() == [2]
     assert not run.samples.exists()
     # What it saved is protected again, and goes on.

@@ -7,7 +7,8 @@ from conftest import Cosmos
 from PIL import Image
 from test_train import find_run, losses, options
 
-from cosmos_cli import history, layout
+from cosmos_cli import files
+from cosmos_cli.train import status
 
 pytestmark = pytest.mark.workflow
 
@@ -40,7 +41,7 @@ def test_pictures_are_made_before_the_first_step_when_due_and_at_the_end(cosmos,
     assert run.picture_steps("preview") == [0, 2, 4, 5]
     assert run.picture_steps("sample0") == [0, 3, 5]
     assert "pictures took" in shown
-    clips = len(layout.read_json(run.sample_prompts))
+    clips = len(files.read_json(run.sample_prompts))
     assert picture(run.preview(0)).size == (800, clips * round(64 * 200 / 96))
     assert all(run.sample(5, i).exists() for i in range(clips))
 
@@ -64,7 +65,7 @@ def test_the_model_that_trains_is_the_one_in_the_pictures(cosmos, shown):
 
 def test_one_process_makes_the_samples_of_two(cosmos, shown):
     cosmos("train", "tiny", *options("alone", *PICTURES, "num_processes=1", "max_steps=1"))
-    rows = [history.rows(find_run(cosmos, name))[1] for name in ("alone", "shown")]
+    rows = [status.rows(find_run(cosmos, name))[1] for name in ("alone", "shown")]
     assert rows[0] == pytest.approx(rows[1], rel=1e-4)
     assert rows[0]["nearest_clip"] > 0
 

@@ -17,8 +17,9 @@ from conftest import SMALL, Cosmos, moving_square, settings
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from cosmos_cli import claims, recipe
-from cosmos_cli.model import prep, prep_report, sources, video
+from cosmos_cli.model import video
+from cosmos_cli.prep import page, prepare, sources, work_sharing
+from cosmos_cli.recipe import loading
 
 pytestmark = pytest.mark.workflow
 
@@ -278,35 +279,35 @@ def test_the_report_shows_every_video_and_loads_nothing(tmp_path):
     (videos / "text.mp4").write_text("words")
     arguments = settings("prompt=A <i>square</i>.", "num_frames=17", "check_every_clips=2")
     done = Cosmos(tmp_path)("prep", "tiny", *arguments)
-    page = (videos.parent / "report.html").read_text()
-    assert page.count("data:image/jpeg;base64,") == 4
+    text = (videos.parent / "report.html").read_text()
+    assert text.count("data:image/jpeg;base64,") == 4
     # 80 frames at 16 fps are four clips, twice, and 18 frames one more.
-    assert page.count("data:video/mp4;base64,") == 9 // 2
-    assert page.count("PSNR") == 9 // 2
+    assert text.count("data:video/mp4;base64,") == 9 // 2
+    assert text.count("PSNR") == 9 // 2
     for words in (
         "a &lt;b&gt;.mp4", "A &lt;i&gt;square&lt;/i&gt;.", "rejected: not a video",
         "rejected: too short: 7 frames", "copy.mp4: has the same bytes as a &lt;b&gt;.mp4",
         "cut.mp4: the clip from frame 0 seems to have a cut at 9", "motion of a clip",
         "disk of the latents", "<td>inspect</td>",
     ):  # fmt: skip
-        assert words in page, words
-    assert "a &lt;b&gt;.mp4: the clip" not in page
-    assert "<i>" not in page
-    assert not re.search(r"""(src|href)=["'](?!data:)|url\(|@import""", page)
+        assert words in text, words
+    assert "a &lt;b&gt;.mp4: the clip" not in text
+    assert "<i>" not in text
+    assert not re.search(r"""(src|href)=["'](?!data:)|url\(|@import""", text)
     assert "4 clips decoded back: PSNR" in done.stderr
 
 
 def test_the_report_of_many_videos_stays_bounded(tmp_path, monkeypatch):
-    monkeypatch.setattr(prep_report, "MOST_PICTURES", 2)
+    monkeypatch.setattr(page, "MOST_PICTURES", 2)
     monkeypatch.chdir(tmp_path)
     videos = tmp_path / "datasets" / "tiny" / "videos"
     for i in range(4):
         write(videos, f"{i}.mp4", 9, fps=16)
-    prep.prepare(recipe.load("tiny", [*SMALL, PROMPT]).recipe, "cpu")
-    page = (videos.parent / "report.html").read_text()
-    assert page.count("data:image/jpeg;base64,") == 2
-    assert "Pictures are of 2 videos" in page
-    assert all(f"<td>{i}.mp4</td>" in page for i in range(4))
+    prepare.prepare(loading.load("tiny", [*SMALL, PROMPT]).recipe, "cpu")
+    text = (videos.parent / "report.html").read_text()
+    assert text.count("data:image/jpeg;base64,") == 2
+    assert "Pictures are of 2 videos" in text
+    assert all(f"<td>{i}.mp4</td>" in text for i in range(4))
 
 
 # --- captions -------------------------------------------------------------------------------------
@@ -389,9 +390,9 @@ def test_the_tasks_of_an_array_end_with_the_bytes_of_one_process(
         assert process.returncode == 0, err
     assert snapshot(dataset) == undisturbed[1]
     # The copies are told by the order of the videos, whoever made them.
-    page = (dataset / "report.html").read_text()
-    assert "<td>7.mp4: has the same bytes as 0.mp4" in page
-    assert "<td>0.mp4: has" not in page
+    text = (dataset / "report.html").read_text()
+    assert "<td>7.mp4: has the same bytes as 0.mp4" in text
+    assert "<td>0.mp4: has" not in text
 
 
 def test_the_one_that_ends_last_clears_up_behind_one_that_was_killed(
@@ -400,9 +401,9 @@ def test_the_one_that_ends_last_clears_up_behind_one_that_was_killed(
     cosmos, dataset = fresh(undisturbed, tmp_path)
     cosmos("prep", "tiny", *settings(PROMPT))
     monkeypatch.chdir(tmp_path)
-    r = recipe.load("tiny", [*SMALL, PROMPT]).recipe
-    job = prep._job(r, sources.inspect(r, prep.Dataset.at(r.dataset_dir, r.videos_dir)))
-    with claims.crew(dataset / "prep.lock", job) as crew:
+    r = loading.load("tiny", [*SMALL, PROMPT]).recipe
+    job = prepare._job(r, sources.inspect(r, prepare.Dataset.at(r.dataset_dir, r.videos_dir)))
+    with work_sharing.crew(dataset / "prep.lock", job) as crew:
         crew.start()
         (dataset / ".99999999.report.tmp").mkdir()
         shutil.rmtree(dataset / "latents")
@@ -442,7 +443,7 @@ def test_the_ranks_of_a_launcher_share_the_work_and_one_speaks(undisturbed, tmp_
 
 def test_a_process_with_another_recipe_is_refused_while_one_is_at_work(undisturbed, tmp_path):
     cosmos, dataset = fresh(undisturbed, tmp_path)
-    with claims.crew(dataset / "prep.lock", "another job") as crew:
+    with work_sharing.crew(dataset / "prep.lock", "another job") as crew:
         crew.start()
         refused = cosmos("prep", "tiny", *settings(PROMPT), code=2)
     assert "another `cosmos prep` is working here" in refused.stderr

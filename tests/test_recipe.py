@@ -12,11 +12,11 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cosmos_cli import recipe
 from cosmos_cli.errors import ExitCode, UserError
-from cosmos_cli.keys import Recipe
-from cosmos_cli.model.spec import MODELS, TINY
-from cosmos_cli.recipe import LoadedRecipe
+from cosmos_cli.recipe import loading
+from cosmos_cli.recipe.keys import Recipe
+from cosmos_cli.recipe.loading import LoadedRecipe
+from cosmos_cli.spec import MODELS, TINY
 
 
 @pytest.fixture(autouse=True)
@@ -31,7 +31,7 @@ def file(tmp_path: Path) -> Path:
 
 def load(file: Path, *lines: str, overrides: tuple[str, ...] = ()) -> LoadedRecipe:
     file.write_text("\n".join(["dataset_dir: data", *lines, ""]), encoding="utf-8")
-    return recipe.load(file, overrides)
+    return loading.load(file, overrides)
 
 
 def complaint(file: Path, *lines: str, overrides: tuple[str, ...] = ()) -> str:
@@ -145,7 +145,7 @@ def test_a_key_given_twice_is_named_with_both_lines(file: Path) -> None:
 def test_a_missing_dataset_dir_is_named(file: Path) -> None:
     file.write_text("seed: 1\n")
     with pytest.raises(UserError, match=r"r\.yaml: dataset_dir: required and missing"):
-        recipe.load(file)
+        loading.load(file)
 
 
 def test_all_problems_are_reported_at_once_in_the_order_of_the_file(file: Path) -> None:
@@ -252,12 +252,12 @@ def test_an_unusual_value_gives_a_warning(file: Path, line: str, warning: str) -
 
 
 def test_every_shipped_recipe_loads_and_fits_the_schema() -> None:
-    assert set(recipe.shipped()) == {
+    assert set(loading.shipped()) == {
         "tiny", "nemo_assets", "hdvila", "my_videos", "lora", "two_gpus", "four_gpus", "two_nodes",
     }  # fmt: skip
-    validator = jsonschema.Draft202012Validator(recipe.json_schema())
-    for name, path in recipe.shipped().items():
-        loaded = recipe.load(name)
+    validator = jsonschema.Draft202012Validator(loading.json_schema())
+    for name, path in loading.shipped().items():
+        loaded = loading.load(name)
         assert loaded.path.samefile(path)
         entries = {key: loaded.recipe.model_dump()[key] for key in loaded.recipe.model_fields_set}
         validator.validate(entries)
@@ -266,7 +266,7 @@ def test_every_shipped_recipe_loads_and_fits_the_schema() -> None:
 
 
 def test_every_key_of_a_shipped_recipe_has_a_comment_sentence_above_it() -> None:
-    for path in recipe.shipped().values():
+    for path in loading.shipped().values():
         lines = path.read_text(encoding="utf-8").splitlines()
         assert lines[0].startswith("# ")
         for comment, line in pairwise(lines):
@@ -276,7 +276,7 @@ def test_every_key_of_a_shipped_recipe_has_a_comment_sentence_above_it() -> None
 
 
 def test_nemo_assets_has_the_published_values() -> None:
-    loaded = recipe.load("nemo_assets")
+    loaded = loading.load("nemo_assets")
     r = loaded.recipe
     assert r.learning_rate == pytest.approx(2**-14.3, rel=1e-6)
     assert (r.beta1, r.beta2, r.adam_eps, r.weight_decay) == (0.9, 0.99, 1e-10, 0.1)
@@ -295,13 +295,13 @@ def test_a_recipe_is_found_by_path_first_then_by_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    shipped = recipe.shipped()["tiny"]
-    assert recipe.find("tiny") == recipe.find("tiny.yaml") == shipped
+    shipped = loading.shipped()["tiny"]
+    assert loading.find("tiny") == loading.find("tiny.yaml") == shipped
     (tmp_path / "tiny").mkdir()
-    assert recipe.find("tiny") == shipped
+    assert loading.find("tiny") == shipped
     (tmp_path / "tiny.yaml").write_text("dataset_dir: mine\n")
-    assert recipe.find("tiny") == shipped
-    assert recipe.find("tiny.yaml") == Path("tiny.yaml")
+    assert loading.find("tiny") == shipped
+    assert loading.find("tiny.yaml") == Path("tiny.yaml")
 
 
 @pytest.mark.parametrize(
@@ -320,14 +320,14 @@ def test_an_unknown_recipe_is_refused_with_the_nearest(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError) as caught:
-        recipe.load(name)
+        loading.load(name)
     assert caught.value.code == ExitCode.USAGE
     assert message in str(caught.value)
 
 
 def test_explain_aligns_the_origin_of_every_value_as_a_comment(file: Path) -> None:
     loaded = load(file, "prompt: " + "long " * 40, "seed: 3")
-    text = recipe.explain(loaded)
+    text = loading.explain(loaded)
     assert yaml.safe_load(text) == loaded.recipe.model_dump()
     lines = {line.partition(":")[0]: line for line in text.splitlines()}
     assert lines["seed"].endswith(f"  # {file}:3")
@@ -361,18 +361,18 @@ PATHS = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\0
 )
 def test_a_dumped_recipe_is_read_back_as_it_was(file: Path, values: dict[str, object]) -> None:
     before = Recipe.model_validate(values)
-    file.write_text(recipe.dump(before), encoding="utf-8")
-    assert recipe.load(file).recipe == before
+    file.write_text(loading.dump(before), encoding="utf-8")
+    assert loading.load(file).recipe == before
 
 
 def test_a_recipe_cannot_be_changed() -> None:
-    r = recipe.load("tiny").recipe
+    r = loading.load("tiny").recipe
     with pytest.raises(ValueError, match="frozen"):
         r.seed = 1  # type: ignore[misc]
 
 
 def test_the_key_reference_has_every_key_in_its_group() -> None:
-    rows = recipe.key_reference()
+    rows = loading.key_reference()
     assert [row.name for row in rows] == list(Recipe.model_fields)
     groups = list(dict.fromkeys(row.group for row in rows))
     assert groups == ["model", "data", "training", "sampling", "output"]
@@ -388,7 +388,7 @@ def test_the_key_reference_has_every_key_in_its_group() -> None:
 
 def test_the_recipe_is_read_without_torch_and_quickly() -> None:
     code = (
-        "import sys, cosmos_cli.recipe as r; r.load('tiny');"
+        "import sys, cosmos_cli.recipe.loading as r; r.load('tiny');"
         "sys.exit(any(m in sys.modules for m in ('torch', 'transformers', 'deepspeed', 'numpy')))"
     )
     seconds = []

@@ -8,10 +8,11 @@ import jsonschema
 import pytest
 from typer.testing import CliRunner
 
-from cosmos_cli import propose, recipe
+from cosmos_cli import new_recipe
 from cosmos_cli.commands.recipes import app
 from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.model.video import VideoInfo
+from cosmos_cli.recipe import loading
 
 
 @pytest.fixture(autouse=True)
@@ -42,27 +43,27 @@ def fail(*words: str) -> UserError:
 
 def test_list_names_every_shipped_recipe() -> None:
     text = run("list")
-    for name in recipe.shipped():
+    for name in loading.shipped():
         assert f"\n{name} " in text
     names = [row["name"] for row in run_json("list")["recipes"]]
-    assert names == sorted(recipe.shipped())
+    assert names == sorted(loading.shipped())
 
 
 def test_show_prints_the_file() -> None:
-    assert run("show", "tiny") == recipe.shipped()["tiny"].read_text()
+    assert run("show", "tiny") == loading.shipped()["tiny"].read_text()
     assert run_json("show", "tiny")["recipe"]["num_frames"] == 25
 
 
 def test_copy_writes_a_recipe_that_loads_and_replaces_nothing_unasked(workplace: Path) -> None:
     assert run("copy", "tiny") == f"{workplace / 'tiny.yaml'}\n"
-    shipped = recipe.shipped()["tiny"].read_text()
+    shipped = loading.shipped()["tiny"].read_text()
     assert (workplace / "tiny.yaml").read_text() == shipped
     (workplace / "tiny.yaml").write_text("mine")
     error = fail("copy", "tiny")
     assert (error.code, error.where) == (ExitCode.USAGE, "tiny.yaml")
     assert (workplace / "tiny.yaml").read_text() == "mine"
     run("copy", "hdvila", "tiny.yaml", "--yes")
-    assert recipe.load("tiny.yaml").recipe.dataset_dir == "datasets/hdvila"
+    assert loading.load("tiny.yaml").recipe.dataset_dir == "datasets/hdvila"
 
 
 def test_copy_into_a_folder_keeps_the_name(workplace: Path) -> None:
@@ -83,10 +84,10 @@ def test_check_says_ok_with_warnings_or_every_problem(workplace: Path) -> None:
 
 def test_keys_explains_every_key() -> None:
     text = run("keys")
-    for row in recipe.key_reference():
+    for row in loading.key_reference():
         assert f"  {row.name} (" in text
         assert row.description in text
-    assert [row["name"] for row in run_json("keys")["keys"]] == list(recipe.Recipe.model_fields)
+    assert [row["name"] for row in run_json("keys")["keys"]] == list(loading.Recipe.model_fields)
 
 
 def test_schema_is_a_json_schema_on_stdout_or_in_a_file(workplace: Path) -> None:
@@ -102,7 +103,7 @@ def info(frames: int = 240, fps: float = 24.0, height: int = 720, width: int = 1
 
 
 def choices(*videos: VideoInfo, captioned: int = 0, gpus: tuple[str, ...] = ()) -> dict[str, Any]:
-    rows = propose.propose("robot", Path("clips"), videos, captioned, gpus)
+    rows = new_recipe.propose("robot", Path("clips"), videos, captioned, gpus)
     assert all(row.because for row in rows)
     return {row.key: row.value for row in rows}
 
@@ -127,7 +128,7 @@ def test_the_rate_is_the_models_unless_the_videos_are_slower() -> None:
     assert rates(30, 30) == (24, "resample")
     assert rates(15, 15) == (15, "keep")
     assert rates(15, 15, 24) == (15, "resample")
-    rows = propose.propose("robot", Path("clips"), [info(fps=30)] * 2, 0, ())
+    rows = new_recipe.propose("robot", Path("clips"), [info(fps=30)] * 2, 0, ())
     assert {row.key: row.because for row in rows}["fps_policy"] == "30 fps is resampled to 24"
 
 
@@ -166,7 +167,7 @@ def test_a_prompt_is_proposed_only_where_captions_are_missing() -> None:
 
 def test_a_new_dataset_leaves_the_folder_of_the_videos_alone(workplace: Path) -> None:
     def places(folder: Path) -> tuple[Path, Path]:
-        dataset = propose.dataset_of("robot", folder)
+        dataset = new_recipe.dataset_of("robot", folder)
         return dataset.root, dataset.videos
 
     bare = workplace / "videos"
@@ -196,7 +197,7 @@ def test_new_writes_a_recipe_that_loads_from_real_videos(workplace: Path) -> Non
     text = (workplace / "robot.yaml").read_text()
     body = [line for line in text.splitlines() if line and not line.startswith("#")]
     assert all("  # because " in line for line in body)
-    r = recipe.load("robot.yaml").recipe
+    r = loading.load("robot.yaml").recipe
     assert (r.num_frames, r.fps_policy, r.videos_dir, r.name) == (25, "keep", "clips", "robot")
     error = fail("new", "robot", "--videos", "clips")
     assert (error.code, error.where) == (ExitCode.USAGE, "robot.yaml")

@@ -11,7 +11,8 @@ from conftest import Cosmos
 from safetensors.torch import load_file, save_file
 from test_train import find_run, losses, options, wait_for_step
 
-from cosmos_cli import history, layout
+from cosmos_cli import files, paths
+from cosmos_cli.train import status
 
 pytestmark = pytest.mark.workflow
 
@@ -29,7 +30,7 @@ def cosmos(prepared, tmp_path_factory):
 
 
 def errors(run):
-    return {row["step"]: row["heldout"] for row in history.rows(run) if "heldout" in row}
+    return {row["step"]: row["heldout"] for row in status.rows(run) if "heldout" in row}
 
 
 @pytest.fixture(scope="module")
@@ -58,8 +59,8 @@ def test_held_out_clips_are_measured_and_not_trained_on(cosmos, measured, tmp_pa
     _, one, pairs = measured
     shutil.copytree(cosmos.cwd / "datasets", tmp_path / "datasets")
     other = Cosmos(tmp_path)
-    manifest = layout.read_json(tmp_path / "datasets" / "tiny" / "manifest.json")
-    for clip in layout.split_clips(manifest)[1]:
+    manifest = files.read_json(tmp_path / "datasets" / "tiny" / "manifest.json")
+    for clip in paths.split_clips(manifest)[1]:
         latent = tmp_path / "datasets" / "tiny" / clip["latent"]
         save_file({"latent": load_file(latent)["latent"] + 1}, latent)
     other("train", "tiny", *options("one", *pairs, "num_processes=1"))
@@ -72,7 +73,7 @@ def test_the_best_saved_step_is_named_and_promoted(cosmos, measured):
     result, run, pairs = measured
     error = errors(run)
     best = min((3, 5), key=error.get)
-    assert result["best_step"] == layout.read_json(run.result)["best_step"] == best
+    assert result["best_step"] == files.read_json(run.result)["best_step"] == best
     assert result["next"].endswith("--step best")
     done = cosmos.json("promote", "tiny", *options("one", *pairs), "--step", "best")
     assert done["step"] == best
@@ -94,7 +95,7 @@ def test_the_page_of_a_run_stands_alone_and_shows_what_it_measured(measured):
     for words in ("held-out", "EDM error by noise band", "learning rate", "global_batch_size: 2"):
         assert words in page
     assert page.count("<svg") == 7
-    history.write_page(run)
+    status.write_page(run)
     assert page.partition("<h2>Error")[2] == run.report.read_text().partition("<h2>Error")[2]
 
 
@@ -119,8 +120,8 @@ def wait_until(condition, process, seconds=120):
 
 def test_a_running_run_saves_when_asked_and_says_where_it_stands(cosmos):
     pairs = (*SPLIT, "num_processes=2", "save_every_steps=5000", "max_steps=5000")
-    status = ("train", "tiny", *options("asked", *pairs), "--status")
-    nothing = cosmos(*status, code=4)
+    ask = ("train", "tiny", *options("asked", *pairs), "--status")
+    nothing = cosmos(*ask, code=4)
     assert "there is no run" in nothing.stderr
 
     process = cosmos.start("train", "tiny", *options("asked", *pairs))
@@ -137,8 +138,8 @@ def test_a_running_run_saves_when_asked_and_says_where_it_stands(cosmos):
     assert not run.save_request.exists()
     process.send_signal(signal.SIGUSR1)
     wait_until(lambda: len(run.resumable_steps()) == 2, process)
-    wait_until(lambda: history.state(run)["step"] > run.resumable_steps()[-1], process)
-    stands = cosmos.json(*status)
+    wait_until(lambda: status.state(run)["step"] > run.resumable_steps()[-1], process)
+    stands = cosmos.json(*ask)
     assert stands["state"] == "running"
     assert stands["saved_steps"][-1] == run.resumable_steps()[-1]
     assert stands["best_step"] in stands["saved_steps"]
@@ -147,5 +148,5 @@ def test_a_running_run_saves_when_asked_and_says_where_it_stands(cosmos):
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=120)
     assert process.returncode == 143, err
-    assert cosmos.json(*status)["state"] == "stopped"
-    assert "state      stopped" in cosmos(*status).stdout
+    assert cosmos.json(*ask)["state"] == "stopped"
+    assert "state      stopped" in cosmos(*ask).stdout

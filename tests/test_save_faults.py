@@ -12,7 +12,7 @@ import pytest
 from conftest import Cosmos
 from test_train import losses, options
 
-from cosmos_cli.layout import Run
+from cosmos_cli.paths import Run
 
 pytestmark = pytest.mark.workflow
 

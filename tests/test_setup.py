@@ -16,9 +16,10 @@ import pytest
 from hub import serve
 from packaging.requirements import Requirement
 
-from cosmos_cli import checks, probes, recipe, repairs
 from cosmos_cli.errors import ExitCode, UserError
-from cosmos_cli.probes import Outcome, Probe
+from cosmos_cli.recipe import loading
+from cosmos_cli.setup import checks, installs, probes
+from cosmos_cli.setup.probes import Outcome, Probe
 
 ROOT = Path(__file__).parents[1]
 RUN_COSMOS = "from cosmos_cli.__main__ import main; main()"
@@ -117,7 +118,7 @@ def test_dry_run_prints_the_install_commands_and_runs_none(
     assert found["Apex"]["status"] == "fail"
     assert "PyPI's unrelated one" in found["Apex"]["found"]
     commands = json.loads(done.stdout)["commands"]
-    assert commands[-2] == f"{python} -m pip install '{repairs.DEEPSPEED}'"
+    assert commands[-2] == f"{python} -m pip install '{installs.DEEPSPEED}'"
     assert commands[-1] == f"{python} -m pip uninstall --yes apex"
     if shutil.which("apt-get"):
         assert "apt-get" in commands[0]
@@ -130,7 +131,7 @@ def test_a_broken_deepspeed_is_named_with_its_error(tmp_path):
     package.mkdir(parents=True)
     (package / "__init__.py").write_text("raise OSError('half of it is gone')\n")
     done = subprocess.run(
-        [sys.executable, "-c", "from cosmos_cli import probes; probes.probe_deepspeed('')"],
+        [sys.executable, "-c", "from cosmos_cli.setup import probes; probes.probe_deepspeed('')"],
         env={**os.environ, "PYTHONPATH": f"{package.parent}{os.pathsep}{ROOT}"},
         capture_output=True,
         text=True,
@@ -148,7 +149,7 @@ def test_a_torchcodec_of_another_torch_is_told_apart_from_missing_ffmpeg():
     assert "FFmpeg" in checks._video(Outcome({}, absent)).found
     row = checks._video(Outcome({}, absent + wrong))
     assert "does not match torch: libnvrtc.so.13" in row.found
-    assert row.commands[0][-1] == repairs.TORCHCODEC
+    assert row.commands[0][-1] == installs.TORCHCODEC
 
 
 def test_a_low_limit_of_open_files_is_a_warning():
@@ -165,13 +166,13 @@ def test_install_logs_every_command_and_stops_at_the_first_failure(tmp_path, mon
     works = (sys.executable, "-c", "print('done that')")
     fails = (sys.executable, "-c", "raise OSError('no network')")
     never = ("touch", str(tmp_path / "never"))
-    log = repairs.install([works])
+    log = installs.install([works])
     assert "done that" in log.read_text()
     with pytest.raises(UserError, match="OSError: no network") as caught:
-        repairs.install([fails, never])
+        installs.install([fails, never])
     # What stands above it in the log is of other commands.
     with pytest.raises(UserError, match=r"failed with code 1: no reason\."):
-        repairs.install([(sys.executable, "-c", "exit('no reason.')")])
+        installs.install([(sys.executable, "-c", "exit('no reason.')")])
     assert (caught.value.code, caught.value.where) == (ExitCode.ENVIRONMENT, str(log))
     assert "no network" in capsys.readouterr().err
     assert not (tmp_path / "never").exists()
@@ -180,8 +181,8 @@ def test_install_logs_every_command_and_stops_at_the_first_failure(tmp_path, mon
 def test_install_uses_the_versions_of_pyproject_which_match_the_pins():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    assert repairs.TORCHCODEC in project["dependencies"]
-    assert repairs.DEEPSPEED in extras["train"]
+    assert installs.TORCHCODEC in project["dependencies"]
+    assert installs.DEEPSPEED in extras["train"]
     lines = (ROOT / ".ci" / "constraints.txt").read_text().splitlines()
     pins = dict(line.lower().split("==") for line in lines if "==" in line)
     for text in project["dependencies"] + extras["train"] + extras["test"]:
@@ -239,7 +240,7 @@ def test_print_writes_the_install_commands_as_a_valid_bash_script(tmp_path, envi
     done = cosmos(tmp_path, *words, python=python)
     lines = done.stdout.splitlines()
     assert lines[0] == "#!/usr/bin/env bash"
-    assert lines[-1] == f"{python} -m pip install '{repairs.DEEPSPEED}'"
+    assert lines[-1] == f"{python} -m pip install '{installs.DEEPSPEED}'"
     assert [line for line in lines if line.startswith("# by hand: Transformer Engine: ")]
     assert subprocess.run(["bash", "-n"], input=done.stdout, text=True, check=False).returncode == 0
 
@@ -248,13 +249,13 @@ def test_builds_find_the_headers_in_torchs_wheels(tmp_path, monkeypatch):
     for name in ("cudnn", "cu13"):
         (tmp_path / "nvidia" / name / "include").mkdir(parents=True)
     monkeypatch.setattr("sysconfig.get_path", lambda _: str(tmp_path))
-    *_, build = repairs.transformer_engine("13.0")
+    *_, build = installs.transformer_engine("13.0")
     headers = [tmp_path / "nvidia" / name / "include" for name in ("cu13", "cudnn")]
     assert build[1] == f"CPLUS_INCLUDE_PATH={headers[0]}:{headers[1]}"
     assert build[-2:] == ("--no-build-isolation", "transformer-engine[pytorch,core-cu13]>=2.9,<3")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert project["optional-dependencies"]["te-cu13"] == [build[-1]]
-    *_, apex = repairs.apex()
+    *_, apex = installs.apex()
     assert re.fullmatch(r"git\+https://github.com/NVIDIA/apex@[0-9a-f]{40}", apex[-1])
     assert {build[1], "APEX_CPP_EXT=1", "APEX_CUDA_EXT=1"} < set(apex)
 
@@ -265,7 +266,7 @@ def test_a_missing_extra_is_a_failure_only_when_it_is_asked_for():
     (row,) = checks._transformer_engine(None, torch, [])
     assert (row.status, checks.mending([row])) == ("warn", [])
     (row,) = checks._transformer_engine(None, torch, ["transformer-engine"])
-    assert checks.mending([row]) == list(repairs.transformer_engine("13.0"))
+    assert checks.mending([row]) == list(installs.transformer_engine("13.0"))
     assert checks._apex(None, torch, []) == []
     (row,) = checks._apex(None, torch, ["apex"])
     assert row.status == "fail"
@@ -298,7 +299,7 @@ def test_a_probe_that_hangs_is_a_failed_row_that_blames_no_package(monkeypatch, 
     (tmp_path / "deepspeed.py").write_text("import time\ntime.sleep(50)\n")
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{ROOT}")
     monkeypatch.setattr(probes, "PROBE_SECONDS", 8)
-    tiny = recipe.load("tiny").recipe
+    tiny = loading.load("tiny").recipe
     (row,) = [row for row in checks.run_checks(tiny) if row.name == "DeepSpeed"]
     assert (row.status, row.found) == ("fail", "did not finish in time")
     assert "less busy" in row.fix

@@ -8,7 +8,7 @@ from conftest import Cosmos
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_train import find_run, options
 
-from cosmos_cli import history
+from cosmos_cli.train import status
 
 pytestmark = pytest.mark.workflow
 
@@ -31,7 +31,7 @@ def test_tensorboard_shows_all_rows_and_pictures_of_a_resumed_run_once(cosmos):
     events = EventAccumulator(str(run.root / "tensorboard")).Reload()
     for name in ("loss", "learning_rate", "grad_norm"):
         shown = [(event.step, event.value) for event in events.Scalars(name)]
-        rows = [(row["step"], row[name]) for row in history.rows(run) if name in row]
+        rows = [(row["step"], row[name]) for row in status.rows(run) if name in row]
         assert [step for step, _ in shown] == [step for step, _ in rows] == [1, 2, 3]
         assert shown == [pytest.approx(row, rel=1e-6) for row in rows]
     assert [event.step for event in events.Images("preview")] == [0, 2, 3]

@@ -14,10 +14,11 @@ import torch
 from conftest import Cosmos, settings
 from safetensors.torch import load_file, save_file
 
-from cosmos_cli import preflight
 from cosmos_cli.errors import UserError
-from cosmos_cli.keys import Recipe
-from cosmos_cli.layout import EMBEDDED_DIR, Run, read_json, split_clips
+from cosmos_cli.files import read_json
+from cosmos_cli.paths import EMBEDDED_DIR, Run, split_clips
+from cosmos_cli.recipe.keys import Recipe
+from cosmos_cli.train import preflight
 
 pytestmark = pytest.mark.workflow
 

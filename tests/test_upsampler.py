@@ -10,7 +10,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
 
 from cosmos_cli.errors import UserError
-from cosmos_cli.model import upsampler
+from cosmos_cli.generate import upsampler
+from cosmos_cli.prep import captions
 
 WIDTH, HEADS, KV_HEADS, LAYERS, HIDDEN, VOCABULARY = 192, 4, 2, 3, 320, 40
 K = upsampler.HEAD_WIDTH
@@ -123,7 +124,7 @@ def test_a_folder_of_either_kind_answers_and_always_the_same(tmp_path, released)
     folder = chat_folder(tmp_path, released)
     model = upsampler.Upsampler(folder, "cpu", torch.float32)
     answer = model.upsample("w5 w6")
-    assert answer == model.upsample("w5 w6") == upsampler.clean(answer)
+    assert answer == model.upsample("w5 w6") == captions.clean(answer)
     assert set(answer.split()) <= {f"w{i}" for i in range(VOCABULARY)}
 
 
@@ -138,12 +139,12 @@ def test_a_damaged_file_is_one_line_with_the_remedy(tmp_path):
 BODY = "A red robot arm pours coffee, slowly - into a cup"
 
 
-@pytest.mark.parametrize("prefix", ["", *upsampler.PREFIXES, "Caption: #####", "#####- * "])
+@pytest.mark.parametrize("prefix", ["", *captions.PREFIXES, "Caption: #####", "#####- * "])
 @pytest.mark.parametrize("end", ["", "\n", " \r\n", ",", '"', "\u201d", " -*:' "])
 @pytest.mark.parametrize("blank", [" ", "\n\n"])
 def test_an_answer_is_cleaned_of_what_is_not_the_caption(prefix, end, blank):
     answer = prefix + BODY.replace(" robot ", f"{blank}robot{blank}") + end
-    assert upsampler.clean(answer) == BODY
+    assert captions.clean(answer) == BODY
 
 
 @pytest.mark.parametrize(
@@ -159,7 +160,7 @@ def test_an_answer_is_cleaned_of_what_is_not_the_caption(prefix, end, blank):
     ],
 )
 def test_marks_of_lists_and_headings_go_and_text_stays(answer, caption):
-    assert upsampler.clean(answer) == caption
+    assert captions.clean(answer) == caption
 
 
 @pytest.mark.workflow

@@ -8,15 +8,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cosmos_cli import assets, console, layout, lerobot
-from cosmos_cli import download as hub
+from cosmos_cli import console, paths
 from cosmos_cli.commands import options
 from cosmos_cli.console import Result
+from cosmos_cli.download import assets
+from cosmos_cli.download import fetch as hub
 from cosmos_cli.errors import ExitCode, UserError
-from cosmos_cli.layout import Dataset
+from cosmos_cli.paths import Dataset
+from cosmos_cli.prep import lerobot
 
 if TYPE_CHECKING:
-    from cosmos_cli.keys import Recipe
+    from cosmos_cli.recipe.keys import Recipe
 
 # Synthetic clips for the embedded model: of the new concept, and of things that it already knows.
 CONCEPT_CLIPS, ORDINARY_CLIPS = 12, 24
@@ -63,7 +65,7 @@ def download(
         console.emit(_check(r, next_, dry_run), as_json=json_)
         return
     if r.spec.embedded:
-        console.say(f"the weights of {r.model} are part of the package: {layout.EMBEDDED_DIR}")
+        console.say(f"the weights of {r.model} are part of the package: {paths.EMBEDDED_DIR}")
     root = Path(r.dataset_dir).absolute()
     figures = {"assets": [listing.figures for listing in listings], "dry_run": dry_run}
     if for_ in (Stage.all, Stage.prep):
@@ -81,7 +83,7 @@ def _render_clips(r: Recipe, root: Path, dry_run: bool) -> None:
         clips = CONCEPT_CLIPS + ORDINARY_CLIPS
         console.say(f"rendering {clips} captioned clips into {root}")
         if not dry_run:
-            from cosmos_cli.model import world
+            from cosmos_cli.model.tiny import world
 
             world.write_dataset(root, CONCEPT_CLIPS, ORDINARY_CLIPS, seed=0)
 
@@ -108,11 +110,11 @@ def _count_videos(r: Recipe) -> int:
 
 def _check(r: Recipe, next_: str, dry_run: bool) -> Result:
     """Test whether the weights denoise as trained weights should."""
-    files = layout.model_files(r.spec, r.checkpoints_dir, r.base)
+    files = paths.model_files(r.spec, r.checkpoints_dir, r.base)
     console.say(f"checking {files.tokenizer} and {files.dit}")
     if dry_run:
         return Result(figures={"dry_run": True})
-    from cosmos_cli.model import check
+    from cosmos_cli.evaluate import first_contact
     from cosmos_cli.model.device import best_device, gpu_memory_errors
 
     device = best_device()
@@ -124,5 +126,5 @@ def _check(r: Recipe, next_: str, dry_run: bool) -> Result:
             fix="run the same command on a machine with a GPU",
         )
     with gpu_memory_errors("use a GPU with more memory"):
-        figures = check.check(r, device)
+        figures = first_contact.check(r, device)
     return Result("the weights work", figures=figures, next=next_)

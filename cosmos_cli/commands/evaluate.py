@@ -8,11 +8,11 @@ from typing import Annotated
 
 import typer
 
-from cosmos_cli import console, layout, promoted
-from cosmos_cli.choose import choose_model
+from cosmos_cli import console, files
 from cosmos_cli.commands import options
-from cosmos_cli.commands.generate import find_weights
 from cosmos_cli.console import Result
+from cosmos_cli.generate import promoted
+from cosmos_cli.generate.choice import choose_model, find_weights
 
 EMBEDDED_PROMPTS = 24
 
@@ -59,9 +59,9 @@ def evaluate(
     }
     output = (output / "evaluation.html" if output.is_dir() else output).absolute()
     count = prompts if prompts is not None else EMBEDDED_PROMPTS if r.spec.embedded else 0
-    layout.require_writable(output.parent)
+    files.require_writable(output.parent)
 
-    from cosmos_cli.model import evaluate as measure
+    from cosmos_cli.evaluate import evaluation as measure
     from cosmos_cli.model.device import best_device
 
     figures, samples = measure.evaluate(r, weights, count, best_device())

@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-import math
-import os
 import shlex
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
-from cosmos_cli import console, files, jobs, layout, orders, promoted
-from cosmos_cli.choose import choose_model
+from cosmos_cli import console, paths
 from cosmos_cli.commands import options
 from cosmos_cli.console import Result
 from cosmos_cli.errors import ExitCode, Interrupted, UserError, together
-from cosmos_cli.jobs import Lora, Order, Outcome, Weights, Wish
-
-if TYPE_CHECKING:
-    from cosmos_cli.keys import Recipe
-
+from cosmos_cli.generate import batch, choice, jobs
+from cosmos_cli.generate.choice import choose_model
+from cosmos_cli.generate.jobs import Order, Outcome, Wish
 
 RecipeArgument = Annotated[
     str | None,
@@ -34,8 +28,9 @@ PromptOption = Annotated[
 BatchOption = Annotated[
     Path | None,
     typer.Option(
+        "--batch",
         help="JSONL file: an object with prompt, and maybe seed, negative_prompt, num_steps, "
-        "guidance, a line."
+        "guidance, a line.",
     ),
 ]
 PromptsOption = Annotated[
@@ -82,7 +77,7 @@ ProcessesOption = Annotated[
 def generate(
     recipe: RecipeArgument = None,
     prompt: PromptOption = None,
-    batch: BatchOption = None,
+    batch_: BatchOption = None,
     prompts: PromptsOption = None,
     seed: SeedOption = None,
     output: OutputOption = Path("outputs"),
@@ -102,28 +97,30 @@ def generate(
     Example: cosmos generate --prompt "A video of sks teal robot." --set num_steps=20
     """
     overrides = [*(set_ or ()), *([] if seed is None else [f"sampling_seed={seed}"])]
-    choice = choose_model(recipe, model, overrides)
-    overrides = [*choice.overrides, *overrides]
-    r = options.open_recipe(choice.recipe, overrides, print_recipe, json_, trains=False).recipe
-    if prompts is not None and (prompt or batch or compare or num_processes or prompts != "-"):
+    chosen = choose_model(recipe, model, overrides)
+    overrides = [*chosen.overrides, *overrides]
+    r = options.open_recipe(chosen.recipe, overrides, print_recipe, json_, trains=False).recipe
+    if prompts is not None and (prompt or batch_ or compare or num_processes or prompts != "-"):
         raise UserError(
             "is for standard input alone", code=ExitCode.USAGE, where="--prompts",
             fix="give --prompts - without --prompt, --batch, --compare and --num-processes",
         )  # fmt: skip
-    wishes = [] if prompts else _wishes(prompt or [], batch)
+    wishes = [] if prompts else _wishes(prompt or [], batch_)
     if output.suffix.lower() == ".mp4" and (prompts or len(wishes) > 1):
         raise UserError(
             f"one file for {len(wishes) or 'many'} videos", code=ExitCode.USAGE, where="--output",
             fix="give a folder",
         )  # fmt: skip
-    if output.suffix.lower() in layout.VIDEO_SUFFIXES - {".mp4"} and not output.is_dir():
+    if output.suffix.lower() in paths.VIDEO_SUFFIXES - {".mp4"} and not output.is_dir():
         raise UserError(
             f"{output.suffix} files are not written", code=ExitCode.USAGE,
             where=f"--output {output}", fix="name an .mp4 file, or a folder",
         )  # fmt: skip
-    weights = add_loras(find_weights(r, choice.weights), tuple(map(read_lora, lora or ())))
+    weights = choice.add_loras(
+        choice.find_weights(r, chosen.weights), tuple(map(choice.read_lora, lora or ()))
+    )
     order = Order(r, weights, output, overwrite)
-    placed = [orders.base_order(order, base_of(r, weights)), order] if compare else [order]
+    placed = [batch.base_order(order, choice.base_of(r, weights)), order] if compare else [order]
     console.say(
         f"{r.model} ({order.weights.path}): {r.num_frames} frames, {r.width}x{r.height} at "
         f"{r.fps:g} fps, {r.num_steps} steps, guidance {r.guidance:g}"
@@ -131,180 +128,20 @@ def generate(
     if dry_run:
         result = _preview(placed, wishes)
     elif prompts is None:
-        result = _finish(orders.batch(placed, wishes, num_processes), streaming=False)
+        result = _finish(batch.batch(placed, wishes, num_processes), streaming=False)
     else:
-        result = _finish(orders.stream(order), streaming=True)
+        result = _finish(batch.stream(order), streaming=True)
     result.figures["weights"] = {"path": str(weights.path), "sha256": weights.sha256}
     console.emit(result, as_json=json_)
 
 
-def read_weights(r: Recipe, folder: Path | None) -> Weights:
-    """The weights to generate with, hashed; those of a promoted model must be what promote wrote.
-
-    Raises:
-        UserError: they are missing or damaged.
-    """
-    path = folder or layout.model_files(r.spec, r.checkpoints_dir, r.base).dit
-    again = "promote again" if folder and promoted.is_promoted(folder) else "download"
-    path = layout.weights_in(path)
-    if not path.exists():
-        raise UserError(
-            "the weights are missing", code=ExitCode.ASSET, where=str(path),
-            fix=f"run cosmos {again}, or choose a --model",
-        )  # fmt: skip
-    # Of diffusers' it is a folder, with this file; all of another one would be hashed.
-    if path.is_dir() and not (path / "config.json").is_file():
-        raise UserError(
-            f"holds no {', '.join(layout.MODEL_FORMATS.values())}", code=ExitCode.ASSET,
-            where=str(path), fix="give a folder or file of weights",
-        )  # fmt: skip
-    if not path.is_dir():
-        files.check_weights(path)
-    before = layout.file_id(path)
-    found = Weights(path, layout.sha256_path(path))
-    named = path.name in layout.MODEL_FORMATS.values()
-    manifest = promoted.manifest_of(path.parent) if named else None
-    if manifest and manifest["sha256"] != found.sha256:
-        if layout.file_id(path) != before:
-            # A promotion exchanged the folder while the old weights were hashed.
-            return read_weights(r, folder)
-        name = layout.MANIFEST_FILE
-        raise UserError(
-            f"is damaged: its sha256 is {found.sha256[:12]}, {name} says "
-            f"{manifest['sha256'][:12]}",
-            code=ExitCode.ASSET, where=str(path),
-            fix=f"run cosmos promote again; if you put other weights there, delete its {name}",
-        )  # fmt: skip
-    return found
-
-
-def find_weights(r: Recipe, folder: Path | None) -> Weights:
-    """Return the weights to use: of a promoted LoRA its base and the LoRA, where both are here.
-
-    Merged into bf16 weights, a part of a LoRA's change is lost.
-
-    Raises:
-        UserError: they are missing or damaged.
-    """
-    manifest = _manifest(folder) if folder and folder.is_dir() else {}
-    if not folder or "lora" not in manifest:
-        return read_weights(r, folder)
-    path = folder / layout.LORA_FILE
-    merged = shlex.quote(str(layout.weights_in(folder)))
-    try:
-        wanted, sha256 = manifest["base"], manifest["lora"]["sha256"]
-        candidates, kept = [Path(wanted["path"])], f"{manifest['lora']['kept']:.0%}"
-    except (KeyError, TypeError, ValueError) as error:
-        raise _not_promoted(folder / layout.MANIFEST_FILE, merged) from error
-    if not path.is_file() or layout.sha256_file(path) != sha256:
-        raise _not_promoted(path, merged)
-    candidates += [
-        layout.model_files(r.spec, r.checkpoints_dir, base).dit for base in (r.base, None)
-    ]
-    for base in dict.fromkeys(candidates):
-        if base.exists() and layout.sha256_path(base) == wanted["sha256"]:
-            console.say(f"using the base {base} with the LoRA {path} beside its weights")
-            return Weights(base, wanted["sha256"], (Lora(path, 1.0, sha256),))
-    console.say(
-        f"using the merged weights, which kept {kept} of the LoRA's change: its base, "
-        f"{wanted['path']} with sha256 {wanted['sha256'][:12]}, is not here"
-    )
-    return read_weights(r, folder)
-
-
-def _not_promoted(path: Path, merged: str) -> UserError:
-    return UserError(
-        "is missing or not as cosmos promote wrote it", code=ExitCode.ASSET, where=str(path),
-        fix=f"run cosmos promote again, or use the merged weights with --model {merged}",
-    )  # fmt: skip
-
-
-def base_of(r: Recipe, weights: Weights) -> Weights:
-    """Return the base's weights, hashed once where `weights` are those with LoRAs beside them."""
-    base = layout.weights_in(layout.model_files(r.spec, r.checkpoints_dir, r.base).dit)
-    return replace(weights, loras=()) if weights.path == base else read_weights(r, None)
-
-
-def add_loras(weights: Weights, loras: tuple[Lora, ...]) -> Weights:
-    """Return the weights with more LoRAs.
-
-    Raises:
-        UserError: the weights have one of them already, so it would count twice.
-    """
-    places = (weights.path, *(used.path for used in weights.loras))
-    manifests = [_manifest(place.parent) for place in places]
-    inside = {(manifest.get("checkpoint") or {}).get("sha256") for manifest in manifests}
-    runs = [Path(m["run"]) for m in manifests if "lora" in m and "run" in m]
-    for lora in loras:
-        if lora.sha256 in inside:
-            raise UserError(
-                "is in the promoted model already and would count twice", code=ExitCode.USAGE,
-                where=f"--lora {lora.path}",
-                fix="leave it out, or choose its strength with --model base --lora FILE:0.8",
-            )  # fmt: skip
-        if any(lora.path.is_relative_to(run) for run in runs):
-            console.warn(f"{lora.path} is of the run that the promoted LoRA is of: both count")
-    if len({lora.sha256 for lora in loras}) < len(loras):
-        console.warn("one LoRA is given twice: its strengths add up")
-    return replace(weights, loras=(*weights.loras, *loras))
-
-
-def _manifest(folder: Path) -> dict[str, Any]:
-    """Return what promote wrote about the model in a folder, {} for any other folder."""
-    path = folder / layout.MANIFEST_FILE
-    content = layout.read_json(path) if path.is_file() else {}
-    return content if isinstance(content, dict) else {}
-
-
-def read_lora(text: str) -> Lora:
-    """The LoRA that PATH or PATH:STRENGTH names; a folder is one of peft or diffusers.
-
-    Raises:
-        UserError: there is no such file.
-    """
-    name, _, strength = text.rpartition(":")
-    try:
-        path, share = Path(name).absolute(), float(strength)
-    except ValueError:
-        path, share = Path(text).absolute(), 1.0
-    fix = "give a LoRA file or its folder, and maybe its strength, as in --lora FILE:0.8"
-    if os.path.isdir(path):  # noqa: PTH112 - as below
-        path = _lora_in(path, fix)
-    if not os.path.exists(path):  # noqa: PTH110 - a path that cannot be reached is none
-        raise UserError("does not exist", code=ExitCode.ASSET, where=str(path), fix=fix)
-    if not math.isfinite(share):
-        raise UserError(f"{share} is no strength", code=ExitCode.USAGE, where=text, fix=fix)
-    files.check_weights(path)
-    config = path.with_name(layout.ADAPTER_CONFIG_FILE)
-    about = layout.sha256_file(config) if config.is_file() else ""
-    return Lora(path, share, layout.sha256_file(path), about)
-
-
-def _lora_in(folder: Path, fix: str) -> Path:
-    """Return the one LoRA file of a folder.
-
-    Raises:
-        UserError: it has none, or several.
-    """
-    known = [folder / name for name in layout.ADAPTER_FILES if (folder / name).is_file()]
-    found = known or sorted(folder.glob("*.safetensors"))
-    if len(found) != 1:
-        names = ", ".join(path.name for path in found[:5])
-        what = f"holds several LoRA files: {names}" if found else "holds no LoRA file"
-        expected = " or ".join(layout.ADAPTER_FILES[:2])
-        raise UserError(
-            f"{what} (expected is {expected})", code=ExitCode.ASSET, where=str(folder), fix=fix
-        )
-    return found[0]
-
-
-def _wishes(prompts: list[str], batch: Path | None) -> list[Wish | UserError]:
+def _wishes(prompts: list[str], file: Path | None) -> list[Wish | UserError]:
     """What the options ask for.
 
     Raises:
         UserError: they ask for nothing, or the batch cannot be read.
     """
-    wishes = [*map(Wish, prompts), *(jobs.read_batch(batch) if batch else ())]
+    wishes = [*map(Wish, prompts), *(jobs.read_batch(file) if file else ())]
     if not wishes:
         raise UserError(
             "nothing to show", code=ExitCode.USAGE, where="--prompt",
@@ -335,14 +172,14 @@ def _finish(outcomes: Iterator[Outcome], *, streaming: bool) -> Result:
         end.artifacts = _paths(seen)
         end.figures = {"videos": [outcome.record() for outcome in seen]}
         raise
-    paths = _paths(seen)
-    shown = paths[-1].with_suffix(".html") if paths else Path()
+    made = _paths(seen)
+    shown = made[-1].with_suffix(".html") if made else Path()
     shown = shown if shown.exists() else shown.with_suffix(".mp4")
     return Result(
-        "" if streaming else "\n".join(map(str, paths)),
-        list(paths),
+        "" if streaming else "\n".join(map(str, made)),
+        list(made),
         {"videos": [outcome.record() for outcome in seen], "dry_run": False},
-        f"xdg-open {shlex.quote(str(shown))}" if paths and not streaming else "",
+        f"xdg-open {shlex.quote(str(shown))}" if made and not streaming else "",
     )
 
 

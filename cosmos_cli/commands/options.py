@@ -14,14 +14,14 @@ import typer
 from cosmos_cli import console
 
 if TYPE_CHECKING:
-    from cosmos_cli.recipe import LoadedRecipe
+    from cosmos_cli.recipe.loading import LoadedRecipe
 
 
 def shipped_names() -> list[str]:
     """Return the names of the shipped recipes, for shell completion."""
-    from cosmos_cli import recipe
+    from cosmos_cli.recipe import loading
 
-    return list(recipe.shipped())
+    return list(loading.shipped())
 
 
 RecipeArgument = Annotated[
@@ -62,12 +62,12 @@ def open_recipe(
         as_json: True with --json.
         trains: False for verbs that follow a training, when warnings about it come too late.
     """
-    from cosmos_cli import recipe
+    from cosmos_cli.recipe import loading
 
-    loaded = recipe.load(name, overrides or ())
+    loaded = loading.load(name, overrides or ())
     if print_recipe:
         figures = {"recipe": loaded.recipe.model_dump(), "origins": dict(loaded.origins)}
-        console.emit(console.Result(recipe.explain(loaded), figures=figures), as_json=as_json)
+        console.emit(console.Result(loading.explain(loaded), figures=figures), as_json=as_json)
         raise typer.Exit
     for warning in loaded.warnings if trains else ():
         console.warn(warning)

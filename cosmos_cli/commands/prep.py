@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from cosmos_cli import console, launch, layout
+from cosmos_cli import console, paths, ranks
 from cosmos_cli.commands import options
 from cosmos_cli.console import Result
 from cosmos_cli.errors import UserError
@@ -21,14 +21,14 @@ def prep(
 
     Example: cosmos prep my_videos.yaml --set prompt="A video of sks teal robot."
     """
-    launch.mute_all_but_first()
+    ranks.mute_all_but_first()
     r = options.open_recipe(recipe, set_, print_recipe, json_).recipe
-    dataset = layout.Dataset.at(r.dataset_dir, r.videos_dir)
+    dataset = paths.Dataset.at(r.dataset_dir, r.videos_dir)
     console.say(f"preparing {dataset.videos} into {dataset.root}")
     dataset.video_files()
-    from cosmos_cli.model import prep as model_prep
-    from cosmos_cli.model import sources
     from cosmos_cli.model.device import best_device, gpu_memory_errors
+    from cosmos_cli.prep import prepare as model_prep
+    from cosmos_cli.prep import sources
 
     if dry_run:
         videos = sources.inspect(r, dataset)

@@ -10,14 +10,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cosmos_cli import console, exchange, history, layout, promoted
+from cosmos_cli import console, exchange, files, paths
 from cosmos_cli.commands import options
 from cosmos_cli.console import Result
 from cosmos_cli.errors import ExitCode, UserError
-from cosmos_cli.layout import Run
+from cosmos_cli.generate import promoted
+from cosmos_cli.paths import Run
+from cosmos_cli.train import status
 
 if TYPE_CHECKING:
-    from cosmos_cli.keys import Recipe
+    from cosmos_cli.recipe.keys import Recipe
 
 # Of 255 bytes, what the rest of the folder's name and the names beside it leave with room to spare.
 LONGEST_NAME = 100
@@ -53,16 +55,16 @@ def promote(
     Example: cosmos promote nemo_assets --step 2000
     """
     r = options.open_recipe(recipe, set_, print_recipe, json_, trains=False).recipe
-    if format_ not in layout.MODEL_FORMATS:
+    if format_ not in paths.MODEL_FORMATS:
         raise UserError(
-            f"{format_!r} is none of {', '.join(layout.MODEL_FORMATS)}",
+            f"{format_!r} is none of {', '.join(paths.MODEL_FORMATS)}",
             code=ExitCode.USAGE,
             where="--format",
         )
     number = choose_step(Run(r.run_dir), step, weights)
     if name is not None:
         check_name(name)
-    target = layout.promoted_dir(r.spec, r.checkpoints_dir, name)
+    target = paths.promoted_dir(r.spec, r.checkpoints_dir, name)
     run = Run(r.run_dir)
     asked = {"step": (step, "latest"), "weights": (weights, "ema"), "format": (format_, "pt")}
     words = [f"--{option} {value}" for option, (value, usual) in asked.items() if value != usual]
@@ -77,14 +79,14 @@ def promote(
     with exchange.alone(target):
         require_own(target, run, yes, aside)
 
-        from cosmos_cli.model import promote as model_promote
+        from cosmos_cli import promote as model_promote
 
         manifest = model_promote.promote(r, number, weights, format_, target)
     console.say(model_promote.change_table(manifest["relative_change"]))
     console.emit(
         Result(
             str(target),
-            artifacts=[target / layout.MODEL_FORMATS[format_]],
+            artifacts=[target / paths.MODEL_FORMATS[format_]],
             figures={key: manifest[key] for key in ("step", "weights", "format", "sha256")},
             next=shlex.join(_generate_command(r, target, name)),
         ),
@@ -98,7 +100,7 @@ def check_name(name: str) -> None:
     Raises:
         UserError: it is such a name.
     """
-    from cosmos_cli.keys import NAME, PATTERNS
+    from cosmos_cli.recipe.keys import NAME, PATTERNS
 
     if name in ("base", "promoted"):
         what = f"--model {name} has a meaning of its own"
@@ -112,10 +114,10 @@ def check_name(name: str) -> None:
 
 def _generate_command(r: Recipe, target: Path, name: str | None) -> list[str]:
     """A prompt like those of the training, and --model where generate would not look by itself."""
-    manifest = layout.Dataset.at(r.dataset_dir, r.videos_dir).manifest
+    manifest = paths.Dataset.at(r.dataset_dir, r.videos_dir).manifest
     captions = [
         video["caption"]
-        for video in (layout.read_json(manifest)["videos"] if manifest.exists() else ())
+        for video in (files.read_json(manifest)["videos"] if manifest.exists() else ())
         if video["verdict"] == "used"
     ]
     prompt = captions[0] if captions else r.prompt or "A red ball moves left."
@@ -136,7 +138,7 @@ def require_own(target: Path, run: Run, yes: bool, aside: str) -> None:
     Raises:
         UserError: the folder holds something else.
     """
-    with layout.disk_errors(target):
+    with files.disk_errors(target):
         # An empty folder, or one with hidden files alone, holds nobody's work.
         there = any(target.glob("[!.]*")) if target.is_dir() else target.exists()
     if yes or not there:
@@ -172,7 +174,7 @@ def choose_step(run: Run, step: str, weights: str) -> int:
     if step == "latest":
         return saved[-1]
     if step == "best":
-        best = history.best_step(run)
+        best = status.best_step(run)
         if best is None:
             raise UserError(
                 "no saved step was measured on held-out clips",

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cosmos_cli import captions, console, files, layout, lerobot
+from cosmos_cli import console, files, paths
 from cosmos_cli.commands import options
 from cosmos_cli.console import Result
 from cosmos_cli.errors import ExitCode, UserError
+from cosmos_cli.prep import captions, lerobot
 
 if TYPE_CHECKING:
     from cosmos_cli.model.video import VideoInfo
@@ -36,11 +37,11 @@ def list_(json_: options.JsonOption = False) -> None:
 
     Example: cosmos recipes list
     """
-    from cosmos_cli import recipe
+    from cosmos_cli.recipe import loading
 
     rows: list[tuple[str, ...]] = [
-        (name, recipe.load(path).recipe.model, _title(path))
-        for name, path in recipe.shipped().items()
+        (name, loading.load(path).recipe.model, _title(path))
+        for name, path in loading.shipped().items()
     ]
     figures = {"recipes": [dict(zip(("name", "model", "title"), row, strict=True)) for row in rows]}
     text = console.table(rows, ("recipe", "model", "what it is"))
@@ -57,9 +58,9 @@ def show(name: NameArgument, json_: options.JsonOption = False) -> None:
 
     Example: cosmos recipes show nemo_assets
     """
-    from cosmos_cli import recipe
+    from cosmos_cli.recipe import loading
 
-    loaded = recipe.load(name)
+    loaded = loading.load(name)
     text = files.read_text(loaded.path, files.RECIPE)
     figures = {"path": str(loaded.path.absolute()), "recipe": loaded.recipe.model_dump()}
     console.emit(Result(text.rstrip("\n"), figures=figures), as_json=json_)
@@ -78,20 +79,20 @@ def copy(
 
     Example: cosmos recipes copy my_videos robot.yaml
     """
-    from cosmos_cli import recipe
+    from cosmos_cli.recipe import loading
 
-    source = recipe.find(name)
+    source = loading.find(name)
     target = destination or Path()
-    with layout.disk_errors(target):
+    with files.disk_errors(target):
         target = target / source.name if target.is_dir() else target
     _check_free(target, yes)
-    layout.write_text(target, files.read_text(source, files.RECIPE))
+    files.write_text(target, files.read_text(source, files.RECIPE))
     following = f"edit {target}, then cosmos recipes check {target}"
     console.emit(Result(str(target.absolute()), [target.absolute()], next=following), as_json=json_)
 
 
 def _check_free(target: Path, yes: bool) -> None:
-    with layout.disk_errors(target):
+    with files.disk_errors(target):
         taken = target.exists()
     if taken and not yes:
         raise UserError(
@@ -110,9 +111,9 @@ def check(
 
     Example: cosmos recipes check my_videos.yaml --set max_steps=400
     """
-    from cosmos_cli import recipe
+    from cosmos_cli.recipe import loading
 
-    loaded = recipe.load(name, set_ or ())
+    loaded = loading.load(name, set_ or ())
     for warning in loaded.warnings:
         console.warn(warning)
     figures = {"path": str(loaded.path.absolute()), "warnings": list(loaded.warnings)}
@@ -125,9 +126,9 @@ def keys(json_: options.JsonOption = False) -> None:
 
     Example: cosmos recipes keys
     """
-    from cosmos_cli import recipe
+    from cosmos_cli.recipe import loading
 
-    rows = recipe.key_reference()
+    rows = loading.key_reference()
     lines = []
     for group, members in groupby(rows, key=lambda row: row.group):
         lines += [f"{group}:", ""]
@@ -151,15 +152,15 @@ def schema(
 
     Example: cosmos recipes schema --output recipe.schema.json
     """
-    from cosmos_cli import recipe
+    from cosmos_cli.recipe import loading
 
-    content = recipe.json_schema()
+    content = loading.json_schema()
     text = json.dumps(content, indent=2)
     if output is None:
         console.emit(Result(text, figures={"schema": content}), as_json=json_)
         return
     _check_free(output, yes)
-    layout.write_text(output, text + "\n")
+    files.write_text(output, text + "\n")
     console.emit(Result(str(output.absolute()), [output.absolute()]), as_json=json_)
 
 
@@ -174,18 +175,19 @@ def new(
 
     Example: cosmos recipes new robot --videos ~/robot_videos
     """
-    from cosmos_cli import flatyaml, keys, launch, propose, recipe
+    from cosmos_cli import gpus, new_recipe
+    from cosmos_cli.recipe import keys, loading, strict_yaml
 
     name = name.removesuffix(".yaml")
     target = Path(f"{name}.yaml")
     if not re.fullmatch(keys.NAME, name):
-        raise flatyaml.problem(f"NAME {name}", f"must be {keys.PATTERNS[keys.NAME]}")
-    dataset = propose.dataset_of(name, videos)
+        raise strict_yaml.problem(f"NAME {name}", f"must be {keys.PATTERNS[keys.NAME]}")
+    dataset = new_recipe.dataset_of(name, videos)
     _check_free(target, yes)
     usable, bad = _probe(dataset)
     captioned = _captioned(dataset, list(usable))
-    gpus = launch.gpu_names()
-    choices = propose.propose(name, videos, list(usable.values()), captioned, gpus)
+    known = gpus.gpu_names()
+    choices = new_recipe.propose(name, videos, list(usable.values()), captioned, known)
     header = [
         f"Written by `cosmos recipes new {name}` from {len(usable)} videos of "
         f"{console.duration(sum(info.seconds for info in usable.values()))} in all.",
@@ -193,8 +195,8 @@ def new(
         "",
         f"Run: cosmos setup {target}, then download, prep, train, promote and generate.",
     ]
-    layout.write_text(target, propose.render(choices, header))
-    loaded = recipe.load(target)
+    files.write_text(target, new_recipe.render(choices, header))
+    loaded = loading.load(target)
     for warning in (*bad, *loaded.warnings):
         console.warn(warning)
     result = Result(
@@ -206,21 +208,21 @@ def new(
     console.emit(result, as_json=json_)
 
 
-def _probe(dataset: layout.Dataset) -> tuple[dict[Path, VideoInfo], list[str]]:
+def _probe(dataset: paths.Dataset) -> tuple[dict[Path, VideoInfo], list[str]]:
     """What is known of every usable video, and a line on every other."""
-    files = dataset.video_files()
+    listed = dataset.video_files()
     from cosmos_cli.model import video
 
     usable, bad = {}, []
-    with console.progress("probing", len(files), "videos") as progress:
-        for path in files:
+    with console.progress("probing", len(listed), "videos") as progress:
+        for path in listed:
             try:
                 usable[path] = video.probe(path)
             except video.VideoError as error:
                 bad.append(f"{path.name!r}: {error}")
             progress.advance()
     if not usable:
-        found = f"none of {len(files)} videos can be used" if files else "no videos"
+        found = f"none of {len(listed)} videos can be used" if listed else "no videos"
         raise UserError(
             f"{found} ({'; '.join(bad[:3])})" if bad else found,
             code=ExitCode.DATASET,
@@ -232,7 +234,7 @@ def _probe(dataset: layout.Dataset) -> tuple[dict[Path, VideoInfo], list[str]]:
     return usable, bad
 
 
-def _captioned(dataset: layout.Dataset, videos: list[Path]) -> int:
+def _captioned(dataset: paths.Dataset, videos: list[Path]) -> int:
     """The number of videos that have a caption."""
     names = [path.name for path in videos]
     texts = captions.files_in(dataset.metas, captions.SUFFIX)

@@ -9,11 +9,12 @@ from typing import Annotated
 
 import typer
 
-from cosmos_cli import checks, console, repairs
-from cosmos_cli.checks import Check
+from cosmos_cli import console
 from cosmos_cli.commands import options
 from cosmos_cli.console import Result
 from cosmos_cli.errors import ExitCode
+from cosmos_cli.setup import checks, installs
+from cosmos_cli.setup.checks import Check
 
 
 class Extra(StrEnum):
@@ -59,10 +60,10 @@ def setup(
         _emit_plan(rows, following, as_script=print_, as_json=json_)
         return
     artifacts: list[Path] = []
-    tried: list[repairs.Command] = []
+    tried: list[installs.Command] = []
     # A missing package can hide the next problem, so everything is checked again after each repair.
     while install and (commands := [c for c in checks.mending(rows) if c not in tried]):
-        artifacts = [repairs.install(commands)]
+        artifacts = [installs.install(commands)]
         tried += commands
         rows = checks.run_checks(r, wanted)
     result = Result(
@@ -83,7 +84,7 @@ def _emit_plan(rows: list[Check], following: str, *, as_script: bool, as_json: b
     shown = [shlex.join(command) for command in commands]
     if as_script:
         failed = [row for row in rows if row.status == "fail" and not row.commands]
-        text = repairs.script(commands, [f"{row.name}: {row.fix}" for row in failed])
+        text = installs.script(commands, [f"{row.name}: {row.fix}" for row in failed])
     else:
         text = "\n".join(shown) or "nothing to install"
     figures = {"commands": shown, **_figures(rows)}

@@ -8,15 +8,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cosmos_cli import console, history, launch, layout, preflight
+from cosmos_cli import console, files, ranks
 from cosmos_cli.commands import options
 from cosmos_cli.console import Result
 from cosmos_cli.errors import UserError
-from cosmos_cli.layout import Run
-from cosmos_cli.model import plan as planner
+from cosmos_cli.paths import Run
+from cosmos_cli.recipe import plan as planner
+from cosmos_cli.train import launch, preflight, status
 
 if TYPE_CHECKING:
-    from cosmos_cli.keys import Recipe
+    from cosmos_cli.recipe.keys import Recipe
 
 
 def train(
@@ -24,7 +25,7 @@ def train(
     set_: options.SetOption = None,
     print_recipe: options.PrintRecipeOption = False,
     dry_run: options.DryRunOption = False,
-    status: Annotated[
+    status_: Annotated[
         bool, typer.Option("--status", help="Say where the run stands, and do nothing.")
     ] = False,
     plan: Annotated[
@@ -45,61 +46,61 @@ def train(
 
     Example: cosmos train nemo_assets --set max_steps=400
     """
-    launch.mute_all_but_first()
+    ranks.mute_all_but_first()
     loaded = options.open_recipe(recipe, set_, print_recipe, json_)
     r = loaded.recipe
-    run, ranks = Run(r.run_dir), launch.world_size(r)
+    run, processes = Run(r.run_dir), launch.world_size(r)
 
     def command(verb: str, extra: str) -> str:
         return options.command_line(verb, recipe, set_, extra)
 
-    if status:
-        stands = history.state(run)
-        console.emit(Result(history.state_table(stands), figures=stands), as_json=json_)
+    if status_:
+        stands = status.state(run)
+        console.emit(Result(status.state_table(stands), figures=stands), as_json=json_)
         return
     if not gpus:
         preflight.warn_of_hidden_gpus()
     if plan or gpus:
-        count, gpu = planner.parse_gpus(gpus) if gpus else (ranks, launch.known_gpu())
+        count, gpu = planner.parse_gpus(gpus) if gpus else (processes, planner.known_gpu())
         preflight.check_world(r, count)
         if not overwrite:
             _warn_of_overwriting(r, run, command)
         figures = planner.check_memory(r, count, gpu)
         console.emit(Result(planner.describe(r, count, gpu), figures=figures), as_json=json_)
         return
-    preflight.check_recipe(r, ranks)
+    preflight.check_recipe(r, processes)
     clips, held_out = preflight.check_dataset(r)
-    start = preflight.check_resume(r, run, ranks)
-    finished = start >= r.max_steps and history.is_finished(run)
+    start = preflight.check_resume(r, run, processes)
+    finished = start >= r.max_steps and status.is_finished(run)
     if not overwrite:
         preflight.check_overwrite(r, run, start, command)
     deleted = _deleted_by_overwriting(run, start) if overwrite else []
     if not finished:
-        preflight.check_disk(r, run, start, sum(map(layout.size_of, deleted)))
+        preflight.check_disk(r, run, start, sum(map(files.size_of, deleted)))
     figures = {
-        "run_dir": str(run.root), "clips": clips, "heldout_clips": held_out, "processes": ranks,
+        "run_dir": str(run.root), "clips": clips, "heldout_clips": held_out, "processes": processes,
         "from": start,
     }  # fmt: skip
     what = f"LoRA of rank {r.lora_rank} on {r.model}" if r.lora_rank else r.model
     console.say(
         f"{what}: {clips} clips, {held_out} more held out, {r.global_batch_size} a step, "
-        f"{ranks} processes, ZeRO-{r.zero_stage}, {r.precision}, steps {start} to {r.max_steps}; "
-        f"run {run.root}"
+        f"{processes} processes, ZeRO-{r.zero_stage}, {r.precision}, "
+        f"steps {start} to {r.max_steps}; run {run.root}"
     )
     following = "promote"
     if finished:
         console.say(f"nothing to do: step {start} is saved; raise max_steps to go on")
-        figures |= {"step": start, "best_step": history.best_step(run)}
+        figures |= {"step": start, "best_step": status.best_step(run)}
     elif dry_run:
         following = "train"
         figures["deletes"] = [str(path) for path in deleted]
-        figures["plan"] = planner.check_memory(r, ranks, launch.known_gpu())
-        console.say(planner.describe(r, ranks, launch.known_gpu()))
-    elif launch.under_launcher():
+        figures["plan"] = planner.check_memory(r, processes, planner.known_gpu())
+        console.say(planner.describe(r, processes, planner.known_gpu()))
+    elif ranks.under_launcher():
         figures |= launch.join(loaded, overwrite)
     else:
-        preflight.check_gpus(r, ranks)
-        figures |= launch.start(loaded, ranks, overwrite)
+        preflight.check_gpus(r, processes)
+        figures |= launch.start(loaded, processes, overwrite)
     artifacts = [run.root] if run.root.exists() else []
     best = "--step best" if figures.get("best_step") is not None else ""
     next_ = options.command_line(following, recipe, set_, best)
@@ -118,7 +119,7 @@ def _deleted_by_overwriting(run: Run, start: int) -> list[Path]:
     """Return the weights that --overwrite deletes, and say so."""
     if start:
         console.say(f"--overwrite: the run resumes at step {start}, nothing up to it is deleted")
-    paths = [path for paths in run.weight_files(start).values() for path in paths]
-    if paths:
-        console.say(f"--overwrite deletes {len(paths)} model files of steps after {start}")
-    return paths
+    written = [path for written in run.weight_files(start).values() for path in written]
+    if written:
+        console.say(f"--overwrite deletes {len(written)} model files of steps after {start}")
+    return written

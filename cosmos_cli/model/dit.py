@@ -20,9 +20,9 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from cosmos_cli.model import kernels
+from cosmos_cli.model import checkpointing, kernels
 from cosmos_cli.model.sequence import SequenceGroup
-from cosmos_cli.model.spec import DiTSpec
+from cosmos_cli.spec import DiTSpec
 
 # Cosine and sine of the rotary angles, each (B, L, K/2) in fp32.
 Rope = tuple[Tensor, Tensor]
@@ -138,12 +138,12 @@ class DiT(nn.Module):
             return block(*inputs)
         options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
         if mode != "all":
-            chosen = kernels.is_self_attention
+            chosen = checkpointing.is_self_attention
             if mode == "most" and i < self.mlps_kept:
-                chosen = kernels.is_costly_for_its_size
+                chosen = checkpointing.is_costly_for_its_size
             if mode == "most" and i < self.blocks_kept:
-                chosen = kernels.is_costly
-            options["context_fn"] = partial(kernels.keep, chosen)
+                chosen = checkpointing.is_costly
+            options["context_fn"] = partial(checkpointing.keep, chosen)
         return checkpoint(block, *inputs, **options)
 
     def locate(self, grid: tuple[int, int, int], fps_B: Tensor) -> tuple[Tensor, Rope]:

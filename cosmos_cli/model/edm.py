@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from cosmos_cli.model.spec import ModelSpec
+from cosmos_cli.spec import ModelSpec
 
 P_MEAN = 0.0
 P_STD = 1.0

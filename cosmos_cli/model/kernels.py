@@ -9,19 +9,13 @@ Dimension letters: B batch, L queries, M keys, D width, N heads, K head width.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable
-from functools import cache
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
-
-from cosmos_cli.model.lora import LoRALinear
 
 # The operators that scaled_dot_product_attention dispatches to, one per backend. Their first two
 # arguments are q and k, BNLK.
@@ -61,145 +55,6 @@ def wide_attention(q_BLNK: Tensor, k_BMNK: Tensor, v_BMNK: Tensor) -> Tensor:
         scores_LM = torch.mm(q, k.t(), out_dtype=torch.float32)
         outputs.append(scores_LM.softmax(dim=-1).to(v.dtype) @ v)
     return torch.stack(outputs).unsqueeze(2)
-
-
-def is_self_attention(operator: Any, args: tuple[Any, ...]) -> bool:
-    """True if the operator is attention with as many keys as queries: 2/3 of a forward pass."""
-    return operator in _ATTENTION and args[0].shape[2] == args[1].shape[2]
-
-
-def is_costly(operator: Any, args: tuple[Any, ...]) -> bool:
-    """True if the operator is a linear layer or self-attention."""
-    return operator is torch.ops.aten.mm.default or is_self_attention(operator, args)
-
-
-def is_costly_for_its_size(operator: Any, args: tuple[Any, ...]) -> bool:
-    """True if the operator is self-attention, or a linear with more inputs than outputs.
-
-    The second linear of the MLP is one.
-    """
-    shrinks = operator is torch.ops.aten.mm.default and args[1].shape[0] > args[1].shape[1]
-    return shrinks or is_self_attention(operator, args)
-
-
-def keep(
-    chosen: Callable[[Any, tuple[Any, ...]], bool],
-) -> tuple[SelectiveCheckpoint, SelectiveCheckpoint]:
-    """Return the contexts in which `checkpoint` stores the outputs of the chosen operators.
-
-    The backward pass recomputes everything else.
-    """
-    stored: deque[Any] = deque()
-    return (
-        SelectiveCheckpoint(chosen, stored, recomputing=False),
-        SelectiveCheckpoint(chosen, stored, recomputing=True),
-    )
-
-
-class SelectiveCheckpoint(TorchDispatchMode):
-    """Stores the outputs of the chosen operators in order; when recomputing, returns them.
-
-    PyTorch's own selective checkpointing expects recomputation to call the same operators. Under
-    ZeRO-3 it does not: weights that the forward pass gathers are still there in the backward pass.
-    """
-
-    def __init__(
-        self,
-        chosen: Callable[[Any, tuple[Any, ...]], bool],
-        stored: deque[Any],
-        *,
-        recomputing: bool,
-    ) -> None:
-        super().__init__()
-        self.chosen, self.stored, self.recomputing = chosen, stored, recomputing
-
-    @classmethod
-    def ignore_compile_internals(cls) -> bool:
-        """True: torch may compile functions under this mode and hide their operators from it."""
-        return True
-
-    def __torch_dispatch__(
-        self, operator: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        chosen = self.chosen(operator, args)
-        if chosen and self.recomputing:
-            return self.stored.popleft()
-        result = operator(*args, **(kwargs or {}))
-        if chosen:
-            self.stored.append(tree_map_only(Tensor, Tensor.detach, result))
-        return result
-
-
-def use_fp8(blocks: nn.ModuleList) -> None:
-    """Make the linears of the blocks compute in fp8, with the same weights and parameter names.
-
-    The first and last block, the AdaLN linears and LoRA factors keep their precision. Each tensor
-    is scaled by its own current maximum, so no state passes from step to step.
-    """
-    import transformer_engine.pytorch as te
-    from transformer_engine.common.recipe import Float8CurrentScaling
-
-    scaling = Float8CurrentScaling()
-
-    def in_fp8(linear: nn.Linear | LoRALinear) -> Callable[[Tensor], Tensor]:
-        # The weight cannot tell the sizes: under ZeRO-3 it has no shape until it is gathered.
-        size, dtype = (linear.in_features, linear.out_features), linear.weight.dtype
-        product = te.Linear(*size, bias=False, params_dtype=dtype, device="meta")
-        product.weight = linear.weight
-
-        def run(x: Tensor) -> Tensor:
-            # Inside `run`, so that recomputation in the backward pass is in fp8 as well.
-            with te.autocast(enabled=True, recipe=scaling):
-                y: Tensor = product(x)
-            return y
-
-        return run
-
-    for block in blocks[1:-1]:
-        for name, linear in block.named_modules():
-            if "adaln" in name or ".lora_" in name:
-                continue
-            # Only the forward pass is replaced: the module holds the parameter's name and state.
-            if isinstance(linear, LoRALinear):
-                linear.product = in_fp8(linear)  # type: ignore[method-assign]
-            elif isinstance(linear, nn.Linear):
-                linear.forward = in_fp8(linear)  # type: ignore[method-assign]
-
-
-def use_engine_attention(blocks: nn.ModuleList) -> None:
-    """Make the blocks use Transformer Engine's bf16 kernels for attention and query-key norms.
-
-    These kernels are not torch operators, so `keep` does not see them.
-    """
-    import transformer_engine.pytorch as te
-
-    def engine_norm(weight: nn.Parameter, width: int) -> Callable[..., Tensor]:
-        norm = te.RMSNorm(width, eps=1e-6, dtype=weight.dtype, device="meta")
-        norm.weight = weight
-
-        def run(x: Tensor, rope: tuple[Tensor, Tensor] | None = None) -> Tensor:
-            y: Tensor = norm(x)
-            return rotate(y, *rope) if rope else y
-
-        return run
-
-    @cache
-    def engine_attention(heads: int, width: int) -> Callable[..., Tensor]:
-        run: Callable[..., Tensor] = te.DotProductAttention(
-            heads, width, qkv_format="bshd", attn_mask_type="no_mask"
-        )
-        return run
-
-    def attend(q_BLNK: Tensor, k_BMNK: Tensor, v_BMNK: Tensor) -> Tensor:
-        heads, width = q_BLNK.shape[2:]
-        return engine_attention(heads, width)(q_BLNK, k_BMNK, v_BMNK).unflatten(-1, (heads, width))
-
-    for block in blocks:
-        for layer in (block.self_attn, block.cross_attn):
-            layer.attend = attend
-            width = layer.q.out_features // layer.heads
-            for norm in (layer.q_norm, layer.k_norm):
-                norm.forward = engine_norm(norm.weight, width)
 
 
 def put_cudnn_first() -> None:

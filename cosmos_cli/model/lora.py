@@ -17,10 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cosmos_cli import console
-from cosmos_cli.model import edm, lora_file, weights
+from cosmos_cli.model import edm, lora_files, weights
 from cosmos_cli.model.finite import require_finite
-from cosmos_cli.model.lora_file import Change
-from cosmos_cli.model.spec import LORA_TARGETS
+from cosmos_cli.model.lora_files import Change
+from cosmos_cli.spec import LORA_TARGETS
 
 # Columns that are added to a weight are a multiple of this, so that its rows stay aligned.
 ALIGNED_RANK = 16
@@ -133,7 +133,7 @@ def load_beside(net: nn.Module, files: Iterable[tuple[Path, float]]) -> None:
     """
     read = []
     for path, strength in files:
-        changes = lora_file.read(path)
+        changes = lora_files.read(path)
         linears = {f"net.{n}": m for n, m in net.named_modules() if isinstance(m, nn.Linear)}
         check_fit(changes, {name: linear.weight.shape for name, linear in linears.items()}, path)
         scaled = {
@@ -240,7 +240,7 @@ def merge(state: Mapping[str, Tensor], path: Path, strength: float) -> dict[str,
     Raises:
         UserError: the file is missing, damaged, or of another model.
     """
-    changes = lora_file.read(path)
+    changes = lora_files.read(path)
     stems = {name.removesuffix(".weight"): tensor.shape for name, tensor in state.items()}
     check_fit(changes, stems, path)
     merged = dict(state)
@@ -259,7 +259,7 @@ def kept_share(before: Mapping[str, Tensor], after: Mapping[str, Tensor], path: 
     parts of the change that are below half a step of their weight.
     """
     found = wanted = 0.0
-    for name, change in lora_file.read(path).items():
+    for name, change in lora_files.read(path).items():
         delta = change.scale * (change.b @ change.a)
         difference = after[f"{name}.weight"].float() - before[f"{name}.weight"].float()
         found += (difference * delta).sum().item()

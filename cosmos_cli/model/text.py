@@ -31,7 +31,7 @@ from cosmos_cli import files, pickles
 from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.model import kernels
 from cosmos_cli.model.finite import require_finite
-from cosmos_cli.model.spec import TextSpec
+from cosmos_cli.spec import TextSpec
 
 # Tokens of a batch: 16 of the longest captions.
 BATCH_TOKENS = 8192

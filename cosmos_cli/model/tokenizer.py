@@ -22,7 +22,7 @@ from einops import rearrange, reduce, repeat
 from torch import Tensor, nn
 
 from cosmos_cli.model import kernels
-from cosmos_cli.model.spec import ModelSpec, TokenizerSpec
+from cosmos_cli.spec import ModelSpec, TokenizerSpec
 
 Extent = tuple[int, int, int]
 Parts = OrderedDict[str, nn.Module]

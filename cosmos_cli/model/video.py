@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from cosmos_cli import layout
+from cosmos_cli import files
 from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.model import containers
 
@@ -238,7 +238,7 @@ def read_clip(
         VideoError: a frame does not exist or does not decode.
     """
     decoded = _decode(path, clip.indices, clip.seconds)
-    aspect = _pixel_aspect(_open_again(path, layout.stamp_of(path)).decoder.metadata)
+    aspect = _pixel_aspect(_open_again(path, files.stamp_of(path)).decoder.metadata)
     chunks = (resize_frames(chunk.to(device), height, width, resize, aspect) for chunk in decoded)
     return torch.cat([chunk.transpose(0, 1) for chunk in chunks], dim=1)
 
@@ -445,7 +445,7 @@ def _open(path: Path) -> VideoDecoder:
 
 def _decode(path: Path, indices: Sequence[int], seconds: Sequence[float]) -> Iterator[Tensor]:
     """Yield the frames of these numbers or, else, times, in uint8 chunks (T, 3, H, W)."""
-    reader = _open_again(path, layout.stamp_of(path))
+    reader = _open_again(path, files.stamp_of(path))
     meta = reader.decoder.metadata
     assert meta.height and meta.width
     size = max(1, CHUNK_BYTES // (3 * meta.height * meta.width))

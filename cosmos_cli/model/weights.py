@@ -28,9 +28,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from cosmos_cli import files, layout
+from cosmos_cli import files
 from cosmos_cli.errors import ExitCode, UserError
-from cosmos_cli.model.spec import DiTSpec
+from cosmos_cli.spec import DiTSpec
 
 State = dict[str, Tensor]
 
@@ -131,7 +131,7 @@ def save_released(path: Path, state: Mapping[str, Tensor]) -> str:
     released = rename(state, OURS, RELEASED, path)
     tables = [state[f"net.pos_embedder.{axis}"] for axis in "thw"]
     seq = torch.arange(max(map(len, tables)), dtype=tables[0].dtype)
-    with writing(path), layout.atomic_file(path) as temporary:
+    with writing(path), files.atomic_file(path) as temporary:
         return write_pt({**released, "net.pos_embedder.seq": seq}, temporary)[1]
 
 
@@ -139,7 +139,7 @@ def save_diffusers(folder: Path, state: Mapping[str, Tensor], spec: DiTSpec) -> 
     """Writes the denoiser, without its log-variance head, as a diffusers model folder."""
     net = {key: value for key, value in state.items() if key.startswith("net.")}
     write_safetensors(folder / _DIFFUSERS_FILE, rename(net, OURS, DIFFUSERS, folder))
-    layout.write_json(folder / "config.json", diffusers_config(spec))
+    files.write_json(folder / "config.json", diffusers_config(spec))
 
 
 def diffusers_config(spec: DiTSpec) -> dict[str, Any]:
@@ -258,7 +258,7 @@ def load_tokenizer_state(path: Path) -> State:
     elif (path / "config.json").exists() and not (path / "encoder.jit").exists():
         state = _rename_tokenizer(_read_diffusers(path))
         with reading(path / "config.json"):
-            config = layout.read_json(path / "config.json")
+            config = files.read_json(path / "config.json")
             tables = config["latents_mean"], config["latents_std"]
         state |= _mean_std(tables, state, path / "config.json")
     else:
@@ -405,7 +405,7 @@ def _read_safetensors(path: Path) -> State:
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
     """Turns what torch and safetensors say of a disk that refuses into a line that names `path`."""
-    with layout.disk_errors(path):
+    with files.disk_errors(path):
         try:
             yield
         except (RuntimeError, SafetensorError) as error:
@@ -424,7 +424,7 @@ def write_safetensors(
     # Trap: save_file writes to a name of its own, which nobody removes after a kill; hence a
     # folder, of which the next run knows that its owner is gone.
     own = {"dir": path.parent, "prefix": f".{os.getpid()}.", "suffix": ".tmp"}
-    with writing(path), layout.atomic_file(path) as temporary, TemporaryDirectory(**own) as folder:
+    with writing(path), files.atomic_file(path) as temporary, TemporaryDirectory(**own) as folder:
         written = Path(folder, path.name)
         save_file({key: value.contiguous() for key, value in state.items()}, written, about)
         written.replace(temporary)
@@ -436,7 +436,7 @@ def _read_diffusers(folder: Path) -> State:
     if not index.exists():
         return _read_safetensors(folder / _DIFFUSERS_FILE)
     with reading(index):
-        names = layout.read_json(index)["weight_map"].values()
+        names = files.read_json(index)["weight_map"].values()
         shards = sorted({Path(name).name for name in names})
     state: State = {}
     for shard in shards:

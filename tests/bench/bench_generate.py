@@ -37,15 +37,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoTokenizer, T5Config, T5EncoderModel
 
-from cosmos_cli import layout, recipe
-from cosmos_cli.keys import Recipe
-from cosmos_cli.model import generate, lora, spread, text, video, weights
+from cosmos_cli import files, paths
+from cosmos_cli.generate import phases, worker
+from cosmos_cli.model import lora, text, video, weights
 from cosmos_cli.model.device import best_device
 from cosmos_cli.model.dit import DiT
-from cosmos_cli.model.lora_file import Change
+from cosmos_cli.model.lora_files import Change
 from cosmos_cli.model.sequence import SequenceGroup, neighbours
-from cosmos_cli.model.spec import COSMOS_7B, TINY, DiTSpec, ModelSpec
 from cosmos_cli.model.tokenizer import Tokenizer
+from cosmos_cli.recipe import loading
+from cosmos_cli.recipe.keys import Recipe
+from cosmos_cli.spec import COSMOS_7B, TINY, DiTSpec, ModelSpec
 
 # Frames, height and width at which the error against fp32 is measured.
 SMALL = {COSMOS_7B.name: (25, 352, 640), TINY.name: (9, 64, 96)}
@@ -252,7 +254,7 @@ def bench_forward(bench: Bench, net: DiT) -> dict[str, object]:
     """One forward pass of four networks on the same weights."""
     x = Inputs.of(bench.spec, bench.size, bench.device, bench.dtype)
     compiled, twin, compiled_twin = sharing(net), diffusers_twin(net), diffusers_twin(net)
-    generate.compile_blocks(compiled)
+    phases.compile_blocks(compiled)
     compiled_twin.compile()
     rows = interleaved(
         {
@@ -326,7 +328,7 @@ def lora_passes(bench: Bench, net: DiT) -> list[dict[str, object]]:
     for rank in (16, 64):
         nets[f"rank {rank}"] = with_lora(net, random_lora(net, rank, 1e-3))
     for variant in nets.values():
-        generate.compile_blocks(variant)
+        phases.compile_blocks(variant)
     variants = {name: run_ours(variant, x) for name, variant in nets.items()}
     rows = interleaved(variants, bench.device, bench.rounds)
     for row in rows:
@@ -376,14 +378,14 @@ def bench_sample(bench: Bench, net: DiT) -> dict[str, object]:
     """A whole video, phase by phase."""
     r, device, rows = bench.r, bench.device, []
     embedding = bench_text(bench, rows)
-    compiled = generate.worth_compiling(r, device) and generate.compile_blocks(net)
-    conditioning = generate.Conditioning(PROMPT, embedding, embedding.flip(0))
+    compiled = phases.worth_compiling(r, device) and phases.compile_blocks(net)
+    conditioning = phases.Conditioning(PROMPT, embedding, embedding.flip(0))
     evaluations = 2 * r.num_steps
     few = r.model_copy(update={"num_steps": 2})
     with measured("denoise, 2 steps, and compiling", device, rows):
-        generate.sample(few, net, [conditioning], [r.sampling_seed], "warm up")
+        phases.sample(few, net, [conditioning], [r.sampling_seed], "warm up")
     with measured(f"denoise, {r.num_steps} steps, {evaluations} passes", device, rows):
-        x0 = generate.sample(r, net, [conditioning], [r.sampling_seed], "denoise")
+        x0 = phases.sample(r, net, [conditioning], [r.sampling_seed], "denoise")
     flops = evaluations * forward_flops(
         bench.spec.dit, bench.spec.tokens(*bench.size), bench.spec.text.tokens
     )
@@ -398,7 +400,7 @@ def bench_sample(bench: Bench, net: DiT) -> dict[str, object]:
         video.write_mp4(path, pixels, r.fps, r.video_crf)
     shape = video.probe(path)
     assert (shape.frames, shape.height, shape.width) == bench.size
-    backend = generate.attention_backend(r, net)
+    backend = phases.attention_backend(r, net)
     found = {"attention": backend, "compiled": compiled, "mp4_bytes": path.stat().st_size}
     return {**found, "rows": rows}
 
@@ -407,12 +409,12 @@ def bench_split(bench: Bench, net: DiT) -> dict[str, object]:
     """Some steps of sampling: every process by itself, then all of them on one video."""
     r, device, rows = bench.r, bench.device, []
     dist.init_process_group("gloo" if device == "cpu" else "nccl")
-    pair = spread.pair_of(dist.get_world_size())
+    pair = worker.pair_of(dist.get_world_size())
     spec, generator = bench.spec.text, torch.Generator(device).manual_seed(1)
     embedding = torch.randn(spec.tokens, spec.channels, generator=generator, device=device)
-    conditioning = [generate.Conditioning(PROMPT, embedding, embedding.flip(0))]
-    if generate.worth_compiling(recipe.load(*SETTINGS[bench.spec.name]).recipe, device):
-        generate.compile_blocks(net)
+    conditioning = [phases.Conditioning(PROMPT, embedding, embedding.flip(0))]
+    if phases.worth_compiling(loading.load(*SETTINGS[bench.spec.name]).recipe, device):
+        phases.compile_blocks(net)
     few, made = r.model_copy(update={"num_steps": 2}), []
     world = dist.get_world_size()
     variants = [("one", SequenceGroup(), None), (f"{world}, guidance halves", pair.sequence, pair)]
@@ -420,10 +422,10 @@ def bench_split(bench: Bench, net: DiT) -> dict[str, object]:
         variants.append(("2 that share the tokens", neighbours(2), None))
     for label, sequence, own in variants:
         net.share(sequence)
-        generate.sample(few, net, conditioning, [1], "warm up", own)
+        phases.sample(few, net, conditioning, [1], "warm up", own)
         dist.barrier()
         with measured(f"{r.num_steps} steps by {label}", device, rows):
-            made.append(generate.sample(r, net, conditioning, [1], label, own))
+            made.append(phases.sample(r, net, conditioning, [1], label, own))
     dist.destroy_process_group()
     for row, video_ in zip(rows, made, strict=True):
         row["times_faster"] = round(float(rows[0]["seconds"]) / float(row["seconds"]), 3)
@@ -435,9 +437,9 @@ def bench_text(bench: Bench, rows: list[dict[str, object]]) -> Tensor:
     """The embedding (M, D) of a prompt of full length by an encoder of full size."""
     folder, spec = bench.scratch / "t5", bench.spec.text
     if bench.spec.embedded:
-        folder = layout.EMBEDDED_DIR / "t5"
+        folder = paths.EMBEDDED_DIR / "t5"
     elif not (folder / "config.json").exists():
-        tokenizer = AutoTokenizer.from_pretrained(layout.EMBEDDED_DIR / "t5")
+        tokenizer = AutoTokenizer.from_pretrained(paths.EMBEDDED_DIR / "t5")
         tokenizer.save_pretrained(folder)
         with torch.device(bench.device):
             config = T5Config(**T5_11B, pad_token_id=0, eos_token_id=1)
@@ -457,7 +459,7 @@ def bench_text(bench: Bench, rows: list[dict[str, object]]) -> Tensor:
 
 def bench_load(bench: Bench, net: DiT) -> dict[str, object]:
     """Host memory while `generate` loads a model file of the full size to the device."""
-    path, rows = bench.scratch / layout.MODEL_FILE, []
+    path, rows = bench.scratch / paths.MODEL_FILE, []
     if not path.exists():
         state = {f"net.{name}": tensor.cpu() for name, tensor in net.state_dict().items()}
         weights.save_dit(path, state, "pt")
@@ -465,7 +467,7 @@ def bench_load(bench: Bench, net: DiT) -> dict[str, object]:
     net.to("meta")
     found = {"file_gb": round(path.stat().st_size / 1e9, 2)}
     with measured("load model file", bench.device, rows), HostMemory() as memory:
-        loaded = generate.load_denoiser(bench.r, path, bench.device, bench.dtype)
+        loaded = phases.load_denoiser(bench.r, path, bench.device, bench.dtype)
     found["host_gb_above_the_mapping"] = round(memory.peak / 1e9, 3)
     assert next(loaded.parameters()).device.type == bench.device
     return {**found, "rows": rows}
@@ -543,12 +545,12 @@ def main() -> None:
     shipped, settings = SETTINGS[{"7b": COSMOS_7B, "tiny": TINY}[options.model].name]
     if options.steps:
         settings = [*settings, f"num_steps={options.steps}"]
-    r, device = recipe.load(shipped, settings).recipe, best_device()
-    dtype = generate.number_format(device)
+    r, device = loading.load(shipped, settings).recipe, best_device()
+    dtype = phases.number_format(device)
     bench = Bench(r, device, dtype, options.scratch, options.rounds)
     with torch.inference_mode():
         net = random_denoiser(r.spec.dit, device, dtype)
-        backend = generate.attention_backend(r, net)
+        backend = phases.attention_backend(r, net)
         if options.attention not in (None, backend):
             raise SystemExit(f"attention would run as {backend}, not {options.attention}")
         about = {
@@ -561,7 +563,7 @@ def main() -> None:
         for part in filter(chosen.__contains__, PARTS):
             found[part] = PARTS[part](bench, net)
             if os.environ.get("RANK", "0") == "0":
-                layout.write_json(options.out, found)
+                files.write_json(options.out, found)
     print(json.dumps(about))
     for part in filter(chosen.__contains__, PARTS):
         rest = {key: value for key, value in found[part].items() if key != "rows"}

@@ -36,10 +36,10 @@ from bench_generate import SMALL, Bench, markdown, random_denoiser, synchronize
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from cosmos_cli import recipe
-from cosmos_cli.model import dit, kernels
+from cosmos_cli.model import dit, fp8, kernels
 from cosmos_cli.model.device import best_device
-from cosmos_cli.model.engine import optimizer_settings
+from cosmos_cli.recipe import loading
+from cosmos_cli.train.engine import optimizer_settings
 
 Row = dict[str, Any]
 # What a package does that is missing, was built for something else, or refuses this machine.
@@ -235,11 +235,11 @@ def linears(bench: Bench) -> Iterator[Layer]:
 
 def use_fp8(block: dit.Block) -> None:
     # It leaves the first and the last as they are.
-    kernels.use_fp8(nn.ModuleList([nn.Identity(), block, nn.Identity()]))
+    fp8.use_fp8(nn.ModuleList([nn.Identity(), block, nn.Identity()]))
 
 
 def use_engine_attention(block: dit.Block) -> None:
-    kernels.use_engine_attention(nn.ModuleList([block]))
+    fp8.use_engine_attention(nn.ModuleList([block]))
 
 
 def use_both(block: dit.Block) -> None:
@@ -337,7 +337,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
     shipped, size = {"7b": ("nemo_assets", ["height=704"]), "tiny": ("tiny", [])}[options.model]
-    r, device = recipe.load(shipped, size).recipe, best_device()
+    r, device = loading.load(shipped, size).recipe, best_device()
     # Else DeepSpeed guesses.
     os.environ.setdefault("DS_ACCELERATOR", device)
     kernels.put_cudnn_first()

@@ -95,13 +95,13 @@ def latents(model, rounds=3):
     import torch
     from diffusers import AutoencoderKLCosmos
 
-    from cosmos_cli import recipe
     from cosmos_cli.model import kernels
     from cosmos_cli.model import tokenizer as module
     from cosmos_cli.model.device import best_device
+    from cosmos_cli.recipe import loading
 
     device = best_device()
-    r = recipe.load(*MODELS[model]).recipe
+    r = loading.load(*MODELS[model]).recipe
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     tok, size = r.spec.tokenizer, (r.num_frames, r.height, r.width)
     with torch.device(device):
@@ -173,13 +173,14 @@ def text(model, rounds=3):
     from torch.nn.attention import SDPBackend
     from transformers import T5Config, T5EncoderModel
 
-    from cosmos_cli import layout, recipe
+    from cosmos_cli import paths
     from cosmos_cli.model import kernels
     from cosmos_cli.model import text as model_text
     from cosmos_cli.model.device import best_device
+    from cosmos_cli.recipe import loading
 
     device = best_device()
-    spec, folder = recipe.load(*MODELS[model]).recipe.spec.text, layout.EMBEDDED_DIR / "t5"
+    spec, folder = loading.load(*MODELS[model]).recipe.spec.text, paths.EMBEDDED_DIR / "t5"
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     encoder = model_text.TextEncoder(folder, spec, device, dtype)
     if model == "7b":

@@ -28,10 +28,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from cosmos_cli import console, launch, recipe
-from cosmos_cli.keys import Recipe
-from cosmos_cli.model import plan
-from cosmos_cli.model.spec import DiTSpec
+from cosmos_cli import console, gpus
+from cosmos_cli.recipe import loading, plan
+from cosmos_cli.recipe.keys import Recipe
+from cosmos_cli.spec import DiTSpec
 
 HERE = Path(__file__).parent
 Row = dict[str, Any]
@@ -193,7 +193,7 @@ def bench_predict(options: argparse.Namespace) -> Iterator[Row]:
     for machine in MACHINES if options.model == "7b" else ():
         ranks, gpu = plan.parse_gpus(machine)
         size = [f"num_processes={ranks}", f"global_batch_size={ranks}"]
-        r = recipe.load(name, [*settings, *size, *options.set]).recipe
+        r = loading.load(name, [*settings, *size, *options.set]).recipe
         found = plan.plan(r, ranks, gpu)
         seconds = found.step_seconds
         traffic = plan.traffic_seconds(r, ranks, gpu)
@@ -206,7 +206,7 @@ def bench_predict(options: argparse.Namespace) -> Iterator[Row]:
             "traffic_seconds": round(traffic, 2),
         }  # fmt: skip
     if options.model == "7b":
-        r = recipe.load(name, settings).recipe
+        r = loading.load(name, settings).recipe
         for count in (2, 4, 8):
             seconds, exchanged = video_seconds(r, count)
             yield {
@@ -240,7 +240,7 @@ PARTS: dict[str, Callable[[argparse.Namespace], Iterator[Row]]] = {
 def main() -> None:
     """Runs the chosen parts; a table of their rows."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--gpus", type=int, default=len(launch.gpu_names()) or 2)
+    parser.add_argument("--gpus", type=int, default=len(gpus.gpu_names()) or 2)
     parser.add_argument("--model", choices=sorted(SHIPPED), default="7b")
     parser.add_argument("--parts", default=",".join(PARTS), help="some of %(default)s")
     parser.add_argument("--steps", type=int, default=30, help="of a training")
@@ -254,7 +254,7 @@ def main() -> None:
     if not set(chosen) <= set(PARTS):
         parser.error(f"--parts are some of {', '.join(PARTS)}")
     if options.rank:
-        link_rank(options, recipe.load(*SHIPPED[options.model]).recipe)
+        link_rank(options, loading.load(*SHIPPED[options.model]).recipe)
         return
     options.scratch.mkdir(parents=True, exist_ok=True)
     rows: dict[str, list[Row]] = {part: [] for part in chosen}

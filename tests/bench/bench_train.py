@@ -38,12 +38,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from cosmos_cli import launch, layout, recipe
-from cosmos_cli.keys import Recipe
-from cosmos_cli.model import plan, weights
+from cosmos_cli import files, paths
+from cosmos_cli.model import weights
 from cosmos_cli.model.device import best_device
-from cosmos_cli.model.engine import known_gpu
-from cosmos_cli.model.spec import MODELS, ModelSpec
+from cosmos_cli.recipe import loading, plan
+from cosmos_cli.recipe.keys import Recipe
+from cosmos_cli.spec import MODELS, ModelSpec
+from cosmos_cli.train.engine import known_gpu
 
 CLIPS = 8
 # The first steps compile, allocate and let DeepSpeed learn the order of the weights.
@@ -82,7 +83,7 @@ def base_file(options: argparse.Namespace) -> Path:
 
 def shorten(model: str, blocks: int) -> None:
     """Gives a shipped model fewer blocks in this process; 0 leaves it as it is."""
-    name = recipe.load(SHIPPED[model]).recipe.model
+    name = loading.load(SHIPPED[model]).recipe.model
     if blocks:
         whole = MODELS[name]
         MODELS[name] = replace(whole, dit=replace(whole.dit, blocks=blocks))
@@ -93,7 +94,7 @@ def shorten(model: str, blocks: int) -> None:
 
 def make_dataset(root: Path, r: Recipe) -> None:
     """Random latents and text embeddings of full length, as prep lists them."""
-    if (root / layout.MANIFEST_FILE).exists():
+    if (root / paths.MANIFEST_FILE).exists():
         return
     (root / "videos").mkdir(parents=True)
     generator, clips = torch.Generator().manual_seed(0), []
@@ -107,7 +108,7 @@ def make_dataset(root: Path, r: Recipe) -> None:
         clips.append(
             {"video": f"{i}.mp4", "latent": f"{i}.safetensors", "text": "text.pickle", "fps": r.fps}
         )
-    layout.write_json(root / layout.MANIFEST_FILE, {"settings": {}, "videos": [], "clips": clips})
+    files.write_json(root / paths.MANIFEST_FILE, {"settings": {}, "videos": [], "clips": clips})
 
 
 def make_base(options: argparse.Namespace, r: Recipe) -> None:
@@ -128,7 +129,7 @@ def make_base(options: argparse.Namespace, r: Recipe) -> None:
 
 def bench_ours(options: argparse.Namespace, r: Recipe, words: list[str]) -> dict[str, Any]:
     """One run of `cosmos train`, ended after its last step unless its save is measured."""
-    run = layout.Run(r.run_dir)
+    run = paths.Run(r.run_dir)
     pairs = [word for pair in words for word in ("--set", pair)]
     command = [sys.executable, "-m", "cosmos_cli", "train", SHIPPED[options.model], *pairs]
     if options.world or options.blocks:
@@ -166,13 +167,13 @@ def bench_ours(options: argparse.Namespace, r: Recipe, words: list[str]) -> dict
 
 def own_ranks(options: argparse.Namespace) -> list[str]:
     """What starts ranks of this script, under cosmos' launcher."""
-    launcher = ["-m", "cosmos_cli.model.elastic", "--nproc-per-node", str(options.gpus)]
+    launcher = ["-m", "cosmos_cli.ranks", "--nproc-per-node", str(options.gpus)]
     return [sys.executable, *launcher, __file__, *sys.argv[1:], "--rank"]
 
 
 def our_rank(options: argparse.Namespace, r: Recipe) -> None:
     """One rank of ours, in a world or with a network that the command does not offer."""
-    from cosmos_cli.model import train
+    from cosmos_cli.train import loop
 
     if options.world:
         from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -181,13 +182,13 @@ def our_rank(options: argparse.Namespace, r: Recipe) -> None:
         torch.distributed.init_process_group(
             "fake", rank=0, world_size=options.world, store=FakeStore()
         )
-    train.run_rank(r)
+    loop.run_rank(r)
 
 
 @contextmanager
 def started(command: list[str], ranks: int) -> Iterator[subprocess.Popen[bytes]]:
     """A process and all that it starts, gone when this ends."""
-    environment = {**launch.environment(ranks), "PYTHONSAFEPATH": ""}
+    environment = {**ranks.environment(ranks), "PYTHONSAFEPATH": ""}
     process = subprocess.Popen(command, env=environment)
     try:
         yield process
@@ -228,9 +229,11 @@ def peer_rank(options: argparse.Namespace, r: Recipe) -> None:
     import deepspeed
     from bench_generate import diffusers_network
 
-    from cosmos_cli.model import data, kernels, train
+    from cosmos_cli.model import kernels
+    from cosmos_cli.prep import latent_files
+    from cosmos_cli.train import loop
 
-    device = train._join_world(600)
+    device = loop._join_world(600)
     # It has the attention that ours has, also where Transformer Engine was imported.
     kernels.put_cudnn_first()
     rank = torch.distributed.get_rank()
@@ -249,7 +252,7 @@ def peer_rank(options: argparse.Namespace, r: Recipe) -> None:
     size = r.spec.latent_shape(r.num_frames, r.height, r.width)
     times = []
     for step in range(PEER_STEPS):
-        clip = data.read_latent(
+        clip = latent_files.read_latent(
             options.scratch / "dataset" / f"{(step + rank) % CLIPS}.safetensors"
         )
         x = clip[None].to(device, torch.bfloat16)
@@ -264,7 +267,7 @@ def peer_rank(options: argparse.Namespace, r: Recipe) -> None:
     if rank == 0:
         peak = 0 if device.type == "cpu" else torch.cuda.max_memory_allocated() / 1e9
         figures = {"seconds": statistics.median(times[2:]), "peak_gb": round(peak, 1)}
-        layout.write_json(options.scratch / "peer.json", figures)
+        files.write_json(options.scratch / "peer.json", figures)
 
 
 def peer_loss(engine: Any, x: Tensor, noise: Tensor, spec: ModelSpec) -> Tensor:
@@ -305,7 +308,7 @@ def main() -> None:
     os.environ.pop("OUTPUT_ROOT", None)
     words = settings(options)
     shorten(options.model, options.blocks)
-    r = recipe.load(SHIPPED[options.model], words).recipe
+    r = loading.load(SHIPPED[options.model], words).recipe
     if options.rank:
         (peer_rank if options.peer else our_rank)(options, r)
         return

@@ -27,13 +27,14 @@ from tokenizers import Tokenizer as SubwordTokenizer
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
-from cosmos_cli import layout
-from cosmos_cli.model import edm, weights, world
+from cosmos_cli import files, paths
+from cosmos_cli.model import edm, weights
 from cosmos_cli.model.dit import DiT
 from cosmos_cli.model.ema import PowerEMA
-from cosmos_cli.model.spec import TINY
 from cosmos_cli.model.text import TextEncoder, pad
+from cosmos_cli.model.tiny import world
 from cosmos_cli.model.tokenizer import Tokenizer
+from cosmos_cli.spec import TINY
 
 CAPTIONS = 20_000
 
@@ -303,7 +304,7 @@ def main() -> None:
     """Makes one part."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("part", choices=["t5", "tokenizer", "dit"])
-    parser.add_argument("--folder", type=Path, default=layout.EMBEDDED_DIR)
+    parser.add_argument("--folder", type=Path, default=paths.EMBEDDED_DIR)
     parser.add_argument("--steps", type=int, default=5000)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--clips", type=int, default=4096, help="scenes drawn to train on")
@@ -320,11 +321,11 @@ def main() -> None:
     else:
         about = make_dit(options.folder, device, options)
     log = options.folder / "training.json"
-    known = layout.read_json(log) if log.exists() else {}
+    known = files.read_json(log) if log.exists() else {}
     runs = known[options.part] if options.resume else []
     settings = {key: value for key, value in vars(options).items() if key not in ("part", "folder")}
     runs.append({"device": device, **settings, **about})
-    layout.write_json(log, {**known, options.part: runs})
+    files.write_json(log, {**known, options.part: runs})
 
 
 if __name__ == "__main__":

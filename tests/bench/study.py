@@ -16,12 +16,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from cosmos_cli import layout, recipe, report
+from cosmos_cli import files, html, paths
 from cosmos_cli.commands.download import CONCEPT_CLIPS, ORDINARY_CLIPS
-from cosmos_cli.jobs import Weights
-from cosmos_cli.keys import Recipe
-from cosmos_cli.model import evaluate, world
+from cosmos_cli.evaluate import evaluation
+from cosmos_cli.generate.jobs import Weights
 from cosmos_cli.model.device import best_device
+from cosmos_cli.model.tiny import world
+from cosmos_cli.recipe import loading
+from cosmos_cli.recipe.keys import Recipe
 
 STEPS = (4, 8, 16, 35)
 GUIDANCES = (0.0, 1.0, 2.0, 4.0, 7.0)
@@ -42,10 +44,10 @@ Row = dict[str, Any]
 
 def sampling(r: Recipe, prompts: int, device: str) -> Iterator[Row]:
     """Scores of the base model by solver and steps, then by guidance."""
-    path = layout.EMBEDDED_DIR / "model.safetensors"
-    base = Weights(path, layout.sha256_file(path))
-    wanted = [trial for trial in evaluate.world_trials(prompts) if not trial.of_mascot]
-    mascot = evaluate.world_trials(1)[-1]
+    path = paths.EMBEDDED_DIR / "model.safetensors"
+    base = Weights(path, files.sha256_file(path))
+    wanted = [trial for trial in evaluation.world_trials(prompts) if not trial.of_mascot]
+    mascot = evaluation.world_trials(1)[-1]
     variants = [
         (f"steps with {solver}", steps, {"sampler": solver, "num_steps": steps})
         for solver in ("euler", "res")
@@ -53,8 +55,8 @@ def sampling(r: Recipe, prompts: int, device: str) -> Iterator[Row]:
     ] + [("guidance", guidance, {"guidance": guidance}) for guidance in GUIDANCES]
     for study, value, changes in variants:
         began = time.monotonic()
-        samples = evaluate.draw(r.model_copy(update=changes), base, [*wanted, mascot], device)
-        scores = evaluate.scores(samples)
+        samples = evaluation.draw(r.model_copy(update=changes), base, [*wanted, mascot], device)
+        scores = evaluation.scores(samples)
         del scores["concept"]
         yield {"study": study, "value": value, "seconds": time.monotonic() - began, **scores}
 
@@ -94,7 +96,7 @@ def page(rows: list[Row]) -> str:
         names = [key for key in found[0] if key not in ("study", "value", "seconds")]
         scores = {name: [(row["value"], row[name]) for row in found] for name in names}
         seconds = {"seconds": [(row["value"], row["seconds"]) for row in found]}
-        table = report.table(
+        table = html.table(
             [
                 (
                     f"{row['value']:g}",
@@ -105,12 +107,12 @@ def page(rows: list[Row]) -> str:
             ],
             (study, *names, "seconds"),
         )
-        plots = report.row(
-            report.chart(scores, study, "share of videos that are right"),
-            report.chart(seconds, study, "seconds"),
+        plots = html.row(
+            html.chart(scores, study, "share of videos that are right"),
+            html.chart(seconds, study, "seconds"),
         )
         sections.append((study, plots + table))
-    return report.page("What decides the quality of the tiny model", sections)
+    return html.page("What decides the quality of the tiny model", sections)
 
 
 def main() -> None:
@@ -120,7 +122,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=64)
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    r = recipe.load("tiny").recipe
+    r = loading.load("tiny").recipe
     rows: list[Row] = []
     for found in (
         sampling(r, options.prompts, best_device()),
@@ -129,8 +131,8 @@ def main() -> None:
         for row in found:
             rows.append(row)
             print(json.dumps(row), flush=True)
-            layout.write_json(options.out / "study.json", rows)
-            layout.write_text(options.out / "study.html", page(rows))
+            files.write_json(options.out / "study.json", rows)
+            files.write_text(options.out / "study.html", page(rows))
 
 
 if __name__ == "__main__":

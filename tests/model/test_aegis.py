@@ -17,12 +17,13 @@ from transformers import (
     T5EncoderModel,
 )
 
-from cosmos_cli import layout, recipe
+from cosmos_cli import paths
 from cosmos_cli.errors import UserError
-from cosmos_cli.jobs import Job, Weights
-from cosmos_cli.model import guardrail
-from cosmos_cli.model.aegis import CATEGORIES, Aegis, verdict
-from cosmos_cli.model.generate import Conditioning, TextModels
+from cosmos_cli.generate.guards import guardrail
+from cosmos_cli.generate.guards.aegis import CATEGORIES, Aegis, verdict
+from cosmos_cli.generate.jobs import Job, Weights
+from cosmos_cli.generate.phases import Conditioning, TextModels
+from cosmos_cli.recipe import loading
 
 WORDS = ("<unk>", "</s>", "[/INST]", "zorg", "safe", "unsafe", "O4,O12", "ball")
 UNK, EOS, ASKED, BAD, SAFE, UNSAFE, WHY, _ = range(len(WORDS))
@@ -78,13 +79,13 @@ def aegis_lora(base, folder):
 def released(tmp_path_factory):
     """A checkpoints folder with Aegis and a tiny T5."""
     root = tmp_path_factory.mktemp("checkpoints")
-    llama_guard(root / layout.LLAMA_GUARD_DIR)
-    aegis_lora(root / layout.LLAMA_GUARD_DIR, root / layout.AEGIS_DIR)
+    llama_guard(root / paths.LLAMA_GUARD_DIR)
+    aegis_lora(root / paths.LLAMA_GUARD_DIR, root / paths.AEGIS_DIR)
     return root
 
 
 def load(root):
-    folders = root / layout.LLAMA_GUARD_DIR, root / layout.AEGIS_DIR
+    folders = root / paths.LLAMA_GUARD_DIR, root / paths.AEGIS_DIR
     return Aegis(*folders, "cpu", torch.float32)
 
 
@@ -97,7 +98,7 @@ def test_the_lora_makes_the_model_say_what_is_unsafe_and_why(released):
 
 def test_without_its_lora_the_model_finds_nothing(released, tmp_path):
     shutil.copytree(released, tmp_path / "c")
-    file = tmp_path / "c" / layout.AEGIS_DIR / "adapter_model.safetensors"
+    file = tmp_path / "c" / paths.AEGIS_DIR / "adapter_model.safetensors"
     save_file({name: torch.zeros_like(t) for name, t in load_file(file).items()}, file)
     assert load(tmp_path / "c").reason("a zorg") == ""
 
@@ -123,31 +124,31 @@ def test_the_policy_has_the_eleven_categories_of_the_reference():
 
 
 def test_a_prompt_beyond_the_models_context_is_blocked(tmp_path):
-    llama_guard(tmp_path / layout.LLAMA_GUARD_DIR, tokens=800)
-    aegis_lora(tmp_path / layout.LLAMA_GUARD_DIR, tmp_path / layout.AEGIS_DIR)
+    llama_guard(tmp_path / paths.LLAMA_GUARD_DIR, tokens=800)
+    aegis_lora(tmp_path / paths.LLAMA_GUARD_DIR, tmp_path / paths.AEGIS_DIR)
     aegis = load(tmp_path)
     assert aegis.reason("ball " * 10) == ""
     assert "too long to be judged" in aegis.reason("ball " * 1000)
 
 
 def released_recipe(root):
-    return recipe.load("nemo_assets", [f"checkpoints_dir={root}"]).recipe
+    return loading.load("nemo_assets", [f"checkpoints_dir={root}"]).recipe
 
 
 @pytest.mark.parametrize(
     ("folder", "file", "damage"),
     [
-        (layout.AEGIS_DIR, "adapter_model.safetensors", "missing"),
-        (layout.AEGIS_DIR, "adapter_config.json", "missing"),
-        (layout.AEGIS_DIR, "adapter_model.safetensors", "text"),
-        (layout.AEGIS_DIR, "adapter_config.json", "text"),
-        (layout.AEGIS_DIR, "adapter_model.safetensors", "lacks"),
-        (layout.AEGIS_DIR, "adapter_model.safetensors", "shape"),
-        (layout.LLAMA_GUARD_DIR, "model.safetensors", "missing"),
-        (layout.LLAMA_GUARD_DIR, "model.safetensors", "lacks"),
-        (layout.LLAMA_GUARD_DIR, "model.safetensors", "text"),
-        (layout.LLAMA_GUARD_DIR, "config.json", "missing"),
-        (layout.LLAMA_GUARD_DIR, "tokenizer.json", "missing"),
+        (paths.AEGIS_DIR, "adapter_model.safetensors", "missing"),
+        (paths.AEGIS_DIR, "adapter_config.json", "missing"),
+        (paths.AEGIS_DIR, "adapter_model.safetensors", "text"),
+        (paths.AEGIS_DIR, "adapter_config.json", "text"),
+        (paths.AEGIS_DIR, "adapter_model.safetensors", "lacks"),
+        (paths.AEGIS_DIR, "adapter_model.safetensors", "shape"),
+        (paths.LLAMA_GUARD_DIR, "model.safetensors", "missing"),
+        (paths.LLAMA_GUARD_DIR, "model.safetensors", "lacks"),
+        (paths.LLAMA_GUARD_DIR, "model.safetensors", "text"),
+        (paths.LLAMA_GUARD_DIR, "config.json", "missing"),
+        (paths.LLAMA_GUARD_DIR, "tokenizer.json", "missing"),
     ],
 )
 def test_a_model_that_is_not_whole_is_refused_with_the_remedy(
@@ -175,20 +176,20 @@ def test_a_model_that_is_not_whole_is_refused_with_the_remedy(
 def whole_release(released, root):
     """`released` with all else that is looked for before a prompt is encoded."""
     shutil.copytree(released, root)
-    guards = layout.model_files(released_recipe(root).spec, str(root)).guardrail
-    shutil.copytree(layout.EMBEDDED_DIR / "guardrail" / "blocklist", guards / "blocklist")
+    guards = paths.model_files(released_recipe(root).spec, str(root)).guardrail
+    shutil.copytree(paths.EMBEDDED_DIR / "guardrail" / "blocklist", guards / "blocklist")
     for file in (
         guards / "video_content_safety_filter" / "safety_filter.pt",
         guards / "face_blur_filter" / "Resnet50_Final.pth",
-        root / layout.SIGLIP_DIR / "config.json",
+        root / paths.SIGLIP_DIR / "config.json",
     ):
         file.parent.mkdir(parents=True)
         file.write_bytes(b"")
     config = T5Config(
         vocab_size=len(WORDS), d_model=1024, d_kv=4, d_ff=8, num_layers=1, num_heads=1
     )
-    T5EncoderModel(config).save_pretrained(root / layout.TEXT_ENCODER_DIR)
-    tokenizer_folder(root / layout.TEXT_ENCODER_DIR)
+    T5EncoderModel(config).save_pretrained(root / paths.TEXT_ENCODER_DIR)
+    tokenizer_folder(root / paths.TEXT_ENCODER_DIR)
     return released_recipe(root)
 
 

@@ -6,21 +6,23 @@ from dataclasses import replace
 import pytest
 import torch
 
-from cosmos_cli import layout, recipe
+from cosmos_cli import paths
 from cosmos_cli.errors import ExitCode, UserError
-from cosmos_cli.model import check, weights
+from cosmos_cli.evaluate import first_contact
+from cosmos_cli.model import weights
 from cosmos_cli.model.dit import DiT
-from cosmos_cli.model.spec import TINY
+from cosmos_cli.recipe import loading
+from cosmos_cli.spec import TINY
 
-R = recipe.load("tiny").recipe
+R = loading.load("tiny").recipe
 
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """A copy of the embedded model, in the place of the embedded one."""
     copy = tmp_path / "tiny"
-    shutil.copytree(layout.EMBEDDED_DIR, copy, ignore=shutil.ignore_patterns("t5"))
-    monkeypatch.setattr(layout, "EMBEDDED_DIR", copy)
+    shutil.copytree(paths.EMBEDDED_DIR, copy, ignore=shutil.ignore_patterns("t5"))
+    monkeypatch.setattr(paths, "EMBEDDED_DIR", copy)
     return copy
 
 
@@ -62,12 +64,12 @@ def start_again(state):
 
 
 def test_correct_weights_pass_and_the_losses_are_printed(folder, capsys):
-    figures = check.check(R, "cpu")
+    figures = first_contact.check(R, "cpu")
     assert [row["sigma"] for row in figures["edm"]] == [0.1, 0.5, 2.0]
     for row in figures["edm"]:
         assert row["model"] < row["shuffled"]
         assert row["model"] < row["linear"]
-    assert figures["lost"] < check.MAX_LOST
+    assert figures["lost"] < first_contact.MAX_LOST
     told = capsys.readouterr().err
     assert f"{figures['edm'][1]['model']:.4g}" in told
     assert "edm_sigma_below_0.5" in told
@@ -89,7 +91,7 @@ def test_a_damaged_denoiser_is_an_error_that_names_the_damage(folder, damage, wo
     damage(state)
     weights.save_dit(path, state, "safetensors")
     with pytest.raises(UserError) as caught:
-        check.check(R, "cpu")
+        first_contact.check(R, "cpu")
     assert caught.value.code == ExitCode.ASSET
     assert word in str(caught.value)
     assert str(path) in str(caught.value)
@@ -103,7 +105,7 @@ def test_a_tokenizer_that_loses_the_picture_is_an_error(folder):
     state["decoder.conv_out.1.conv3d.weight"] = state["decoder.conv_out.1.conv3d.weight"].flip(0)
     weights.write_safetensors(path, state)
     with pytest.raises(UserError, match="the tokenizer loses the picture") as caught:
-        check.check(R, "cpu")
+        first_contact.check(R, "cpu")
     assert caught.value.code == ExitCode.ASSET
 
 
@@ -113,7 +115,7 @@ def test_exchanged_mean_and_std_are_an_error(folder):
     exchange(state, "mean", "std")
     weights.write_safetensors(path, state)
     with pytest.raises(UserError, match="mean and std") as caught:
-        check.check(R, "cpu")
+        first_contact.check(R, "cpu")
     assert caught.value.code == ExitCode.ASSET
 
 
@@ -130,7 +132,7 @@ def test_linear_loss_is_the_error_of_the_linear_estimate():
     mean = x0.mean(dim=(0, 2, 3, 4), keepdim=True)
     error = (mean + var / (var + sigma**2) * (xt - mean) - x0).square().mean().item()
     weight = (sigma**2 + 0.25) / (sigma * 0.5) ** 2
-    assert check.linear_loss([x0], sigma, 0.5) == pytest.approx(weight * error, rel=0.01)
+    assert first_contact.linear_loss([x0], sigma, 0.5) == pytest.approx(weight * error, rel=0.01)
 
 
 @pytest.mark.parametrize(
@@ -144,11 +146,11 @@ def test_linear_loss_is_the_error_of_the_linear_estimate():
 )
 def test_a_failure_at_one_noise_level_is_reported(changed, words):
     rows = [
-        check.Row(**{"sigma": sigma, "model": 0.2, "linear": 0.8, "shuffled": 0.3})
+        first_contact.Row(**{"sigma": sigma, "model": 0.2, "linear": 0.8, "shuffled": 0.3})
         for sigma in (0.1, 0.5, 2.0)
     ]
     rows[1] = replace(rows[1], **changed)
-    found = check.verdict(rows, {"": rows[1].model, "two keys": rows[1].model * 0.9})
+    found = first_contact.verdict(rows, {"": rows[1].model, "two keys": rows[1].model * 0.9})
     assert words in found if words else found == ""
 
 
@@ -157,7 +159,7 @@ def test_download_check_tries_the_weights(cosmos):
     result = cosmos.json("download", "tiny", "--check")
     assert [row["sigma"] for row in result["edm"]] == [0.1, 0.5, 2.0]
     assert not (cosmos.cwd / "datasets").exists()
-    bad = weights.load_dit_state(layout.EMBEDDED_DIR / "model.safetensors")
+    bad = weights.load_dit_state(paths.EMBEDDED_DIR / "model.safetensors")
     start_again(bad)
     weights.save_dit(cosmos.cwd / "bad.pt", bad, "pt")
     refused = cosmos("download", "tiny", "--check", "--set", "base=bad.pt", code=4)

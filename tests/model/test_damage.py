@@ -6,8 +6,9 @@ import subprocess
 import av
 import pytest
 
-from cosmos_cli.model import damage, video
+from cosmos_cli.model import video
 from cosmos_cli.model.video import Clip, VideoError
+from cosmos_cli.prep import damage
 
 FRAMES, LENGTH, HEIGHT, WIDTH = 96, 12, 192, 320
 CODECS = {

@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cosmos_cli.model.data import Share, clip_of
+from cosmos_cli.train.data import Share, clip_of
 
 
 @given(clips=st.integers(1, 50), seed=st.integers(0, 10), epoch=st.integers(0, 5))

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from cosmos_cli.model import dit, edm, kernels, weights
 from cosmos_cli.model.dit import DiT
-from cosmos_cli.model.spec import COSMOS_7B, COSMOS_14B, DiTSpec
+from cosmos_cli.spec import COSMOS_7B, COSMOS_14B, DiTSpec
 
 SMALL = DiTSpec(width=64, blocks=2, heads=4, text_channels=32, adaln_rank=8)
 KEYS = Path(__file__).parent / "data" / "dit_7b_keys.txt"

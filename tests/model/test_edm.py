@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from cosmos_cli.model import edm
-from cosmos_cli.model.spec import TINY
+from cosmos_cli.spec import TINY
 
 SIGMAS = torch.tensor([2e-4, 0.1, 0.5, 2.0, 80.0], dtype=torch.float64)
 

@@ -7,11 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from cosmos_cli import spec
 from cosmos_cli.errors import ExitCode, UserError
-from cosmos_cli.keys import Recipe
-from cosmos_cli.model import edm, engine, spec, train, weights
-from cosmos_cli.model.data import Share
+from cosmos_cli.model import edm, weights
 from cosmos_cli.model.dit import DiT
+from cosmos_cli.recipe.keys import Recipe
+from cosmos_cli.train import engine, loop
+from cosmos_cli.train.data import Share
 
 STAND_IN = Path(__file__).parents[1] / "data/stand_in"
 SMALL = spec.ModelSpec(
@@ -57,7 +59,7 @@ def losses_of_three_steps(folder, stage, kernels):
     where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "DS_ACCELERATOR": "cpu"}
     os.environ |= {**where, "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
     sys.path.append(str(STAND_IN))
-    train._join_world(60)
+    loop._join_world(60)
     spec.MODELS["small"] = SMALL
     net = DiT(SMALL.dit)
     net.init_weights(torch.Generator().manual_seed(0))

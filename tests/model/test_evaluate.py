@@ -7,11 +7,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from cosmos_cli.model import evaluate, scorer, world
-from cosmos_cli.model.data import Clips
-from cosmos_cli.model.evaluate import Sample, Trial
-from cosmos_cli.model.spec import TINY
+from cosmos_cli.evaluate import evaluation
+from cosmos_cli.evaluate.evaluation import Sample, Trial
 from cosmos_cli.model.text import write_pickle
+from cosmos_cli.model.tiny import scorer, world
+from cosmos_cli.spec import TINY
+from cosmos_cli.train.data import Clips
 
 SIZE = (TINY.num_frames, TINY.height, TINY.width, TINY.fps)
 
@@ -21,7 +22,7 @@ def truth():
     """What a perfect model would make of 80 held-out prompts and 40 of the mascot."""
     return [
         Sample(trial, world.render(trial.scene, *SIZE), torch.zeros(1))
-        for trial in evaluate.world_trials(80)
+        for trial in evaluation.world_trials(80)
     ]
 
 
@@ -32,7 +33,7 @@ def with_trials_of(samples, others):
 
 
 def test_rendered_prompts_score_at_least_99_percent(truth):
-    found = evaluate.scores(truth)
+    found = evaluation.scores(truth)
     assert min(found[name] for name in ("colour", "shape", "motion", "concept")) >= 0.99
     assert found["consistency"] >= 0.99
 
@@ -41,9 +42,9 @@ def test_shuffled_captions_score_chance(truth):
     plain = [sample for sample in truth if not sample.trial.of_mascot]
     mascots = [sample for sample in truth if sample.trial.of_mascot]
     others = random.Random(0).sample(plain, len(plain))
-    found = evaluate.scores(with_trials_of(plain, others) + mascots)
+    found = evaluation.scores(with_trials_of(plain, others) + mascots)
     for name in ("colour", "shape", "motion"):
-        assert found[name] == pytest.approx(evaluate.CHANCE[name], abs=0.1)
+        assert found[name] == pytest.approx(evaluation.CHANCE[name], abs=0.1)
 
 
 def test_a_plain_teal_robot_is_not_the_mascot(truth):
@@ -53,19 +54,19 @@ def test_a_plain_teal_robot_is_not_the_mascot(truth):
         replace(s, pixels=world.render(replace(s.trial.scene, thing=plain), *SIZE)) for s in mascots
     ]
     others = [sample for sample in truth if not sample.trial.of_mascot]
-    assert evaluate.scores(others + drawn)["concept"] == 0
+    assert evaluation.scores(others + drawn)["concept"] == 0
 
 
 def test_a_thing_that_jumps_or_vanishes_is_not_consistent(truth):
     pixels = truth[0].pixels
-    steady = evaluate.consistency(scorer.measure(pixels))
+    steady = evaluation.consistency(scorer.measure(pixels))
     torn = pixels.clone()
     torn[:, 12:] = torn[:, 12:].flip(3).roll(30, 3)
     gone = pixels.clone()
     gone[:, 10:15] = 0
     assert steady == 1
-    assert evaluate.consistency(scorer.measure(gone)) == pytest.approx(1 - 6 / 24)
-    assert evaluate.consistency(scorer.measure(torn)) < 1
+    assert evaluation.consistency(scorer.measure(gone)) == pytest.approx(1 - 6 / 24)
+    assert evaluation.consistency(scorer.measure(torn)) < 1
 
 
 def test_a_copy_of_a_training_clip_has_a_small_distance(tmp_path):
@@ -80,9 +81,9 @@ def test_a_copy_of_a_training_clip_has_a_small_distance(tmp_path):
     pixels, trial = torch.zeros(0), Trial("a", 0)
     new = Sample(trial, pixels, torch.randn(16, 2, 8, 12, generator=generator))
     copy = Sample(trial, pixels, latents[2] + 0.01)
-    distance, apart = evaluate.nearest_clips([new], clips)
+    distance, apart = evaluation.nearest_clips([new], clips)
     assert distance == pytest.approx(2**0.5, rel=0.1)
     assert apart == pytest.approx(2**0.5, rel=0.1)
-    assert evaluate.nearest_clips([new, copy], clips)[0] == pytest.approx(0.01, rel=1e-3)
+    assert evaluation.nearest_clips([new, copy], clips)[0] == pytest.approx(0.01, rel=1e-3)
     other_size = replace(new, latent=torch.zeros(16, 3, 8, 12))
-    assert evaluate.nearest_clips([other_size], clips) is None
+    assert evaluation.nearest_clips([other_size], clips) is None

@@ -7,11 +7,13 @@ import torch
 from conftest import settings
 from transformers import ResNetBackbone, ResNetConfig
 
-from cosmos_cli import layout, recipe
+from cosmos_cli import paths
 from cosmos_cli.errors import UserError
-from cosmos_cli.jobs import Job, Weights
-from cosmos_cli.model import faces, video
-from cosmos_cli.model.generate import Resident
+from cosmos_cli.generate.guards import faces
+from cosmos_cli.generate.jobs import Job, Weights
+from cosmos_cli.generate.phases import Resident
+from cosmos_cli.model import video
+from cosmos_cli.recipe import loading
 
 STAGES = ((64, 256, 3), (256, 512, 4), (512, 1024, 6), (1024, 2048, 3))
 
@@ -215,8 +217,8 @@ def test_only_the_face_in_its_frame_is_pixelated(tmp_path):
 
 
 def test_a_video_is_written_with_pixelated_faces(tmp_path):
-    r = recipe.load("tiny", settings("num_steps=2", "guidance=0")[1::2]).recipe
-    base = Weights(layout.model_files(r.spec, r.checkpoints_dir).dit, "")
+    r = loading.load("tiny", settings("num_steps=2", "guidance=0")[1::2]).recipe
+    base = Weights(paths.model_files(r.spec, r.checkpoints_dir).dit, "")
     networks = Resident(r, base, "cpu")
     jobs = [Job("A red ball.", r, base, tmp_path / name) for name in ("as_made.mp4", "blurred.mp4")]
     for job in jobs:

@@ -1,11 +1,11 @@
 import pytest
 
-from cosmos_cli import recipe
-from cosmos_cli.model.train import learning_rate
+from cosmos_cli.recipe import loading
+from cosmos_cli.train.loop import learning_rate
 
 
 def of(*pairs):
-    return recipe.load("nemo_assets", pairs).recipe
+    return loading.load("nemo_assets", pairs).recipe
 
 
 @pytest.mark.parametrize("step", [0, 1, 199, 1999])

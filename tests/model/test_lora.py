@@ -15,10 +15,11 @@ from test_dit import (
 from torch import nn
 
 from cosmos_cli.errors import UserError
-from cosmos_cli.model import checkpoint, lora, lora_file
+from cosmos_cli.model import lora, lora_files
 from cosmos_cli.model.dit import DiT
-from cosmos_cli.model.lora_file import Change
-from cosmos_cli.model.spec import LORA_TARGETS, TINY, DiTSpec
+from cosmos_cli.model.lora_files import Change
+from cosmos_cli.spec import LORA_TARGETS, TINY, DiTSpec
+from cosmos_cli.train import checkpoint
 
 
 def adapted(targets, factors=True):
@@ -61,7 +62,7 @@ def test_fresh_factors_leave_the_model_as_it_was_and_do_not_depend_on_the_proces
 def test_diffusers_and_the_merged_model_compute_what_training_computed(targets, tmp_path):
     module, state, factors = adapted(targets)
     path = tmp_path / "iter_000000001_ema_lora.safetensors"
-    lora_file.save(path, factors, 0.5)
+    lora_files.save(path, factors, 0.5)
     with torch.no_grad():
         expected = module.net(**inputs())
         before = network()(**inputs())
@@ -104,11 +105,11 @@ def test_the_last_linear_of_a_block_is_not_computed_again(mode):
 
 def test_what_diffusers_saves_is_read(tmp_path):
     _, _, factors = adapted("all")
-    lora_file.save(tmp_path / "ours.safetensors", factors, 0.5)
+    lora_files.save(tmp_path / "ours.safetensors", factors, 0.5)
     twin = diffusers_twin(network(), tmp_path)
     twin.load_lora_adapter(tmp_path, weight_name="ours.safetensors", adapter_name="default")
     twin.save_lora_adapter(tmp_path / "theirs")
-    changes = lora_file.read(tmp_path / "theirs" / "pytorch_lora_weights.safetensors")
+    changes = lora_files.read(tmp_path / "theirs" / "pytorch_lora_weights.safetensors")
     state = lora.factors(changes)
     assert {change.scale for change in changes.values()} == {0.5}
     assert state.keys() == factors.keys()
@@ -118,7 +119,7 @@ def test_what_diffusers_saves_is_read(tmp_path):
 def test_strength_scales_the_change_and_each_weight_keeps_its_dtype(tmp_path):
     _, state, factors = adapted("attention")
     path = tmp_path / "lora.safetensors"
-    lora_file.save(path, factors, 0.5)
+    lora_files.save(path, factors, 0.5)
     none, half, whole = (lora.merge(state, path, strength) for strength in (0.0, 0.5, 1.0))
     name = "net.blocks.0.self_attn.q.weight"
     assert torch.equal(none[name], state[name])
@@ -157,7 +158,7 @@ def test_strength_scales_the_change_and_each_weight_keeps_its_dtype(tmp_path):
 def test_a_lora_that_does_not_fit_is_refused(change, words, tmp_path):
     _, state, factors = adapted("attention")
     path = tmp_path / "lora.safetensors"
-    lora_file.save(path, factors, 1.0)
+    lora_files.save(path, factors, 1.0)
     stored = load_file(path)
     change(stored)
     save_file(stored, path)
@@ -169,7 +170,7 @@ def test_a_file_that_is_no_lora_is_refused(tmp_path):
     path = tmp_path / "lora.safetensors"
     path.write_bytes(b"nothing of the kind")
     with pytest.raises(UserError, match="damaged"):
-        lora_file.read(path)
+        lora_files.read(path)
 
 
 # --- beside the weights ---------------------------------------------------------------------------
@@ -324,7 +325,7 @@ def test_what_is_kept_of_a_merged_lora_is_measured(tmp_path):
     path, shares = tmp_path / "lora.safetensors", {}
     for size in (4e-3, 8e-4):
         changes = random_changes(net, size)
-        lora_file.save(path, lora.factors(changes), 1.0)
+        lora_files.save(path, lora.factors(changes), 1.0)
         for dtype in (torch.float32, torch.bfloat16):
             state = {f"net.{name}": tensor.to(dtype) for name, tensor in net.state_dict().items()}
             shares[size, dtype] = lora.kept_share(state, lora.merge(state, path, 1.0), path)
@@ -337,7 +338,7 @@ def test_what_is_kept_of_a_merged_lora_is_measured(tmp_path):
 def test_a_strength_beyond_all_numbers_is_refused(tmp_path, strength):
     net = network()
     path = tmp_path / "lora.safetensors"
-    lora_file.save(path, lora.factors(random_changes(net, 0.1)), 1.0)
+    lora_files.save(path, lora.factors(random_changes(net, 0.1)), 1.0)
     with pytest.raises(UserError, match="not finite") as caught:
         lora.load_beside(net, [(path, strength)])
     assert str(path) in str(caught.value)
@@ -347,7 +348,7 @@ def test_a_strength_beyond_all_numbers_is_refused(tmp_path, strength):
 def test_a_lora_without_strength_leaves_every_bit(tmp_path):
     net = network()
     path = tmp_path / "lora.safetensors"
-    lora_file.save(path, lora.factors(random_changes(net, 0.1)), 1.0)
+    lora_files.save(path, lora.factors(random_changes(net, 0.1)), 1.0)
     expected = net(**inputs())
     lora.load_beside(net, [(path, 0.0)])
     assert torch.equal(net(**inputs()), expected)
@@ -356,7 +357,7 @@ def test_a_lora_without_strength_leaves_every_bit(tmp_path):
 def test_a_lora_that_changes_nothing_is_named(tmp_path, capsys):
     net = network()
     path = tmp_path / "lora.safetensors"
-    lora_file.save(path, lora.factors(random_changes(net, 0.0)), 1.0)
+    lora_files.save(path, lora.factors(random_changes(net, 0.0)), 1.0)
     lora.load_beside(net, [(path, 1.0)])
     err = capsys.readouterr().err
     assert "changes nothing" in err

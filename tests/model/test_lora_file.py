@@ -17,7 +17,7 @@ from test_dit import (
 )
 
 from cosmos_cli.errors import ExitCode, UserError
-from cosmos_cli.model import lora, lora_file, weights
+from cosmos_cli.model import lora, lora_files, weights
 from cosmos_cli.model.dit import DiT
 
 ALL = ("to_q", "to_k", "to_v", "to_out.0", "proj", "linear_1", "linear_2", "net.2", "proj_out")
@@ -219,7 +219,7 @@ def test_an_alpha_of_an_integer_is_read(tmp_path):
 
 
 def test_no_two_linears_have_one_name():
-    dotted, underscored = lora_file._linears()
+    dotted, underscored = lora_files._linears()
     with torch.device("meta"):
         wanted = {re.sub(r"blocks\.\d+", "blocks.#", name) for name in linears(DiT(SMALL))}
     assert set(dotted.values()) == set(underscored.values()) == wanted

@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from cosmos_cli import recipe
 from cosmos_cli.errors import UserError
-from cosmos_cli.model import edm, plan
+from cosmos_cli.model import edm
 from cosmos_cli.model.dit import DiT
-from cosmos_cli.model.spec import COSMOS_7B
+from cosmos_cli.recipe import loading, plan
+from cosmos_cli.spec import COSMOS_7B
 
-FULL = recipe.load("nemo_assets", ["height=704", "activation_checkpointing=all"]).recipe
+FULL = loading.load("nemo_assets", ["height=704", "activation_checkpointing=all"]).recipe
 FAST, H100 = map(plan.find_gpu, ("H200", "H100-80GB"))
 
 
@@ -55,7 +55,7 @@ def test_a_full_fine_tune_needs_what_its_states_need(gpus, ranks, fits):
     [("lora", 1), ("two_gpus", 2), ("four_gpus", 4), ("my_videos", 8), ("two_nodes", 16)],
 )
 def test_a_shipped_recipe_fits_the_machines_it_names(name, gpus):
-    r = recipe.load(name).recipe
+    r = loading.load(name).recipe
     assert plan.plan(r, gpus, plan.find_gpu("H100-80GB")).fits
     assert r.num_processes in ("auto", gpus)
 

@@ -12,13 +12,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from cosmos_cli import history, launch, layout, recipe
+from cosmos_cli import paths
 from cosmos_cli.errors import ExitCode, UserError
-from cosmos_cli.layout import Run
 from cosmos_cli.model import device as devices
-from cosmos_cli.model import edm, preview, train
-from cosmos_cli.model.preview import Pictures
+from cosmos_cli.model import edm
 from cosmos_cli.model.tokenizer import Tokenizer
+from cosmos_cli.paths import Run
+from cosmos_cli.recipe import loading
+from cosmos_cli.train import launch, loop, previews, status
+from cosmos_cli.train.previews import Pictures
 
 pytestmark = pytest.mark.workflow
 
@@ -57,12 +59,12 @@ def break_decode_on_the_host():
 
 
 def break_load():
-    preview.prep.load_tokenizer = python_memory
+    previews.latent_files.load_tokenizer = python_memory
 
 
 def lose_tokenizer():
-    files = layout.model_files
-    layout.model_files = lambda *a: files(*a).__class__(
+    files = paths.model_files
+    paths.model_files = lambda *a: files(*a).__class__(
         files(*a).dit, Path("/gone/tokenizer"), files(*a).text_encoder, files(*a).guardrail
     )
 
@@ -76,7 +78,7 @@ def break_second_forward():
         return original(net, *inputs) if len(calls) % 3 else no_memory()
 
     # Training keeps the one that works.
-    preview.edm = SimpleNamespace(denoise=denoise)
+    previews.edm = SimpleNamespace(denoise=denoise)
 
 
 BREAKS = {
@@ -119,17 +121,17 @@ def rank_of_a_run(place, broken, victim, pairs):
     if not torch.cuda.is_available():
         os.environ["DS_ACCELERATOR"] = "cpu"
     torch.set_num_threads(1)
-    loaded = recipe.load("tiny", pairs)
+    loaded = loading.load("tiny", pairs)
     run = Run(loaded.recipe.run_dir)
     if rank == 0:
         launch._prepare(loaded, run)
-    device = train._join_world(120)
+    device = loop._join_world(120)
     if rank in victim:
         BREAKS[broken]() if isinstance(broken, str) else limit_memory(broken)
     said = io.StringIO()
     with contextlib.redirect_stderr(said):
-        train.train(loaded.recipe, device)
-    losses = [row["loss"] for row in history.rows(run) if "loss" in row]
+        loop.train(loaded.recipe, device)
+    losses = [row["loss"] for row in status.rows(run) if "loss" in row]
     made = sorted(path.name for path in run.samples.glob("*"))
     sys.stderr.write(said.getvalue())
     torch.distributed.destroy_process_group()
@@ -204,23 +206,23 @@ def test_errors_that_are_not_about_memory_are_not_hidden():
     for error in (RuntimeError("shape"), OSError(28, "No space"), ValueError("out of memory")):
         assert not devices.is_out_of_memory(error)
     missing = []
-    with pytest.raises(RuntimeError, match="shape"), preview._spared(missing):
+    with pytest.raises(RuntimeError, match="shape"), previews._spared(missing):
         raise RuntimeError("shape")
     assert not missing
 
 
 def test_a_missing_tokenizer_is_refused_before_any_process_starts(tmp_path):
-    from cosmos_cli import preflight
+    from cosmos_cli.train import preflight
 
     base = tmp_path / "base.pt"
     base.touch()
     pairs = [f"checkpoints_dir={tmp_path}", f"base={base}"]
-    r = recipe.load("nemo_assets", pairs).recipe
+    r = loading.load("nemo_assets", pairs).recipe
     with pytest.raises(UserError, match="tokenizer is missing") as caught:
         preflight.check_recipe(r, 1)
     assert caught.value.code == ExitCode.ASSET
     off = [*pairs, "preview_every_steps=0", "sample_every_saves=0"]
-    preflight.check_recipe(recipe.load("nemo_assets", off).recipe, 1)
+    preflight.check_recipe(loading.load("nemo_assets", off).recipe, 1)
 
 
 def needs_gpus(count):

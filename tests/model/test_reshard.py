@@ -3,7 +3,7 @@ import itertools
 import pytest
 import torch
 
-from cosmos_cli.model import reshard
+from cosmos_cli.train import reshard
 
 
 def shares(parameters, ranks, group_ends):

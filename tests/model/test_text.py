@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from cosmos_cli.errors import ExitCode, UserError
-from cosmos_cli.layout import EMBEDDED_DIR
 from cosmos_cli.model import text
-from cosmos_cli.model.spec import TINY, TextSpec
+from cosmos_cli.paths import EMBEDDED_DIR
+from cosmos_cli.spec import TINY, TextSpec
 
 SPEC = TextSpec("test", channels=8, tokens=16)
 

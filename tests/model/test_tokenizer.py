@@ -11,8 +11,8 @@ from torch.utils._pytree import tree_leaves
 
 from cosmos_cli.model import tokenizer as module
 from cosmos_cli.model import weights
-from cosmos_cli.model.spec import COSMOS_7B, TokenizerSpec
 from cosmos_cli.model.tokenizer import Tokenizer
+from cosmos_cli.spec import COSMOS_7B, TokenizerSpec
 
 SMALL = TokenizerSpec(channels=8, latent_channels=4)
 KEYS = Path(__file__).parent / "data" / "tokenizer_cv8x8x8_keys.txt"

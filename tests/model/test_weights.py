@@ -17,12 +17,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from cosmos_cli import layout
+from cosmos_cli import files
 from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.model import edm, weights
 from cosmos_cli.model.dit import DiT
-from cosmos_cli.model.spec import DiTSpec, ModelSpec, TokenizerSpec
 from cosmos_cli.model.tokenizer import Tokenizer
+from cosmos_cli.spec import DiTSpec, ModelSpec, TokenizerSpec
 
 SPEC = ModelSpec(
     name="small", dit=DiTSpec(width=32, blocks=2, heads=2, text_channels=8, adaln_rank=4, max_t=8)
@@ -237,7 +237,7 @@ def test_load_strict_names_what_does_not_fit_and_changes_nothing():
 DYING = """
 import os, resource, signal, sys, torch
 from pathlib import Path
-from cosmos_cli.model import lora_file, weights
+from cosmos_cli.model import lora_files, weights
 signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
 resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
@@ -245,7 +245,7 @@ stem = "net.blocks.0.mlp.up"
 if os.fork():
     os.wait()
     factors = {f"{stem}.lora_{side}.weight": torch.zeros(4, 9999) for side in "AB"}
-    lora_file.save(Path("lora.safetensors"), factors, 1.0)
+    lora_files.save(Path("lora.safetensors"), factors, 1.0)
 weights.write_safetensors(Path("m.safetensors"), {"w": torch.zeros(99_999)})
 """
 
@@ -254,7 +254,7 @@ def test_what_a_killed_process_leaves_is_known_and_removed(tmp_path):
     done = subprocess.run([sys.executable, "-c", DYING], cwd=tmp_path, check=False)
     assert done.returncode == -signal.SIGXFSZ
     assert len([path for path in tmp_path.rglob("*") if path.is_file()]) == 2
-    layout.remove_stale(tmp_path)
+    files.remove_stale(tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 

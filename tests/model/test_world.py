@@ -6,8 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from cosmos_cli.model import scorer, video, world
-from cosmos_cli.model.world import Scene, Thing
+from cosmos_cli.model import video
+from cosmos_cli.model.tiny import scorer, world
+from cosmos_cli.model.tiny.world import Scene, Thing
 
 SIZE = (25, 96, 160, 16.0)
 

@@ -1,0 +1,279 @@
+"""T5's encoder: whether a file is the one it should be, and out of Google's own file. No torch.
+
+Google's repository has the whole model in one file of torch's format before 1.6: pickles, then the
+numbers one after another. It is read as data, and what belongs to the encoder is copied as it is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pickle
+import struct
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import astuple, dataclass
+from itertools import accumulate
+from math import prod
+from pathlib import Path
+from typing import IO, Any
+
+from cosmos_cli import console, files
+from cosmos_cli.download import assets
+from cosmos_cli.download.assets import Asset, RemoteFile
+from cosmos_cli.errors import ExitCode, UserError
+
+# What reading a damaged pickle may raise.
+DAMAGE = (
+    *(pickle.UnpicklingError, struct.error, ValueError, LookupError, TypeError),
+    *(AttributeError, EOFError, ArithmeticError, MemoryError),
+)
+# Of torch's storages: their name in safetensors and the bytes of a number.
+STORAGES = {
+    "torch.FloatStorage": ("F32", 4),
+    "torch.HalfStorage": ("F16", 2),
+    "torch.BFloat16Storage": ("BF16", 2),
+}
+# How a file of the old format begins. Source: pytorch/pytorch, torch/serialization.py.
+MAGIC, PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
+PIECE = 2**24
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor in a file: its shape, its type in safetensors, where its bytes begin, how many."""
+
+    shape: list[int]
+    dtype: str
+    start: int
+    length: int
+
+
+def require_encoder(path: Path, asset: Asset) -> None:
+    """Refuses a file that is not the encoder that `config.json` beside it describes.
+
+    transformers would fill in what is missing with random numbers. What is there beyond it is
+    ignored.
+
+    Raises:
+        UserError: a tensor is missing or has another shape; the file is removed.
+    """
+    header = _safetensors_header(path)
+    try:
+        _require_shapes({name: about.get("shape") for name, about in header.items()}, asset)
+    except UserError:
+        path.unlink()
+        raise
+
+
+def convert(asset: Asset, original: RemoteFile) -> None:
+    """Writes the encoder of Google's file as safetensors beside it, unless that has been done.
+
+    Raises:
+        UserError: the file is damaged, or the disk has no room.
+    """
+    path, target = asset.path(original.name), asset.folder / assets.TEXT_WEIGHTS
+    if not any(form.is_at(place) for place, form in converted(asset, original)):
+        tensors = _read_old_format(path)
+        shapes = _require_shapes({name: t.shape for name, t in tensors.items()}, asset)
+        encoder = {name: tensors[name] for name in shapes}
+        needed = sum(t.length for t in encoder.values())
+        files.require_free(target, needed, "the numbers of T5's encoder", "free some space")
+        digest = _write_safetensors(target, path, encoder)
+        form = RemoteFile(assets.TEXT_WEIGHTS, files.size_of(target), digest, is_git_hash=False)
+        files.write_json(_note(asset), {"of": original.digest, "file": astuple(form)})
+    if path.exists():
+        console.say(
+            f"{path} is not read any more and may be deleted: {console.size(original.size)}"
+        )
+
+
+def converted(asset: Asset, original: RemoteFile) -> Iterator[tuple[Path, RemoteFile]]:
+    """Where the encoder made of a file should be, with its size and hash; nothing if none was."""
+    if original.name == assets.TEXT_ORIGINAL and _note(asset).is_file():
+        note = files.read_json(_note(asset))
+        if note["of"] == original.digest:
+            yield asset.folder / assets.TEXT_WEIGHTS, RemoteFile(*note["file"])
+
+
+def _note(asset: Asset) -> Path:
+    return asset.notes / "converted.json"
+
+
+# --- names and shapes -----------------------------------------------------------------------------
+
+
+def _require_shapes(found: dict[str, Any], asset: Asset) -> dict[str, list[int]]:
+    """The shapes of the encoder's tensors, which `found` must have."""
+    wanted = _shapes(files.read_json(asset.folder / "config.json"))
+    for name, shape in wanted.items():
+        if found.get(name) != shape:
+            raise UserError(
+                f"{name} has the shape {found.get(name)}, T5's encoder has {shape}",
+                code=ExitCode.ASSET,
+                where=asset.url,
+                fix="set text_encoder_repo to the other source",
+            )
+    return wanted
+
+
+def _shapes(config: dict[str, Any]) -> dict[str, list[int]]:
+    """Names and shapes of the encoder's tensors, as transformers has them for T5 1.0."""
+    width, inner, hidden = config["d_model"], config["d_kv"] * config["num_heads"], config["d_ff"]
+    shapes = {
+        "shared.weight": [config["vocab_size"], width],
+        "encoder.final_layer_norm.weight": [width],
+        "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight": [
+            config["relative_attention_num_buckets"],
+            config["num_heads"],
+        ],
+    }
+    for i in range(config["num_layers"]):
+        attention, feed = (f"encoder.block.{i}.layer.{layer}" for layer in (0, 1))
+        shapes |= {f"{attention}.SelfAttention.{part}.weight": [inner, width] for part in "qkv"}
+        shapes[f"{attention}.SelfAttention.o.weight"] = [width, inner]
+        shapes[f"{feed}.DenseReluDense.wi.weight"] = [hidden, width]
+        shapes[f"{feed}.DenseReluDense.wo.weight"] = [width, hidden]
+        shapes |= {f"{layer}.layer_norm.weight": [width] for layer in (attention, feed)}
+    return shapes
+
+
+# --- safetensors ----------------------------------------------------------------------------------
+
+
+def _safetensors_header(path: Path) -> dict[str, Any]:
+    """Names, types and shapes of a file's tensors; nothing for what is no such file.
+
+    Source: huggingface/safetensors, README.md, which also limits the header's length.
+    """
+    with files.open_regular(path, files.WEIGHTS) as stream:
+        try:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            header: dict[str, Any] = json.loads(stream.read(min(length, files.HEADER_LIMIT)))
+        except (struct.error, ValueError, RecursionError):
+            return {}
+    return header
+
+
+def _write_safetensors(path: Path, source: Path, tensors: dict[str, Stored]) -> str:
+    """Copies tensors of `source` into a safetensors file, in pieces; its sha256."""
+    ends = list(accumulate(t.length for t in tensors.values()))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    for (name, t), end in zip(tensors.items(), ends, strict=True):
+        offsets = [end - t.length, end]
+        header[name] = {"dtype": t.dtype, "shape": t.shape, "data_offsets": offsets}
+    text = json.dumps(header).encode()
+    # The numbers begin at a multiple of 8 bytes.
+    text += b" " * (-len(text) % 8)
+    digest = hashlib.sha256()
+    with (
+        files.atomic_file(path) as temporary,
+        files.open_regular(source, files.WEIGHTS) as old,
+        temporary.open("wb") as new,
+        console.progress(f"{source.name} to {path.name}", ends[-1] // 10**6, "MB") as bar,
+    ):
+        for piece in _pieces(struct.pack("<Q", len(text)) + text, old, tensors):
+            new.write(piece)
+            digest.update(piece)
+            bar.advance(count=new.tell() // 10**6 - bar.done)
+    return digest.hexdigest()
+
+
+def _pieces(head: bytes, stream: IO[bytes], tensors: dict[str, Stored]) -> Iterator[bytes]:
+    yield head
+    for tensor in tensors.values():
+        stream.seek(tensor.start)
+        left = tensor.length
+        while piece := stream.read(min(left, PIECE)):
+            left -= len(piece)
+            yield piece
+
+
+# --- torch's old format ---------------------------------------------------------------------------
+
+
+def _read_old_format(path: Path) -> dict[str, Stored]:
+    """The tensors of a file that torch wrote before 1.6; nothing in it is run.
+
+    Raises:
+        UserError: the file is damaged, or holds more than tensors.
+    """
+    files.check_torch(path)
+    with files.open_regular(path, files.WEIGHTS) as stream:
+        try:
+            return _tensors(stream, files.size_of(path))
+        except DAMAGE as error:
+            raise UserError(
+                f"is damaged or holds more than tensors; nothing in it was run ({error})",
+                code=ExitCode.ASSET,
+                where=str(path),
+                fix="delete it and run cosmos download again",
+            ) from error
+
+
+def _tensors(stream: IO[bytes], size: int) -> dict[str, Stored]:
+    """What `_read_old_format` returns.
+
+    The pickles are: magic number, protocol, the writer's machine, the tensors, the keys of the
+    storages. Behind them each storage lies as its count of numbers in 8 bytes and the numbers.
+    """
+    if (_Reader(stream).load(), _Reader(stream).load()) != (MAGIC, PROTOCOL):
+        raise pickle.UnpicklingError("it is of another format")
+    _Reader(stream).load()
+    reader = _Reader(stream)
+    tensors = reader.load()
+    places = {}
+    for key in _Reader(stream).load():
+        (count,) = struct.unpack("<Q", stream.read(8))
+        places[key] = stream.tell(), count
+        stream.seek(places[key][0] + count * reader.widths[key])
+    if stream.tell() > size:
+        raise EOFError("it ends too early")
+    return {name: _stored(view, *places[view.storage[0]]) for name, view in tensors.items()}
+
+
+@dataclass(frozen=True)
+class _View:
+    """A tensor as its pickle has it: the key of its storage, where in it, its shape and strides."""
+
+    storage: tuple[str, str, int]
+    offset: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+
+def _stored(view: _View, start: int, count: int) -> Stored:
+    """Where a tensor lies, whose storage of `count` numbers begins at `start`."""
+    _, dtype, width = view.storage
+    numbers = prod(view.shape)
+    dense = tuple(prod(view.shape[i + 1 :]) for i in range(len(view.shape)))
+    if view.strides != dense or not 0 <= view.offset <= count - numbers:
+        raise ValueError("a tensor does not lie in its storage as a whole")
+    return Stored(list(view.shape), dtype, start + view.offset * width, numbers * width)
+
+
+class _Reader(pickle.Unpickler):
+    """Admits what a state dict consists of; `widths` are the bytes of a number of each storage."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        super().__init__(stream)
+        self.widths: dict[str, int] = {}
+
+    def find_class(self, module: str, name: str) -> Any:
+        # The functions are made anew each time, so that a hostile file can leave no mark on them.
+        known: dict[str, Any] = {
+            "collections.OrderedDict": OrderedDict,
+            "torch._utils._rebuild_tensor_v2": lambda storage, offset, shape, strides, *_: _View(
+                storage, offset, tuple(shape), tuple(strides)
+            ),
+            "torch._utils._rebuild_parameter": lambda view, *_: view,
+            **STORAGES,
+        }
+        if f"{module}.{name}" not in known:
+            raise pickle.UnpicklingError(f"it names {module}.{name}, refused")
+        return known[f"{module}.{name}"]
+
+    def persistent_load(self, pid: Any) -> tuple[str, str, int]:
+        _, (dtype, width), key, *_ = pid
+        self.widths[key] = width
+        return key, dtype, width

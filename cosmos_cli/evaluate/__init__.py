@@ -1,0 +1,1 @@
+"""Scores before and after post-training, and the first contact with released weights."""

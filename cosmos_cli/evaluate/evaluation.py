@@ -1,0 +1,324 @@
+"""Evaluates models without a second model as the judge.
+
+In the synthetic world of the tiny model, colour, shape and motion are read from the pixels of
+generated videos. On a prepared dataset it measures the EDM error of held-out clips, and the
+distance from generated videos to the nearest training clip.
+
+Dimension letters: C channels, T frames, H height, W width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cosmos_cli import console, files, html, paths
+from cosmos_cli.errors import ExitCode, UserError
+from cosmos_cli.generate import phases
+from cosmos_cli.generate.jobs import Job, Weights
+from cosmos_cli.model import edm, video
+from cosmos_cli.model.tiny import scorer, world
+from cosmos_cli.model.tiny.scorer import Reading
+from cosmos_cli.model.tiny.world import Scene
+from cosmos_cli.prep import latent_files
+from cosmos_cli.recipe.keys import Recipe
+from cosmos_cli.train import nearest, status
+from cosmos_cli.train.data import Clips
+from cosmos_cli.train.heldout import HeldOut
+
+CHANCE = {
+    "colour": 1 / len(world.COLOURS),
+    "shape": 1 / len(world.SHAPES),
+    "motion": 1 / len(world.MOTIONS),
+    "concept": 0.0,
+    "consistency": 0.0,
+}
+# In picture heights per frame. The fastest thing of the synthetic world moves by 0.05.
+LARGEST_MOVE = 0.1
+# This seed differs from that of the dataset that teaches the mascot, so its scenes do too.
+CONCEPT_SEED = 1000
+RECONSTRUCTED = 16
+MOSAIC_COLUMNS, MOSAIC_ROWS = 4, 6
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A prompt and a seed; in the synthetic world also the scene that the prompt describes."""
+
+    prompt: str
+    seed: int
+    scene: Scene | None = None
+
+    @property
+    def of_mascot(self) -> bool:
+        """True if the prompt asks for the concept that post-training teaches."""
+        return self.scene is not None and self.scene.thing.mascot
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A generated video: pixels uint8 (3, T, H, W) and latent (C, T, H, W)."""
+
+    trial: Trial
+    pixels: Tensor
+    latent: Tensor
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A prepared dataset: its training clips, held-out clips and captions."""
+
+    train: Clips
+    heldout: Clips
+    captions: tuple[str, ...]
+
+    @classmethod
+    def of(cls, r: Recipe) -> Dataset | None:
+        """Return the dataset of a recipe, or None if prep has not run."""
+        dataset = paths.Dataset.at(r.dataset_dir, r.videos_dir)
+        if not dataset.manifest.exists():
+            return None
+        manifest = dataset.read_manifest()
+        train, heldout = (Clips(dataset.root, rows, r.spec) for rows in paths.split_clips(manifest))
+        used = (video["caption"] for video in manifest["videos"] if video["verdict"] == "used")
+        return cls(train, heldout, tuple(dict.fromkeys(used)))
+
+
+def evaluate(
+    r: Recipe, models: dict[str, Weights], prompts: int, device: str
+) -> tuple[dict[str, Any], dict[str, list[Sample]]]:
+    """Return the figures of some models and the videos that each generated, by name.
+
+    Args:
+        r: the recipe; its dataset is used if prep has run.
+        models: the weights to measure, by name.
+        prompts: the number of videos per model, from prompts of the synthetic world or from the
+            captions of the dataset.
+        device: cpu or cuda.
+
+    Raises:
+        UserError: there is no dataset to measure on, or a file is missing or damaged.
+    """
+    dataset = Dataset.of(r)
+    if not r.spec.embedded and dataset is None:
+        raise UserError(
+            "there is no prepared dataset to measure on", code=ExitCode.ASSET,
+            where=str(Path(r.dataset_dir).absolute()), fix="run `cosmos prep RECIPE` first",
+        )  # fmt: skip
+    figures: dict[str, Any] = {"model": r.model, "prompts": prompts, "models": {}}
+    if r.spec.embedded:
+        wanted = world_trials(prompts)
+        figures["psnr"] = reconstruction(r, RECONSTRUCTED, device)
+    else:
+        captions = dataset.captions[:prompts] if dataset else ()
+        wanted = [Trial(caption, seed) for seed, caption in enumerate(captions)]
+    samples = {}
+    for name, weights in models.items():
+        console.say(f"measuring {name}: {weights.path}")
+        measured: dict[str, Any] = {"weights": weights.identity}
+        if dataset:
+            clips = dataset.heldout if len(dataset.heldout) else dataset.train
+            figures["clips"] = "held-out" if len(dataset.heldout) else "training"
+            measured["edm"] = clip_errors(r, weights, clips, device)
+        if wanted:
+            samples[name] = draw(r, weights, wanted, device)
+            if r.spec.embedded:
+                measured["scores"] = scores(samples[name])
+            if dataset and (distances := nearest_clips(samples[name], dataset.train)):
+                measured["nearest_clip"], figures["clips_apart"] = distances
+        figures["models"][name] = measured
+    return figures, samples
+
+
+# --- the synthetic world --------------------------------------------------------------------------
+
+
+def world_trials(count: int) -> list[Trial]:
+    """Return prompts for held-out combinations, and half as many for the mascot."""
+    heldout = [world.sample_scene(seed, "heldout") for seed in range(count)]
+    mascots = world.concept_scenes(-(-count // 2), CONCEPT_SEED)
+    return [
+        *(Trial(world.caption(scene, seed), seed, scene) for seed, scene in enumerate(heldout)),
+        *(Trial(words, CONCEPT_SEED + i, scene) for i, (scene, words) in enumerate(mascots)),
+    ]
+
+
+@torch.inference_mode()
+def draw(r: Recipe, weights: Weights, wanted: Sequence[Trial], device: str) -> list[Sample]:
+    """Generate a video of each trial with one model.
+
+    Raises:
+        UserError: the weights are missing or damaged, or a prompt is blocked.
+    """
+    jobs = [
+        Job(t.prompt, r.model_copy(update={"sampling_seed": t.seed}), weights, Path())
+        for t in wanted
+    ]
+    prepared = phases.TextModels(r, device, in_turn=True).prepare(jobs)
+    dtype = phases.number_format(device)
+    net = phases.load_denoiser(r, weights.path, device, dtype, weights.loras)
+    tokenizer = latent_files.load_tokenizer(r, device, dtype)
+    samples: list[Sample] = []
+    batch = (16 if device == "cpu" else 64) if r.spec.embedded else 1
+    for first in range(0, len(wanted), batch):
+        trials = wanted[first : first + batch]
+        text_embs = []
+        for job in jobs[first : first + batch]:
+            text_emb = prepared[job]
+            if isinstance(text_emb, UserError):
+                raise text_emb
+            text_embs.append(text_emb)
+        label = f"videos {first + 1}-{first + len(trials)} of {len(wanted)}"
+        x0 = phases.sample(r, net, text_embs, [trial.seed for trial in trials], label)
+        for trial, latent in zip(trials, x0, strict=True):
+            pixels = video.to_uint8(tokenizer.decode(latent[None].to(dtype))[0]).cpu()
+            samples.append(Sample(trial, pixels, latent.cpu()))
+    return samples
+
+
+def scores(samples: Sequence[Sample]) -> dict[str, float]:
+    """Return the shares of the synthetic world's videos that show what their prompt asks for.
+
+    `colour`, `shape` and `motion` count the prompts without the mascot. `concept` is the share of
+    the mascot's prompts whose video shows its head. `consistency` is the mean over all videos.
+    """
+    readings = [(sample.trial, scorer.measure(sample.pixels)) for sample in samples]
+    correct = [
+        scorer.score(trial.scene, reading)
+        for trial, reading in readings
+        if trial.scene and not trial.of_mascot
+    ]
+    return {
+        **{name: fmean(each[name] for each in correct) for name in ("colour", "shape", "motion")},
+        "concept": fmean(
+            reading.concept >= scorer.CONCEPT_SEEN for trial, reading in readings if trial.of_mascot
+        ),
+        "consistency": fmean(consistency(reading) for _, reading in readings),
+    }
+
+
+def consistency(reading: Reading) -> float:
+    """Return the share of successive frame pairs with the thing in both, a small step apart."""
+    steps = reading.track[:, :2].diff(dim=0).norm(dim=1)
+    # A step from or to a frame that shows nothing is NaN, so it does not count as small.
+    return float((steps < LARGEST_MOVE).float().mean())
+
+
+@torch.inference_mode()
+def reconstruction(r: Recipe, count: int, device: str) -> float:
+    """Return the tokenizer's mean reconstruction PSNR in dB on held-out synthetic clips."""
+    dtype = phases.number_format(device)
+    tokenizer = latent_files.load_tokenizer(r, device, dtype)
+    psnrs = []
+    for seed in range(count):
+        scene = world.sample_scene(seed, "heldout")
+        clip = video.to_model(world.render(scene, r.num_frames, r.height, r.width, r.fps))
+        x = clip[None].to(device, dtype)
+        decoded = tokenizer.decode(tokenizer.encode(x)).clamp(-1, 1)
+        psnrs.append(float(-10 * torch.log10((decoded - x).float().square().mean() / 4)))
+    return fmean(psnrs)
+
+
+# --- prepared datasets ----------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def clip_errors(r: Recipe, weights: Weights, clips: Clips, device: str) -> dict[float, float]:
+    """Return the mean EDM error of clips at each of `edm.FIXED_SIGMAS`, with fixed noise."""
+    dtype = phases.number_format(device)
+    net = phases.load_denoiser(r, weights.path, device, dtype, weights.loras)
+    loss = edm.EDMLoss(net, r.spec).to(device)
+    measured = HeldOut(clips, r.validate_clips)
+    errors: dict[float, list[float]] = {sigma: [] for sigma in edm.FIXED_SIGMAS}
+    with console.progress("clips", len(measured.samples), "samples") as bar:
+        for i, (_, level) in enumerate(measured.samples):
+            _, edm_B = loss(*measured.batch(i).to(torch.device(device)))
+            errors[edm.FIXED_SIGMAS[level]] += edm_B.tolist()
+            bar.advance()
+    return {sigma: fmean(values) for sigma, values in errors.items()}
+
+
+def nearest_clips(samples: Sequence[Sample], clips: Clips) -> tuple[float, float] | None:
+    """Return the smallest distance from a video to a training clip, and the median between clips.
+
+    Return None if there are fewer than two clips, or if the videos have another size.
+    """
+    if len(clips) < 2 or clips.latent(0).shape != samples[0].latent.shape:
+        return None
+    from_videos, from_clips = nearest.distances([sample.latent for sample in samples], clips)
+    return float(from_videos.min()), float(from_clips.median())
+
+
+# --- report ---------------------------------------------------------------------------------------
+
+
+def rows(figures: dict[str, Any]) -> list[tuple[str, ...]]:
+    """Return the figures as table rows: a name, the value of chance, and each model's value."""
+    models = figures["models"].values()
+    table: list[tuple[str, ...]] = []
+    if all("scores" in model for model in models):
+        table += [
+            (name, f"{chance:.0%}", *(f"{model['scores'][name]:.1%}" for model in models))
+            for name, chance in CHANCE.items()
+        ]
+    if "psnr" in figures:
+        table.append(("reconstruction", "", *[f"{figures['psnr']:.1f} dB"] * len(models)))
+    if all("edm" in model for model in models):
+        table += [
+            (f"EDM error, sigma {s:.2g}", "", *(f"{model['edm'][s]:.4f}" for model in models))
+            for s in edm.FIXED_SIGMAS
+        ]
+    if all("nearest_clip" in model for model in models):
+        apart = f"{figures['clips_apart']:.3f} between clips"
+        table.append(
+            ("nearest training clip", apart, *(f"{model['nearest_clip']:.3f}" for model in models))
+        )
+    return table
+
+
+def write_page(
+    path: Path, r: Recipe, figures: dict[str, Any], samples: dict[str, list[Sample]]
+) -> list[Path]:
+    """Write one self-contained page and, next to it, its videos; return all paths."""
+    sections = [("Figures", html.table(rows(figures), ("", "chance", *figures["models"])))]
+    written = [path]
+    for heading, mascot in (("The new concept", True), ("Other prompts", False)):
+        shown = {
+            name: [s for s in made if s.trial.of_mascot == mascot][: MOSAIC_COLUMNS * MOSAIC_ROWS]
+            for name, made in samples.items()
+        }
+        if not any(shown.values()):
+            continue
+        parts = []
+        for name, made in shown.items():
+            mosaic = path.with_name(f"{path.stem}_{name}_{'concept' if mascot else 'others'}.mp4")
+            write_mosaic(mosaic, made, r)
+            written.append(mosaic)
+            parts.append(html.media(mosaic, name))
+        prompts = ((s.trial.prompt,) for s in next(iter(shown.values())))
+        sections.append((heading, html.row(*parts) + html.table(prompts, ("row by row",))))
+    run = paths.Run(r.run_dir)
+    if run.metrics.exists():
+        sections += status.sections(run)
+    hashes = ((name, model["weights"]) for name, model in figures["models"].items())
+    sections.append(("Weights", html.table(hashes, ("", "sha256"))))
+    files.write_text(path, html.page(f"Evaluation of {r.model}", sections))
+    return written
+
+
+def write_mosaic(path: Path, samples: Iterable[Sample], r: Recipe) -> None:
+    """Write the videos as a grid in one mp4."""
+    pixels = [sample.pixels for sample in samples]
+    pixels += [torch.zeros_like(pixels[0])] * (-len(pixels) % MOSAIC_COLUMNS)
+    strips = [
+        torch.cat(pixels[first : first + MOSAIC_COLUMNS], dim=3)
+        for first in range(0, len(pixels), MOSAIC_COLUMNS)
+    ]
+    with files.atomic_file(path) as temporary:
+        video.write_mp4(temporary, torch.cat(strips, dim=2), r.fps, r.video_crf)

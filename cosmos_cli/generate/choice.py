@@ -1,0 +1,372 @@
+"""Choose the recipe and the weights of generate and evaluate, and say which. No torch."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import shlex
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cosmos_cli import console, exchange, files, paths
+from cosmos_cli.errors import ExitCode, UserError
+from cosmos_cli.generate import promoted
+from cosmos_cli.generate.jobs import Lora, Weights
+from cosmos_cli.generate.promoted import Promoted
+from cosmos_cli.recipe import strict_yaml
+from cosmos_cli.spec import COSMOS_7B, MODELS, TINY, ModelSpec
+
+if TYPE_CHECKING:
+    from cosmos_cli.recipe.keys import Recipe
+
+# The shipped recipe with the sizes that a model was made for, for weights without a recipe.yaml.
+_OWN_SIZES = {TINY.name: "tiny", COSMOS_7B.name: "my_videos"}
+_NAMES_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A recipe, overrides below the user's own, and a folder or file of weights.
+
+    None instead of weights means the recipe's base.
+    """
+
+    recipe: str
+    weights: Path | None = None
+    overrides: tuple[str, ...] = ()
+
+
+def choose_model(recipe: str | None, model: str | None, overrides: list[str]) -> Choice:
+    """Return what the recipe and --model choose; what was not asked for by name is said aloud.
+
+    Without either: the model promoted last, else the downloaded base, else the embedded tiny model.
+
+    Raises:
+        UserError: --model names nothing that exists, or a promoted model cannot be looked at.
+    """
+    if model not in (None, "promoted", "base"):
+        return _by_name(recipe, model, overrides)
+    if recipe is None:
+        return _newest(model, overrides)
+    if model == "base":
+        return Choice(recipe)
+    from cosmos_cli.recipe.loading import load
+
+    r = load(recipe, overrides).recipe
+    models = promoted.found(r.checkpoints_dir, r.spec)
+    own = [one for one in models if promoted.run_of(one.folder) == str(r.run_dir)]
+    if chosen := next(iter(own or models), None):
+        _say_promoted(chosen, models, recipe)
+        if (run := promoted.run_of(chosen.folder)) and not own:
+            console.say(f"it comes from another run than this recipe's, {run}")
+        return Choice(recipe, chosen.folder)
+    if model == "promoted":
+        raise _none_promoted()
+    console.say(f"no {r.model} was promoted in {_folder(r.checkpoints_dir)}: using the base model")
+    return Choice(recipe)
+
+
+# --- without a recipe -----------------------------------------------------------------------------
+
+
+def _newest(model: str | None, overrides: list[str]) -> Choice:
+    checkpoints_dir = _typed(overrides, "checkpoints_dir") or "checkpoints"
+    spec = MODELS.get(_typed(overrides, "model") or "")
+    if models := promoted.found(checkpoints_dir, spec):
+        folder = models[0].folder
+        choice = _beside(folder)
+        if model == "base":
+            return Choice(choice.recipe, None, choice.overrides)
+        _say_promoted(models[0], models, choice.recipe)
+        return choice
+    if model == "promoted":
+        raise _none_promoted()
+    where = _folder(checkpoints_dir)
+    for base in (spec,) if spec else MODELS.values():
+        weights = paths.model_files(base, checkpoints_dir).dit
+        if not base.embedded and os.path.lexists(weights):
+            console.say(f"nothing was promoted in {where}: using the base model {base.name}")
+            return _of_spec(base, None)
+    console.say(
+        f"nothing was promoted and no base model downloaded in {where}: using the embedded tiny "
+        "model, whose videos are small; a RECIPE or --model chooses another"
+    )
+    return Choice("tiny")
+
+
+def _typed(overrides: list[str], key: str) -> str | None:
+    """Return the text that --set gives a key; what is wrong with it is found with the recipe."""
+    with contextlib.suppress(UserError):
+        values = dict(strict_yaml.parse_override(override) for override in overrides)
+        value = values[key].value if key in values else None
+        return os.path.expanduser(value) if isinstance(value, str) else None  # noqa: PTH111
+    return None
+
+
+# --- --model NAME or PATH -------------------------------------------------------------------------
+
+
+def _by_name(recipe: str | None, model: str, overrides: list[str]) -> Choice:
+    checkpoints_dir, spec = _typed(overrides, "checkpoints_dir") or "checkpoints", None
+    if recipe is not None:
+        from cosmos_cli.recipe.loading import load
+
+        r = load(recipe, overrides).recipe
+        checkpoints_dir, spec = r.checkpoints_dir, r.spec
+    path = Path(os.path.expanduser(model)).absolute()  # noqa: PTH111
+    folders = promoted.named(model, checkpoints_dir, spec)
+    if promoted.is_promoted(path):
+        exchange.restore(path)
+    if model and os.path.exists(path):  # noqa: PTH110 - a path that cannot be reached is none
+        if others := [folder for folder in folders if folder != path]:
+            console.say(f"--model {model} is the path {path}, not the model {others[0]}")
+    elif len(folders) == 1:
+        path = folders[0]
+    elif folders:
+        names = ", ".join(folder.name for folder in folders)
+        raise _no_model(model, f"is the name of {len(folders)} models", f"give one of {names}")
+    else:
+        raise _unknown_name(model, checkpoints_dir)
+    # The weights of a diffusers model are a folder inside the model's.
+    inside = path.name in paths.MODEL_FORMATS.values() or not path.is_dir()
+    folder = path.parent if inside else path
+    if recipe is None:
+        choice = _beside(folder)
+        recipe, own = choice.recipe, choice.overrides
+    else:
+        own = ()
+    if promoted.is_promoted(folder):
+        _say_unverified(folder, recipe)
+    return Choice(recipe, path, own)
+
+
+def _unknown_name(model: str, checkpoints_dir: str) -> UserError:
+    names = [one.folder.name for one in promoted.found(checkpoints_dir)]
+    there = f", such as {', '.join(names[:_NAMES_SHOWN])}" if names else ""
+    where = _folder(checkpoints_dir)
+    return _no_model(
+        model, f"does not exist, neither as a path nor in {where}",
+        f"give base, promoted, a path, or the name of a model there{there}",
+    )  # fmt: skip
+
+
+def _no_model(model: str, what: str, fix: str) -> UserError:
+    return UserError(what, code=ExitCode.ASSET, where=f"--model {model}", fix=fix)
+
+
+def _none_promoted() -> UserError:
+    return _no_model("promoted", "nothing was promoted yet", "run cosmos promote, or take the base")
+
+
+# --- the recipe of a folder -----------------------------------------------------------------------
+
+
+def _beside(folder: Path) -> Choice:
+    """Return a folder with its recipe.yaml, else with the shipped recipe that its name asks for."""
+    own = folder / "recipe.yaml"
+    if own.is_file():
+        return Choice(str(own), folder)
+    if spec := promoted.model_of(folder):
+        return _of_spec(spec, folder)
+    console.say(
+        f"{folder} has no recipe.yaml: the sizes are those of the recipe tiny; name another"
+    )
+    return Choice("tiny", folder)
+
+
+def _of_spec(spec: ModelSpec, weights: Path | None) -> Choice:
+    name = _OWN_SIZES.get(spec.name)
+    if name:
+        return Choice(name, weights)
+    return Choice(_OWN_SIZES[COSMOS_7B.name], weights, (f"model={spec.name}",))
+
+
+# --- for people -----------------------------------------------------------------------------------
+
+
+def _say_promoted(chosen: Promoted, models: list[Promoted], recipe: str) -> None:
+    others = [one.folder.name for one in models if one is not chosen]
+    more = f" and {len(others) - _NAMES_SHOWN} more" if len(others) > _NAMES_SHOWN else ""
+    others = others[:_NAMES_SHOWN]
+    tail = f", one of {len(models)}; choose with --model: {', '.join(others)}{more}"
+    console.say(f"using the promoted model {chosen.folder}{tail if others else ''}")
+    _say_unverified(chosen.folder, recipe)
+
+
+def _say_unverified(folder: Path, recipe: str) -> None:
+    """Say in one line what a folder lacks that promote would have written."""
+    manifest = folder / paths.MANIFEST_FILE
+    lacks = []
+    if promoted.manifest_of(folder) is None:
+        what = f"names no sha256 in its {manifest.name}" if manifest.is_file() else ""
+        lacks.append(f"{what or f'has no {manifest.name}'}, so its weights cannot be verified")
+    if not (folder / "recipe.yaml").is_file():
+        lacks.append(f"has no recipe.yaml, so the sizes are those of the recipe {recipe}")
+    if lacks:
+        console.warn(f"{folder} {'; it '.join(lacks)}")
+
+
+def _folder(checkpoints_dir: str) -> Path:
+    return Path(checkpoints_dir).absolute()
+
+
+def read_weights(r: Recipe, folder: Path | None) -> Weights:
+    """The weights to generate with, hashed; those of a promoted model must be what promote wrote.
+
+    Raises:
+        UserError: they are missing or damaged.
+    """
+    path = folder or paths.model_files(r.spec, r.checkpoints_dir, r.base).dit
+    again = "promote again" if folder and promoted.is_promoted(folder) else "download"
+    path = paths.weights_in(path)
+    if not path.exists():
+        raise UserError(
+            "the weights are missing", code=ExitCode.ASSET, where=str(path),
+            fix=f"run cosmos {again}, or choose a --model",
+        )  # fmt: skip
+    # Of diffusers' it is a folder, with this file; all of another one would be hashed.
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise UserError(
+            f"holds no {', '.join(paths.MODEL_FORMATS.values())}", code=ExitCode.ASSET,
+            where=str(path), fix="give a folder or file of weights",
+        )  # fmt: skip
+    if not path.is_dir():
+        files.check_weights(path)
+    before = files.file_id(path)
+    found = Weights(path, files.sha256_path(path))
+    named = path.name in paths.MODEL_FORMATS.values()
+    manifest = promoted.manifest_of(path.parent) if named else None
+    if manifest and manifest["sha256"] != found.sha256:
+        if files.file_id(path) != before:
+            # A promotion exchanged the folder while the old weights were hashed.
+            return read_weights(r, folder)
+        name = paths.MANIFEST_FILE
+        raise UserError(
+            f"is damaged: its sha256 is {found.sha256[:12]}, {name} says "
+            f"{manifest['sha256'][:12]}",
+            code=ExitCode.ASSET, where=str(path),
+            fix=f"run cosmos promote again; if you put other weights there, delete its {name}",
+        )  # fmt: skip
+    return found
+
+
+def find_weights(r: Recipe, folder: Path | None) -> Weights:
+    """Return the weights to use: of a promoted LoRA its base and the LoRA, where both are here.
+
+    Merged into bf16 weights, a part of a LoRA's change is lost.
+
+    Raises:
+        UserError: they are missing or damaged.
+    """
+    manifest = _manifest(folder) if folder and folder.is_dir() else {}
+    if not folder or "lora" not in manifest:
+        return read_weights(r, folder)
+    path = folder / paths.LORA_FILE
+    merged = shlex.quote(str(paths.weights_in(folder)))
+    try:
+        wanted, sha256 = manifest["base"], manifest["lora"]["sha256"]
+        candidates, kept = [Path(wanted["path"])], f"{manifest['lora']['kept']:.0%}"
+    except (KeyError, TypeError, ValueError) as error:
+        raise _not_promoted(folder / paths.MANIFEST_FILE, merged) from error
+    if not path.is_file() or files.sha256_file(path) != sha256:
+        raise _not_promoted(path, merged)
+    candidates += [
+        paths.model_files(r.spec, r.checkpoints_dir, base).dit for base in (r.base, None)
+    ]
+    for base in dict.fromkeys(candidates):
+        if base.exists() and files.sha256_path(base) == wanted["sha256"]:
+            console.say(f"using the base {base} with the LoRA {path} beside its weights")
+            return Weights(base, wanted["sha256"], (Lora(path, 1.0, sha256),))
+    console.say(
+        f"using the merged weights, which kept {kept} of the LoRA's change: its base, "
+        f"{wanted['path']} with sha256 {wanted['sha256'][:12]}, is not here"
+    )
+    return read_weights(r, folder)
+
+
+def _not_promoted(path: Path, merged: str) -> UserError:
+    return UserError(
+        "is missing or not as cosmos promote wrote it", code=ExitCode.ASSET, where=str(path),
+        fix=f"run cosmos promote again, or use the merged weights with --model {merged}",
+    )  # fmt: skip
+
+
+def base_of(r: Recipe, weights: Weights) -> Weights:
+    """Return the base's weights, hashed once where `weights` are those with LoRAs beside them."""
+    base = paths.weights_in(paths.model_files(r.spec, r.checkpoints_dir, r.base).dit)
+    return replace(weights, loras=()) if weights.path == base else read_weights(r, None)
+
+
+def add_loras(weights: Weights, loras: tuple[Lora, ...]) -> Weights:
+    """Return the weights with more LoRAs.
+
+    Raises:
+        UserError: the weights have one of them already, so it would count twice.
+    """
+    places = (weights.path, *(used.path for used in weights.loras))
+    manifests = [_manifest(place.parent) for place in places]
+    inside = {(manifest.get("checkpoint") or {}).get("sha256") for manifest in manifests}
+    runs = [Path(m["run"]) for m in manifests if "lora" in m and "run" in m]
+    for lora in loras:
+        if lora.sha256 in inside:
+            raise UserError(
+                "is in the promoted model already and would count twice", code=ExitCode.USAGE,
+                where=f"--lora {lora.path}",
+                fix="leave it out, or choose its strength with --model base --lora FILE:0.8",
+            )  # fmt: skip
+        if any(lora.path.is_relative_to(run) for run in runs):
+            console.warn(f"{lora.path} is of the run that the promoted LoRA is of: both count")
+    if len({lora.sha256 for lora in loras}) < len(loras):
+        console.warn("one LoRA is given twice: its strengths add up")
+    return replace(weights, loras=(*weights.loras, *loras))
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    """Return what promote wrote about the model in a folder, {} for any other folder."""
+    path = folder / paths.MANIFEST_FILE
+    content = files.read_json(path) if path.is_file() else {}
+    return content if isinstance(content, dict) else {}
+
+
+def read_lora(text: str) -> Lora:
+    """The LoRA that PATH or PATH:STRENGTH names; a folder is one of peft or diffusers.
+
+    Raises:
+        UserError: there is no such file.
+    """
+    name, _, strength = text.rpartition(":")
+    try:
+        path, share = Path(name).absolute(), float(strength)
+    except ValueError:
+        path, share = Path(text).absolute(), 1.0
+    fix = "give a LoRA file or its folder, and maybe its strength, as in --lora FILE:0.8"
+    if os.path.isdir(path):  # noqa: PTH112 - as below
+        path = _lora_in(path, fix)
+    if not os.path.exists(path):  # noqa: PTH110 - a path that cannot be reached is none
+        raise UserError("does not exist", code=ExitCode.ASSET, where=str(path), fix=fix)
+    if not math.isfinite(share):
+        raise UserError(f"{share} is no strength", code=ExitCode.USAGE, where=text, fix=fix)
+    files.check_weights(path)
+    config = path.with_name(paths.ADAPTER_CONFIG_FILE)
+    about = files.sha256_file(config) if config.is_file() else ""
+    return Lora(path, share, files.sha256_file(path), about)
+
+
+def _lora_in(folder: Path, fix: str) -> Path:
+    """Return the one LoRA file of a folder.
+
+    Raises:
+        UserError: it has none, or several.
+    """
+    known = [folder / name for name in paths.ADAPTER_FILES if (folder / name).is_file()]
+    found = known or sorted(folder.glob("*.safetensors"))
+    if len(found) != 1:
+        names = ", ".join(path.name for path in found[:5])
+        what = f"holds several LoRA files: {names}" if found else "holds no LoRA file"
+        expected = " or ".join(paths.ADAPTER_FILES[:2])
+        raise UserError(
+            f"{what} (expected is {expected})", code=ExitCode.ASSET, where=str(folder), fix=fix
+        )
+    return found[0]

@@ -1,0 +1,1 @@
+"""Guardrails: the block list, Aegis, the frame filter and the face blur."""

@@ -1,0 +1,380 @@
+"""What may be shown: the guards of prompts and videos, which all fail closed.
+
+Here are the block list and the frame filter; `aegis` and `faces` are the other two.
+
+Source: the rules of nvidia-cosmos/cosmos-predict1 at 4ed35fa, `auxiliary/guardrail`, and of the
+libraries it calls there: better-profanity 0.7.0, and the noun lemmas of NLTK 3.9.1's WordNet.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import astuple, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from cosmos_cli import console, files, paths
+from cosmos_cli.errors import ExitCode, UserError
+from cosmos_cli.generate.guards.aegis import Aegis
+from cosmos_cli.generate.guards.faces import FaceBlur
+from cosmos_cli.model import weights
+from cosmos_cli.recipe.keys import Recipe
+
+# What may stand for a letter of a listed word.
+LOOKALIKES = {
+    "a": "a@*4", "e": "e*3", "i": "i*l1", "l": "l1", "o": "o*0@", "s": "s$5", "t": "t7",
+    "u": "u*v", "v": "v*u",
+}  # fmt: skip
+WORD = re.compile(r"[a-z0-9@$*\"']+")
+# The classes of the frame filter behind class 0, which is safe.
+UNSAFE = ("sexual content", "violence", "drugs", "child abuse", "hate", "self-harm")
+FRAMES_AT_ONCE = 16
+SHOWN_CHARACTERS = 60
+# From the plural of a noun to what may be its singular: WordNet's rules of detachment.
+PLURALS = (
+    ("s", ""), ("ses", "s"), ("ves", "f"), ("xes", "x"), ("zes", "z"), ("ches", "ch"),
+    ("shes", "sh"), ("men", "man"), ("ies", "y"),
+)  # fmt: skip
+
+
+def block_list(r: Recipe) -> BlockList | None:
+    """The block list of the recipe's model; none, and said aloud, when the recipe turns it off.
+
+    Raises:
+        UserError: (ASSET) it is missing or damaged, or another guard is missing; (ENVIRONMENT) a
+            package is.
+    """
+    if r.guardrails == "off":
+        console.warn(
+            "GUARDRAILS ARE OFF: neither prompts nor videos are checked, and every sidecar says so"
+        )
+        return None
+    if not r.spec.embedded:
+        # Said before any time is spent on a video that could not be checked.
+        for path in astuple(_files(r)):
+            with _reading(path):
+                path.stat()
+        if not importlib.util.find_spec("peft"):
+            raise UserError(
+                "the guardrail Aegis needs the package peft",
+                code=ExitCode.ENVIRONMENT,
+                fix='run pip install -e ".[guardrails]" in the clone',
+            )
+    return BlockList(paths.model_files(r.spec, r.checkpoints_dir).guardrail / "blocklist")
+
+
+def aegis(r: Recipe, device: str, dtype: torch.dtype) -> Aegis | None:
+    """The language model that judges the prompts; the embedded model has none.
+
+    Raises:
+        UserError: (ASSET) it is missing or damaged.
+    """
+    if not has_all(r):
+        return None
+    folders = _files(r)
+    with _reading(folders.aegis):
+        return Aegis(folders.llama_guard, folders.aegis, device, dtype)
+
+
+def frame_filter(r: Recipe, device: str) -> FrameFilter | None:
+    """The frame filter of the recipe's model; the embedded one has none.
+
+    Raises:
+        UserError: (ASSET) it is missing or damaged.
+    """
+    if not has_all(r):
+        return None
+    folders = _files(r)
+    return FrameFilter(folders.classifier, folders.siglip, device)
+
+
+def face_blur(r: Recipe, device: str) -> FaceBlur | None:
+    """What makes the faces of a video unrecognisable; the embedded model has no such thing.
+
+    Raises:
+        UserError: (ASSET) it is missing or damaged.
+    """
+    return FaceBlur(_files(r).faces, device) if has_all(r) else None
+
+
+def has_all(r: Recipe) -> bool:
+    """Whether more than the block list is on."""
+    return r.guardrails == "on" and not r.spec.embedded
+
+
+def names(r: Recipe) -> list[str] | str:
+    """The guards of the recipe's model, for its sidecars."""
+    if r.guardrails == "off":
+        return "off"
+    more = ["Aegis", "frame filter", "face blur"] if has_all(r) else []
+    return ["block list", *more]
+
+
+@dataclass(frozen=True)
+class _Files:
+    """What the guards of a released model read beside the block list."""
+
+    llama_guard: Path
+    aegis: Path
+    siglip: Path
+    classifier: Path
+    faces: Path
+
+
+def _files(r: Recipe) -> _Files:
+    root = Path(r.checkpoints_dir).absolute()
+    guardrails = paths.model_files(r.spec, r.checkpoints_dir).guardrail
+    return _Files(
+        root / paths.LLAMA_GUARD_DIR,
+        root / paths.AEGIS_DIR,
+        root / paths.SIGLIP_DIR,
+        guardrails / "video_content_safety_filter" / "safety_filter.pt",
+        guardrails / "face_blur_filter" / "Resnet50_Final.pth",
+    )
+
+
+def blocked(guard: str, reason: str, prompt: str) -> UserError:
+    """What a person is told of a hit."""
+    where = prompt if len(prompt) <= SHOWN_CHARACTERS else f"{prompt[:SHOWN_CHARACTERS]}..."
+    return UserError(
+        f"blocked by the {guard}: {reason}", code=ExitCode.BLOCKED, where=f"prompt {where!r}"
+    )
+
+
+class BlockList:
+    """The words and phrases that no prompt may hold.
+
+    Stricter than the libraries of the reference in three cases that these overlook: a listed word
+    in single quotes, a listed plural with a capital or before a full stop, and a listed word whose
+    last letter alone ends the text.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Reads `folder`/{custom,whitelist,exact_match}/* and `folder`/nltk_data.
+
+        Raises:
+            UserError: (ASSET) a list is missing or no text, or blocks nothing.
+        """
+        self.allowed = set(_entries(folder / "whitelist"))
+        listed = [word for word in _entries(folder / "custom") if word not in self.allowed]
+        self.phrases = _entries(folder / "exact_match")
+        with _reading(folder):
+            if not listed or not self.phrases:
+                raise ValueError("a list is empty")
+        self.words = _patterns(listed)
+        self.joined = max([1, *(len(WORD.sub("", word)) for word in listed)])
+        self.lemmas = Lemmas(folder / "nltk_data")
+
+    def reason(self, prompt: str) -> str:
+        """Why the prompt is blocked, in a few words; empty when it is not."""
+        text = re.sub(r"[^\x00-\x7f]+", " ", prompt).lower()
+        singular = " ".join(map(self.lemmas.singular, re.findall(r"[a-z0-9@$*]+", text)))
+        for version in (text, singular):
+            if found := self._word_in(version):
+                return f"it says {found!r}"
+        if found := self._phrase_in(" ".join(text.split())):
+            return f"it says {found!r}"
+        return ""
+
+    def _word_in(self, text: str) -> str:
+        """The first listed word, also when it is spread over neighbouring words of the text."""
+        spans = [match.span() for match in WORD.finditer(text)]
+        for first in range(len(spans)):
+            word = text[slice(*spans[first])]
+            if self._is_listed(word) and word.strip("\"'@$*") not in self.allowed:
+                return word
+            for last in range(first + 1, min(first + self.joined, len(spans) - 1) + 1):
+                parts = [text[slice(*span)] for span in spans[first : last + 1]]
+                spread = text[spans[first][0] : spans[last][1]]
+                if self._is_listed("".join(parts)) or self._is_listed(spread):
+                    return spread
+        return ""
+
+    def _is_listed(self, word: str) -> bool:
+        pattern = self.words.get(len(word))
+        return pattern is not None and pattern.fullmatch(word) is not None
+
+    def _phrase_in(self, text: str) -> str:
+        """The first listed phrase that stands in the text as words of its own.
+
+        The reference also asks for nearly equal phrases, by `ratio() >= (n - 0.4) / n` of difflib
+        for n letters. One letter more or less makes that ratio 1 - 1 / (2n +- 1), which is below:
+        only equal words pass.
+        """
+        for phrase in self.phrases:
+            if f" {phrase} " in f" {text} " or re.search(rf"\b{re.escape(phrase)}\b", text):
+                return phrase
+        return ""
+
+
+class FrameFilter:
+    """What each frame of a video shows: SigLIP's features of it and a small classifier of those.
+
+    Args:
+        classifier: the released `safety_filter.pt`.
+        siglip: a folder of google/siglip-so400m-patch14-384.
+        device: cpu or cuda.
+
+    Raises:
+        UserError: (ASSET) a file is missing or damaged.
+    """
+
+    def __init__(self, classifier: Path, siglip: Path, device: str) -> None:
+        from transformers import SiglipImageProcessorPil, SiglipVisionModel
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+        state = weights.load_tensors(classifier)
+        state = {key.removeprefix("network.layers."): value for key, value in state.items()}
+        with _reading(siglip):
+            # transformers makes up a configuration that is not there.
+            (siglip / "config.json").stat()
+            files.check_model_folder(siglip)
+            self.processor = SiglipImageProcessorPil.from_pretrained(siglip)
+            vision, about = SiglipVisionModel.from_pretrained(
+                siglip, dtype=torch.float32, output_loading_info=True
+            )
+            # transformers would fill them in with random numbers.
+            if about["missing_keys"]:
+                raise ValueError(f"it lacks weights, {min(about['missing_keys'])} among them")
+        with _reading(classifier):
+            self.classifier = _classifier(state).to(device).eval()
+        self.vision = vision.to(device).eval()
+        self.device = device
+
+    @torch.inference_mode()
+    def reason(self, pixels_CTHW: Tensor) -> str:
+        """Why a uint8 video is blocked, in a few words; empty when it is not."""
+        for first in range(0, pixels_CTHW.shape[1], FRAMES_AT_ONCE):
+            frames = pixels_CTHW[:, first : first + FRAMES_AT_ONCE].permute(1, 2, 3, 0)
+            inputs = self.processor(images=list(frames.numpy()), return_tensors="pt")
+            features = self.vision(inputs.pixel_values.to(self.device)).pooler_output
+            scores = self.classifier(F.normalize(features, dim=-1))
+            for frame, score in enumerate(scores.cpu(), start=first):
+                found = int(score.argmax())
+                if not score.isfinite().all():
+                    return f"frame {frame} cannot be judged"
+                if found:
+                    return f"frame {frame} may show {UNSAFE[found - 1]}"
+        return ""
+
+
+def _classifier(state: dict[str, Tensor]) -> nn.Sequential:
+    """The classifier with its weights; the sizes are those of the weights.
+
+    Raises:
+        ValueError: the weights are another network's.
+    """
+    try:
+        sizes = [state[f"{i}.weight"].shape for i in (0, 3, 6)]
+        (a, inputs), (b, _), (outputs, _) = sizes
+    except (KeyError, ValueError) as error:
+        raise ValueError("it is another classifier") from error
+    if outputs != len(UNSAFE) + 1:
+        raise ValueError(f"it has {outputs} classes, not {len(UNSAFE) + 1}")
+    layers = nn.Sequential(
+        *(nn.Linear(inputs, a), nn.BatchNorm1d(a), nn.ReLU()),
+        *(nn.Linear(a, b), nn.BatchNorm1d(b), nn.ReLU()),
+        nn.Linear(b, outputs),
+    )
+    try:
+        layers.load_state_dict(state)
+    except RuntimeError as error:
+        raise ValueError("it is another classifier") from error
+    return layers
+
+
+class Lemmas:
+    """The nouns of WordNet, from its own files as NLTK stores them."""
+
+    def __init__(self, nltk_data: Path) -> None:
+        self.nouns = {line.split(" ", 1)[0] for line in _wordnet(nltk_data, "index.noun")}
+        self.irregular = {
+            plural: singulars
+            for plural, *singulars in map(str.split, _wordnet(nltk_data, "noun.exc"))
+        }
+
+    def singular(self, word: str) -> str:
+        """The shortest noun that the word may be a form of, or the word itself."""
+        forms = self.irregular.get(word)
+        if forms is not None:
+            return self._shortest([word, *forms]) or word
+        forms = self._detached([word])
+        found = self._shortest([word, *forms])
+        while forms and not found:
+            forms = self._detached(forms)
+            found = self._shortest(forms)
+        return found or word
+
+    def _shortest(self, forms: list[str]) -> str:
+        return min((form for form in forms if form in self.nouns), key=len, default="")
+
+    @staticmethod
+    def _detached(forms: list[str]) -> list[str]:
+        return [
+            form.removesuffix(ending) + instead
+            for form in forms
+            for ending, instead in PLURALS
+            if form.endswith(ending)
+        ]
+
+
+def _patterns(words: Iterable[str]) -> dict[int, re.Pattern[str]]:
+    """One pattern for all words of a length: what stands for a letter is a single letter too."""
+    by_length: dict[int, list[str]] = defaultdict(list)
+    for word in words:
+        letters = (f"[{re.escape(LOOKALIKES.get(c, c))}]" for c in word)
+        by_length[len(word)].append("".join(letters))
+    return {length: re.compile("|".join(same)) for length, same in by_length.items()}
+
+
+def _entries(folder: Path) -> list[str]:
+    """The lines of all files of a list, in lower case, blanks as one.
+
+    Raises:
+        UserError: (ASSET) there is none.
+    """
+    with _reading(folder):
+        lists = sorted(path for path in folder.iterdir() if path.is_file())
+        lines = [line for p in lists for line in files.read_text(p, files.WORDS).splitlines()]
+    entries = [" ".join(line.lower().split()) for line in lines]
+    return list(dict.fromkeys(filter(None, entries)))
+
+
+def _wordnet(nltk_data: Path, name: str) -> list[str]:
+    """The lines of a file of WordNet, from its folder or from the archive that NLTK downloads.
+
+    Raises:
+        UserError: (ASSET) there is neither, or it is damaged.
+    """
+    corpora = nltk_data / "corpora"
+    with _reading(corpora / "wordnet" / name):
+        if (corpora / "wordnet").is_dir():
+            text = files.read_text(corpora / "wordnet" / name, files.WORDS)
+        else:
+            text = files.read_member(corpora / "wordnet.zip", f"wordnet/{name}", files.WORDS)
+    # The licence above the entries is indented.
+    return [line for line in text.splitlines() if line and not line.startswith(" ")]
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (files.BadFile, OSError, ValueError, RecursionError, SafetensorError) as error:
+        found = f"{error.where}: {error.what}" if isinstance(error, files.BadFile) else str(error)
+        line = found.partition("\n")[0]
+        raise UserError(
+            f"the guardrail cannot be read: {line}",
+            code=ExitCode.ASSET,
+            where=str(path),
+            fix="run cosmos download; `guardrails: off` in the recipe goes without",
+        ) from error

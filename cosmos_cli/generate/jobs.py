@@ -1,0 +1,299 @@
+"""What to generate: from files and standard input to jobs, and which are made. No torch."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cosmos_cli import console, files
+from cosmos_cli.errors import ExitCode, UserError
+
+if TYPE_CHECKING:
+    from cosmos_cli.recipe.keys import Recipe
+
+# What a line of a batch may say of its video, and the recipe's key for it.
+LINE_KEYS = {
+    "seed": "sampling_seed",
+    "negative_prompt": "negative_prompt",
+    "num_steps": "num_steps",
+    "guidance": "guidance",
+}
+# With the prompt and the weights, all that a video depends on.
+SETTINGS = (
+    "model", "num_frames", "height", "width", "fps", "sampler", "num_steps", "guidance",
+    "negative_prompt", "sampling_seed", "video_crf", "upsampler", "upsampler_word_limit",
+    "guardrails",
+)  # fmt: skip
+# The text encoder reads some 2,500; a prompt far beyond is a file given by mistake.
+MAX_CHARACTERS = 20_000
+
+
+@dataclass(frozen=True)
+class Lora:
+    """A LoRA file, how much of it is applied, and its identity.
+
+    `config_sha256` is that of the adapter_config.json beside the file, which has its scale.
+    """
+
+    path: Path
+    strength: float
+    sha256: str
+    config_sha256: str = ""
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A denoiser's weights and the LoRAs that are applied beside them."""
+
+    path: Path
+    sha256: str
+    loras: tuple[Lora, ...] = ()
+
+    @property
+    def identity(self) -> str:
+        """The sha256 of the weights, with that of every LoRA and its strength."""
+        if not self.loras:
+            return self.sha256
+        applied = (
+            f"{lora.sha256} {lora.strength!r} {lora.config_sha256}".rstrip() for lora in self.loras
+        )
+        return files.sha256_text(self.sha256, *applied)
+
+
+@dataclass(frozen=True)
+class Wish:
+    """A prompt, what it says of its own sampling keys, and where it stands."""
+
+    prompt: str
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    where: str = "--prompt"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One video to make; `r` has the sampling keys of this very video."""
+
+    prompt: str
+    r: Recipe
+    weights: Weights
+    path: Path
+
+    @property
+    def key(self) -> str:
+        """Equal for jobs that give the same video."""
+        return _key(self.prompt, self.r, self.weights)
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """What a finished job leaves, in the order of writing."""
+        return tuple(self.path.with_suffix(suffix) for suffix in (".json", ".txt", ".jpg", ".mp4"))
+
+
+def _key(prompt: str, r: Recipe, weights: Weights) -> str:
+    settings = json.dumps([getattr(r, name) for name in SETTINGS])
+    return files.sha256_text(prompt, weights.identity, settings)
+
+
+def to_json(job: Job) -> dict[str, Any]:
+    """The job for another process."""
+    value = {"prompt": job.prompt, "r": job.r.model_dump(mode="json"), "path": str(job.path)}
+    weights = asdict(job.weights)
+    return {**value, "weights": json.loads(json.dumps(weights, default=str))}
+
+
+def from_json(value: dict[str, Any]) -> Job:
+    """The job that `to_json` wrote."""
+    from cosmos_cli.recipe.keys import Recipe
+
+    weights = value["weights"]
+    loras = tuple(Lora(**{**lora, "path": Path(lora["path"])}) for lora in weights["loras"])
+    return Job(
+        value["prompt"],
+        Recipe.model_validate(value["r"]),
+        Weights(Path(weights["path"]), weights["sha256"], loras),
+        Path(value["path"]),
+    )
+
+
+# --- from text to wishes --------------------------------------------------------------------------
+
+
+def read_batch(path: Path) -> list[Wish | UserError]:
+    """The wish of each line of a JSONL file, or what is wrong with it; blank lines are skipped.
+
+    Raises:
+        UserError: the file is missing, or holds nothing.
+    """
+    lines = files.read_text(path, files.BATCH).split("\n")
+    wishes = [
+        _from_object(line, f"{path}:{number}")
+        for number, line in enumerate(lines, start=1)
+        if line.strip()
+    ]
+    if not wishes:
+        raise UserError("holds no prompts", code=ExitCode.USAGE, where=str(path))
+    return wishes
+
+
+def read_lines(lines: Iterable[str]) -> Iterator[Wish | UserError]:
+    """The wish of each line as it arrives, or what is wrong with it; blank lines are skipped."""
+    for number, line in enumerate(lines, start=1):
+        where = f"standard input:{number}"
+        if not line.strip():
+            continue
+        if not line.lstrip().startswith("{"):
+            yield Wish(line.strip(), where=where)
+            continue
+        yield _from_object(line, where)
+
+
+def _from_object(line: str, where: str) -> Wish | UserError:
+    """The wish of a line like {"prompt": "...", "seed": 1}, or what is wrong with it."""
+    try:
+        entry = json.loads(line)
+    except (ValueError, RecursionError):
+        entry = None
+    if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str):
+        return UserError(
+            'is no object like {"prompt": "...", "seed": 1}', code=ExitCode.USAGE, where=where
+        )
+    changes = {key: value for key, value in entry.items() if key != "prompt"}
+    if unknown := sorted(changes.keys() - LINE_KEYS.keys()):
+        return UserError(
+            f"has the unknown key {unknown[0]!r}", code=ExitCode.USAGE, where=where,
+            fix=f"a line may have prompt, {', '.join(LINE_KEYS)}",
+        )  # fmt: skip
+    return Wish(entry["prompt"], {LINE_KEYS[key]: value for key, value in changes.items()}, where)
+
+
+# --- from wishes to jobs --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a wish: a job that is done or still to do, or an error."""
+
+    prompt: str
+    job: Job | None = None
+    error: UserError | None = None
+    done: bool = False
+
+    def record(self) -> dict[str, Any]:
+        """The outcome for scripts."""
+        code = self.error.code if self.error else ExitCode.OK
+        about = {"status": "error" if code else "ok", "exit_code": int(code), "prompt": self.prompt}
+        if self.job:
+            about |= {"seed": self.job.r.sampling_seed, "path": str(self.job.path)}
+        return {**about, "error": str(self.error)} if self.error else about
+
+
+@dataclass(frozen=True)
+class Order:
+    """What the videos of one command have in common; `output` is an .mp4 file or a folder."""
+
+    r: Recipe
+    weights: Weights
+    output: Path
+    overwrite: bool
+
+    def place(self, wish: Wish | UserError) -> Outcome:
+        """The wish's job, done when its video is there already, or what is wrong with it."""
+        if isinstance(wish, UserError):
+            return Outcome("", error=wish)
+        try:
+            job = self._job(wish)
+            with files.disk_errors(job.path):
+                done = not self.overwrite and is_made(job)
+        except UserError as error:
+            return Outcome(wish.prompt, error=error)
+        if done:
+            console.say(f"made before, and not again: {job.path}")
+        return Outcome(wish.prompt, job, done=done)
+
+    def _job(self, wish: Wish) -> Job:
+        """The job of a wish.
+
+        Raises:
+            UserError: the prompt is empty, no text or too long, or a value is out of its range.
+        """
+        _check_prompt(wish)
+        r = _with_changes(wish, self.r)
+        path = self.output.absolute()
+        if path.suffix.lower() != ".mp4":
+            stem = file_stem(wish.prompt, _key(wish.prompt, r, self.weights), r.sampling_seed)
+            path /= f"{stem}.mp4"
+        return Job(wish.prompt, r, self.weights, path.with_suffix(".mp4"))
+
+
+def _check_prompt(wish: Wish) -> None:
+    def bad(what: str, fix: str) -> UserError:
+        return UserError(what, code=ExitCode.USAGE, where=wish.where, fix=fix)
+
+    try:
+        (wish.prompt + str(wish.changes.get("negative_prompt"))).encode()
+    except UnicodeEncodeError as error:
+        raise bad("is no text", "write it as UTF-8") from error
+    if not wish.prompt.strip():
+        raise bad("the prompt is empty", "say what to show")
+    if len(wish.prompt) > MAX_CHARACTERS:
+        what = f"the prompt has {len(wish.prompt):,} characters"
+        raise bad(what, f"say it in {MAX_CHARACTERS:,}; the model reads far fewer")
+
+
+def _with_changes(wish: Wish, r: Recipe) -> Recipe:
+    from pydantic import ValidationError
+
+    from cosmos_cli.recipe.keys import Recipe
+
+    if not wish.changes:
+        return r
+    try:
+        return Recipe.model_validate({**r.model_dump(), **wish.changes})
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = next(k for k, name in LINE_KEYS.items() if name == first["loc"][0])
+        what = f"{key} is {first['input']!r}: {first['msg']}"
+        raise UserError(what, code=ExitCode.USAGE, where=wish.where) from error
+
+
+def file_stem(prompt: str, key: str, seed: int) -> str:
+    """A readable file name, and six digits of the key that tell apart what differs elsewhere."""
+    slug = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:48].strip("-")
+    return "-".join(filter(None, [slug, key[:6], f"seed{seed}"]))
+
+
+# --- what is there already ------------------------------------------------------------------------
+
+
+def is_made(wanted: Job) -> bool:
+    """Whether the job's video is there and whole.
+
+    Raises:
+        UserError: other files lie where the job's would go.
+    """
+    sidecar = wanted.files[0]
+    about = _sidecar(sidecar)
+    if about.get("key") == wanted.key:
+        path = wanted.path
+        return path.is_file() and files.sha256_file(path) == about["mp4_sha256"]
+    if taken := next((path for path in wanted.files if path.exists()), None):
+        what = "belongs to another video" if "key" in about else "is there and not from here"
+        raise UserError(
+            what, code=ExitCode.USAGE, where=str(taken),
+            fix="choose another --output, or replace it with --overwrite",
+        )  # fmt: skip
+    return False
+
+
+def _sidecar(path: Path) -> dict[str, Any]:
+    """What an earlier run wrote beside its video; empty when this is no such file."""
+    try:
+        about = files.read_json(path)
+    except UserError:
+        return {}
+    ours = isinstance(about, dict) and {"key", "mp4_sha256"} <= about.keys()
+    return about if ours else {}

@@ -1,0 +1,171 @@
+"""Find promoted models in checkpoints_dir: whose they are and which came last. No torch.
+
+A promoted model is a folder, or a link to one, whose name is `<Model>_post-trained` or
+`<Model>_post-trained_NAME`. Promote writes a manifest.json and a recipe.yaml into it; one that
+NVIDIA's users made by hand has weights alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cosmos_cli import console, exchange, files, paths
+from cosmos_cli.errors import ExitCode, UserError
+from cosmos_cli.spec import MODELS, ModelSpec
+
+# NVIDIA's own scripts also write names such as <Model>_post-trained-lora.
+_FOLDER = re.compile(r"(?P<model>[^.].*?)_post-trained([-_].+)?")
+
+
+@dataclass(frozen=True)
+class Promoted:
+    """A promoted model, and when its weights or manifest last changed, in ns."""
+
+    folder: Path
+    changed_ns: int
+
+
+def is_promoted(folder: Path) -> bool:
+    """True if the folder has the name of a promoted model."""
+    return _FOLDER.fullmatch(folder.name) is not None
+
+
+def model_of(folder: Path) -> ModelSpec | None:
+    """Return the model that the name of a folder says it holds, None if it says none."""
+    name = _FOLDER.fullmatch(folder.name)
+    return MODELS.get(name["model"] if name else folder.name)
+
+
+def manifest_of(folder: Path) -> dict[str, Any] | None:
+    """Return promote's manifest of a model folder; None if there is none or it is no such file.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    path = folder / paths.MANIFEST_FILE
+    try:
+        manifest = files.read_json(path) if path.is_file() else None
+    except UserError as error:
+        error.fix = "run cosmos promote again, or delete it to use the weights unverified"
+        raise
+    ours = isinstance(manifest, dict) and isinstance(manifest.get("sha256"), str)
+    return manifest if ours else None
+
+
+def run_of(folder: Path) -> str | None:
+    """Return the folder of the run that a promoted model comes from, None where nothing says it."""
+    with contextlib.suppress(UserError):
+        run = (manifest_of(folder) or {}).get("run")
+        return run if isinstance(run, str) else None
+    return None
+
+
+def found(checkpoints_dir: str, spec: ModelSpec | None = None) -> list[Promoted]:
+    """Return the promoted models, of `spec` if given, the newest first.
+
+    A model that a stopped promotion left aside is put back first. A folder that holds no model is
+    named in a warning.
+
+    Raises:
+        UserError: a folder cannot be read, so that it may hold the newest model.
+    """
+    root = Path(checkpoints_dir).absolute()
+    for path in _entries(root):
+        hidden = re.fullmatch(r"\.(.+)\.old", path.name)
+        place = path.with_name(hidden[1]) if hidden else path
+        if is_promoted(place):
+            exchange.restore(place)
+    models = []
+    for path in _entries(root):
+        if is_promoted(path) and (spec is None or model_of(path) == spec):
+            changed_ns = _changed_ns(path)
+            if changed_ns is not None:
+                models.append(Promoted(path, changed_ns))
+    return sorted(models, key=lambda model: model.changed_ns, reverse=True)
+
+
+def named(word: str, checkpoints_dir: str, spec: ModelSpec | None = None) -> list[Path]:
+    """Return the folders in checkpoints_dir that `--model word` may mean.
+
+    The word is the name of a folder, else the NAME of `cosmos promote --name NAME`.
+    """
+    if not word or Path(word).name != word or word.startswith("."):
+        return []
+    root = Path(checkpoints_dir).absolute()
+    specs = [spec] if spec else MODELS.values()
+    wanted = [[root / word], [paths.promoted_dir(s, checkpoints_dir, word) for s in specs]]
+    for folders in wanted:
+        for folder in filter(is_promoted, folders):
+            exchange.restore(folder)
+        if there := [folder for folder in folders if os.path.lexists(folder)]:
+            return there
+    return []
+
+
+def _entries(root: Path) -> list[Path]:
+    """Return what lies in a folder, by name; nothing where there is no such folder.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        return sorted(root.iterdir())
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR):
+            return []
+        raise _unreadable(root, error) from error
+
+
+def _changed_ns(folder: Path) -> int | None:
+    """Return when a model folder last changed; None, with a warning, if it holds no model.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        content = {path.name for path in folder.iterdir()}
+    except NotADirectoryError:
+        content = set()
+    except FileNotFoundError as error:
+        if not folder.is_symlink():
+            # A promotion on a disk that cannot exchange folders is about to fill the place again.
+            exchange.restore(folder)
+            return _changed_ns(folder) if folder.exists() else None
+        raise UserError(
+            "is a link to nothing", code=ExitCode.ASSET, where=str(folder),
+            fix="bring back what it leads to, delete the link, or choose another --model",
+        ) from error  # fmt: skip
+    except OSError as error:
+        raise _unreadable(folder, error) from error
+    holds = content & {*paths.MODEL_FORMATS.values(), paths.MANIFEST_FILE, "recipe.yaml"}
+    if not holds:
+        if model_of(folder):
+            names = " or ".join(paths.MODEL_FORMATS.values())
+            console.warn(f"{folder} is ignored: it is not a folder with {names}")
+        return None
+    if model_of(folder) is None and "recipe.yaml" not in content:
+        what = "its name is not that of a known model, and it has no recipe.yaml"
+        console.warn(f"{folder} is ignored: {what}")
+        return None
+    dates = holds - {"recipe.yaml"} or holds
+    return max(_changed(folder / name) for name in dates)
+
+
+def _changed(path: Path) -> int:
+    """Return when a file changed in ns, or the link to it, which may be new to an old file."""
+    with contextlib.suppress(OSError):
+        return max(files.stamp_of(path)[1], path.lstat().st_mtime_ns)
+    return 0
+
+
+def _unreadable(folder: Path, error: OSError) -> UserError:
+    return UserError(
+        f"cannot be read: {error.strerror}", code=ExitCode.ASSET, where=str(folder),
+        fix="change its permissions, or choose a --model by its path",
+    )  # fmt: skip

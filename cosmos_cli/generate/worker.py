@@ -1,0 +1,78 @@
+"""One of several processes that make videos: its share of the jobs, or its part of one."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from types import FrameType
+
+import torch.distributed as dist
+
+from cosmos_cli import console, files, signals
+from cosmos_cli.errors import ExitCode, Interrupted, UserError
+from cosmos_cli.generate import jobs
+from cosmos_cli.generate.phases import Pair, generate
+from cosmos_cli.model.device import best_device, gpu_memory_errors
+from cosmos_cli.model.sequence import neighbours
+
+# A line below the 4,096 bytes that a pipe takes at once is not torn by another process's.
+MAX_CHARACTERS = 500
+
+
+def main(listed: str) -> int:
+    """Makes this rank's part of the jobs in a file, a line of JSON on stdout for each."""
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    if rank:
+        console.mute()
+    todo = [jobs.from_json(entry) for entry in files.read_json(Path(listed))]
+    device = best_device()
+    pair, teams = None, world
+    if world > len(todo):
+        dist.init_process_group("gloo" if device == "cpu" else "nccl")
+        pair, teams = pair_of(world // len(todo)), len(todo)
+    try:
+        with gpu_memory_errors("set a smaller height, width or num_frames"):
+            for job, error in generate(todo[rank * teams // world :: teams], device, pair):
+                if pair is None or pair.writes:
+                    _report(todo.index(job), error)
+    except UserError as error:
+        _report(None, error)
+    except Interrupted as end:
+        return int(end.code)
+    finally:
+        if pair:
+            dist.destroy_process_group()
+    return 0
+
+
+def pair_of(size: int) -> Pair:
+    """The pair of this rank in its team of `size`; every rank takes part in making every group.
+
+    One half of a team follows the prompt, the other what to avoid; the halves share the tokens
+    alike, so that a pair is of two with the same tokens.
+    """
+    sequence = neighbours(size // 2)
+    team, place = divmod(dist.get_rank(), size)
+    firsts = [t * size + i for t in range(dist.get_world_size() // size) for i in range(size // 2)]
+    groups = {first: dist.new_group([first, first + size // 2]) for first in firsts}
+    return Pair(place // (size // 2), groups[team * size + sequence.index], sequence)
+
+
+def _report(number: int | None, error: UserError | None) -> None:
+    line = {"job": number}
+    if error:
+        line |= {"error": str(error)[:MAX_CHARACTERS], "code": int(error.code)}
+    os.write(1, (json.dumps(line) + "\n").encode())
+
+
+def _interrupt(_number: int, _frame: FrameType | None) -> None:
+    raise Interrupted(ExitCode.SIGTERM)
+
+
+if __name__ == "__main__":
+    for number in signals.ending().keys() - {signal.SIGINT}:
+        signal.signal(number, _interrupt)
+    sys.exit(main(sys.argv[1]))

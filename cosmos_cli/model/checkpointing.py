@@ -1,0 +1,81 @@
+"""Selective activation checkpointing: which results a forward pass keeps for the backward pass."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+
+from cosmos_cli.model.kernels import _ATTENTION
+
+
+def is_self_attention(operator: Any, args: tuple[Any, ...]) -> bool:
+    """True if the operator is attention with as many keys as queries: 2/3 of a forward pass."""
+    return operator in _ATTENTION and args[0].shape[2] == args[1].shape[2]
+
+
+def is_costly(operator: Any, args: tuple[Any, ...]) -> bool:
+    """True if the operator is a linear layer or self-attention."""
+    return operator is torch.ops.aten.mm.default or is_self_attention(operator, args)
+
+
+def is_costly_for_its_size(operator: Any, args: tuple[Any, ...]) -> bool:
+    """True if the operator is self-attention, or a linear with more inputs than outputs.
+
+    The second linear of the MLP is one.
+    """
+    shrinks = operator is torch.ops.aten.mm.default and args[1].shape[0] > args[1].shape[1]
+    return shrinks or is_self_attention(operator, args)
+
+
+def keep(
+    chosen: Callable[[Any, tuple[Any, ...]], bool],
+) -> tuple[SelectiveCheckpoint, SelectiveCheckpoint]:
+    """Return the contexts in which `checkpoint` stores the outputs of the chosen operators.
+
+    The backward pass recomputes everything else.
+    """
+    stored: deque[Any] = deque()
+    return (
+        SelectiveCheckpoint(chosen, stored, recomputing=False),
+        SelectiveCheckpoint(chosen, stored, recomputing=True),
+    )
+
+
+class SelectiveCheckpoint(TorchDispatchMode):
+    """Stores the outputs of the chosen operators in order; when recomputing, returns them.
+
+    PyTorch's own selective checkpointing expects recomputation to call the same operators. Under
+    ZeRO-3 it does not: weights that the forward pass gathers are still there in the backward pass.
+    """
+
+    def __init__(
+        self,
+        chosen: Callable[[Any, tuple[Any, ...]], bool],
+        stored: deque[Any],
+        *,
+        recomputing: bool,
+    ) -> None:
+        super().__init__()
+        self.chosen, self.stored, self.recomputing = chosen, stored, recomputing
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """True: torch may compile functions under this mode and hide their operators from it."""
+        return True
+
+    def __torch_dispatch__(
+        self, operator: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        chosen = self.chosen(operator, args)
+        if chosen and self.recomputing:
+            return self.stored.popleft()
+        result = operator(*args, **(kwargs or {}))
+        if chosen:
+            self.stored.append(tree_map_only(Tensor, Tensor.detach, result))
+        return result

@@ -1,0 +1,349 @@
+"""LoRA files, ours and those of others: the linear of each tensor, and the scale of its change.
+
+Read are the files of peft, diffusers, ComfyUI, diffusion-pipe and kohya's scripts. They differ in
+the names of the linears, in the names of the factors, and in where the scale stands: beside the
+file, in its header, or in one tensor per linear.
+
+Source: peft 0.21 `tuners/lora/{config,layer,model}.py` and `utils/other.py`; diffusers 0.42
+`loaders/peft.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from cosmos_cli import console, files, paths
+from cosmos_cli.errors import ExitCode, UserError
+from cosmos_cli.model import weights
+from cosmos_cli.model.finite import require_finite
+
+# Where diffusers keeps the settings in a file, and the prefix that it gives them and the tensors.
+_SETTINGS = "lora_adapter_metadata"
+_PREFIX = "transformer."
+# What wrappers and libraries put before the name of a linear, and kohya's form of it.
+_PREFIXES = re.compile(
+    r"^(base_model\.model\.|_orig_mod\.|module\.|model\.|diffusion_model\.|transformer\.|net\.)+"
+)
+_UNDERSCORED = re.compile(r"^(lora_unet_|lora_transformer_|lycoris_)(net_)?")
+# peft may name the adapter; lora_down and lora_up are kohya's names of A and B.
+_PART = re.compile(
+    r"(?P<linear>.+?)\.(?:lora_(?P<side>[AB])(?:\.[^.]+)?\.weight"
+    r"|lora[._](?P<other>down|up)\.weight|(?P<alpha>alpha))"
+)
+_PICKLES = {".pt", ".pth", ".bin", ".ckpt"}
+# Other methods by a part of their tensors' names.
+_METHODS = {
+    "lora_magnitude_vector": "DoRA", "dora_scale": "DoRA", "hada_": "LoHa", "lokr_": "LoKr",
+    "lora_mid": "LoCon", "lora_E": "AdaLoRA", "lora_B.bias": "a LoRA with biases",
+    "modules_to_save": "a LoRA with whole layers (modules_to_save)",
+}  # fmt: skip
+# Settings of peft that change what the factors mean.
+_UNSUPPORTED = (
+    "use_dora", "modules_to_save", "lora_bias", "trainable_token_indices", "target_parameters",
+    "layer_replication", "alora_invocation_tokens", "use_qalora", "use_bdlora", "arrow_config",
+    "kasa_config", "monteclora_config",
+)  # fmt: skip
+# Initial factors that were taken out of the base weights, which are then no longer those of a base.
+_OTHER_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+# Settings of peft that say where factors were put or how they were trained. fan_in_fan_out is of
+# the layout of the base weight: the factors of such a layer are stored like all others.
+_WITHOUT_EFFECT = {
+    "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
+    "inference_mode", "target_modules", "exclude_modules", "lora_dropout", "fan_in_fan_out",
+    "layers_to_transform", "layers_pattern", "megatron_config", "megatron_core", "loftq_config",
+    "eva_config", "corda_config", "lora_ga_config", "velora_config", "qalora_group_size",
+    "runtime_config", "ensure_weight_tying", "bias", "init_lora_weights",
+}  # fmt: skip
+# Quantifiers of a pattern, above which matching a name may take minutes.
+_MOST_QUANTIFIERS = 3
+
+
+@dataclass(frozen=True)
+class Change:
+    """What a file does to one linear: its weight W becomes W + scale * b @ a.
+
+    Attributes:
+        a: (rank, inputs), fp32 on the CPU, as is b: (outputs, rank).
+        scale: alpha / rank, or what the file says instead.
+        key: the name of the linear in the file, for messages.
+    """
+
+    a: Tensor
+    b: Tensor
+    scale: float
+    key: str
+
+
+class Settings(BaseModel):
+    """The part of peft's adapter_config.json that decides the scale of each linear."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    peft_type: str | None = "LORA"
+    bias: str | None = "none"
+    init_lora_weights: bool | str | None = True
+    r: int | None = Field(default=None, ge=1)
+    # peft's default, which its files leave to it where it is null.
+    lora_alpha: float = Field(default=8, allow_inf_nan=False)
+    use_rslora: bool = False
+    rank_pattern: dict[str, int] = {}
+    alpha_pattern: dict[str, float] = {}
+
+    @field_validator("rank_pattern", "alpha_pattern", mode="before")
+    @classmethod
+    def _null_is_empty(cls, value: Any) -> Any:
+        return {} if value is None else value
+
+    def scale(self, names: tuple[str, ...], rank: int) -> float:
+        """Return the scale of a linear of this rank, known by any of some names.
+
+        Raises:
+            ValueError: the settings give the linear another rank, or no finite scale.
+        """
+        expected = _matching(self.rank_pattern, names, self.r)
+        if expected not in (None, rank):
+            raise ValueError(f"rank {expected} for {names[0]}, whose factors have rank {rank}")
+        alpha = float(_matching(self.alpha_pattern, names, self.lora_alpha))
+        if not math.isfinite(alpha):
+            raise ValueError(f"alpha {alpha} for {names[0]}")
+        return alpha / (math.sqrt(rank) if self.use_rslora else rank)
+
+
+def _matching(patterns: Mapping[str, Any], names: tuple[str, ...], default: Any) -> Any:
+    """Return the value of the first pattern that matches the end of a name, as peft chooses it."""
+    for pattern, value in patterns.items():
+        if any(_compiled(pattern).match(name) for name in names):
+            return value
+    return default
+
+
+@cache
+def _compiled(pattern: str) -> re.Pattern[str]:
+    """Compile a pattern of settings.
+
+    Raises:
+        ValueError: it is not a pattern, or one whose matching may take for ever.
+    """
+    quantifiers = len(re.findall(r"(?<!\\)[*+{]", pattern))
+    if quantifiers > _MOST_QUANTIFIERS or re.search(r"\)[*+{]", pattern):
+        raise ValueError(f"the pattern {pattern[:60]!r}, which is too complex")
+    try:
+        return re.compile(rf"(.*\.)?({pattern})$")
+    except re.error as error:
+        raise ValueError(f"the pattern {pattern[:60]!r}, which is none: {error}") from error
+
+
+# --- writing --------------------------------------------------------------------------------------
+
+
+def save(path: Path, state: Mapping[str, Tensor], scale: float) -> None:
+    """Write the factors of a LoRA as a file that diffusers reads, through peft."""
+    renamed = weights.rename(state, weights.OURS, weights.DIFFUSERS, path)
+    rank = next(len(factor) for name, factor in state.items() if name.endswith("lora_A.weight"))
+    linears = {re.sub(r"^\w+\.\d+\.|\.lora_[AB]\.weight$", "", key) for key in renamed}
+    settings = {"r": rank, "lora_alpha": scale * rank, "target_modules": sorted(linears)}
+    settings = {_PREFIX + key: value for key, value in settings.items()}
+    tensors = {_PREFIX + key: value for key, value in renamed.items()}
+    weights.write_safetensors(path, tensors, {_SETTINGS: json.dumps(settings)})
+
+
+# --- reading --------------------------------------------------------------------------------------
+
+
+def read(path: Path) -> dict[str, Change]:
+    """Return what a LoRA file does to each linear, by our name of it: net.blocks.0.self_attn.q.
+
+    Raises:
+        UserError: (ASSET) the file is missing, damaged or empty, is of another model or method, or
+            its scale is not known for sure. The error names file and key.
+    """
+    stored, header = _tensors(path)
+    if not stored:
+        raise _refused(path, "holds no tensors")
+    _refuse_other_methods(path, stored)
+    require_finite(stored, path, fix="train or export the LoRA again")
+    parts = _sorted_by_linear(path, stored)
+    beside = path.with_name(paths.ADAPTER_CONFIG_FILE)
+    settings = None
+    if header:
+        settings, source = _settings(header, path), path
+    elif beside.is_file():
+        settings, source = _settings(files.read_json(beside), beside), beside
+    changes = {}
+    for linear, found in parts.items():
+        a, b, key = _pair(path, found)
+        try:
+            scale = settings.scale(_names(key), len(a)) if settings else 1.0
+        except ValueError as error:
+            raise _refused(source, f"gives {error}") from error
+        if "alpha" in found:
+            own = float(found["alpha"][1]) / len(a)
+            # Two scales, and no way to tell which of them the factors were trained with.
+            if settings and not math.isclose(own, scale, rel_tol=1e-3):
+                where = f"its .alpha tensor, {scale:g} in {source.name}"
+                raise _refused(path, f"gives {key} the scale {own:g} in {where}")
+            scale = own
+        changes[linear] = Change(a, b, scale, key)
+    return changes
+
+
+def _tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the tensors of a file in fp32 and the settings in its header, {} without any."""
+    header: dict[str, Any] = {}
+    if path.suffix.lower() in _PICKLES:
+        stored = weights.load_tensors(path)
+    else:
+        files.check_safetensors(path)
+        with weights.reading(path):
+            stored = load_file(path)
+            with safe_open(path, framework="pt") as stream:
+                header = json.loads((stream.metadata() or {}).get(_SETTINGS, "{}"))
+            # A header of diffusers may hold the settings of other networks too.
+            plain = {key.removeprefix(_PREFIX): value for key, value in header.items()}
+            header = {key: value for key, value in plain.items() if "." not in key}
+    for key, value in stored.items():
+        # kohya's scripts may write an alpha as an integer.
+        if not (value.is_floating_point() or key.endswith(".alpha")) or value.is_complex():
+            raise _refused(path, f"holds {value.dtype} in {key}, not floating-point numbers")
+    return {key: value.float() for key, value in stored.items()}, header
+
+
+def _refuse_other_methods(path: Path, stored: Mapping[str, Tensor]) -> None:
+    for mark, method in _METHODS.items():
+        if found := [key for key in stored if mark in key]:
+            raise _refused(
+                path, f"is {method}, which is not supported ({len(found)} tensors as {found[0]})"
+            )
+
+
+def _settings(content: Any, where: Path) -> Settings:
+    """Return the settings of an adapter_config.json, or those in the header of a file.
+
+    Raises:
+        UserError: they are damaged, or of a method other than plain LoRA.
+    """
+    try:
+        settings = Settings.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(map(str, first["loc"])) or "its content"
+        raise _refused(where, f"is damaged: {name}: {first['msg']}") from error
+    others = settings.model_extra or {}
+    kind = settings.peft_type or "LORA"
+    wrong = [f"{name}: {others[name]}" for name in _UNSUPPORTED if others.get(name)]
+    if kind.upper() != "LORA":
+        wrong.append(f"peft_type: {kind}")
+    if settings.bias not in (None, "none"):
+        wrong.append(f"bias: {settings.bias}")
+    if str(settings.init_lora_weights).lower().startswith(_OTHER_BASE):
+        wrong.append(f"init_lora_weights: {settings.init_lora_weights}, which changes the base")
+    if wrong:
+        raise _refused(where, f"says {', '.join(wrong)}, which is not supported"[:300])
+    known = {*_UNSUPPORTED, *_WITHOUT_EFFECT}
+    if unread := sorted(key for key, value in others.items() if value and key not in known):
+        console.warn(f"{where}: settings that are not read: {', '.join(unread)[:200]}")
+    return settings
+
+
+Part = tuple[str, Tensor]
+
+
+def _sorted_by_linear(path: Path, stored: Mapping[str, Tensor]) -> dict[str, dict[str, Part]]:
+    """Return the tensors "A", "B" and "alpha" of each linear with their keys, by our name of it."""
+    found: dict[str, dict[str, Part]] = {}
+    unknown = []
+    for key, tensor in stored.items():
+        match = _PART.fullmatch(key)
+        linear = _our_name(match["linear"]) if match else None
+        if match is None or linear is None:
+            unknown.append(key)
+            continue
+        other = {"down": "A", "up": "B", None: "alpha"}[match["other"]]
+        parts, part = found.setdefault(linear, {}), match["side"] or other
+        if part in parts:
+            raise _refused(path, f"has {part} of one linear twice: {parts[part][0]} and {key}")
+        parts[part] = key, tensor
+    if unknown:
+        raise weights.another_model([weights.some(unknown, "unknown")], path)
+    return found
+
+
+def _pair(path: Path, parts: Mapping[str, Part]) -> tuple[Tensor, Tensor, str]:
+    """Return the factors A and B of a linear and the linear's name in the file.
+
+    Raises:
+        UserError: one is missing, or they do not fit each other.
+    """
+    keys = [key for key, _ in parts.values()]
+    if not {"A", "B"} <= parts.keys():
+        missing = "A" if "A" not in parts else "B"
+        raise weights.another_model(
+            [f"no pair of factors, {missing} is missing for {keys[0]}"], path
+        )
+    (key_a, a), (key_b, b) = parts["A"], parts["B"]
+    if a.ndim != 2 or b.ndim != 2 or len(a) != b.shape[1] or not len(a):
+        shapes = f"{key_a} is {tuple(a.shape)} and {key_b} is {tuple(b.shape)}"
+        raise weights.another_model([f"no pair of factors: {shapes}"], path)
+    if "alpha" in parts and parts["alpha"][1].numel() != 1:
+        raise weights.another_model([f"{parts['alpha'][0]} is not one number"], path)
+    match = _PART.fullmatch(key_a)
+    assert match
+    return a, b, match["linear"]
+
+
+def _our_name(linear: str) -> str | None:
+    """Return our name of a linear, whoever named it; None for what is not one of this network."""
+    dotted, underscored = _linears()
+    number = r"(blocks[._](?:block)?)(\d+)"
+    is_underscored = _UNDERSCORED.match(linear)
+    plain = _UNDERSCORED.sub("", linear) if is_underscored else _PREFIXES.sub("", linear)
+    block = re.search(number, plain)
+    general = re.sub(number, r"\1#", plain, count=1)
+    found = (underscored if is_underscored else dotted).get(general)
+    return found.replace("#", block[2] if block else "") if found else None
+
+
+def _names(key: str) -> tuple[str, ...]:
+    """Return the names by which settings may know a linear of a file."""
+    own = key.removeprefix("base_model.model.")
+    return tuple(dict.fromkeys((own, _PREFIXES.sub("", own))))
+
+
+@cache
+def _linears() -> tuple[dict[str, str], dict[str, str]]:
+    """Return our names of the linears by every name of others, dotted and with underscores.
+
+    "#" stands for the number of the block.
+    """
+    tables = [weights.names(column, weights.OURS) for column in weights.COLUMNS]
+    dotted = {
+        _PREFIXES.sub("", theirs): ours
+        for table in tables
+        for theirs, ours in table.items()
+        if not re.search(r"norm$|^logvar|pos_embedder", ours)
+    }
+    underscored: dict[str, str] = {}
+    for theirs, ours in dotted.items():
+        # A form that two linears share names neither.
+        form = theirs.replace(".", "_")
+        underscored[form] = ours if underscored.get(form, ours) == ours else ""
+    return dotted, underscored
+
+
+def _refused(path: Path, what: str) -> UserError:
+    return UserError(
+        what, code=ExitCode.ASSET, where=str(path),
+        fix="give a plain LoRA of this model, as peft, diffusers or cosmos train write it",
+    )  # fmt: skip

@@ -1,0 +1,139 @@
+"""Captions that are missing, written by a vision-language model that sees frames of the video.
+
+What it writes is kept beside the dataset, a file for each video, so that prep may be killed and
+run again, and several processes share the videos.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from cosmos_cli import console, files
+from cosmos_cli.errors import ExitCode, UserError
+from cosmos_cli.model import video
+from cosmos_cli.model.finite import require_finite
+from cosmos_cli.paths import Dataset
+from cosmos_cli.prep import captions, sources, work_sharing
+from cosmos_cli.prep.sources import Source
+from cosmos_cli.recipe.keys import Recipe
+
+INSTRUCTION = (
+    "These are frames of one video, in order. Describe the video in one paragraph of plain text: "
+    "who or what is in it, what happens, the place, the light, and how the camera moves."
+)
+# Evenly spaced frames that the model sees, and their width in pixels.
+FRAMES, WIDTH = 6, 448
+# With a prompt in front it fits into the tokens of the text encoder.
+MAX_NEW_TOKENS = 256
+
+
+class Captioner:
+    """A vision-language model of a local folder or of the hub's cache; it answers greedily."""
+
+    def __init__(self, name: str, device: str, dtype: torch.dtype) -> None:
+        from transformers import AutoModelForImageTextToText, AutoProcessor
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+        self.device, self.dtype = device, dtype
+        folder = Path(name).expanduser()
+        source = str(folder.absolute()) if folder.is_dir() else name
+        if folder.is_dir():
+            files.check_model_folder(folder)
+        where = {"local_files_only": True, "trust_remote_code": False}
+        try:
+            self.processor = AutoProcessor.from_pretrained(source, **where)
+            model = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype, **where)
+        except (OSError, ValueError, RecursionError, ImportError) as error:
+            why = " ".join(str(error).split())[:200]
+            # Some models resize their pictures with torchvision, which is no dependency of ours.
+            lacking = isinstance(error, ImportError)
+            fix = "install torchvision" if lacking else f"run `hf download {name}`, or set a folder"
+            raise _bad(source, f"is no readable vision-language model: {why}", fix) from error
+        if not getattr(self.processor, "chat_template", None):
+            raise _bad(source, "has no chat template", "choose a model that was trained to chat")
+        self.model = model.to(device).eval()
+        require_finite(self.model.state_dict(), Path(source))
+
+    @torch.inference_mode()
+    def describe(self, source: Source) -> str:
+        """The model's words about a video, cleaned; they may be empty.
+
+        Raises:
+            VideoError: a frame does not decode.
+        """
+        assert source.info
+        frames = video.read_small(source.path, source.info, FRAMES, WIDTH)
+        pictures = [Image.fromarray(frame.numpy()) for frame in frames.permute(1, 2, 3, 0)]
+        content = [{"type": "image", "image": picture} for picture in pictures]
+        inputs = self.processor.apply_chat_template(
+            [{"role": "user", "content": [*content, {"type": "text", "text": INSTRUCTION}]}],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+        ).to(self.device, self.dtype)
+        output = self.model.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)
+        answer = output[0, inputs["input_ids"].shape[1] :]
+        return captions.clean(self.processor.decode(answer, skip_special_tokens=True))
+
+
+def describe(r: Recipe, dataset: Dataset, videos: list[Source], job: str, device: str) -> None:
+    """Has the model of the recipe describe every video that has no caption otherwise.
+
+    Nothing is written about a video whose frames do not decode.
+
+    Raises:
+        UserError: the model cannot be used, or others are at work on another job.
+    """
+    if r.caption != "vlm":
+        return
+    unseen = sources.find_captions(r, dataset, videos)
+    if not unseen:
+        return
+    with work_sharing.crew(dataset.descriptions / "prep.lock", job) as crew:
+        crew.start()
+        _share(r, dataset, videos, crew, device)
+        if not crew.wait_for_others():
+            # Some may have been killed.
+            _share(r, dataset, videos, crew, device)
+            crew.finished()
+
+
+def _share(
+    r: Recipe, dataset: Dataset, videos: list[Source], crew: work_sharing.Crew, device: str
+) -> None:
+    """Describes what nobody else has or is about to."""
+    captioner: Captioner | None = None
+    unseen = {source.name for source in sources.find_captions(r, dataset, videos)}
+    with console.progress("describe", len(unseen), "videos") as bar:
+        for number, source in enumerate(videos):
+            if source.name not in unseen:
+                continue
+            with crew.piece(number) as ours:
+                if ours and sources.read_description(r, dataset, source) is None:
+                    captioner = captioner or _load(r, device)
+                    _describe_one(r, dataset, source, captioner)
+            bar.advance(source.name)
+
+
+def _load(r: Recipe, device: str) -> Captioner:
+    assert r.caption_model
+    return Captioner(r.caption_model, device, torch.float32 if device == "cpu" else torch.bfloat16)
+
+
+def _describe_one(r: Recipe, dataset: Dataset, source: Source, captioner: Captioner) -> None:
+    try:
+        words = captioner.describe(source)
+    except video.VideoError as error:
+        console.warn(f"{source.path}: cannot be described: {error}")
+        return
+    value = {"key": sources.description_key(r, source), "model": r.caption_model, "caption": words}
+    files.write_json(dataset.descriptions / f"{source.stem}.json", value)
+
+
+def _bad(source: str, what: str, fix: str) -> UserError:
+    return UserError(what, code=ExitCode.ASSET, where=source, fix=fix)

@@ -1,0 +1,242 @@
+"""Damaged frames of a video, from what decoders report. No torch.
+
+FFmpeg's decoders conceal damage, and torchcodec passes on none of their reports. So a second
+decoder looks at the frames that clips use: FFmpeg's own for most codecs, libvpx for VP8 and VP9,
+of which FFmpeg's own reports nothing. For HEVC, of whose damage FFmpeg reports a third, libde265
+looks as well where the system has it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import struct
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from ctypes.util import find_library
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
+
+import av
+import av.logging
+from av.bitstream import BitStreamFilterContext
+
+from cosmos_cli import files
+from cosmos_cli.model import containers
+from cosmos_cli.model.containers import Packets
+
+if TYPE_CHECKING:
+    from cosmos_cli.model.video import Clip
+
+# Decoders that notice more than FFmpeg's own.
+STRICTER = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
+# Warnings of libde265 that no whole file causes: a slice that ends early, wrong entry points, a
+# block outside of the picture, invalid headers, a row without its end.
+HEVC_DAMAGE = {1002, 1003, 1004, 1005, 1006, 1007, 1017}
+# The formats of pixels that libde265 decodes without such warnings.
+HEVC_FORMATS = {"yuv420p", "yuvj420p", "yuv420p10le"}
+
+# PyAV also passes the reports to Python's logging, which would print them.
+logging.getLogger("libav").addHandler(logging.NullHandler())
+logging.getLogger("libav").propagate = False
+
+Span = tuple[float, float]
+
+
+def find(path: Path, clips: Sequence[Clip]) -> list[Span]:
+    """Return the spans in which the clips of a file show damaged frames.
+
+    They are in seconds from the first frame of the file. A damaged frame spoils those that are
+    decoded after it, up to the next frame that a decoder can start at. Trap: a decoder that starts
+    in the middle of a whole file may report references that it lacks; so what is suspicious is
+    decoded again in order from the start of the file.
+    """
+    stream, packets = _scan(path, files.stamp_of(path))
+    if packets is None or not clips:
+        return {}
+    pts, zero, tick = packets.pts, packets.pts[0], packets.tick
+    shown = [list(clip.indices) or packets.shown_at(clip.seconds) for clip in clips]
+    # A damaged index may list fewer frames than the clips have; those that lack do not decode.
+    most = len(pts) - 1
+    ends = [(pts[min(numbers[0], most)], pts[min(numbers[-1], most)]) for numbers in shown]
+    first, last = min(begin for begin, _ in ends), max(end for _, end in ends)
+    start = max((p for p, key in zip(pts, packets.keys, strict=True) if key and p <= first))
+    spans: list[tuple[int, int]] = []
+    for decode in (_decode, _decode_hevc):
+        if any(report for _, report in decode(path, stream, (start, last))):
+            spans += _spans(decode(path, stream, (zero, last)), packets)
+    shown_spans = [
+        (a, b) for a, b in _merged(spans) if any(a <= end and b > begin for begin, end in ends)
+    ]
+    return [((a - zero) * tick, (b - zero) * tick) for a, b in shown_spans]
+
+
+def checks_hevc() -> bool:
+    """Return True if libde265 is there, without which most damage in HEVC is not noticed."""
+    return find_library("de265") is not None
+
+
+@lru_cache(maxsize=1)
+def _scan(path: Path, _version: tuple[int, int]) -> tuple[int, Packets | None]:
+    """Return the number of the video stream and its packets, None where PyAV has no decoder."""
+    try:
+        with av.open(str(path), metadata_errors="replace") as file:
+            video = file.streams.best("video")
+            if video is None or video.codec_context is None:
+                return 0, None
+            index = video.index
+        return index, containers.scan(path, index)
+    except (av.FFmpegError, ValueError):
+        return 0, None
+
+
+def _decode(path: Path, stream: int, span: tuple[int, int]) -> Iterator[tuple[int, bool]]:
+    """Yield the time stamp of each packet, in coded order, and if its decoding reports damage.
+
+    Trap: with one thread only. Another that reports something waits for Python's lock, for good if
+    the decoder is closed meanwhile.
+    """
+    level, repeated = av.logging.get_level(), av.logging.get_skip_repeated()
+    av.logging.set_level(av.logging.INFO)
+    av.logging.set_skip_repeated(False)
+    pts = span[0]
+    try:
+        with (
+            av.logging.Capture(local=False) as logs,
+            av.open(str(path), metadata_errors="replace") as file,
+        ):
+            video = file.streams[stream]
+            codec = video.codec_context
+            if codec.codec.canonical_name in STRICTER:
+                codec = av.CodecContext.create(STRICTER[codec.codec.canonical_name], "r")
+            codec.thread_count = 1
+            for packet in _packets(file, video, span):
+                pts = packet.dts if packet.pts is None else packet.pts
+                yield pts, packet.is_corrupt or _fails(codec, packet) or _reported(logs)
+            yield pts, _fails(codec, None) or _reported(logs)
+    except av.FFmpegError:
+        yield pts, True
+    finally:
+        av.logging.set_level(level)
+        av.logging.set_skip_repeated(repeated)
+
+
+def _packets(
+    file: av.container.InputContainer, video: av.VideoStream, span: tuple[int, int]
+) -> Iterator[av.Packet]:
+    """Yield the packets of a stream that the frames of a span of time stamps need."""
+    if span[0] > (video.start_time or 0):
+        file.seek(span[0], stream=video)
+    for packet in file.demux(video):
+        if packet.dts is not None and packet.dts > span[1]:
+            return
+        if packet.size:
+            yield packet
+
+
+def _fails(codec: av.VideoCodecContext, packet: av.Packet | None) -> bool:
+    """Return True if the decoder refuses a packet or calls a frame corrupt."""
+    try:
+        return any(frame.is_corrupt for frame in codec.decode(packet))
+    except av.FFmpegError:
+        return True
+
+
+def _reported(logs: list[tuple[int, str, str]]) -> bool:
+    """Return True if a log has an error or says what was concealed; empties it."""
+    found = any(level <= av.logging.ERROR or "concealing" in text for level, _, text in logs)
+    logs.clear()
+    return found
+
+
+def _spans(rows: Iterable[tuple[int, bool]], packets: Packets) -> Iterator[tuple[int, int]]:
+    """Yield the spans of time stamps that reports spoil; rows are in coded order."""
+    starts = {p for p, key in zip(packets.pts, packets.keys, strict=True) if key}
+    begin: int | None = None
+    for pts, report in rows:
+        if begin is not None and pts in starts:
+            yield begin, pts
+            begin = None
+        if report:
+            begin = pts if begin is None else min(begin, pts)
+        elif begin is not None:
+            begin = min(begin, pts)
+    if begin is not None:
+        end = packets.next_start(max(begin, max((p for p, _ in rows), default=begin)))
+        yield begin, packets.pts[-1] + 1 if end is None else end
+
+
+def _merged(spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Return spans in order, those that touch as one."""
+    merged: list[tuple[int, int]] = []
+    for begin, end in sorted(spans):
+        if merged and begin <= merged[-1][1]:
+            merged[-1] = merged[-1][0], max(end, merged[-1][1])
+        else:
+            merged.append((begin, end))
+    return merged
+
+
+# --- HEVC -----------------------------------------------------------------------------------------
+
+
+def _decode_hevc(path: Path, stream: int, span: tuple[int, int]) -> Iterator[tuple[int, bool]]:
+    """Yield what `_decode` does, from libde265; nothing where it is missing or not needed.
+
+    It runs in a process of its own, which it may end: it was not written for damaged files alone.
+    """
+    if not checks_hevc():
+        return
+    with av.open(str(path), metadata_errors="replace") as file:
+        video = file.streams[stream]
+        if video.codec_context.name != "hevc" or video.codec_context.pix_fmt not in HEVC_FORMATS:
+            return
+        unpack = BitStreamFilterContext("hevc_mp4toannexb", video)
+        units = []
+        try:
+            for packet in _packets(file, video, span):
+                pts = packet.dts if packet.pts is None else packet.pts
+                data = b"".join(bytes(part) for part in unpack.filter(packet))
+                units.append((pts, data))
+        except av.FFmpegError:
+            yield units[-1][0] if units else span[0], True
+    rows = [struct.pack("<I", len(data)) + data for _, data in units]
+    child = [sys.executable, "-m", "cosmos_cli.prep.damage"]
+    done = subprocess.run(child, input=b"".join(rows), capture_output=True, check=False)
+    reports = done.stdout.split()
+    for (pts, _), report in zip(units, reports, strict=False):
+        yield pts, report != b"0"
+    if len(reports) < len(units):
+        yield units[len(reports)][0], True
+
+
+def _hevc_reports(stream: BinaryIO) -> Iterator[int]:
+    """Yield 1 for each picture of which libde265 reports damage, else 0."""
+    library = ctypes.CDLL(find_library("de265"))
+    library.de265_new_decoder.restype = ctypes.c_void_p
+    library.de265_get_next_picture.restype = ctypes.c_void_p
+    decoder, more = ctypes.c_void_p(library.de265_new_decoder()), ctypes.c_int()
+    while head := stream.read(4):
+        data = stream.read(struct.unpack("<I", head)[0])
+        library.de265_push_data(decoder, data, len(data), ctypes.c_int64(0), None)
+        library.de265_push_end_of_frame(decoder)
+        more.value, codes = 1, set()
+        while more.value:
+            error = library.de265_decode(decoder, ctypes.byref(more))
+            # 13: it waits for more input.
+            if error not in (0, 13):
+                codes.add(1002)
+            while code := library.de265_get_warning(decoder):
+                codes.add(code)
+            while library.de265_get_next_picture(decoder):
+                pass
+            if error:
+                break
+        yield int(bool(codes & HEVC_DAMAGE))
+
+
+if __name__ == "__main__":
+    for report in _hevc_reports(sys.stdin.buffer):
+        print(report, flush=True)

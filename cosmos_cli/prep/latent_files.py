@@ -1,0 +1,50 @@
+"""Cached latents and the tokenizer that makes them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from cosmos_cli import files, paths
+from cosmos_cli.errors import ExitCode, UserError
+from cosmos_cli.model import weights
+from cosmos_cli.model.finite import require_finite
+from cosmos_cli.model.tokenizer import Tokenizer
+from cosmos_cli.recipe.keys import Recipe
+
+
+def load_tokenizer(r: Recipe, device: str, dtype: torch.dtype) -> Tokenizer:
+    """Load the video tokenizer of the recipe's model, ready to encode and decode.
+
+    Raises:
+        UserError: it is missing or damaged, or holds numbers that are not finite.
+    """
+    path = paths.model_files(r.spec, r.checkpoints_dir).tokenizer
+    tokenizer = Tokenizer(r.spec.tokenizer, r.spec.sigma_data)
+    weights.load_strict(tokenizer, weights.load_tokenizer_state(path), path)
+    tokenizer = tokenizer.to(device=device, dtype=dtype).eval()
+    require_finite(tokenizer.state_dict(), path)
+    return tokenizer
+
+
+def read_latent(path: Path) -> Tensor:
+    """The cached latent x0 (C, T, H, W) as fp32.
+
+    Raises:
+        UserError: the file is missing or damaged.
+    """
+    try:
+        files.check_safetensors(path)
+        with safe_open(path, framework="pt") as stream:
+            latent: Tensor = stream.get_tensor("latent")
+    except (files.BadFile, OSError, SafetensorError) as error:
+        raise UserError(
+            f"is no cached latent: {getattr(error, 'what', error)}",
+            code=ExitCode.ASSET,
+            where=str(path),
+            fix="run cosmos prep again",
+        ) from error
+    return latent.float()

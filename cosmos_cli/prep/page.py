@@ -1,0 +1,217 @@
+"""The page that shows a person what prep found and made: every video, warnings, reconstructions."""
+
+from __future__ import annotations
+
+import os
+import random
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cosmos_cli import console, files, html
+from cosmos_cli.html import Html
+from cosmos_cli.model import video
+from cosmos_cli.model.tokenizer import Tokenizer
+from cosmos_cli.paths import Dataset
+from cosmos_cli.prep import clip_statistics
+from cosmos_cli.prep.latent_files import read_latent
+from cosmos_cli.prep.sources import Source
+from cosmos_cli.recipe.keys import Recipe
+
+# A page stays small enough for a browser: pictures of so many videos and so many decoded clips.
+MOST_PICTURES, MOST_CHECKED, MOST_WARNINGS = 200, 12, 200
+# Frames of a contact sheet and their width in pixels.
+COLUMNS, ROWS, CELL = 4, 2, 160
+CHECK_WIDTH, CHECK_CRF = 320, 23
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What prep knows at its end: manifest, looks of the clips, times, lines about captions."""
+
+    manifest: dict[str, Any]
+    looks: dict[str, list[clip_statistics.Look]]
+    seconds: dict[str, float]
+    notes: list[str]
+
+
+def write(
+    r: Recipe, dataset: Dataset, videos: list[Source], findings: Findings, tokenizer: Tokenizer
+) -> None:
+    """Writes `report.html` of a dataset and says what deserves a look."""
+    warnings = list(_warnings(findings))
+    for line in warnings[:10]:
+        console.warn(line)
+    if len(warnings) > 10:
+        console.warn(f"{len(warnings) - 10} more clips deserve a look, see {dataset.report}")
+    # Named so that the next run removes it when this one is killed.
+    where = {"dir": dataset.root, "prefix": f".{os.getpid()}.", "suffix": ".tmp"}
+    with tempfile.TemporaryDirectory(**where) as folder:
+        checked = _reconstructions(r, dataset, videos, tokenizer, Path(folder))
+        pictures = _pictures(r, videos, Path(folder))
+    sections = [
+        ("Totals", html.table(_totals(dataset, findings))),
+        ("Warnings", _lines([*findings.notes, *warnings])),
+        ("Distributions", _histograms(findings)),
+        ("What the tokenizer keeps", checked),
+        ("Videos", _table(findings, pictures)),
+        ("Time", _times(findings.seconds, next(tokenizer.parameters()).device.type)),
+    ]
+    note = f"{dataset.videos} prepared for {r.model}: {_settings(findings.manifest['settings'])}."
+    files.write_text(dataset.report, html.page(f"Dataset {dataset.root.name}", sections, note))
+
+
+def _settings(settings: dict[str, Any]) -> str:
+    return ", ".join(f"{k} {v}" for k, v in settings.items() if k != "model" and v is not None)
+
+
+def _totals(dataset: Dataset, findings: Findings) -> Iterator[tuple[str, str]]:
+    videos, clips = findings.manifest["videos"], findings.manifest["clips"]
+    frames = findings.manifest["settings"]["num_frames"]
+    used = [video for video in videos if video["verdict"] == "used"]
+    yield "videos used", f"{len(used)} of {len(videos)}"
+    yield "videos held out", str(sum(video["split"] == "heldout" for video in used))
+    yield "time in the videos used", console.duration(sum(video["seconds"] for video in used))
+    yield "clips", str(len(clips))
+    yield "time in the clips", console.duration(sum(frames / clip["fps"] for clip in clips))
+    yield "distinct captions", str(len({video["caption"] for video in used}))
+    origins = [video["caption_source"] for video in used]
+    counts = (f"{origins.count(origin)} from {origin}" for origin in dict.fromkeys(origins))
+    yield "captions", ", ".join(counts)
+    sizes = {video["path"]: video["bytes"] for video in videos}
+    yield "disk of the videos", console.size(sum(sizes.values()))
+    for name, folder in (("latents", dataset.latents), ("embeddings", dataset.embeddings)):
+        yield f"disk of the {name}", console.size(sum(p.stat().st_size for p in folder.iterdir()))
+
+
+def _warnings(findings: Findings) -> Iterator[str]:
+    """A line on every clip with a hard cut and on every video that is like an earlier one."""
+    starts: dict[str, list[int]] = {}
+    for clip in findings.manifest["clips"]:
+        starts.setdefault(clip["video"], []).append(clip["first_frame"])
+    for name, seen in findings.looks.items():
+        for start, look in zip(starts[name], seen, strict=True):
+            if look.cut is not None:
+                yield f"{name}: the clip from frame {start} seems to have a cut at {look.cut}"
+    first = {name: seen[0].fingerprint for name, seen in findings.looks.items() if seen}
+    digests = {video["file"]: video["sha256"] for video in findings.manifest["videos"]}
+    for earlier, name in clip_statistics.near_duplicates(first):
+        how = "has the same bytes as" if digests[earlier] == digests[name] else "looks like"
+        yield f"{name}: {how} {earlier}"
+
+
+def _lines(lines: list[str]) -> str:
+    if not lines:
+        return html.text("none")
+    more = [f"... and {len(lines) - MOST_WARNINGS} more"] if len(lines) > MOST_WARNINGS else []
+    return html.table([line] for line in [*lines[:MOST_WARNINGS], *more])
+
+
+def _histograms(findings: Findings) -> str:
+    videos = [video for video in findings.manifest["videos"] if video["frames"]]
+    motion = [look.motion for seen in findings.looks.values() for look in seen]
+    return html.row(
+        html.histogram([v["seconds"] for v in videos], "length of a video in seconds"),
+        html.histogram([v["width"] * v["height"] / 1e6 for v in videos], "size in megapixels"),
+        html.histogram([v["fps"] for v in videos], "frames per second"),
+        html.histogram(motion, "motion of a clip: mean change of a frame in grey levels"),
+    )
+
+
+def _table(findings: Findings, pictures: dict[str, Html]) -> str:
+    header = (
+        "contact sheet", "video", "verdict", "frames", "fps", "size", "seconds", "clips",
+        "motion", "caption", "from",
+    )  # fmt: skip
+    rows = []
+    for v in findings.manifest["videos"]:
+        seen = findings.looks.get(v["file"], [])
+        motion = f"{sum(look.motion for look in seen) / len(seen):.2f}" if seen else ""
+        verdict = f"rejected: {v['reason']}" if v["reason"] else f"used ({v['split']})"
+        shape = (
+            v["frames"],
+            f"{v['fps']:.4g}",
+            f"{v['width']}x{v['height']}",
+            f"{v['seconds']:.2f}",
+        )
+        caption = (v["clips"], motion, v["caption"], v["caption_source"])
+        picture = pictures.get(v["file"], "")
+        rows.append((picture, v["file"], verdict, *(shape if v["frames"] else [""] * 4), *caption))
+    note = (
+        ""
+        if len(pictures) < MOST_PICTURES
+        else html.text(f"Pictures are of {MOST_PICTURES} videos, drawn by lot.")
+    )
+    return note + html.table(rows, header)
+
+
+def _pictures(r: Recipe, videos: list[Source], folder: Path) -> dict[str, Html]:
+    """The contact sheets, as far as the videos can be decoded."""
+    readable = [source for source in videos if source.info]
+    if len(readable) > MOST_PICTURES:
+        readable = random.Random(r.seed).sample(readable, MOST_PICTURES)
+    pictures = {}
+    path = folder / "sheet.jpg"
+    with console.progress("contact sheets", len(readable), "videos") as bar:
+        for source in readable:
+            assert source.info
+            bar.advance(source.name)
+            try:
+                frames = video.read_small(source.path, source.info, COLUMNS * ROWS, CELL)
+            except video.VideoError:
+                continue
+            video.contact_sheet(frames, COLUMNS, ROWS, CELL).save(path, quality=75)
+            pictures[source.name] = html.media(path)
+    return pictures
+
+
+@torch.inference_mode()
+def _reconstructions(
+    r: Recipe,
+    dataset: Dataset,
+    videos: list[Source],
+    tokenizer: Tokenizer,
+    folder: Path,
+) -> str:
+    """Some clips beside what the tokenizer makes of their latents."""
+    numbered = [(source, clip) for source in videos for clip in source.clips]
+    count = min(MOST_CHECKED, max(1, len(numbered) // r.check_every_clips))
+    parameter = next(tokenizer.parameters())
+    shown, found = [], []
+    with console.progress("decode back", count, "clips") as bar:
+        for i in sorted(random.Random(r.seed).sample(range(len(numbered)), count)):
+            source, clip = numbered[i]
+            pixels = video.read_clip(source.path, clip, r.height, r.width, r.resize)
+            x0 = read_latent(dataset.latents / source.latent_name(clip)).to(parameter)
+            again = video.to_uint8(tokenizer.decode(x0[None])[0]).cpu()
+            found.append(video.psnr(pixels, again))
+            path = folder / "check.mp4"
+            video.write_mp4(path, _side_by_side(pixels, again), clip.fps, CHECK_CRF)
+            what = f"{source.name} from frame {clip.start}: PSNR {found[-1]:.1f} dB"
+            shown.append(html.media(path, what))
+            bar.advance(source.name)
+    mean = sum(found) / count
+    console.say(
+        f"{count} clips decoded back: PSNR {mean:.1f} dB on average, {min(found):.1f} least"
+    )
+    note = f"Left the clip, right its reconstruction; {count} of {len(numbered)} clips, by lot."
+    return html.text(note) + html.row(*shown)
+
+
+def _side_by_side(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    height = max(2, round(left.shape[2] * CHECK_WIDTH / left.shape[3] / 2) * 2)
+    both = [video.resize_frames(part, height, CHECK_WIDTH, "stretch") for part in (left, right)]
+    return torch.cat(both, dim=3)
+
+
+def _times(seconds: dict[str, float], device: str) -> str:
+    rows = [(phase, console.duration(spent)) for phase, spent in seconds.items()]
+    note = (
+        "Of the process that wrote this page; what was there before took no time. Frames were "
+        f"decoded on the cpu, and resized and encoded on {device}."
+    )
+    return html.text(note) + html.table(rows)

@@ -1,0 +1,454 @@
+"""Videos and captions -> metas, text embeddings, cached latents and a manifest that names them all.
+
+Every file appears whole or not at all and is kept while what it was made from stays the same, so
+prep may be killed anywhere and run again. Several processes may prepare one dataset at once: each
+takes the next video that nobody else works on, and the last one writes the manifest.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import unicodedata
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from cosmos_cli import console, files, paths
+from cosmos_cli.console import Stopwatch
+from cosmos_cli.model import text, video, weights
+from cosmos_cli.model.device import compiles
+from cosmos_cli.paths import Dataset
+from cosmos_cli.prep import (
+    captioner,
+    clip_statistics,
+    damage,
+    latent_files,
+    page,
+    sources,
+    work_sharing,
+)
+from cosmos_cli.prep.sources import Source
+from cosmos_cli.prep.work_sharing import Crew
+from cosmos_cli.recipe import loading
+from cosmos_cli.recipe.keys import Recipe
+
+# Recipe keys that decide the content of a prepared dataset.
+SETTINGS = (
+    "model", "num_frames", "height", "width", "fps", "fps_policy", "resize", "camera",
+    "clip_stride_frames", "max_clips_per_video", "holdout_share",
+)  # fmt: skip
+# Clips of a dataset for which compiled blocks win back the half minute that it takes to compile: on
+# an H200 one of 121 frames of 704x1280 then takes 0.13 s instead of 0.37.
+WORTH_COMPILING = 200
+# How often free memory goes back to the system; once takes milliseconds.
+TRIM_EVERY_VIDEOS = 50
+
+
+def prepare(r: Recipe, device: str) -> dict[str, Any]:
+    """Prepares the dataset of a recipe; its manifest.
+
+    Raises:
+        UserError: no video can be used, or one cannot and the recipe is strict.
+    """
+    dataset = Dataset.at(r.dataset_dir, r.videos_dir)
+    times = Stopwatch()
+    with times("inspect"):
+        videos = sources.inspect(r, dataset)
+    sources.require_usable(r, dataset, videos)
+    job = _job(r, videos)
+    with times("describe"):
+        captioner.describe(r, dataset, videos, job, device)
+    with work_sharing.crew(dataset.lock, job) as crew:
+        for source in sources.find_captions(r, dataset, videos):
+            source.reject("no caption: its frames do not decode")
+        notes = caption_notes(r, dataset, videos)
+        for line in notes.lines(r):
+            console.warn(line)
+        sources.require_usable(r, dataset, videos)
+        if crew.first:
+            _check_disk(r, dataset, videos)
+            _remove_stale(dataset)
+            _remove_manifest(dataset)
+            sources.adopt_embeddings(dataset, videos)
+            sources.write_captions(r, dataset, videos)
+            _check_embeddings(r, dataset, videos)
+        crew.start()
+        with times("embed"):
+            _write_embeddings(r, dataset, videos, crew, device)
+        clips = sum(len(source.clips) for source in videos if not source.reason)
+        latents = Latents(r, dataset, clips, device)
+        with times("encode"):
+            latents.make(videos, crew)
+        with times("wait for other processes"):
+            finished = crew.wait_for_others()
+        if not finished:
+            # Some may have been killed.
+            _write_embeddings(r, dataset, videos, crew, device)
+            latents.make(videos, crew)
+            _finish(r, latents, videos, notes, times)
+            crew.finished()
+        return dataset.read_manifest()
+
+
+def _job(r: Recipe, videos: list[Source]) -> str:
+    """What decides the result; processes that differ in it must not work on one dataset."""
+    listed = [f"{v.name} {v.reason} {v.path} {files.stamp_of(v.path)}" for v in videos]
+    return files.sha256_text(loading.dump(r), *listed)
+
+
+def _remove_stale(dataset: Dataset) -> None:
+    """Removes what killed processes left half written."""
+    for folder in (dataset.root, dataset.metas, dataset.embeddings, dataset.latents):
+        if folder.is_dir():
+            files.remove_stale(folder)
+
+
+def _remove_manifest(dataset: Dataset) -> None:
+    """So that train reads no mixture when this run ends early."""
+    if dataset.manifest.exists():
+        dataset.read_manifest()
+        dataset.manifest.unlink()
+
+
+def _finish(
+    r: Recipe, latents: Latents, videos: list[Source], notes: CaptionNotes, times: Stopwatch
+) -> None:
+    """Writes the report, then the manifest, which says that all is there."""
+    dataset = latents.dataset
+    sources.require_usable(r, dataset, videos)
+    rows = [sources.row(dataset, v, latents.digest(v)) for v in videos]
+    # Many episodes may lie in one file.
+    content = {v.name: f"{latents.digest(v)} {v.span}" for v in videos if v.clips}
+    held_out = choose_held_out(content, r.holdout_share)
+    for row in rows:
+        row["split"] = "heldout" if row["file"] in held_out else "train"
+    manifest = {
+        "settings": {key: getattr(r, key) for key in SETTINGS},
+        "videos": rows,
+        "clips": [clip for v in videos for clip in latents.rows.get(v.name, ())],
+        **notes.figures(),
+    }
+    listed = {Path(clip["latent"]).name for clip in manifest["clips"]}
+    for path in dataset.latents.glob("*.safetensors"):
+        if path.name not in listed:
+            path.unlink()
+    files.write_text(dataset.root / "resolved.yaml", loading.dump(r))
+    # In the order of the videos, not in that in which this process came to them.
+    seen = {v.name: latents.looks[v.name] for v in videos if v.name in latents.looks}
+    findings = page.Findings(manifest, seen, times.seconds, notes.lines(r))
+    page.write(r, dataset, videos, findings, latents.tokenizer)
+    # Of one that was killed while this one waited for it.
+    _remove_stale(dataset)
+    files.write_json(dataset.manifest, manifest)
+
+
+def choose_held_out(content: Mapping[str, str], share: float) -> set[str]:
+    """The videos to measure on: a `share` of them, at least one above 0 and never all.
+
+    They are the first by the hash of their name, so that a dataset that grows keeps most of them.
+    Those of the same `content` go together, or a run were measured on what it was trained on.
+    """
+    copies: dict[str, list[str]] = {}
+    for name in sorted(content, key=files.sha256_text):
+        copies.setdefault(content[name], []).append(name)
+    wanted = max(round(share * len(content)), 1) if share else 0
+    chosen: set[str] = set()
+    for names in copies.values():
+        if len(chosen) < wanted and len(chosen) + len(names) < len(content):
+            chosen.update(names)
+    return chosen
+
+
+def latent_bytes(r: Recipe) -> int:
+    """Disk that one cached latent takes."""
+    channels, t, h, w = r.spec.latent_shape(r.num_frames, r.height, r.width)
+    return channels * t * h * w * 2
+
+
+def _check_disk(r: Recipe, dataset: Dataset, videos: list[Source]) -> None:
+    missing = sum(
+        not (dataset.latents / source.latent_name(clip)).exists()
+        for source in videos
+        for clip in source.clips
+    )
+    files.require_free(
+        dataset.root,
+        missing * latent_bytes(r) + r.min_free_disk_gb * 1e9,
+        f"{missing} latents",
+        "free some space, or set clip_stride_frames or max_clips_per_video",
+    )
+
+
+# --- what is said about captions ------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class CaptionNotes:
+    """Caption files that belong to no video, and videos whose caption is cut, with its tokens."""
+
+    unused: list[tuple[str, list[str]]]
+    cut: dict[str, int]
+
+    def figures(self) -> dict[str, Any]:
+        """What the manifest says of it; nothing where there is nothing to say."""
+        figures = {"captions_unused": dict(self.unused), "captions_cut": self.cut}
+        return {key: value for key, value in figures.items() if value}
+
+    def lines(self, r: Recipe) -> list[str]:
+        """A line for each kind of finding."""
+        lines = sources.unused_lines(self.unused)
+        if self.cut:
+            named = [f"{name} ({tokens} tokens)" for name, tokens in self.cut.items()]
+            what = "1 caption is" if len(named) == 1 else f"{len(named)} captions are"
+            lines.append(
+                f"{what} longer than the {r.spec.text.tokens} tokens that the text encoder reads, "
+                f"and what lies beyond is not used: {sources.shown(named)}"
+            )
+        return lines
+
+
+def caption_notes(r: Recipe, dataset: Dataset, videos: list[Source]) -> CaptionNotes:
+    """Find what deserves a word about captions, once every video has its own.
+
+    Raises:
+        UserError: captions_file, a folder or the text encoder's tokenizer cannot be read.
+    """
+    return CaptionNotes(sources.unused_files(r, dataset, videos), _cut_captions(r, dataset, videos))
+
+
+def _cut_captions(r: Recipe, dataset: Dataset, videos: list[Source]) -> dict[str, int]:
+    """The videos whose caption has more tokens than the text encoder reads, with their number."""
+    most = r.spec.text.tokens
+    used = [v for v in videos if not v.reason]
+    # A token takes at least a byte, but for one at the start and one at the end.
+    long = [v for v in used if len(unicodedata.normalize("NFKC", v.caption).encode()) + 2 > most]
+    folder = paths.model_files(r.spec, r.checkpoints_dir).text_encoder
+    if long and (folder / "config.json").is_file():
+        tokens = text.TextEncoder(folder, r.spec.text, "cpu", torch.float32)
+        cut = tokens.cut(v.caption for v in long)
+        return {v.name: cut[v.caption] for v in long if v.caption in cut}
+    # Where all embeddings came with the dataset, the encoder need not be there.
+    pickles = {v.name: dataset.embeddings / f"{v.stem}.pickle" for v in long}
+    lengths = {
+        name: len(text.read_pickle(path, r.spec.text))
+        for name, path in pickles.items()
+        if path.exists()
+    }
+    return {name: length for name, length in lengths.items() if length == most}
+
+
+# --- embeddings -----------------------------------------------------------------------------------
+
+
+def _write_embeddings(
+    r: Recipe, dataset: Dataset, videos: list[Source], crew: Crew, device: str
+) -> None:
+    """Encodes each distinct caption once, similar lengths together.
+
+    Which captions share a batch depends on all captions, not on those that are missing: the last
+    bits of an embedding depend on its batch, and a run that was killed must end with the same.
+    """
+    pickles: dict[str, list[Path]] = {}
+    for source in videos:
+        if not source.reason:
+            path = dataset.embeddings / f"{source.stem}.pickle"
+            pickles.setdefault(source.caption, []).append(path)
+    if not any(_stale(dataset, waiting) for waiting in pickles.values()):
+        return
+    folder = paths.model_files(r.spec, r.checkpoints_dir).text_encoder
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    encoder = text.TextEncoder(folder, r.spec.text, device, dtype)
+    with console.progress("embed", len(pickles), "captions") as bar:
+        for number, batch in enumerate(encoder.batches(list(pickles))):
+            with crew.piece(len(videos) + number) as ours:
+                stale = {c: _stale(dataset, pickles[c]) for c in batch} if ours else {}
+                if any(stale.values()):
+                    for caption, embedding in zip(batch, encoder.encode(batch), strict=True):
+                        if not embedding.isfinite().all():
+                            raise text.no_embedding(caption, folder)
+                        for path in stale[caption]:
+                            with files.atomic_file(path) as temporary:
+                                text.write_pickle(temporary, embedding)
+            bar.advance(count=len(batch))
+
+
+def _stale(dataset: Dataset, pickles: list[Path]) -> list[Path]:
+    """The pickles that are missing or older than their caption."""
+    metas = [dataset.metas / f"{path.stem}.txt" for path in pickles]
+    return [
+        path
+        for path, meta in zip(pickles, metas, strict=True)
+        if not path.exists() or path.stat().st_mtime_ns < meta.stat().st_mtime_ns
+    ]
+
+
+def _check_embeddings(r: Recipe, dataset: Dataset, videos: list[Source]) -> None:
+    """Reads the pickles that will be kept, the reference's own among them.
+
+    Raises:
+        UserError: one is no embedding.
+    """
+    for source in videos:
+        path = dataset.embeddings / f"{source.stem}.pickle"
+        if not source.reason and not _stale(dataset, [path]):
+            text.read_pickle(path, r.spec.text)
+
+
+# --- latents --------------------------------------------------------------------------------------
+
+
+class Latents:
+    """Makes the latents of one video after the other, and remembers what it made."""
+
+    def __init__(self, r: Recipe, dataset: Dataset, clips: int, device: str) -> None:
+        self.recipe, self.dataset = r, dataset
+        dtype = torch.float32 if device == "cpu" else torch.bfloat16
+        self.tokenizer = latent_files.load_tokenizer(r, device, dtype)
+        # All clips of the dataset decide, done or not: a run that goes on must make the same bits.
+        worth, loss = (
+            device != "cpu" and clips >= WORTH_COMPILING,
+            "a clip takes three times as long",
+        )
+        if compiles(r.compile, worth, torch.device(device), loss):
+            self.tokenizer.compile_blocks()
+        identity = files.sha256_path(paths.model_files(r.spec, r.checkpoints_dir).tokenizer)
+        settings = {key: getattr(r, key) for key in ("height", "width", "num_frames", "resize")}
+        self.settings = (json.dumps(settings), identity)
+        self.rows: dict[str, list[dict[str, Any]]] = {}
+        self.looks: dict[str, list[clip_statistics.Look]] = {}
+        self._digests: dict[Path, str] = {}
+        self._warned = False
+
+    def digest(self, source: Source) -> str:
+        """The hash of a video's file, "" for a rejected one."""
+        if source.reason:
+            return ""
+        if source.path not in self._digests:
+            self._digests[source.path] = files.sha256_file(source.path)
+        return self._digests[source.path]
+
+    def make(self, videos: list[Source], crew: Crew) -> None:
+        """Makes the latents of every video that is not done and that no other process works on."""
+        todo = [(i, v) for i, v in enumerate(videos) if not v.reason and v.name not in self.rows]
+        with console.progress("encode", sum(len(v.clips) for _, v in todo), "clips") as bar:
+            for number, source in todo:
+                count = len(source.clips)
+                with crew.piece(number) as ours:
+                    if ours:
+                        self._make_one(source)
+                bar.advance(source.name, count)
+                if number % TRIM_EVERY_VIDEOS == 0:
+                    _trim_memory()
+
+    def _make_one(self, source: Source) -> None:
+        keys = {
+            clip: files.sha256_text(self.digest(source), json.dumps(asdict(clip)), *self.settings)
+            for clip in source.clips
+        }
+        try:
+            abouts = {clip: self._kept(source, clip, key) for clip, key in keys.items()}
+            if not all(about.get("checked") for about in abouts.values()):
+                self._refuse_damage(source)
+            for clip, key in keys.items():
+                abouts[clip] = abouts[clip] or self._encode(source, clip, key)
+        except video.VideoError as error:
+            source.reject(str(error))
+            return
+        self.rows[source.name] = [self._row(source, clip) for clip in source.clips]
+        self.looks[source.name] = [clip_statistics.Look(*abouts[c]["look"]) for c in source.clips]
+
+    def _kept(self, source: Source, clip: video.Clip, key: str) -> dict[str, Any]:
+        """Return what is noted in a clip's latent, nothing when it must be made.
+
+        Latents of earlier versions were made of what the decoder showed, right or wrong. Such a
+        one is kept if the clip still looks as it did then.
+        """
+        about = _about(self.dataset.latents / source.latent_name(clip))
+        if about.get("key") != key:
+            return {}
+        if not about.get("checked"):
+            now, then = (
+                clip_statistics.measure(self._pixels(source, clip)),
+                clip_statistics.Look(*about["look"]),
+            )
+            if now.cut != then.cut or abs(now.motion - then.motion) > 1e-3 * (1 + then.motion):
+                return {}
+        return about
+
+    def _refuse_damage(self, source: Source) -> None:
+        """Reject a video that shows damage in a clip; another clip may have what nothing reports.
+
+        Raises:
+            VideoError: with the times.
+        """
+        assert source.info
+        if source.info.codec == "hevc" and not damage.checks_hevc() and not self._warned:
+            fix = "apt-get install libde265-0"
+            console.warn(f"most damage in HEVC videos is not noticed without libde265: {fix}")
+            self._warned = True
+        spans = damage.find(source.path, source.clips)
+        if spans:
+            more = f" and {len(spans) - 3} more times" if len(spans) > 3 else ""
+            times = ", ".join(f"{a:.2f} to {b:.2f} s" for a, b in spans[:3]) + more
+            raise video.VideoError(f"damaged from {times}: replace it, or cut that out")
+
+    def _pixels(self, source: Source, clip: video.Clip) -> torch.Tensor:
+        r, device = self.recipe, next(self.tokenizer.parameters()).device.type
+        return video.read_clip(source.path, clip, r.height, r.width, r.resize, device)
+
+    @torch.inference_mode()
+    def _encode(self, source: Source, clip: video.Clip, key: str) -> dict[str, Any]:
+        """Writes the latent of a clip; what is noted in the file."""
+        parameter, pixels = next(self.tokenizer.parameters()), self._pixels(source, clip)
+        x0 = self.tokenizer.encode(video.to_model(pixels)[None].to(parameter))[0]
+        about = {
+            "key": key,
+            "fps": clip.fps,
+            "video": source.name,
+            "caption": source.stem,
+            "look": clip_statistics.measure(pixels),
+            # The decoder showed these frames, and reported no damage in them.
+            "checked": True,
+        }
+        latent = x0.to("cpu", torch.bfloat16)
+        path = self.dataset.latents / source.latent_name(clip)
+        weights.write_safetensors(path, {"latent": latent}, {"about": json.dumps(about)})
+        return about
+
+    def _row(self, source: Source, clip: video.Clip) -> dict[str, Any]:
+        root, path = self.dataset.root, self.dataset.latents / source.latent_name(clip)
+        return {
+            "latent": str(path.relative_to(root)),
+            "sha256": files.sha256_file(path),
+            "text": str((self.dataset.embeddings / f"{source.stem}.pickle").relative_to(root)),
+            "video": source.name,
+            "first_frame": clip.start,
+            "fps": clip.fps,
+        }
+
+
+def _trim_memory() -> None:
+    """Returns free memory to the system.
+
+    Trap: what is kept of each video lies between the tensors of its frames, so glibc's heap grows
+    by half a megabyte a video although nearly all of it is free.
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(0)
+
+
+def _about(path: Path) -> dict[str, Any]:
+    """What is noted in a latent's file, nothing when it is missing or damaged."""
+    try:
+        files.check_safetensors(path)
+        with safe_open(path, framework="pt") as stream:
+            about: dict[str, Any] = json.loads((stream.metadata() or {}).get("about", "{}"))
+    except (files.BadFile, OSError, SafetensorError):
+        return {}
+    return about

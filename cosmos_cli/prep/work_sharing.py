@@ -1,0 +1,116 @@
+"""Share one job among several processes, with locks on the bytes of one file. No torch.
+
+The system frees the locks of a process that dies, even on another node of a shared disk.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from cosmos_cli import files
+from cosmos_cli.errors import ExitCode, UserError
+
+# Byte 0 is locked by every process at work, byte 1 + N by the process that does piece N.
+_MEMBERS, _FIRST_PIECE = 0, 1
+
+
+class Crew:
+    """The processes that share one job. All must number its pieces of work alike."""
+
+    def __init__(self, file: int, job: str, where: Path) -> None:
+        self._file, self._job, self._where = file, job.encode(), where
+        self.first = self._lock(_MEMBERS, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        """True if no other process is at work. Then none can join before `start`."""
+        if not self.first:
+            self._lock(_MEMBERS, fcntl.LOCK_SH)
+            if not self._read().startswith(self._job):
+                # The first process may have ended before it called `start`.
+                self.first = self._lock(_MEMBERS, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if not self.first:
+                    raise self._another()
+        if self.first:
+            os.ftruncate(file, 0)
+
+    def start(self) -> None:
+        """Let other processes join."""
+        if self.first:
+            os.pwrite(self._file, self._job, 0)
+            self._lock(_MEMBERS, fcntl.LOCK_SH)
+
+    @contextmanager
+    def piece(self, number: int) -> Iterator[bool]:
+        """Lock piece `number` while the context lasts; False if another process does it."""
+        ours = self._lock(_FIRST_PIECE + number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            yield ours
+        finally:
+            if ours:
+                self._lock(_FIRST_PIECE + number, fcntl.LOCK_UN)
+
+    def wait_for_others(self) -> bool:
+        """Wait until no other process is at work; True if one of them finished the job.
+
+        Raises:
+            UserError: another process began a different job in the meantime.
+        """
+        # Unlock first: two processes that both upgrade a shared lock would wait for each other
+        # for ever.
+        self._lock(_MEMBERS, fcntl.LOCK_UN)
+        self._lock(_MEMBERS, fcntl.LOCK_EX)
+        if not self._read().startswith(self._job):
+            raise self._another()
+        return self._read() == self._job + b"\n"
+
+    def finished(self) -> None:
+        """Tell the waiting processes that the job is done."""
+        os.pwrite(self._file, b"\n", len(self._job))
+
+    def _read(self) -> bytes:
+        return os.pread(self._file, len(self._job) + 1, 0)
+
+    def _lock(self, byte: int, how: int) -> bool:
+        try:
+            fcntl.lockf(self._file, how, 1, byte)
+        except OSError as error:
+            if error.errno in (errno.EAGAIN, errno.EACCES):
+                return False
+            raise UserError(
+                f"cannot be locked: {os.strerror(error.errno or 0)}",
+                code=ExitCode.ASSET,
+                where=str(self._where),
+                fix="use a disk with file locks (Lustre has them when mounted with flock)",
+            ) from error
+        return True
+
+    def _another(self) -> UserError:
+        return UserError(
+            "another `cosmos prep` is working here, with a different recipe or different videos",
+            code=ExitCode.USAGE,
+            where=str(self._where),
+            fix="wait until it ends, or use `--set dataset_dir=FOLDER`",
+        )
+
+
+@contextmanager
+def crew(path: Path, job: str) -> Iterator[Crew]:
+    """Join the processes that do the same job.
+
+    Args:
+        path: the file that holds the locks.
+        job: a text that identifies the job by all that decides its result.
+
+    Raises:
+        UserError: other processes do a different job, or the file cannot be written.
+    """
+    with files.disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        yield Crew(file, job, path.parent)
+    finally:
+        os.close(file)

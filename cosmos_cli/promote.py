@@ -1,0 +1,231 @@
+"""One checkpoint of a run -> the verified, self-describing model folder that generate loads."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cosmos_cli import __version__, console, exchange, files, paths
+from cosmos_cli.errors import ExitCode, UserError
+from cosmos_cli.model import lora, weights
+from cosmos_cli.model.dit import DiT
+from cosmos_cli.model.finite import require_finite
+from cosmos_cli.paths import Run
+from cosmos_cli.recipe import loading
+from cosmos_cli.recipe.keys import Recipe
+
+LICENCE_URL = (
+    "https://www.nvidia.com/en-us/agreements/enterprise-software/nvidia-open-model-license/"
+)
+
+
+def promote(r: Recipe, step: int, kind: str, format: str, target: Path) -> dict[str, Any]:
+    """Checks the weights of a step against the base and writes the model folder; its manifest.
+
+    The recipe that counts is the one the run was trained with, where it is still there.
+
+    Args:
+        r: names the run and the base.
+        step: a saved step.
+        kind: ema or reg.
+        format: one of `layout.MODEL_FORMATS`.
+        target: the folder, which is replaced whole; the caller holds `exchange.alone`.
+
+    Raises:
+        UserError: the checkpoint is missing, damaged, not finite, or no different from the base.
+    """
+    run = Run(r.run_dir)
+    if run.resolved.exists():
+        r = loading.load(run.resolved).recipe
+    r = r.model_copy(update={"checkpoints_dir": str(target.parent)})
+    source = run.lora(step, kind) if r.lora_rank else run.model(step, kind)
+    console.say(f"reading {source}")
+    base = paths.model_files(r.spec, r.checkpoints_dir, r.base).dit
+    original = weights.load_dit_state(base)
+    tuned = lora.merge(original, source, 1.0) if r.lora_rank else weights.load_dit_state(source)
+    with torch.device("meta"):
+        expected = {f"net.{k}": v.shape for k, v in DiT(r.spec.dit).state_dict().items()}
+    net = {name: tensor for name, tensor in tuned.items() if name.startswith("net.")}
+    weights.check_keys(expected, net, source)
+    weights.check_keys(expected, {k: v for k, v in original.items() if k in net}, base)
+    changes = relative_changes(net, original)
+    fix = "promote an earlier step"
+    require_finite(original, base, weights.name_in_file(base))
+    require_finite(tuned, source, weights.name_in_file(source), fix)
+    require_trained(changes, source)
+    # Diffusers has no place for the log-variance head, which training alone needs.
+    written = net if format == "diffusers" else tuned
+    kept = {"lora": _lora(original, tuned, source)} if r.lora_rank else {}
+    return _write_folder(r, target, written, {
+        **kept,
+        "model": r.model,
+        "format": format,
+        "weights": kind,
+        "step": step,
+        "run": str(run.root),
+        "checkpoint": {"path": str(source), "sha256": files.sha256_path(source)},
+        "base": {"path": str(base), "sha256": files.sha256_path(base)},
+        "dataset_manifest_sha256": _dataset_hash(run, step),
+        "relative_change": changes,
+        "recipe": json.loads(r.model_dump_json()),
+        "cosmos": __version__,
+    })  # fmt: skip
+
+
+def _lora(base: dict[str, Tensor], merged: dict[str, Tensor], source: Path) -> dict[str, Any]:
+    """Return what the manifest says of the LoRA; says how much of its change the weights kept."""
+    kept = lora.kept_share(base, merged, source)
+    dtype = next(tensor.dtype for name, tensor in merged.items() if name.startswith("net.blocks."))
+    precision = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}.get(dtype)
+    console.say(
+        f"the merged weights in {precision or dtype} kept {kept:.0%} of the LoRA's change; "
+        f"{paths.LORA_FILE} keeps all of it, and generate uses that where it finds the base"
+    )
+    return {"file": paths.LORA_FILE, "sha256": files.sha256_file(source), "kept": kept}
+
+
+def require_trained(changes: dict[str, float], source: Path) -> None:
+    """Refuses weights that training has spoiled or left as they were.
+
+    Raises:
+        UserError: they are not finite, or no different from the base.
+    """
+    if bad := [group for group, change in changes.items() if math.isnan(change)]:
+        raise UserError(
+            f"holds numbers that are not finite in {', '.join(bad)}",
+            code=ExitCode.ASSET,
+            where=str(source),
+            fix="promote an earlier step",
+        )
+    if not any(changes.values()):
+        raise UserError(
+            "does not differ from the base weights",
+            code=ExitCode.ASSET,
+            where=str(source),
+            fix="train longer, or look at learning_rate and warmup_steps",
+        )
+
+
+def relative_changes(tuned: dict[str, Tensor], base: dict[str, Tensor]) -> dict[str, float]:
+    """|tuned - base| / |base| of each group of weights; NaN where a number is not finite."""
+    sums: dict[str, list[float]] = {}
+    for name, tensor in tuned.items():
+        group = re.sub(r"^net\.(blocks\.\d+\.[a-z_]+|[a-z_]+).*$", r"\1", name)
+        group = re.sub(r"\.\d+\.", ".", group)
+        before = base[name].float()
+        difference = (tensor.float() - before).square().sum().item()
+        total = sums.setdefault(group, [0.0, 0.0])
+        total[0] += difference
+        total[1] += before.square().sum().item()
+    return {
+        group: math.sqrt(changed / max(norm, 1e-30)) if math.isfinite(changed) else math.nan
+        for group, (changed, norm) in sorted(sums.items())
+    }
+
+
+def _dataset_hash(run: Run, step: int) -> str | None:
+    path = run.resume_state(step) / paths.MANIFEST_FILE
+    return str(files.read_json(path)["dataset"]) if path.exists() else None
+
+
+def _write_folder(
+    r: Recipe, target: Path, state: dict[str, Tensor], manifest: dict[str, Any]
+) -> dict[str, Any]:
+    """Build the folder beside the old one, then exchange the two; the manifest with its hash."""
+    with exchange.replacing(target) as building:
+        return _fill_folder(r, building, state, manifest)
+
+
+def _fill_folder(
+    r: Recipe, building: Path, state: dict[str, Tensor], manifest: dict[str, Any]
+) -> dict[str, Any]:
+    """Write all files of the folder and read its weights back."""
+    path = building / paths.MODEL_FORMATS[manifest["format"]]
+    if manifest["format"] == "diffusers":
+        weights.save_diffusers(path, state, r.spec.dit)
+    else:
+        weights.save_dit(path, state, manifest["format"])
+    written = weights.load_dit_state(path)
+    if written.keys() != state.keys() or any(
+        not torch.equal(written[name], tensor) for name, tensor in state.items()
+    ):
+        raise UserError(
+            "was not written as it should be",
+            code=ExitCode.ASSET,
+            where=str(path),
+            fix="check the disk and promote again",
+        )
+    del written
+    if "lora" in manifest:
+        _copy_lora(Path(manifest["checkpoint"]["path"]), building, manifest["lora"]["sha256"])
+    manifest["sha256"] = files.sha256_path(path)
+    files.write_text(building / "recipe.yaml", loading.dump(r))
+    files.write_text(building / "README.md", _card(r, manifest))
+    if not r.spec.embedded:
+        files.write_text(building / "NOTICE", _NOTICE)
+    files.write_json(building / paths.MANIFEST_FILE, manifest)
+    return manifest
+
+
+def _copy_lora(source: Path, folder: Path, sha256: str) -> None:
+    """Puts the LoRA file that was merged beside the merged weights."""
+    target = folder / paths.LORA_FILE
+    with files.atomic_file(target) as temporary:
+        shutil.copyfile(source, temporary)
+    if files.sha256_file(target) != sha256:
+        raise UserError(
+            "was not copied as it should be", code=ExitCode.ASSET, where=str(source),
+            fix="check the disk and promote again",
+        )  # fmt: skip
+
+
+def change_table(changes: dict[str, float]) -> str:
+    """The relative change of each group of weights, for a person."""
+    rows = [(group, f"{change:.2e}") for group, change in changes.items()]
+    return console.table(rows, ("weights", "relative change"))
+
+
+# The words that the licence asks of whoever passes on a model made from NVIDIA's, section 3.
+_NOTICE = "Licensed by NVIDIA Corporation under the NVIDIA Open Model License\n"
+_LICENCE_FIELDS = f"""license: other
+license_name: nvidia-open-model-license
+license_link: {LICENCE_URL}
+"""
+_TERMS = f"""
+Built on NVIDIA Cosmos.
+
+Derived from a model of NVIDIA Corporation and under the [NVIDIA Open Model License]({LICENCE_URL}).
+Who passes it on gives a copy of that licence and the file NOTICE along, and keeps the line above on
+a page about it. The licence ends for who disables a guardrail without an equal one in its place.
+"""
+
+_LORA_WORDS = f"""
+`{paths.LORA_FILE}` is the LoRA that was trained, in the format of diffusers and peft.
+"""
+
+
+def _card(r: Recipe, manifest: dict[str, Any]) -> str:
+    derived = not r.spec.embedded
+    return f"""---
+base_model: {"nvidia/" if derived else ""}{r.model}
+{_LICENCE_FIELDS if derived else ""}library_name: cosmos-posttrain
+pipeline_tag: text-to-video
+---
+
+# {r.model}, post-trained as {r.name}
+
+{manifest["weights"].upper()} weights of step {manifest["step"]} of the run `{r.name}`, trained on
+`{r.dataset_dir}` at {r.num_frames} frames of {r.height}x{r.width}.
+
+    cosmos generate --prompt "{(r.prompt or "...").replace('"', "'")}"
+
+`{paths.MODEL_FORMATS[manifest["format"]]}` has the weights; `manifest.json` the hashes of weights,
+base and dataset and the recipe in full; `recipe.yaml` is that recipe.
+{_LORA_WORDS if "lora" in manifest else ""}{_TERMS if derived else ""}"""

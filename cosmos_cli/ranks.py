@@ -1,0 +1,135 @@
+"""Start N ranks, pass on their errors, and name the one that failed first. No torch at import.
+
+Run as a module, this file is torchrun for the ranks of one run. Errors travel over a datagram
+socket in Linux's abstract namespace: it needs no file, so it works on a full disk.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import logging
+import os
+import signal
+import socket
+import sys
+from typing import Any
+
+from cosmos_cli import console
+from cosmos_cli.errors import ExitCode
+from cosmos_cli.gpus import gpu_names
+
+ADDRESS = "COSMOS_MAILBOX"
+MAX_CHARACTERS = 20_000
+
+
+class Mailbox:
+    """Receives the messages of the ranks, which find `address` in their environment variable."""
+
+    def __init__(self) -> None:
+        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.address = f"cosmos-{os.getpid()}-{os.urandom(4).hex()}"
+        self.socket.bind(f"\0{self.address}")
+        self.socket.setblocking(False)
+
+    def read(self) -> list[dict[str, Any]]:
+        """Return the messages that have arrived since the last call, oldest first."""
+        messages = []
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                messages.append(json.loads(self.socket.recv(2**20)))
+        return messages
+
+    def __enter__(self) -> Mailbox:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.socket.close()
+
+
+def post(message: dict[str, Any]) -> None:
+    """Send a message to the process that started this one, or print it if there is none."""
+    text = json.dumps(message)
+    address = os.environ.get(ADDRESS)
+    try:
+        if address is None:
+            raise ConnectionRefusedError
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
+            sender.setblocking(False)
+            sender.sendto(text.encode(), f"\0{address}")
+    except OSError:
+        print(text, file=sys.stderr)
+
+
+_PR_SET_PDEATHSIG = 1
+
+
+def die_with_parent() -> None:
+    """Has Linux send SIGTERM to this process when its parent dies, however it dies."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM))
+
+
+def main(arguments: list[str]) -> int:
+    """Runs torchrun with `arguments` and posts which rank failed first, and how."""
+    from torch.distributed import run
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    # Ranks inherit this until they install their own handler; without, asking for a save would
+    # kill those that are still starting.
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+        # torchrun would handle it in spite of nohup, and end the ranks.
+        os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGTERM,SIGINT,SIGQUIT"
+    # What torchrun says of a failure in a screenful, the post below says in a line.
+    logging.disable(logging.ERROR)
+    try:
+        run.main(["--standalone", *arguments])
+    except SignalException:
+        return int(ExitCode.SIGTERM)
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        post({"first": rank, "process_code": failure.exitcode})
+        return int(ExitCode.TRAINING)
+    return 0
+
+
+def under_launcher() -> bool:
+    """Whether torchrun or the like started this process as one rank of many."""
+    return {"RANK", "LOCAL_RANK", "WORLD_SIZE"} <= os.environ.keys()
+
+
+def mute_all_but_first() -> None:
+    """Has one of the ranks that a launcher started speak for all."""
+    if under_launcher() and os.environ["RANK"] != "0":
+        console.mute()
+
+
+def kill_group(group: int) -> None:
+    """Ends every process of a group that is still there."""
+    try:
+        os.killpg(group, signal.SIGKILL)
+    except ProcessLookupError:
+        return
+
+
+def environment(ranks: int) -> dict[str, str]:
+    """The environment of `ranks` processes on this machine."""
+    defaults = {
+        "OMP_NUM_THREADS": str(max((os.cpu_count() or 1) // ranks, 1)),
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
+        "PYTHONUNBUFFERED": "1",
+        # Folders like datasets/ in the working directory must not pass for packages.
+        "PYTHONSAFEPATH": "1",
+    }
+    if not gpu_names():
+        # Without it DeepSpeed guesses, and prints the guess on stdout.
+        defaults["DS_ACCELERATOR"] = "cpu"
+    return {**defaults, **os.environ}
+
+
+if __name__ == "__main__":
+    die_with_parent()
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,432 @@
+"""Every key of a recipe: its type, default and description; and rules between the keys."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from cosmos_cli.spec import COSMOS_7B, LORA_TARGETS, MODELS, ModelSpec
+
+# cuBLAS needs rows of a multiple of 16 bytes in fp8. In the backward pass a row holds all tokens.
+FP8_MULTIPLE = 16
+TEXT = r"^[^\x00]+$"
+NAME = r"^\w[\w.-]{0,99}$"
+REPO = r"^(embedded|[\w-][\w.-]*/[\w-][\w.-]*)$"
+# In these keys ~/ means the home folder, as in the shell.
+PATHS = (
+    "checkpoints_dir", "base", "dataset_dir", "videos_dir", "captions_file", "output_root",
+)  # fmt: skip
+PATTERNS = {
+    TEXT: "text that is not empty",
+    NAME: "text of letters, digits, '.', '_' and '-'",
+    REPO: "a hub name like owner/name, or embedded",
+}
+
+if TYPE_CHECKING:
+    ModelName = str
+    LoraTargets = str
+else:
+    ModelName = Literal[tuple(MODELS)]
+    LoraTargets = Literal[tuple(LORA_TARGETS)]
+THIRD_PARTY_T5 = "comfyanonymous/cosmos_1.0_text_encoder_and_VAE_ComfyUI"
+TextEncoders = Literal["comfyanonymous/cosmos_1.0_text_encoder_and_VAE_ComfyUI", "google-t5/t5-11b"]
+Processes = Annotated[int, Field(ge=1, le=65536)]
+
+
+def _key(group: str, description: str, default: Any = ..., **bounds: Any) -> Any:
+    return Field(default, description=description, json_schema_extra={"group": group}, **bounds)
+
+
+def _model_key(group: str, description: str, attribute: str, **bounds: Any) -> Any:
+    def default(earlier: dict[str, Any]) -> Any:
+        return getattr(MODELS[earlier.get("model", COSMOS_7B.name)], attribute)
+
+    return Field(
+        default_factory=default,
+        description=description,
+        json_schema_extra={"group": group},
+        **bounds,
+    )
+
+
+_model = partial(_key, "model")
+_data = partial(_key, "data")
+_clip = partial(_model_key, "data")
+_training = partial(_key, "training")
+_sampling = partial(_key, "sampling")
+_output = partial(_key, "output")
+
+
+class Recipe(BaseModel):
+    """The settings of one run, from download to video. The descriptions are the key reference."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    model: ModelName = _model("Model to post-train and to generate with.", COSMOS_7B.name)
+    checkpoints_dir: str = _model(
+        "Folder of downloaded and promoted models.", "checkpoints", pattern=TEXT
+    )
+    text_encoder_repo: TextEncoders = _model(
+        "Hub repository of the T5 encoder. comfyanonymous/cosmos_1.0_text_encoder_and_VAE_ComfyUI: "
+        "a third party's copy in fp16 (10 GB). google-t5/t5-11b: the original (a download of "
+        "45 GB, of which 19.5 GB are kept).",
+        THIRD_PARTY_T5,
+    )
+    base: str | None = _model(
+        "Weights to start from: a .pt or .safetensors file, or a diffusers folder; null uses the "
+        "model's own weights.",
+        None,
+        pattern=TEXT,
+    )
+
+    dataset_dir: str = _data(
+        "Folder of the dataset: videos, captions, embeddings and latents.", pattern=TEXT
+    )
+    dataset_repo: str | None = _data(
+        "Hub dataset that `cosmos download` fetches into dataset_dir; embedded renders synthetic "
+        "clips instead.",
+        None,
+        pattern=REPO,
+    )
+    dataset_revision: str | None = _data(
+        "Commit, tag or branch of dataset_repo; null takes the newest commit at the first download "
+        "and stays with it.",
+        None,
+        pattern=TEXT,
+    )
+    dataset_include: str | None = _data(
+        "Glob of the files to fetch from dataset_repo; null fetches all.", None, pattern=TEXT
+    )
+    videos_dir: str | None = _data(
+        "Folder of the videos, or a LeRobot dataset; null means videos/ inside dataset_dir.",
+        None,
+        pattern=TEXT,
+    )
+    camera: str | None = _data(
+        "Camera of a LeRobot dataset; null takes the only one.", None, pattern=TEXT
+    )
+    captions_file: str | None = _data(
+        "CSV or JSONL file with the columns file and caption; null means no such file.",
+        None,
+        pattern=TEXT,
+    )
+    prompt: str | None = _data(
+        "Caption of every video that has none; with caption vlm, the text in front of each "
+        "caption that the model writes.",
+        None,
+        pattern=TEXT,
+    )
+    caption: Literal["given", "vlm"] = _data(
+        "Source of missing captions. given: the key prompt. vlm: a vision-language model describes "
+        "the video.",
+        "given",
+    )
+    caption_model: str | None = _data(
+        "Vision-language model for caption vlm: a folder, or a repository in the local hub cache.",
+        None,
+        pattern=TEXT,
+    )
+    num_frames: int = _clip("Frames per clip, 8k + 1.", "num_frames", ge=1)
+    height: int = _clip("Height of a clip in pixels, a multiple of 16.", "height", ge=16)
+    width: int = _clip("Width of a clip in pixels, a multiple of 16.", "width", ge=16)
+    fps: float = _clip("Frames per second of a clip.", "fps", gt=0, le=240)
+    fps_policy: Literal["keep", "resample", "reject"] = _data(
+        "What to do with a video of another frame rate. keep: use its frames at its own rate. "
+        "resample: convert it to fps. reject: do not use it.",
+        "resample",
+    )
+    resize: Literal["stretch", "crop", "pad"] = _data(
+        "How to fit a video of another shape to height x width. stretch: change its proportions. "
+        "crop: keep the centre and cut off the edges. pad: add black bars.",
+        "crop",
+    )
+    clip_stride_frames: int | None = _data(
+        "Frames from the start of one clip to the start of the next; null means num_frames, so "
+        "that clips do not overlap.",
+        None,
+        ge=1,
+    )
+    max_clips_per_video: int | None = _data(
+        "Maximum number of clips from one video; null takes all.", None, ge=1
+    )
+    holdout_share: float = _data(
+        "Share of the videos held out from training for validation; at least one video if above 0.",
+        0.0,
+        ge=0,
+        le=0.5,
+    )
+    check_every_clips: int = _data(
+        "prep decodes one clip in N from its latent and shows it in its report, at most 12 clips.",
+        50,
+        ge=1,
+    )
+    strict: bool = _data(
+        "true fails prep when a video is rejected; false counts rejected videos and continues.",
+        False,
+    )
+
+    learning_rate: float = _training(
+        "Learning rate of AdamW after the warm-up; the default, 2^-14.3, is the reference's.",
+        4.957595e-5,
+        gt=0,
+        le=1,
+    )
+    beta1: float = _training("AdamW's decay rate for the mean of the gradient.", 0.9, ge=0, lt=1)
+    beta2: float = _training(
+        "AdamW's decay rate for the mean of the squared gradient.", 0.99, ge=0, lt=1
+    )
+    adam_eps: float = _training(
+        "AdamW's epsilon, which keeps its division finite.", 1e-10, gt=0, le=1
+    )
+    weight_decay: float = _training("Decoupled weight decay of every weight.", 0.1, ge=0, le=10)
+    grad_clip: float = _training("Maximum global norm of the gradient.", 1.0, gt=0)
+    warmup_steps: int = _training(
+        "Steps over which the learning rate rises linearly to learning_rate.", 100, ge=0
+    )
+    lr_start_factor: float = _training(
+        "Learning rate at the first step of the warm-up, as a share of learning_rate.",
+        1e-6,
+        ge=0,
+        le=1,
+    )
+    lr_end_factor: float = _training(
+        "Learning rate at max_steps, as a share of learning_rate; after the warm-up it changes "
+        "linearly.",
+        1.0,
+        ge=0,
+        le=1,
+    )
+    max_steps: int = _training("Optimizer steps of the whole run.", 1000, ge=1, le=10**8)
+    save_every_steps: int = _training("Steps between checkpoints.", 200, ge=1)
+    log_every_steps: int = _training("Steps between lines of metrics.", 10, ge=1)
+    validate_every_steps: int = _training(
+        "Steps between validations on held-out clips; every checkpoint is validated too.", 100, ge=1
+    )
+    validate_clips: int = _training(
+        "Maximum number of held-out clips per validation, each at four noise levels.", 8, ge=1
+    )
+    preview_every_steps: int = _training(
+        "Steps between previews, pictures of a few clips after one denoising step; 0 makes none.",
+        100,
+        ge=0,
+    )
+    sample_every_saves: int = _training(
+        "Every N-th checkpoint also samples whole videos from the preview clips' captions; 0 "
+        "samples none.",
+        5,
+        ge=0,
+    )
+    preview_clips: int = _training(
+        "Clips per preview and videos per sampling; held-out clips, or training clips if none are "
+        "held out.",
+        2,
+        ge=1,
+        le=16,
+    )
+    preview_share: float = _training(
+        "Maximum share of the run's time for previews and samples. After the first of each, they "
+        "are skipped whenever they would exceed it.",
+        0.02,
+        gt=0,
+        le=1,
+    )
+    tracker: Literal["none", "tensorboard", "wandb", "trackio"] = _training(
+        "Experiment tracker for the metrics. none: only the run's own files. tensorboard, wandb, "
+        "trackio: that tracker as well.",
+        "none",
+    )
+    timeout_seconds: float = _training(
+        "The run ends when a process shows no sign of life, or keeps the others waiting, for this "
+        "many seconds.",
+        1800.0,
+        ge=1,
+    )
+    max_restarts: int = _training(
+        "How often training restarts from its last checkpoint after a process is lost.", 0, ge=0
+    )
+    keep_last: int = _training("Number of newest resume states to keep on disk.", 2, ge=1)
+    keep_every_steps: int = _training(
+        "Also keep the resume states of steps that are a multiple of this; 0 keeps none of them.",
+        0,
+        ge=0,
+    )
+    global_batch_size: int = _training("Clips per optimizer step over all processes.", 8, ge=1)
+    micro_batch_size: int = _training(
+        "Clips that one process computes in one forward and backward pass.", 1, ge=1
+    )
+    num_processes: Processes | Literal["auto"] = _training(
+        "Training processes; auto is one per GPU, or one on a CPU.", "auto"
+    )
+    sequence_parallel: int = _training(
+        "Processes in a sequence-parallel group, which splits the tokens of one clip to save "
+        "memory per GPU and to shorten a step. It must divide the number of attention heads.",
+        1,
+        ge=1,
+    )
+    zero_stage: int = _training(
+        "ZeRO stage. 0 and 1: shard the optimizer state. 2: shard the gradients too. 3: shard the "
+        "weights too.",
+        3,
+        ge=0,
+        le=3,
+    )
+    offload: Literal["none", "ema", "optimizer", "parameters"] = _training(
+        "State to keep in CPU memory instead of GPU memory; each level costs more time. none: "
+        "nothing. ema: the EMA. optimizer: the optimizer state and gradients too. parameters: the "
+        "weights too.",
+        "none",
+    )
+    precision: Literal["bf16", "fp32"] = _training(
+        "Data type of weights and activations; the optimizer keeps fp32.", "bf16"
+    )
+    hpz_partition_size: Processes | Literal["auto"] = _training(
+        "Processes that shard a second copy of the weights (ZeRO++ hpZ), so that the backward pass "
+        "gathers within a node. auto: those of one node if there are several nodes. 1: no second "
+        "copy.",
+        "auto",
+    )
+    activation_checkpointing: Literal["none", "most", "attention", "all"] = _training(
+        "Activation checkpointing. none: store everything. most: like attention, but also store "
+        "the outputs of the linears in as many blocks as fit. attention: recompute each block "
+        "except self-attention, which takes most of the time. all: recompute whole blocks.",
+        "all",
+    )
+    # all also moves attention and its norms to Transformer Engine, in bf16. It remains accepted
+    # for existing recipes and is left out of the description: use linears.
+    transformer_engine: Literal["off", "linears", "all"] = _training(
+        "Use of NVIDIA's Transformer Engine. off: none. linears: compute the linears of all blocks "
+        "but the first and last in fp8; weights and files keep their format. With "
+        "activation_checkpointing most, the outputs of fp8 linears are not stored.",
+        "off",
+    )
+    optimizer: Literal["auto", "torch", "deepspeed", "apex"] = _training(
+        "Implementation of AdamW. auto: the same as torch. torch: PyTorch's fused one. deepspeed: "
+        "DeepSpeed's, which is compiled at its first use. apex: NVIDIA Apex's, the kernel that "
+        "NVIDIA's own training uses; it is as fast as torch's (2.89 against 2.88 ms for 256 "
+        "million weights).",
+        "auto",
+    )
+    text_dropout: float = _training(
+        "Share of clips trained without their text, which classifier-free guidance needs.",
+        0.2,
+        ge=0,
+        lt=1,
+    )
+    # Above 12^-0.5 = 0.2887 no positive exponent of EDM2's power function gives this width.
+    ema_rate: float = _training(
+        "Width of the EMA's averaging profile as a share of the run (EDM2's relative standard "
+        "deviation).",
+        0.1,
+        gt=0,
+        le=0.28,
+    )
+    seed: int = _training("Seed of clip order, noise and dropout.", 0, ge=0, lt=2**32)
+    lora_rank: int = _training(
+        "Rank of a LoRA, which freezes the weights and trains two small factors next to some of "
+        "them; 0 trains all weights instead.",
+        0,
+        ge=0,
+        le=1024,
+    )
+    lora_alpha: float | None = _training(
+        "A LoRA adds lora_alpha / lora_rank times the product of its factors; null means "
+        "lora_rank.",
+        None,
+        gt=0,
+    )
+    lora_targets: LoraTargets = _training(
+        "Linears that a LoRA changes in every block. attention: those of attention. "
+        "attention_mlp: those of the MLP too. all: those of the AdaLN modulation too.",
+        "attention",
+    )
+
+    sampler: Literal["euler", "res"] = _sampling(
+        "Solver of the sampling steps. euler: first order. res: second-order multistep.", "euler"
+    )
+    num_steps: int = _sampling("Sampling steps per video.", 35, ge=2, le=1000)
+    guidance: float = _sampling(
+        "Classifier-free guidance g in cond + g (cond - uncond); 0 turns it off.",
+        7.0,
+        ge=0,
+        le=100,
+    )
+    negative_prompt: str | None = _sampling(
+        'Text to steer away from; null uses the model\'s own, "" uses none.', None
+    )
+    sampling_seed: int = _sampling(
+        "Seed of a video's noise; the same seed and prompt give the same video.", 1, ge=0, lt=2**32
+    )
+    upsampler: str = _sampling(
+        "Folder of the language model that expands short prompts, or off.", "off", pattern=TEXT
+    )
+    upsampler_word_limit: int = _sampling(
+        "Maximum number of words of a prompt to expand; longer prompts stay as they are.",
+        250,
+        ge=0,
+    )
+    guardrails: Literal["on", "off"] = _sampling(
+        "Safety checks of prompts and videos. on: nothing that a check blocks is made. off: no "
+        "checks, which every sidecar file notes.",
+        "on",
+    )
+    memory: Literal["auto", "together", "in_turn"] = _sampling(
+        "Which networks generate holds in memory. auto: all, if they fit and prompts come one by "
+        "one; else one after another. together: all. in_turn: one after another, each loaded once "
+        "per batch.",
+        "auto",
+    )
+    compile: Literal["auto", "on", "off"] = _sampling(
+        "Use torch.compile for the denoiser's blocks in generate, for the operations between "
+        "their linears in train, and for the tokenizer's blocks in prep. auto: on a GPU, where it "
+        "saves time. on: always. off: never.",
+        "auto",
+    )
+    video_crf: float = _sampling(
+        "x264's CRF for the mp4; smaller is better quality.", 18.0, ge=0, le=51
+    )
+
+    output_root: str = _output(
+        "Folder of all runs; the environment variable OUTPUT_ROOT wins.", "outputs", pattern=TEXT
+    )
+    project: str = _output(
+        "First folder of the run under output_root.", "posttraining", pattern=NAME
+    )
+    group: str = _output(
+        "Second folder of the run under output_root.", "diffusion_text2world", pattern=NAME
+    )
+    name: str = _output("Folder of the run itself.", "my_run", pattern=NAME)
+    min_free_disk_gb: float = _output(
+        "Disk space in GB that must remain free after all that prep or train will write; otherwise "
+        "they refuse to start.",
+        10.0,
+        ge=0,
+    )
+
+    @property
+    def spec(self) -> ModelSpec:
+        return MODELS[self.model]
+
+    @property
+    def stride(self) -> int:
+        """Frames from the start of one clip to the start of the next."""
+        return self.clip_stride_frames or self.num_frames
+
+    @property
+    def lora_scale(self) -> float:
+        """Factor of the product of a LoRA's factors, lora_alpha / lora_rank."""
+        return 1.0 if self.lora_alpha is None else self.lora_alpha / self.lora_rank
+
+    @property
+    def trained_parameters(self) -> int:
+        """Number of weights that are trained."""
+        if self.lora_rank:
+            return self.spec.dit.lora_parameters(self.lora_rank, self.lora_targets)
+        return self.spec.dit.parameters
+
+    @property
+    def run_dir(self) -> Path:
+        """Absolute path of the run's folder."""
+        return Path(self.output_root, self.project, self.group, self.name).absolute()

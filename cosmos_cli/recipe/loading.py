@@ -1,0 +1,227 @@
+"""The one flat recipe that every command reads: load, validate, override, explain. No torch."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pydantic import ValidationError
+
+from cosmos_cli.errors import UserError
+from cosmos_cli.recipe import strict_yaml
+from cosmos_cli.recipe.keys import PATHS, PATTERNS, Recipe
+from cosmos_cli.recipe.rules import conflicts, oddities
+from cosmos_cli.recipe.strict_yaml import Entry, problem
+
+
+@dataclass(frozen=True)
+class LoadedRecipe:
+    """A recipe, where each value came from, and what is odd about it."""
+
+    recipe: Recipe
+    origins: Mapping[str, str]
+    warnings: tuple[str, ...]
+    path: Path
+
+
+def load(name_or_path: str | Path, overrides: Sequence[str] = ()) -> LoadedRecipe:
+    """The recipe of a file or a shipped name, with `key=value` overrides on top.
+
+    Raises:
+        UserError: (USAGE) with every problem of the recipe, one line each.
+    """
+    path = find(name_or_path)
+    entries, problems = strict_yaml.read(path)
+    for override in overrides:
+        try:
+            key, entry = strict_yaml.parse_override(override)
+            entries[key] = entry
+        except UserError as err:
+            problems.append(err)
+    warnings = []
+    if root := os.environ.get("OUTPUT_ROOT"):
+        hidden = entries.get("output_root")
+        if hidden and hidden.origin.startswith("--set") and hidden.value != root:
+            warnings.append(f"the environment's OUTPUT_ROOT={root} wins over {hidden.origin}")
+        entries["output_root"] = Entry(root, root, "environment OUTPUT_ROOT")
+
+    recipe, wrong = _validate(entries, path)
+    problems += wrong
+    if problems:
+        first, *rest = problems
+        first.also = tuple(rest)
+        raise first
+    origins = {key: _origin(key, entries.get(key)) for key in Recipe.model_fields}
+    return LoadedRecipe(recipe, origins, (*warnings, *oddities(recipe)), path)
+
+
+def _origin(key: str, entry: Entry | None) -> str:
+    if entry is None:
+        return "model default" if Recipe.model_fields[key].default_factory else "default"
+    return "--set" if entry.origin.startswith("--set") else entry.origin
+
+
+def shipped() -> dict[str, Path]:
+    """The recipes that come with the package, by name."""
+    here = Path(__file__).parents[1]
+    installed = here / "recipes"
+    folder = installed if installed.is_dir() else here.parent / "recipes"
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def find(name_or_path: str | Path) -> Path:
+    """The file of a recipe, given by path or by shipped name.
+
+    Raises:
+        UserError: (USAGE) when there is neither such a file nor such a name.
+    """
+    path, known = Path(name_or_path), shipped()
+    try:
+        is_folder = path.is_dir()
+        # A link that leads nowhere is named for what it is.
+        if (path.exists() or path.is_symlink()) and not is_folder:
+            return path
+    except OSError as err:
+        raise problem(str(path), f"cannot be read ({err.strerror})") from err
+    is_name = path.name == str(name_or_path) and path.suffix in ("", ".yaml", ".yml")
+    if is_name and path.stem in known:
+        found = known[path.stem]
+        here = Path.cwd()
+        return found.relative_to(here) if found.is_relative_to(here) else found
+    if is_folder:
+        raise problem(str(path), "a folder, not a recipe", "name the file inside it")
+    what = "no such file" if path.suffix or not is_name else "no such recipe"
+    fix = f"{_nearest(path.stem, known)} shipped recipes: {', '.join(known)}"
+    raise problem(str(name_or_path), what, fix.strip())
+
+
+def dump(recipe: Recipe) -> str:
+    """YAML of every key, which `load` reads back to the same recipe."""
+    return "".join(
+        f"{key}: {strict_yaml.dump(value)}\n" for key, value in recipe.model_dump().items()
+    )
+
+
+def explain(loaded: LoadedRecipe) -> str:
+    """`dump` with the origin of each value as a comment."""
+    lines = dump(loaded.recipe).splitlines()
+    # One long prompt must not push every comment off the screen.
+    column = max(len(line) for line in lines if len(line) <= 60)
+    origins = (loaded.origins[key] for key in Recipe.model_fields)
+    return "".join(
+        f"{line:<{column}}  # {origin}\n" for line, origin in zip(lines, origins, strict=True)
+    )
+
+
+class Key(NamedTuple):
+    """One row of the key reference."""
+
+    name: str
+    group: str
+    takes: str
+    default: str
+    description: str
+
+
+def key_reference() -> list[Key]:
+    """A row for every key, in the order of the groups."""
+    schema = json_schema()["properties"]
+    rows = []
+    for name, info in Recipe.model_fields.items():
+        if info.default_factory:
+            default = "the model's"
+        else:
+            default = "required" if info.is_required() else strict_yaml.dump(info.default)
+        part = schema[name]
+        rows.append(Key(name, part["group"], _takes(part), default, part["description"]))
+    return rows
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON Schema of a recipe, for editors and other programs."""
+    schema = Recipe.model_json_schema()
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
+
+
+def _validate(entries: dict[str, Entry], path: Path) -> tuple[Recipe, list[UserError]]:
+    """The recipe and its problems; a wrong value has its default instead."""
+    values = {key: entry.value for key, entry in entries.items()}
+    for key in PATHS:
+        if isinstance(values.get(key), str) and values[key].startswith("~/"):
+            values[key] = str(Path(values[key]).expanduser())
+    wrong: dict[str, UserError] = {}
+    try:
+        recipe = Recipe.model_validate(values)
+    except ValidationError as err:
+        for error in err.errors(include_url=False, include_input=False):
+            key = str(error["loc"][0])
+            # A default that waits for a wrong `model` is not a problem of its own.
+            if error["type"] != "default_factory_not_called":
+                wrong[key] = _wrong_value(error["type"], key, entries.get(key), path)
+        good = {key: value for key, value in values.items() if key not in wrong}
+        recipe = Recipe.model_validate({"dataset_dir": "missing", **good})
+    for keys, what, fix in conflicts(recipe):
+        if wrong.keys().isdisjoint(keys):
+            # The model's own values agree, so one of the keys was written down.
+            blamed = next(key for key in keys if key in entries)
+            wrong[blamed] = problem(_where(blamed, entries[blamed]), what, fix)
+    place = {key: n for n, key in enumerate(entries)}
+    return recipe, [wrong[key] for key in sorted(wrong, key=lambda key: place.get(key, -1))]
+
+
+def _where(key: str, entry: Entry) -> str:
+    return entry.origin if entry.origin.startswith("--set") else f"{entry.origin}: {key}"
+
+
+def _wrong_value(kind: str, key: str, entry: Entry | None, path: Path) -> UserError:
+    if entry is None:
+        return problem(f"{path}: {key}", "required and missing", f"add a line {key}: ...")
+    if kind == "extra_forbidden":
+        fix = _nearest(key.lower(), Recipe.model_fields) or "`cosmos recipes keys` lists them all"
+        return problem(_where(key, entry), "unknown key", fix)
+    schema = json_schema()["properties"][key]
+    quoted = isinstance(entry.value, str)
+    found = repr(entry.text) if quoted else entry.text or "nothing"
+    fix = _nearest(entry.text, schema.get("enum", ()))
+    if quoted and isinstance(strict_yaml.scalar(entry.text), int | float):
+        fix = "take the quotes away"
+    elif not quoted and entry.value is not None and "text" in _takes(schema):
+        fix = "put it in quotes"
+    found = found if len(found) <= 60 else f"{found[:57]}..."
+    return problem(_where(key, entry), f"must be {_takes(schema)}, found {found}", fix)
+
+
+def _nearest(word: str, choices: Iterable[str]) -> str:
+    close = difflib.get_close_matches(word, list(choices), 1)
+    return f"did you mean '{close[0]}'?" if close else ""
+
+
+def _takes(schema: Mapping[str, Any]) -> str:
+    """What a key takes, in words, from its JSON Schema."""
+    if "anyOf" in schema:
+        return ", or ".join(_takes(part) for part in schema["anyOf"])
+    if "enum" in schema:
+        return f"one of {', '.join(schema['enum'])}"
+    if "const" in schema:
+        return str(schema["const"])
+    if "pattern" in schema:
+        return PATTERNS[schema["pattern"]]
+    names = {
+        "integer": "a whole number",
+        "number": "a number",
+        "boolean": "true or false",
+        "string": "text",
+        "null": "null",
+    }
+    bounds = {
+        "minimum": "at least",
+        "exclusiveMinimum": "above",
+        "maximum": "at most",
+        "exclusiveMaximum": "below",
+    }
+    limits = [f"{words} {schema[bound]}" for bound, words in bounds.items() if bound in schema]
+    return ", ".join(filter(None, (names[schema["type"]], " and ".join(limits))))

@@ -1,0 +1,433 @@
+"""Memory, time and disk of a run before it starts, from the shapes of the model. No torch.
+
+Memory is what PyTorch calls allocated, at its peak, per GPU. Times are predictions: arithmetic over
+the rates that kernels of this model's shapes reach on a GPU, and the element-wise work of plain
+PyTorch. Bytes are decimal, a multiply-add counts as two operations.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from cosmos_cli import console, gpus
+from cosmos_cli.errors import ExitCode, UserError
+
+if TYPE_CHECKING:
+    from cosmos_cli.recipe.keys import Recipe
+
+if TYPE_CHECKING:
+    from cosmos_cli.recipe.keys import Recipe
+
+# Of a GPU's memory, what PyTorch's allocator can hand out before fragments and CUDA's own share
+# leave nothing: a step whose peak was 145.1 GB ran on an H200. Above the second share it would not
+# fit if it were 5 % wrong.
+USABLE, COMFORTABLE = 0.97, 0.92
+# Rates as shares of the peak of 989 TFLOP/s with cuDNN attention at 56,320 tokens: linear layers
+# 720, 1040 in fp8 with the making of it, and attention forward 630, measured alone on one H100.
+# Attention backward at 495, and the passes of one bf16 activation through memory in a forward pass
+# of a block with compiled element-wise work, are such that a step takes what it took, within 5 %:
+# 13.0 s with a LoRA on an H100, 12.4 s in fp8, 14.7 s on two H200, 17.1 s on one.
+LINEAR, FP8_LINEAR, ATTENTION, ATTENTION_BACKWARD = 0.73, 1.05, 0.64, 0.50
+ELEMENTWISE_PASSES = 60
+# What a block holds at most while its backward runs, less with a LoRA, and what it keeps without
+# checkpointing, in units of one bf16 activation (tokens x width). Measured were 34.5 and 27.9.
+BLOCK_WORK, LORA_BLOCK_WORK, BLOCK_KEPT = 34, 28, 34
+# In the same unit what fp8 holds besides: activations and weights in their other format.
+FP8_WORK = 2.5
+# In the same unit what processes that share a clip hold while their tokens and heads change places.
+EXCHANGED = 6
+# In the same unit what all linears of a block give.
+LINEARS_KEPT = 11
+# The last linear's share of the arithmetic of a block's linears.
+LAST_LINEAR = 8 / 28
+# GPUs of a node where a plan must guess, and GB/s between two of them as NCCL reaches it over eight
+# adapters of 400 Gbit/s.
+NODE, NODE_RATE = 8, 360
+# Numbers in the bucket in which gradients are reduced, and in the group of weights whose fp32
+# gradients exist at one time during an optimizer step; DeepSpeed's defaults are 5e8 and 1e9.
+REDUCE_BUCKET, STEP_GROUP = 200_000_000, 200_000_000
+KNOBS = (
+    {"zero_stage": 3},
+    {"activation_checkpointing": "attention"},
+    {"activation_checkpointing": "all"},
+    {"micro_batch_size": 1},
+    {"sequence_parallel": 2},
+    {"offload": "ema"},
+    {"offload": "optimizer"},
+    {"offload": "parameters"},
+    {"lora_rank": 16},
+)
+# What moves to the memory of the host, by the recipe's key.
+OFFLOADED = {
+    "none": (),
+    "ema": ("EMA",),
+    "optimizer": ("EMA", "optimizer", "gradients"),
+    "parameters": ("EMA", "optimizer", "gradients", "weights"),
+}
+# GB/s at which a GPU's share of what the host holds is updated and sent: PCIe's rate, about.
+HOST_RATE = 20
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A kind of GPU: memory in GB, dense bf16 peak in TFLOP/s, memory and link rates in GB/s."""
+
+    name: str
+    memory_gb: float
+    tflops: float
+    memory_rate: float
+    link_rate: float
+
+
+# Source: the vendor's data sheets; link rates as NCCL reaches them, over NVLink or PCIe.
+GPUS = (
+    Gpu("H100-80GB", 85.0, 989, 3000, 370),
+    Gpu("H200", 150.0, 989, 4300, 370),
+    Gpu("H100-NVL", 100.0, 835, 3500, 240),
+    Gpu("H100-PCIe", 85.0, 756, 1900, 22),
+    Gpu("H800", 85.0, 989, 3000, 160),
+    Gpu("B200", 191.0, 2250, 7000, 740),
+    Gpu("A100-80GB", 85.0, 312, 1800, 230),
+    Gpu("A100-40GB", 42.4, 312, 1400, 230),
+    Gpu("L40S", 47.7, 362, 800, 20),
+    Gpu("A6000", 50.9, 155, 700, 20),
+    Gpu("RTX-4090", 25.4, 165, 940, 20),
+    Gpu("RTX-5090", 34.2, 210, 1650, 40),
+)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will need; times are None where the machine has no GPU that is known.
+
+    `host_gb` is what all processes together hold in the memory of their hosts.
+    """
+
+    memory_gb: dict[str, float]
+    total_gb: float
+    available_gb: float | None
+    host_gb: float
+    step_seconds: float | None
+    run_hours: float | None
+    disk_gb: dict[str, float]
+
+    @property
+    def fits(self) -> bool:
+        """Whether the memory is enough, as far as that is known."""
+        return self.available_gb is None or self.total_gb <= self.available_gb
+
+
+def parse_gpus(text: str) -> tuple[int, Gpu]:
+    """The number and kind of "8xH100-80GB", or of "2xNVIDIA H200" as a driver calls it.
+
+    Raises:
+        UserError: not of that form, or a GPU that is not known.
+    """
+    count, _, name = text.partition("x")
+    gpu = find_gpu(name)
+    if not count.isdecimal() or int(count) < 1 or gpu is None:
+        raise UserError(
+            f"{text!r} is no number of known GPUs", code=ExitCode.USAGE, where="--gpus",
+            fix=f"for instance 8xH100-80GB; known are {', '.join(gpu.name for gpu in GPUS)}",
+        )  # fmt: skip
+    return int(count), gpu
+
+
+def find_gpu(name: str) -> Gpu | None:
+    """The known GPU whose words are all in a name such as "NVIDIA H100 80GB HBM3".
+
+    A MIG slice, such as "NVIDIA H100 80GB HBM3 MIG 3g.40gb", has its own memory and its sevenths
+    of the rates.
+    """
+    words = set(name.upper().replace("-", " ").split())
+    found = (gpu for gpu in GPUS if set(gpu.name.upper().split("-")) <= words)
+    whole = max(found, key=lambda gpu: len(gpu.name), default=None)
+    profile = re.search(r"\bMIG (?:\dc\.)?((\d)g\.(\d+)gb)", name, re.IGNORECASE)
+    if whole is None or profile is None:
+        return whole
+    share = int(profile[2]) / 7
+    return replace(
+        whole,
+        name=f"{whole.name} MIG {profile[1].lower()}",
+        memory_gb=float(profile[3]),
+        tflops=whole.tflops * share,
+        memory_rate=whole.memory_rate * share,
+    )
+
+
+def plan(r: Recipe, ranks: int, gpu: Gpu | None) -> Plan:
+    """What a run of the recipe on `ranks` GPUs needs of each, and for how long."""
+    memory = {part: size / 1e9 for part, size in _memory(r, ranks, gpu).items()}
+    host = ranks * sum(memory.pop(part) for part in OFFLOADED[r.offload])
+    seconds = None if gpu is None else step_seconds(r, ranks, gpu)
+    disk = {part: size / 1e9 for part, size in disk_bytes(r, 0).items()}
+    return Plan(
+        memory_gb=memory,
+        total_gb=sum(memory.values()),
+        available_gb=None if gpu is None else gpu.memory_gb * USABLE,
+        host_gb=host,
+        step_seconds=seconds,
+        run_hours=None if seconds is None else seconds * r.max_steps / 3600,
+        disk_gb=disk,
+    )
+
+
+def remedies(r: Recipe, ranks: int, gpu: Gpu) -> Iterator[tuple[str, float]]:
+    """Changes in the order in which to try them, each on top of those before, and their totals."""
+    changes: dict[str, Any] = {}
+    for change in KNOBS:
+        key, value = next(iter(change.items()))
+        if not _helps(r, ranks, key, value):
+            continue
+        changes |= change
+        r = r.model_copy(update=change)
+        found = plan(r, ranks, gpu)
+        yield ", ".join(f"{key}: {value}" for key, value in changes.items()), found.total_gb
+        if found.fits:
+            return
+
+
+def _helps(r: Recipe, ranks: int, key: str, value: Any) -> bool:
+    """Whether a knob is not yet turned as far, and can be."""
+    if key == "activation_checkpointing":
+        order = ["none", "most", "attention", "all"]
+        # most is no more than fits, and so attention where nothing does.
+        current = max(
+            order.index(r.activation_checkpointing), 2 * (r.activation_checkpointing == "most")
+        )
+        return order.index(value) > current
+    if key == "offload":
+        order = list(OFFLOADED)
+        return order.index(value) > order.index(r.offload)
+    if key == "sequence_parallel":
+        return r.sequence_parallel == 1 and ranks % value == 0
+    return not getattr(r, key) if key == "lora_rank" else getattr(r, key) != value
+
+
+# --- memory ---------------------------------------------------------------------------------------
+
+
+def blocks_kept(r: Recipe, ranks: int, gpu: Gpu | None) -> tuple[int, int]:
+    """Blocks that keep what their MLP gives, and those that keep what all of their linears give.
+
+    None without activation_checkpointing most, and none in fp8, whose products are no operators of
+    torch. The MLP comes first, for of all linears its last one computes most for each byte kept.
+    """
+    blocks = r.spec.dit.blocks
+    if r.activation_checkpointing != "most" or r.transformer_engine != "off":
+        return 0, 0
+    if gpu is None:
+        return blocks, blocks
+    parts = _memory(r.model_copy(update={"activation_checkpointing": "attention"}), ranks, gpu)
+    held = sum(size for part, size in parts.items() if part not in OFFLOADED[r.offload])
+    left = (gpu.memory_gb * 1e9 * COMFORTABLE - held) / _activation(r)
+    if r.lora_rank:
+        # There the result of the MLP is of no use.
+        whole = max(0, min(blocks, int(left / LINEARS_KEPT)))
+        return whole, whole
+    mlps = max(0, min(blocks, int(left)))
+    return mlps, min(mlps, int((left - mlps) / (LINEARS_KEPT - 1)))
+
+
+def _memory(r: Recipe, ranks: int, gpu: Gpu | None) -> dict[str, float]:
+    """Bytes at the peak, by part."""
+    whole, trained, stage = r.spec.dit.parameters, r.trained_parameters, r.zero_stage
+    number = 2 if r.precision == "bf16" else 4
+    frozen = whole if r.lora_rank else 0
+    held = (whole if not r.lora_rank else frozen + trained) * number
+    # fp32 masters beside weights of 16 bits, and two moments.
+    optimizer = trained * (12 if number == 2 else 8)
+    gradients = trained * number
+    activation = _activation(r)
+    blocks = r.spec.dit.blocks
+    kept = blocks * {"none": BLOCK_KEPT, "all": 1}.get(r.activation_checkpointing, 2)
+    mlps, whole_blocks = blocks_kept(r, ranks, gpu)
+    kept += mlps + whole_blocks * (LINEARS_KEPT - 1)
+    work: float = LORA_BLOCK_WORK if r.lora_rank else BLOCK_WORK
+    work += FP8_WORK if r.transformer_engine != "off" else 0
+    work += EXCHANGED if r.sequence_parallel > 1 else 0
+    # The fp32 gradients of an optimizer step come when the activations have gone.
+    buffers = float(min(REDUCE_BUCKET, trained) * number)
+    if stage == 3 and ranks > 1:
+        # The block at work, the next one and a share of a third.
+        buffers += 3 * whole / blocks * number
+        if node := second_copy(r, ranks):
+            buffers += held / node
+    return {
+        "weights": held / (ranks if stage == 3 else 1),
+        "optimizer": optimizer / ranks,
+        "gradients": gradients / (ranks if stage >= 2 else 1),
+        "EMA": trained * 4 / (ranks if stage == 3 else 1),
+        "activations": activation * (kept + work),
+        "buffers": buffers,
+    }
+
+
+def forward_bytes(r: Recipe, ranks: int) -> float:
+    """Bytes that a forward pass without gradients needs at most besides what training holds.
+
+    It keeps less than the backward pass of one block, so it fits wherever training does.
+    """
+    weights = r.spec.dit.parameters * (2 if r.precision == "bf16" else 4)
+    gathered = 3 * weights / r.spec.dit.blocks if r.zero_stage == 3 and ranks > 1 else 0
+    return BLOCK_WORK * _activation(r) + gathered
+
+
+def second_copy(r: Recipe, ranks: int, node: int = NODE) -> int:
+    """Over how many GPUs of a node ZeRO++ hpZ shards a second copy of the weights; 0 without."""
+    shared_by = node if r.hpz_partition_size == "auto" else r.hpz_partition_size
+    return shared_by if r.zero_stage == 3 and 1 < shared_by < ranks else 0
+
+
+def _activation(r: Recipe) -> float:
+    """Bytes of one activation of a micro batch on one GPU, tokens x width."""
+    clip = r.spec.tokens(r.num_frames, r.height, r.width) / r.sequence_parallel
+    tokens = clip * r.micro_batch_size
+    return tokens * r.spec.dit.width * (2 if r.precision == "bf16" else 4)
+
+
+# --- time -----------------------------------------------------------------------------------------
+
+
+def forward_flops(r: Recipe) -> tuple[float, float]:
+    """Operations of one clip's forward pass: in linear layers, in attention."""
+    dit, text = r.spec.dit, r.spec.text.tokens
+    tokens, d = r.spec.tokens(r.num_frames, r.height, r.width), dit.width
+    per_token = 2 * (4 + 2 + 2 * dit.mlp_ratio) * d * d
+    linear = dit.blocks * (tokens * per_token + 4 * text * d * dit.text_channels)
+    attention = dit.blocks * 4 * tokens * (tokens + text) * d
+    return float(linear), float(attention)
+
+
+def model_tflop(r: Recipe) -> float:
+    """What a training step has to compute at least: a forward pass and twice that backward."""
+    return 3 * sum(forward_flops(r)) * r.global_batch_size / 1e12
+
+
+def step_seconds(r: Recipe, ranks: int, gpu: Gpu) -> float:
+    """Seconds of an optimizer step; ZeRO-3's traffic is hidden behind the arithmetic if it can."""
+    shared = r.sequence_parallel
+    linear, attention = (flops / shared for flops in forward_flops(r))
+    again = float(r.activation_checkpointing != "none")
+    mlps, whole_blocks = (n / r.spec.dit.blocks for n in blocks_kept(r, ranks, gpu))
+    without_last = mlps
+    if r.lora_rank and r.transformer_engine == "off":
+        # What the last linear gives is of use to the gradient of a gate alone.
+        without_last = again
+    again_linears = again - whole_blocks - (without_last - whole_blocks) * LAST_LINEAR
+    # Gradients of the inputs and of the weights; a LoRA has none of the latter.
+    linear_passes = (3 if not r.lora_rank else 2) + again_linears
+    peak = gpu.tflops * 1e12
+    rate = LINEAR if r.transformer_engine == "off" else FP8_LINEAR
+    arithmetic = linear * linear_passes / (rate * peak)
+    arithmetic += attention * (1 + (r.activation_checkpointing == "all")) / (ATTENTION * peak)
+    arithmetic += attention * 2.5 / (ATTENTION_BACKWARD * peak)
+    passes = r.spec.dit.blocks * ELEMENTWISE_PASSES * (3 + again)
+    activation = _activation(r) / r.micro_batch_size
+    arithmetic += passes * activation / (gpu.memory_rate * 1e9)
+    # Queries, keys, values and the result of every self-attention change places.
+    exchanged = r.spec.dit.blocks * 4 * (2 + again) * activation * (shared - 1) / shared
+    arithmetic += exchanged / (gpu.link_rate * 1e9)
+    traffic = traffic_seconds(r, ranks, gpu)
+    micro_steps = math.ceil(r.global_batch_size * shared / (ranks * r.micro_batch_size))
+    held = _memory(r, ranks, gpu)
+    host = sum(held[part] for part in OFFLOADED[r.offload]) / (HOST_RATE * 1e9)
+    return micro_steps * max(arithmetic * r.micro_batch_size, traffic) + host
+
+
+def traffic_seconds(r: Recipe, ranks: int, gpu: Gpu) -> float:
+    """Seconds in which a micro step's weights are gathered and gradients reduced, if alone."""
+    number = 2 if r.precision == "bf16" else 4
+    whole, gradients = r.spec.dit.parameters * number, r.trained_parameters * number
+    across = gpu.link_rate if ranks <= NODE else min(gpu.link_rate, NODE_RATE)
+    # Forward; backward, with hpZ inside of a node. Below stage 3 the updated weights, once.
+    near = gpu.link_rate if second_copy(r, ranks) else across
+    gathers = whole * (1 / across + 1 / near) if r.zero_stage == 3 else gradients / across
+    return (gathers + gradients / across) * (ranks - 1) / ranks / 1e9
+
+
+# --- disk -----------------------------------------------------------------------------------------
+
+
+def disk_bytes(r: Recipe, start: int) -> dict[str, float]:
+    """Bytes of a save's model files and resume state, and of all that a run from `start` leaves."""
+    saves = max(-(-(r.max_steps - start) // r.save_every_steps), 1)
+    # Two model files, in the recipe's precision and in fp32; fp32 masters and two moments.
+    files = r.trained_parameters * ((2 if r.precision == "bf16" else 4) + 4)
+    state = r.trained_parameters * 12
+    # The new state is complete before the oldest one goes.
+    states = min(saves, r.keep_last + 1)
+    if r.keep_every_steps:
+        states = min(saves, states + (r.max_steps - start) // r.keep_every_steps)
+    whole = saves * files + states * state
+    return {"model files of a save": files, "a resume state": state, "whole run": whole}
+
+
+# --- words ----------------------------------------------------------------------------------------
+
+
+def describe(r: Recipe, ranks: int, gpu: Gpu | None) -> str:
+    """The plan for a person."""
+    found = plan(r, ranks, gpu)
+    rows = [(part, f"{size:.1f} GB") for part, size in found.memory_gb.items()]
+    if gpu is None:
+        rows.append(("total", f"{found.total_gb:.1f} GB"))
+    else:
+        verdict = "fits" if found.fits else "does not fit"
+        if gpu.memory_gb * COMFORTABLE < found.total_gb and found.fits:
+            verdict = "fits, if it is right to 1 %"
+        usable = f"{found.available_gb:.0f} GB that PyTorch can use"
+        rows.append(("total", f"{found.total_gb:.1f} GB of {usable}: {verdict}"))
+    if found.host_gb:
+        rows.append(("host", f"{found.host_gb:.1f} GB of its memory, by all processes"))
+    rows += [(part, f"{size:.1f} GB on disk") for part, size in found.disk_gb.items()]
+    if gpu is None or found.step_seconds is None:
+        rows.append(("time", "not predicted without a known GPU"))
+    else:
+        share = model_tflop(r) / (found.step_seconds * ranks * gpu.tflops)
+        rows.append(("step", f"{found.step_seconds:.1f} s predicted, {share:.0%} MFU"))
+        rows.append(("run", f"{found.run_hours:.1f} h for {r.max_steps} steps"))
+    name = f"{ranks} x {gpu.name}" if gpu else f"{ranks} process(es) without a known GPU"
+    lines = [console.table(rows, (name, ""))]
+    if gpu and not found.fits:
+        tried = list(remedies(r, ranks, gpu))
+        lines += [f"with {words}: {total:.1f} GB" for words, total in tried]
+    return "\n".join(lines)
+
+
+def check_memory(r: Recipe, ranks: int, gpu: Gpu | None) -> dict[str, Any]:
+    """The plan as figures.
+
+    Raises:
+        UserError: the memory is not enough; the line says what would make it so, the plan stands
+            above it.
+    """
+    found = plan(r, ranks, gpu)
+    figures = {"processes": ranks, "gpu": gpu and gpu.name, "fits": found.fits, **asdict(found)}
+    if gpu and not found.fits:
+        console.say(describe(r, ranks, gpu))
+        tried = list(remedies(r, ranks, gpu))
+        enough = bool(tried) and tried[-1][1] <= gpu.memory_gb * USABLE
+        fix = (
+            f"set {tried[-1][0]}"
+            if enough
+            else "use more or larger GPUs, or fewer frames or pixels"
+        )
+        error = UserError(
+            f"needs {found.total_gb:.0f} GB on each of {ranks} x {gpu.name}, "
+            f"{found.available_gb:.0f} can be used",
+            code=ExitCode.GPU_MEMORY, where=r.name, fix=fix,
+        )  # fmt: skip
+        error.figures = figures
+        raise error
+    return figures
+
+
+def known_gpu() -> Gpu | None:
+    """Return the kind of this machine's GPUs, the smallest of those that the planner knows."""
+    kinds = filter(None, map(find_gpu, gpus.gpu_names()))
+    return min(kinds, key=lambda gpu: gpu.memory_gb, default=None)

@@ -1,0 +1,131 @@
+"""Rules between keys: which values cannot work together, and which are odd."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from cosmos_cli.recipe.keys import FP8_MULTIPLE, Recipe
+
+
+def conflicts(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str, str]]:
+    """Yield the keys, the problem and the fix of each set of values that cannot work together."""
+    spec, tok = recipe.spec, recipe.spec.tokenizer
+    if recipe.caption == "vlm" and not recipe.caption_model:
+        fix = "name a vision-language model with `--set caption_model=FOLDER`"
+        yield ("caption", "caption_model"), "caption vlm needs caption_model", fix
+    if (recipe.num_frames - 1) % tok.temporal or recipe.num_frames > tok.chunk_frames:
+        rule = f"must be {tok.temporal}k + 1 and at most {tok.chunk_frames}"
+        fix = _try_nearest(recipe.num_frames - 1, tok.temporal, tok.chunk_frames - 1, add=1)
+        yield ("num_frames",), f"{rule}, found {recipe.num_frames}", fix
+    for key, size in (("height", recipe.height), ("width", recipe.width)):
+        if size % spec.size_multiple or size > spec.max_size:
+            rule = f"must be a multiple of {spec.size_multiple} and at most {spec.max_size}"
+            fix = _try_nearest(size, spec.size_multiple, spec.max_size)
+            yield (key,), f"{rule}, found {size}", fix
+    least_stage = {"none": 0, "ema": 0, "optimizer": 1, "parameters": 3}[recipe.offload]
+    if recipe.zero_stage < least_stage:
+        what = f"offload {recipe.offload} needs zero_stage {least_stage} or above, "
+        what += f"found {recipe.zero_stage}"
+        yield ("offload", "zero_stage"), what, f"use `--set zero_stage={least_stage}`"
+    if recipe.hpz_partition_size not in ("auto", 1) and recipe.zero_stage < 3:
+        what = "hpz_partition_size needs the sharded weights of zero_stage 3, "
+        what += f"found zero_stage {recipe.zero_stage}"
+        yield ("hpz_partition_size", "zero_stage"), what, "use `--set zero_stage=3`"
+    group_size = recipe.sequence_parallel
+    tokens = spec.tokens(recipe.num_frames, recipe.height, recipe.width)
+    if spec.dit.heads % group_size or tokens % group_size:
+        what = f"must divide {spec.dit.heads} heads and {tokens} tokens, found {group_size}"
+        yield ("sequence_parallel",), what, "use a power of two"
+    if recipe.transformer_engine != "off":
+        yield from engine_conflicts(recipe, recipe.micro_batch_size * tokens // group_size)
+    if recipe.num_processes == "auto":
+        return
+    if recipe.num_processes % group_size:
+        what = f"must be a multiple of sequence_parallel {group_size}, found {recipe.num_processes}"
+        fix = _try_nearest(recipe.num_processes, group_size)
+        yield ("num_processes", "sequence_parallel"), what, fix
+        return
+    micro, total = recipe.micro_batch_size, recipe.global_batch_size
+    clips_at_once = micro * (groups := recipe.num_processes // group_size)
+    if total % clips_at_once:
+        counted = "num_processes" if group_size == 1 else "(num_processes / sequence_parallel)"
+        what = f"global_batch_size {total} is not a multiple of micro_batch_size x {counted} = "
+        what += f"{micro} x {groups} = {clips_at_once}"
+        keys = ("global_batch_size", "num_processes", "micro_batch_size", "sequence_parallel")
+        yield keys, what, f"{_try_nearest(total, clips_at_once)} for global_batch_size"
+
+
+def engine_conflicts(recipe: Recipe, tokens: int) -> Iterator[tuple[tuple[str, ...], str, str]]:
+    """Yield the conflicts of Transformer Engine, like `conflicts`.
+
+    Args:
+        recipe: one that uses Transformer Engine.
+        tokens: the tokens of a micro batch in each process.
+    """
+    key, mode = "transformer_engine", recipe.activation_checkpointing
+    if recipe.precision != "bf16":
+        what = f"{key} needs precision bf16, found {recipe.precision}"
+        yield (key, "precision"), what, f"use `--set precision=bf16` or `--set {key}=off`"
+    if recipe.transformer_engine == "all" and mode in ("attention", "most"):
+        what = f"{mode} cannot store the attention of {key} all"
+        yield ("activation_checkpointing", key), what, f"use `--set {key}=linears`"
+    if tokens % FP8_MULTIPLE:
+        what = f"needs a multiple of {FP8_MULTIPLE} tokens in each process, found {tokens}"
+        yield (key,), what, f"change num_frames, height or width, or use `--set {key}=off`"
+
+
+def _try_nearest(value: int, step: int, limit: float = float("inf"), add: int = 0) -> str:
+    below = value // step * step
+    near = [n + add for n in (below, below + step) if n <= limit and n + add > 0]
+    return f"try {' or '.join(map(str, near or [int(limit) + add]))}"
+
+
+def oddities(recipe: Recipe) -> Iterator[str]:
+    """Yield a warning for each value that works but is probably not intended."""
+    spec = recipe.spec
+    if recipe.warmup_steps >= recipe.max_steps:
+        rise = (recipe.max_steps - 1) / recipe.warmup_steps
+        share = recipe.lr_start_factor + (1 - recipe.lr_start_factor) * rise
+        yield (
+            f"warmup_steps {recipe.warmup_steps} is not below max_steps {recipe.max_steps}: the "
+            f"learning rate never exceeds {share:.1%} of learning_rate"
+        )
+    if (recipe.height, recipe.width) not in spec.sizes:
+        sizes = ", ".join(f"{height}x{width}" for height, width in spec.sizes)
+        yield (
+            f"{recipe.height}x{recipe.width} is not a size that {spec.name} was trained at "
+            f"({sizes}): it may need more steps"
+        )
+    if recipe.num_frames != spec.num_frames:
+        yield (
+            f"num_frames {recipe.num_frames} is not the {spec.num_frames} that {spec.name} was "
+            "trained at: it may need more steps"
+        )
+    if recipe.stride < recipe.num_frames:
+        yield (
+            f"clip_stride_frames {recipe.stride} is below num_frames {recipe.num_frames}: clips "
+            f"overlap by {recipe.num_frames - recipe.stride} frames"
+        )
+    if recipe.save_every_steps > recipe.max_steps:
+        yield (
+            f"save_every_steps {recipe.save_every_steps} is above max_steps {recipe.max_steps}: "
+            "a killed run starts again from step 0"
+        )
+    if recipe.keep_every_steps % recipe.save_every_steps:
+        yield (
+            f"keep_every_steps {recipe.keep_every_steps} is not a multiple of save_every_steps "
+            f"{recipe.save_every_steps}: only saves at a common multiple of both are kept"
+        )
+    if recipe.log_every_steps > recipe.max_steps:
+        yield (
+            f"log_every_steps {recipe.log_every_steps} is above max_steps {recipe.max_steps}: "
+            "only the metrics of the last step are written"
+        )
+    if recipe.keep_last == 1:
+        yield "keep_last 1 keeps one resume state: there is no older one to fall back on"
+    if recipe.caption_model and recipe.caption != "vlm":
+        yield "caption_model has no effect without `--set caption=vlm`"
+    needs = dict.fromkeys(("dataset_revision", "dataset_include"), "dataset_repo")
+    for key, other in ({"lora_alpha": "lora_rank"} | needs).items():
+        if getattr(recipe, key) and not getattr(recipe, other):
+            yield f"{key} has no effect without {other}"

@@ -1,0 +1,447 @@
+"""Is this machine able to run a recipe? A verdict on each thing, and what mends it. No torch."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+import re
+import resource
+import shutil
+import sys
+import sysconfig
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import psutil
+
+from cosmos_cli import console, files, gpus
+from cosmos_cli import gpus as selection
+from cosmos_cli.download import assets, fetch
+from cosmos_cli.errors import UserError
+from cosmos_cli.generate.answers import cache_dir
+from cosmos_cli.paths import Run
+from cosmos_cli.setup import installs, probes
+from cosmos_cli.setup.installs import last_line
+from cosmos_cli.setup.probes import Outcome, Probe
+from cosmos_cli.train import preflight
+
+if TYPE_CHECKING:
+    from cosmos_cli.recipe.keys import Recipe
+
+OLDEST_PYTHON, NEWEST_PYTHON = (3, 11), (3, 13)
+
+# Below these something is likely to fail, but not certain to.
+SHARED_MEMORY_BYTES = 1e9
+OPEN_FILES = 1024
+WORKING_MEMORY_BYTES = 4e9
+# The first with bf16.
+OLDEST_CAPABILITY = [8, 0]
+
+# pip alone would fetch the CUDA build, of gigabytes, on every machine.
+TORCH_FIX = "bash recipes/install.sh"
+
+CACHE = "XDG_CACHE_HOME"
+
+Status = Literal["ok", "warn", "fail"]
+
+
+@dataclass(frozen=True)
+class Check:
+    """One row: what was looked at, the verdict, what was found and how a person mends it.
+
+    `commands` are those that mend it.
+    """
+
+    name: str
+    status: Status
+    found: str
+    fix: str = ""
+    commands: tuple[installs.Command, ...] = ()
+
+
+def run_checks(r: Recipe, wanted: Iterable[str] = ()) -> list[Check]:
+    """Every check that matters for the recipe, in the order in which they build on one another.
+
+    `wanted` names those of transformer-engine and apex whose absence is a failure.
+    """
+    names = gpus.gpu_names()
+    absent = [asset for asset in assets.of_recipe(r) if not fetch.is_recorded(asset)]
+    outcomes = probes.run(list(_probes(names, absent)))
+    torch = outcomes["torch"]
+    usable = len(torch.facts.get("gpus", ()))
+    if usable > 1:
+        # Alone, since it measures how fast something is.
+        outcomes |= probes.run([Probe("nccl", "nccl", ranks=usable)])
+    rows = [
+        _python(),
+        _system(),
+        _torch(torch),
+        _gpus(torch, names, r),
+        *_nccl(outcomes.get("nccl"), usable, r),
+        *_on_torch(outcomes, wanted),
+        _disk(r),
+        _memory(r),
+        _shared_memory(),
+        _open_files(),
+        _writable("output_root", r.output_root),
+        _writable("dataset_dir", r.dataset_dir),
+        _writable("checkpoints_dir", r.checkpoints_dir),
+        _writable(CACHE, str(cache_dir())),
+        *_hub(outcomes.get("hub")),
+        _clock(),
+    ]
+    patience = "try again when the machine is less busy; is a driver or a network disk hanging?"
+    return [replace(row, fix=patience) if probes.HUNG in row.found else row for row in rows]
+
+
+def mending(checks: Iterable[Check]) -> list[installs.Command]:
+    """The commands that mend the failed checks, each once; nothing that works is touched.
+
+    None before the cache can be written, where pip and the log of the commands want to write.
+    """
+    failed = [check for check in checks if check.status == "fail"]
+    if any(check.name == CACHE for check in failed):
+        return []
+    return list(dict.fromkeys(command for check in failed for command in check.commands))
+
+
+def _probes(gpus: list[str], absent: list[assets.Asset]) -> Iterator[Probe]:
+    # Without it DeepSpeed guesses, and prints the guess on stdout. Two processes need two GPUs.
+    on_cpu = {"DS_ACCELERATOR": "cpu"}
+    yield Probe("torch", "torch")
+    yield Probe("video", "video")
+    yield Probe("deepspeed", "deepspeed", environment={} if gpus else on_cpu)
+    two = {} if len(gpus) > 1 else on_cpu
+    yield Probe("deepspeed in 2 processes", "deepspeed", ranks=2, environment=two)
+    yield Probe("transformers", "transformers")
+    if gpus and importlib.util.find_spec("transformer_engine"):
+        yield Probe("transformer_engine", "transformer_engine")
+    if gpus and importlib.util.find_spec("amp_C"):
+        yield Probe("apex", "apex")
+    if absent:
+        yield Probe("hub", "hub", tuple(sorted({f"{a.kind}:{a.repo}" for a in absent})))
+
+
+# --- rows -----------------------------------------------------------------------------------------
+
+
+def _python() -> Check:
+    fits = OLDEST_PYTHON <= sys.version_info[:2] <= NEWEST_PYTHON
+    return Check(
+        "Python",
+        "ok" if fits else "fail",
+        f"{platform.python_version()} at {sys.executable}",
+        "" if fits else "install Python 3.11, 3.12 or 3.13, then bash recipes/install.sh",
+    )
+
+
+def _system() -> Check:
+    try:
+        name = platform.freedesktop_os_release()["PRETTY_NAME"]
+    except (OSError, KeyError):
+        name = "Linux"
+    return Check("operating system", "ok", f"{name}, {platform.machine()}")
+
+
+def _torch(outcome: Outcome) -> Check:
+    if outcome.error:
+        return Check("torch", "fail", last_line(outcome.error), TORCH_FIX)
+    cuda = outcome.facts["cuda"]
+    build = f"CUDA {cuda}" if cuda else "CPU"
+    return Check("torch", "ok", f"{outcome.facts['version']}, {build}")
+
+
+def _on_torch(outcomes: dict[str, Outcome], wanted: Iterable[str]) -> list[Check]:
+    """The rows of what stands on torch; without it none of them can be tried, or mended."""
+    torch = outcomes["torch"]
+    if torch.error:
+        names = ("FFmpeg and torchcodec", "DeepSpeed", "transformers")
+        return [Check(name, "fail", "not tried, for want of torch", TORCH_FIX) for name in names]
+    return [
+        _video(outcomes["video"]),
+        _deepspeed(outcomes["deepspeed"], outcomes["deepspeed in 2 processes"]),
+        *_transformer_engine(outcomes.get("transformer_engine"), torch, wanted),
+        *_apex(outcomes.get("apex"), torch, wanted),
+        _transformers(outcomes["transformers"]),
+    ]
+
+
+def _gpus(outcome: Outcome, names: list[str], r: Recipe) -> Check:
+    missing: Status = "warn" if r.spec.embedded else "fail"
+    usable = outcome.facts.get("gpus", ())
+    if usable:
+        return _usable_gpus(usable)
+    if names:
+        cuda = outcome.facts.get("cuda")
+        fix = (
+            f"install a driver for CUDA {cuda}, or a torch built for the driver"
+            if cuda
+            else "install a CUDA build: bash recipes/install.sh --torch cuda"
+        )
+        return Check("GPUs", missing, f"{len(names)} x {names[0]}, but torch cannot use it", fix)
+    remark = selection.visible().remark
+    found = f"none: {remark}" if remark else "none"
+    if r.spec.embedded:
+        return Check("GPUs", "warn", f"{found}; this model also trains on the CPU")
+    fix = "use a machine with NVIDIA GPUs, or start with the recipe tiny"
+    return Check("GPUs", "fail", found, f"unset {selection.VARIABLE}" if remark else fix)
+
+
+def _usable_gpus(gpus: list[dict[str, Any]]) -> Check:
+    kinds = Counter(
+        f"{gpu['name']}, {console.size(gpu['bytes'])}, "
+        f"compute capability {'.'.join(map(str, gpu['capability']))}"
+        for gpu in gpus
+    )
+    driver, health, damaged = _driver_facts()
+    found = "; ".join(f"{count} x {text}" for text, count in kinds.items())
+    remark = selection.visible().remark
+    found = ", ".join(filter(None, [found, *health, driver, remark]))
+    if damaged:
+        fix = "restart the machine; when it comes back, have the GPU replaced"
+        return Check("GPUs", "warn", f"{found}; uncorrected memory errors on GPU {damaged}", fix)
+    if any(gpu["capability"] < OLDEST_CAPABILITY for gpu in gpus):
+        return Check("GPUs", "warn", found, "bf16 is slow before Ampere: set precision to fp32")
+    return Check("GPUs", "ok", found)
+
+
+def _driver_facts() -> tuple[str, list[str], str]:
+    """The driver; ECC and NVLink of the visible GPUs; the indices of those with memory errors."""
+    import pynvml
+
+    shown = selection.visible().gpus
+    pynvml.nvmlInit()
+    indices = sorted({gpu.index for gpu in shown})
+    handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in indices]
+    cuda = pynvml.nvmlSystemGetCudaDriverVersion()
+    driver = (
+        f"driver {pynvml.nvmlSystemGetDriverVersion()} (CUDA {cuda // 1000}.{cuda % 1000 // 10})"
+    )
+    ecc: set[str] = set()
+    links: set[int] = set()
+    damaged = []
+    for index, handle in zip(indices, handles, strict=True):
+        links.add(sum(_has_link(handle, link) for link in range(pynvml.NVML_NVLINK_MAX_LINKS)))
+        try:
+            ecc.add("ECC on" if pynvml.nvmlDeviceGetEccMode(handle)[0] else "ECC off")
+            errors = pynvml.nvmlDeviceGetTotalEccErrors(
+                handle, pynvml.NVML_MEMORY_ERROR_TYPE_UNCORRECTED, pynvml.NVML_VOLATILE_ECC
+            )
+        except pynvml.NVMLError:
+            ecc.add("no ECC")
+            continue
+        damaged += [str(index)] if errors else []
+    pynvml.nvmlShutdown()
+    nvlink = [f"{'/'.join(map(str, sorted(links)))} NVLinks each"] if len(handles) > 1 else []
+    return driver, [*sorted(ecc), *nvlink], ", ".join(damaged)
+
+
+def _has_link(handle: Any, link: int) -> bool:
+    import pynvml
+
+    try:
+        return bool(pynvml.nvmlDeviceGetNvLinkState(handle, link))
+    except pynvml.NVMLError:
+        return False
+
+
+def _nccl(outcome: Outcome | None, gpus: int, r: Recipe) -> list[Check]:
+    if outcome is None:
+        return []
+    if outcome.error:
+        status: Status = "warn" if r.num_processes == 1 else "fail"
+        fix = "in a container: docker run --ipc=host; try NCCL_P2P_DISABLE=1 or NCCL_IB_DISABLE=1"
+        return [Check("NCCL", status, last_line(outcome.error), fix)]
+    rate = console.size(outcome.facts["bytes_per_second"])
+    return [Check("NCCL", "ok", f"all-reduce over {gpus} GPUs at {rate}/s")]
+
+
+def _video(outcome: Outcome) -> Check:
+    name = "FFmpeg and torchcodec"
+    if not outcome.error:
+        facts = outcome.facts
+        found = f"FFmpeg {facts['ffmpeg']}, torchcodec {facts['torchcodec']}: mp4 written and read"
+        return Check(name, "ok", found)
+    # torchcodec tries one build per FFmpeg version and reports each; only what is not about the
+    # absence of that version matters.
+    reasons = re.findall(r"^OSError: (?!Could not load)(.+)$", outcome.error, re.MULTILINE)
+    others = [reason for reason in reasons if not re.search(r"lib(av|sw)\w*\.so", reason)]
+    if reasons and not others:
+        commands = installs.apt("ffmpeg")
+        fix = (
+            "cosmos setup --install"
+            if commands
+            else "install FFmpeg 4 to 8: apt-get install ffmpeg"
+        )
+        return Check(name, "fail", "FFmpeg's libraries are missing", fix, commands)
+    if others and "libpython" in others[0]:
+        return _shared_python(name)
+    if others:
+        found = f"torchcodec does not match torch: {others[0][:100]}"
+        return Check(
+            name, "fail", found, "cosmos setup --install", installs.pip(installs.TORCHCODEC)
+        )
+    if "No module named 'torchcodec'" in outcome.error:
+        fix = "cosmos setup --install"
+        return Check(name, "fail", "torchcodec is missing", fix, installs.pip(installs.TORCHCODEC))
+    return Check(name, "fail", last_line(outcome.error), "mend what is named here")
+
+
+def _shared_python(name: str) -> Check:
+    """The failed row of a Python whose shared library torchcodec cannot find."""
+    folder, library = sysconfig.get_config_vars("LIBDIR", "INSTSONAME")
+    found = f"torchcodec needs {library}, which is missing"
+    if Path(str(folder), str(library)).exists():
+        return Check(name, "fail", found, f"export LD_LIBRARY_PATH={folder}")
+    commands = (
+        installs.apt(f"libpython3.{sys.version_info.minor}") if sys.base_prefix == "/usr" else ()
+    )
+    fix = "cosmos setup --install" if commands else "use a Python that was built --enable-shared"
+    return Check(name, "fail", found, fix, commands)
+
+
+def _deepspeed(alone: Outcome, in_two: Outcome) -> Check:
+    if not alone.error and not in_two.error:
+        found = (
+            f"{alone.facts['version']}: a ZeRO-3 step in 1 process on {alone.facts['backend']}, "
+            f"in 2 on {in_two.facts['backend']}"
+        )
+        return Check("DeepSpeed", "ok", found)
+    if "No module named 'deepspeed'" in alone.error:
+        fix = "cosmos setup --install"
+        return Check("DeepSpeed", "fail", "missing", fix, installs.pip(installs.DEEPSPEED))
+    found = last_line(alone.error) if alone.error else f"in 2 processes: {last_line(in_two.error)}"
+    fix = f"pip install --force-reinstall --no-deps '{installs.DEEPSPEED}'"
+    return Check("DeepSpeed", "fail", found, fix)
+
+
+def _transformer_engine(
+    outcome: Outcome | None, torch: Outcome, wanted: Iterable[str]
+) -> list[Check]:
+    name, asked = "Transformer Engine", "transformer-engine" in wanted
+    if outcome and not outcome.error:
+        return [Check(name, "ok", f"{outcome.facts['version']}: agrees with torch on the GPU")]
+    status: Status = "fail" if asked else "warn"
+    if outcome and "No module named 'transformer_engine" not in outcome.error:
+        fix = "pip uninstall transformer-engine, or install the one that matches torch"
+        return [Check(name, status, last_line(outcome.error), fix)]
+    if not torch.facts.get("gpus"):
+        fix = "use a machine with NVIDIA GPUs, or leave out --with transformer-engine"
+        return [Check(name, status, "there is no GPU to try it on", fix)] if asked else []
+    fix = "cosmos setup --install --with transformer-engine"
+    found = "missing; cosmos runs without it"
+    return [Check(name, status, found, fix, installs.transformer_engine(torch.facts["cuda"]))]
+
+
+def _apex(outcome: Outcome | None, torch: Outcome, wanted: Iterable[str]) -> list[Check]:
+    if outcome and not outcome.error:
+        return [Check("Apex", "ok", "NVIDIA's: its fused Adam agrees with torch on the GPU")]
+    asked = "apex" in wanted
+    status: Status = "fail" if asked else "warn"
+    if outcome:
+        fix = "pip uninstall apex, or build it again: cosmos does not need it"
+        return [Check("Apex", status, last_line(outcome.error), fix)]
+    spec = importlib.util.find_spec("apex")
+    folders = (spec.submodule_search_locations if spec else None) or ()
+    if spec and not any(Path(folder, "optimizers").is_dir() for folder in folders):
+        found = "the package apex is not NVIDIA's but PyPI's unrelated one"
+        return [Check("Apex", "fail", found, "pip uninstall apex", installs.pip_uninstall("apex"))]
+    if not asked or importlib.util.find_spec("amp_C"):
+        return []
+    if not torch.facts.get("cuda") or not shutil.which("nvcc"):
+        found = "NVIDIA's is missing, and it is built by nvcc"
+        fix = (
+            f"install CUDA's toolkit and a CUDA build of torch ({torch.facts.get('cuda') or 'CPU'})"
+        )
+        return [Check("Apex", "fail", found, fix)]
+    fix = "cosmos setup --install --with apex"
+    return [Check("Apex", "fail", "NVIDIA's is missing", fix, installs.apex())]
+
+
+def _transformers(outcome: Outcome) -> Check:
+    if outcome.error:
+        return Check("transformers", "fail", last_line(outcome.error), TORCH_FIX)
+    return Check("transformers", "ok", outcome.facts["version"])
+
+
+def _disk(r: Recipe) -> Check:
+    run = Run(r.run_dir)
+    try:
+        preflight.check_disk(r, run, run.last_step)
+    except UserError as error:
+        return Check("free disk", "fail", f"{error.what} at {error.where}", error.fix)
+    free = files.free_bytes(run.root)
+    return Check("free disk", "ok", f"{console.size(free)} for {run.root}")
+
+
+def _memory(r: Recipe) -> Check:
+    total = psutil.virtual_memory().total
+    limit = Path("/sys/fs/cgroup/memory.max")
+    if limit.exists() and (text := limit.read_text().strip()).isdigit():
+        total = min(total, int(text))
+    needed = WORKING_MEMORY_BYTES + 2 * r.spec.dit.parameters
+    found = f"{console.size(total)}"
+    if total < needed:
+        fix = "close other programs or use a larger machine"
+        return Check("memory", "warn", f"{found}, about {console.size(needed)} are used", fix)
+    return Check("memory", "ok", found)
+
+
+def _shared_memory() -> Check:
+    folder = Path("/dev/shm")
+    total = shutil.disk_usage(folder).total if folder.is_dir() else 0
+    enough = total >= SHARED_MEMORY_BYTES
+    fix = "" if enough else "in a container: docker run --shm-size=16g"
+    return Check("shared memory", "ok" if enough else "warn", console.size(total), fix)
+
+
+def _open_files() -> Check:
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if 0 <= soft < OPEN_FILES:
+        return Check("open files", "warn", f"at most {soft}", "ulimit -n 4096")
+    return Check("open files", "ok", "no limit" if soft < 0 else f"at most {soft}")
+
+
+def _writable(key: str, folder: str) -> Check:
+    path = Path(folder).absolute()
+    try:
+        with tempfile.TemporaryFile(dir=files.nearest_existing(path)):
+            return Check(key, "ok", f"{path} can be written")
+    except UserError as error:
+        return Check(key, "fail", str(error), f"make it writable, or set {key}")
+    except OSError as error:
+        found = f"{path}: {os.strerror(error.errno or 0)}"
+        return Check(key, "fail", found, f"make it writable, or set {key}")
+
+
+def _hub(outcome: Outcome | None) -> list[Check]:
+    """A row for each repository of the recipe that is still to be fetched and cannot be."""
+    if outcome is None:
+        return []
+    if outcome.error:
+        return [Check("model hub", "warn", last_line(outcome.error), "check the network")]
+    repositories = outcome.facts["repositories"]
+    closed = [(what, text) for _, what, text in repositories if what != "open"]
+    if not closed:
+        return [Check("model hub", "ok", f"{len(repositories)} repositories may be read")]
+    if all(what == "unknown" for what, _ in closed):
+        return [Check("model hub", "warn", closed[0][1], "what is not on disk cannot be fetched")]
+    return [
+        Check("model hub", "fail", *text.rsplit("; ", 1))
+        for what, text in closed
+        if what == "refused"
+    ]
+
+
+def _clock() -> Check:
+    today = time.strftime("%Y-%m-%d %H:%M %Z")
+    # A wrong year breaks every download with a message about certificates.
+    if 2026 <= time.localtime().tm_year < 2100:
+        return Check("clock", "ok", today)
+    return Check("clock", "fail", today, "set the date: sudo timedatectl set-ntp true")

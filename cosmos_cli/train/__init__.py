@@ -1,0 +1,5 @@
+"""Post-training: from the checks before it starts to the loop, its saves and its page.
+
+Start with loop.py. preflight.py refuses what cannot work, launch.py starts the ranks, and engine.py
+sets up DeepSpeed. checkpoint.py and reshard.py save and resume.
+"""

@@ -1,0 +1,278 @@
+"""Resume states and model files of a run: full tensors to ZeRO shards and back, whole or absent."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from cosmos_cli import files
+from cosmos_cli.errors import ExitCode, UserError
+from cosmos_cli.model import lora, lora_files, weights
+from cosmos_cli.model.device import best_device
+from cosmos_cli.model.ema import PowerEMA
+from cosmos_cli.model.finite import require_finite
+from cosmos_cli.paths import MANIFEST_FILE, Run
+from cosmos_cli.recipe.keys import Recipe
+from cosmos_cli.train import reshard
+
+# The folder of DeepSpeed's files inside a resume state.
+SHARDS = "zero"
+
+
+def shard(parameter: nn.Parameter) -> Tensor:
+    """This rank's part of a parameter: its flat ZeRO-3 shard, or all of it below stage 3."""
+    return parameter.ds_tensor if hasattr(parameter, "ds_tensor") else parameter.data
+
+
+def trained(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that are trained, by name: all of them, or the factors of a LoRA."""
+    return {name: p for name, p in module.named_parameters() if p.requires_grad}
+
+
+def shards(module: nn.Module) -> list[Tensor]:
+    """This rank's part of every trained parameter, in the order of `trained`."""
+    return [shard(parameter) for parameter in trained(module).values()]
+
+
+def full_shape(parameter: nn.Parameter) -> torch.Size:
+    """The shape of a parameter, whether it is sharded or not."""
+    return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
+
+
+@torch.no_grad()
+def scatter(full: Tensor, parameter: nn.Parameter, target: Tensor) -> None:
+    """Copies this rank's part of a full tensor to `target`, which is laid out like its shard."""
+    if not hasattr(parameter, "ds_tensor"):
+        target.copy_(full)
+        return
+    start = dist.get_rank() * target.numel()
+    part = full.reshape(-1)[start : start + target.numel()]
+    target[: part.numel()].copy_(part)
+
+
+def gather(parameter: nn.Parameter, part: Tensor) -> Tensor:
+    """The full tensor whose shards the ranks hold in `part`; every rank must call it."""
+    if not hasattr(parameter, "ds_tensor"):
+        return part
+    # Where the ranks exchange tensors, which need not be where the part is kept.
+    part = part.to(best_device())
+    joined = part.new_empty(dist.get_world_size() * part.numel())
+    dist.all_gather_into_tensor(joined, part.contiguous())
+    return joined[: parameter.ds_numel].view(full_shape(parameter))
+
+
+def own_part(parameter: nn.Parameter, part: Tensor) -> Tensor:
+    """Return what of a rank's part is of the parameter; the end of the last shard is padding."""
+    if not hasattr(parameter, "ds_tensor"):
+        return part
+    left = parameter.ds_numel - dist.get_rank() * part.numel()
+    return part[: max(min(left, part.numel()), 0)]
+
+
+def load_weights(module: nn.Module, state: dict[str, Tensor], where: Path) -> None:
+    """Copies a full state dict into this rank's shards, a tensor at a time.
+
+    A base without the log-variance head keeps the fresh one.
+
+    Raises:
+        UserError: names or shapes are not those of the module, or a number is not finite.
+    """
+    parameters, buffers = dict(module.named_parameters()), dict(module.named_buffers())
+    if not any(name.startswith("logvar.") for name in state):
+        own = {**parameters, **buffers}
+        parameters = {n: p for n, p in parameters.items() if not n.startswith("logvar.")}
+        buffers = {n: own[n] for n in buffers if not n.startswith("logvar.")}
+    shapes = {name: full_shape(parameter) for name, parameter in parameters.items()}
+    shapes |= {name: buffer.shape for name, buffer in buffers.items()}
+    weights.check_keys(shapes, state, where)
+    for name, parameter in parameters.items():
+        scatter(state[name], parameter, shard(parameter))
+    for name, buffer in buffers.items():
+        buffer.copy_(state[name])
+    require_finite(
+        {n: own_part(p, shard(p)) for n, p in parameters.items()} | buffers,
+        where,
+        weights.name_in_file(where),
+    )
+    forget_copies(module)
+
+
+def forget_copies(module: nn.Module) -> None:
+    """Drops what hpZ has copied of the weights before they changed, which it would gather."""
+    for parameter in module.parameters():
+        if hasattr(parameter, "ds_secondary_tensor"):
+            parameter.ds_secondary_tensor = None
+
+
+def save(engine: Any, ema: PowerEMA, run: Run, step: int, about: dict[str, Any]) -> None:
+    """Saves model files and resume state of `step`; every rank must call it.
+
+    The resume state appears under its name only when all of it is on disk.
+    """
+    final = run.resume_state(step)
+    building = final.with_name(f".{final.name}.tmp")
+    if dist.get_rank() == 0:
+        shutil.rmtree(building, ignore_errors=True)
+    dist.barrier()
+    sha256 = _save_models(engine.module, ema, run, step)
+    try:
+        with weights.writing(final):
+            written = _save_state(engine, building)
+            sha256 = _of_all_ranks(sha256)
+            if dist.get_rank() == 0:
+                manifest = {
+                    "step": step,
+                    "world_size": dist.get_world_size(),
+                    "ema_sha256": sha256["ema"],
+                    **about,
+                    "files": written,
+                }
+                files.write_json(building / MANIFEST_FILE, manifest)
+                files.sync(building / SHARDS)
+                shutil.rmtree(final, ignore_errors=True)
+                building.rename(final)
+                files.sync(run.checkpoints)
+    except UserError:
+        if dist.get_rank() == 0:
+            shutil.rmtree(building, ignore_errors=True)
+        raise
+    dist.barrier()
+
+
+def prune(run: Run, r: Recipe) -> None:
+    """Drops the resume states that the recipe does not keep, once a newer one is complete."""
+    with files.disk_errors(run.checkpoints):
+        for step in run.resumable_steps()[: -r.keep_last]:
+            if r.keep_every_steps and step % r.keep_every_steps == 0:
+                continue
+            old = run.resume_state(step)
+            # Out of sight first: a half-removed folder must not look complete.
+            leaving = old.with_name(f".{old.name}.tmp")
+            old.rename(leaving)
+            shutil.rmtree(leaving)
+
+
+def resume(engine: Any, ema: PowerEMA, run: Run, step: int) -> None:
+    """Restores weights, masters, moments and EMA as they were after `step` updates.
+
+    Another number of ranks than saved them may call it.
+
+    Raises:
+        UserError: a file of the resume state is missing or not as it was written, or a weight is
+            not finite.
+    """
+    folder = run.resume_state(step)
+    manifest = files.read_json(folder / MANIFEST_FILE)
+    module = engine.module
+    path = model_file(run, module, step, "ema")
+    whole = path.is_file() and files.sha256_file(path) == manifest["ema_sha256"]
+    if _hash_files(folder) != manifest["files"] or not whole:
+        raise UserError(
+            f"is damaged: its files or {path.name} are not as they were written",
+            code=ExitCode.ASSET,
+            where=str(folder),
+            fix="delete this folder; the same command then resumes from the save before it",
+        )
+    adapted, saved_by = lora.attached(module), manifest["world_size"]
+    if saved_by == dist.get_world_size():
+        engine.checkpoint_engine.load = reshard.read
+        engine.load_checkpoint(str(folder), tag=SHARDS, load_module_strict=not adapted)
+    else:
+        reshard.load(engine, folder / SHARDS, saved_by)
+    forget_copies(module)
+    state = lora.factors(lora_files.read(path)) if adapted else weights.load_dit_state(path)
+    own = {}
+    for (name, parameter), part in zip(trained(module).items(), ema.shards, strict=True):
+        scatter(state[name], parameter, part)
+        own[name] = own_part(parameter, shard(parameter))
+        own[f"{name} (ema)"] = own_part(parameter, part)
+    fix = "delete this folder; the same command then resumes from the save before it"
+    require_finite(own, folder, fix=fix)
+
+
+def model_file(run: Run, module: nn.Module, step: int, kind: str) -> Path:
+    """Where the reg or ema weights of a save lie: a whole model, or a LoRA."""
+    return run.lora(step, kind) if lora.attached(module) else run.model(step, kind)
+
+
+def _save_state(engine: Any, folder: Path) -> dict[str, dict[str, Any]]:
+    """Writes what DeepSpeed needs to go on; size and sha256 of the files of all ranks."""
+    written = {}
+
+    def write(state_dict: Any, path: str) -> None:
+        file = Path(path)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        size, sha256 = weights.write_pt(state_dict, file)
+        written[str(file.relative_to(folder))] = {"bytes": size, "sha256": sha256}
+
+    engine.checkpoint_engine.save = write
+    # Frozen weights come from the base, not from the checkpoint.
+    engine.save_checkpoint(
+        str(folder), tag=SHARDS, save_latest=False, exclude_frozen_parameters=True
+    )
+    if dist.get_rank() == 0:
+        # DeepSpeed's tools to make a model file of it; we have one.
+        for script in folder.glob("*.py"):
+            script.unlink()
+    return _of_all_ranks(written)
+
+
+def _save_models(module: nn.Module, ema: PowerEMA, run: Run, step: int) -> dict[str, str]:
+    """Writes both model files, by two ranks at once if there are two; sha256 of those of this."""
+    states = {
+        "reg": _gather_all(module, shards(module), 0),
+        "ema": _gather_all(module, ema.shards, 1 % dist.get_world_size()),
+    }
+    # What is written gives its memory back: of the 7B these are 14 and 29 GB.
+    return {
+        kind: _save_model(module, states.pop(kind), model_file(run, module, step, kind))
+        for kind in tuple(states)
+        if states[kind]
+    }
+
+
+def _gather_all(module: nn.Module, parts: list[Tensor], rank: int) -> dict[str, Tensor]:
+    """On one rank, in its host's memory, the trained weights whose shards the ranks hold."""
+    state = {}
+    for (name, parameter), part in zip(trained(module).items(), parts, strict=True):
+        full = gather(parameter, part)
+        if dist.get_rank() == rank:
+            state[name] = full.detach().to("cpu", copy=True)
+    return state
+
+
+def _save_model(module: nn.Module, state: dict[str, Tensor], path: Path) -> str:
+    """Writes the trained weights; their file's sha256."""
+    if lora.attached(module):
+        lora_files.save(path, state, lora.scale(module))
+        return files.sha256_file(path)
+    buffers = {name: buffer.cpu() for name, buffer in module.named_buffers()}
+    return weights.save_released(path, {**buffers, **state})
+
+
+def _hash_files(folder: Path) -> dict[str, dict[str, Any]]:
+    """Size and sha256 of every file of a resume state but its manifest, by all ranks together."""
+    names = sorted(
+        str(path.relative_to(folder))
+        for path in folder.rglob("*")
+        if path.is_file() and path.name != MANIFEST_FILE
+    )
+    return _of_all_ranks({
+        name: {
+            "bytes": (folder / name).stat().st_size,
+            "sha256": files.sha256_file(folder / name),
+        }
+        for name in names[dist.get_rank() :: dist.get_world_size()]
+    })  # fmt: skip
+
+
+def _of_all_ranks(own: dict[str, Any]) -> dict[str, Any]:
+    """What the ranks know of some files each, put together by name."""
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, own)
+    return dict(sorted(item for part in gathered for item in part.items()))

@@ -1,0 +1,161 @@
+"""Prepared clips in a resumable order that no number of processes changes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from cosmos_cli.errors import ExitCode, UserError
+from cosmos_cli.model import edm, text
+from cosmos_cli.prep import latent_files
+from cosmos_cli.spec import ModelSpec
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Clips with everything random about them, on the CPU; letters as in edm.py."""
+
+    x0: Tensor
+    sigma_B: Tensor
+    noise: Tensor
+    text_emb: Tensor
+    fps_B: Tensor
+    names: tuple[str, ...]
+
+    def to(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """The arguments of EDMLoss on `device`."""
+        tensors = (self.x0, self.sigma_B, self.noise, self.text_emb, self.fps_B)
+        x0, sigma, noise, text_emb, fps = (t.to(device, non_blocking=True) for t in tensors)
+        return x0, sigma, noise, text_emb, fps
+
+    @property
+    def samples(self) -> list[str]:
+        """Name and noise level of each clip, for messages."""
+        pairs = zip(self.names, self.sigma_B.tolist(), strict=True)
+        return [f"{name} (sigma {sigma:.4g})" for name, sigma in pairs]
+
+
+def not_finite(what: str, where: str, own: list[str]) -> UserError:
+    """The failure of a run, with the samples to blame of all ranks; every rank must call it."""
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, own)
+    # Processes that share a clip name it each.
+    names = dict.fromkeys(name for part in gathered for name in part)
+    return UserError(
+        f"the {what} is not finite: {', '.join(names) or 'the log-variance head'}",
+        code=ExitCode.TRAINING,
+        where=where,
+        fix="look at these clips, or lower learning_rate; the last save is untouched",
+    )
+
+
+@dataclass(frozen=True)
+class Share:
+    """Samples [first, first + count) of every global batch, one rank's, taken `micro` at a time."""
+
+    first: int
+    count: int
+    micro: int
+
+    @classmethod
+    def of(cls, rank: int, world: int, global_batch: int, micro: int) -> Share:
+        """The share of a data-parallel rank.
+
+        Raises:
+            ValueError: the global batch does not divide into micro batches over the ranks.
+        """
+        if global_batch % (world * micro):
+            raise ValueError(f"a batch of {global_batch} over {world} ranks by {micro}")
+        count = global_batch // world
+        return cls(rank * count, count, micro)
+
+    def micro_batches(self) -> Iterator[range]:
+        """The samples of each micro batch, counted within the global batch."""
+        for start in range(self.first, self.first + self.count, self.micro):
+            yield range(start, start + self.micro)
+
+
+def clip_of(sample: int, clips: int, seed: int) -> int:
+    """The clip that global sample number `sample` trains on: a fresh permutation every epoch."""
+    epoch, position = divmod(sample, clips)
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    return int(torch.randperm(clips, generator=generator)[position])
+
+
+class Clips:
+    """The clips of a manifest, read from disk as they are needed."""
+
+    def __init__(self, root: Path, clips: list[dict[str, Any]], spec: ModelSpec) -> None:
+        self.root, self.clips, self.spec = root, clips, spec
+
+    def __len__(self) -> int:
+        return len(self.clips)
+
+    def read(self, index: int) -> tuple[Tensor, Tensor, float]:
+        """x0 (C, T, H, W) fp32, the padded text embedding (M, D) fp32, frames per second."""
+        clip = self.clips[index]
+        embedding = text.read_pickle(self.root / clip["text"], self.spec.text)
+        text_emb = text.pad(embedding.float(), self.spec.text)
+        return self.latent(index), text_emb, float(clip["fps"])
+
+    def latent(self, index: int) -> Tensor:
+        """x0 (C, T, H, W) fp32."""
+        return latent_files.read_latent(self.root / self.clips[index]["latent"])
+
+    def batch(self, step: int, samples: range, settings: BatchSettings) -> Batch:
+        """The micro batch of some samples of an optimizer step."""
+        x0, sigma, noise, text_emb, fps, names = [], [], [], [], [], []
+        for sample in samples:
+            index = clip_of(step * settings.global_batch + sample, len(self), settings.seed)
+            latent, embedding, rate = self.read(index)
+            drawn = edm.draw(
+                (settings.seed, step, sample), tuple(latent.shape), settings.text_dropout
+            )
+            x0.append(latent)
+            sigma.append(drawn.sigma)
+            noise.append(drawn.noise)
+            text_emb.append(embedding * float(drawn.keep_text))
+            fps.append(rate)
+            names.append(self.clips[index]["latent"])
+        return Batch(
+            torch.stack(x0),
+            torch.tensor(sigma),
+            torch.stack(noise),
+            torch.stack(text_emb),
+            torch.tensor(fps),
+            tuple(names),
+        )
+
+
+@dataclass(frozen=True)
+class BatchSettings:
+    """What decides the content of a batch besides the clips."""
+
+    seed: int
+    global_batch: int
+    text_dropout: float
+
+
+def batches(
+    clips: Clips, share: Share, settings: BatchSettings, steps: range
+) -> Iterator[tuple[int, list[Batch]]]:
+    """(step, its micro batches) for every step, the next step read while this one computes."""
+
+    def load(step: int) -> list[Batch]:
+        return [clips.batch(step, samples, settings) for samples in share.micro_batches()]
+
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        ahead = pool.submit(load, steps.start) if steps else None
+        for step in steps:
+            assert ahead is not None
+            current = ahead.result()
+            if step + 1 < steps.stop:
+                ahead = pool.submit(load, step + 1)
+            yield step, current

@@ -1,0 +1,306 @@
+"""Everything between `cosmos train` and its ranks: start, watch, stop. No torch."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import platform
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+import psutil
+
+from cosmos_cli import __version__, console, files, gpus, ranks, signals
+from cosmos_cli.errors import ExitCode, Interrupted, UserError
+from cosmos_cli.paths import Run
+from cosmos_cli.train import status, trackers
+
+if TYPE_CHECKING:
+    from cosmos_cli.recipe.keys import Recipe
+    from cosmos_cli.recipe.loading import LoadedRecipe
+
+
+def world_size(r: Recipe) -> int:
+    """How many ranks train: the launcher's number, the recipe's, one per GPU, or one on a CPU."""
+    if ranks.under_launcher():
+        return int(os.environ["WORLD_SIZE"])
+    if r.num_processes != "auto":
+        return int(r.num_processes)
+    return max(len(gpus.gpu_names()), 1)
+
+
+# --- start, watch, stop ---------------------------------------------------------------------------
+
+
+def join(loaded: LoadedRecipe, overwrite: bool) -> dict[str, Any]:
+    """Runs this process as the rank that a launcher made it; the figures of the run's result.
+
+    `overwrite` first deletes what an earlier run saved after the step that this one starts from.
+
+    Raises:
+        UserError: what ended this rank.
+        Interrupted: a signal ended the run after a clean save.
+    """
+    run = Run(loaded.recipe.run_dir)
+    rank = int(os.environ["RANK"])
+    # What `start` gives its ranks; torch, imported below, reads it.
+    os.environ.update(ranks.environment(int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    if missing := {"MASTER_ADDR", "MASTER_PORT"} - os.environ.keys():
+        raise UserError(
+            "is not set, though RANK is", code=ExitCode.ENVIRONMENT, where=min(missing),
+            fix="start it by torchrun or recipes/slurm.sh, or unset RANK",
+        )  # fmt: skip
+    with contextlib.ExitStack() as stack:
+        if rank == 0:
+            stack.enter_context(_locked(run))
+            if overwrite:
+                _discard(run)
+            _prepare(loaded, run)
+            stack.enter_context(trackers.following(loaded.recipe, run))
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            # torchrun handles SIGHUP also under nohup: it passes it on, and kills what has not
+            # ended half a minute later. Its ranks get none from a terminal.
+            signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        from cosmos_cli.train import loop
+
+        try:
+            outcome = loop.run_rank(loaded.recipe)
+        except UserError as error:
+            if rank:
+                # The others only learn that this rank is gone.
+                console.unmute()
+                console.say(f"error: rank {rank}: {error}")
+                console.mute()
+            error.told = True
+            raise
+    if outcome["exit_code"]:
+        raise Interrupted(ExitCode(outcome["exit_code"]))
+    return outcome
+
+
+def start(loaded: LoadedRecipe, processes: int, overwrite: bool) -> dict[str, Any]:
+    """Runs the ranks to their end; the figures of the run's result.
+
+    `overwrite` first deletes what an earlier run saved after the step that this one starts from.
+
+    Raises:
+        UserError: the first failure of a rank.
+        Interrupted: a signal ended the run after a clean save.
+    """
+    run = Run(loaded.recipe.run_dir)
+    command = [
+        sys.executable, "-m", "cosmos_cli.ranks",
+        "--nproc-per-node", str(processes), "-m", "cosmos_cli.train.loop", str(run.resolved),
+    ]  # fmt: skip
+    restarts = 0
+    with _locked(run) as lock, ranks.Mailbox() as box:
+        if overwrite:
+            _discard(run)
+        while True:
+            _prepare(loaded, run)
+            with trackers.following(loaded.recipe, run):
+                code, signal_seen = _run_to_the_end(
+                    command,
+                    env={**ranks.environment(processes), ranks.ADDRESS: box.address},
+                    stdout=sys.stderr,
+                    # The launcher holds the lock too: ranks may still save when this process is
+                    # killed.
+                    pass_fds=(lock,),
+                )
+            messages = box.read()
+            if run.result.exists() and (not signal_seen or status.is_finished(run)):
+                return _outcome(run)
+            # What a rank explained, a full disk or a loss that is not finite, would come again.
+            explained = any("error" in m and "lost" not in m for m in messages)
+            if signal_seen and not explained:
+                raise Interrupted(signal_seen)
+            failure = _failure(messages, code)
+            if restarts == loaded.recipe.max_restarts or explained:
+                raise failure
+            restarts += 1
+            console.warn(f"{failure}: restart {restarts} of {loaded.recipe.max_restarts}")
+
+
+def _failure(messages: list[dict[str, Any]], launcher_code: int) -> UserError:
+    """The failure to show: the first that a rank explained, else what torchrun saw first."""
+    explained = next((m for m in messages if "error" in m), None)
+    if explained:
+        code = ExitCode(explained["code"])
+        return UserError(explained["error"], code=code, where=f"rank {explained['rank']}")
+    verdict = next((m for m in messages if "first" in m), {"first": 0, "process_code": None})
+    rank, process_code = verdict["first"], verdict["process_code"]
+    own = next((m for m in messages if m.get("rank") == rank), {})
+    if "traceback" in own:
+        print(own["traceback"], file=sys.stderr)
+        what, code = "failed; its traceback stands above", ExitCode.BUG
+    elif process_code is None:
+        what, code = f"the launcher ended with code {launcher_code}", ExitCode.TRAINING
+    elif process_code == -signal.SIGKILL:
+        what = "was killed; if nobody did it, host memory ran out (see dmesg); start it again"
+        code = ExitCode.TRAINING
+    else:
+        what, code = f"ended with code {process_code}; start it again", ExitCode.TRAINING
+    return UserError(what, code=code, where=f"rank {rank}")
+
+
+def _outcome(run: Run) -> dict[str, Any]:
+    result: dict[str, Any] = files.read_json(run.result)
+    if result["exit_code"]:
+        raise Interrupted(ExitCode(result["exit_code"]))
+    return result
+
+
+class _Signals:
+    """Passes signals on to the ranks.
+
+    SIGUSR1 has them save and go on; SIGINT, SIGTERM and SIGHUP, as SIGTERM, save and end. A second
+    request kills them.
+    """
+
+    def __init__(self) -> None:
+        self.codes = signals.ending()
+        self.seen: ExitCode | None = None
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def __call__(self, number: int, _frame: FrameType | None) -> None:
+        if number == signal.SIGUSR1:
+            console.say("saving: the step ends and is saved, then training goes on")
+            self.pass_on(number)
+            return
+        request = signals.requests.note(number)
+        if not request:
+            return
+        self.seen = self.codes[signal.Signals(number)]
+        if request > 1:
+            self.stop(signal.SIGKILL)
+            return
+        console.say("stopping: the step ends and is saved; once more to stop at once")
+        self.stop(signal.SIGTERM)
+
+    def stop(self, number: int) -> None:
+        """Signals the ranks, or the launcher while it has not started them."""
+        if self.process is None:
+            return
+        with contextlib.suppress(ProcessLookupError):
+            if not self.pass_on(number) or number == signal.SIGKILL:
+                os.killpg(self.process.pid, number)
+
+    def pass_on(self, number: int) -> bool:
+        """Signals the ranks; whether there are any yet."""
+        if self.process is None:
+            return False
+        ranks = []
+        with contextlib.suppress(psutil.NoSuchProcess):
+            ranks = psutil.Process(self.process.pid).children()
+            for rank in ranks:
+                rank.send_signal(number)
+        return bool(ranks)
+
+
+def _run_to_the_end(command: list[str], **options: Any) -> tuple[int, ExitCode | None]:
+    """The exit code of a command, and that of the signal that was passed on to it, if any."""
+    passing = _Signals()
+    handled = (*passing.codes, signal.SIGUSR1)
+    before = {number: signal.signal(number, passing) for number in handled}
+    try:
+        # A session of its own: Ctrl-C and a closed window reach us alone and are passed on to the
+        # ranks, not to torchrun, which would kill them half a minute later, inside a save.
+        process = subprocess.Popen(command, start_new_session=True, **options)
+        passing.process = process
+        if passing.seen:
+            passing.stop(signal.SIGTERM)
+        process.wait()
+        ranks.kill_group(process.pid)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return process.returncode, passing.seen
+
+
+@contextmanager
+def _locked(run: Run) -> Iterator[int]:
+    """Holds the run against a second process; the descriptor of the lock.
+
+    Raises:
+        UserError: another process trains it.
+    """
+    with files.disk_errors(run.root):
+        run.checkpoints.mkdir(parents=True, exist_ok=True)
+        stream = (run.root / ".lock").open("w")
+    with stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(
+                "another process is training this run",
+                code=ExitCode.USAGE,
+                where=str(run.root),
+                fix="wait for it, or set name to start another run",
+            ) from error
+        except OSError as error:
+            # Some shared disks have no locks, as Lustre unless it is mounted with flock.
+            why = f"cannot be locked ({error.strerror}): start no second job that trains this run"
+            console.warn(f"{run.root}: {why}")
+        yield stream.fileno()
+
+
+def _discard(run: Run) -> None:
+    """Delete the weights saved after the newest resume state; without one, all of an earlier run.
+
+    status.json goes last: until then, a start without --overwrite is still refused.
+    """
+    start = run.last_step
+    with files.disk_errors(run.root):
+        for written in run.weight_files(start).values():
+            for path in written:
+                path.unlink()
+                console.say(f"deleted {path}")
+        if start:
+            return
+        for folder in run.checkpoints.glob("iter_" + "[0-9]" * 9):
+            # A resume state without its manifest.
+            shutil.rmtree(folder)
+        if run.samples.exists():
+            shutil.rmtree(run.samples)
+        for path in (run.metrics, run.result, run.report, run.status):
+            path.unlink(missing_ok=True)
+
+
+def _prepare(loaded: LoadedRecipe, run: Run) -> None:
+    """Clears what an earlier start left and writes what the run is made from."""
+    from cosmos_cli.recipe import loading
+
+    with files.disk_errors(run.root):
+        run.checkpoints.mkdir(parents=True, exist_ok=True)
+        files.remove_stale(run.checkpoints)
+        run.result.unlink(missing_ok=True)
+    if loaded.path is not None:
+        files.write_text(run.root / "recipe.yaml", files.read_text(loaded.path, files.RECIPE))
+    files.write_text(run.resolved, loading.dump(loaded.recipe))
+    step = run.last_step
+    with files.disk_errors(run.samples):
+        for path in run.samples.glob("step_" + "[0-9]" * 9 + "*"):
+            if int(path.name[5:14]) > step:
+                path.unlink()
+    saved = max(step, status.saved_step(run))
+    status.note(run, {"step": step, "max_steps": loaded.recipe.max_steps, "saved_step": saved})
+    facts = {
+        "cosmos": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "gpus": gpus.gpu_names(),
+        "cuda_visible_devices": os.environ.get(gpus.VARIABLE),
+        "command": sys.argv,
+        "slurm_job": os.environ.get("SLURM_JOB_ID"),
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+    files.write_text(run.root / "env.json", json.dumps(facts, indent=1) + "\n")

@@ -1,0 +1,182 @@
+"""What a training step came to, over all ranks, and where it is written; what ends a run."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from cosmos_cli import console, files
+from cosmos_cli.model import edm
+from cosmos_cli.paths import Run
+from cosmos_cli.recipe import plan
+from cosmos_cli.recipe.keys import Recipe
+from cosmos_cli.train import data, status
+from cosmos_cli.train.engine import known_gpu
+
+
+class Stats:
+    """Loss and EDM error of a step over all ranks, by noise band; and what was asked of any."""
+
+    def __init__(self, totals: list[float], asked: list[int]) -> None:
+        bands = len(edm.SIGMA_BANDS) - 1
+        self.stop_code, self.save_asked, self.sample_asked = asked
+        loss, micro_batches = totals[0], totals[1]
+        sums, counts = totals[2 : 2 + bands], totals[2 + bands :]
+        self.loss = loss / micro_batches
+        self.edm = sum(sums) / sum(counts)
+        self.bands = [s / c if c else None for s, c in zip(sums, counts, strict=True)]
+
+    @classmethod
+    def over_ranks(
+        cls,
+        losses: list[torch.Tensor],
+        errors_B: list[torch.Tensor],
+        sigmas_B: list[torch.Tensor],
+        asked: tuple[int, bool, bool],
+    ) -> Stats:
+        """The sums of every rank's part of a step. The largest stop code wins."""
+        errors = torch.cat(errors_B).double()
+        sigmas, device = torch.cat(sigmas_B).to(errors.device), errors.device
+        inside = [
+            (sigmas >= low) & (sigmas < high)
+            for low, high in zip(edm.SIGMA_BANDS, edm.SIGMA_BANDS[1:], strict=False)
+        ]
+        asked_of_any = torch.tensor(asked, dtype=torch.int64, device=device)
+        dist.all_reduce(asked_of_any, dist.ReduceOp.MAX)
+        sums = torch.stack(
+            [
+                torch.stack(losses).double().sum(),
+                torch.tensor(float(len(losses)), dtype=torch.float64, device=device),
+                *[errors[band].sum() for band in inside],
+                *[band.sum().double() for band in inside],
+            ]
+        )
+        dist.all_reduce(sums)
+        return cls(sums.tolist(), asked_of_any.tolist())
+
+    def row(self) -> dict[str, Any]:
+        """The figures for metrics.jsonl; a band without a sample is null."""
+        names = [f"edm_sigma_below_{high:g}" for high in edm.SIGMA_BANDS[1:-1]]
+        names.append(f"edm_sigma_from_{edm.SIGMA_BANDS[-2]:g}")
+        return {"loss": self.loss, "edm": self.edm, **dict(zip(names, self.bands, strict=True))}
+
+
+class Metrics:
+    """metrics.jsonl, status.json and report.html of a run, written by rank 0."""
+
+    def __init__(self, run: Run, r: Recipe, start: int, device: torch.device) -> None:
+        self.run = run
+        self.compared = False
+        planned = plan.plan(r, dist.get_world_size(), known_gpu(device))
+        self.status = {
+            "step": start,
+            "max_steps": r.max_steps,
+            "from": start,
+            "saved_step": status.saved_step(run),
+            "started": time.time(),
+            "planned_memory_gb": round(planned.total_gb, 3),
+        }
+        if dist.get_rank() == 0:
+            # Those of steps that the resume state knows; at its own step it is measured anew.
+            kept = (
+                row
+                for row in status.rows(run)
+                if row["step"] < start or (row["step"] == start and status.HELD_OUT not in row)
+            )
+            files.write_text(run.metrics, "".join(f"{json.dumps(row)}\n" for row in kept))
+            status.note(run, self.status)
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Appends one step; the first with a GPU's memory at its full says what was planned."""
+        # The first step of all makes the optimizer's moments when its own peak has passed.
+        if not self.compared and "peak_memory_gb" in row and row["step"] > self.status["from"] + 1:
+            self.compared = True
+            console.say(
+                f"peak memory {row['peak_memory_gb']:.1f} GB on a GPU, "
+                f"{self.status['planned_memory_gb']:.1f} GB were planned"
+            )
+        self.status |= row
+        if dist.get_rank() == 0:
+            with files.disk_errors(self.run.metrics), self.run.metrics.open("a") as stream:
+                stream.write(json.dumps(row) + "\n")
+            status.note(self.run, self.status)
+
+    def write_saved(self, step: int) -> None:
+        """Note that the save of a step is complete."""
+        self.status["saved_step"] = max(step, self.status["saved_step"])
+        if dist.get_rank() == 0:
+            status.note(self.run, self.status)
+
+    def write_held_out(self, step: int, errors: dict[str, float]) -> None:
+        """Appends what was measured at a step."""
+        self.write({"step": step, **errors})
+        console.say(f"step {step}: {errors[status.HELD_OUT]:.4f} on held-out clips")
+
+    def write_samples(self, step: int, distances: dict[str, float]) -> None:
+        """Appends how far samples of a step are from training clips, where some were made."""
+        if distances:
+            self.write({"step": step, **distances})
+
+    def write_page(self) -> None:
+        """Writes the page of the run."""
+        if dist.get_rank() == 0:
+            status.write_page(self.run)
+
+
+def words(row: dict[str, Any]) -> str:
+    """The figures of a step that are worth a look while it trains."""
+    share = f", {row['mfu']:.0%} MFU" if "mfu" in row else ""
+    return f"loss {row['loss']:.4f}, edm {row['edm']:.4f}{share}"
+
+
+def gpu_row(r: Recipe, device: torch.device, seconds: float) -> dict[str, float]:
+    """The peak of this GPU's memory so far, and the share of all GPUs' peak rate in a step."""
+    if device.type == "cpu":
+        return {}
+    row = {"peak_memory_gb": round(torch.cuda.max_memory_allocated(device) / 1e9, 3)}
+    if gpu := known_gpu(device):
+        rate = plan.model_tflop(r) / seconds / dist.get_world_size()
+        row["mfu"] = round(rate / gpu.tflops, 4)
+    return row
+
+
+def grad_norm(engine: Any) -> float:
+    """Global norm of the gradient before clipping."""
+    return float(engine.get_global_grad_norm())
+
+
+def require_finite(
+    stats: Stats, step: int, micro_batches: list[data.Batch], errors_B: list[torch.Tensor]
+) -> None:
+    """Ends the run before a non-finite loss reaches the weights.
+
+    Raises:
+        UserError: names step, clips and noise levels.
+    """
+    if math.isfinite(stats.loss) and math.isfinite(stats.edm):
+        return
+    errors = torch.cat(errors_B).tolist()
+    samples = zip(_samples(micro_batches), errors, strict=True)
+    culprits = [name for name, error in samples if not math.isfinite(error)]
+    raise data.not_finite("loss", f"step {step + 1}", culprits)
+
+
+def require_finite_gradient(norm: float, step: int, micro_batches: list[data.Batch]) -> None:
+    """Ends the run before a save of weights that a non-finite gradient has reached.
+
+    Raises:
+        UserError: names step, clips and noise levels.
+    """
+    # DeepSpeed's -1 stands for infinite and for not a number.
+    if math.isfinite(norm) and norm >= 0:
+        return
+    raise data.not_finite("gradient", f"step {step + 1}", _samples(micro_batches))
+
+
+def _samples(micro_batches: list[data.Batch]) -> list[str]:
+    return [sample for batch in micro_batches for sample in batch.samples]

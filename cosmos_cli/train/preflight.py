@@ -1,0 +1,315 @@
+"""What `cosmos train` refuses before any process starts. No torch."""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import os
+from collections.abc import Callable
+from pathlib import Path
+from shlex import quote
+from typing import TYPE_CHECKING, Any
+
+from cosmos_cli import console, files, gpus, paths
+from cosmos_cli.errors import ExitCode, UserError
+from cosmos_cli.gpus import gpu_names
+from cosmos_cli.paths import Dataset, Run
+from cosmos_cli.ranks import under_launcher
+from cosmos_cli.recipe import plan
+from cosmos_cli.train import status, trackers
+
+if TYPE_CHECKING:
+    from cosmos_cli.recipe.keys import Recipe
+
+# A resumed run must agree with its checkpoint on these: another value would be another run.
+FIXED_KEYS = (
+    "model", "base", "dataset_dir", "num_frames", "height", "width", "precision", "zero_stage",
+    "global_batch_size", "text_dropout", "ema_rate", "seed", "lora_rank", "lora_alpha",
+    "lora_targets", "optimizer",
+)  # fmt: skip
+# If one of these changes, the steps after a resume give other weights than before.
+DECIDING_KEYS = {
+    "learning_rate", "beta1", "beta2", "adam_eps", "weight_decay", "grad_clip", "warmup_steps",
+    "lr_start_factor", "lr_end_factor", "max_steps", "transformer_engine", "clips",
+}  # fmt: skip
+
+
+def check_dataset(r: Recipe) -> tuple[int, int]:
+    """How many clips prep made for this recipe: to train on, and held out.
+
+    Raises:
+        UserError: prep has not run, or ran with other settings or other videos.
+    """
+    dataset = Dataset.at(r.dataset_dir, r.videos_dir)
+    where = str(dataset.manifest)
+    manifest = dataset.read_manifest()
+    for key, prepared in manifest["settings"].items():
+        wanted = getattr(r, key, None)
+        if wanted != prepared:
+            raise UserError(
+                f"was prepared with {key} = {prepared}, the recipe says {wanted}",
+                code=ExitCode.DATASET,
+                where=where,
+                fix="run cosmos prep again",
+            )
+    listed = {video["path"]: video["bytes"] for video in manifest["videos"]}
+    names = {*listed, *(path.name for path in dataset.video_files())}
+    present = {path: files.size_of(dataset.videos / path) for path in names}
+    if changed := sorted(set(present.items()) ^ set(listed.items())):
+        raise UserError(
+            f"is older than the videos: {changed[0][0]} was added, removed or changed",
+            code=ExitCode.DATASET,
+            where=where,
+            fix="run cosmos prep again",
+        )
+    clips, held_out = paths.split_clips(manifest)
+    return len(clips), len(held_out)
+
+
+def check_recipe(r: Recipe, ranks: int) -> None:
+    """Refuses what cannot be trained on `ranks` processes.
+
+    Raises:
+        UserError: the model is for generation only, the batch does not divide, no base weights.
+    """
+    check_world(r, ranks)
+    if unsafe := set("*?[") & {*str(r.run_dir)}:
+        raise UserError(
+            f"has a {min(unsafe)!r}, by which DeepSpeed finds no checkpoint to go on from",
+            code=ExitCode.USAGE, where=str(r.run_dir), fix="set another output_root",
+        )  # fmt: skip
+    if os.environ.get("NNODES", "1") != "1" and not under_launcher():
+        raise UserError(
+            f"NNODES is {os.environ['NNODES']}, and this command starts the ranks of one machine",
+            code=ExitCode.USAGE,
+            where="NNODES",
+            fix="on every node: torchrun --nnodes ... -m cosmos_cli train RECIPE",
+        )
+    trackers.check(r)
+    check_kernels(r)
+    base = paths.model_files(r.spec, r.checkpoints_dir, r.base).dit
+    if not base.exists():
+        raise UserError(
+            "the base weights are missing",
+            code=ExitCode.ASSET,
+            where=str(base),
+            fix="run cosmos download, or set base",
+        )
+    tokenizer = paths.model_files(r.spec, r.checkpoints_dir).tokenizer
+    if (r.preview_every_steps or r.sample_every_saves) and not tokenizer.exists():
+        raise UserError(
+            "the video tokenizer is missing, which previews and samples need",
+            code=ExitCode.ASSET,
+            where=str(tokenizer),
+            fix="run cosmos download, or set preview_every_steps: 0 and sample_every_saves: 0",
+        )
+
+
+def check_world(r: Recipe, ranks: int) -> None:
+    """Refuses what cannot be trained on `ranks` processes anywhere.
+
+    Raises:
+        UserError: the model is for generation only, or the processes or the batch do not divide.
+    """
+
+    def bad(key: str, what: str, fix: str) -> UserError:
+        return UserError(what, code=ExitCode.USAGE, where=key, fix=fix)
+
+    if not r.spec.trainable:
+        fix = "use Cosmos-Predict1-7B-Text2World"
+        raise bad("model", f"{r.model} is for generation only", fix)
+    for key in ("hpz_partition_size", "sequence_parallel"):
+        size = getattr(r, key)
+        if size != "auto" and ranks % size:
+            what = f"{ranks} processes do not divide into groups of {size}"
+            raise bad(key, what, "use a divisor of the number of processes")
+    at_once = ranks // r.sequence_parallel * r.micro_batch_size
+    if r.global_batch_size % at_once:
+        what = (
+            f"{r.global_batch_size} clips do not divide into micro batches of "
+            f"{r.micro_batch_size} on {ranks} processes"
+        )
+        raise bad("global_batch_size", what, f"use a multiple of {at_once}")
+
+
+def check_kernels(r: Recipe) -> None:
+    """Refuses kernels that this machine does not have.
+
+    Raises:
+        UserError: a package is not installed, or a GPU too old.
+    """
+
+    def missing(key: str, what: str, fix: str) -> UserError:
+        return UserError(what, code=ExitCode.ENVIRONMENT, where=key, fix=fix)
+
+    # The package called apex on PyPI is another one.
+    if r.optimizer == "apex" and importlib.util.find_spec("amp_C") is None:
+        fix = "run cosmos setup --install --with apex, or set optimizer: auto"
+        raise missing("optimizer", "NVIDIA's Apex is not installed", fix)
+    key = "transformer_engine"
+    if r.transformer_engine == "off":
+        return
+    if importlib.util.find_spec("transformer_engine") is None:
+        fix = "run cosmos setup --install --with transformer-engine, or set transformer_engine: off"
+        raise missing(key, "Transformer Engine is not installed", fix)
+    fix = "use GPUs of compute capability 8.9 or above, or set transformer_engine: off"
+    shown = gpus.visible()
+    if not shown.gpus:
+        raise missing(key, f"there is no GPU to compute in fp8{_because(shown)}", fix)
+    if old := [gpu for gpu in shown.gpus if gpu.capability < (8, 9)]:
+        raise missing(key, f"GPU {old[0].index}, {old[0].name}, does not compute in fp8", fix)
+
+
+def check_gpus(r: Recipe, ranks: int) -> None:
+    """Refuses to start more processes on this machine than it has GPUs, but for the tiny model.
+
+    Raises:
+        UserError: it has fewer.
+    """
+    found = len(gpu_names())
+    if found < ranks and (found or not r.spec.embedded):
+        raise UserError(
+            f"{ranks} processes need as many GPUs, {found} are here{_because(gpus.visible())}",
+            code=ExitCode.ENVIRONMENT, where="num_processes",
+            fix="set num_processes: auto and a global_batch_size for it, or see --plan",
+        )  # fmt: skip
+
+
+def warn_of_hidden_gpus() -> None:
+    """Say where CUDA_VISIBLE_DEVICES or MIG leaves other GPUs than one would think."""
+    if remark := gpus.visible().remark:
+        console.warn(remark)
+
+
+def _because(shown: gpus.Selection) -> str:
+    return f" ({shown.remark})" if shown.remark else ""
+
+
+def check_resume(r: Recipe, run: Run, ranks: int) -> int:
+    """The step at which the run goes on, 0 for a new one.
+
+    Raises:
+        UserError: the saved run was another one.
+    """
+    steps = run.resumable_steps()
+    if not steps:
+        return 0
+    folder = run.resume_state(steps[-1])
+    saved = files.read_json(folder / paths.MANIFEST_FILE)
+    changes = _changes(r, saved)
+    for key in FIXED_KEYS:
+        before, now = changes.get(key, (None, None))
+        if before != now and not _are_one(key, before, now):
+            raise _another_run(folder, f"{key} = {before}, the recipe says {now}")
+    if "base" in saved:
+        base = paths.model_files(r.spec, r.checkpoints_dir, r.base).dit
+        if files.sha256_path(base) != saved["base"]:
+            raise _another_run(folder, f"other base weights than now lie in {base}")
+    if saved["world_size"] != ranks:
+        changes["num_processes"] = (saved["world_size"], ranks)
+    if "clips" in changes:
+        console.warn("the dataset has changed since this run was saved, and its order with it")
+    if changes:
+        rows = [(key, str(before), str(now), str(now)) for key, (before, now) in changes.items()]
+        console.say(console.table(rows, ("key", "checkpoint", "recipe", "used")))
+    return steps[-1]
+
+
+def _changes(r: Recipe, saved: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Return what differs from the recipe and the clips of a saved run: by key, before and now."""
+    changes = {
+        key: (value, getattr(r, key))
+        for key, value in saved["recipe"].items()
+        if hasattr(r, key) and getattr(r, key) != value
+    }
+    dataset = Dataset.at(r.dataset_dir, r.videos_dir).manifest
+    now = files.sha256_file(dataset) if dataset.exists() else "is missing"
+    if saved["dataset"] != now:
+        changes["clips"] = (f"manifest {saved['dataset'][:12]}", f"manifest {now[:12]}")
+    return changes
+
+
+def check_overwrite(r: Recipe, run: Run, start: int, command: Callable[[str, str], str]) -> None:
+    """Refuse to replace the weights that an earlier training of this run saved after `start`.
+
+    A resumed run makes those of the steps after its resume state again, bit for bit, so they are
+    refused only if the recipe or the clips changed. Model files of a save that never completed
+    do not count. `command` returns a command line of the recipe for a verb and more words.
+
+    Raises:
+        UserError: there are such weights, or metrics, and --overwrite was not given.
+    """
+    newest = status.saved_step(run)
+    if newest <= start or start >= r.max_steps:
+        return
+    later = [step for step in run.weight_files(start) if step <= newest]
+    if start:
+        saved = files.read_json(run.resume_state(start) / paths.MANIFEST_FILE)
+        changed = DECIDING_KEYS & _changes(r, saved).keys()
+        if r.lr_end_factor == 1:
+            changed -= {"max_steps"}
+        if not later or not changed:
+            return
+        why = f"would resume at step {start} with another {', '.join(sorted(changed))}"
+    elif later or status.rows(run):
+        why = "has no complete resume state and would start again at step 0"
+    else:
+        return
+    lost = f"the weights of {_steps(later)}" if later else "the metrics of the earlier training"
+    raise UserError(
+        f"this run {why}, overwriting {lost}", code=ExitCode.USAGE, where=str(run.root),
+        fix=_ways_out(r, run, later, command),
+    )  # fmt: skip
+
+
+def _steps(steps: list[int]) -> str:
+    if len(steps) == 1:
+        return f"step {steps[0]}"
+    return f"{len(steps)} saves, steps {steps[0]} to {steps[-1]}"
+
+
+def _ways_out(r: Recipe, run: Run, later: list[int], command: Callable[[str, str], str]) -> str:
+    """Return what to type instead: another run, one from the newest weights, or --overwrite."""
+    names = (f"{r.name[:90]}-{number}" for number in itertools.count(2))
+    name = next(name for name in names if not run.root.with_name(name).exists())
+    another = command("train", f"--set name={name}")
+    ways = [f"another run: `{another}`"]
+    if later:
+        newest = run.weight_files()[later[-1]][0]
+        base, first = newest, ""
+        if newest == run.lora(later[-1], "ema") or newest == run.lora(later[-1], "reg"):
+            # A LoRA is no base by itself: promote adds it to the weights that it was trained on.
+            kind = "ema" if newest == run.lora(later[-1], "ema") else "reg"
+            first = command("promote", f"--step {later[-1]} --weights {kind}") + " && "
+            base = paths.promoted_dir(r.spec, r.checkpoints_dir) / paths.MODEL_FILE
+        ways.append(f"one that starts from them: `{first}{another} --set {quote(f'base={base}')}`")
+    ways.append(f"delete them and start again: `{command('train', '--overwrite')}`")
+    return "; ".join(ways)
+
+
+def _are_one(key: str, before: Any, now: Any) -> bool:
+    """Whether two values of a key mean the same."""
+    if key == "optimizer":
+        return {before, now} == {"auto", "torch"}
+    return key == "dataset_dir" and os.path.abspath(before) == os.path.abspath(now)  # noqa: PTH100
+
+
+def _another_run(folder: Path, with_what: str) -> UserError:
+    return UserError(
+        f"this run was started with {with_what}", code=ExitCode.USAGE, where=str(folder),
+        fix="set name to start another run",
+    )  # fmt: skip
+
+
+def check_disk(r: Recipe, run: Run, start: int, freed: int = 0) -> None:
+    """Refuses a run whose saves would not fit, although `freed` bytes are deleted before.
+
+    Raises:
+        UserError: less free than the remaining saves and min_free_disk_gb need.
+    """
+    files.require_free(
+        run.root,
+        plan.disk_bytes(r, start)["whole run"] + r.min_free_disk_gb * 1e9 - freed,
+        "the saves of the run",
+        "free some space, save less often, or set output_root",
+    )

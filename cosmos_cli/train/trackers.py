@@ -1,0 +1,220 @@
+"""Shows the metrics and pictures of a run in TensorBoard, wandb or trackio. No torch.
+
+A process of its own reads what the run writes, so that a tracker that fails, hangs or asks for
+something can neither end the run nor slow it down.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+from cosmos_cli import console, files
+from cosmos_cli.errors import ExitCode, UserError
+from cosmos_cli.paths import Run
+from cosmos_cli.recipe import loading
+from cosmos_cli.recipe.keys import Recipe
+from cosmos_cli.train import status
+
+# Between two looks at what the run has written, and for the last of it at the end.
+PAUSE_SECONDS, END_SECONDS = 2.0, 60.0
+
+
+def check(r: Recipe) -> None:
+    """Refuses a tracker that is not there, before anything is trained.
+
+    Raises:
+        UserError: its package is not installed.
+    """
+    if r.tracker != "none" and importlib.util.find_spec(r.tracker) is None:
+        raise UserError(
+            f"the package {r.tracker} is not installed", code=ExitCode.ENVIRONMENT,
+            where="tracker", fix=f"pip install {r.tracker}, or set tracker: none",
+        )  # fmt: skip
+
+
+@contextmanager
+def following(r: Recipe, run: Run) -> Iterator[None]:
+    """Has the recipe's tracker follow the run meanwhile."""
+    if r.tracker == "none":
+        yield
+        return
+    log = run.log.with_name("tracker.log")
+    with files.disk_errors(log):
+        log.parent.mkdir(parents=True, exist_ok=True)
+        stream = log.open("wb")
+    with stream:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "cosmos_cli.train.trackers", str(run.root)],
+            stdin=subprocess.PIPE,
+            stdout=stream,
+            stderr=stream,
+            env=_environment(run),
+            # Ctrl-C is for the run; what it still writes is to be shown.
+            start_new_session=True,
+        )
+    try:
+        yield
+    finally:
+        assert process.stdin
+        process.stdin.close()
+        try:
+            code = process.wait(END_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            code = process.wait()
+        if code:
+            console.warn(f"{r.tracker} does not show all of the run, see {log}")
+
+
+def _environment(run: Run) -> dict[str, str]:
+    defaults = {
+        "WANDB_MODE": "online" if "WANDB_API_KEY" in os.environ else "offline",
+        "WANDB_DIR": str(run.root),
+        "WANDB_RUN_ID": files.sha256_text(str(run.root))[:16],
+        "TRACKIO_DIR": str(run.root / "trackio"),
+        "PYTHONSAFEPATH": "1",
+    }
+    return {**defaults, **os.environ}
+
+
+class Writer(Protocol):
+    """Where metrics go."""
+
+    def figure(self, step: int, name: str, value: float) -> None:
+        """Shows a figure of a step."""
+
+    def picture(self, step: int, name: str, path: Path) -> None:
+        """Shows a picture of a step."""
+
+    def close(self) -> None:
+        """Shows what is left."""
+
+
+class TensorBoard:
+    """Event files in the run's folder, written anew: a resumed run has undone steps."""
+
+    def __init__(self, run: Run) -> None:
+        from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+        folder = run.root / "tensorboard"
+        shutil.rmtree(folder, ignore_errors=True)
+        self.writer = EventFileWriter(str(folder))
+
+    def figure(self, step: int, name: str, value: float) -> None:
+        """Adds a scalar."""
+        self._add(step, {"tag": name, "simple_value": value})
+
+    def picture(self, step: int, name: str, path: Path) -> None:
+        """Adds an image."""
+        from PIL import Image
+
+        with Image.open(path) as image:
+            width, height = image.size
+        shown = {"height": height, "width": width, "encoded_image_string": path.read_bytes()}
+        self._add(step, {"tag": name, "image": shown})
+
+    def close(self) -> None:
+        """Closes the file."""
+        self.writer.close()
+
+    def _add(self, step: int, value: dict[str, Any]) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event
+
+        event = Event(wall_time=time.time(), step=step, summary={"value": [value]})
+        self.writer.add_event(event)
+
+
+class Wandb:
+    """A run of wandb, or of trackio, which has the same interface."""
+
+    def __init__(self, r: Recipe) -> None:
+        self.module: Any = importlib.import_module(r.tracker)
+        settings = json.loads(r.model_dump_json())
+        self.module.init(project=r.project, name=r.name, config=settings, resume="allow")
+
+    def figure(self, step: int, name: str, value: float) -> None:
+        """Logs a figure."""
+        self.module.log({name: value}, step=step)
+
+    def picture(self, step: int, name: str, path: Path) -> None:
+        """Logs an image."""
+        self.module.log({name: self.module.Image(str(path))}, step=step)
+
+    def close(self) -> None:
+        """Finishes the run."""
+        self.module.finish()
+
+
+class News:
+    """What a run has written since it was last asked for, each row and picture once."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.known: set[tuple[Any, ...]] = set()
+
+    def read(self) -> list[tuple[int, dict[str, float | Path]]]:
+        """Steps and their figures and pictures by name, ascending: some trackers want that."""
+        found: list[tuple[int, dict[str, Any]]] = [
+            (row["step"], {k: v for k, v in row.items() if k != "step" and v is not None})
+            for row in status.rows(self.run)
+        ]
+        for path in self.run.samples.glob("step_*.jpg"):
+            _, step, name = path.stem.split("_")
+            found.append((int(step), {name: path}))
+        keys = [(step, *values) for step, values in found]
+        new = [item for key, item in zip(keys, found, strict=True) if key not in self.known]
+        self.known.update(keys)
+        return sorted(new, key=lambda item: item[0])
+
+    def show(self, writer: Writer) -> None:
+        """Hands all of it to a tracker."""
+        for step, values in self.read():
+            for name, value in values.items():
+                if isinstance(value, Path):
+                    writer.picture(step, name, value)
+                else:
+                    writer.figure(step, name, value)
+
+
+def main(root: str) -> None:
+    """Follows the run in a folder until stdin ends."""
+    # Slurm signals all processes of a job; a run that is told to end still has figures to show.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    run = Run(Path(root))
+    r = loading.load(str(run.resolved)).recipe
+    news, ended = News(run), threading.Event()
+
+    def wait_for_end() -> None:
+        sys.stdin.read()
+        ended.set()
+
+    threading.Thread(target=wait_for_end, daemon=True).start()
+    writer: Writer
+    if r.tracker == "tensorboard":
+        writer = TensorBoard(run)
+    else:
+        # A resumed run goes on where it was; what is there has been shown.
+        news.read()
+        writer = Wandb(r)
+    while not ended.wait(PAUSE_SECONDS):
+        news.show(writer)
+    news.show(writer)
+    writer.close()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
