@@ -92,5 +92,14 @@ echo "Installing the packages takes about a minute."
 PYTHONWARNINGS=ignore "${pip[@]}" install --quiet --constraint .ci/constraints.txt --editable ".[$extras]"
 .venv/bin/cosmos setup tiny --install
 
+# Optional: without it, prep does not notice most damage in HEVC videos.
+if ! ldconfig -p 2>/dev/null | grep -q libde265; then
+  root=()
+  ((EUID == 0)) || root=(sudo -n)
+  "${root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
+    libde265-0 >/dev/null 2>&1 ||
+    echo "libde265 is missing: most damage in HEVC videos is not noticed; apt-get install libde265-0"
+fi
+
 touch "$stamp-train,guardrails" "$stamp-$extras"
 echo "Installed. To use it: source $PWD/.venv/bin/activate"

@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from ctypes.util import find_library
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -85,6 +86,7 @@ def run_checks(r: Recipe, wanted: Iterable[str] = ()) -> list[Check]:
         _gpus(torch, names, r),
         *_nccl(outcomes.get("nccl"), usable, r),
         *_on_torch(outcomes, wanted),
+        _hevc(),
         _disk(r),
         _memory(r),
         _shared_memory(),
@@ -291,6 +293,14 @@ def _video(outcome: Outcome) -> Check:
         fix = "cosmos setup --install"
         return Check(name, "fail", "torchcodec is missing", fix, installs.pip(installs.TORCHCODEC))
     return Check(name, "fail", last_line(outcome.error), "mend what is named here")
+
+
+def _hevc() -> Check:
+    """Warn if nothing on this machine notices most damage in HEVC videos."""
+    if find_library("de265"):
+        return Check("libde265", "ok", "prep notices damage in HEVC videos")
+    found = "missing, so prep does not notice most damage in HEVC videos"
+    return Check("libde265", "warn", found, "apt-get install libde265-0")
 
 
 def _shared_python(name: str) -> Check:
