@@ -93,11 +93,13 @@ PYTHONWARNINGS=ignore "${pip[@]}" install --quiet --constraint .ci/constraints.t
 .venv/bin/cosmos setup tiny --install
 
 # Optional: without it, prep does not notice most damage in HEVC videos.
-if ! ldconfig -p 2>/dev/null | grep -q libde265; then
-  root=()
+apt() {
+  local root=()
   ((EUID == 0)) || root=(sudo -n)
-  "${root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
-    libde265-0 >/dev/null 2>&1 ||
+  "${root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get -qq "$@" >/dev/null 2>&1
+}
+if ! ldconfig -p 2>/dev/null | grep -q libde265; then
+  { apt update && apt install -y --no-install-recommends libde265-0; } ||
     echo "libde265 is missing: most damage in HEVC videos is not noticed; apt-get install libde265-0"
 fi
 
