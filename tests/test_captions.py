@@ -65,8 +65,8 @@ def test_all_wrong_lines_are_named_at_once(tmp_path):
         [
             (1, "has no caption"),
             (2, "has no caption"),
-            (3, "is no JSON"),
-            (4, "is no JSON object"),
+            (3, "is not valid JSON"),
+            (4, "is not a JSON object"),
             (6, "names 'a.mp4' again, after line 5"),
         ],
         strict=True,
