@@ -155,8 +155,8 @@ def change_info(root, **changes):
         ({"video_path": "{}"}, "may hold video_key"),
         ({"video_path": "{file_index}.mp4"}, "may hold video_key"),
         ({"video_path": "{episode_index"}, "expected '}'"),
-        ({"video_path": "a\0b.mp4"}, "holds a NUL"),
-        ({"video_path": "\ud800.mp4"}, "is no text"),
+        ({"video_path": "a\0b.mp4"}, "contains a NUL"),
+        ({"video_path": "\ud800.mp4"}, "is not valid Unicode"),
         ({"video_path": "x" * 5000}, "at most 1000"),
         ({"video_path": None}, "valid string"),
         ({"chunks_size": 0}, "greater than or equal to 1"),
@@ -294,7 +294,7 @@ def test_parquet_files_that_are_none_or_claim_too_much_are_one_line(v3, monkeypa
     with pytest.raises(UserError, match="takes more than 100 bytes"):
         lerobot.episodes(v3, "top")
     path.write_bytes(b"PAR1" + bytes(1000) + b"PAR1")
-    with pytest.raises(UserError, match="is no part of a LeRobot dataset"):
+    with pytest.raises(UserError, match="is not part of a valid LeRobot dataset"):
         lerobot.episodes(v3, "top")
     path.unlink()
     os.mkfifo(path)
@@ -334,7 +334,10 @@ def test_prep_takes_the_good_episodes_and_names_the_bad_ones(v2, tmp_path):
     done = Cosmos(tmp_path)("prep", "tiny", *source)
     assert "1 of 3 videos used, 2 rejected" in done.stderr
     assert "episode_000001: rejected: its row cannot be used: length" in done.stderr
-    assert "episodes.jsonl line 3: rejected: its row cannot be used: it is no JSON" in done.stderr
+    assert (
+        "episodes.jsonl line 3: rejected: its row cannot be used: it is not valid JSON"
+        in done.stderr
+    )
 
 
 @pytest.mark.workflow

@@ -56,7 +56,7 @@ class Owners:
 
     Args:
         files: the file of each video.
-        unclear: for each video the files that may be its own, but also another's, or several.
+        unclear: for each video several possible files, or files that may also be another video's.
         unused: files that belong to no video, or whose video has a file with a better name.
     """
 
@@ -135,7 +135,7 @@ def files_in(folder: Path, *suffixes: str) -> list[Path]:
     except OSError as error:
         raise UserError(
             f"cannot be read: {error.strerror}", code=ExitCode.DATASET, where=str(folder),
-            fix=f"make it readable: `chmod u+rx {folder}`",
+            fix="make this folder readable",
         ) from error  # fmt: skip
 
 
@@ -268,7 +268,7 @@ def _jsonl(text: str) -> Iterator[tuple[int, dict[Any, Any] | str]]:
         yield number, row if isinstance(row, dict) else "is not a JSON object"
 
 
-# Models often begin a caption with one of these.
+# These are removed from the start of a model's answer, in this order.
 PREFIXES = ("Caption:", "#####", "####", "- ", "* ", ",")
 # A bold list heading with fewer words than this is dropped.
 SHORT_WORDS = 10
