@@ -1,4 +1,4 @@
-"""A folder of what people have: every file gets its verdict, every frame is the right one."""
+"""A folder of all kinds of files: every file gets its verdict, every frame is the right one."""
 
 import json
 import os
