@@ -186,7 +186,7 @@ def _merged(spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
 def _decode_hevc(path: Path, stream: int, span: tuple[int, int]) -> Iterator[tuple[int, bool]]:
     """Yield the same as `_decode`, but from libde265; nothing if it is missing or not needed.
 
-    libde265 runs in its own process, because a damaged file may crash it.
+    libde265 runs in its own process, because a damaged file may crash that process.
     """
     if not checks_hevc():
         return

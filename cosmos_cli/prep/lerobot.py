@@ -108,7 +108,7 @@ class PlacedRow(Row):
     from_timestamp: Annotated[float, Field(ge=0, le=MOST_FRAMES, allow_inf_nan=False)]
 
 
-# The file of a row, its position in it, and its content, or its problem as a string.
+# The file of a row, the position in that file, and the content or, as a string, the problem.
 Found = tuple[Path, str, Any]
 
 

@@ -382,7 +382,7 @@ class Latents:
         """Return the metadata of a clip's latent, {} if the clip must be encoded.
 
         Earlier versions did not check the decoded frames for damage. Their latents are kept if the
-        clip still has the same statistics.
+        clip still has the same cut and the same motion.
         """
         about = _about(self.dataset.latents / source.latent_name(clip))
         if about.get("key") != key:
