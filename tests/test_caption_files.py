@@ -62,7 +62,7 @@ def prepared(tmp_path_factory):
 
 
 @pytest.mark.workflow
-def test_a_caption_reaches_the_video_that_it_is_nearly_named_after(prepared):
+def test_a_caption_with_nearly_the_name_of_a_video_reaches_it(prepared):
     dataset, _, result = prepared
     wanted = {
         NFD: "A coffee.", "big": "A suffix.", "full": "A full name.", "Case": "A case.",
@@ -151,7 +151,7 @@ def test_the_references_embeddings_are_taken_under_the_same_rule(tmp_path):
 
 
 @pytest.mark.workflow
-def test_a_dry_run_and_a_run_without_a_usable_video_name_them_too(tmp_path):
+def test_unused_files_are_named_by_dry_runs_and_failed_runs(tmp_path):
     dataset = write_videos(tmp_path, "a")
     (dataset / "metas" / "b.txt").write_text("Not of a.")
     cosmos = Cosmos(tmp_path)
@@ -172,7 +172,7 @@ def test_a_new_recipe_counts_captions_of_other_names(tmp_path):
     assert "every video has its own caption" in (tmp_path / "mine.yaml").read_text()
 
 
-def test_a_caption_of_just_the_tokens_that_are_read_is_not_cut():
+def test_a_caption_of_exactly_the_token_limit_is_not_cut():
     encoder = text.TextEncoder(paths.EMBEDDED_DIR / "t5", TINY.text, "cpu", torch.float32)
     word = len(encoder.tokenizer("word").input_ids) - 1
     words = (TINY.text.tokens - 1) // word

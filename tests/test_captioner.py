@@ -84,7 +84,7 @@ def write_by_vlm(vlm, *more):
     return settings("caption=vlm", f"caption_model={vlm}", *more)
 
 
-def test_missing_captions_are_written_behind_the_prompt_and_given_ones_stay(cosmos, vlm):
+def test_descriptions_follow_the_prompt_and_given_captions_stay(cosmos, vlm):
     videos = write_videos(cosmos, 4)
     dataset, metas = videos.parent, videos.parent / "metas"
     metas.mkdir()
@@ -114,7 +114,7 @@ def test_missing_captions_are_written_behind_the_prompt_and_given_ones_stay(cosm
     assert {path: path.stat().st_mtime_ns for path in times} == times
 
 
-def test_a_prompt_that_stood_alone_gives_way_and_a_changed_video_is_seen_again(cosmos, vlm):
+def test_descriptions_replace_a_bare_prompt_and_follow_the_video(cosmos, vlm):
     videos = write_videos(cosmos, 1)
     cosmos("prep", "tiny", *settings("prompt=A clip."))
     cosmos("prep", "tiny", *write_by_vlm(vlm))

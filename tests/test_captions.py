@@ -1,4 +1,4 @@
-"""Which caption belongs to which video: by the name of its file, or by a CSV or JSONL file."""
+"""Match captions to videos, by file name or by the rows of a CSV or JSONL file."""
 
 import json
 import unicodedata
@@ -34,7 +34,7 @@ def test_both_formats_give_the_same_captions(tmp_path, name, content, mark):
     assert captions.read(tmp_path / name, VIDEOS) == (WANTED, [])
 
 
-def test_a_caption_is_as_it_is_read_back_and_a_name_as_it_is_on_disk(tmp_path):
+def test_line_ends_become_newlines_and_names_are_those_on_disk(tmp_path):
     path = tmp_path / "c.jsonl"
     path.write_text('{"file": "caf\u00e9.mp4", "caption": "One,\\r\\ntwo."}\n', encoding="utf-8")
     on_disk = "cafe\u0301.mp4"
@@ -65,8 +65,8 @@ def test_all_wrong_lines_are_named_at_once(tmp_path):
         [
             (1, "has no caption"),
             (2, "has no caption"),
-            (3, "is no JSON"),
-            (4, "is no JSON object"),
+            (3, "is not valid JSON"),
+            (4, "is not a JSON object"),
             (6, "names 'a.mp4' again, after line 5"),
         ],
         strict=True,
@@ -74,7 +74,7 @@ def test_all_wrong_lines_are_named_at_once(tmp_path):
         assert f"{path}:{number}: " in line and what in line
 
 
-def test_csv_lines_are_those_of_the_file_also_behind_a_caption_of_two_lines(tmp_path):
+def test_csv_line_numbers_stay_right_after_a_caption_of_two_lines(tmp_path):
     path = tmp_path / "c.csv"
     path.write_text('file,caption\na.mp4,"one\ntwo"\nb.mp4,\na.mp4,not, quoted\n')
     with pytest.raises(UserError) as caught:
@@ -111,7 +111,7 @@ def test_rows_name_a_video_in_any_case_form_and_with_backslashes(tmp_path):
     assert captions.read(path, videos) == (dict(zip(videos, rows.values(), strict=True)), [])
 
 
-def test_an_exact_row_wins_and_what_may_be_two_videos_is_refused(tmp_path):
+def test_an_exact_row_wins_and_an_ambiguous_one_is_refused(tmp_path):
     path = tmp_path / "c.csv"
     path.write_text("file,caption\nA.mp4,upper\na.mp4,lower\n")
     assert captions.read(path, ["a.mp4", "A.mp4"])[0] == {"A.mp4": "upper", "a.mp4": "lower"}
@@ -190,7 +190,7 @@ def owned(files, videos):
         (["gone.txt", "b.txt"], ["b.mp4"], ({"b.mp4": "b.txt"}, {}, ["gone.txt"])),
     ],
 )
-def test_exact_names_win_and_unclear_ones_are_nobodys(files, videos, wanted):
+def test_exact_names_win_and_ambiguous_ones_match_no_video(files, videos, wanted):
     assert owned(files, videos) == wanted
     assert owned(files[::-1], videos) == wanted
 

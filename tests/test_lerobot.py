@@ -121,7 +121,7 @@ def test_another_version_and_damaged_files_are_named(v2):
         lerobot.episodes(v2, "top")
 
 
-def test_without_pyarrow_v3_is_a_line_that_says_what_to_install(v3, monkeypatch):
+def test_v3_without_pyarrow_says_what_to_install(v3, monkeypatch):
     # The import system answers None with ImportError.
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(UserError, match="needs pyarrow") as caught:
@@ -155,8 +155,8 @@ def change_info(root, **changes):
         ({"video_path": "{}"}, "may hold video_key"),
         ({"video_path": "{file_index}.mp4"}, "may hold video_key"),
         ({"video_path": "{episode_index"}, "expected '}'"),
-        ({"video_path": "a\0b.mp4"}, "holds a NUL"),
-        ({"video_path": "\ud800.mp4"}, "is no text"),
+        ({"video_path": "a\0b.mp4"}, "contains a NUL"),
+        ({"video_path": "\ud800.mp4"}, "is not valid Unicode"),
         ({"video_path": "x" * 5000}, "at most 1000"),
         ({"video_path": None}, "valid string"),
         ({"chunks_size": 0}, "greater than or equal to 1"),
@@ -168,7 +168,7 @@ def change_info(root, **changes):
         ({"codebase_version": ["v2.1"]}, "valid string"),
     ],
 )
-def test_what_info_json_may_not_say_is_one_line(v2, changes, what):
+def test_an_invalid_value_in_info_json_gives_one_line(v2, changes, what):
     change_info(v2, **changes)
     with pytest.raises(UserError) as refused:
         lerobot.episodes(v2, "top")
@@ -183,7 +183,7 @@ def test_a_camera_cannot_lead_out_of_the_dataset(v2):
         lerobot.episodes(v2, None)
 
 
-def test_a_path_with_dots_inside_the_dataset_is_what_it_means(v2):
+def test_dots_in_a_path_inside_the_dataset_are_resolved(v2):
     name = "meta/../videos/./chunk-{episode_chunk:03d}/{video_key}/episode_{episode_index:06d}.mp4"
     change_info(v2, video_path=name)
     assert all(episode.path.is_file() for episode in lerobot.episodes(v2, "top"))
@@ -247,7 +247,7 @@ def test_the_same_row_twice_is_one_episode_and_the_second_is_named(v2):
     assert second.reason == "it is listed twice"
 
 
-def test_more_rows_than_any_dataset_has_are_refused(v2, monkeypatch):
+def test_too_many_rows_are_refused(v2, monkeypatch):
     monkeypatch.setattr(lerobot, "MOST_ROWS", 2)
     with pytest.raises(UserError, match="more than 2 episodes"):
         lerobot.episodes(v2, "top")
@@ -288,13 +288,13 @@ def test_a_bad_parquet_row_is_named_and_does_not_lose_the_others(v3, key, value)
     assert bad.name in ("episode_000001", "chunk-000 file-000.parquet row 2")
 
 
-def test_parquet_files_that_are_none_or_claim_too_much_are_one_line(v3, monkeypatch):
+def test_invalid_and_oversized_parquet_files_give_one_line(v3, monkeypatch):
     path = v3 / "meta" / "episodes" / "chunk-000" / "file-000.parquet"
     monkeypatch.setattr(lerobot, "MOST_BYTES", 100)
     with pytest.raises(UserError, match="takes more than 100 bytes"):
         lerobot.episodes(v3, "top")
     path.write_bytes(b"PAR1" + bytes(1000) + b"PAR1")
-    with pytest.raises(UserError, match="is no part of a LeRobot dataset"):
+    with pytest.raises(UserError, match="is not part of a valid LeRobot dataset"):
         lerobot.episodes(v3, "top")
     path.unlink()
     os.mkfifo(path)
@@ -302,7 +302,7 @@ def test_parquet_files_that_are_none_or_claim_too_much_are_one_line(v3, monkeypa
         lerobot.episodes(v3, "top")
 
 
-def test_a_text_that_parquet_repeats_is_once_in_memory(v3):
+def test_a_text_that_parquet_repeats_is_in_memory_once(v3):
     """100,000 episodes of the same text of a megabyte, which is 1 MB in the file."""
     import pyarrow
     from pyarrow import parquet
@@ -334,7 +334,10 @@ def test_prep_takes_the_good_episodes_and_names_the_bad_ones(v2, tmp_path):
     done = Cosmos(tmp_path)("prep", "tiny", *source)
     assert "1 of 3 videos used, 2 rejected" in done.stderr
     assert "episode_000001: rejected: its row cannot be used: length" in done.stderr
-    assert "episodes.jsonl line 3: rejected: its row cannot be used: it is no JSON" in done.stderr
+    assert (
+        "episodes.jsonl line 3: rejected: its row cannot be used: it is not valid JSON"
+        in done.stderr
+    )
 
 
 @pytest.mark.workflow

@@ -159,7 +159,7 @@ def test_a_caption_that_was_copied_with_its_time_reaches_the_embedding(tmp_path)
     assert (dataset / "t5_xxl" / "a.pickle").read_bytes() != before
 
 
-def test_a_prompt_of_an_interrupted_run_is_not_taken_for_the_users_words(tmp_path):
+def test_a_prompt_of_an_interrupted_run_is_not_taken_for_a_caption(tmp_path):
     videos = tmp_path / "datasets" / "tiny" / "videos"
     write(videos, "a.mp4")
     write(videos, "b.mp4")
@@ -176,7 +176,7 @@ def test_a_prompt_of_an_interrupted_run_is_not_taken_for_the_users_words(tmp_pat
     assert result["used"] == 2
 
 
-def test_train_needs_no_prompt_that_prep_was_given(tmp_path):
+def test_train_does_not_need_the_prompt_given_to_prep(tmp_path):
     videos = tmp_path / "datasets" / "tiny" / "videos"
     write(videos, "a.mp4")
     cosmos = Cosmos(tmp_path)
@@ -184,7 +184,7 @@ def test_train_needs_no_prompt_that_prep_was_given(tmp_path):
     cosmos("train", "tiny", *settings("min_free_disk_gb=0.1"), "--dry-run")
 
 
-def test_an_interrupted_second_run_leaves_nothing_that_train_would_believe(tmp_path):
+def test_an_interrupted_second_run_leaves_no_manifest(tmp_path):
     videos = tmp_path / "datasets" / "tiny" / "videos"
     write(videos, "a.mp4")
     write(videos, "b.mp4")
@@ -197,7 +197,7 @@ def test_an_interrupted_second_run_leaves_nothing_that_train_would_believe(tmp_p
     assert "cosmos prep" in refused.stderr
 
 
-def test_a_manifest_of_something_else_is_left_alone(tmp_path):
+def test_a_foreign_manifest_is_left_alone(tmp_path):
     videos = tmp_path / "datasets" / "tiny" / "videos"
     write(videos, "a.mp4")
     foreign = videos.parent / "manifest.json"
@@ -224,7 +224,7 @@ def test_a_latent_is_made_again_when_its_video_changes(tmp_path):
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_leaves_nothing_half_written_and_the_same_command_goes_on(tmp_path, number, code):
+def test_a_signal_leaves_no_partial_file_and_the_command_resumes(tmp_path, number, code):
     videos = tmp_path / "datasets" / "tiny" / "videos"
     for i in range(15):
         write(videos, f"{i:02d}.mp4", 60)
@@ -395,9 +395,7 @@ def test_the_tasks_of_an_array_end_with_the_bytes_of_one_process(
     assert "<td>0.mp4: has" not in text
 
 
-def test_the_one_that_ends_last_clears_up_behind_one_that_was_killed(
-    undisturbed, tmp_path, monkeypatch
-):
+def test_the_last_process_removes_the_files_of_a_killed_one(undisturbed, tmp_path, monkeypatch):
     cosmos, dataset = fresh(undisturbed, tmp_path)
     cosmos("prep", "tiny", *settings(PROMPT))
     monkeypatch.chdir(tmp_path)
@@ -416,7 +414,7 @@ def test_the_one_that_ends_last_clears_up_behind_one_that_was_killed(
     assert not list(dataset.rglob(".*.tmp*"))
 
 
-def test_the_ranks_of_a_launcher_share_the_work_and_one_speaks(undisturbed, tmp_path):
+def test_the_ranks_of_a_launcher_share_the_work_and_one_prints(undisturbed, tmp_path):
     cosmos, dataset = fresh(undisturbed, tmp_path)
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     done = subprocess.run(
@@ -453,9 +451,7 @@ def test_a_process_with_another_recipe_is_refused_while_one_is_at_work(undisturb
 
 
 @pytest.mark.parametrize("kills", [5, pytest.param(50, marks=pytest.mark.slow)])
-def test_a_process_killed_at_any_moment_and_run_again_ends_with_the_same_bytes(
-    undisturbed, tmp_path, kills
-):
+def test_prep_killed_at_any_moment_and_rerun_gives_the_same_bytes(undisturbed, tmp_path, kills):
     rng = random.Random(kills)
     unfinished = 0
     for i in range(kills):

@@ -1,4 +1,4 @@
-"""A folder of what people have: every file gets its verdict, every frame is the right one."""
+"""A folder of all kinds of files: every file gets its verdict, every frame is the right one."""
 
 import json
 import os
@@ -248,7 +248,7 @@ def test_every_file_gets_the_right_verdict(folder):
     }
     assert wrong == {}
     assert found.keys() | {"below"} == {path.name for path in videos.iterdir()}
-    assert b"below: the videos in this folder are not taken" in done.stderr
+    assert b"below: the videos in this folder are not used" in done.stderr
     assert len(found) >= 60
     # A name that is no UTF-8 stands in the page as it is.
     page = (folder / "datasets" / "tiny" / "report.html").read_text(errors="replace")

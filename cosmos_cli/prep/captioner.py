@@ -1,7 +1,7 @@
-"""Captions that are missing, written by a vision-language model that sees frames of the video.
+"""Write missing captions with a vision-language model that sees frames of each video.
 
-What it writes is kept beside the dataset, a file for each video, so that prep may be killed and
-run again, and several processes share the videos.
+Each description is stored in a file of its own in the dataset. So prep can be killed and run again,
+and several processes can share the videos.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ INSTRUCTION = (
     "These are frames of one video, in order. Describe the video in one paragraph of plain text: "
     "who or what is in it, what happens, the place, the light, and how the camera moves."
 )
-# Evenly spaced frames that the model sees, and their width in pixels.
+# The model sees this many evenly spaced frames, of this width in pixels.
 FRAMES, WIDTH = 6, 448
-# With a prompt in front it fits into the tokens of the text encoder.
+# Together with a prompt in front, the answer fits into the text encoder's token limit.
 MAX_NEW_TOKENS = 256
 
 
 class Captioner:
-    """A vision-language model of a local folder or of the hub's cache; it answers greedily."""
+    """A vision-language model from a local folder or the hub's cache. It decodes greedily."""
 
     def __init__(self, name: str, device: str, dtype: torch.dtype) -> None:
         from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -49,10 +49,14 @@ class Captioner:
             model = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype, **where)
         except (OSError, ValueError, RecursionError, ImportError) as error:
             why = " ".join(str(error).split())[:200]
-            # Some models resize their pictures with torchvision, which is no dependency of ours.
+            # Some models resize images with torchvision, which this project does not depend on.
             lacking = isinstance(error, ImportError)
-            fix = "install torchvision" if lacking else f"run `hf download {name}`, or set a folder"
-            raise _bad(source, f"is no readable vision-language model: {why}", fix) from error
+            fix = (
+                "run `pip install torchvision`"
+                if lacking
+                else f"run `hf download {name}`, or use `--set caption_model=FOLDER`"
+            )
+            raise _bad(source, f"is not a readable vision-language model: {why}", fix) from error
         if not getattr(self.processor, "chat_template", None):
             raise _bad(source, "has no chat template", "choose a model that was trained to chat")
         self.model = model.to(device).eval()
@@ -60,7 +64,7 @@ class Captioner:
 
     @torch.inference_mode()
     def describe(self, source: Source) -> str:
-        """The model's words about a video, cleaned; they may be empty.
+        """Return the model's description of a video, cleaned. It may be empty.
 
         Raises:
             VideoError: a frame does not decode.
@@ -82,12 +86,12 @@ class Captioner:
 
 
 def describe(r: Recipe, dataset: Dataset, videos: list[Source], job: str, device: str) -> None:
-    """Has the model of the recipe describe every video that has no caption otherwise.
+    """Describe every video that has no other caption, with the recipe's captioning model.
 
-    Nothing is written about a video whose frames do not decode.
+    A video whose frames do not decode gets no description.
 
     Raises:
-        UserError: the model cannot be used, or others are at work on another job.
+        UserError: the model cannot be used, or other processes are working on another job.
     """
     if r.caption != "vlm":
         return
@@ -98,7 +102,7 @@ def describe(r: Recipe, dataset: Dataset, videos: list[Source], job: str, device
         crew.start()
         _share(r, dataset, videos, crew, device)
         if not crew.wait_for_others():
-            # Some may have been killed.
+            # Another process may have been killed before it finished its videos.
             _share(r, dataset, videos, crew, device)
             crew.finished()
 
@@ -106,7 +110,7 @@ def describe(r: Recipe, dataset: Dataset, videos: list[Source], job: str, device
 def _share(
     r: Recipe, dataset: Dataset, videos: list[Source], crew: work_sharing.Crew, device: str
 ) -> None:
-    """Describes what nobody else has or is about to."""
+    """Describe the videos that no other process has described or is working on."""
     captioner: Captioner | None = None
     unseen = {source.name for source in sources.find_captions(r, dataset, videos)}
     with console.progress("describe", len(unseen), "videos") as bar:

@@ -1,8 +1,8 @@
-"""Which caption belongs to which video, by its name or by a row of a CSV or JSONL file. No torch.
+"""Match captions to videos, by file name or by the rows of a CSV or JSONL file. No torch.
 
-macOS and some tools write an accented letter as two characters, Windows does not tell upper from
-lower case, and some tools keep the suffix of the video. Names that differ in such things alone are
-one name here, unless there are two files of it.
+macOS and some tools write an accented letter as two characters, Windows ignores case, and some
+tools keep the suffix of the video. Names that differ only in these ways count as the same name,
+unless two files have it.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from cosmos_cli.errors import ExitCode, UserError
 
 COLUMNS = ("file", "caption")
 SUFFIX = ".txt"
-# Captions beside videos may have the suffix that other trainers use.
+# Captions next to videos may also have the suffix that other trainers use.
 BESIDE_SUFFIXES = (SUFFIX, ".caption")
-# Texts that lie beside videos and are no captions.
+# Text files with these names often lie next to videos, but are not captions.
 _OTHER_TEXTS = frozenset({
     "readme", "license", "licence", "copying", "notice", "changelog", "requirements",
 })  # fmt: skip
@@ -34,7 +34,7 @@ _OTHER_TEXTS = frozenset({
 
 
 def key(name: str) -> str:
-    """Return what names that differ in case, Unicode form or blanks around them have in common.
+    """Return a key that is equal for names that differ only in case, Unicode form or outer blanks.
 
     Source: the Unicode Standard, section 3.13, canonical caseless matching.
     """
@@ -43,7 +43,7 @@ def key(name: str) -> str:
 
 
 def by_key(names: Iterable[str]) -> dict[str, list[str]]:
-    """Return the names by their key."""
+    """Group names by their key."""
     found: dict[str, list[str]] = {}
     for name in names:
         found.setdefault(key(name), []).append(name)
@@ -52,12 +52,12 @@ def by_key(names: Iterable[str]) -> dict[str, list[str]]:
 
 @dataclass
 class Owners:
-    """Which file belongs to which video, by the video's name.
+    """Files and the videos that they belong to.
 
     Args:
-        files: the one file of a video.
-        unclear: files of which each may be the video's, or that may be another video's as well.
-        unused: files that belong to no video, and those of which a better named one is used.
+        files: the file of each video.
+        unclear: for each video several possible files, or files that may also be another video's.
+        unused: files that belong to no video, or whose video has a file with a better name.
     """
 
     files: dict[str, Path] = field(default_factory=dict)
@@ -68,10 +68,10 @@ class Owners:
 def owners(
     listed: Sequence[Path], videos: Collection[str], suffixes: Sequence[str] = (SUFFIX,)
 ) -> Owners:
-    """Give each file to the video that it is named after: a.txt or a.mp4.txt to a.mp4.
+    """Match each file to the video that it is named after: a.txt or a.mp4.txt to a.mp4.
 
-    A file whose name is exact, with one of the suffixes, the first of them first, comes before
-    those that differ in case or Unicode form.
+    Files with the exact name come first, in the order of `suffixes`. Files whose names differ in
+    case or Unicode form come after them.
     """
     tables: list[dict[str, list[str]]] = [{}, {}, {}, {}]
     for video in videos:
@@ -85,7 +85,7 @@ def owners(
         names = (base, base, key(base), key(base))
         hits = [table.get(name, []) for table, name in zip(tables, names, strict=True)]
         meant: list[str] = next(filter(None, hits), [])
-        # Videos of one stem: the first one counts, the others are rejected for their name.
+        # Of videos with the same stem only the first counts. `sources.inspect` rejects the others.
         stems = {PurePosixPath(video).stem: video for video in reversed(meant)}
         if not stems:
             continue
@@ -105,7 +105,7 @@ def owners(
             found.unclear.setdefault(video, []).extend(chosen)
         else:
             found.files[video] = chosen[0]
-            # It is clear, whatever another file might be.
+            # The video has its own file now, so an unclear one no longer matters.
             found.unclear.pop(video, None)
     placed = {*found.files.values(), *(f for several in found.unclear.values() for f in several)}
     found.unused = [file for file in listed if file not in placed]
@@ -117,12 +117,12 @@ def _without_suffix(name: str) -> str:
 
 
 def is_other_text(path: Path) -> bool:
-    """True for a readme, a licence and the like, which belong to no video by intent."""
+    """True if a file is a readme, a licence or the like, which belongs to no video on purpose."""
     return _without_suffix(path.name).lower() in _OTHER_TEXTS
 
 
 def files_in(folder: Path, *suffixes: str) -> list[Path]:
-    """List the files of a folder with one of some suffixes, in any case, hidden ones left out.
+    """List the visible files of a folder that have one of the suffixes, in upper or lower case.
 
     Raises:
         UserError: the folder cannot be read.
@@ -135,7 +135,7 @@ def files_in(folder: Path, *suffixes: str) -> list[Path]:
     except OSError as error:
         raise UserError(
             f"cannot be read: {error.strerror}", code=ExitCode.DATASET, where=str(folder),
-            fix="make it a folder that you may read",
+            fix="make this folder readable",
         ) from error  # fmt: skip
 
 
@@ -143,13 +143,13 @@ def files_in(folder: Path, *suffixes: str) -> list[Path]:
 
 
 def read(path: Path, videos: Collection[str]) -> tuple[dict[str, str], list[str]]:
-    """Read the captions by the name of their video, and name each row that names no video.
+    """Read captions_file. Return the captions by video, and the rows that name no video.
 
-    A row names a video by its file name, with or without folders in front, which may stand behind
+    A row names a video by its file name. Folders in front of it are ignored, with slashes or
     backslashes. An exact name wins over one that differs in case or Unicode form.
 
     Raises:
-        UserError: there is no such file, or rows of it cannot be used; all of them are named.
+        UserError: the file is missing, or rows are unusable; the error lists all of them.
     """
     captions: dict[str, str] = {}
     first: dict[str, int] = {}
@@ -170,7 +170,7 @@ def read(path: Path, videos: Collection[str]) -> tuple[dict[str, str], list[str]
             what = f"names {name!r}, which may be {' or '.join(map(repr, sorted(found)))}"
             problems.append(_wrong_row(path, number, what))
             continue
-        # The row whose name is exact holds.
+        # A row with the exact name wins.
         known = found[0] if found and (name in videos or found[0] not in exact) else ""
         same = known or name
         if same in first:
@@ -200,26 +200,26 @@ def _wrong_row(path: Path, number: int, what: str) -> UserError:
 
 def _base_name(text: str, videos: Collection[str]) -> str:
     name = PurePosixPath(text.strip()).name
-    # A backslash may be part of a name here, and is none on Windows.
+    # A backslash may be part of a file name on Linux, but separates folders on Windows.
     return name if name in videos else PurePosixPath(name.replace("\\", "/")).name
 
 
 def one_kind_of_line_end(text: str) -> str:
-    """The text as it is read back from a file."""
+    """Convert line ends to newlines, as reading the text back from a file does."""
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def _problem(row: dict[Any, Any]) -> str:
-    """What is wrong with a row, "" when nothing is."""
+    """Return the problem of a row, "" if it has none."""
     for column in COLUMNS:
         if not isinstance(row.get(column), str) or not row[column].strip():
             return f"has no {column}"
-    # What csv puts behind the last column.
+    # csv.DictReader stores surplus cells under the key None.
     return "has more cells than the header; quote a caption with commas" if None in row else ""
 
 
 def _rows(path: Path) -> Iterator[tuple[int, dict[Any, Any] | str]]:
-    """The line and the columns of every row; in place of the columns, what is wrong with it."""
+    """Yield the line number and the columns of each row, or its problem in place of the columns."""
     text = files.read_text(path, files.CAPTIONS_FILE)
     if path.suffix.lower() == ".csv":
         yield from _csv(path, text)
@@ -249,11 +249,11 @@ def _csv(path: Path, text: str) -> Iterator[tuple[int, dict[Any, Any] | str]]:
             yield line, row
             line = reader.line_num + 1
     except csv.Error as error:
-        yield line, f"is no CSV: {error}"
+        yield line, f"is not valid CSV: {error}"
 
 
 def _jsonl(text: str) -> Iterator[tuple[int, dict[Any, Any] | str]]:
-    # Not splitlines, which also splits at characters that JSON allows in a text.
+    # splitlines() would also split at characters that JSON allows inside a string.
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
@@ -263,19 +263,19 @@ def _jsonl(text: str) -> Iterator[tuple[int, dict[Any, Any] | str]]:
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            yield number, f"is no JSON: {error}"
+            yield number, f"is not valid JSON: {error}"
             continue
-        yield number, row if isinstance(row, dict) else "is no JSON object"
+        yield number, row if isinstance(row, dict) else "is not a JSON object"
 
 
+# These are removed from the start of a model's answer, in this order.
 PREFIXES = ("Caption:", "#####", "####", "- ", "* ", ",")
-
-
+# A bold list heading with fewer words than this is dropped.
 SHORT_WORDS = 10
 
 
 def clean(answer: str) -> str:
-    """The caption in a model's answer, without line breaks, list marks, headings and quotes."""
+    """Strip line breaks, list marks, headings and quotes from a model's answer."""
     text = answer.replace("\r", " ").replace("\n", " ")
     text = re.sub(r"- \*\*(.*?)\*\*", _drop_short, text)
     for prefix in PREFIXES:

@@ -1,9 +1,9 @@
-"""Damaged frames of a video, from what decoders report. No torch.
+"""Find damaged frames of a video from the error reports of decoders. No torch.
 
-FFmpeg's decoders conceal damage, and torchcodec passes on none of their reports. So a second
-decoder looks at the frames that clips use: FFmpeg's own for most codecs, libvpx for VP8 and VP9,
-of which FFmpeg's own reports nothing. For HEVC, of whose damage FFmpeg reports a third, libde265
-looks as well where the system has it.
+FFmpeg's decoders conceal damage, and torchcodec does not pass on their reports. So the frames that
+clips use are decoded a second time: with FFmpeg's native decoder for most codecs, and with libvpx
+for VP8 and VP9, for which the native decoders report nothing. For HEVC, FFmpeg reports only a third
+of the damage, so libde265 decodes the frames as well, if the system has it.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ from cosmos_cli.model.containers import Packets
 if TYPE_CHECKING:
     from cosmos_cli.model.video import Clip
 
-# Decoders that notice more than FFmpeg's own.
+# Decoders that report more damage than FFmpeg's native ones.
 STRICTER = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
-# Warnings of libde265 that no whole file causes: a slice that ends early, wrong entry points, a
-# block outside of the picture, invalid headers, a row without its end.
+# Warnings of libde265 that an undamaged file never causes: a slice that ends early, wrong entry
+# points, a block outside of the picture, invalid headers, a row without an end.
 HEVC_DAMAGE = {1002, 1003, 1004, 1005, 1006, 1007, 1017}
-# The formats of pixels that libde265 decodes without such warnings.
+# Pixel formats for which libde265 gives no such warnings on undamaged files.
 HEVC_FORMATS = {"yuv420p", "yuvj420p", "yuv420p10le"}
 
-# PyAV also passes the reports to Python's logging, which would print them.
+# PyAV also sends the reports to Python's logging, which would print them.
 logging.getLogger("libav").addHandler(logging.NullHandler())
 logging.getLogger("libav").propagate = False
 
@@ -46,19 +46,20 @@ Span = tuple[float, float]
 
 
 def find(path: Path, clips: Sequence[Clip]) -> list[Span]:
-    """Return the spans in which the clips of a file show damaged frames.
+    """Return the spans with damaged frames in the clips of a file.
 
-    They are in seconds from the first frame of the file. A damaged frame spoils those that are
-    decoded after it, up to the next frame that a decoder can start at. Trap: a decoder that starts
-    in the middle of a whole file may report references that it lacks; so what is suspicious is
-    decoded again in order from the start of the file.
+    Spans are in seconds from the first frame of the file. A damaged frame also spoils the frames
+    that are decoded after it, up to the next frame at which a decoder can start.
+
+    Trap: a decoder that starts in the middle of an undamaged file may report missing references.
+    So a file with reports is decoded again from its start.
     """
     stream, packets = _scan(path, files.stamp_of(path))
     if packets is None or not clips:
         return {}
     pts, zero, tick = packets.pts, packets.pts[0], packets.tick
     shown = [list(clip.indices) or packets.shown_at(clip.seconds) for clip in clips]
-    # A damaged index may list fewer frames than the clips have; those that lack do not decode.
+    # A damaged index may list fewer frames than the clips have. Missing frames do not decode.
     most = len(pts) - 1
     ends = [(pts[min(numbers[0], most)], pts[min(numbers[-1], most)]) for numbers in shown]
     first, last = min(begin for begin, _ in ends), max(end for _, end in ends)
@@ -74,13 +75,13 @@ def find(path: Path, clips: Sequence[Clip]) -> list[Span]:
 
 
 def checks_hevc() -> bool:
-    """Return True if libde265 is there, without which most damage in HEVC is not noticed."""
+    """True if libde265 is installed. Without it most damage in HEVC goes unnoticed."""
     return find_library("de265") is not None
 
 
 @lru_cache(maxsize=1)
 def _scan(path: Path, _version: tuple[int, int]) -> tuple[int, Packets | None]:
-    """Return the number of the video stream and its packets, None where PyAV has no decoder."""
+    """Return the index of the video stream and its packets, or None if PyAV cannot decode it."""
     try:
         with av.open(str(path), metadata_errors="replace") as file:
             video = file.streams.best("video")
@@ -93,10 +94,10 @@ def _scan(path: Path, _version: tuple[int, int]) -> tuple[int, Packets | None]:
 
 
 def _decode(path: Path, stream: int, span: tuple[int, int]) -> Iterator[tuple[int, bool]]:
-    """Yield the time stamp of each packet, in coded order, and if its decoding reports damage.
+    """Yield the timestamp of each packet, in coded order, and True if decoding it reports damage.
 
-    Trap: with one thread only. Another that reports something waits for Python's lock, for good if
-    the decoder is closed meanwhile.
+    Trap: the decoder must use one thread. Another thread that logs a report waits for Python's
+    lock, and it waits for ever if the decoder is closed meanwhile.
     """
     level, repeated = av.logging.get_level(), av.logging.get_skip_repeated()
     av.logging.set_level(av.logging.INFO)
@@ -126,7 +127,7 @@ def _decode(path: Path, stream: int, span: tuple[int, int]) -> Iterator[tuple[in
 def _packets(
     file: av.container.InputContainer, video: av.VideoStream, span: tuple[int, int]
 ) -> Iterator[av.Packet]:
-    """Yield the packets of a stream that the frames of a span of time stamps need."""
+    """Yield the packets that are needed to decode a span of timestamps."""
     if span[0] > (video.start_time or 0):
         file.seek(span[0], stream=video)
     for packet in file.demux(video):
@@ -137,7 +138,7 @@ def _packets(
 
 
 def _fails(codec: av.VideoCodecContext, packet: av.Packet | None) -> bool:
-    """Return True if the decoder refuses a packet or calls a frame corrupt."""
+    """True if the decoder rejects a packet or marks a frame as corrupt."""
     try:
         return any(frame.is_corrupt for frame in codec.decode(packet))
     except av.FFmpegError:
@@ -145,14 +146,14 @@ def _fails(codec: av.VideoCodecContext, packet: av.Packet | None) -> bool:
 
 
 def _reported(logs: list[tuple[int, str, str]]) -> bool:
-    """Return True if a log has an error or says what was concealed; empties it."""
+    """True if the log has an error or a report of concealment. Clears the log."""
     found = any(level <= av.logging.ERROR or "concealing" in text for level, _, text in logs)
     logs.clear()
     return found
 
 
 def _spans(rows: Iterable[tuple[int, bool]], packets: Packets) -> Iterator[tuple[int, int]]:
-    """Yield the spans of time stamps that reports spoil; rows are in coded order."""
+    """Yield the spans of timestamps that the reported damage spoils. Rows are in coded order."""
     starts = {p for p, key in zip(packets.pts, packets.keys, strict=True) if key}
     begin: int | None = None
     for pts, report in rows:
@@ -169,7 +170,7 @@ def _spans(rows: Iterable[tuple[int, bool]], packets: Packets) -> Iterator[tuple
 
 
 def _merged(spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Return spans in order, those that touch as one."""
+    """Return the spans in order, with those that touch merged."""
     merged: list[tuple[int, int]] = []
     for begin, end in sorted(spans):
         if merged and begin <= merged[-1][1]:
@@ -183,9 +184,9 @@ def _merged(spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
 
 
 def _decode_hevc(path: Path, stream: int, span: tuple[int, int]) -> Iterator[tuple[int, bool]]:
-    """Yield what `_decode` does, from libde265; nothing where it is missing or not needed.
+    """Yield the same as `_decode`, but from libde265; nothing if it is missing or not needed.
 
-    It runs in a process of its own, which it may end: it was not written for damaged files alone.
+    libde265 runs in its own process, because a damaged file may crash that process.
     """
     if not checks_hevc():
         return
@@ -213,7 +214,7 @@ def _decode_hevc(path: Path, stream: int, span: tuple[int, int]) -> Iterator[tup
 
 
 def _hevc_reports(stream: BinaryIO) -> Iterator[int]:
-    """Yield 1 for each picture of which libde265 reports damage, else 0."""
+    """Yield 1 for each picture for which libde265 reports damage, else 0."""
     library = ctypes.CDLL(find_library("de265"))
     library.de265_new_decoder.restype = ctypes.c_void_p
     library.de265_get_next_picture.restype = ctypes.c_void_p
@@ -225,7 +226,7 @@ def _hevc_reports(stream: BinaryIO) -> Iterator[int]:
         more.value, codes = 1, set()
         while more.value:
             error = library.de265_decode(decoder, ctypes.byref(more))
-            # 13: it waits for more input.
+            # Error 13 only means that the decoder waits for more input.
             if error not in (0, 13):
                 codes.add(1002)
             while code := library.de265_get_warning(decoder):

@@ -1,4 +1,4 @@
-"""Cached latents and the tokenizer that makes them."""
+"""Load the video tokenizer, and read the latents that it made."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def load_tokenizer(r: Recipe, device: str, dtype: torch.dtype) -> Tokenizer:
     """Load the video tokenizer of the recipe's model, ready to encode and decode.
 
     Raises:
-        UserError: it is missing or damaged, or holds numbers that are not finite.
+        UserError: its file is missing or damaged, or has weights that are not finite.
     """
     path = paths.model_files(r.spec, r.checkpoints_dir).tokenizer
     tokenizer = Tokenizer(r.spec.tokenizer, r.spec.sigma_data)
@@ -31,7 +31,7 @@ def load_tokenizer(r: Recipe, device: str, dtype: torch.dtype) -> Tokenizer:
 
 
 def read_latent(path: Path) -> Tensor:
-    """The cached latent x0 (C, T, H, W) as fp32.
+    """Read the cached latent x0 (C, T, H, W) as fp32.
 
     Raises:
         UserError: the file is missing or damaged.
@@ -42,9 +42,9 @@ def read_latent(path: Path) -> Tensor:
             latent: Tensor = stream.get_tensor("latent")
     except (files.BadFile, OSError, SafetensorError) as error:
         raise UserError(
-            f"is no cached latent: {getattr(error, 'what', error)}",
+            f"is not a cached latent: {getattr(error, 'what', error)}",
             code=ExitCode.ASSET,
             where=str(path),
-            fix="run cosmos prep again",
+            fix="run `cosmos prep RECIPE` again",
         ) from error
     return latent.float()

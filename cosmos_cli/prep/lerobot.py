@@ -1,10 +1,10 @@
-"""LeRobot datasets, v2.1 and v3.0, as they lie on disk: which frames of which file an episode has.
+"""Read LeRobot datasets v2.1 and v3.0: the video file and the frames of each episode. No torch.
 
-v2.1 has one mp4 for each episode and camera; v3.0 puts many episodes into one mp4 and their places
-into parquet files. The metadata comes from others, so each value has a range, and the path of a
-video must lie in the dataset as it is written. A video that is a link may point anywhere: the hub's
-cache consists of such links. An episode whose row is wrong is rejected by name, the others count.
-Source: huggingface/lerobot, docs/source/lerobot-dataset-v3.mdx. No torch.
+v2.1 has one mp4 per episode and camera. v3.0 puts many episodes into one mp4 and their positions
+into parquet files. The metadata is untrusted: each value has a range, and the path of a video, as
+written, must lie inside the dataset. A video may be a link to any place, because the hub's cache
+consists of such links. An episode with an invalid row is rejected by name; the others are used.
+Source: huggingface/lerobot, docs/source/lerobot-dataset-v3.mdx.
 """
 
 from __future__ import annotations
@@ -32,24 +32,24 @@ MOST_INDEX = 10**9
 LONGEST_ROW = 10**6
 LONGEST_PATH = 1000
 LONGEST_TASK, MOST_TASKS = 10_000, 100
-# Of one row group of a parquet file, in the columns that are read.
+# Limits for one row group of a parquet file, over the columns that are read.
 MOST_VALUES, MOST_BYTES = 5_000_000, 256 * files.MB
 ROWS_AT_ONCE = 500
-# What video_path may name, by version; episode_chunk is that of v2.1.
+# The fields that video_path may contain, by version. Only v2.1 has episode_chunk.
 FIELDS = {
     "v2.1": ("video_key", "episode_index", "episode_chunk"),
     "v3.0": ("video_key", "episode_index", "chunk_index", "file_index"),
 }
-# A whole number with leading zeros, such as 06d.
+# The format of an integer with leading zeros, such as 06d.
 _FORMAT = re.compile(r"(0?([1-9]|1[0-2]))?d?")
 _PLACE = ("chunk_index", "file_index", "from_timestamp")
 
 
 @dataclass(frozen=True)
 class Episode:
-    """One episode as one camera saw it: `frames` frames of a file from number `first` on.
+    """One episode from one camera: `frames` frames of the file, starting at frame `first`.
 
-    With a `reason` its row cannot be used, and `path` is the file that the row stands in.
+    If its row is unusable, `reason` says why, and `path` is the metadata file with that row.
     """
 
     name: str
@@ -64,9 +64,9 @@ def _is_text(text: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise ValueError("is no text") from error
+        raise ValueError("is not valid Unicode") from error
     if "\0" in text:
-        raise ValueError("holds a NUL")
+        raise ValueError("contains a NUL")
     return text
 
 
@@ -75,7 +75,7 @@ Index = Annotated[int, Field(ge=0, le=MOST_INDEX)]
 
 
 class Info(BaseModel):
-    """What is read of info.json."""
+    """The fields of info.json that prep reads."""
 
     codebase_version: Text
     fps: Annotated[float, Field(gt=0, le=1000, allow_inf_nan=False)]
@@ -85,13 +85,13 @@ class Info(BaseModel):
 
     @property
     def cameras(self) -> list[str]:
-        """The keys of the videos."""
+        """The feature keys of the videos."""
         features = self.features.items()
         return [k for k, v in features if isinstance(v, dict) and v.get("dtype") == "video"]
 
 
 class Row(BaseModel):
-    """What both versions know of an episode."""
+    """The metadata of an episode that both versions have."""
 
     episode_index: Index
     length: Annotated[int, Field(ge=1, le=MOST_FRAMES)]
@@ -101,28 +101,28 @@ class Row(BaseModel):
 
 
 class PlacedRow(Row):
-    """What v3.0 knows of an episode: also where its video lies."""
+    """The metadata of an episode in v3.0, which adds the position of its video."""
 
     chunk_index: Index
     file_index: Index
     from_timestamp: Annotated[float, Field(ge=0, le=MOST_FRAMES, allow_inf_nan=False)]
 
 
-# Where a row stands, and its content or what is wrong with it.
+# The file of a row, the position in that file, and the content or, as a string, the problem.
 Found = tuple[Path, str, Any]
 
 
 def is_lerobot(folder: Path) -> bool:
-    """Whether a folder is a LeRobot dataset."""
+    """True if a folder is a LeRobot dataset."""
     return (folder / INFO).is_file()
 
 
 def episodes(folder: Path, camera: str | None) -> list[Episode]:
-    """Every episode of a dataset in order, seen by `camera`, or by the only one it has.
+    """Return every episode of a dataset in order, from `camera` or from its only camera.
 
     Raises:
-        UserError: the camera must be chosen or does not exist, a file is damaged or describes what
-            lies outside of the dataset, or pyarrow is missing.
+        UserError: the camera does not exist or must be chosen, a file is damaged or points outside
+            of the dataset, or pyarrow is missing.
     """
     info = _info(folder)
     key = _choose(folder, camera, info.cameras)
@@ -143,7 +143,7 @@ def episodes(folder: Path, camera: str | None) -> list[Episode]:
         if first is not episode:
             wrong.append((where, replace(episode, path=path, reason="it is listed twice")))
             if astuple(first)[:-1] != astuple(episode)[:-1]:
-                # Which of them is right cannot be known.
+                # Nothing tells which of the two is right, so both are rejected.
                 reason = "it is listed twice, and the two differ"
                 found[episode.name] = replace(first, reason=reason)
     for where, episode in wrong:
@@ -153,14 +153,18 @@ def episodes(folder: Path, camera: str | None) -> list[Episode]:
 
 
 def _name(content: Any) -> str:
-    """The name of the episode of a row, "" when the row does not say."""
+    """Return the name of a row's episode, "" if the row has no valid index."""
     index = content.get("episode_index") if isinstance(content, dict) else None
     known = isinstance(index, int) and 0 <= index <= MOST_INDEX
     return f"episode_{index:06d}" if known else ""
 
 
 def _episode(folder: Path, info: Info, key: str, content: Any) -> Episode:
-    """The episode of a row; raises ValueError with what is wrong with it."""
+    """Return the episode of a row.
+
+    Raises:
+        ValueError: the row is invalid; the message says why.
+    """
     if isinstance(content, str):
         raise ValueError(content)
     placed = info.codebase_version == "v3.0"
@@ -168,7 +172,7 @@ def _episode(folder: Path, info: Info, key: str, content: Any) -> Episode:
     names: dict[str, Any] = {"video_key": key, "episode_index": row.episode_index}
     first = 0
     if isinstance(row, PlacedRow):
-        # Frames of a file are evenly spaced, so a time is a number of frames.
+        # The frames of a file are evenly spaced, so a time converts to a frame number.
         first = round(row.from_timestamp * info.fps)
         names |= {"chunk_index": row.chunk_index, "file_index": row.file_index}
     else:
@@ -198,7 +202,7 @@ def _info(folder: Path) -> Info:
             f"is a LeRobot dataset of version {version}, {' and '.join(VERSIONS)} are read",
             code=ExitCode.DATASET,
             where=str(folder),
-            fix="convert it with the scripts of lerobot",
+            fix="convert it with LeRobot's conversion scripts",
         )
     try:
         return Info.model_validate(content)
@@ -207,12 +211,12 @@ def _info(folder: Path) -> Info:
 
 
 def _check_path(folder: Path, info: Info, key: str) -> None:
-    """Refuse a video_path that names other than the fields, or a place outside of the dataset.
+    """Check that video_path contains only known fields and stays inside the dataset.
 
-    As the numbers in a path hold neither a slash nor a dot, one episode stands for all.
+    The numbers in a path contain neither a slash nor a dot, so checking one episode is enough.
 
     Raises:
-        UserError: it is such a path.
+        UserError: video_path contains another field or leads out of the dataset.
     """
     known = FIELDS[info.codebase_version]
     try:
@@ -237,7 +241,7 @@ def _check_path(folder: Path, info: Info, key: str) -> None:
 def _choose(folder: Path, camera: str | None, names: list[str]) -> str:
     if camera is None and len(names) == 1:
         return names[0]
-    # The last part of a key is what people call the camera.
+    # People call a camera by the last part of its key.
     matches = [name for name in names if camera in (name, name.rpartition(".")[2])]
     if len(matches) == 1:
         return matches[0]
@@ -246,7 +250,7 @@ def _choose(folder: Path, camera: str | None, names: list[str]) -> str:
         what,
         code=ExitCode.DATASET,
         where=str(folder),
-        fix=f"set camera to one of {', '.join(sorted(names)[:20])}"
+        fix=f"use `--set camera=NAME`, with one of {', '.join(sorted(names)[:20])}"
         if names
         else "it has no videos",
     )
@@ -273,8 +277,8 @@ def _object(line: bytes) -> Any:
     try:
         content = json.loads(line)
     except (ValueError, RecursionError) as error:
-        return f"it is no JSON: {error}"
-    return content if isinstance(content, dict) else "it is no JSON object"
+        return f"it is not valid JSON: {error}"
+    return content if isinstance(content, dict) else "it is not a JSON object"
 
 
 def _v3_rows(folder: Path, key: str) -> Iterator[Found]:
@@ -308,7 +312,11 @@ def _v3_rows(folder: Path, key: str) -> Iterator[Found]:
 
 
 def _batches(parquet: Any, stream: Any, columns: list[str]) -> Iterator[Any]:
-    """Yield some rows at a time of the columns; raises ValueError where they take too much."""
+    """Yield the rows of the columns in batches.
+
+    Raises:
+        ValueError: the file exceeds a limit.
+    """
     limits = {
         "thrift_string_size_limit": files.HEADER_LIMIT,
         "thrift_container_size_limit": MOST_VALUES,
@@ -330,13 +338,13 @@ def _batches(parquet: Any, stream: Any, columns: list[str]) -> Iterator[Any]:
         if sum(chunk.total_uncompressed_size for chunk in chunks) > MOST_BYTES:
             raise ValueError(f"a row group takes more than {MOST_BYTES:,} bytes")
         texts |= {c.path_in_schema for c in chunks if c.physical_type == "BYTE_ARRAY"}
-    # As a dictionary, so that a text that is repeated in the file is once in memory.
+    # Read texts as dictionaries, so that a text that the file repeats is in memory only once.
     reader = parquet.ParquetFile(stream, read_dictionary=sorted(texts), **limits)
     yield from reader.iter_batches(ROWS_AT_ONCE, columns=columns)
 
 
 def _contents(batch: Any, names: dict[str, str]) -> Iterator[Any]:
-    """Yield the values of each row by name, one row at a time, or what is wrong with it."""
+    """Yield each row as a dict of its values, or its problem as a string."""
     import pyarrow
     from pyarrow import compute
 
@@ -361,8 +369,8 @@ def _contents(batch: Any, names: dict[str, str]) -> Iterator[Any]:
 
 def _damaged(path: Path, why: object) -> UserError:
     return UserError(
-        f"is no part of a LeRobot dataset: {why}",
+        f"is not part of a valid LeRobot dataset: {why}",
         code=ExitCode.DATASET,
         where=str(path),
-        fix="fetch the dataset again",
+        fix="download the dataset again",
     )

@@ -1,4 +1,4 @@
-"""The page that shows a person what prep found and made: every video, warnings, reconstructions."""
+"""Write the report of prep: an HTML page with every video, the warnings and reconstructions."""
 
 from __future__ import annotations
 
@@ -22,19 +22,26 @@ from cosmos_cli.prep.latent_files import read_latent
 from cosmos_cli.prep.sources import Source
 from cosmos_cli.recipe.keys import Recipe
 
-# A page stays small enough for a browser: pictures of so many videos and so many decoded clips.
+# These limits keep the page small enough for a browser: contact sheets, decoded clips, warnings.
 MOST_PICTURES, MOST_CHECKED, MOST_WARNINGS = 200, 12, 200
-# Frames of a contact sheet and their width in pixels.
+# Columns and rows of frames in a contact sheet, and the width of a frame in pixels.
 COLUMNS, ROWS, CELL = 4, 2, 160
 CHECK_WIDTH, CHECK_CRF = 320, 23
 
 
 @dataclass(frozen=True)
 class Findings:
-    """What prep knows at its end: manifest, looks of the clips, times, lines about captions."""
+    """The results of prep that the report shows.
+
+    Args:
+        manifest: the content of manifest.json.
+        statistics: the statistics of each video's clips, in the order of the clips.
+        seconds: the time that each phase took.
+        notes: warnings about captions.
+    """
 
     manifest: dict[str, Any]
-    looks: dict[str, list[clip_statistics.Look]]
+    statistics: dict[str, list[clip_statistics.Look]]
     seconds: dict[str, float]
     notes: list[str]
 
@@ -42,13 +49,13 @@ class Findings:
 def write(
     r: Recipe, dataset: Dataset, videos: list[Source], findings: Findings, tokenizer: Tokenizer
 ) -> None:
-    """Writes `report.html` of a dataset and says what deserves a look."""
+    """Write the dataset's `report.html`, and print the first warnings about its clips."""
     warnings = list(_warnings(findings))
     for line in warnings[:10]:
         console.warn(line)
     if len(warnings) > 10:
-        console.warn(f"{len(warnings) - 10} more clips deserve a look, see {dataset.report}")
-    # Named so that the next run removes it when this one is killed.
+        console.warn(f"{len(warnings) - 10} more warnings about clips: see {dataset.report}")
+    # With this name, the next run removes the folder if this one is killed.
     where = {"dir": dataset.root, "prefix": f".{os.getpid()}.", "suffix": ".tmp"}
     with tempfile.TemporaryDirectory(**where) as folder:
         checked = _reconstructions(r, dataset, videos, tokenizer, Path(folder))
@@ -57,7 +64,7 @@ def write(
         ("Totals", html.table(_totals(dataset, findings))),
         ("Warnings", _lines([*findings.notes, *warnings])),
         ("Distributions", _histograms(findings)),
-        ("What the tokenizer keeps", checked),
+        ("Reconstructions", checked),
         ("Videos", _table(findings, pictures)),
         ("Time", _times(findings.seconds, next(tokenizer.parameters()).device.type)),
     ]
@@ -89,15 +96,15 @@ def _totals(dataset: Dataset, findings: Findings) -> Iterator[tuple[str, str]]:
 
 
 def _warnings(findings: Findings) -> Iterator[str]:
-    """A line on every clip with a hard cut and on every video that is like an earlier one."""
+    """Yield a warning for each clip with a hard cut and each video that is like an earlier one."""
     starts: dict[str, list[int]] = {}
     for clip in findings.manifest["clips"]:
         starts.setdefault(clip["video"], []).append(clip["first_frame"])
-    for name, seen in findings.looks.items():
-        for start, look in zip(starts[name], seen, strict=True):
+    for name, clips in findings.statistics.items():
+        for start, look in zip(starts[name], clips, strict=True):
             if look.cut is not None:
                 yield f"{name}: the clip from frame {start} seems to have a cut at {look.cut}"
-    first = {name: seen[0].fingerprint for name, seen in findings.looks.items() if seen}
+    first = {name: clips[0].fingerprint for name, clips in findings.statistics.items() if clips}
     digests = {video["file"]: video["sha256"] for video in findings.manifest["videos"]}
     for earlier, name in clip_statistics.near_duplicates(first):
         how = "has the same bytes as" if digests[earlier] == digests[name] else "looks like"
@@ -113,7 +120,7 @@ def _lines(lines: list[str]) -> str:
 
 def _histograms(findings: Findings) -> str:
     videos = [video for video in findings.manifest["videos"] if video["frames"]]
-    motion = [look.motion for seen in findings.looks.values() for look in seen]
+    motion = [look.motion for clips in findings.statistics.values() for look in clips]
     return html.row(
         html.histogram([v["seconds"] for v in videos], "length of a video in seconds"),
         html.histogram([v["width"] * v["height"] / 1e6 for v in videos], "size in megapixels"),
@@ -129,8 +136,8 @@ def _table(findings: Findings, pictures: dict[str, Html]) -> str:
     )  # fmt: skip
     rows = []
     for v in findings.manifest["videos"]:
-        seen = findings.looks.get(v["file"], [])
-        motion = f"{sum(look.motion for look in seen) / len(seen):.2f}" if seen else ""
+        clips = findings.statistics.get(v["file"], [])
+        motion = f"{sum(look.motion for look in clips) / len(clips):.2f}" if clips else ""
         verdict = f"rejected: {v['reason']}" if v["reason"] else f"used ({v['split']})"
         shape = (
             v["frames"],
@@ -144,13 +151,13 @@ def _table(findings: Findings, pictures: dict[str, Html]) -> str:
     note = (
         ""
         if len(pictures) < MOST_PICTURES
-        else html.text(f"Pictures are of {MOST_PICTURES} videos, drawn by lot.")
+        else html.text(f"Pictures are of {MOST_PICTURES} videos, chosen at random.")
     )
     return note + html.table(rows, header)
 
 
 def _pictures(r: Recipe, videos: list[Source], folder: Path) -> dict[str, Html]:
-    """The contact sheets, as far as the videos can be decoded."""
+    """Return the contact sheets of the videos that can be decoded, by video."""
     readable = [source for source in videos if source.info]
     if len(readable) > MOST_PICTURES:
         readable = random.Random(r.seed).sample(readable, MOST_PICTURES)
@@ -177,7 +184,7 @@ def _reconstructions(
     tokenizer: Tokenizer,
     folder: Path,
 ) -> str:
-    """Some clips beside what the tokenizer makes of their latents."""
+    """Return the HTML of some clips next to what the tokenizer decodes from their latents."""
     numbered = [(source, clip) for source in videos for clip in source.clips]
     count = min(MOST_CHECKED, max(1, len(numbered) // r.check_every_clips))
     parameter = next(tokenizer.parameters())
@@ -196,9 +203,9 @@ def _reconstructions(
             bar.advance(source.name)
     mean = sum(found) / count
     console.say(
-        f"{count} clips decoded back: PSNR {mean:.1f} dB on average, {min(found):.1f} least"
+        f"{count} clips decoded back: PSNR {mean:.1f} dB on average, {min(found):.1f} dB at worst"
     )
-    note = f"Left the clip, right its reconstruction; {count} of {len(numbered)} clips, by lot."
+    note = f"Left: clip; right: reconstruction. {count} of {len(numbered)} clips, chosen at random."
     return html.text(note) + html.row(*shown)
 
 
@@ -211,7 +218,7 @@ def _side_by_side(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
 def _times(seconds: dict[str, float], device: str) -> str:
     rows = [(phase, console.duration(spent)) for phase, spent in seconds.items()]
     note = (
-        "Of the process that wrote this page; what was there before took no time. Frames were "
-        f"decoded on the cpu, and resized and encoded on {device}."
+        "Times of the process that wrote this page; files kept from an earlier run took no time. "
+        f"Frames were decoded on the cpu, and resized and encoded on {device}."
     )
     return html.text(note) + html.table(rows)

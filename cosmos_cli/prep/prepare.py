@@ -1,8 +1,8 @@
-"""Videos and captions -> metas, text embeddings, cached latents and a manifest that names them all.
+"""Turn videos and captions into metas, text embeddings, cached latents and a manifest of them.
 
-Every file appears whole or not at all and is kept while what it was made from stays the same, so
-prep may be killed anywhere and run again. Several processes may prepare one dataset at once: each
-takes the next video that nobody else works on, and the last one writes the manifest.
+Every file is written atomically and kept as long as its inputs stay the same, so prep can be killed
+at any point and run again. Several processes can prepare one dataset at once: each takes the next
+video that no other process works on, and the last one writes the manifest.
 """
 
 from __future__ import annotations
@@ -37,23 +37,23 @@ from cosmos_cli.prep.work_sharing import Crew
 from cosmos_cli.recipe import loading
 from cosmos_cli.recipe.keys import Recipe
 
-# Recipe keys that decide the content of a prepared dataset.
+# The recipe keys that decide the content of a prepared dataset.
 SETTINGS = (
     "model", "num_frames", "height", "width", "fps", "fps_policy", "resize", "camera",
     "clip_stride_frames", "max_clips_per_video", "holdout_share",
 )  # fmt: skip
-# Clips of a dataset for which compiled blocks win back the half minute that it takes to compile: on
-# an H200 one of 121 frames of 704x1280 then takes 0.13 s instead of 0.37.
+# From this many clips on, compiling the tokenizer's blocks pays for itself. It takes half a minute;
+# then a clip of 121 frames of 704x1280 takes 0.13 s on an H200 instead of 0.37 s.
 WORTH_COMPILING = 200
-# How often free memory goes back to the system; once takes milliseconds.
+# Free memory is returned to the system after this many videos. That takes milliseconds.
 TRIM_EVERY_VIDEOS = 50
 
 
 def prepare(r: Recipe, device: str) -> dict[str, Any]:
-    """Prepares the dataset of a recipe; its manifest.
+    """Prepare the dataset of a recipe and return its manifest.
 
     Raises:
-        UserError: no video can be used, or one cannot and the recipe is strict.
+        UserError: no video is usable, or one is unusable and the recipe is strict.
     """
     dataset = Dataset.at(r.dataset_dir, r.videos_dir)
     times = Stopwatch()
@@ -87,7 +87,7 @@ def prepare(r: Recipe, device: str) -> dict[str, Any]:
         with times("wait for other processes"):
             finished = crew.wait_for_others()
         if not finished:
-            # Some may have been killed.
+            # Another process may have been killed before it finished its videos.
             _write_embeddings(r, dataset, videos, crew, device)
             latents.make(videos, crew)
             _finish(r, latents, videos, notes, times)
@@ -96,20 +96,23 @@ def prepare(r: Recipe, device: str) -> dict[str, Any]:
 
 
 def _job(r: Recipe, videos: list[Source]) -> str:
-    """What decides the result; processes that differ in it must not work on one dataset."""
+    """Return a hash of all that decides the result.
+
+    Processes with different hashes must not prepare the same dataset at once.
+    """
     listed = [f"{v.name} {v.reason} {v.path} {files.stamp_of(v.path)}" for v in videos]
     return files.sha256_text(loading.dump(r), *listed)
 
 
 def _remove_stale(dataset: Dataset) -> None:
-    """Removes what killed processes left half written."""
+    """Remove the temporary files of processes that were killed."""
     for folder in (dataset.root, dataset.metas, dataset.embeddings, dataset.latents):
         if folder.is_dir():
             files.remove_stale(folder)
 
 
 def _remove_manifest(dataset: Dataset) -> None:
-    """So that train reads no mixture when this run ends early."""
+    """Remove the manifest, so that train reads no mixture of old and new if this run ends early."""
     if dataset.manifest.exists():
         dataset.read_manifest()
         dataset.manifest.unlink()
@@ -118,11 +121,11 @@ def _remove_manifest(dataset: Dataset) -> None:
 def _finish(
     r: Recipe, latents: Latents, videos: list[Source], notes: CaptionNotes, times: Stopwatch
 ) -> None:
-    """Writes the report, then the manifest, which says that all is there."""
+    """Write the report, then the manifest, which marks the dataset as complete."""
     dataset = latents.dataset
     sources.require_usable(r, dataset, videos)
     rows = [sources.row(dataset, v, latents.digest(v)) for v in videos]
-    # Many episodes may lie in one file.
+    # One file may hold many episodes, so the digest alone does not identify the content.
     content = {v.name: f"{latents.digest(v)} {v.span}" for v in videos if v.clips}
     held_out = choose_held_out(content, r.holdout_share)
     for row in rows:
@@ -138,20 +141,24 @@ def _finish(
         if path.name not in listed:
             path.unlink()
     files.write_text(dataset.root / "resolved.yaml", loading.dump(r))
-    # In the order of the videos, not in that in which this process came to them.
-    seen = {v.name: latents.looks[v.name] for v in videos if v.name in latents.looks}
-    findings = page.Findings(manifest, seen, times.seconds, notes.lines(r))
+    # Use the order of the videos, not the order in which this process encoded them.
+    statistics = {
+        v.name: latents.statistics[v.name] for v in videos if v.name in latents.statistics
+    }
+    findings = page.Findings(manifest, statistics, times.seconds, notes.lines(r))
     page.write(r, dataset, videos, findings, latents.tokenizer)
-    # Of one that was killed while this one waited for it.
+    # A process that was killed while this one waited may have left temporary files.
     _remove_stale(dataset)
     files.write_json(dataset.manifest, manifest)
 
 
 def choose_held_out(content: Mapping[str, str], share: float) -> set[str]:
-    """The videos to measure on: a `share` of them, at least one above 0 and never all.
+    """Return the names of the held-out videos: about `share` of all videos.
 
-    They are the first by the hash of their name, so that a dataset that grows keeps most of them.
-    Those of the same `content` go together, or a run were measured on what it was trained on.
+    With a `share` above 0, at least one video is held out, and at least one is left for training.
+    Videos are taken in the order of the hashes of their names, so a dataset that grows keeps most
+    of its held-out videos. Videos of the same `content` are held out
+    together: otherwise a run would be measured on clips that it was trained on.
     """
     copies: dict[str, list[str]] = {}
     for name in sorted(content, key=files.sha256_text):
@@ -165,7 +172,7 @@ def choose_held_out(content: Mapping[str, str], share: float) -> set[str]:
 
 
 def latent_bytes(r: Recipe) -> int:
-    """Disk that one cached latent takes."""
+    """Return the size of one cached latent on disk in bytes."""
     channels, t, h, w = r.spec.latent_shape(r.num_frames, r.height, r.width)
     return channels * t * h * w * 2
 
@@ -180,40 +187,46 @@ def _check_disk(r: Recipe, dataset: Dataset, videos: list[Source]) -> None:
         dataset.root,
         missing * latent_bytes(r) + r.min_free_disk_gb * 1e9,
         f"{missing} latents",
-        "free some space, or set clip_stride_frames or max_clips_per_video",
+        "free some space, or make fewer clips: `--set max_clips_per_video=N` or "
+        "`--set clip_stride_frames=N`",
     )
 
 
-# --- what is said about captions ------------------------------------------------------------------
+# --- warnings about captions ----------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class CaptionNotes:
-    """Caption files that belong to no video, and videos whose caption is cut, with its tokens."""
+    """The findings about captions that deserve a warning.
+
+    Args:
+        unused: kinds of files or rows that belong to no video, each with their names.
+        cut: the number of tokens of each caption that the text encoder cuts, by video.
+    """
 
     unused: list[tuple[str, list[str]]]
     cut: dict[str, int]
 
     def figures(self) -> dict[str, Any]:
-        """What the manifest says of it; nothing where there is nothing to say."""
+        """Return the entries of the manifest, without empty ones."""
         figures = {"captions_unused": dict(self.unused), "captions_cut": self.cut}
         return {key: value for key, value in figures.items() if value}
 
     def lines(self, r: Recipe) -> list[str]:
-        """A line for each kind of finding."""
+        """Return one warning for each kind of finding."""
         lines = sources.unused_lines(self.unused)
         if self.cut:
             named = [f"{name} ({tokens} tokens)" for name, tokens in self.cut.items()]
             what = "1 caption is" if len(named) == 1 else f"{len(named)} captions are"
             lines.append(
-                f"{what} longer than the {r.spec.text.tokens} tokens that the text encoder reads, "
-                f"and what lies beyond is not used: {sources.shown(named)}"
+                f"{what} longer than the {r.spec.text.tokens} tokens that the text encoder reads; "
+                f"the rest is not used: {sources.shown(named)}"
             )
         return lines
 
 
 def caption_notes(r: Recipe, dataset: Dataset, videos: list[Source]) -> CaptionNotes:
-    """Find what deserves a word about captions, once every video has its own.
+    """Collect the warnings about captions. Call it after `sources.find_captions`.
 
     Raises:
         UserError: captions_file, a folder or the text encoder's tokenizer cannot be read.
@@ -222,17 +235,18 @@ def caption_notes(r: Recipe, dataset: Dataset, videos: list[Source]) -> CaptionN
 
 
 def _cut_captions(r: Recipe, dataset: Dataset, videos: list[Source]) -> dict[str, int]:
-    """The videos whose caption has more tokens than the text encoder reads, with their number."""
+    """Return the number of tokens of each caption that the text encoder cuts, by video."""
     most = r.spec.text.tokens
     used = [v for v in videos if not v.reason]
-    # A token takes at least a byte, but for one at the start and one at the end.
+    # Every token but the first and the last takes at least one byte, so no shorter caption is cut.
     long = [v for v in used if len(unicodedata.normalize("NFKC", v.caption).encode()) + 2 > most]
     folder = paths.model_files(r.spec, r.checkpoints_dir).text_encoder
     if long and (folder / "config.json").is_file():
         tokens = text.TextEncoder(folder, r.spec.text, "cpu", torch.float32)
         cut = tokens.cut(v.caption for v in long)
         return {v.name: cut[v.caption] for v in long if v.caption in cut}
-    # Where all embeddings came with the dataset, the encoder need not be there.
+    # If all embeddings came with the dataset, the text encoder may be missing. Then a caption
+    # counts as cut if its embedding has the full length.
     pickles = {v.name: dataset.embeddings / f"{v.stem}.pickle" for v in long}
     lengths = {
         name: len(text.read_pickle(path, r.spec.text))
@@ -248,10 +262,10 @@ def _cut_captions(r: Recipe, dataset: Dataset, videos: list[Source]) -> dict[str
 def _write_embeddings(
     r: Recipe, dataset: Dataset, videos: list[Source], crew: Crew, device: str
 ) -> None:
-    """Encodes each distinct caption once, similar lengths together.
+    """Encode each distinct caption once, in batches of similar length.
 
-    Which captions share a batch depends on all captions, not on those that are missing: the last
-    bits of an embedding depend on its batch, and a run that was killed must end with the same.
+    The batches are made of all captions, not only of those without an embedding. The last bits of
+    an embedding depend on its batch, and a run that is killed and restarted must write the same.
     """
     pickles: dict[str, list[Path]] = {}
     for source in videos:
@@ -278,7 +292,7 @@ def _write_embeddings(
 
 
 def _stale(dataset: Dataset, pickles: list[Path]) -> list[Path]:
-    """The pickles that are missing or older than their caption."""
+    """Return the pickles that are missing or older than their caption."""
     metas = [dataset.metas / f"{path.stem}.txt" for path in pickles]
     return [
         path
@@ -288,10 +302,10 @@ def _stale(dataset: Dataset, pickles: list[Path]) -> list[Path]:
 
 
 def _check_embeddings(r: Recipe, dataset: Dataset, videos: list[Source]) -> None:
-    """Reads the pickles that will be kept, the reference's own among them.
+    """Read the embeddings that will be kept, including those that the reference wrote.
 
     Raises:
-        UserError: one is no embedding.
+        UserError: a file is not an embedding.
     """
     for source in videos:
         path = dataset.embeddings / f"{source.stem}.pickle"
@@ -303,13 +317,13 @@ def _check_embeddings(r: Recipe, dataset: Dataset, videos: list[Source]) -> None
 
 
 class Latents:
-    """Makes the latents of one video after the other, and remembers what it made."""
+    """Encodes the clips of a dataset, video by video, and collects their rows of the manifest."""
 
     def __init__(self, r: Recipe, dataset: Dataset, clips: int, device: str) -> None:
         self.recipe, self.dataset = r, dataset
         dtype = torch.float32 if device == "cpu" else torch.bfloat16
         self.tokenizer = latent_files.load_tokenizer(r, device, dtype)
-        # All clips of the dataset decide, done or not: a run that goes on must make the same bits.
+        # Count the clips that are already encoded too: a resumed run must write the same bits.
         worth, loss = (
             device != "cpu" and clips >= WORTH_COMPILING,
             "a clip takes three times as long",
@@ -320,12 +334,12 @@ class Latents:
         settings = {key: getattr(r, key) for key in ("height", "width", "num_frames", "resize")}
         self.settings = (json.dumps(settings), identity)
         self.rows: dict[str, list[dict[str, Any]]] = {}
-        self.looks: dict[str, list[clip_statistics.Look]] = {}
+        self.statistics: dict[str, list[clip_statistics.Look]] = {}
         self._digests: dict[Path, str] = {}
         self._warned = False
 
     def digest(self, source: Source) -> str:
-        """The hash of a video's file, "" for a rejected one."""
+        """Return the SHA-256 of a video's file, "" for a rejected video."""
         if source.reason:
             return ""
         if source.path not in self._digests:
@@ -333,7 +347,7 @@ class Latents:
         return self._digests[source.path]
 
     def make(self, videos: list[Source], crew: Crew) -> None:
-        """Makes the latents of every video that is not done and that no other process works on."""
+        """Encode every video that is not done and that no other process works on."""
         todo = [(i, v) for i, v in enumerate(videos) if not v.reason and v.name not in self.rows]
         with console.progress("encode", sum(len(v.clips) for _, v in todo), "clips") as bar:
             for number, source in todo:
@@ -360,13 +374,15 @@ class Latents:
             source.reject(str(error))
             return
         self.rows[source.name] = [self._row(source, clip) for clip in source.clips]
-        self.looks[source.name] = [clip_statistics.Look(*abouts[c]["look"]) for c in source.clips]
+        self.statistics[source.name] = [
+            clip_statistics.Look(*abouts[c]["look"]) for c in source.clips
+        ]
 
     def _kept(self, source: Source, clip: video.Clip, key: str) -> dict[str, Any]:
-        """Return what is noted in a clip's latent, nothing when it must be made.
+        """Return the metadata of a clip's latent, {} if the clip must be encoded.
 
-        Latents of earlier versions were made of what the decoder showed, right or wrong. Such a
-        one is kept if the clip still looks as it did then.
+        Earlier versions did not check the decoded frames for damage. Their latents are kept if the
+        clip still has the same cut and the same motion.
         """
         about = _about(self.dataset.latents / source.latent_name(clip))
         if about.get("key") != key:
@@ -381,21 +397,28 @@ class Latents:
         return about
 
     def _refuse_damage(self, source: Source) -> None:
-        """Reject a video that shows damage in a clip; another clip may have what nothing reports.
+        """Refuse a video if any of its clips shows damaged frames.
+
+        One damaged clip rejects the whole video: the other clips may have damage that no decoder
+        reports.
 
         Raises:
-            VideoError: with the times.
+            VideoError: there is damage; the message names the times.
         """
         assert source.info
         if source.info.codec == "hevc" and not damage.checks_hevc() and not self._warned:
             fix = "apt-get install libde265-0"
-            console.warn(f"most damage in HEVC videos is not noticed without libde265: {fix}")
+            console.warn(
+                f"without libde265, most damage in HEVC videos goes unnoticed; run `{fix}`"
+            )
             self._warned = True
         spans = damage.find(source.path, source.clips)
         if spans:
             more = f" and {len(spans) - 3} more times" if len(spans) > 3 else ""
             times = ", ".join(f"{a:.2f} to {b:.2f} s" for a, b in spans[:3]) + more
-            raise video.VideoError(f"damaged from {times}: replace it, or cut that out")
+            raise video.VideoError(
+                f"damaged from {times}: replace the video, or cut these times out"
+            )
 
     def _pixels(self, source: Source, clip: video.Clip) -> torch.Tensor:
         r, device = self.recipe, next(self.tokenizer.parameters()).device.type
@@ -403,7 +426,7 @@ class Latents:
 
     @torch.inference_mode()
     def _encode(self, source: Source, clip: video.Clip, key: str) -> dict[str, Any]:
-        """Writes the latent of a clip; what is noted in the file."""
+        """Encode a clip, write its latent and return the metadata in the file."""
         parameter, pixels = next(self.tokenizer.parameters()), self._pixels(source, clip)
         x0 = self.tokenizer.encode(video.to_model(pixels)[None].to(parameter))[0]
         about = {
@@ -412,7 +435,7 @@ class Latents:
             "video": source.name,
             "caption": source.stem,
             "look": clip_statistics.measure(pixels),
-            # The decoder showed these frames, and reported no damage in them.
+            # The frames were decoded without a report of damage. Earlier versions lack this entry.
             "checked": True,
         }
         latent = x0.to("cpu", torch.bfloat16)
@@ -433,10 +456,10 @@ class Latents:
 
 
 def _trim_memory() -> None:
-    """Returns free memory to the system.
+    """Return free memory to the system.
 
-    Trap: what is kept of each video lies between the tensors of its frames, so glibc's heap grows
-    by half a megabyte a video although nearly all of it is free.
+    Trap: the objects that are kept for each video lie between the tensors of its frames. So glibc's
+    heap grows by half a megabyte a video, although nearly all of it is free.
     """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "malloc_trim"):
@@ -444,7 +467,7 @@ def _trim_memory() -> None:
 
 
 def _about(path: Path) -> dict[str, Any]:
-    """What is noted in a latent's file, nothing when it is missing or damaged."""
+    """Return the metadata in a latent's file, {} if the file is missing or damaged."""
     try:
         files.check_safetensors(path)
         with safe_open(path, framework="pt") as stream:

@@ -1,4 +1,4 @@
-"""The videos of a dataset: which there are, the verdict on each, its clips and its caption."""
+"""Find the videos of a dataset, and decide for each its verdict, its clips and its caption."""
 
 from __future__ import annotations
 
@@ -15,30 +15,30 @@ from cosmos_cli.paths import VIDEO_SUFFIXES, Dataset
 from cosmos_cli.prep import captions, lerobot
 from cosmos_cli.recipe.keys import Recipe
 
-# Where a caption comes from that lies in `metas` under another name than prep writes.
+# The origin of a caption in a file of `metas` that has another name than the one prep writes.
 OTHER_NAME = "metas, under another name"
 PICKLE = ".pickle"
-# What may be left out: one, several, and what to do about it.
+# What prep may leave unused: its singular, its plural and the fix.
 _UNUSED = {
-    "caption_files": ("caption file", "caption files", "the caption of x.mp4 is called x.txt"),
-    "rows": ("row of captions_file", "rows of captions_file", "each names the file of a video"),
-    "embeddings": ("embedding", "embeddings", "the embedding of x.mp4 is called x.pickle"),
+    "caption_files": ("caption file", "caption files", "the caption of x.mp4 must be named x.txt"),
+    "rows": ("row of captions_file", "rows of captions_file", "each `file` must name a video"),
+    "embeddings": ("embedding", "embeddings", "the embedding of x.mp4 must be named x.pickle"),
 }
-# Files and videos that one line names; it counts the others.
+# A line names at most this many files or videos and counts the others.
 MOST_NAMED = 5
-# What file systems allow.
+# File systems allow no longer file names.
 MAX_NAME_BYTES = 255
 
 
 @dataclass
 class Source:
-    """One video, a file or an episode in one, and what prep decided about it.
+    """One video, which is a file or an episode in a file, and what prep decided about it.
 
     Args:
-        name: the file's name, or the episode's; no other video has it.
-        span: the frames of the file that are the episode; None for a file of its own.
-        task: what a robot was told to do in it.
-        caption_file: the file of its caption in `metas`, where it has another name than prep's.
+        name: the unique name of the file or the episode.
+        span: the frames of the file that form the episode; None if the file is the video.
+        task: the instruction that the robot was given.
+        caption_file: the caption's file in `metas`, if its name is not the one that prep writes.
     """
 
     name: str
@@ -54,21 +54,20 @@ class Source:
 
     @property
     def stem(self) -> str:
-        """The name that caption, embedding and latents share."""
+        """The name without its suffix, which caption, embedding and latents share."""
         return Path(self.name).stem
 
     def latent_name(self, clip: video.Clip) -> str:
-        """The file name of a clip's latent."""
         return f"{self.stem}.{clip.start:06d}.safetensors"
 
     def reject(self, reason: str) -> None:
-        """Excludes the video; the first reason stays."""
+        """Exclude the video. If it already has a reason, that one stays."""
         self.reason = self.reason or reason
         self.clips = []
 
 
 def inspect(r: Recipe, dataset: Dataset) -> list[Source]:
-    """Every video of the dataset with its clips, or the reason why it has none."""
+    """Return every video of the dataset, with its clips or the reason why it is rejected."""
     sources = _find(r, dataset)
     stems: dict[str, str] = {}
     probed: tuple[Path, video.VideoInfo] | None = None
@@ -82,7 +81,7 @@ def inspect(r: Recipe, dataset: Dataset) -> list[Source]:
                 source.reject(f"shares its name with {first}; rename one")
             else:
                 try:
-                    # The episodes of a file follow one another; its packets are scanned once.
+                    # The episodes of a file follow each other, so each file is scanned only once.
                     if probed is None or probed[0] != source.path:
                         probed = (source.path, video.probe(source.path))
                     _choose_clips(r, source, probed[1])
@@ -96,7 +95,7 @@ def _find(r: Recipe, dataset: Dataset) -> list[Source]:
     if not lerobot.is_lerobot(dataset.videos):
         below = (p for p in dataset.videos.glob("*/*") if p.suffix.lower() in VIDEO_SUFFIXES)
         for folder in sorted({path.parent for path in below}):
-            console.warn(f"{folder}: the videos in this folder are not taken; move them up")
+            console.warn(f"{folder}: the videos in this folder are not used; move them up")
         return [Source(path.name, path) for path in dataset.video_files()]
     return [
         Source(e.name, e.path, range(e.first, e.first + e.frames), e.task, reason=e.reason)
@@ -111,14 +110,16 @@ def _choose_clips(r: Recipe, source: Source, info: video.VideoInfo) -> None:
     )
     excess = len(os.fsencode(source.latent_name(source.clips[-1]))) - MAX_NAME_BYTES
     if excess > 0:
-        raise video.VideoError(f"its name is {excess} bytes too long to name latents by; rename it")
+        raise video.VideoError(
+            f"its name is {excess} bytes too long to name its latents; shorten it"
+        )
 
 
 # --- captions -------------------------------------------------------------------------------------
 
 
 def known_captions(dataset: Dataset) -> dict[str, Any]:
-    """The captions that the last run used, however it ended."""
+    """Return the captions that the last run used, even if it did not finish."""
     if not dataset.captions.exists():
         return {}
     known: dict[str, Any] = files.read_json(dataset.captions, files.MANIFEST)
@@ -127,26 +128,26 @@ def known_captions(dataset: Dataset) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class CaptionFiles:
-    """The caption files of a dataset by the video that they belong to.
+    """The caption files of a dataset and the videos that they belong to.
 
     Args:
-        metas: those in `metas` under another name than prep's own, `<stem>.txt`.
-        beside: those next to the videos.
-        listed: the captions of captions_file by video.
+        metas: files in `metas` with another name than the one prep writes, `<stem>.txt`.
+        sidecars: files next to the videos.
+        listed: the captions in captions_file by video.
         unknown: the rows of captions_file that name no video.
     """
 
     metas: captions.Owners
-    beside: captions.Owners
+    sidecars: captions.Owners
     listed: dict[str, str]
     unknown: list[str]
 
     def unclear(self, source: Source) -> list[Path]:
-        """Files of which none can be taken for the caption of a video that needs one of them."""
+        """Return the files that may each be the video's caption, if nothing else decides it."""
         if several := self.metas.unclear.get(source.name):
             return several
         known = source.name in self.metas.files or source.name in self.listed
-        return [] if known else self.beside.unclear.get(source.name, [])
+        return [] if known else self.sidecars.unclear.get(source.name, [])
 
 
 def caption_files(r: Recipe, dataset: Dataset, sources: list[Source]) -> CaptionFiles:
@@ -159,23 +160,23 @@ def caption_files(r: Recipe, dataset: Dataset, sources: list[Source]) -> Caption
     in_own_file = [source.name for source in sources if source.span is None]
     own = {f"{source.stem}{captions.SUFFIX}" for source in sources}
     metas = captions.files_in(dataset.metas, captions.SUFFIX)
-    beside = captions.files_in(dataset.videos, *captions.BESIDE_SUFFIXES) if in_own_file else []
+    sidecars = captions.files_in(dataset.videos, *captions.BESIDE_SUFFIXES) if in_own_file else []
     path = Path(r.captions_file).absolute() if r.captions_file else None
     listed, unknown = captions.read(path, names) if path else ({}, [])
     return CaptionFiles(
         captions.owners([path for path in metas if path.name not in own], names),
-        captions.owners(beside, in_own_file, captions.BESIDE_SUFFIXES),
+        captions.owners(sidecars, in_own_file, captions.BESIDE_SUFFIXES),
         listed,
         unknown,
     )
 
 
 def find_captions(r: Recipe, dataset: Dataset, sources: list[Source]) -> list[Source]:
-    """Gives every usable video its caption; those that a vision-language model must see first.
+    """Give every usable video its caption. Return those that a model must describe first.
 
-    The first of these holds: `metas`, captions_file, the text beside the video, the robot's task,
-    then the model's words or prompt. What prep itself wrote into `metas` does not count as such.
-    A video that has none of them is rejected.
+    The first of these wins: `metas`, captions_file, the text next to the video, the robot's task,
+    then the model's description or the recipe's prompt. Files that prep itself wrote into `metas`
+    do not count. A video without any of them is rejected.
 
     Raises:
         UserError: captions_file cannot be used.
@@ -190,7 +191,7 @@ def find_captions(r: Recipe, dataset: Dataset, sources: list[Source]) -> list[So
         offered = _offered(r, dataset, source, found)
         meta = read_caption(path, source)
         best = next(filter(None, offered.values()), "")
-        # Prep wrote this file from what was offered then; what is offered now holds.
+        # If prep wrote this file in an earlier run, the captions that were found now replace it.
         ours = _is_ours(meta, known.get(source.name, {}))
         if (several := found.unclear(source)) and (ours or not meta):
             source.reject(f"its caption may be {' or '.join(p.name for p in several)}; rename one")
@@ -206,18 +207,18 @@ def find_captions(r: Recipe, dataset: Dataset, sources: list[Source]) -> list[So
             source.caption_source = "vlm"
             unseen.append(source)
         else:
-            source.reject(f"no caption: write {path}, or set prompt")
+            source.reject(f"no caption: write it to {path}, or use `--set prompt=TEXT`")
     return unseen
 
 
 def unused_files(r: Recipe, dataset: Dataset, sources: list[Source]) -> list[tuple[str, list[str]]]:
-    """Name what `find_captions` and prep leave out because no video is called so.
+    """List the caption files, rows of captions_file and embeddings that belong to no video.
 
     Returns:
-        What they are, and their names below the dataset or the lines of captions_file.
+        Pairs of a kind and its names: paths relative to the dataset, or lines of captions_file.
 
     Raises:
-        UserError: as of `caption_files`.
+        UserError: captions_file or a folder cannot be used.
     """
     found = caption_files(r, dataset, sources)
     by_name = {source.name: source for source in sources}
@@ -229,7 +230,7 @@ def unused_files(r: Recipe, dataset: Dataset, sources: list[Source]) -> list[tup
     texts = [
         *found.metas.unused,
         *hidden,
-        *(path for path in found.beside.unused if not captions.is_other_text(path)),
+        *(path for path in found.sidecars.unused if not captions.is_other_text(path)),
     ]
     embeddings = captions.owners(_pickles(dataset), list(by_name), (PICKLE,))
     unclear = [path for several in embeddings.unclear.values() for path in several]
@@ -246,7 +247,7 @@ def unused_files(r: Recipe, dataset: Dataset, sources: list[Source]) -> list[tup
 
 
 def unused_lines(unused: list[tuple[str, list[str]]]) -> list[str]:
-    """Say in a line for each kind how many files are not used, and name the first of them."""
+    """Return a warning for each kind of unused file, with their number and the first names."""
     lines = []
     for kind, names in unused:
         one, several, fix = _UNUSED[kind]
@@ -257,7 +258,7 @@ def unused_lines(unused: list[tuple[str, list[str]]]) -> list[str]:
 
 
 def shown(names: list[str]) -> str:
-    """Name the first of some things, and count the others."""
+    """Return the first names as text, and the number of the others."""
     more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
     return ", ".join(names[:MOST_NAMED]) + more
 
@@ -267,7 +268,9 @@ def _pickles(dataset: Dataset) -> list[Path]:
 
 
 def adopt_embeddings(dataset: Dataset, sources: list[Source]) -> None:
-    """Copy embeddings that came with the dataset under another form of their video's name.
+    """Copy embeddings that came with the dataset to the names that prep uses.
+
+    Such a name differs from the video's in case, Unicode form or the suffix of the video.
 
     Raises:
         UserError: one cannot be read.
@@ -276,7 +279,7 @@ def adopt_embeddings(dataset: Dataset, sources: list[Source]) -> None:
     found = captions.owners(_pickles(dataset), [s.name for s in sources], (PICKLE,)).files
     for source in sources:
         path = dataset.embeddings / f"{source.stem}{PICKLE}"
-        # Once prep has seen a video, it knows which embedding is that of its caption.
+        # After the first run, prep knows which embedding belongs to the caption of a known video.
         if source.reason or source.name in known or source.name not in found or path.exists():
             continue
         content = files.read_bytes(found[source.name], files.EMBEDDING)
@@ -286,17 +289,17 @@ def adopt_embeddings(dataset: Dataset, sources: list[Source]) -> None:
 
 
 def _copy_time(source: Path, target: Path) -> None:
-    """By which prep tells whether an embedding is older than its caption."""
+    """Copy the modification time, which tells prep if an embedding is older than its caption."""
     time = source.stat().st_mtime_ns
     os.utime(target, ns=(time, time))
 
 
 def _offered(r: Recipe, dataset: Dataset, source: Source, found: CaptionFiles) -> dict[str, str]:
-    """The captions of a video by their origin, the first that is not empty holds."""
+    """Return the captions of a video by origin. The first one that is not empty wins."""
     offered = {
         OTHER_NAME: _caption_of(found.metas, source),
         "captions_file": found.listed.get(source.name, ""),
-        "sidecar": _caption_of(found.beside, source),
+        "sidecar": _caption_of(found.sidecars, source),
         "task": source.task,
     }
     prompt = captions.one_kind_of_line_end(r.prompt or "").strip()
@@ -312,22 +315,22 @@ def _caption_of(place: captions.Owners, source: Source) -> str:
 
 
 def _is_ours(meta: str, known: Mapping[str, str]) -> bool:
-    """Whether prep wrote what is in `metas`.
+    """True if prep wrote the text `meta` in `metas`.
 
-    `known` is the caption of the last run, its source, and what it found in `metas`.
+    `known` is the last run's note: the caption, its source, and the text it replaced in `metas`.
     """
     texts = (known.get("caption"), known.get("replaced"))
     return known.get("caption_source") != "metas" and meta in texts
 
 
 def description_key(r: Recipe, source: Source) -> str:
-    """What decides the words of a vision-language model about a video."""
+    """Return a hash of all that decides a captioning model's description of a video."""
     file = map(str, files.stamp_of(source.path))
     return files.sha256_text(str(r.caption_model), str(source.span), *file)
 
 
 def read_description(r: Recipe, dataset: Dataset, source: Source) -> str | None:
-    """The words of the vision-language model, None when it has not seen the video as it is now."""
+    """Return the captioning model's description, None if the video has changed or has none."""
     path = dataset.descriptions / f"{source.stem}.json"
     if not path.exists():
         return None
@@ -337,7 +340,7 @@ def read_description(r: Recipe, dataset: Dataset, source: Source) -> str | None:
 
 
 def read_caption(path: Path, source: Source) -> str:
-    """The text of a file, "" when there is none; rejects the video when it cannot be read."""
+    """Return the text of a file, "" if it is missing. Reject the video if it cannot be read."""
     try:
         return files.read_text(path, files.CAPTION).strip()
     except files.NoSuchFile:
@@ -348,10 +351,10 @@ def read_caption(path: Path, source: Source) -> str:
 
 
 def write_captions(r: Recipe, dataset: Dataset, sources: list[Source]) -> None:
-    """Notes where every caption comes from, then writes those that are not yet in `metas`.
+    """Note where every caption comes from, then write those that are not yet in `metas`.
 
-    The note says what it replaces until that is done, so that a run that ends in between does not
-    leave a caption of prep's that looks like a person's.
+    Until they are written, the note also holds the texts that they replace. Otherwise, if prep is
+    killed in between, the next run would take an old caption of prep's for one that a person wrote.
     """
     used = [source for source in sources if not source.reason]
     notes = {s.name: {"caption": s.caption, "caption_source": s.caption_source} for s in used}
@@ -359,7 +362,8 @@ def write_captions(r: Recipe, dataset: Dataset, sources: list[Source]) -> None:
     stale = {s.name: old for s in used if (old := read_caption(metas[s.name], s)) != s.caption}
     known = known_captions(dataset)
     for source in sources:
-        # A copied caption keeps its time, by which it can be older than the pickle of another.
+        # A copied caption keeps its modification time, which may be before that of the embedding
+        # of the old caption. So the texts are compared too.
         noted = known.get("videos", {}).get(source.name, {}).get("caption", source.caption)
         if known.get("model", r.model) != r.model or noted != source.caption:
             (dataset.embeddings / f"{source.stem}.pickle").unlink(missing_ok=True)
@@ -381,10 +385,10 @@ def write_captions(r: Recipe, dataset: Dataset, sources: list[Source]) -> None:
 
 
 def require_usable(r: Recipe, dataset: Dataset, sources: list[Source]) -> None:
-    """Ends prep when nothing is left to train on.
+    """Check that there are videos to train on.
 
     Raises:
-        UserError: there is no video, none can be used, or the recipe is strict and one cannot.
+        UserError: there is no video, none is usable, or the recipe is strict and one is unusable.
     """
     rejected = [source for source in sources if source.reason]
     also = tuple(
@@ -393,9 +397,9 @@ def require_usable(r: Recipe, dataset: Dataset, sources: list[Source]) -> None:
     )
     if len(rejected) == len(sources):
         found = f"none of {len(sources)} videos can be used" if sources else "holds no videos"
-        empty = "put mp4 files there, or set videos_dir"
+        empty = "put mp4 files there, or use `--set videos_dir=FOLDER`"
         if lerobot.is_lerobot(dataset.root):
-            empty = f"it is a LeRobot dataset: set videos_dir to {dataset.root}"
+            empty = f"it is a LeRobot dataset: use `--set videos_dir={dataset.root}`"
         raise UserError(
             found,
             code=ExitCode.DATASET,
@@ -408,13 +412,13 @@ def require_usable(r: Recipe, dataset: Dataset, sources: list[Source]) -> None:
             f"{len(rejected)} of {len(sources)} videos are rejected and the recipe is strict",
             code=ExitCode.DATASET,
             where=str(dataset.videos),
-            fix="mend or remove them, or set strict to false",
+            fix="repair or remove them, or use `--set strict=false`",
             also=also,
         )
 
 
 def verdict_table(videos: list[dict[str, Any]]) -> str:
-    """A table of the videos of a manifest."""
+    """Return a table of the videos of a manifest."""
     rows = [
         (
             row["file"],
@@ -430,7 +434,7 @@ def verdict_table(videos: list[dict[str, Any]]) -> str:
 
 
 def row(dataset: Dataset, source: Source, digest: str) -> dict[str, Any]:
-    """What the manifest says about a video."""
+    """Return the row of the manifest for a video."""
     info = source.info or video.VideoInfo(0, 0.0, 0, 0, 0.0, "")
     facts = asdict(info)
     del facts["begin"], facts["first"]

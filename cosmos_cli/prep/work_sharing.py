@@ -20,7 +20,7 @@ _MEMBERS, _FIRST_PIECE = 0, 1
 
 
 class Crew:
-    """The processes that share one job. All must number its pieces of work alike."""
+    """The processes that share one job. All must number its pieces in the same way."""
 
     def __init__(self, file: int, job: str, where: Path) -> None:
         self._file, self._job, self._where = file, job.encode(), where

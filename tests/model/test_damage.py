@@ -52,7 +52,7 @@ def flip(source, target, seed):
 
 
 def used(path):
-    """The frames of the clips that prep takes of a file, none of a rejected one."""
+    """Return the clips that prep uses of a file, none if it is rejected."""
     try:
         video.probe(path)
         return [] if damage.find(path, clips()) else [read(path, clip) for clip in clips()]
@@ -61,7 +61,7 @@ def used(path):
 
 
 def passed_over(whole, folder, seeds):
-    """The seeds of damage that reaches a used clip without a word."""
+    """Return the seeds of damage that reaches a used clip without a report."""
     right = used(whole)
     assert len(right) == FRAMES // LENGTH
     wrong = []
@@ -72,12 +72,12 @@ def passed_over(whole, folder, seeds):
     return wrong
 
 
-def test_four_of_each_codec_with_flipped_bits_are_named(whole, tmp_path):
+def test_flipped_bits_are_found_in_four_files_of_each_codec(whole, tmp_path):
     assert passed_over(whole, tmp_path, range(4)) == []
 
 
 @pytest.mark.slow
-def test_twenty_of_each_codec_with_flipped_bits_are_named(whole, tmp_path):
+def test_flipped_bits_are_found_in_twenty_files_of_each_codec(whole, tmp_path):
     assert passed_over(whole, tmp_path, range(20)) == []
 
 
@@ -115,7 +115,7 @@ WHOLE = {
 
 
 @pytest.mark.parametrize("name", WHOLE)
-def test_a_whole_file_is_not_called_damaged_wherever_its_clip_starts(tmp_path, name):
+def test_an_undamaged_file_passes_wherever_its_clip_starts(tmp_path, name):
     path = tmp_path / name
     source = ("-f", "lavfi", "-i", "testsrc2=s=160x96:r=24", "-frames:v", 60, "-pix_fmt", "yuv420p")
     ffmpeg(*source, *WHOLE[name], path)
