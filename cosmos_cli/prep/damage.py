@@ -56,7 +56,7 @@ def find(path: Path, clips: Sequence[Clip]) -> list[Span]:
     """
     stream, packets = _scan(path, files.stamp_of(path))
     if packets is None or not clips:
-        return {}
+        return []
     pts, zero, tick = packets.pts, packets.pts[0], packets.tick
     shown = [list(clip.indices) or packets.shown_at(clip.seconds) for clip in clips]
     # A damaged index may list fewer frames than the clips have. Missing frames do not decode.
