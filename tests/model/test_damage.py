@@ -115,7 +115,7 @@ WHOLE = {
 
 
 @pytest.mark.parametrize("name", WHOLE)
-def test_a_whole_file_is_not_called_damaged_wherever_its_clip_starts(tmp_path, name):
+def test_an_undamaged_file_is_not_called_damaged_wherever_its_clip_starts(tmp_path, name):
     path = tmp_path / name
     source = ("-f", "lavfi", "-i", "testsrc2=s=160x96:r=24", "-frames:v", 60, "-pix_fmt", "yuv420p")
     ffmpeg(*source, *WHOLE[name], path)
