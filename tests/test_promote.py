@@ -345,6 +345,6 @@ def test_weights_that_do_not_read_back_as_written_are_not_put_in_place(tmp_path,
         true_save(path, {**state, "net.t_norm.weight": state["net.t_norm.weight"] + 1}, format_)
 
     monkeypatch.setattr(weights, "save_dit", save_damaged)
-    with pytest.raises(promote.UserError, match="not written as it should be"):
+    with pytest.raises(promote.UserError, match="does not read back as it was written"):
         promote._write_folder(r, tmp_path / "model", state, about("pt"))
     assert not (tmp_path / "model").exists()
