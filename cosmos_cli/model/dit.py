@@ -35,8 +35,8 @@ Level = tuple[Tensor, Tensor]
 class Prompt(NamedTuple):
     """Holds what all sampling steps of one prompt share: positions and the text of each block.
 
-    `first_BLD`, where known, is the output of the first block's self-attention. It does
-    not depend on the text, because no cross-attention comes before it.
+    `first_BLD`, where known, is the output of the first block's self-attention. It does not depend
+    on the text, because no cross-attention comes before it.
     """
 
     pos_LD: Tensor
@@ -53,10 +53,10 @@ class DiT(nn.Module):
         self.spec = spec
         # What each block stores for the backward pass; it recomputes the rest:
         #   none       everything
-        #   all        the block's input
-        #   attention  the input and the output of self-attention
+        #   attention  its input and the output of self-attention
         #   most       like attention, but also the output of the MLP in the first `mlps_kept`
         #              blocks and the outputs of all linears in the first `blocks_kept` blocks
+        #   all        its input only ("all" is recomputed)
         self.activation_checkpointing: Literal["none", "most", "attention", "all"] = "none"
         self.mlps_kept = self.blocks_kept = 0
         self.sequence = SequenceGroup()
@@ -97,7 +97,7 @@ class DiT(nn.Module):
         # the tokens of this rank: with sequence parallelism a part of them, else all.
         x_BLD = self.tokens(x_BCTHW, padding_mask_BCHW)
 
-        # 2. Positions of the tokens: a learned embedding and the rotary angles. And the text.
+        # 2. The position embedding, the rotary angles, and the text for each block.
         if prompt is None:
             texts = [text_emb_BMD] * len(self.blocks)
             prompt = Prompt(*self.locate((t, h, w), fps_B), texts)

@@ -97,7 +97,7 @@ class Settings(BaseModel):
     bias: str | None = "none"
     init_lora_weights: bool | str | None = True
     r: int | None = Field(default=None, ge=1)
-    # The default of peft.
+    # peft's default, for files that do not state it.
     lora_alpha: float = Field(default=8, allow_inf_nan=False)
     use_rslora: bool = False
     rank_pattern: dict[str, int] = {}
@@ -177,12 +177,12 @@ def read(path: Path) -> dict[str, Change]:
     _refuse_other_methods(path, stored)
     require_finite(stored, path, fix="train or export the LoRA again")
     parts = _sorted_by_linear(path, stored)
-    beside = path.with_name(paths.ADAPTER_CONFIG_FILE)
+    config = path.with_name(paths.ADAPTER_CONFIG_FILE)
     settings = None
     if header:
         settings, source = _settings(header, path), path
-    elif beside.is_file():
-        settings, source = _settings(files.read_json(beside), beside), beside
+    elif config.is_file():
+        settings, source = _settings(files.read_json(config), config), config
     changes = {}
     for linear, found in parts.items():
         a, b, key = _pair(path, found)
@@ -255,7 +255,7 @@ def _settings(content: Any, where: Path) -> Settings:
         raise _refused(where, f"says {', '.join(wrong)}, which is not supported"[:300])
     known = {*_UNSUPPORTED, *_WITHOUT_EFFECT}
     if unread := sorted(key for key, value in others.items() if value and key not in known):
-        console.warn(f"{where}: settings that are not read: {', '.join(unread)[:200]}")
+        console.warn(f"{where}: unknown settings are not read: {', '.join(unread)[:200]}")
     return settings
 
 

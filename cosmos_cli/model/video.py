@@ -46,7 +46,7 @@ X264_REPRODUCIBLE = {"threads": 4, "x264-params": "cpu-independent=1"}
 
 
 class VideoError(Exception):
-    """A file cannot be used; the message says why in one short sentence."""
+    """Raised if a file cannot be used; the message says why in one short sentence."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class Clip:
         """The time stamps of its frames; empty when frames are selected by number."""
         if self.begin is None:
             return []
-        # One clock tick late, so that a frame whose time stamp was rounded up is still found.
+        # Ask a little late, so that a frame whose time stamp was rounded up is already shown.
         zero = self.begin + CLOCK_SECONDS
         return [zero + k / self.fps for k in range(self.start, self.start + self.length)]
 
@@ -174,7 +174,7 @@ def part(info: VideoInfo, span: range) -> VideoInfo:
         VideoError: the file has fewer frames.
     """
     if span.stop > info.frames:
-        raise VideoError(f"ends at frame {span.stop} of a file of {info.frames}")
+        raise VideoError(f"ends at frame {span.stop}, but the file has {info.frames} frames")
     return replace(
         info,
         frames=len(span),
@@ -205,7 +205,7 @@ def select_clips(
     if policy not in FPS_POLICIES:
         raise ValueError(f"policy {policy!r} is not one of {FPS_POLICIES}")
     if policy == "reject" and not _same_rate(info.fps, fps):
-        raise VideoError(f"{info.fps:.4g} fps where {fps:.4g} are wanted")
+        raise VideoError(f"{info.fps:.4g} fps instead of {fps:.4g}")
     rate = info.fps if policy == "keep" else fps
     available = frames_at_policy(info, policy, fps)
     if available < num_frames:

@@ -35,7 +35,7 @@ from cosmos_cli.spec import DiTSpec
 State = dict[str, Tensor]
 
 # One parameter per row: our name, the released name, the diffusers name. The suffix ".weight" is
-# left out; only the position tables and the log-variance head lack it.
+# left out. Only the position tables and the constants of the log-variance head lack it.
 _NET = """
 x_embedder            x_embedder.proj.1                    patch_embed.proj
 pos_embedder.t        extra_pos_embedder.pos_emb_t         learnable_pos_embed.pos_emb_t
@@ -332,7 +332,7 @@ def another_model(problems: list[str], where: Path) -> UserError:
     """Return the error for a file that does not fit the model; it lists the problems."""
     return UserError(
         f"does not fit the model: {'; '.join(problems)}", code=ExitCode.ASSET, where=str(where),
-        fix="is it the file of another model?",
+        fix="check that the file belongs to this model",
     )  # fmt: skip
 
 
@@ -429,7 +429,7 @@ def write_safetensors(
 ) -> None:
     """Write tensors. `about` has at most one entry, since the order of several is not fixed."""
     # Trap: save_file writes to a temporary file of its own, which stays behind after a kill. It is
-    # put in a folder named after the process, so that the next run knows that its owner is gone.
+    # put in a folder named after the process, so that the next run knows it may delete it.
     own = {"dir": path.parent, "prefix": f".{os.getpid()}.", "suffix": ".tmp"}
     with writing(path), files.atomic_file(path) as temporary, TemporaryDirectory(**own) as folder:
         written = Path(folder, path.name)

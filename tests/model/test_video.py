@@ -239,7 +239,7 @@ def test_resampled_clips_start_at_every_stride_of_their_own_rate():
 def test_reject_takes_only_sources_of_the_rate():
     assert len(clips(info(50, 23.976), "reject", 24, 50)) == 1
     for rate in (25, 30, 12, 48):
-        with pytest.raises(VideoError, match=f"{rate} fps where 24 are wanted"):
+        with pytest.raises(VideoError, match=f"{rate} fps instead of 24"):
             clips(info(50, rate), "reject", 24, 50)
 
 
