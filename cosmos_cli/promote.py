@@ -1,4 +1,4 @@
-"""One checkpoint of a run -> the verified, self-describing model folder that generate loads."""
+"""Turn a checkpoint of a run into a verified, self-describing model folder that generate loads."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ LICENCE_URL = (
 
 
 def promote(r: Recipe, step: int, kind: str, format: str, target: Path) -> dict[str, Any]:
-    """Checks the weights of a step against the base and writes the model folder; its manifest.
+    """Check the weights of a step against the base, write the model folder, return its manifest.
 
-    The recipe that counts is the one the run was trained with, where it is still there.
+    The recipe that the run was trained with is used instead of `r`, if it still exists.
 
     Args:
         r: names the run and the base.
         step: a saved step.
         kind: ema or reg.
-        format: one of `layout.MODEL_FORMATS`.
-        target: the folder, which is replaced whole; the caller holds `exchange.alone`.
+        format: one of `paths.MODEL_FORMATS`.
+        target: the folder, which is replaced as a whole. The caller must hold `exchange.alone`.
 
     Raises:
-        UserError: the checkpoint is missing, damaged, not finite, or no different from the base.
+        UserError: the checkpoint is missing, damaged, not finite, or equal to the base.
     """
     run = Run(r.run_dir)
     if run.resolved.exists():
@@ -60,7 +60,7 @@ def promote(r: Recipe, step: int, kind: str, format: str, target: Path) -> dict[
     require_finite(original, base, weights.name_in_file(base))
     require_finite(tuned, source, weights.name_in_file(source), fix)
     require_trained(changes, source)
-    # Diffusers has no place for the log-variance head, which training alone needs.
+    # The diffusers format has no place for the log-variance head, which only training needs.
     written = net if format == "diffusers" else tuned
     kept = {"lora": _lora(original, tuned, source)} if r.lora_rank else {}
     return _write_folder(r, target, written, {
@@ -80,22 +80,22 @@ def promote(r: Recipe, step: int, kind: str, format: str, target: Path) -> dict[
 
 
 def _lora(base: dict[str, Tensor], merged: dict[str, Tensor], source: Path) -> dict[str, Any]:
-    """Return what the manifest says of the LoRA; says how much of its change the weights kept."""
+    """Return the manifest's entry of the LoRA; report how much of it the merged weights keep."""
     kept = lora.kept_share(base, merged, source)
     dtype = next(tensor.dtype for name, tensor in merged.items() if name.startswith("net.blocks."))
     precision = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}.get(dtype)
     console.say(
         f"the merged weights in {precision or dtype} kept {kept:.0%} of the LoRA's change; "
-        f"{paths.LORA_FILE} keeps all of it, and generate uses that where it finds the base"
+        f"{paths.LORA_FILE} keeps all of it, and generate uses that file if it finds the base"
     )
     return {"file": paths.LORA_FILE, "sha256": files.sha256_file(source), "kept": kept}
 
 
 def require_trained(changes: dict[str, float], source: Path) -> None:
-    """Refuses weights that training has spoiled or left as they were.
+    """Refuse weights that diverged or did not change in training.
 
     Raises:
-        UserError: they are not finite, or no different from the base.
+        UserError: they are not finite, or equal to the base.
     """
     if bad := [group for group, change in changes.items() if math.isnan(change)]:
         raise UserError(
@@ -114,7 +114,7 @@ def require_trained(changes: dict[str, float], source: Path) -> None:
 
 
 def relative_changes(tuned: dict[str, Tensor], base: dict[str, Tensor]) -> dict[str, float]:
-    """|tuned - base| / |base| of each group of weights; NaN where a number is not finite."""
+    """Return |tuned - base| / |base| of each group of weights, NaN if a number is not finite."""
     sums: dict[str, list[float]] = {}
     for name, tensor in tuned.items():
         group = re.sub(r"^net\.(blocks\.\d+\.[a-z_]+|[a-z_]+).*$", r"\1", name)
@@ -138,7 +138,7 @@ def _dataset_hash(run: Run, step: int) -> str | None:
 def _write_folder(
     r: Recipe, target: Path, state: dict[str, Tensor], manifest: dict[str, Any]
 ) -> dict[str, Any]:
-    """Build the folder beside the old one, then exchange the two; the manifest with its hash."""
+    """Build the folder next to the old one, exchange the two, return the completed manifest."""
     with exchange.replacing(target) as building:
         return _fill_folder(r, building, state, manifest)
 
@@ -146,7 +146,7 @@ def _write_folder(
 def _fill_folder(
     r: Recipe, building: Path, state: dict[str, Tensor], manifest: dict[str, Any]
 ) -> dict[str, Any]:
-    """Write all files of the folder and read its weights back."""
+    """Write all files of the folder and verify its weights by reading them back."""
     path = building / paths.MODEL_FORMATS[manifest["format"]]
     if manifest["format"] == "diffusers":
         weights.save_diffusers(path, state, r.spec.dit)
@@ -157,7 +157,7 @@ def _fill_folder(
         not torch.equal(written[name], tensor) for name, tensor in state.items()
     ):
         raise UserError(
-            "was not written as it should be",
+            "does not read back as it was written",
             code=ExitCode.ASSET,
             where=str(path),
             fix="check the disk and promote again",
@@ -175,24 +175,24 @@ def _fill_folder(
 
 
 def _copy_lora(source: Path, folder: Path, sha256: str) -> None:
-    """Puts the LoRA file that was merged beside the merged weights."""
+    """Copy the merged LoRA file into the model folder."""
     target = folder / paths.LORA_FILE
     with files.atomic_file(target) as temporary:
         shutil.copyfile(source, temporary)
     if files.sha256_file(target) != sha256:
         raise UserError(
-            "was not copied as it should be", code=ExitCode.ASSET, where=str(source),
+            "was copied with errors", code=ExitCode.ASSET, where=str(source),
             fix="check the disk and promote again",
         )  # fmt: skip
 
 
 def change_table(changes: dict[str, float]) -> str:
-    """The relative change of each group of weights, for a person."""
+    """Return a table of the relative change of each group of weights."""
     rows = [(group, f"{change:.2e}") for group, change in changes.items()]
     return console.table(rows, ("weights", "relative change"))
 
 
-# The words that the licence asks of whoever passes on a model made from NVIDIA's, section 3.
+# Section 3 of the licence requires these texts of anyone who distributes a derived model.
 _NOTICE = "Licensed by NVIDIA Corporation under the NVIDIA Open Model License\n"
 _LICENCE_FIELDS = f"""license: other
 license_name: nvidia-open-model-license
@@ -202,8 +202,8 @@ _TERMS = f"""
 Built on NVIDIA Cosmos.
 
 Derived from a model of NVIDIA Corporation and under the [NVIDIA Open Model License]({LICENCE_URL}).
-Who passes it on gives a copy of that licence and the file NOTICE along, and keeps the line above on
-a page about it. The licence ends for who disables a guardrail without an equal one in its place.
+If you distribute it, include a copy of that licence and the file NOTICE, and keep the line above on
+a page about it. The licence ends if you disable a guardrail without putting an equal one in place.
 """
 
 _LORA_WORDS = f"""
@@ -226,6 +226,6 @@ pipeline_tag: text-to-video
 
     cosmos generate --prompt "{(r.prompt or "...").replace('"', "'")}"
 
-`{paths.MODEL_FORMATS[manifest["format"]]}` has the weights; `manifest.json` the hashes of weights,
-base and dataset and the recipe in full; `recipe.yaml` is that recipe.
+`{paths.MODEL_FORMATS[manifest["format"]]}` holds the weights. `manifest.json` holds the hashes of
+weights, base and dataset and the whole recipe; `recipe.yaml` is the same recipe.
 {_LORA_WORDS if "lora" in manifest else ""}{_TERMS if derived else ""}"""

@@ -126,7 +126,7 @@ def test_a_name_that_cannot_be_a_folders_is_refused(trained, name):
 
 @pytest.mark.workflow
 @pytest.mark.parametrize("manifest", [None, "{}", "[]", "{"])
-def test_what_promote_did_not_write_is_replaced_with_yes_alone(trained, manifest):
+def test_a_folder_that_promote_did_not_write_is_replaced_only_with_yes(trained, manifest):
     folder = trained.cwd / "checkpoints" / FOLDER
     folder.mkdir(parents=True)
     (folder / "model.pt").write_text("by hand")
@@ -277,7 +277,7 @@ def test_a_kill_at_the_exchange_leaves_a_model(twice, tmp_path, call, moments):
 
 
 @pytest.mark.workflow
-def test_on_a_disk_without_locks_promote_warns_and_goes_on(twice, tmp_path):
+def test_on_a_disk_without_locks_promote_warns_and_continues(twice, tmp_path):
     done = under_strace(twice, tmp_path / "strace", "-e", "inject=flock:error=ENOLCK")
     assert done.returncode == 0, done.stderr
     assert "cannot be locked" in done.stderr
@@ -345,6 +345,6 @@ def test_weights_that_do_not_read_back_as_written_are_not_put_in_place(tmp_path,
         true_save(path, {**state, "net.t_norm.weight": state["net.t_norm.weight"] + 1}, format_)
 
     monkeypatch.setattr(weights, "save_dit", save_damaged)
-    with pytest.raises(promote.UserError, match="not written as it should be"):
+    with pytest.raises(promote.UserError, match="does not read back as it was written"):
         promote._write_folder(r, tmp_path / "model", state, about("pt"))
     assert not (tmp_path / "model").exists()

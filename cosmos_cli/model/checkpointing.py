@@ -1,4 +1,4 @@
-"""Selective activation checkpointing: which results a forward pass keeps for the backward pass."""
+"""Selective activation checkpointing: choose the outputs to store for the backward pass."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ from cosmos_cli.model.kernels import _ATTENTION
 
 
 def is_self_attention(operator: Any, args: tuple[Any, ...]) -> bool:
-    """True if the operator is attention with as many keys as queries: 2/3 of a forward pass."""
+    """True if the operator is self-attention, where keys and queries are equally many.
+
+    It takes 2/3 of a forward pass.
+    """
     return operator in _ATTENTION and args[0].shape[2] == args[1].shape[2]
 
 
@@ -25,9 +28,9 @@ def is_costly(operator: Any, args: tuple[Any, ...]) -> bool:
 
 
 def is_costly_for_its_size(operator: Any, args: tuple[Any, ...]) -> bool:
-    """True if the operator is self-attention, or a linear with more inputs than outputs.
+    """True if the operator is self-attention or a linear with more inputs than outputs.
 
-    The second linear of the MLP is one.
+    One such linear is the second of the MLP.
     """
     shrinks = operator is torch.ops.aten.mm.default and args[1].shape[0] > args[1].shape[1]
     return shrinks or is_self_attention(operator, args)
@@ -48,9 +51,9 @@ def keep(
 
 
 class SelectiveCheckpoint(TorchDispatchMode):
-    """Stores the outputs of the chosen operators in order; when recomputing, returns them.
+    """Stores the outputs of the chosen operators; when recomputing, returns them in the same order.
 
-    PyTorch's own selective checkpointing expects recomputation to call the same operators. Under
+    PyTorch's own selective checkpointing requires recomputation to call the same operators. Under
     ZeRO-3 it does not: weights that the forward pass gathers are still there in the backward pass.
     """
 
@@ -66,7 +69,7 @@ class SelectiveCheckpoint(TorchDispatchMode):
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
-        """True: torch may compile functions under this mode and hide their operators from it."""
+        """Always True: functions may be compiled, and the mode then misses their operators."""
         return True
 
     def __torch_dispatch__(

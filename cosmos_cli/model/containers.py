@@ -1,4 +1,4 @@
-"""What the bytes, boxes and packets of a video file say about it, without decoding it. No torch."""
+"""Inspect the bytes, boxes and packets of a video file without decoding it. No torch."""
 
 from __future__ import annotations
 
@@ -14,29 +14,30 @@ from cosmos_cli import files
 
 
 def lacks(path: Path) -> int:
-    """The bytes that lack at the end of an mp4 or Matroska file, 0 for others."""
+    """Return the number of bytes missing at the end of an mp4 or Matroska file, 0 for others."""
     return max(mp4_boxes(path)[1], _matroska_lacks(path))
 
 
 def is_mpeg_stream(path: Path) -> bool:
-    """Whether a file is a program or transport stream of MPEG's."""
+    """True if a file is an MPEG program stream or transport stream."""
     with files.open_regular(path, files.VIDEO) as file:
         start = file.read(5)
-    # The former starts with a pack, the latter with 0x47, on a Blu-ray behind a time.
+    # A program stream starts with a pack header, a transport stream with the sync byte 0x47; on a
+    # Blu-ray, four bytes of time stamp precede it.
     return start[:4] == b"\0\0\1\xba" or b"G" in (start[:1], start[4:])
 
 
 def is_avi(path: Path) -> bool:
-    """Return True for an AVI file."""
+    """True if a file is an AVI."""
     with files.open_regular(path, files.VIDEO) as file:
         start = file.read(12)
     return start[:4] == b"RIFF" and start[8:] == b"AVI "
 
 
 def mp4_boxes(path: Path) -> tuple[list[bytes], int]:
-    """Names of the top-level boxes of an mp4 file, and the bytes lacking at its end.
+    """Return the names of an mp4 file's top-level boxes and the number of bytes missing at its end.
 
-    Other files have no boxes. Frame counts would not show a truncation: edit lists hide frames.
+    Other files have no boxes. A frame count would not reveal truncation, as edit lists hide frames.
     Source: ISO/IEC 14496-12, section 4.2.
     """
     names: list[bytes] = []
@@ -55,7 +56,9 @@ def mp4_boxes(path: Path) -> tuple[list[bytes], int]:
 
 
 def _matroska_lacks(path: Path) -> int:
-    """The bytes that lack at the end of a Matroska file, 0 for others and where it does not say.
+    """Return the number of bytes missing at the end of a Matroska file.
+
+    It is 0 for other files and for a Matroska file that does not state its size.
 
     Source: RFC 8794, section 4; RFC 9559, section 5.1.
     """
@@ -78,14 +81,14 @@ def _matroska_lacks(path: Path) -> int:
 
 @dataclass(frozen=True)
 class Packets:
-    """The frames of a video stream in the order in which they are shown.
+    """The frames of a video stream in display order.
 
     Args:
         pts: time stamps in units of `tick`.
         durations: in units of `tick`.
-        keys: True for the frames that a decoder can start at, the first one included.
-        tick: seconds of one unit.
-        honest: True if the file calls no other frames key frames.
+        keys: True for each frame at which a decoder can start. The first always counts as one.
+        tick: the time base, the length of one unit in seconds.
+        honest: True if the file marks no other frames as key frames.
     """
 
     pts: list[int]
@@ -100,13 +103,13 @@ class Packets:
         return [max(0, bisect_right(times, s) - 1) for s in seconds]
 
     def next_start(self, pts: int) -> int | None:
-        """Return the time stamp of the first frame behind `pts` that a decoder can start at."""
+        """Return the time stamp of the first frame after `pts` at which a decoder can start."""
         first = bisect_right(self.pts, pts)
         return next((self.pts[n] for n in range(first, len(self.pts)) if self.keys[n]), None)
 
 
 def scan(path: Path, stream: int) -> Packets:
-    """Read the packets of a stream, in the order of their time stamps.
+    """Read the packets of a stream and sort them by time stamp.
 
     Raises:
         ValueError: a packet cannot be read or has no time stamp.
@@ -137,10 +140,11 @@ def scan(path: Path, stream: int) -> Packets:
 
 
 def is_start(codec: str, packet: bytes, extradata: bytes) -> bool:
-    """Return True if a decoder that starts at this key frame shows it and later frames exactly.
+    """True if a decoder that starts at this key frame decodes it and all later frames exactly.
 
-    Trap: an encoder that refreshes the picture in stripes marks the start of each round as a key
-    frame, and some writers of files mark frames that are none. Unknown codecs are believed.
+    Trap: encoders with intra refresh, which renew the picture stripe by stripe, mark the start of
+    each round as a key frame. Some muxers mark frames that are not key frames. Unknown codecs are
+    trusted.
 
     Sources: ITU-T H.264 7.3 and D.1.8, H.265 7.4.2.2; VP9 bitstream 6.2; RFC 6386, section 9.1;
     ISO/IEC 14496-2, 6.2.5.
@@ -164,7 +168,7 @@ def is_start(codec: str, packet: bytes, extradata: bytes) -> bool:
 
 
 def _is_h264_start(nals: list[bytes]) -> bool:
-    """Return True for an IDR picture, and for an I picture that says to be an exact recovery."""
+    """True for an IDR picture, or an I picture with an exact recovery point of 0 frames."""
     if any(nal[0] & 31 == 5 for nal in nals):
         return True
     exact = False
@@ -180,7 +184,7 @@ def _is_h264_start(nals: list[bytes]) -> bool:
 
 
 def _recovers_at_once(sei: bytes) -> bool:
-    """Return True if supplemental information holds a recovery point of 0 frames that is exact."""
+    """True if an SEI message holds an exact recovery point of 0 frames."""
     at = 0
     while at + 2 < len(sei):
         fields = []
@@ -197,7 +201,7 @@ def _recovers_at_once(sei: bytes) -> bool:
 
 
 def _golomb(data: bytes, at: int) -> tuple[int, int]:
-    """Return the Exp-Golomb number at a bit of the data, and the bit behind it."""
+    """Return the Exp-Golomb number at bit `at` of the data and the position of the next bit."""
     bits = int.from_bytes(data[:24].ljust(24, b"\xff"))
     zeros = 0
     while zeros < 32 and not bits >> (191 - at - zeros) & 1:
@@ -207,7 +211,10 @@ def _golomb(data: bytes, at: int) -> tuple[int, int]:
 
 
 def _nals(packet: bytes, sizes: int | None) -> Iterator[bytes]:
-    """Yield the units of an H.264 or HEVC packet; `sizes` is the header's byte on their lengths."""
+    """Yield the NAL units of an H.264 or HEVC packet.
+
+    `sizes` is the header byte with the width of their length fields, or None for start codes.
+    """
     if sizes is None:
         for nal in packet.split(b"\0\0\1"):
             if nal.strip(b"\0"):

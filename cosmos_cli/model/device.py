@@ -1,4 +1,4 @@
-"""Where a single process computes, and what to say when its memory is not enough."""
+"""Choose the device of a process, test whether it can compile, and report a lack of memory."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import torch
 from cosmos_cli import console
 from cosmos_cli.errors import ExitCode, UserError
 
-# CUDA's own share of a GPU's memory looks like another program's.
+# Bytes of the CUDA context, which would otherwise count as memory of other programs.
 _OWN_SHARE = 2e9
-# What errors other than torch's own say: its allocator on a CPU, CUDA, cuBLAS, cuDNN, FFmpeg. For
-# want of workspace, cuDNN finds no engine.
+# Out-of-memory messages that do not come as torch.OutOfMemoryError: those of torch's CPU allocator,
+# CUDA, cuBLAS, cuDNN and FFmpeg. If cuDNN lacks workspace, it reports that it found no engine.
 _OUT_OF_MEMORY = (
     "out of memory", "can't allocate memory", "cannot allocate memory", "status_alloc_failed",
     "unable to find an engine to execute",
@@ -23,27 +23,32 @@ _OUT_OF_MEMORY = (
 
 
 def best_device() -> str:
-    """Returns cuda when there is a GPU, each rank of a launcher with its own, else cpu."""
+    """Return "cuda" if there is a GPU, else "cpu". A rank of a launcher selects its own GPU."""
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
         return "cuda"
     shown = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     if torch.version.cuda and shown.strip() not in ("", "-1"):
-        console.warn(f"CUDA shows no GPU for CUDA_VISIBLE_DEVICES={shown}: this runs on the CPU")
-    # transformers imports DeepSpeed when it is installed, which without this guesses on stdout.
+        console.warn(f"CUDA finds no GPU for CUDA_VISIBLE_DEVICES={shown}: this runs on the CPU")
+    # transformers imports DeepSpeed if it is installed. Without this variable, DeepSpeed guesses
+    # the accelerator and prints to stdout.
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     return "cpu"
 
 
-def compiles(wish: str, worth: bool, device: torch.device, loss: str) -> bool:
-    """Whether to compile: as the recipe's key wishes, auto where it pays; and if it can be."""
-    return (wish == "on" or (wish == "auto" and worth)) and can_compile(device, loss)
+def compiles(setting: str, worth_it: bool, device: torch.device, loss: str) -> bool:
+    """True if the recipe's `compile` asks for compilation and torch can compile for the device.
+
+    The setting auto compiles when `worth_it`; `loss` is as for `can_compile`.
+    """
+    return (setting == "on" or (setting == "auto" and worth_it)) and can_compile(device, loss)
 
 
 def can_compile(device: torch.device, loss: str) -> bool:
-    """Whether torch can compile for a device; where it cannot, says so and what that costs.
+    """True if torch can compile for a device; if not, warn and name the consequence `loss`.
 
-    It needs a C compiler, Python's headers and on a GPU Triton, which a small try shows.
+    Compiling needs a C compiler, Python's headers and, on a GPU, Triton. A small compilation tests
+    all of them.
     """
     try:
         torch.compile(torch.neg)(torch.zeros(1, device=device))
@@ -55,7 +60,7 @@ def can_compile(device: torch.device, loss: str) -> bool:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an error says that memory ran out, that of a GPU or of the host."""
+    """True if an error reports that GPU or CPU memory ran out."""
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
     said = str(error).lower()
@@ -65,9 +70,10 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def has_room(device: torch.device, needed: float) -> bool:
-    """Return whether some bytes can be allocated on a device; a CPU is not asked.
+    """True if `needed` bytes can be allocated on a device; always True for a CPU.
 
-    Allocating them also counts what fragments cannot hold; torch keeps them for what comes next.
+    They are really allocated, because free memory may be fragmented. torch keeps them cached for
+    later allocations.
     """
     if device.type == "cpu":
         return True
@@ -80,10 +86,10 @@ def has_room(device: torch.device, needed: float) -> bool:
 
 @contextmanager
 def gpu_memory_errors(fix: str) -> Iterator[None]:
-    """Turns running out of GPU memory into a line that says what would need less.
+    """Turn running out of GPU memory into a `UserError` with the given fix.
 
     Raises:
-        UserError: GPU_MEMORY.
+        UserError: (GPU_MEMORY) out of memory.
     """
     try:
         yield

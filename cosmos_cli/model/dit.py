@@ -26,16 +26,17 @@ from cosmos_cli.spec import DiTSpec
 
 # Cosine and sine of the rotary angles, each (B, L, K/2) in fp32.
 Rope = tuple[Tensor, Tensor]
-# What a cross-attention reads of a text: its embeddings BMD, or the keys and values made of them.
+# The input of cross-attention: text embeddings BMD, or the keys and values computed from them.
 Text = Tensor | tuple[Tensor, Tensor]
 # A noise level: its embedding BD, and the modulation BE that all sub-blocks share.
 Level = tuple[Tensor, Tensor]
 
 
 class Prompt(NamedTuple):
-    """What passes of sampling share: where the tokens are, the text as each block reads it.
+    """Holds what all sampling steps of one prompt share: positions and the text of each block.
 
-    And, if known, what the first block's self-attention gives, BLD, which no text changes.
+    `first_BLD`, where known, is the output of the first block's self-attention. It does not depend
+    on the text, because no cross-attention comes before it.
     """
 
     pos_LD: Tensor
@@ -45,15 +46,17 @@ class Prompt(NamedTuple):
 
 
 class DiT(nn.Module):
-    """Predicts the raw network output of EDM preconditioning for a noised latent."""
+    """The denoising network: predicts the raw output of EDM preconditioning for a noised latent."""
 
     def __init__(self, spec: DiTSpec) -> None:
         super().__init__()
         self.spec = spec
-        # What the backward pass computes again instead of keeping it: of each block "all" but its
-        # input, with "attention" all but that and what self-attention gave, and with "most" not
-        # what the MLP gave either in the first `mlps_kept` blocks, nor what any linear gave in the
-        # first `blocks_kept`.
+        # What each block stores for the backward pass; it recomputes the rest:
+        #   none       everything
+        #   attention  its input and the output of self-attention
+        #   most       like attention, but also the output of the MLP in the first `mlps_kept`
+        #              blocks and the outputs of all linears in the first `blocks_kept` blocks
+        #   all        its input only ("all" is recomputed)
         self.activation_checkpointing: Literal["none", "most", "attention", "all"] = "none"
         self.mlps_kept = self.blocks_kept = 0
         self.sequence = SequenceGroup()
@@ -74,32 +77,32 @@ class DiT(nn.Module):
         padding_mask_BCHW: Tensor | None = None,
         prompt: Prompt | None = None,
     ) -> Tensor:
-        """The network output, BCTHW.
+        """Return the network output, BCTHW.
 
         Args:
-            x_BCTHW: c_in * xt, in the dtype of the parameters, as is `text_emb_BMD`.
+            x_BCTHW: c_in * xt. It and `text_emb_BMD` have the dtype of the parameters.
             c_noise_B: ln(sigma) / 4, fp32.
-            text_emb_BMD: zeros pad its tail and take part in the softmax; there is no mask.
-            fps_B: frames per second, one for each sample.
-            padding_mask_BCHW: one channel of any size, 1 where there is no picture; default none.
-            prompt: where all steps share a text, a rate and a size, what `locate` and `read` made
-                of them; by default it is computed here.
+            text_emb_BMD: padded with zeros, which take part in the softmax; there is no mask.
+            fps_B: frames per second of each sample.
+            padding_mask_BCHW: one channel of any size, 1 where there is no picture; default all 0.
+            prompt: the results of `locate` and `read`, for callers whose steps all share text,
+                frame rate and size. By default they are computed here.
 
         Raises:
             ValueError: the latent does not divide into patches or exceeds the position tables.
         """
         t, h, w = patch_grid(self.spec, x_BCTHW)
 
-        # 1. Patches of the latent and its padding mask become tokens. Up to step 5 L is those of
-        # this process, all of them unless processes share the clip.
+        # 1. Patches of the latent and its padding mask become tokens. Up to step 5, L counts only
+        # the tokens of this rank: with sequence parallelism a part of them, else all.
         x_BLD = self.tokens(x_BCTHW, padding_mask_BCHW)
 
-        # 2. Where a token is: a learned embedding, and the angles of the rotary one; and the text.
+        # 2. The position embedding, the rotary angles, and the text for each block.
         if prompt is None:
             texts = [text_emb_BMD] * len(self.blocks)
             prompt = Prompt(*self.locate((t, h, w), fps_B), texts)
 
-        # 3. The noise level: an embedding, and a modulation that all sub-blocks share.
+        # 3. The noise level: an embedding and a modulation, shared by all sub-blocks.
         level = self.noise_level(c_noise_B)
 
         # 4. The blocks.
@@ -116,23 +119,23 @@ class DiT(nn.Module):
 
     @property
     def patch(self) -> dict[str, int]:
-        """Its sizes, as `rearrange` calls them."""
+        """The patch sizes under the axis names of `rearrange`."""
         return {"dt": self.spec.patch_t, "dh": self.spec.patch_hw, "dw": self.spec.patch_hw}
 
     def tokens(self, x_BCTHW: Tensor, padding_mask_BCHW: Tensor | None = None) -> Tensor:
-        """The embedded patches of this process, BLD."""
+        """Return the embedded patches of this rank, BLD."""
         x = append_mask(x_BCTHW, padding_mask_BCHW)
         x_BLC = rearrange(x, "B C (t dt) (h dh) (w dw) -> B (t h w) (C dt dh dw)", **self.patch)
         embedded: Tensor = self.x_embedder(self.sequence.own(x_BLC, 1))
         return embedded
 
     def noise_level(self, c_noise_B: Tensor) -> Level:
-        """What the blocks see of it."""
+        """Return the embedding and the shared modulation of a noise level."""
         wave_BD = sinusoid(c_noise_B, self.spec.width).to(self.t_norm.weight.dtype)
         return self.t_norm(wave_BD), self.t_embedder(wave_BD)
 
     def run(self, i: int, *inputs: Any) -> Tensor:
-        """The output of block `i`, which keeps for its backward pass what the mode says."""
+        """Return the output of block `i`, run under the activation checkpointing mode."""
         mode, block = self.activation_checkpointing, self.blocks[i]
         if mode == "none":
             return block(*inputs)
@@ -147,10 +150,10 @@ class DiT(nn.Module):
         return checkpoint(block, *inputs, **options)
 
     def locate(self, grid: tuple[int, int, int], fps_B: Tensor) -> tuple[Tensor, Rope]:
-        """The position embedding (LD) and rotary table of a grid of (t, h, w) patches.
+        """Return the position embedding (LD) and rotary table of a grid of (t, h, w) patches.
 
         Raises:
-            ValueError: the tokens do not divide among the processes that share the clip.
+            ValueError: the tokens do not divide evenly over the sequence-parallel group.
         """
         if math.prod(grid) % self.sequence.size:
             raise ValueError(f"{math.prod(grid)} tokens over {self.sequence.size} processes")
@@ -158,24 +161,24 @@ class DiT(nn.Module):
         return self.sequence.own(self.pos_embedder(*grid), 0), (cos, sin)
 
     def share(self, sequence: SequenceGroup) -> None:
-        """Has the processes of a group, which get the same inputs, compute the output together."""
+        """Split the tokens over a sequence-parallel group, whose ranks all get the same inputs."""
         self.sequence = sequence
         for block in self.blocks:
             block.self_attn.sequence = sequence
 
     def first_attention(self, x_BCTHW: Tensor, c_noise_B: Tensor, prompt: Prompt) -> Tensor:
-        """What the first block's self-attention gives for any text, BLD."""
+        """Return the output of the first block's self-attention, BLD, the same for every text."""
         x_BLD, level = self.tokens(x_BCTHW), self.noise_level(c_noise_B)
         attended: Tensor = self.blocks[0].attend(x_BLD, prompt.pos_LD, prompt.rope, level)
         return attended
 
     def read(self, text_emb_BMD: Tensor) -> list[Text]:
-        """The keys and values that each block makes of a text."""
+        """Return the cross-attention keys and values of a text for each block."""
         return [block.cross_attn.keys_values(text_emb_BMD) for block in self.blocks]
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None = None) -> None:
-        """Draws fresh weights; only the shared modulation opens the gates of fresh blocks."""
+        """Initialise the weights. At first the gates depend on the shared modulation alone."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight, generator=generator)
@@ -191,7 +194,7 @@ class DiT(nn.Module):
 
 
 class Block(nn.Module):
-    """Self-attention, attention to the text, MLP; each modulated and gated by the noise level."""
+    """Self-attention, cross-attention to the text and MLP, each with AdaLN modulation and gate."""
 
     def __init__(self, spec: DiTSpec) -> None:
         super().__init__()
@@ -211,9 +214,9 @@ class Block(nn.Module):
         text: Text,
         attended_BLD: Tensor | None = None,
     ) -> Tensor:
-        """The tokens after this block, BLD. The position is added anew in every block.
+        """Return the tokens after this block, BLD. Every block adds the position embedding again.
 
-        `attended_BLD` is what `attend` gave, where that is known.
+        `attended_BLD` is the output of `attend`, where the caller already has it.
         """
         shift, scale, gate = self.self_attn_adaln(level)
         x, u = kernels.add_modulate(x_BLD, None, pos_LD, shift, scale)
@@ -228,7 +231,7 @@ class Block(nn.Module):
         return kernels.add_last(x, next_gate, self.mlp(u))
 
     def attend(self, x_BLD: Tensor, pos_LD: Tensor, rope: Rope, level: Level) -> Tensor:
-        """What self-attention gives to these tokens, BLD."""
+        """Return the output of self-attention for these tokens, BLD."""
         shift, scale, _ = self.self_attn_adaln(level)
         _, u = kernels.add_modulate(x_BLD, None, pos_LD, shift, scale)
         y: Tensor = self.self_attn(u, u, rope)
@@ -242,7 +245,7 @@ class Attention(nn.Module):
         super().__init__()
         self.heads = spec.heads
         self.sequence = SequenceGroup()
-        # What LoRAs of q, k and v append to the tokens that all three of them read.
+        # With LoRAs on q, k or v, appends A x to the tokens, once for all three.
         self.widen: nn.Module = nn.Identity()
         self.q = linear(spec.width, spec.width)
         self.k = linear(kv_channels, spec.width)
@@ -252,7 +255,10 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(spec.head_width)
 
     def forward(self, u_BLD: Tensor, context: Text, rope: Rope | None = None) -> Tensor:
-        """What each of `u` reads from `context`, BLD; `rope` turns both when they are the same."""
+        """Return the attention of `u` over `context`, BLD: self-attention if they are one tensor.
+
+        `rope` rotates the queries and, in self-attention, the keys.
+        """
         if context is u_BLD:
             u_BLD = context = self.widen(u_BLD)
         q = self.q_norm(self.q(u_BLD).unflatten(-1, (self.heads, -1)), rope)
@@ -261,11 +267,11 @@ class Attention(nn.Module):
         return self.out(self.sequence.to_tokens(self.attend(q, k, v)).flatten(-2))
 
     def attend(self, q_BLNK: Tensor, k_BMNK: Tensor, v_BMNK: Tensor) -> Tensor:
-        """What the heads read, as BLNK."""
+        """Return the output of each head, BLNK."""
         return kernels.attention(q_BLNK, k_BMNK, v_BMNK)
 
     def keys_values(self, context_BMD: Tensor, rope: Rope | None = None) -> tuple[Tensor, Tensor]:
-        """Keys and values, each BMNK; for a text they are the same at every noise level."""
+        """Return keys and values, each BMNK. Those of a text do not depend on the noise level."""
         k = self.k_norm(self.k(context_BMD).unflatten(-1, (self.heads, -1)), rope)
         return k, self.v(context_BMD).unflatten(-1, (self.heads, -1))
 
@@ -279,12 +285,11 @@ class MLP(nn.Module):
         self.down = linear(spec.mlp_ratio * spec.width, spec.width)
 
     def forward(self, u_BLD: Tensor) -> Tensor:
-        """BLD to BLD."""
         return self.down(F.gelu(self.up(u_BLD)))
 
 
 class AdaLN(nn.Module):
-    """Turns the noise level into shift, scale and (with three parts) gate through a low rank."""
+    """Maps the noise level to shift, scale and, with three parts, gate through a low rank."""
 
     def __init__(self, spec: DiTSpec, parts: int) -> None:
         super().__init__()
@@ -293,14 +298,14 @@ class AdaLN(nn.Module):
         self.up = linear(spec.adaln_rank, parts * spec.width)
 
     def forward(self, level: Level) -> tuple[Tensor, ...]:
-        """`parts` tensors of B1D; the shared modulation is cut to as many."""
+        """Return `parts` tensors B1D. Only the first `parts` of the shared modulation are used."""
         t_emb_BD, t_mod_BE = level
         own = self.up(self.down(F.silu(t_emb_BD)))
         return (own + t_mod_BE[:, : own.shape[1]]).unsqueeze(1).chunk(self.parts, dim=-1)
 
 
 class Final(nn.Module):
-    """The last modulation and the linear to patches."""
+    """The last layer: modulates the tokens and projects them to patches."""
 
     def __init__(self, spec: DiTSpec) -> None:
         super().__init__()
@@ -308,13 +313,13 @@ class Final(nn.Module):
         self.linear = linear(spec.width, spec.patch_channels)
 
     def forward(self, x_BLD: Tensor, level: Level) -> Tensor:
-        """The values of each patch, BLC."""
+        """Return the values of each patch, BLC."""
         shift, scale = self.adaln(level)
         return self.linear(kernels.modulate(x_BLD, shift, scale))
 
 
 class TimeMLP(nn.Module):
-    """From the sinusoid of the noise level to the modulation that all sub-blocks share."""
+    """Maps the sinusoid of the noise level to the modulation that all sub-blocks share."""
 
     def __init__(self, spec: DiTSpec) -> None:
         super().__init__()
@@ -322,7 +327,7 @@ class TimeMLP(nn.Module):
         self.linear_2 = linear(spec.width, 3 * spec.width)
 
     def forward(self, wave_BD: Tensor) -> Tensor:
-        """Shift, scale and gate side by side, BE."""
+        """Return shift, scale and gate, concatenated, BE."""
         return self.linear_2(F.silu(self.linear_1(wave_BD)))
 
 
@@ -336,35 +341,35 @@ class PositionTables(nn.Module):
         self.w = nn.Parameter(torch.zeros(spec.max_hw // spec.patch_hw, spec.width))
 
     def forward(self, t: int, h: int, w: int) -> Tensor:
-        """The sum of the three for each token over its root mean square, LD."""
+        """Return the sum of the three embeddings, divided by its root mean square, LD."""
         hw_HWD = self.h[:h, None].float() + self.w[:w].float()
         pos_LD = (self.t[:t, None, None].float() + hw_HWD).flatten(0, 2)
-        # The epsilon stands outside of the root, unlike in RMSNorm.
+        # Unlike in RMSNorm, the epsilon is added outside the root.
         rms = torch.linalg.vector_norm(pos_LD, dim=-1, keepdim=True) / math.sqrt(pos_LD.shape[-1])
         return (pos_LD / (rms + 1e-6)).type_as(self.t)
 
 
 class RMSNorm(nn.Module):
-    """RMS normalisation over the last dimension with a gain."""
+    """RMS normalisation over the last dimension, with a learned gain."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor, rope: Rope | None = None) -> Tensor:
-        """Of the shape and dtype of `x`; heads of queries or keys are turned by `rope`."""
+        """Return `x` normalised and, with `rope`, rotated, in the same shape and dtype."""
         if rope is None:
             return kernels.rms_norm(x, self.weight)
         return kernels.rms_norm_rotate(x, self.weight, *rope)
 
 
 def linear(inputs: int, outputs: int) -> nn.Linear:
-    """A linear layer as everywhere in this network: without bias."""
+    """Return a linear layer without bias, as everywhere in this network."""
     return nn.Linear(inputs, outputs, bias=False)
 
 
 def sinusoid(c_noise_B: Tensor, width: int) -> Tensor:
-    """Cosines, then sines, of c_noise at width / 2 frequencies from 1 down to 1e-4, BD in fp32."""
+    """Return cosines, then sines, of c_noise at width / 2 frequencies from 1 to 1e-4, BD, fp32."""
     half = width // 2
     index = torch.arange(half, dtype=torch.float32, device=c_noise_B.device)
     angle = c_noise_B.float()[:, None] * torch.exp(index * (-math.log(10_000) / half))
@@ -372,10 +377,10 @@ def sinusoid(c_noise_B: Tensor, width: int) -> Tensor:
 
 
 def rope_table(spec: DiTSpec, grid: tuple[int, int, int], fps_B: Tensor) -> Rope:
-    """Cosine and sine of the rotary angles of a grid of (t, h, w) patches, each (B, L, K/2).
+    """Return cosine and sine of the rotary angles of a (t, h, w) grid, each (B, L, K/2) in fp32.
 
-    In fp32, where the reference computes the angles in bf16 and is off by up to 0.15 rad.
-    A third of the channels turns with the row, a third with the column, the rest with the time.
+    The reference computes the angles in bf16, with errors of up to 0.15 rad.
+    A third of the channels rotates with the row, a third with the column, the rest with time.
     """
     device = fps_B.device
     t, h, w = (torch.arange(n, dtype=torch.float32, device=device) for n in grid)
@@ -400,14 +405,14 @@ def rope_table(spec: DiTSpec, grid: tuple[int, int, int], fps_B: Tensor) -> Rope
 
 
 def rope_frequencies(channels: int, ratio: float, device: torch.device) -> Tensor:
-    """One fp32 frequency for each pair of channels; `ratio` stretches the range (NTK)."""
+    """Return one fp32 frequency per pair of channels; `ratio` extends the range (NTK scaling)."""
     theta = 10_000.0 * ratio ** (channels / (channels - 2))
     exponent = torch.arange(0, channels, 2, dtype=torch.float32, device=device) / channels
     return theta**-exponent
 
 
 def append_mask(x_BCTHW: Tensor, mask_BCHW: Tensor | None) -> Tensor:
-    """`x` with the padding mask as its last channel, resized to its height and width."""
+    """Return `x` with the padding mask, resized to its height and width, as the last channel."""
     size_B1THW = (len(x_BCTHW), 1, *x_BCTHW.shape[2:])
     if mask_BCHW is None:
         mask = x_BCTHW.new_zeros(size_B1THW)
@@ -419,7 +424,7 @@ def append_mask(x_BCTHW: Tensor, mask_BCHW: Tensor | None) -> Tensor:
 
 
 def patch_grid(spec: DiTSpec, x_BCTHW: Tensor) -> tuple[int, int, int]:
-    """The number of patches along T, H and W.
+    """Return the number of patches along T, H and W.
 
     Raises:
         ValueError: the latent does not divide into patches or exceeds the position tables.
@@ -428,6 +433,6 @@ def patch_grid(spec: DiTSpec, x_BCTHW: Tensor) -> tuple[int, int, int]:
     patch = (spec.patch_t, spec.patch_hw, spec.patch_hw)
     limit = (spec.max_t, spec.max_hw, spec.max_hw)
     if any(n % p or n > most for n, p, most in zip(size, patch, limit, strict=True)):
-        raise ValueError(f"latent {size} is no multiple of the patch {patch} up to {limit}")
+        raise ValueError(f"latent {size} is not a multiple of the patch {patch} up to {limit}")
     t, h, w = (n // p for n, p in zip(size, patch, strict=True))
     return t, h, w

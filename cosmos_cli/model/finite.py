@@ -1,4 +1,4 @@
-"""Numbers that are not finite: one NaN among billions of weights makes every video black."""
+"""Find NaN and infinity in tensors: one NaN among billions of weights makes every video black."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from cosmos_cli.errors import ExitCode, UserError
 def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
     """Return the names of the tensors that hold a NaN or an infinity.
 
-    Each tensor is read once, where it lies. A GPU is waited for once, not once per tensor.
+    Each tensor is read once, on its own device. A GPU is synchronised once, not once per tensor.
     """
     by_device: dict[torch.device, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
@@ -23,11 +23,11 @@ def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
             by_device.setdefault(tensor.device, {})[name] = tensor
     suspects: list[str] = []
     for found in by_device.values():
-        # A NaN or an infinity shows in the sum, which unlike isfinite() writes nothing.
+        # A NaN or infinity makes the sum non-finite. Unlike isfinite(), a sum allocates no mask.
         sums = torch.stack([tensor.sum().float() for tensor in found.values()])
         fine = sums.isfinite().tolist()
         suspects += [name for name, is_fine in zip(found, fine, strict=True) if not is_fine]
-    # A sum of large finite numbers may overflow.
+    # The sum of large finite numbers may overflow, so check these tensors exactly.
     return [name for name in suspects if not tensors[name].isfinite().all()]
 
 
@@ -37,16 +37,16 @@ def require_finite(
     name_in_file: Callable[[str], str] = str,
     fix: str = "download or make the file again",
 ) -> None:
-    """Refuse tensors with a NaN or an infinity.
+    """Refuse tensors that hold a NaN or an infinity.
 
     Args:
         tensors: the weights, by name.
         where: the file or folder that they were read from.
-        name_in_file: turns a name into the one that the file has for it.
-        fix: what to do about it.
+        name_in_file: maps a name to the name in the file.
+        fix: the fix of the error.
 
     Raises:
-        UserError: (ASSET) a tensor holds one; it names the file and the tensor.
+        UserError: (ASSET) a tensor is not finite. The error names the file and the tensor.
     """
     if bad := not_finite(tensors):
         shown = ", ".join(name_in_file(name) for name in bad[:3])

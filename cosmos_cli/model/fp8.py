@@ -1,4 +1,4 @@
-"""fp8 linear layers and attention by Transformer Engine."""
+"""Run linear layers in fp8 and attention in bf16 with Transformer Engine."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ def use_fp8(blocks: nn.ModuleList) -> None:
     scaling = Float8CurrentScaling()
 
     def in_fp8(linear: nn.Linear | LoRALinear) -> Callable[[Tensor], Tensor]:
-        # The weight cannot tell the sizes: under ZeRO-3 it has no shape until it is gathered.
+        # Take the sizes from the module: under ZeRO-3 a weight has no shape until it is gathered.
         size, dtype = (linear.in_features, linear.out_features), linear.weight.dtype
         product = te.Linear(*size, bias=False, params_dtype=dtype, device="meta")
         product.weight = linear.weight
 
         def run(x: Tensor) -> Tensor:
-            # Inside `run`, so that recomputation in the backward pass is in fp8 as well.
+            # autocast is entered inside `run`, so that recomputation also runs in fp8.
             with te.autocast(enabled=True, recipe=scaling):
                 y: Tensor = product(x)
             return y
@@ -40,7 +40,7 @@ def use_fp8(blocks: nn.ModuleList) -> None:
         for name, linear in block.named_modules():
             if "adaln" in name or ".lora_" in name:
                 continue
-            # Only the forward pass is replaced: the module holds the parameter's name and state.
+            # Replace only the forward function, because the module owns the parameter and its name.
             if isinstance(linear, LoRALinear):
                 linear.product = in_fp8(linear)  # type: ignore[method-assign]
             elif isinstance(linear, nn.Linear):
@@ -50,7 +50,7 @@ def use_fp8(blocks: nn.ModuleList) -> None:
 def use_engine_attention(blocks: nn.ModuleList) -> None:
     """Make the blocks use Transformer Engine's bf16 kernels for attention and query-key norms.
 
-    These kernels are not torch operators, so `keep` does not see them.
+    These kernels are not torch operators, so `checkpointing.keep` cannot store their outputs.
     """
     import transformer_engine.pytorch as te
 

@@ -1,8 +1,8 @@
-"""Low-rank adaptation: a small trained product beside each of some frozen linears.
+"""Low-rank adaptation (LoRA): train two small factors for each chosen linear and freeze the rest.
 
 Source: Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", section 4.1:
-h = W x + (alpha / rank) B A x, where B starts at zero, and so the model as it was. The EMA of a run
-averages the factors, not their product, as is the custom.
+h = W x + (alpha / rank) B A x. B starts at zero, so training starts from the unchanged model. As is
+usual, the EMA of a run averages the factors, not their product.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from cosmos_cli.model.finite import require_finite
 from cosmos_cli.model.lora_files import Change
 from cosmos_cli.spec import LORA_TARGETS
 
-# Columns that are added to a weight are a multiple of this, so that its rows stay aligned.
+# The columns added to a weight are padded to a multiple of this, so that its rows stay aligned.
 ALIGNED_RANK = 16
 
 
 class LoRALinear(nn.Module):
-    """A frozen linear without bias under its own name, and the two factors of its change."""
+    """A frozen linear without bias and its two LoRA factors. The weight keeps its name."""
 
     def __init__(self, base: nn.Linear, rank: int, scale: float) -> None:
         super().__init__()
@@ -38,18 +38,19 @@ class LoRALinear(nn.Module):
         self.scale = scale
 
     def product(self, x: Tensor) -> Tensor:
-        """As of the linear alone."""
+        """Return the output of the frozen linear alone. fp8 replaces this method."""
         return F.linear(x, self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        """As of the linear with its weight changed by scale * B A."""
+        """Return W x + scale * B A x."""
         change = self.lora_B(self.scale * self.lora_A(x))
-        # Last, so that a checkpoint that computes its input again can end before it.
+        # Compute the frozen product last: when this block is recomputed, autograd stops at the last
+        # saved tensor and skips it.
         return self.product(x) + change
 
 
 def attach(module: nn.Module, blocks: nn.ModuleList, rank: int, scale: float, targets: str) -> None:
-    """Freezes `module` and puts factors beside the linears of its `blocks` that `targets` names."""
+    """Freeze `module` and add LoRA factors to the linears of `blocks` that `targets` selects."""
     module.requires_grad_(False)
     for block in blocks:
         for name in LORA_TARGETS[targets]:
@@ -59,19 +60,19 @@ def attach(module: nn.Module, blocks: nn.ModuleList, rank: int, scale: float, ta
 
 
 def attached(module: nn.Module) -> bool:
-    """Whether a module trains factors instead of its weights."""
+    """True if a module trains LoRA factors instead of its weights."""
     return any(isinstance(child, LoRALinear) for child in module.modules())
 
 
 def scale(module: nn.Module) -> float:
-    """What the products of a module's factors are multiplied by."""
+    """Return the LoRA scale of a module, alpha / rank."""
     return next(child.scale for child in module.modules() if isinstance(child, LoRALinear))
 
 
 def fresh_factors(shapes: Mapping[str, tuple[int, ...]], seed: int) -> dict[str, Tensor]:
-    """First values of the factors among some parameters, fp32 on the CPU, the same on every rank.
+    """Initialise the LoRA factors among these parameters, fp32 on the CPU, equal on every rank.
 
-    Uniform in +-1 / sqrt(inputs) for A, as in the authors' code and in peft; zero for B.
+    A is uniform in +-1 / sqrt(inputs), as in the authors' code and in peft; B is zero.
     """
     state = {}
     for name, shape in shapes.items():
@@ -92,11 +93,11 @@ def factors(changes: Mapping[str, Change]) -> dict[str, Tensor]:
     return state
 
 
-# --- beside the weights, for sampling -------------------------------------------------------------
+# --- without merging, for sampling ----------------------------------------------------------------
 
 
 class Widen(nn.Module):
-    """Appends A x to each token x."""
+    """Appends A x to each token x, the input of `AdaptedLinear`."""
 
     def __init__(self, a: Tensor) -> None:
         super().__init__()
@@ -108,11 +109,11 @@ class Widen(nn.Module):
 
 
 class AdaptedLinear(nn.Module):
-    """A frozen linear with the change of LoRAs, W x + B (A x), as one product [W B] [x; A x].
+    """Computes a frozen linear with LoRAs, W x + B (A x), as one product [W B] [x; A x].
 
-    Both terms are summed in the fp32 accumulators of the product and rounded once. Two bf16
-    products and a bf16 sum would lose a change that is below half a step of the output, and so
-    would a merged weight: of |dW| / |W| = 8e-4 either keeps 45 %, this all of it.
+    The product sums both terms in its fp32 accumulators and rounds once. Two bf16 products and a
+    bf16 sum lose a change below half a rounding step of the output, and a merged weight loses one
+    too: at |dW| / |W| = 8e-4 both keep 45 % of the change, this keeps all of it.
     """
 
     def __init__(self, weight: Tensor, b: Tensor, widen: nn.Module) -> None:
@@ -126,7 +127,7 @@ class AdaptedLinear(nn.Module):
 
 
 def load_beside(net: nn.Module, files: Iterable[tuple[Path, float]]) -> None:
-    """Put LoRA files beside the weights of a denoiser, each with its strength.
+    """Apply LoRA files to a denoiser without merging them, each with its strength.
 
     Raises:
         UserError: a file is missing, damaged, or of another model.
@@ -141,7 +142,7 @@ def load_beside(net: nn.Module, files: Iterable[tuple[Path, float]]) -> None:
             for name, change in changes.items()
         }
         of_keys = {change.key: change.b for change in scaled.values()}
-        fix = "give it less strength, as in --lora FILE:0.8"
+        fix = "lower its strength, as in --lora FILE:0.8"
         require_finite(of_keys, path, fix=fix)
         ranks = sorted({len(change.a) for change in changes.values()})
         scales = sorted({round(change.scale, 6) for change in changes.values()})
@@ -150,8 +151,8 @@ def load_beside(net: nn.Module, files: Iterable[tuple[Path, float]]) -> None:
             f"strength {strength:g}"
         )
         if not any(change.b.any() and change.a.any() for change in changes.values()):
-            console.warn(f"{path}: changes nothing, all of its factors A or B are zero")
-        # Without strength the weights stay as they are to the last bit.
+            console.warn(f"{path}: changes nothing, because all of its factors A or B are zero")
+        # With strength 0 the network is not touched, so that its output stays bit-identical.
         read += [scaled] if strength else []
     if read:
         put_beside(net, read)
@@ -159,11 +160,11 @@ def load_beside(net: nn.Module, files: Iterable[tuple[Path, float]]) -> None:
 
 @torch.no_grad()
 def put_beside(net: nn.Module, loras: Sequence[Mapping[str, Change]]) -> None:
-    """Replace the linears of a denoiser that LoRAs change. Names are of the form net.blocks...."""
+    """Replace the linears that LoRAs change by `AdaptedLinear`. Names begin with net.blocks."""
     changed = {name.removeprefix("net.") for changes in loras for name in changes}
     qkv = re.compile(r"(.*\.self_attn)\.[qkv]")
     for attention in sorted({match[1] for name in changed if (match := qkv.fullmatch(name))}):
-        # These three read the same tokens, which are widened once for all of them.
+        # q, k and v read the same tokens, so A x is appended once for all three.
         names = [f"{attention}.{child}" for child in "qkv"]
         net.get_submodule(attention).widen = _adapt(net, names, loras, nn.Identity())
         changed -= set(names)
@@ -177,9 +178,9 @@ def _adapt(
     loras: Sequence[Mapping[str, Change]],
     widen: nn.Module | None,
 ) -> Widen:
-    """Replace linears that read the same input, and return what widens it for all of them.
+    """Replace linears that read the same input, and return the module that appends their A x.
 
-    Each of them calls `widen` on its input, by default the returned module.
+    Each new linear calls `widen` on its input, by default the returned module.
     """
     found = {n: [c for changes in loras if (c := changes.get(f"net.{n}"))] for n in names}
     weight = net.get_submodule(names[0]).weight
@@ -211,15 +212,15 @@ def _range(values: Sequence[float]) -> str:
 def check_fit(
     changes: Mapping[str, Change], shapes: Mapping[str, tuple[int, ...]], where: Path
 ) -> None:
-    """Refuse changes of linears that a model does not have or that have other sizes.
+    """Refuse a LoRA whose linears are not in the model or have other sizes.
 
     Args:
-        changes: what a file does, by our names of the linears.
-        shapes: of the weights of the model's linears, by the same names.
+        changes: the changes of a file, by our names of the linears.
+        shapes: the weight shapes of the model's linears, by the same names.
         where: the file.
 
     Raises:
-        UserError: (ASSET) one does not fit; it names file and key.
+        UserError: (ASSET) a linear does not fit; the error names file and key.
     """
     unknown = [change.key for name, change in changes.items() if name not in shapes]
     other = [
@@ -235,7 +236,7 @@ def check_fit(
 
 @torch.no_grad()
 def merge(state: Mapping[str, Tensor], path: Path, strength: float) -> dict[str, Tensor]:
-    """The weights changed by `strength` times what a LoRA file says, each in its own dtype.
+    """Return the weights plus `strength` times the change of a LoRA file, each in its own dtype.
 
     Raises:
         UserError: the file is missing, damaged, or of another model.
@@ -253,10 +254,10 @@ def merge(state: Mapping[str, Tensor], path: Path, strength: float) -> dict[str,
 
 @torch.no_grad()
 def kept_share(before: Mapping[str, Tensor], after: Mapping[str, Tensor], path: Path) -> float:
-    """Return how much of a LoRA's change is in weights that it was merged into, 1 for all of it.
+    """Return the share of a LoRA's change that merged weights contain, 1 for all of it.
 
-    The difference of the weights is projected on the change. Rounding each sum to bf16 drops most
-    parts of the change that are below half a step of their weight.
+    The difference of the weights is projected onto the change. Rounding to bf16 drops most parts
+    of the change that are below half a rounding step of their weight.
     """
     found = wanted = 0.0
     for name, change in lora_files.read(path).items():

@@ -1,8 +1,8 @@
-"""LoRA files, ours and those of others: the linear of each tensor, and the scale of its change.
+"""Read and write LoRA files: find the linear of each tensor and the scale of its change.
 
-Read are the files of peft, diffusers, ComfyUI, diffusion-pipe and kohya's scripts. They differ in
-the names of the linears, in the names of the factors, and in where the scale stands: beside the
-file, in its header, or in one tensor per linear.
+It reads the files of peft, diffusers, ComfyUI, diffusion-pipe and kohya's scripts. They differ in
+the names of linears and factors and in where the scale is stored: in adapter_config.json next to
+the file, in the file's header, or in one tensor per linear.
 
 Source: peft 0.21 `tuners/lora/{config,layer,model}.py` and `utils/other.py`; diffusers 0.42
 `loaders/peft.py`.
@@ -29,36 +29,37 @@ from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.model import weights
 from cosmos_cli.model.finite import require_finite
 
-# Where diffusers keeps the settings in a file, and the prefix that it gives them and the tensors.
+# The header entry in which diffusers stores the settings, and its prefix of settings and tensors.
 _SETTINGS = "lora_adapter_metadata"
 _PREFIX = "transformer."
-# What wrappers and libraries put before the name of a linear, and kohya's form of it.
+# Prefixes that wrappers and libraries put before the name of a linear, then those of kohya.
 _PREFIXES = re.compile(
     r"^(base_model\.model\.|_orig_mod\.|module\.|model\.|diffusion_model\.|transformer\.|net\.)+"
 )
 _UNDERSCORED = re.compile(r"^(lora_unet_|lora_transformer_|lycoris_)(net_)?")
-# peft may name the adapter; lora_down and lora_up are kohya's names of A and B.
+# peft may add the adapter's name after the side; lora_down and lora_up are kohya's A and B.
 _PART = re.compile(
     r"(?P<linear>.+?)\.(?:lora_(?P<side>[AB])(?:\.[^.]+)?\.weight"
     r"|lora[._](?P<other>down|up)\.weight|(?P<alpha>alpha))"
 )
 _PICKLES = {".pt", ".pth", ".bin", ".ckpt"}
-# Other methods by a part of their tensors' names.
+# Unsupported methods, recognised by a part of their tensor names.
 _METHODS = {
     "lora_magnitude_vector": "DoRA", "dora_scale": "DoRA", "hada_": "LoHa", "lokr_": "LoKr",
     "lora_mid": "LoCon", "lora_E": "AdaLoRA", "lora_B.bias": "a LoRA with biases",
     "modules_to_save": "a LoRA with whole layers (modules_to_save)",
 }  # fmt: skip
-# Settings of peft that change what the factors mean.
+# Settings of peft that change the meaning of the factors.
 _UNSUPPORTED = (
     "use_dora", "modules_to_save", "lora_bias", "trainable_token_indices", "target_parameters",
     "layer_replication", "alora_invocation_tokens", "use_qalora", "use_bdlora", "arrow_config",
     "kasa_config", "monteclora_config",
 )  # fmt: skip
-# Initial factors that were taken out of the base weights, which are then no longer those of a base.
+# Initialisations that subtract the initial factors from the base weights: these files need that
+# changed base.
 _OTHER_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-# Settings of peft that say where factors were put or how they were trained. fan_in_fan_out is of
-# the layout of the base weight: the factors of such a layer are stored like all others.
+# Settings of peft that can be ignored: they say where factors were added or how they were trained.
+# fan_in_fan_out describes the layout of the base weight; the factors are stored as usual.
 _WITHOUT_EFFECT = {
     "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
     "inference_mode", "target_modules", "exclude_modules", "lora_dropout", "fan_in_fan_out",
@@ -66,17 +67,18 @@ _WITHOUT_EFFECT = {
     "eva_config", "corda_config", "lora_ga_config", "velora_config", "qalora_group_size",
     "runtime_config", "ensure_weight_tying", "bias", "init_lora_weights",
 }  # fmt: skip
-# Quantifiers of a pattern, above which matching a name may take minutes.
+# The most quantifiers in a pattern; with more, matching a name may take minutes.
 _MOST_QUANTIFIERS = 3
 
 
 @dataclass(frozen=True)
 class Change:
-    """What a file does to one linear: its weight W becomes W + scale * b @ a.
+    """The change of one linear: its weight W becomes W + scale * b @ a.
 
     Attributes:
-        a: (rank, inputs), fp32 on the CPU, as is b: (outputs, rank).
-        scale: alpha / rank, or what the file says instead.
+        a: (rank, inputs), fp32 on the CPU.
+        b: (outputs, rank), fp32 on the CPU.
+        scale: alpha / rank unless the file states another.
         key: the name of the linear in the file, for messages.
     """
 
@@ -87,7 +89,7 @@ class Change:
 
 
 class Settings(BaseModel):
-    """The part of peft's adapter_config.json that decides the scale of each linear."""
+    """The part of peft's adapter_config.json that determines the scale of each linear."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
 
@@ -95,7 +97,7 @@ class Settings(BaseModel):
     bias: str | None = "none"
     init_lora_weights: bool | str | None = True
     r: int | None = Field(default=None, ge=1)
-    # peft's default, which its files leave to it where it is null.
+    # peft's default, for files that do not state it.
     lora_alpha: float = Field(default=8, allow_inf_nan=False)
     use_rslora: bool = False
     rank_pattern: dict[str, int] = {}
@@ -107,7 +109,7 @@ class Settings(BaseModel):
         return {} if value is None else value
 
     def scale(self, names: tuple[str, ...], rank: int) -> float:
-        """Return the scale of a linear of this rank, known by any of some names.
+        """Return the scale of a linear of this rank, whose patterns may match any of the names.
 
         Raises:
             ValueError: the settings give the linear another rank, or no finite scale.
@@ -122,7 +124,7 @@ class Settings(BaseModel):
 
 
 def _matching(patterns: Mapping[str, Any], names: tuple[str, ...], default: Any) -> Any:
-    """Return the value of the first pattern that matches the end of a name, as peft chooses it."""
+    """Return the value of the first pattern that matches the end of a name, as peft does."""
     for pattern, value in patterns.items():
         if any(_compiled(pattern).match(name) for name in names):
             return value
@@ -134,7 +136,7 @@ def _compiled(pattern: str) -> re.Pattern[str]:
     """Compile a pattern of settings.
 
     Raises:
-        ValueError: it is not a pattern, or one whose matching may take for ever.
+        ValueError: it is not a valid pattern, or matching it may take forever.
     """
     quantifiers = len(re.findall(r"(?<!\\)[*+{]", pattern))
     if quantifiers > _MOST_QUANTIFIERS or re.search(r"\)[*+{]", pattern):
@@ -142,14 +144,14 @@ def _compiled(pattern: str) -> re.Pattern[str]:
     try:
         return re.compile(rf"(.*\.)?({pattern})$")
     except re.error as error:
-        raise ValueError(f"the pattern {pattern[:60]!r}, which is none: {error}") from error
+        raise ValueError(f"the pattern {pattern[:60]!r}, which is not valid: {error}") from error
 
 
 # --- writing --------------------------------------------------------------------------------------
 
 
 def save(path: Path, state: Mapping[str, Tensor], scale: float) -> None:
-    """Write the factors of a LoRA as a file that diffusers reads, through peft."""
+    """Write the factors of a LoRA in the format of diffusers, which reads it through peft."""
     renamed = weights.rename(state, weights.OURS, weights.DIFFUSERS, path)
     rank = next(len(factor) for name, factor in state.items() if name.endswith("lora_A.weight"))
     linears = {re.sub(r"^\w+\.\d+\.|\.lora_[AB]\.weight$", "", key) for key in renamed}
@@ -163,11 +165,11 @@ def save(path: Path, state: Mapping[str, Tensor], scale: float) -> None:
 
 
 def read(path: Path) -> dict[str, Change]:
-    """Return what a LoRA file does to each linear, by our name of it: net.blocks.0.self_attn.q.
+    """Load the changes of a LoRA file by our names of the linears, as net.blocks.0.self_attn.q.
 
     Raises:
-        UserError: (ASSET) the file is missing, damaged or empty, is of another model or method, or
-            its scale is not known for sure. The error names file and key.
+        UserError: (ASSET) the file is missing, damaged or empty, belongs to another model or
+            method, or its scale is ambiguous. The error names file and key.
     """
     stored, header = _tensors(path)
     if not stored:
@@ -175,12 +177,12 @@ def read(path: Path) -> dict[str, Change]:
     _refuse_other_methods(path, stored)
     require_finite(stored, path, fix="train or export the LoRA again")
     parts = _sorted_by_linear(path, stored)
-    beside = path.with_name(paths.ADAPTER_CONFIG_FILE)
+    config = path.with_name(paths.ADAPTER_CONFIG_FILE)
     settings = None
     if header:
         settings, source = _settings(header, path), path
-    elif beside.is_file():
-        settings, source = _settings(files.read_json(beside), beside), beside
+    elif config.is_file():
+        settings, source = _settings(files.read_json(config), config), config
     changes = {}
     for linear, found in parts.items():
         a, b, key = _pair(path, found)
@@ -190,7 +192,7 @@ def read(path: Path) -> dict[str, Change]:
             raise _refused(source, f"gives {error}") from error
         if "alpha" in found:
             own = float(found["alpha"][1]) / len(a)
-            # Two scales, and no way to tell which of them the factors were trained with.
+            # Nothing tells which of the two scales the factors were trained with.
             if settings and not math.isclose(own, scale, rel_tol=1e-3):
                 where = f"its .alpha tensor, {scale:g} in {source.name}"
                 raise _refused(path, f"gives {key} the scale {own:g} in {where}")
@@ -200,7 +202,7 @@ def read(path: Path) -> dict[str, Change]:
 
 
 def _tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return the tensors of a file in fp32 and the settings in its header, {} without any."""
+    """Return the tensors of a file in fp32 and the settings in its header, {} if it has none."""
     header: dict[str, Any] = {}
     if path.suffix.lower() in _PICKLES:
         stored = weights.load_tensors(path)
@@ -210,7 +212,7 @@ def _tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             stored = load_file(path)
             with safe_open(path, framework="pt") as stream:
                 header = json.loads((stream.metadata() or {}).get(_SETTINGS, "{}"))
-            # A header of diffusers may hold the settings of other networks too.
+            # A diffusers header may also hold settings of other networks, with a dot in the name.
             plain = {key.removeprefix(_PREFIX): value for key, value in header.items()}
             header = {key: value for key, value in plain.items() if "." not in key}
     for key, value in stored.items():
@@ -229,10 +231,10 @@ def _refuse_other_methods(path: Path, stored: Mapping[str, Tensor]) -> None:
 
 
 def _settings(content: Any, where: Path) -> Settings:
-    """Return the settings of an adapter_config.json, or those in the header of a file.
+    """Validate the settings from an adapter_config.json or from the header of a file.
 
     Raises:
-        UserError: they are damaged, or of a method other than plain LoRA.
+        UserError: they are damaged or belong to a method other than plain LoRA.
     """
     try:
         settings = Settings.model_validate(content)
@@ -253,7 +255,7 @@ def _settings(content: Any, where: Path) -> Settings:
         raise _refused(where, f"says {', '.join(wrong)}, which is not supported"[:300])
     known = {*_UNSUPPORTED, *_WITHOUT_EFFECT}
     if unread := sorted(key for key, value in others.items() if value and key not in known):
-        console.warn(f"{where}: settings that are not read: {', '.join(unread)[:200]}")
+        console.warn(f"{where}: unknown settings are not read: {', '.join(unread)[:200]}")
     return settings
 
 
@@ -261,7 +263,7 @@ Part = tuple[str, Tensor]
 
 
 def _sorted_by_linear(path: Path, stored: Mapping[str, Tensor]) -> dict[str, dict[str, Part]]:
-    """Return the tensors "A", "B" and "alpha" of each linear with their keys, by our name of it."""
+    """Return the tensors "A", "B" and "alpha" of each linear, by our name, with their keys."""
     found: dict[str, dict[str, Part]] = {}
     unknown = []
     for key, tensor in stored.items():
@@ -284,7 +286,7 @@ def _pair(path: Path, parts: Mapping[str, Part]) -> tuple[Tensor, Tensor, str]:
     """Return the factors A and B of a linear and the linear's name in the file.
 
     Raises:
-        UserError: one is missing, or they do not fit each other.
+        UserError: a factor is missing, or their shapes do not match.
     """
     keys = [key for key, _ in parts.values()]
     if not {"A", "B"} <= parts.keys():
@@ -304,7 +306,7 @@ def _pair(path: Path, parts: Mapping[str, Part]) -> tuple[Tensor, Tensor, str]:
 
 
 def _our_name(linear: str) -> str | None:
-    """Return our name of a linear, whoever named it; None for what is not one of this network."""
+    """Return our name of a linear in any known form, or None if the network has no such linear."""
     dotted, underscored = _linears()
     number = r"(blocks[._](?:block)?)(\d+)"
     is_underscored = _UNDERSCORED.match(linear)
@@ -316,14 +318,14 @@ def _our_name(linear: str) -> str | None:
 
 
 def _names(key: str) -> tuple[str, ...]:
-    """Return the names by which settings may know a linear of a file."""
+    """Return the names under which settings may refer to a linear of a file."""
     own = key.removeprefix("base_model.model.")
     return tuple(dict.fromkeys((own, _PREFIXES.sub("", own))))
 
 
 @cache
 def _linears() -> tuple[dict[str, str], dict[str, str]]:
-    """Return our names of the linears by every name of others, dotted and with underscores.
+    """Map all other names of the linears to ours: a table of dotted ones, one with underscores.
 
     "#" stands for the number of the block.
     """
@@ -336,7 +338,7 @@ def _linears() -> tuple[dict[str, str], dict[str, str]]:
     }
     underscored: dict[str, str] = {}
     for theirs, ours in dotted.items():
-        # A form that two linears share names neither.
+        # An underscored form that two linears share is ambiguous, so it stands for neither.
         form = theirs.replace(".", "_")
         underscored[form] = ours if underscored.get(form, ours) == ours else ""
     return dotted, underscored

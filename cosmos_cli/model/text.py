@@ -1,11 +1,13 @@
-"""Caption -> T5 embedding (tokens, channels), zeros behind the real tokens; its pickles on disk.
+"""Encode captions with T5 and read and write the embeddings as pickles.
 
-The files are the reference's: a list with one fp16 array of (real tokens, channels), the end token
-included. Source: nvidia-cosmos/cosmos-predict1 at 4ed35fa, `auxiliary/t5_text_encoder.py` and
+The files have the reference's format: a list with one fp16 array (real tokens, channels), the end
+token included. For the denoiser, `pad` appends zeros up to the full number of tokens.
+
+Source: nvidia-cosmos/cosmos-predict1 at 4ed35fa, `auxiliary/t5_text_encoder.py` and
 `scripts/get_t5_embeddings.py`.
 
-Dimension letters: B captions of one length, M tokens of one, S of all, D width, N heads, K their
-width.
+Dimension letters: B captions of one length, M tokens of a caption, S tokens of all captions,
+D width, N heads, K head width.
 """
 
 from __future__ import annotations
@@ -33,10 +35,10 @@ from cosmos_cli.model import kernels
 from cosmos_cli.model.finite import require_finite
 from cosmos_cli.spec import TextSpec
 
-# Tokens of a batch: 16 of the longest captions.
+# The most tokens in a batch: 16 captions of maximum length.
 BATCH_TOKENS = 8192
 
-# Stands for numpy's class in a pickle, which may name it but not call it.
+# Stands in for numpy's class: a pickle may name it but cannot call it.
 _ARRAY = object()
 
 
@@ -52,7 +54,7 @@ class TextEncoder:
                 "has no T5 encoder",
                 code=ExitCode.ASSET,
                 where=str(folder),
-                fix="run cosmos download",
+                fix="run `cosmos download RECIPE`",
             )
         logging.disable_progress_bar()
         files.check_model_folder(folder)
@@ -62,27 +64,29 @@ class TextEncoder:
 
     @cached_property
     def encoder(self) -> Any:
-        """The network, read when there is a first caption to encode."""
+        """The network, loaded on first use."""
         from transformers import T5EncoderModel
 
         with _whole(self.folder):
             encoder = T5EncoderModel.from_pretrained(self.folder, dtype=self.dtype)
             if encoder.config.feed_forward_proj != "relu":
-                raise ValueError(f"its layers are {encoder.config.feed_forward_proj}, T5's relu")
+                raise ValueError(
+                    f"feed_forward_proj is {encoder.config.feed_forward_proj}, not relu"
+                )
         encoder = encoder.to(self.device).eval()
         require_finite(encoder.state_dict(), self.folder)
         return encoder
 
     @cached_property
     def bias_NMM(self) -> Tensor:
-        """What distance adds to attention; that of shorter captions is its upper left corner."""
+        """The relative position bias; shorter captions use its upper left corner."""
         first = self.encoder.encoder.block[0].layer[0].SelfAttention
-        # Contiguous, and with rows of a multiple of 8 numbers: else no fused attention takes it.
+        # Fused attention takes it only if it is contiguous with rows of a multiple of 8 numbers.
         bias: Tensor = first.compute_bias(self.spec.tokens, self.spec.tokens)[0].contiguous()
         return bias
 
     def cut(self, captions: Iterable[str]) -> dict[str, int]:
-        """Return the captions that are longer than the encoder reads, with their tokens."""
+        """Return the captions that the encoder truncates, with their numbers of tokens."""
         distinct = list(dict.fromkeys(captions))
         if not distinct:
             return {}
@@ -91,7 +95,7 @@ class TextEncoder:
         return {caption: length for caption, length in lengths if length > self.spec.tokens}
 
     def batches(self, captions: list[str]) -> list[list[str]]:
-        """The captions in batches of similar length, none of more than `BATCH_TOKENS` tokens."""
+        """Group the captions into batches of similar length and at most `BATCH_TOKENS` tokens."""
         ids = self.tokenizer(captions, truncation=True, max_length=self.spec.tokens).input_ids
         lengths = dict(zip(captions, map(len, ids), strict=True))
         batches: list[list[str]] = [[]]
@@ -106,13 +110,13 @@ class TextEncoder:
 
     @torch.inference_mode()
     def encode(self, captions: list[str]) -> list[Tensor]:
-        """One (real tokens, channels) fp16 tensor on the CPU for each caption.
+        """Return a (real tokens, channels) fp16 tensor on the CPU for each caption.
 
-        In fp32 a caption's neighbours change at most the last bit of its numbers; in bf16 they
-        change them by as much as bf16 rounds, 2^-8 of a number.
+        An embedding depends slightly on the other captions of the batch: in fp32 by at most the
+        last bit of each number, in bf16 by its rounding error, 2^-8 of the number.
         """
         ids = self.tokenizer(captions, truncation=True, max_length=self.spec.tokens).input_ids
-        # The longest first, so that equal lengths are neighbours.
+        # Longest first, so that captions of equal length are adjacent and attend in one call.
         order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
         lengths = [len(ids[i]) for i in order]
         ids_S = torch.tensor([token for i in order for token in ids[i]], device=self.device)
@@ -121,10 +125,10 @@ class TextEncoder:
         return [embeddings[i] for i in range(len(ids))]
 
     def forward(self, ids_S: Tensor, lengths: list[int]) -> Tensor:
-        """What T5 makes of captions of `lengths` that stand one behind the other, (S, D).
+        """Return the T5 output (S, D) for concatenated captions of these lengths.
 
-        transformers' own forward fills all captions up to the longest and writes down every score:
-        an H100 encodes 38 captions of 512 tokens a second with it.
+        The forward of transformers pads all captions to the longest and materialises the attention
+        scores: with it, an H100 encodes 38 captions of 512 tokens a second.
         """
         x_SD = self.encoder.shared(ids_S)
         for block in self.encoder.encoder.block:
@@ -137,7 +141,7 @@ class TextEncoder:
         return kernels.rms_norm(x_SD, self.encoder.encoder.final_layer_norm.weight)
 
     def _attend(self, layer: Any, u_SD: Tensor, lengths: list[int]) -> Tensor:
-        """Attention within each caption, (S, D); neighbours of equal length together."""
+        """Return attention within each caption, (S, D); one call per run of equal lengths."""
         q, k, v = layer.q(u_SD), layer.k(u_SD), layer.v(u_SD)
         runs = [(length, sum(1 for _ in run)) for length, run in groupby(lengths)]
         ends = list(accumulate(length * count for length, count in runs))
@@ -156,26 +160,26 @@ class TextEncoder:
 
 
 def no_embedding(caption: str, folder: Path) -> UserError:
-    """Return the failure of a text whose embedding is not finite although all weights are."""
+    """Return the error for a text whose embedding is not finite although all weights are."""
     return UserError(
-        f"makes numbers that are not finite of the text {caption[:60]!r}",
-        code=ExitCode.ASSET, where=str(folder), fix="say it in other words",
+        f"returns numbers that are not finite (NaN or infinity) for the text {caption[:60]!r}",
+        code=ExitCode.ASSET, where=str(folder), fix="reword the text",
     )  # fmt: skip
 
 
 def pad(embedding: Tensor, spec: TextSpec) -> Tensor:
-    """The embedding (tokens, channels) with zeros behind its real tokens."""
+    """Return the embedding (tokens, channels) padded with zeros to the full number of tokens."""
     return torch.nn.functional.pad(embedding, (0, 0, 0, spec.tokens - len(embedding)))
 
 
 def write_pickle(path: Path, embedding: Tensor) -> None:
-    """Writes an embedding as the reference does; call it inside `atomic_file`."""
+    """Write an embedding in the reference's format; call it inside `atomic_file`."""
     with path.open("wb") as stream:
         pickle.dump([embedding.half().numpy()], stream)
 
 
 def read_pickle(path: Path, spec: TextSpec) -> Tensor:
-    """The embedding (real tokens, channels) in a pickle; nothing but numpy arrays is admitted.
+    """Load the embedding (real tokens, channels) from a pickle that may hold only a numpy array.
 
     Raises:
         UserError: the file is missing, damaged or empty, names anything else, has another shape,
@@ -189,7 +193,7 @@ def read_pickle(path: Path, spec: TextSpec) -> Tensor:
         pickle.UnpicklingError, EOFError, ValueError, TypeError, AttributeError, IndexError,
         KeyError, ImportError, OverflowError, MemoryError, RecursionError, struct.error,
     ) as error:  # fmt: skip
-        raise _bad(path, f"is no embedding: {error}") from error
+        raise _bad(path, f"is not an embedding: {error}") from error
     arrays = value if isinstance(value, list) else [value]
     if len(arrays) != 1 or not isinstance(arrays[0], np.ndarray):
         raise _bad(path, f"holds {type(value).__name__}, not a list with one array")
@@ -198,12 +202,12 @@ def read_pickle(path: Path, spec: TextSpec) -> Tensor:
     if not fits or array.dtype.kind != "f" or not len(array):
         expected = f"(1 to {spec.tokens}, {spec.channels}) numbers"
         raise _bad(path, f"holds {array.dtype} {array.shape}, expected {expected}")
-    # Training reads it as fp32, in which a large number of fp64 is infinite.
+    # Training reads it as fp32, where a large fp64 number becomes infinite.
     with np.errstate(over="ignore"):
         finite = np.isfinite(array.astype(np.float32)).all()
     if not finite:
         raise _bad(path, "holds numbers that are not finite (NaN or infinity)")
-    # torch reads only the machine's own byte order.
+    # torch accepts only the machine's own byte order.
     return torch.from_numpy(np.ascontiguousarray(array, array.dtype.newbyteorder("=")))
 
 
@@ -213,10 +217,10 @@ def _whole(folder: Path) -> Iterator[None]:
         yield
     except (OSError, ValueError, RecursionError, SafetensorError) as error:
         raise UserError(
-            f"is no whole T5 encoder: {str(error).splitlines()[0]}",
+            f"is not a complete T5 encoder: {str(error).splitlines()[0]}",
             code=ExitCode.ASSET,
             where=str(folder),
-            fix="run cosmos download",
+            fix="run `cosmos download RECIPE`",
         ) from error
 
 
@@ -227,16 +231,16 @@ def _bad(path: Path, what: str) -> UserError:
 
 
 def _latin1(value: str, encoding: str) -> bytes:
-    """What old protocols call to turn text back into the bytes of an array."""
+    """Stand in for `_codecs.encode`, with which old pickle protocols restore an array's bytes."""
     if encoding != "latin1":
         raise pickle.UnpicklingError(f"it asks for the codec {encoding}, refused")
     return value.encode("latin1")
 
 
 class _ArrayUnpickler(pickle.Unpickler):
-    """Admits one array of numbers, as large as the bytes that the pickle holds for it.
+    """Loads one array of numbers, no larger than the bytes stored in the pickle.
 
-    numpy's own functions would fill an array of objects of any shape that the pickle claims.
+    numpy's own functions would allocate an object array of any shape that the pickle states.
     """
 
     def __init__(self, stream: io.BytesIO) -> None:
@@ -257,7 +261,7 @@ class _ArrayUnpickler(pickle.Unpickler):
         return known[home, name]
 
     def _empty(self, kind: Any, shape: Any, _dtype: Any) -> np.ndarray:
-        """Return the array to which a pickle then gives shape and bytes, which must agree."""
+        """Return an empty array. The pickle then sets its shape and bytes, which must agree."""
         if kind is not _ARRAY or shape != (0,):
             raise pickle.UnpicklingError("it begins an array with a shape, refused")
         self._count()
@@ -276,5 +280,5 @@ class _ArrayUnpickler(pickle.Unpickler):
 def _number_type(name: Any, *_: Any) -> np.dtype:
     if not re.fullmatch(r"[<>=|]?[biuf]\d", str(name)):
         raise pickle.UnpicklingError(f"its numbers are {str(name)[:40]!r}, refused")
-    # A copy, since a pickle then sets the order of the bytes in it.
+    # A copy, because the pickle then sets its byte order.
     return np.dtype(name, False, True)

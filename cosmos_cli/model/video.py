@@ -1,4 +1,4 @@
-"""mp4 files <-> uint8 frames: probe, choose frames, read, resize, write, contact sheet.
+"""Read and write video files as uint8 frames: probe, select clips, decode, resize, encode.
 
 Dimension letters: C channels (RGB), T frames, H height, W width.
 """
@@ -31,29 +31,29 @@ if TYPE_CHECKING:
 FPS_POLICIES = ("keep", "resample", "reject")
 RESIZE_MODES = ("stretch", "crop", "pad")
 
-# Containers round time stamps to their clock, Matroska to whole milliseconds.
+# Containers round time stamps to their time base; that of Matroska is a millisecond.
 CLOCK_SECONDS = 1e-3
-# Rates this close are the same rate: 23.976 is 24, 25 is not.
+# Relative: frame rates this close count as equal, 23.976 and 24 but not 24 and 25.
 FPS_TOLERANCE = 0.01
-# Pixels this near to it are square.
+# Pixels count as square if their aspect ratio is this close to 1.
 SQUARE = 0.01
-# Frames are decoded in chunks of about this size, so a 4K clip is never in memory whole. Below 32
-# MiB glibc uses the memory of a chunk again for the next; above, every page of it is mapped anew.
+# Frames are decoded in chunks of about this size, so that a 4K clip is never in memory as a whole.
+# Below 32 MiB, glibc reuses the memory of a chunk; above, it maps every page anew for the next one.
 CHUNK_BYTES = 2**24
-# Same frames, same bytes: with AVX-512, x264's macroblock tree (build 164) depends on where memory
-# lies, and any stream on the number of threads.
+# Makes the same frames give the same bytes. With AVX-512, the macroblock tree of x264 (build 164)
+# depends on memory addresses, and every stream depends on the number of threads.
 X264_REPRODUCIBLE = {"threads": 4, "x264-params": "cpu-independent=1"}
 
 
 class VideoError(Exception):
-    """Why a file cannot be used, in one short sentence."""
+    """Raised if a file cannot be used; the message says why in one short sentence."""
 
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """A video stream, or a part of one. Sizes in pixels as shown, after rotation.
+    """Describes a video stream or a part of one. Sizes are in pixels as displayed, after rotation.
 
-    `begin` is the time stamp of its first frame, `first` that frame's number in the file.
+    `begin` is the time stamp of its first frame in seconds, `first` the frame's number in the file.
     """
 
     frames: int
@@ -68,12 +68,12 @@ class VideoInfo:
 
 @dataclass(frozen=True)
 class Clip:
-    """`length` frames of rate `fps` in a row, number `start` of the video and those behind it.
+    """Names `length` consecutive frames of a video at rate `fps`, from its frame `start` on.
 
     Args:
         first: number in the file of the video's frame 0.
-        begin: time stamp of the video's frame 0. With it a frame is the one on screen at its time;
-            without it frames go by their number in the file.
+        begin: time stamp of the video's frame 0. With it, frames are selected by time: each is the
+            one on screen then. Without it, frames are selected by their number in the file.
     """
 
     start: int
@@ -87,36 +87,36 @@ class Clip:
 
     @property
     def indices(self) -> range:
-        """The numbers of its frames in the file; none when they go by time."""
+        """The numbers of its frames in the file; empty when frames are selected by time."""
         first = self.first + self.start
         return range(first, first + (self.length if self.begin is None else 0))
 
     @property
     def seconds(self) -> list[float]:
-        """The time stamps of its frames; none when they go by number."""
+        """The time stamps of its frames; empty when frames are selected by number."""
         if self.begin is None:
             return []
-        # A clock's width late, so that a time stamp rounded up still counts as shown.
+        # Ask a little late, so that a frame whose time stamp was rounded up is already shown.
         zero = self.begin + CLOCK_SECONDS
         return [zero + k / self.fps for k in range(self.start, self.start + self.length)]
 
 
 def probe(path: Path) -> VideoInfo:
-    """The video stream of a file, from a scan of all its packets; only one frame is decoded.
+    """Describe the video stream of a file. Scans all packets but decodes only one frame.
 
     Raises:
-        VideoError: the file is no video, is empty or is truncated.
+        VideoError: the file is not a video, is empty or is truncated.
     """
     decoder = _open(path)
     meta = decoder.metadata
     if not meta.num_frames or not meta.average_fps:
         raise VideoError("0 frames")
     if not meta.duration_seconds:
-        raise VideoError("no video stream but a picture, as the cover of a song")
+        raise VideoError("no video stream but a picture, such as the cover of a song")
     assert meta.height and meta.width
     fps = meta.average_fps
     header_fps = meta.average_fps_from_header
-    # The header has the exact rate, but for variable rates it names the clock's instead.
+    # The header has the exact rate, but with a variable rate it has that of the time base.
     if header_fps and _same_rate(fps, header_fps):
         fps = header_fps
     if containers.lacks(path) > 0:
@@ -136,20 +136,20 @@ def probe(path: Path) -> VideoInfo:
 
 
 def _pixel_aspect(meta: VideoStreamMetadata) -> float:
-    """Width of a pixel over its height as shown, where the file says that they differ."""
+    """Return the width of a displayed pixel over its height; 1 unless the file says otherwise."""
     aspect = float(meta.pixel_aspect_ratio or 1)
-    # Some encoders round the shape of the picture into that of a pixel.
+    # Some encoders put the rounding of the picture size into the pixel aspect ratio.
     if abs(aspect - 1) < SQUARE:
         return 1.0
     return 1 / aspect if round(abs(meta.rotation or 0)) % 180 == 90 else aspect
 
 
 def _check_first_frame(path: Path, decoder: VideoDecoder) -> None:
-    """Refuses what torchcodec 0.13 cannot go back to the start of.
+    """Refuse files in which torchcodec 0.13 cannot seek to the first frame.
 
-    Traps: of MPEG's streams, which have no index, it finds no frame or a later one; when an edit
-    list hides the first key frame, it silently returns the frames of the next one instead. In an
-    AVI, B-frames stand in the order in which they are decoded.
+    Traps: MPEG program and transport streams have no index, and it finds no frame or a later one.
+    If an edit list hides the first key frame, it silently returns frames from the next key frame.
+    In an AVI, B-frames are stored in decoding order.
     """
     try:
         late = decoder.get_frame_at(0).pts_seconds - (decoder.metadata.begin_stream_seconds or 0)
@@ -168,13 +168,13 @@ def _check_first_frame(path: Path, decoder: VideoDecoder) -> None:
 
 
 def part(info: VideoInfo, span: range) -> VideoInfo:
-    """The frames `span` of a video of constant rate as a video of their own.
+    """Return the frames `span` of a constant-rate video as a video of their own.
 
     Raises:
-        VideoError: the file does not have them.
+        VideoError: the file has fewer frames.
     """
     if span.stop > info.frames:
-        raise VideoError(f"ends at frame {span.stop} of a file of {info.frames}")
+        raise VideoError(f"ends at frame {span.stop}, but the file has {info.frames} frames")
     return replace(
         info,
         frames=len(span),
@@ -185,7 +185,7 @@ def part(info: VideoInfo, span: range) -> VideoInfo:
 
 
 def frames_at_policy(info: VideoInfo, policy: str, fps: float) -> int:
-    """Number of frames the file has under a policy of `FPS_POLICIES`."""
+    """Return the number of frames that the file has under a policy of `FPS_POLICIES`."""
     if policy != "resample":
         return info.frames
     return max(0, -int(-(info.seconds - CLOCK_SECONDS) * fps // 1))
@@ -194,18 +194,18 @@ def frames_at_policy(info: VideoInfo, policy: str, fps: float) -> int:
 def select_clips(
     info: VideoInfo, policy: str, fps: float, num_frames: int, stride: int, max_clips: int | None
 ) -> list[Clip]:
-    """The clips of a file, starting at frame 0, stride, 2 * stride... of the clip's own rate.
+    """Return the clips of a file. They start at frame 0, stride, 2 * stride ... of the clip rate.
 
-    keep: every source frame at the source's rate. resample: constant rate `fps`, each frame the
-    one on screen at that time. reject: as keep, but only for sources whose rate is `fps`.
+    keep: every source frame, at the source's rate. resample: constant rate `fps`, where each frame
+    is the one on screen at its time. reject: like keep, but only for sources whose rate is `fps`.
 
     Raises:
         VideoError: the rate is rejected, or there are fewer than `num_frames` frames.
     """
     if policy not in FPS_POLICIES:
-        raise ValueError(f"policy {policy!r} is none of {FPS_POLICIES}")
+        raise ValueError(f"policy {policy!r} is not one of {FPS_POLICIES}")
     if policy == "reject" and not _same_rate(info.fps, fps):
-        raise VideoError(f"{info.fps:.4g} fps where {fps:.4g} are wanted")
+        raise VideoError(f"{info.fps:.4g} fps instead of {fps:.4g}")
     rate = info.fps if policy == "keep" else fps
     available = frames_at_policy(info, policy, fps)
     if available < num_frames:
@@ -219,7 +219,7 @@ def select_clips(
 
 
 def read_frames(path: Path, indices: Sequence[int]) -> Tensor:
-    """The named source frames at full size, uint8 (3, T, H, W).
+    """Decode the source frames of these numbers at full size, uint8 (3, T, H, W).
 
     Raises:
         VideoError: a frame does not exist or does not decode.
@@ -230,9 +230,9 @@ def read_frames(path: Path, indices: Sequence[int]) -> Tensor:
 def read_clip(
     path: Path, clip: Clip, height: int, width: int, resize: str, device: str = "cpu"
 ) -> Tensor:
-    """A clip at another size, uint8 (3, T, height, width); `resize` as for `resize_frames`.
+    """Decode a clip and resize it to uint8 (3, T, height, width); `resize` as in `resize_frames`.
 
-    It is decoded on the CPU and resized on `device`; every device gives the same numbers.
+    Frames are decoded on the CPU and resized on `device`. All devices give the same numbers.
 
     Raises:
         VideoError: a frame does not exist or does not decode.
@@ -244,7 +244,7 @@ def read_clip(
 
 
 def read_small(path: Path, info: VideoInfo, count: int, width: int) -> Tensor:
-    """`count` evenly spaced frames, first and last included, `width` pixels wide, uint8 CTHW.
+    """Decode `count` evenly spaced frames, first and last included, `width` wide, uint8 CTHW.
 
     Raises:
         VideoError: one of them does not decode.
@@ -259,16 +259,16 @@ def read_small(path: Path, info: VideoInfo, count: int, width: int) -> Tensor:
 def resize_frames(
     frames: Tensor, height: int, width: int, mode: str, pixel_aspect: float = 1.0
 ) -> Tensor:
-    """uint8 frames (..., ..., height, width), in whichever order the first two dimensions come.
+    """Resize uint8 frames to (..., ..., height, width); the first two dimensions may be CT or TC.
 
-    stretch: the aspect ratio is not kept. crop: scaled to cover, the centre cut out. pad: scaled
-    to fit, between black bars. `pixel_aspect` is the width of a pixel over its height.
+    stretch: ignore the aspect ratio. crop: scale to cover and keep the centre. pad: scale to fit
+    and add black bars. `pixel_aspect` is the width of a pixel over its height.
 
     Source: stretch is cosmos-predict1 `training/datasets/dataset_video.py`, bilinear with
-    antialiasing. The reference truncates to uint8; rounding removes its loss of half a level.
+    antialiasing. The reference truncates to uint8 and loses half a level; we round.
     """
     if mode not in RESIZE_MODES:
-        raise ValueError(f"resize {mode!r} is none of {RESIZE_MODES}")
+        raise ValueError(f"resize {mode!r} is not one of {RESIZE_MODES}")
     old_height, old_width = frames.shape[-2], frames.shape[-1] * pixel_aspect
     if mode == "stretch":
         return _interpolate(frames, height, width)
@@ -290,20 +290,22 @@ def resize_frames(
 
 
 def to_model(video: Tensor) -> Tensor:
-    """float32 in [-1, 1] from uint8, any shape. Source: cosmos-predict1, u8 / 127.5 - 1."""
+    """Convert uint8 of any shape to float32 in [-1, 1]. Source: cosmos-predict1, u8 / 127.5 - 1."""
     return video.float() / 127.5 - 1
 
 
 def to_uint8(video: Tensor) -> Tensor:
-    """uint8 from [-1, 1], any shape; the exact inverse of `to_model`.
+    """Convert [-1, 1] of any shape to uint8; the exact inverse of `to_model`.
 
-    The reference truncates; rounding removes its loss of half a level on average.
+    The reference truncates and loses half a level on average; we round.
     """
     return ((video.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
 def write_mp4(path: Path, video_CTHW: Tensor, fps: float, crf: float) -> None:
-    """Writes H.264 yuv420p in an mp4 container, whatever the suffix of `path`; same bytes each run.
+    """Write H.264 yuv420p in an mp4 container, whatever the suffix of `path`.
+
+    The same frames give the same bytes in every run.
 
     Raises:
         UserError: FFmpeg is missing or has no H.264 encoder.
@@ -322,7 +324,7 @@ def write_mp4(path: Path, video_CTHW: Tensor, fps: float, crf: float) -> None:
             codec="libx264",
             pixel_format="yuv420p",
             crf=crf,
-            # The encoder converts with the BT.601 matrix; untagged, players take HD for BT.709.
+            # The encoder uses the BT.601 matrix; without tags, players assume BT.709 for HD.
             extra_options={
                 **X264_REPRODUCIBLE,
                 "colorspace": "smpte170m",
@@ -335,7 +337,7 @@ def write_mp4(path: Path, video_CTHW: Tensor, fps: float, crf: float) -> None:
 
 
 def psnr(a: Tensor, b: Tensor) -> float:
-    """Peak signal-to-noise ratio of two uint8 tensors in dB; 99 when they are equal."""
+    """Return the PSNR of two uint8 tensors in dB, 99 if they are equal."""
     error = (a.double() - b.double()).square().mean().item()
     return 10 * math.log10(255**2 / error) if error else 99.0
 
@@ -343,7 +345,7 @@ def psnr(a: Tensor, b: Tensor) -> float:
 def contact_sheet(
     video_CTHW: Tensor, columns: int = 4, rows: int = 2, width: int = 320
 ) -> Image.Image:
-    """An image of evenly spaced frames, first and last included, each `width` pixels wide."""
+    """Return a grid of evenly spaced frames, first and last included, each `width` pixels wide."""
     _, frames, height, old_width = video_CTHW.shape
     chosen = torch.linspace(0, frames - 1, columns * rows).round().long()
     cell_height = max(1, round(height * width / old_width))
@@ -361,17 +363,17 @@ def _interpolate(frames: Tensor, height: int, width: int) -> Tensor:
         return frames
     if frames.is_cuda:
         return interpolate_exactly(frames, height, width)
-    # In integers: twenty times as fast as in floats, off by about a level at most.
+    # uint8 is twenty times as fast as floats and off by about one level at most.
     return F.interpolate(
         frames, (height, width), mode="bilinear", antialias=True, align_corners=False
     )
 
 
 def interpolate_exactly(frames: Tensor, height: int, width: int) -> Tensor:
-    """What PyTorch's integer interpolation on a CPU gives, bit for bit, on any device.
+    """Interpolate uint8 frames on any device, bit for bit like PyTorch's uint8 kernel on a CPU.
 
-    A GPU has it for floats alone. The columns first, then the rows, each rounded to uint8; in
-    float64, where the sums are exact.
+    PyTorch has no such kernel for GPUs. Columns are resized before rows, each rounded to uint8. The
+    sums are computed in float64, where they are exact.
 
     Source: PyTorch, `aten/src/ATen/native/cpu/UpSampleKernel.cpp`.
     """
@@ -379,7 +381,7 @@ def interpolate_exactly(frames: Tensor, height: int, width: int) -> Tensor:
         if frames.shape[dim] != size:
             weights, one = _integer_weights(frames.shape[dim], size)
             weights = weights.to(frames.device)
-            # Frame by frame: in float64 a frame takes eight times its bytes.
+            # Frame by frame, because float64 takes eight times the memory of uint8.
             sums = (frame.transpose(dim, -1).double() @ weights for frame in frames)
             rounded = [(s / one + 0.5).floor().clamp(0, 255).to(torch.uint8) for s in sums]
             frames = torch.stack(rounded).transpose(dim, -1)
@@ -388,7 +390,7 @@ def interpolate_exactly(frames: Tensor, height: int, width: int) -> Tensor:
 
 @lru_cache(maxsize=8)
 def _integer_weights(old: int, new: int) -> tuple[Tensor, int]:
-    """Weights (old, new) of the antialiased bilinear filter in whole numbers, and their unit.
+    """Return integer weights (old, new) of the antialiased bilinear filter, and the value of 1.0.
 
     The largest weight has 15 bits.
     """
@@ -406,7 +408,7 @@ def _integer_weights(old: int, new: int) -> tuple[Tensor, int]:
 
 @contextmanager
 def _needs_ffmpeg(what: str) -> Iterator[None]:
-    # torchcodec raises RuntimeError, on import too, when FFmpeg's libraries are not there.
+    # Without FFmpeg's libraries, torchcodec raises RuntimeError, even on import.
     try:
         yield
     except (ImportError, OSError, RuntimeError) as error:
@@ -419,7 +421,7 @@ def _open(path: Path) -> VideoDecoder:
         from torchcodec.decoders import VideoDecoder
     try:
         status = path.stat()
-        # Only then opened: a pipe would have us wait for whoever writes to it.
+        # Checked before opening, because opening a pipe waits for a writer.
         if not stat.S_ISREG(status.st_mode):
             raise VideoError("not a file")
         path.open("rb").close()
@@ -444,7 +446,7 @@ def _open(path: Path) -> VideoDecoder:
 
 
 def _decode(path: Path, indices: Sequence[int], seconds: Sequence[float]) -> Iterator[Tensor]:
-    """Yield the frames of these numbers or, else, times, in uint8 chunks (T, 3, H, W)."""
+    """Yield frames in uint8 chunks (T, 3, H, W), by number or, without numbers, by time."""
     reader = _open_again(path, files.stamp_of(path))
     meta = reader.decoder.metadata
     assert meta.height and meta.width
@@ -460,10 +462,10 @@ def _decode(path: Path, indices: Sequence[int], seconds: Sequence[float]) -> Ite
 
 
 class _Reader:
-    """Reads frames of a file and compares the time stamp of each with that of its packet.
+    """Reads frames of a file and checks the time stamp of each against that of its packet.
 
-    Trap: after a seek, a decoder may show later frames than those asked for, or damaged ones where
-    the file calls frames key frames that are none. Then every frame is reached from the first one.
+    Trap: after a seek, a decoder may return later frames than those asked for, or damaged ones if
+    the file marks frames as key frames that are not. The file is then decoded from the first frame.
     """
 
     def __init__(self, path: Path) -> None:
@@ -474,7 +476,7 @@ class _Reader:
             raise VideoError("damaged: its frames have no time stamps") from error
         found, counted = self.decoder.metadata.num_frames, len(self.packets.pts)
         if found != counted:
-            raise VideoError(f"damaged: two readers find {found} and {counted} frames in it")
+            raise VideoError(f"damaged: torchcodec finds {found} frames in it, PyAV {counted}")
         self.seeks = self.packets.honest
         self.last = counted
 
@@ -484,7 +486,7 @@ class _Reader:
         Raises:
             RuntimeError: a frame does not decode.
             IndexError: there is no such frame.
-            VideoError: the decoder shows other frames.
+            VideoError: the decoder returns other frames.
         """
         self._require_distinct(numbers)
         if self.seeks:
@@ -499,16 +501,16 @@ class _Reader:
         if first <= self.last:
             self.decoder, self.last = self._decoder_from_start(), -1
         if self.last < 0 < first:
-            # The first read of a decoder does not seek, if it is of frame 0.
+            # The first read of a decoder does not seek if it asks for frame 0.
             self.decoder.get_frame_at(0)
         frames, self.last = self._shown(numbers), max(numbers)
         if frames is None:
             at = self.packets.pts[first] * self.packets.tick
-            raise VideoError(f"the decoder leaves out frames after {at:.2f} s: re-encode it")
+            raise VideoError(f"the decoder skips frames after {at:.2f} s: re-encode it")
         return frames
 
     def _shown(self, numbers: list[int]) -> Tensor | None:
-        """Return the frames, None when the decoder shows others."""
+        """Return the frames, or None if the decoder returns others."""
         batch = self.decoder.get_frames_at(numbers)
         expected = torch.tensor([self.packets.pts[n] for n in numbers], dtype=torch.float64)
         tick = self.packets.tick
@@ -516,7 +518,7 @@ class _Reader:
         return batch.data if same else None
 
     def _decoder_from_start(self) -> VideoDecoder:
-        """Return a decoder to which only the first frame is a key frame."""
+        """Return a decoder that is told that only the first frame is a key frame."""
         from torchcodec.decoders import VideoDecoder
 
         rows = enumerate(zip(self.packets.pts, self.packets.durations, strict=True))
@@ -525,16 +527,16 @@ class _Reader:
         return VideoDecoder(self.path, num_ffmpeg_threads=0, custom_frame_mappings=mappings)
 
     def _require_distinct(self, numbers: list[int]) -> None:
-        """Refuse frames that share a time stamp: nothing tells which of them a decoder shows."""
+        """Refuse frames that share a time stamp, because decoded frames could not be told apart."""
         pts = self.packets.pts
         for n in numbers:
             if n < len(pts) and pts[n] in (*pts[max(0, n - 1) : n], *pts[n + 1 : n + 2]):
                 raise VideoError(
-                    f"two frames have one time stamp, {pts[n] * self.packets.tick:.2f} s"
+                    f"two frames have the same time stamp, {pts[n] * self.packets.tick:.2f} s"
                 )
 
 
 @lru_cache(maxsize=1)
 def _open_again(path: Path, _version: tuple[int, int]) -> _Reader:
-    """Return the reader of a file, kept for its next clip: opening one scans all its packets."""
+    """Return the reader of a file. It is cached, because opening one scans all packets."""
     return _Reader(path)

@@ -1,4 +1,4 @@
-"""Weight files in and out: the released ones, ours, those of diffusers. Nothing in a file is run.
+"""Read and write weights as released files, our own or diffusers'. No code in a file is run.
 
 In memory the keys are ours: `net.` and, for the log-variance head of training, `logvar.`.
 
@@ -34,8 +34,8 @@ from cosmos_cli.spec import DiTSpec
 
 State = dict[str, Tensor]
 
-# Our names, the released ones, those of diffusers. All but the tables and the log-variance head
-# end in ".weight", which is left out.
+# One parameter per row: our name, the released name, the diffusers name. The suffix ".weight" is
+# left out. Only the position tables and the constants of the log-variance head lack it.
 _NET = """
 x_embedder            x_embedder.proj.1                    patch_embed.proj
 pos_embedder.t        extra_pos_embedder.pos_emb_t         learnable_pos_embed.pos_emb_t
@@ -77,7 +77,8 @@ logvar                logvar.1                             -
 """
 COLUMNS = OURS, RELEASED, DIFFUSERS = range(3)
 
-# What a released file has beside weights: positions 0, 1, 2 ... and Transformer Engine's fp8 state.
+# Keys of a released file that are not weights: positions 0, 1, 2 ... and Transformer Engine's fp8
+# state.
 _NOT_WEIGHTS = re.compile(r"net\.pos_embedder\.seq|.*\._extra_state")
 _STORAGES = {
     "torch.FloatStorage": torch.float32,
@@ -88,10 +89,10 @@ _STORAGES = {
 }
 _DIFFUSERS_FILE = "diffusion_pytorch_model.safetensors"
 
-# How torch's zip writer and safetensors word a failed write.
+# The errors with which torch's zip writer and safetensors report a failed write.
 _WRITE_FAILED = re.compile(r"PytorchStreamWriter|inline_container|I/O error|IoError|os error")
 
-# Reading damaged or hostile pickles may raise almost anything, says Python's documentation.
+# Python's documentation: unpickling damaged or hostile data may raise almost any exception.
 _DAMAGE = (
     *(RuntimeError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError),
     *(AssertionError, EOFError, OSError, MemoryError, StopIteration, struct.error),
@@ -103,7 +104,7 @@ _DAMAGE = (
 
 
 def load_dit_state(path: Path) -> State:
-    """The denoiser's weights in our keys, memory-mapped where the file allows it.
+    """Load the denoiser's weights under our keys, memory-mapped where the file allows it.
 
     Args:
         path: a released or post-trained `.pt`, our `.safetensors`, or a diffusers folder.
@@ -122,12 +123,12 @@ def load_dit_state(path: Path) -> State:
 
 
 def save_dit(path: Path, state: Mapping[str, Tensor], format: Literal["pt", "safetensors"]) -> None:
-    """Writes the denoiser's weights: `pt` is the file the reference reads, `safetensors` ours."""
+    """Write the denoiser's weights: `pt` is the reference's format, `safetensors` is ours."""
     (save_released if format == "pt" else write_safetensors)(path, state)
 
 
 def save_released(path: Path, state: Mapping[str, Tensor]) -> str:
-    """Writes the denoiser's weights as the file that the reference reads; its sha256."""
+    """Write the denoiser's weights in the reference's format and return the sha256 of the file."""
     released = rename(state, OURS, RELEASED, path)
     tables = [state[f"net.pos_embedder.{axis}"] for axis in "thw"]
     seq = torch.arange(max(map(len, tables)), dtype=tables[0].dtype)
@@ -136,14 +137,14 @@ def save_released(path: Path, state: Mapping[str, Tensor]) -> str:
 
 
 def save_diffusers(folder: Path, state: Mapping[str, Tensor], spec: DiTSpec) -> None:
-    """Writes the denoiser, without its log-variance head, as a diffusers model folder."""
+    """Write the denoiser as a diffusers model folder, without the log-variance head."""
     net = {key: value for key, value in state.items() if key.startswith("net.")}
     write_safetensors(folder / _DIFFUSERS_FILE, rename(net, OURS, DIFFUSERS, folder))
     files.write_json(folder / "config.json", diffusers_config(spec))
 
 
 def diffusers_config(spec: DiTSpec) -> dict[str, Any]:
-    """What diffusers calls the numbers of a denoiser."""
+    """Return the `config.json` of a denoiser for diffusers."""
     return {
         "_class_name": "CosmosTransformer3DModel",
         "in_channels": spec.latent_channels,
@@ -163,7 +164,7 @@ def diffusers_config(spec: DiTSpec) -> dict[str, Any]:
 
 
 def names(source: int, target: int) -> dict[str, str]:
-    """One column of the tables by another; "#" stands for the number of the block."""
+    """Map the names of one column to those of another; "#" stands for the number of the block."""
     prefixes = {
         _NET: ("net.", "net.", ""),
         _BLOCK: ("net.blocks.#.", "net.blocks.block#.", "transformer_blocks.#."),
@@ -177,7 +178,7 @@ def names(source: int, target: int) -> dict[str, str]:
 
 
 def rename(state: Mapping[str, Tensor], source: int, target: int, where: Path) -> State:
-    """The tensors of a denoiser, or of a LoRA of it, under names of another column.
+    """Rename the tensors of a denoiser, or of a LoRA for it, from one column to another.
 
     Raises:
         UserError: a name is not in the tables.
@@ -199,13 +200,13 @@ def rename(state: Mapping[str, Tensor], source: int, target: int, where: Path) -
 
 
 def name_in_file(path: Path) -> Callable[[str], str]:
-    """Return what gives the name that a file or folder of the denoiser's has for one of ours."""
+    """Return a function from our name of a tensor to its name in a denoiser's file or folder."""
     column = DIFFUSERS if path.is_dir() else OURS if path.suffix == ".safetensors" else RELEASED
     return lambda name: next(iter(rename({name: torch.empty(0)}, OURS, column, path)))
 
 
 def load_tensors(path: Path) -> State:
-    """The tensors of a released `.pt` under their own names, memory-mapped.
+    """Load the tensors of a released `.pt` under their own names, memory-mapped.
 
     Raises:
         UserError: the file is missing, damaged, or holds more than tensors.
@@ -221,10 +222,10 @@ def load_tensors(path: Path) -> State:
 
 TOKENIZER_FILE = "tokenizer.safetensors"
 
-# Constants of the wavelet transform, which our code writes out.
+# Constants of the wavelet transform; our code has them in the source.
 _WAVELETS = re.compile(r".*\.(wavelets|_arange|patch_size_buffer)")
 
-# From the names of diffusers to the released ones, all applied in turn.
+# Substitutions, applied in this order, that turn diffusers names into released ones.
 _TOKENIZER = (
     (r"(down|up)_blocks\.(\d+)\.resnets", r"\1.\2.block"),
     (r"(down|up)_blocks\.(\d+)\.\w+samplers\.0\.(conv\d)", r"\1.\2.\1sample.\3.conv3d"),
@@ -242,11 +243,11 @@ _TOKENIZER = (
 
 
 def load_tokenizer_state(path: Path) -> State:
-    """The tokenizer's weights with the latent `mean` and `std`.
+    """Load the tokenizer's weights with the latent `mean` and `std`.
 
     Args:
-        path: our file, or a folder: with our file, the released one with encoder.jit, decoder.jit
-            and mean_std.pt, or one of diffusers.
+        path: our file or a folder that holds it, the released folder with encoder.jit, decoder.jit
+            and mean_std.pt, or a diffusers folder.
 
     Raises:
         UserError: a file is missing, damaged, or holds more than tensors.
@@ -271,7 +272,7 @@ def load_tokenizer_state(path: Path) -> State:
 
 
 def _rename_tokenizer(state: State) -> State:
-    """Released names for those of diffusers, whose decoder counts its levels the other way."""
+    """Rename diffusers keys to released ones; diffusers counts decoder levels in reverse."""
     levels = {int(n) for key in state for n in re.findall(r"up_blocks\.(\d+)", key)}
     renamed = {}
     for key, value in state.items():
@@ -283,7 +284,7 @@ def _rename_tokenizer(state: State) -> State:
 
 
 def _mean_std(tables: Any, state: State, where: Path) -> State:
-    """Mean and std as (channels, latent frames), however they were stored."""
+    """Return mean and std as (channels, latent frames), whatever shape they were stored in."""
     channels = len(state.get("quant_conv.conv3d.bias", ()))
     with reading(where):
         mean, std = (torch.as_tensor(table).reshape(channels, -1).clone() for table in tables)
@@ -296,7 +297,7 @@ def _mean_std(tables: Any, state: State, where: Path) -> State:
 def check_keys(
     shapes: Mapping[str, tuple[int, ...]], state: Mapping[str, Tensor], where: Path
 ) -> None:
-    """Refuses a state dict that is not exactly of these names and shapes.
+    """Refuse a state dict that does not have exactly these names and shapes.
 
     Raises:
         UserError: names are missing or unexpected, or tensors of another shape.
@@ -316,7 +317,7 @@ def check_keys(
 
 @torch.no_grad()
 def load_strict(module: nn.Module, state: Mapping[str, Tensor], where: Path) -> None:
-    """Copies `state` into `module`, a tensor at a time, to its dtype and device.
+    """Copy `state` into `module`, one tensor at a time, converting to its dtype and device.
 
     Raises:
         UserError: names or shapes differ from those of the module.
@@ -328,15 +329,15 @@ def load_strict(module: nn.Module, state: Mapping[str, Tensor], where: Path) -> 
 
 
 def another_model(problems: list[str], where: Path) -> UserError:
-    """The error of a file that does not fit, with what is wrong about it."""
+    """Return the error for a file that does not fit the model; it lists the problems."""
     return UserError(
         f"does not fit the model: {'; '.join(problems)}", code=ExitCode.ASSET, where=str(where),
-        fix="is it the file of another model?",
+        fix="check that the file belongs to this model",
     )  # fmt: skip
 
 
 def some(names: list[str], kind: str) -> str:
-    """Return how many names there are, and the first three."""
+    """Return the number of names and the first three of them, as text."""
     more = ", ..." if len(names) > 3 else ""
     return f"{len(names)} {kind} ({', '.join(names[:3])}{more})"
 
@@ -346,12 +347,15 @@ def some(names: list[str], kind: str) -> str:
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Turns whatever a missing or damaged file raises into one line."""
+    """Turn any exception from a missing or damaged file into a `UserError`."""
     try:
         yield
     except FileNotFoundError as error:
         raise UserError(
-            "does not exist", code=ExitCode.ASSET, where=str(path), fix="run cosmos download"
+            "does not exist",
+            code=ExitCode.ASSET,
+            where=str(path),
+            fix="run `cosmos download RECIPE`",
         ) from error
     except _DAMAGE as error:
         kind = type(error).__name__
@@ -362,23 +366,23 @@ def reading(path: Path) -> Iterator[None]:
 
 
 def _read_pt(path: Path) -> Any:
-    # The reference's training leaves empty BytesIO objects of Transformer Engine in its files.
+    # Files of the reference's training hold empty BytesIO objects, left by Transformer Engine.
     safe = torch.serialization.safe_globals([io.BytesIO])
-    # Files from before torch 1.6 are no zip archives.
+    # Files from before torch 1.6 are not zip archives and cannot be memory-mapped.
     mmap = files.check_torch(path)
     with reading(path), safe, warnings.catch_warnings(action="ignore"):
         return torch.load(path, map_location="cpu", mmap=mmap, weights_only=True)
 
 
 class _Hashing(io.BufferedWriter):
-    """A file that knows the sha256 of what was written to it."""
+    """A file that computes the sha256 of what is written to it."""
 
     def __init__(self, path: Path, thread: Executor) -> None:
         super().__init__(io.FileIO(path, "wb"))
         self.digest, self.thread = hashlib.sha256(), thread
 
     def write(self, data: Any) -> int:
-        # A fast disk takes as long as the hash, and neither holds the interpreter.
+        # On a fast disk, writing takes as long as hashing. Neither holds the GIL, so they overlap.
         hashed = self.thread.submit(self.digest.update, data)
         try:
             return super().write(data)
@@ -387,8 +391,11 @@ class _Hashing(io.BufferedWriter):
 
 
 def write_pt(content: Any, path: Path) -> tuple[int, str]:
-    """Writes a file of torch's to the disk itself; its bytes and sha256, taken while writing."""
-    # Through a stream, for torch writes a path's name into the file, which may be a temporary one.
+    """Write a torch file, fsync it, and return its size in bytes and its sha256.
+
+    The hash is computed while writing.
+    """
+    # A stream, because torch would store the name of a path, here a temporary one, in the file.
     with ThreadPoolExecutor(1) as thread, _Hashing(path, thread) as stream:
         torch.save(content, stream)
         stream.flush()
@@ -404,7 +411,7 @@ def _read_safetensors(path: Path) -> State:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turns what torch and safetensors say of a disk that refuses into a line that names `path`."""
+    """Turn failed writes of torch and safetensors into a `UserError` that names `path`."""
     with files.disk_errors(path):
         try:
             yield
@@ -420,9 +427,9 @@ def writing(path: Path) -> Iterator[None]:
 def write_safetensors(
     path: Path, state: Mapping[str, Tensor], about: Mapping[str, str] | None = None
 ) -> None:
-    """Writes tensors; `about` has one entry at most, for several come in any order."""
-    # Trap: save_file writes to a name of its own, which nobody removes after a kill; hence a
-    # folder, of which the next run knows that its owner is gone.
+    """Write tensors. `about` has at most one entry, since the order of several is not fixed."""
+    # Trap: save_file writes to a temporary file of its own, which stays behind after a kill. It is
+    # put in a folder named after the process, so that the next run knows it may delete it.
     own = {"dir": path.parent, "prefix": f".{os.getpid()}.", "suffix": ".tmp"}
     with writing(path), files.atomic_file(path) as temporary, TemporaryDirectory(**own) as folder:
         written = Path(folder, path.name)
@@ -431,7 +438,7 @@ def write_safetensors(
 
 
 def _read_diffusers(folder: Path) -> State:
-    """All tensors of a diffusers model folder, in one file or several with an index."""
+    """Load all tensors of a diffusers model folder, from one file or from shards with an index."""
     index = folder / f"{_DIFFUSERS_FILE}.index.json"
     if not index.exists():
         return _read_safetensors(folder / _DIFFUSERS_FILE)
@@ -445,9 +452,9 @@ def _read_diffusers(folder: Path) -> State:
 
 
 def _read_torchscript(path: Path) -> State:
-    """The parameters and buffers of a TorchScript archive, read as data.
+    """Load the parameters and buffers of a TorchScript archive as plain data.
 
-    torch.jit.load would compile the code that the archive brings along.
+    torch.jit.load would compile the code in the archive.
     """
     files.check_torch(path)
     opened = files.open_regular(path, files.WEIGHTS)
@@ -455,7 +462,7 @@ def _read_torchscript(path: Path) -> State:
         pickled = next(name for name in archive.namelist() if name.endswith("/data.pkl"))
         root = pickled.removesuffix("data.pkl")
 
-        # Made anew for each file, so that a hostile one can leave no mark on it.
+        # A new class for each file, so that a hostile one cannot change it for the next.
         module_type = type("Module", (), {})
         storages: dict[str, bytearray] = {}
 
@@ -475,7 +482,7 @@ def _read_torchscript(path: Path) -> State:
 
             def persistent_load(self, pid: Any) -> Tensor:
                 _, dtype, key, _, _ = pid
-                # Once, however often the pickle asks for it.
+                # Read each storage once, even if the pickle refers to it many times.
                 if key not in storages:
                     storages[key] = bytearray(_stored(archive, f"{root}data/{key}"))
                 return torch.frombuffer(storages[key], dtype=dtype)
@@ -493,7 +500,7 @@ def _leaves(module: Any, prefix: str) -> Iterator[tuple[str, Tensor]]:
 
 
 def _stored(archive: zipfile.ZipFile, name: str) -> bytes:
-    """A member as it lies in the archive, its checksum verified."""
+    """Read an uncompressed member of the archive and verify its checksum."""
     member = archive.getinfo(name)
     if member.compress_type != zipfile.ZIP_STORED:
         raise zipfile.BadZipFile(f"{name} is compressed, which may hide any size")
@@ -501,12 +508,12 @@ def _stored(archive: zipfile.ZipFile, name: str) -> bytes:
 
 
 def _check_tensors(state: dict[str, Any], where: Path) -> State:
-    """Refuses what is no plain tensor with its data in memory."""
+    """Refuse anything but dense CPU tensors."""
     others = [
         key
         for key, value in state.items()
         if not (isinstance(value, Tensor) and value.device.type == "cpu" and not value.is_sparse)
     ]
     if others:
-        raise another_model([some(others, "that are no tensors")], where)
+        raise another_model([some(others, "that are not tensors")], where)
     return state

@@ -203,7 +203,7 @@ class Watch(TorchDispatchMode):
         return [tuple(args[1].shape) for ran, args in self.seen if ran is operator]
 
 
-def test_a_checkpoint_that_keeps_the_mlps_multiplies_less_again():
+def test_storing_mlp_outputs_recomputes_fewer_products():
     def multiplications(mlps: int, blocks: int) -> int:
         net = network()
         net.activation_checkpointing, net.mlps_kept, net.blocks_kept = "most", mlps, blocks
@@ -218,7 +218,7 @@ def test_a_checkpoint_that_keeps_the_mlps_multiplies_less_again():
 
 
 @pytest.mark.parametrize(("mode", "times"), [("none", 2), ("attention", 3), ("all", 4)])
-def test_a_checkpoint_that_keeps_attention_computes_only_that_of_the_text_again(mode, times):
+def test_storing_attention_recomputes_only_cross_attention(mode, times):
     net = network()
     net.activation_checkpointing = mode
     with Watch() as watch:
@@ -241,7 +241,7 @@ def test_a_checkpointed_block_saves_only_its_input():
     assert saved("all") < saved("none") / 3
 
 
-def test_steps_that_share_a_prepared_prompt_give_the_same_output_without_reading_the_text_again():
+def test_a_shared_prompt_gives_the_same_output_and_reads_the_text_once():
     net, x = network(), inputs()
     read = []
     for block in net.blocks:

@@ -83,7 +83,7 @@ def test_diffusers_and_the_merged_model_compute_what_training_computed(targets, 
 
 
 @pytest.mark.parametrize("mode", ["attention", "all"])
-def test_the_last_linear_of_a_block_is_not_computed_again(mode):
+def test_the_last_linear_of_a_block_is_not_recomputed(mode):
     computed, gradients = {}, {}
     for checkpointing in ("none", mode):
         module, _, _ = adapted("attention")
@@ -103,7 +103,7 @@ def test_the_last_linear_of_a_block_is_not_computed_again(mode):
     assert torch.equal(*gradients.values())
 
 
-def test_what_diffusers_saves_is_read(tmp_path):
+def test_a_lora_saved_by_diffusers_is_read(tmp_path):
     _, _, factors = adapted("all")
     lora_files.save(tmp_path / "ours.safetensors", factors, 0.5)
     twin = diffusers_twin(network(), tmp_path)
@@ -166,7 +166,7 @@ def test_a_lora_that_does_not_fit_is_refused(change, words, tmp_path):
         lora.merge(state, path, 1.0)
 
 
-def test_a_file_that_is_no_lora_is_refused(tmp_path):
+def test_a_file_that_is_not_a_lora_is_refused(tmp_path):
     path = tmp_path / "lora.safetensors"
     path.write_bytes(b"nothing of the kind")
     with pytest.raises(UserError, match="damaged"):
@@ -320,7 +320,7 @@ def test_q_k_and_v_widen_their_tokens_once():
     assert products.count(down) == len(net.blocks)
 
 
-def test_what_is_kept_of_a_merged_lora_is_measured(tmp_path):
+def test_the_share_of_a_merged_lora_that_is_kept_is_measured(tmp_path):
     net = network(WIDE)
     path, shares = tmp_path / "lora.safetensors", {}
     for size in (4e-3, 8e-4):
@@ -335,7 +335,7 @@ def test_what_is_kept_of_a_merged_lora_is_measured(tmp_path):
 
 
 @pytest.mark.parametrize("strength", [1e39, -1e300])
-def test_a_strength_beyond_all_numbers_is_refused(tmp_path, strength):
+def test_a_strength_that_overflows_is_refused(tmp_path, strength):
     net = network()
     path = tmp_path / "lora.safetensors"
     lora_files.save(path, lora.factors(random_changes(net, 0.1)), 1.0)

@@ -197,5 +197,5 @@ def test_two_frames_with_one_time_stamp_are_refused(tmp_path):
     path = encode(tmp_path / "a.mkv", x264("keyint=20:bframes=0"))
     twice = copy(path, tmp_path / "b.mkv", "-bsf:v", "setts=ts=if(eq(N\\,50)\\,PREV_OUTPTS\\,PTS)")
     assert numbers(video.read_frames(twice, range(40))) == list(range(40))
-    with pytest.raises(VideoError, match=r"two frames have one time stamp, 2\.0"):
+    with pytest.raises(VideoError, match=r"two frames have the same time stamp, 2\.0"):
         video.read_frames(twice, range(45, 54))

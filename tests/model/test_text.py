@@ -92,7 +92,7 @@ def test_a_damaged_encoder_is_one_line_with_the_remedy(tmp_path):
     for damage in (b"no weights", weights.read_bytes()[:-1], b""):
         weights.write_bytes(damage)
         broken = text.TextEncoder(tmp_path / "t5", TINY.text, "cpu", torch.float32)
-        with pytest.raises(UserError, match="is no whole T5 encoder") as refused:
+        with pytest.raises(UserError, match="is not a complete T5 encoder") as refused:
             broken.encode(["a"])
         assert refused.value.code == ExitCode.ASSET
 
@@ -129,7 +129,7 @@ def test_a_batch_gives_what_each_caption_gives_alone(encoder):
 
 
 @torch.inference_mode()
-def test_captions_behind_one_another_give_what_transformers_gives_for_each(encoder):
+def test_concatenated_captions_give_the_embeddings_of_transformers(encoder):
     given = [*captions(9), "a", "take 3", "take 4"]
     ids = encoder.tokenizer(given, truncation=True, max_length=encoder.spec.tokens).input_ids
     lengths = [len(row) for row in ids]
@@ -174,7 +174,7 @@ print(kernels.attention_backend(q, q, q) == "cudnn", hopper)
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("first", ORDERS.values(), ids=ORDERS)
-def test_the_denoiser_attends_by_cudnn_whatever_attended_before(first):
+def test_the_denoiser_uses_cudnn_attention_whatever_ran_before(first):
     # In a process of its own: the order of torch's kernels is fixed at the first attention.
     code = AFTER_OTHERS.format(first=first)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -111,7 +111,7 @@ def test_a_rotation_tag_swaps_height_and_width(tmp_path):
     assert torch.equal(shown, torch.rot90(frames, -1, (2, 3)))
 
 
-def test_pixels_that_are_no_squares_are_shown_in_their_shape(tmp_path):
+def test_pixels_that_are_not_square_are_shown_in_their_shape(tmp_path):
     frames = numbered_frames(3, 32, 32)
     path = lossless(tmp_path / "a.mp4", frames)
     wide = tmp_path / "wide.mp4"
@@ -190,13 +190,13 @@ def test_a_cut_at_a_key_frame_is_read_exactly(tmp_path):
     assert torch.equal(video.read_frames(path, range(30)), frames[:, 30:])
 
 
-def test_a_cut_whose_key_frame_is_hidden_is_refused_as_its_frames_would_be_wrong(tmp_path):
+def test_a_cut_with_a_hidden_key_frame_is_refused(tmp_path):
     path = cut(tmp_path / "a.mp4", numbered_frames(60), gop=20)
     with pytest.raises(VideoError, match="re-encode"):
         video.probe(path)
 
 
-def test_files_that_are_no_video_say_so(tmp_path):
+def test_files_that_are_not_videos_say_so(tmp_path):
     path = tmp_path / "a.mp4"
     with pytest.raises(VideoError, match="no such file"):
         video.probe(path)
@@ -239,7 +239,7 @@ def test_resampled_clips_start_at_every_stride_of_their_own_rate():
 def test_reject_takes_only_sources_of_the_rate():
     assert len(clips(info(50, 23.976), "reject", 24, 50)) == 1
     for rate in (25, 30, 12, 48):
-        with pytest.raises(VideoError, match=f"{rate} fps where 24 are wanted"):
+        with pytest.raises(VideoError, match=f"{rate} fps instead of 24"):
             clips(info(50, rate), "reject", 24, 50)
 
 
@@ -398,7 +398,7 @@ def test_a_4k_clip_is_never_in_memory_at_full_size(tmp_path):
 @settings(max_examples=60, deadline=None)
 # PyTorch's own does not make pictures of 1x1.
 @given(*[st.integers(1, 130)] * 2, *[st.integers(2, 130)] * 2, st.booleans())
-def test_the_resize_of_a_gpu_gives_the_numbers_of_the_cpu(old_h, old_w, new_h, new_w, last):
+def test_resizing_on_a_gpu_gives_the_numbers_of_the_cpu(old_h, old_w, new_h, new_w, last):
     generator = torch.Generator().manual_seed(old_h * old_w)
     frames = torch.randint(0, 256, (2, 3, old_h, old_w), generator=generator, dtype=torch.uint8)
     if last:
@@ -409,7 +409,7 @@ def test_the_resize_of_a_gpu_gives_the_numbers_of_the_cpu(old_h, old_w, new_h, n
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-def test_a_clip_that_a_gpu_resized_is_the_cpus(tmp_path):
+def test_a_clip_resized_on_a_gpu_equals_that_of_the_cpu(tmp_path):
     path = lossless(tmp_path / "a.mp4", numbered_frames(9, 144, 256))
     for mode in video.RESIZE_MODES:
         arguments = (path, Clip(0, 24, 9), 96, 160, mode)

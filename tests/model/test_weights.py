@@ -250,7 +250,7 @@ weights.write_safetensors(Path("m.safetensors"), {"w": torch.zeros(99_999)})
 """
 
 
-def test_what_a_killed_process_leaves_is_known_and_removed(tmp_path):
+def test_temporary_files_of_a_killed_process_are_removed(tmp_path):
     done = subprocess.run([sys.executable, "-c", DYING], cwd=tmp_path, check=False)
     assert done.returncode == -signal.SIGXFSZ
     assert len([path for path in tmp_path.rglob("*") if path.is_file()]) == 2
