@@ -205,7 +205,7 @@ def test_a_model_that_cannot_be_looked_at_is_never_passed_over(cosmos):
     assert f"{folder}/model.pt: the weights are missing" in choose(cosmos, code=4)
     shutil.rmtree(folder)
     folder.symlink_to("/nowhere/at/all")
-    assert f"{folder}: is a link to nothing" in choose(cosmos, code=4)
+    assert f"{folder}: is a broken link" in choose(cosmos, code=4)
     assert choose(cosmos, "--model", "base", "nemo_assets")[0] == f"checkpoints/{SEVEN}/model.pt"
 
 

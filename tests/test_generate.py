@@ -116,7 +116,7 @@ def test_a_video_is_compiled_for_when_its_own_passes_are_many():
         (["--prompts", "file.txt"], "--prompts"),
         (["--prompt", "a", "--prompt", "b", "-o", "one.mp4"], "one file for 2"),
         (["--prompt", "a", "-o", "one.mov"], ".mov files are not written"),
-        (["--prompt", "a", "--lora", "bad.jsonl:nan"], "nan is no strength"),
+        (["--prompt", "a", "--lora", "bad.jsonl:nan"], "nan is not a strength"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_two(cosmos, arguments, word):
