@@ -131,7 +131,7 @@ def test_a_folder_of_either_kind_answers_and_always_the_same(tmp_path, released)
 def test_a_damaged_file_is_one_line_with_the_remedy(tmp_path):
     chat_folder(tmp_path, released=False)
     (tmp_path / "model.safetensors").write_bytes(b"no weights")
-    with pytest.raises(UserError, match="is no whole prompt upsampler") as refused:
+    with pytest.raises(UserError, match="is not a complete prompt upsampler") as refused:
         upsampler.Upsampler(tmp_path, "cpu", torch.float32)
     assert refused.value.code == 4
 
