@@ -464,7 +464,9 @@ def test_a_promoted_model_that_changed_is_refused(trained):
 
 
 def test_promote_names_the_steps_there_are(trained):
-    assert "saved are 2" in trained("promote", "tiny", "--step", "7", *RUN, code=4).stderr
+    assert (
+        "choose a saved step: 2" in trained("promote", "tiny", "--step", "7", *RUN, code=4).stderr
+    )
     assert "latest" in trained("promote", "tiny", "--step", "last", *RUN, code=2).stderr
     other = trained("promote", "tiny", *RUN, "--set", "name=never", code=4)
     assert "cosmos train" in other.stderr
