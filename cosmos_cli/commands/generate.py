@@ -107,10 +107,10 @@ def generate(
             "reads from standard input only", code=ExitCode.USAGE, where="--prompts",
             fix="give --prompts - without --prompt, --batch, --compare and --num-processes",
         )  # fmt: skip
-    wishes = [] if prompts else _wishes(prompt or [], batch_)
-    if output.suffix.lower() == ".mp4" and (prompts or len(wishes) > 1):
+    requests = [] if prompts else _requests(prompt or [], batch_)
+    if output.suffix.lower() == ".mp4" and (prompts or len(requests) > 1):
         raise UserError(
-            f"one file for {len(wishes) or 'many'} videos", code=ExitCode.USAGE, where="--output",
+            f"one file for {len(requests) or 'many'} videos", code=ExitCode.USAGE, where="--output",
             fix="give a folder, such as `--output outputs`",
         )  # fmt: skip
     if output.suffix.lower() in paths.VIDEO_SUFFIXES - {".mp4"} and not output.is_dir():
@@ -128,28 +128,28 @@ def generate(
         f"{r.fps:g} fps, {r.num_steps} steps, guidance {r.guidance:g}"
     )
     if dry_run:
-        result = _preview(placed, wishes)
+        result = _preview(placed, requests)
     elif prompts is None:
-        result = _finish(batch.batch(placed, wishes, num_processes), streaming=False)
+        result = _finish(batch.batch(placed, requests, num_processes), streaming=False)
     else:
         result = _finish(batch.stream(order), streaming=True)
     result.figures["weights"] = {"path": str(weights.path), "sha256": weights.sha256}
     console.emit(result, as_json=json_)
 
 
-def _wishes(prompts: list[str], file: Path | None) -> list[Wish | UserError]:
+def _requests(prompts: list[str], file: Path | None) -> list[Wish | UserError]:
     """Return the requests of --prompt and --batch.
 
     Raises:
         UserError: there are none, or the batch cannot be read.
     """
-    wishes = [*map(Wish, prompts), *(jobs.read_batch(file) if file else ())]
-    if not wishes:
+    requests = [*map(Wish, prompts), *(jobs.read_batch(file) if file else ())]
+    if not requests:
         raise UserError(
             "no prompt was given", code=ExitCode.USAGE, where="--prompt",
             fix='give --prompt "...", --batch FILE or --prompts -',
         )  # fmt: skip
-    return wishes
+    return requests
 
 
 def _finish(outcomes: Iterator[Outcome], *, streaming: bool) -> Result:
@@ -189,13 +189,13 @@ def _paths(seen: list[Outcome]) -> tuple[Path, ...]:
     return tuple(outcome.job.path for outcome in seen if outcome.job and outcome.done)
 
 
-def _preview(orders: list[Order], wishes: Sequence[Wish | UserError]) -> Result:
+def _preview(orders: list[Order], requests: Sequence[Wish | UserError]) -> Result:
     """Return the videos that would be generated.
 
     Raises:
         UserError: the gravest error of a request.
     """
-    outcomes = [order.place(wish) for order, wish in product(orders, wishes)]
+    outcomes = [order.place(request) for order, request in product(orders, requests)]
     if errors := [outcome.error for outcome in outcomes if outcome.error]:
         raise together(errors)
     text = "\n".join(str(outcome.job.path) for outcome in outcomes if outcome.job)

@@ -76,7 +76,7 @@ def _newest(model: str | None, overrides: list[str]) -> Choice:
     spec = MODELS.get(_typed(overrides, "model") or "")
     if models := promoted.found(checkpoints_dir, spec):
         folder = models[0].folder
-        choice = _beside(folder)
+        choice = _with_own_recipe(folder)
         if model == "base":
             return Choice(choice.recipe, None, choice.overrides)
         _say_promoted(models[0], models, choice.recipe)
@@ -91,7 +91,7 @@ def _newest(model: str | None, overrides: list[str]) -> Choice:
             return _of_spec(base, None)
     console.say(
         f"nothing was promoted and no base model downloaded in {where}: using the embedded tiny "
-        "model, whose videos are small; a RECIPE or --model chooses another"
+        "model, whose videos are small; name a RECIPE or a --model to use another"
     )
     return Choice("tiny")
 
@@ -133,7 +133,7 @@ def _by_name(recipe: str | None, model: str, overrides: list[str]) -> Choice:
     inside = path.name in paths.MODEL_FORMATS.values() or not path.is_dir()
     folder = path.parent if inside else path
     if recipe is None:
-        choice = _beside(folder)
+        choice = _with_own_recipe(folder)
         recipe, own = choice.recipe, choice.overrides
     else:
         own = ()
@@ -157,13 +157,15 @@ def _no_model(model: str, what: str, fix: str) -> UserError:
 
 
 def _none_promoted() -> UserError:
-    return _no_model("promoted", "nothing was promoted yet", "run cosmos promote, or take the base")
+    return _no_model(
+        "promoted", "nothing was promoted yet", "run cosmos promote, or add `--model base`"
+    )
 
 
 # --- the recipe of a folder -----------------------------------------------------------------------
 
 
-def _beside(folder: Path) -> Choice:
+def _with_own_recipe(folder: Path) -> Choice:
     """Return a folder with its recipe.yaml, else with the shipped recipe for its model."""
     own = folder / "recipe.yaml"
     if own.is_file():
@@ -171,7 +173,8 @@ def _beside(folder: Path) -> Choice:
     if spec := promoted.model_of(folder):
         return _of_spec(spec, folder)
     console.say(
-        f"{folder} has no recipe.yaml: the sizes are those of the recipe tiny; name another"
+        f"{folder} has no recipe.yaml: the sizes are those of the recipe tiny; "
+        "name a RECIPE to use others"
     )
     return Choice("tiny", folder)
 
@@ -278,18 +281,19 @@ def find_weights(r: Recipe, folder: Path | None) -> Weights:
     ]
     for base in dict.fromkeys(candidates):
         if base.exists() and files.sha256_path(base) == wanted["sha256"]:
-            console.say(f"using the base {base} with the LoRA {path} beside its weights")
+            console.say(f"using the base {base} with the LoRA {path}, unmerged")
             return Weights(base, wanted["sha256"], (Lora(path, 1.0, sha256),))
     console.say(
         f"using the merged weights, which kept {kept} of the LoRA's change: its base, "
-        f"{wanted['path']} with sha256 {wanted['sha256'][:12]}, is not here"
+        f"{wanted['path']} with sha256 {wanted['sha256'][:12]}, is missing"
     )
     return read_weights(r, folder)
 
 
 def _not_promoted(path: Path, merged: str) -> UserError:
     return UserError(
-        "is missing or not as cosmos promote wrote it", code=ExitCode.ASSET, where=str(path),
+        "is missing or differs from what cosmos promote wrote",
+        code=ExitCode.ASSET, where=str(path),
         fix=f"run cosmos promote again, or use the merged weights with --model {merged}",
     )  # fmt: skip
 

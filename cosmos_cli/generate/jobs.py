@@ -129,14 +129,14 @@ def read_batch(path: Path) -> list[Wish | UserError]:
         UserError: the file is missing, or holds no prompts.
     """
     lines = files.read_text(path, files.BATCH).split("\n")
-    wishes = [
+    requests = [
         _from_object(line, f"{path}:{number}")
         for number, line in enumerate(lines, start=1)
         if line.strip()
     ]
-    if not wishes:
+    if not requests:
         raise UserError("holds no prompts", code=ExitCode.USAGE, where=str(path))
-    return wishes
+    return requests
 
 
 def read_lines(lines: Iterable[str]) -> Iterator[Wish | UserError]:
@@ -200,64 +200,64 @@ class Order:
     output: Path
     overwrite: bool
 
-    def place(self, wish: Wish | UserError) -> Outcome:
+    def place(self, request: Wish | UserError) -> Outcome:
         """Return the job of a request, done if its video exists already, or its error."""
-        if isinstance(wish, UserError):
-            return Outcome("", error=wish)
+        if isinstance(request, UserError):
+            return Outcome("", error=request)
         try:
-            job = self._job(wish)
+            job = self._job(request)
             with files.disk_errors(job.path):
                 done = not self.overwrite and is_made(job)
         except UserError as error:
-            return Outcome(wish.prompt, error=error)
+            return Outcome(request.prompt, error=error)
         if done:
             console.say(f"generated before, not again: {job.path}")
-        return Outcome(wish.prompt, job, done=done)
+        return Outcome(request.prompt, job, done=done)
 
-    def _job(self, wish: Wish) -> Job:
+    def _job(self, request: Wish) -> Job:
         """Return the job of a request.
 
         Raises:
             UserError: the prompt is empty, not UTF-8 or too long, or a value is out of range.
         """
-        _check_prompt(wish)
-        r = _with_changes(wish, self.r)
+        _check_prompt(request)
+        r = _with_changes(request, self.r)
         path = self.output.absolute()
         if path.suffix.lower() != ".mp4":
-            stem = file_stem(wish.prompt, _key(wish.prompt, r, self.weights), r.sampling_seed)
+            stem = file_stem(request.prompt, _key(request.prompt, r, self.weights), r.sampling_seed)
             path /= f"{stem}.mp4"
-        return Job(wish.prompt, r, self.weights, path.with_suffix(".mp4"))
+        return Job(request.prompt, r, self.weights, path.with_suffix(".mp4"))
 
 
-def _check_prompt(wish: Wish) -> None:
+def _check_prompt(request: Wish) -> None:
     def bad(what: str, fix: str) -> UserError:
-        return UserError(what, code=ExitCode.USAGE, where=wish.where, fix=fix)
+        return UserError(what, code=ExitCode.USAGE, where=request.where, fix=fix)
 
     try:
-        (wish.prompt + str(wish.changes.get("negative_prompt"))).encode()
+        (request.prompt + str(request.changes.get("negative_prompt"))).encode()
     except UnicodeEncodeError as error:
         raise bad("is not text", "write it as UTF-8") from error
-    if not wish.prompt.strip():
+    if not request.prompt.strip():
         raise bad("the prompt is empty", "describe the video")
-    if len(wish.prompt) > MAX_CHARACTERS:
-        what = f"the prompt has {len(wish.prompt):,} characters"
+    if len(request.prompt) > MAX_CHARACTERS:
+        what = f"the prompt has {len(request.prompt):,} characters"
         raise bad(what, f"shorten it to at most {MAX_CHARACTERS:,}; the model reads far fewer")
 
 
-def _with_changes(wish: Wish, r: Recipe) -> Recipe:
+def _with_changes(request: Wish, r: Recipe) -> Recipe:
     from pydantic import ValidationError
 
     from cosmos_cli.recipe.keys import Recipe
 
-    if not wish.changes:
+    if not request.changes:
         return r
     try:
-        return Recipe.model_validate({**r.model_dump(), **wish.changes})
+        return Recipe.model_validate({**r.model_dump(), **request.changes})
     except ValidationError as error:
         first = error.errors()[0]
         key = next(k for k, name in LINE_KEYS.items() if name == first["loc"][0])
         what = f"{key} is {first['input']!r}: {first['msg']}"
-        raise UserError(what, code=ExitCode.USAGE, where=wish.where) from error
+        raise UserError(what, code=ExitCode.USAGE, where=request.where) from error
 
 
 def file_stem(prompt: str, key: str, seed: int) -> str:

@@ -453,20 +453,22 @@ def sample(
     place = net.locate(patch_grid(spec.dit, noise), fps_B)
     words = [[t.cond for t in text_embs], [t.uncond for t in text_embs]]
     texts_BMD = [torch.stack(embeddings).to(next(net.parameters())) for embeddings in words]
-    towards, away = (Prompt(*place, net.read(text_emb_BMD)) for text_emb_BMD in texts_BMD)
+    cond_prompt, uncond_prompt = (
+        Prompt(*place, net.read(text_emb_BMD)) for text_emb_BMD in texts_BMD
+    )
 
     def guided(x: Tensor, *inputs: Tensor) -> Tensor:
         """Return the guided network output; preconditioning is linear, so x0 is guided alike."""
         if r.guidance == 0:
-            return net(x, *inputs, prompt=towards)
+            return net(x, *inputs, prompt=cond_prompt)
         if pair:
-            own = (towards, away)[pair.index]
+            own = (cond_prompt, uncond_prompt)[pair.index]
             cond, uncond = pair.both(net(x, *inputs, prompt=own))
         else:
-            first = net.first_attention(x, inputs[0], towards)
+            first = net.first_attention(x, inputs[0], cond_prompt)
             cond, uncond = (
                 net(x, *inputs, prompt=prompt._replace(first_BLD=first))
-                for prompt in (towards, away)
+                for prompt in (cond_prompt, uncond_prompt)
             )
         return sampler.guided(cond.float(), uncond.float(), r.guidance)
 

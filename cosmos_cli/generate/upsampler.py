@@ -154,11 +154,11 @@ def rename(state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
             raise _another_model(path, f"has {key}")
         rotary = general.endswith((".wq", ".wk"))
         target = _NAMES[general].replace("#", number) + ".weight"
-        renamed[target] = _halves_apart(tensor) if rotary else tensor
+        renamed[target] = _regroup_rotary_rows(tensor) if rotary else tensor
     return renamed
 
 
-def _halves_apart(weight: Tensor) -> Tensor:
+def _regroup_rotary_rows(weight: Tensor) -> Tensor:
     """Reorder rows of a query or key weight from rotary pairs (2i, 2i + 1) to (i, i + K/2)."""
     heads = weight.view(-1, HEAD_WIDTH // 2, 2, weight.shape[1])
     return heads.transpose(1, 2).reshape(weight.shape)
