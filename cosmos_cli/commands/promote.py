@@ -180,7 +180,7 @@ def choose_step(run: Run, step: str, weights: str) -> int:
                 "no saved step was measured on held-out clips",
                 code=ExitCode.ASSET,
                 where=str(run.metrics.absolute()),
-                fix="choose another --step; only runs of datasets with a holdout_share are measured",
+                fix="choose another --step; a run measures only if its dataset has a holdout_share",
             )
         return best
     if not step.isdecimal():
