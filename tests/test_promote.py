@@ -89,7 +89,7 @@ def listing(cosmos):
 
 
 @pytest.mark.workflow
-def test_two_runs_are_promoted_beside_each_other_and_generate_takes_either(twice):
+def test_two_runs_are_promoted_side_by_side_and_generate_uses_either(twice):
     first = twice.json("promote", "tiny", *RUN)
     refused = twice("promote", "tiny", *SECOND, "--step", "4", code=2).stderr
     assert "holds the model of another run" in refused
@@ -118,7 +118,7 @@ def test_two_runs_are_promoted_beside_each_other_and_generate_takes_either(twice
 @pytest.mark.parametrize(
     "name", ["", "a/b", "..", ".a", "-a", "a b", "base", "promoted", "a" * 101, "é" * 60, "a\n"]
 )
-def test_a_name_that_cannot_be_a_folders_is_refused(trained, name):
+def test_a_name_that_cannot_be_part_of_a_folder_name_is_refused(trained, name):
     refused = trained("promote", "tiny", *RUN, f"--name={name}", code=2).stderr
     assert "--name" in refused
     assert not list((trained.cwd / "checkpoints").iterdir())
@@ -126,7 +126,7 @@ def test_a_name_that_cannot_be_a_folders_is_refused(trained, name):
 
 @pytest.mark.workflow
 @pytest.mark.parametrize("manifest", [None, "{}", "[]", "{"])
-def test_what_promote_did_not_write_is_replaced_with_yes_alone(trained, manifest):
+def test_files_that_promote_did_not_write_are_replaced_only_with_yes(trained, manifest):
     folder = trained.cwd / "checkpoints" / FOLDER
     folder.mkdir(parents=True)
     (folder / "model.pt").write_text("by hand")
@@ -277,7 +277,7 @@ def test_a_kill_at_the_exchange_leaves_a_model(twice, tmp_path, call, moments):
 
 
 @pytest.mark.workflow
-def test_on_a_disk_without_locks_promote_warns_and_goes_on(twice, tmp_path):
+def test_on_a_disk_without_locks_promote_warns_and_continues(twice, tmp_path):
     done = under_strace(twice, tmp_path / "strace", "-e", "inject=flock:error=ENOLCK")
     assert done.returncode == 0, done.stderr
     assert "cannot be locked" in done.stderr

@@ -120,7 +120,7 @@ def chat_folder(folder, released):
 
 
 @pytest.mark.parametrize("released", [True, False])
-def test_a_folder_of_either_kind_answers_and_always_the_same(tmp_path, released):
+def test_either_kind_of_folder_answers_deterministically(tmp_path, released):
     folder = chat_folder(tmp_path, released)
     model = upsampler.Upsampler(folder, "cpu", torch.float32)
     answer = model.upsample("w5 w6")
@@ -159,12 +159,12 @@ def test_an_answer_is_cleaned_of_what_is_not_the_caption(prefix, end, blank):
         ("", ""),
     ],
 )
-def test_marks_of_lists_and_headings_go_and_text_stays(answer, caption):
+def test_list_and_heading_marks_are_removed_and_text_stays(answer, caption):
     assert captions.clean(answer) == caption
 
 
 @pytest.mark.workflow
-def test_a_short_prompt_is_made_long_shown_and_kept(cosmos):
+def test_a_short_prompt_is_upsampled_shown_and_saved(cosmos):
     chat_folder(cosmos.cwd / "chat", released=False)
     quick = settings("num_steps=2", "guidance=0", "upsampler=chat")
     done = cosmos("generate", "--prompt", "w5 w6", *quick)

@@ -193,7 +193,7 @@ def whole_release(released, root):
     return released_recipe(root)
 
 
-def test_aegis_judges_prompts_and_what_they_became_once_a_batch(
+def test_aegis_judges_prompts_and_upsampled_prompts_once_per_batch(
     released, tmp_path, capsys, monkeypatch
 ):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
