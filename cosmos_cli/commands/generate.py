@@ -54,7 +54,7 @@ LoraOption = Annotated[
     list[str] | None,
     typer.Option(
         metavar="PATH[:STRENGTH]",
-        help="A LoRA file or its folder, with a strength other than 1 if wanted; may be repeated.",
+        help="A LoRA file or its folder. STRENGTH is 1 by default. May be repeated.",
     ),
 ]
 CompareOption = Annotated[

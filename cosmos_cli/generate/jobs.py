@@ -276,7 +276,7 @@ def is_made(wanted: Job) -> bool:
     """True if the job's video exists and is complete.
 
     Raises:
-        UserError: other files have the names of the job's.
+        UserError: files of another video or program have the same names.
     """
     sidecar = wanted.files[0]
     about = _sidecar(sidecar)

@@ -56,7 +56,7 @@ class Conditioning:
 
 @dataclass(frozen=True)
 class Pair:
-    """The two ranks that split the classifier-free guidance of one video, as one of them sees it.
+    """This rank's part in classifier-free guidance that two ranks run together for one video.
 
     Index 0 runs the conditional pass, index 1 the unconditional pass. Each pass may be run by a
     sequence-parallel group; the first rank of the conditional one writes the video.
