@@ -39,7 +39,7 @@ def test_help_answers_at_once():
         after = os.times()
         return sum(after[2:4]) - sum(before[2:4])
 
-    # 0.3 s on an idle machine; the time that it computes hardly depends on its neighbours.
+    # 0.3 s of CPU time on an idle machine. CPU time hardly depends on other processes.
     assert min(seconds() for _ in range(5)) < 0.8
 
 

@@ -1,4 +1,4 @@
-"""Which model `cosmos generate` uses, and what it says of it; nothing is generated."""
+"""The model that `cosmos generate` chooses and what it reports; nothing is generated."""
 
 import json
 import os
@@ -16,7 +16,7 @@ TINY = "Cosmos-Tiny-Text2World"
 
 
 def choose(cosmos, *arguments, code=0):
-    """The weights that a command would use, relative to its folder, and what it says."""
+    """Return the weights that a command would use, relative to its folder, and its stderr."""
     done = cosmos(
         "generate", *arguments, "--prompt", "A ball.", "--dry-run", "--json", code=code
     )  # fmt: skip
@@ -30,7 +30,7 @@ def choose(cosmos, *arguments, code=0):
 
 
 def put(cosmos, name, content="weights", file="model.pt", changed=None):
-    """Puts weights into a folder in checkpoints, as a person would by hand."""
+    """Put weights into a folder in checkpoints, as a user would by hand."""
     path = cosmos.cwd / "checkpoints" / name / file
     stand_in_weights(path, content)
     if changed is not None:
@@ -39,7 +39,7 @@ def put(cosmos, name, content="weights", file="model.pt", changed=None):
 
 
 def promoted(cosmos, name, run="/runs/one", changed=None):
-    """A folder with all that `cosmos promote` writes."""
+    """Write a folder with all files of `cosmos promote`."""
     folder = put(cosmos, name, name, changed=changed)
     manifest = {"sha256": files.sha256_path(folder / "model.pt"), "run": run}
     files.write_json(folder / "manifest.json", manifest)
@@ -112,7 +112,7 @@ def test_the_newest_promoted_model_is_used_and_the_others_are_listed(cosmos):
     assert (
         choose(cosmos, "--set", f"model={TINY}")[0] == f"checkpoints/{TINY}_post-trained/model.pt"
     )
-    # A copy by hand into a folder counts, also one with the time of the training.
+    # A folder copied by hand counts too, also if its times are those of the training.
     put(cosmos, f"{TINY}_post-trained", changed=4e8)
     assert choose(cosmos)[0] == f"checkpoints/{TINY}_post-trained/model.pt"
     link = cosmos.cwd / "checkpoints" / f"{SEVEN}_post-trained_link" / "model.pt"

@@ -1,4 +1,4 @@
-"""The promote and generate verbs on the embedded model."""
+"""The promote and generate commands on the embedded model."""
 
 import json
 import os
@@ -72,17 +72,17 @@ def test_the_same_seed_gives_the_same_file_alone_or_in_a_batch(cosmos):
 
 @pytest.mark.slow
 def test_compiled_blocks_give_the_same_video_and_need_no_compiler(cosmos, monkeypatch):
-    # One pixel that is rounded the other way can change what the encoder does with all that follow.
+    # Lossless, because one pixel rounded differently can change how later ones are encoded.
     ask = ["--prompt", "A red ball.", "--set", "video_crf=0"]
-    wish = [*ask, "--set", "compile=on"]
+    compile_on = [*ask, "--set", "compile=on"]
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(cosmos.cwd / "cache"))
-    plain, compiled = generate(cosmos, *ask, "-o", "a"), generate(cosmos, *wish, "-o", "b")
+    plain, compiled = generate(cosmos, *ask, "-o", "a"), generate(cosmos, *compile_on, "-o", "b")
     assert list((cosmos.cwd / "cache").rglob("*.so"))
     one, two = (video.read_frames(made["artifacts"][0], range(9)) for made in (plain, compiled))
     assert (one.float() - two.float()).abs().mean() < 0.01
     monkeypatch.setenv("CXX", "/nowhere/g++")
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(cosmos.cwd / "empty"))
-    done = cosmos("generate", *wish, "-o", "c", *QUICK)
+    done = cosmos("generate", *compile_on, "-o", "c", *QUICK)
     (warning,) = (line for line in done.stderr.splitlines() if "is compiled" in line)
     assert "compiler" in warning
     (without,) = cosmos.cwd.glob("c/*.mp4")
@@ -201,7 +201,7 @@ def test_an_existing_video_is_not_generated_again(cosmos):
     assert sorted(p.suffix for p in cosmos.cwd.glob("cut/[!.]*")) == sorted(
         [".mp4", ".json", ".txt", ".jpg"] * 6
     )
-    # A damaged video is made again, and --overwrite makes all again.
+    # A damaged video is generated again; --overwrite generates all again.
     again[0].write_bytes(b"damaged")
     assert "not again" in cosmos("generate", "--batch", batch, "-o", "cut", *QUICK).stderr
     assert files.sha256_file(again[0]) == files.sha256_file(whole[0])
@@ -231,7 +231,7 @@ def test_prompts_from_standard_input_become_videos_as_they_come(cosmos):
 
     first = answer("A red ball moves left.")
     assert first["status"] == "ok"
-    # The file is there while the command waits for more.
+    # The video exists while the command still waits for input.
     digest = files.sha256_file(Path(first["path"]))
     assert process.poll() is None
     assert answer('{"prompt": "红色的球向左移动。", "seed": 4}')["seed"] == 4
@@ -383,7 +383,7 @@ def test_several_processes_end_together(cosmos):
 
 @pytest.fixture(scope="module")
 def trained(prepared, tmp_path_factory):
-    """A folder with a finished run of two steps."""
+    """Return a folder with a finished run of two steps."""
     root = tmp_path_factory.mktemp("trained")
     shutil.copytree(prepared / "datasets", root / "datasets")
     cosmos = Cosmos(root)

@@ -1,4 +1,4 @@
-"""What is blocked, by the shipped list and by lists of one's own, and how generate says so."""
+"""Prompts and videos that the guards block, and how generate reports it."""
 
 import json
 import shutil
@@ -21,7 +21,7 @@ from cosmos_cli.model.tiny import world
 from cosmos_cli.recipe import loading
 
 SHIPPED = paths.EMBEDDED_DIR / "guardrail" / "blocklist"
-# Verdicts of better-profanity 0.7.0 and NLTK 3.9.1 called as the reference calls them.
+# Verdicts of better-profanity 0.7.0 and NLTK 3.9.1, called as in the reference.
 CASES = json.loads((Path(__file__).parent / "data" / "block_list.json").read_text())
 QUICK = settings("num_steps=2", "guidance=0")
 
@@ -87,7 +87,7 @@ def test_a_list_that_cannot_be_read_stops_everything(tmp_path, part, damage):
 
 
 def small_filter(root, unsafe_bias=0.0):
-    """The files of a frame filter with random weights, which judges bright frames by a bias."""
+    """Write a random frame filter that a bias makes call frames unsafe."""
     sizes = {
         "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
         "num_attention_heads": 4, "image_size": 32, "patch_size": 8,

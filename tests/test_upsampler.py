@@ -1,4 +1,4 @@
-"""The prompt upsampler: released weights in transformers' model, and what an answer becomes."""
+"""The prompt upsampler: released weights in transformers' model, and its cleaned answers."""
 
 import json
 
@@ -18,7 +18,7 @@ K = upsampler.HEAD_WIDTH
 
 
 def released_state():
-    """Random weights in the released layout."""
+    """Return random weights in the released layout."""
     g = torch.Generator().manual_seed(0)
 
     def rand(*shape):
@@ -41,7 +41,7 @@ def released_state():
 
 
 def plain(state, tokens):
-    """Logits (L, V) of the released layout, written down from its definition."""
+    """Return logits (L, V) of the released layout, written from its definition."""
 
     def norm(x, name):
         return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-5) * state[f"{name}.weight"]
@@ -97,7 +97,7 @@ def test_a_file_of_another_model_is_refused(tmp_path):
 
 
 def chat_folder(folder, released):
-    """A tiny chat model of random weights, as released or as transformers writes it."""
+    """Write a tiny chat model of random weights, in the released layout or transformers'."""
     words = ["<unk>", "<s>", "</s>", *(f"w{i}" for i in range(VOCABULARY - 3))]
     vocabulary = {word: i for i, word in enumerate(words)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, "<unk>"))
