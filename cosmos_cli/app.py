@@ -1,4 +1,4 @@
-"""The command `cosmos`: its verbs, and the one place where errors become exit codes."""
+"""Define the command `cosmos` and its subcommands; turn errors into exit codes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from cosmos_cli.commands import (
 )
 from cosmos_cli.errors import ExitCode, Interrupted, UserError
 
-# Rank 0 needs less to print a line, also on a busy machine.
+# More than rank 0 needs to print its error on a busy machine.
 RANK_0_SECONDS = 10
 
 app = typer.Typer(
@@ -35,7 +35,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Post-train Cosmos-Predict1 Text2World on your own videos and generate videos with it. "
-    "Every verb takes a recipe: a YAML file or a shipped name, see `cosmos recipes list`.",
+    "Every command takes a recipe: a YAML file or a name from `cosmos recipes list`.",
 )
 for _verb in (setup, download, prep, train, promote, generate, evaluate):
     app.command()(getattr(_verb, _verb.__name__.rpartition(".")[2]))
@@ -65,18 +65,18 @@ def _interrupt(number: int, _frame: FrameType | None) -> None:
 
 
 def _let_rank_0_explain() -> None:
-    """Wait a moment, since all ranks have this error and the launcher ends them with the first."""
+    """Wait for rank 0 to print the error: the launcher stops all ranks once one has exited."""
     with contextlib.suppress(Interrupted):
         time.sleep(RANK_0_SECONDS)
 
 
 def main() -> None:
-    """Runs the command line and ends the process with a documented exit code."""
+    """Run the command line and exit with a documented exit code."""
     for number in signals.ending():
         signal.signal(number, _interrupt)
     as_json = "--json" in sys.argv
     if isinstance(sys.stdout, io.TextIOWrapper):
-        # A file name that is no UTF-8 is printed as it is.
+        # Print file names that are not UTF-8 unchanged, instead of failing.
         sys.stdout.reconfigure(errors="surrogateescape")
     try:
         app()
@@ -96,7 +96,7 @@ def main() -> None:
             artifacts=list(interruption.artifacts),
             figures=dict(interruption.figures),
             code=interruption.code,
-            error="interrupted; the same command goes on where it stopped",
+            error="interrupted; the same command resumes where it stopped",
         )
         console.emit(result, as_json=as_json)
         sys.exit(interruption.code)

@@ -39,7 +39,7 @@ def test_help_answers_at_once():
         after = os.times()
         return sum(after[2:4]) - sum(before[2:4])
 
-    # 0.3 s on an idle machine; the time that it computes hardly depends on its neighbours.
+    # 0.3 s of CPU time on an idle machine. CPU time hardly depends on other processes.
     assert min(seconds() for _ in range(5)) < 0.8
 
 
@@ -91,7 +91,7 @@ def test_dry_run_of_every_verb_writes_nothing(prepared):
     assert sorted(cosmos.cwd.rglob("*")) == before
 
 
-def test_a_closed_pipe_is_no_error(cosmos):
+def test_a_closed_pipe_is_not_an_error(cosmos):
     command = f"{sys.executable} -m cosmos_cli recipes keys | head -n 1; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(
         ["bash", "-c", command], capture_output=True, text=True, cwd=cosmos.cwd, check=False
@@ -100,7 +100,7 @@ def test_a_closed_pipe_is_no_error(cosmos):
     assert done.stderr == ""
 
 
-def test_nobody_who_reads_the_messages_is_no_error(cosmos):
+def test_a_closed_pipe_for_messages_is_not_an_error(cosmos):
     command = f"{sys.executable} -m cosmos_cli recipes copy tiny a.yaml 2>&1 >/dev/null | true"
     command += "; exit ${PIPESTATUS[0]}"
     done = subprocess.run(["bash", "-c", command], cwd=cosmos.cwd, check=False)

@@ -1,4 +1,4 @@
-"""Which model `cosmos generate` uses, and what it says of it; nothing is generated."""
+"""The model that `cosmos generate` chooses and what it reports; nothing is generated."""
 
 import json
 import os
@@ -16,7 +16,7 @@ TINY = "Cosmos-Tiny-Text2World"
 
 
 def choose(cosmos, *arguments, code=0):
-    """The weights that a command would use, relative to its folder, and what it says."""
+    """Return the weights that a command would use, relative to its folder, and its stderr."""
     done = cosmos(
         "generate", *arguments, "--prompt", "A ball.", "--dry-run", "--json", code=code
     )  # fmt: skip
@@ -30,7 +30,7 @@ def choose(cosmos, *arguments, code=0):
 
 
 def put(cosmos, name, content="weights", file="model.pt", changed=None):
-    """Puts weights into a folder in checkpoints, as a person would by hand."""
+    """Put weights into a folder in checkpoints, as a user would by hand."""
     path = cosmos.cwd / "checkpoints" / name / file
     stand_in_weights(path, content)
     if changed is not None:
@@ -39,7 +39,7 @@ def put(cosmos, name, content="weights", file="model.pt", changed=None):
 
 
 def promoted(cosmos, name, run="/runs/one", changed=None):
-    """A folder with all that `cosmos promote` writes."""
+    """Write a folder with all files of `cosmos promote`."""
     folder = put(cosmos, name, name, changed=changed)
     manifest = {"sha256": files.sha256_path(folder / "model.pt"), "run": run}
     files.write_json(folder / "manifest.json", manifest)
@@ -56,7 +56,7 @@ def contents(folder):
 
 @pytest.mark.parametrize("name", [SEVEN, FOURTEEN])
 @pytest.mark.parametrize("file", ["model.pt", "model.safetensors", "transformer/config.json"])
-def test_a_folder_with_a_model_is_a_model_and_said_to_have_no_manifest(cosmos, name, file):
+def test_a_model_without_a_manifest_is_used_with_a_warning(cosmos, name, file):
     put(cosmos, SEVEN)
     put(cosmos, FOURTEEN)
     folder = put(cosmos, f"{name}_post-trained", "tuned", file)
@@ -72,7 +72,7 @@ def test_a_folder_with_a_model_is_a_model_and_said_to_have_no_manifest(cosmos, n
         assert "121 frames, 1280x704 at 24 fps, 35 steps, guidance 7" in said
 
 
-def test_without_a_promoted_model_the_downloaded_base_is_used_aloud(cosmos):
+def test_without_a_promoted_model_the_base_is_used_and_reported(cosmos):
     path, said = choose(cosmos)
     assert path.endswith("tiny/model.safetensors")
     assert "using the embedded tiny model" in said
@@ -87,7 +87,7 @@ def test_without_a_promoted_model_the_downloaded_base_is_used_aloud(cosmos):
     assert choose(cosmos, "--set", f"model={FOURTEEN}")[0] == f"checkpoints/{FOURTEEN}/model.pt"
 
 
-def test_a_base_that_is_a_link_to_nothing_is_not_passed_over(cosmos):
+def test_a_base_that_is_a_broken_link_is_an_error(cosmos):
     put(cosmos, SEVEN)
     model = cosmos.cwd / "checkpoints" / SEVEN / "model.pt"
     model.unlink()
@@ -95,7 +95,7 @@ def test_a_base_that_is_a_link_to_nothing_is_not_passed_over(cosmos):
     assert f"{SEVEN}/model.pt: the weights are missing" in choose(cosmos, code=4)
 
 
-def test_of_several_promoted_models_the_newest_is_used_and_the_others_named(cosmos):
+def test_the_newest_promoted_model_is_used_and_the_others_are_listed(cosmos):
     put(cosmos, SEVEN)
     promoted(cosmos, f"{SEVEN}_post-trained", changed=3e8)
     promoted(cosmos, f"{SEVEN}_post-trained_robots", changed=2e8)
@@ -112,7 +112,7 @@ def test_of_several_promoted_models_the_newest_is_used_and_the_others_named(cosm
     assert (
         choose(cosmos, "--set", f"model={TINY}")[0] == f"checkpoints/{TINY}_post-trained/model.pt"
     )
-    # A copy by hand into a folder counts, also one with the time of the training.
+    # A folder copied by hand counts too, also if its times are those of the training.
     put(cosmos, f"{TINY}_post-trained", changed=4e8)
     assert choose(cosmos)[0] == f"checkpoints/{TINY}_post-trained/model.pt"
     link = cosmos.cwd / "checkpoints" / f"{SEVEN}_post-trained_link" / "model.pt"
@@ -155,7 +155,7 @@ def test_checkpoints_dir_and_home_are_where_the_user_says(cosmos, monkeypatch):
     assert "tiny" in choose(cosmos)[0]
 
 
-def test_a_path_wins_over_the_name_of_a_model_aloud(cosmos):
+def test_a_path_wins_over_a_model_name_and_is_reported(cosmos):
     promoted(cosmos, f"{SEVEN}_post-trained_robots")
     (cosmos.cwd / "robots").mkdir()
     shutil.copy(paths.EMBEDDED_DIR / "model.safetensors", cosmos.cwd / "robots")
@@ -166,7 +166,7 @@ def test_a_path_wins_over_the_name_of_a_model_aloud(cosmos):
     assert "the sizes are those of the recipe tiny" in said
 
 
-def test_a_name_that_is_unknown_or_not_the_only_one_is_refused(cosmos):
+def test_an_unknown_or_ambiguous_name_is_refused(cosmos):
     promoted(cosmos, f"{SEVEN}_post-trained_robots")
     promoted(cosmos, f"{TINY}_post-trained_robots")
     assert "is the name of 2 models" in choose(cosmos, "--model", "robots", code=4)
@@ -177,7 +177,7 @@ def test_a_name_that_is_unknown_or_not_the_only_one_is_refused(cosmos):
     assert f"{SEVEN}_post-trained_robots" in choose(cosmos, "--model", "nothing", code=4)
 
 
-def test_a_folder_without_a_model_is_named_and_passed_over_unless_asked_for(cosmos):
+def test_a_folder_without_a_model_is_skipped_with_a_warning(cosmos):
     checkpoints = cosmos.cwd / "checkpoints"
     (checkpoints / f"{SEVEN}_post-trained").mkdir(parents=True)
     (checkpoints / f"{FOURTEEN}_post-trained").write_text("cp made a file of it")
@@ -196,7 +196,7 @@ def test_a_folder_without_a_model_is_named_and_passed_over_unless_asked_for(cosm
     assert "holds no model.pt" in said
 
 
-def test_a_model_that_cannot_be_looked_at_is_never_passed_over(cosmos):
+def test_a_model_that_cannot_be_read_is_never_skipped(cosmos):
     put(cosmos, SEVEN)
     folder = promoted(cosmos, f"{SEVEN}_post-trained")
     (folder / "model.pt").unlink()
@@ -205,7 +205,7 @@ def test_a_model_that_cannot_be_looked_at_is_never_passed_over(cosmos):
     assert f"{folder}/model.pt: the weights are missing" in choose(cosmos, code=4)
     shutil.rmtree(folder)
     folder.symlink_to("/nowhere/at/all")
-    assert f"{folder}: is a link to nothing" in choose(cosmos, code=4)
+    assert f"{folder}: is a broken link" in choose(cosmos, code=4)
     assert choose(cosmos, "--model", "base", "nemo_assets")[0] == f"checkpoints/{SEVEN}/model.pt"
 
 
@@ -217,7 +217,7 @@ def test_a_link_to_a_model_is_a_model(cosmos, tmp_path_factory):
     assert choose(cosmos)[0] == f"checkpoints/{SEVEN}_post-trained/model.pt"
 
 
-def test_a_manifest_that_says_nothing_verifies_nothing_and_a_wrong_one_refuses(cosmos):
+def test_a_manifest_without_a_hash_warns_and_a_wrong_hash_is_refused(cosmos):
     folder = promoted(cosmos, f"{SEVEN}_post-trained")
     whole = contents(folder)
     for content in ("{}", "[]", '{"sha256": 3}', "null"):
@@ -240,7 +240,7 @@ def test_a_manifest_that_says_nothing_verifies_nothing_and_a_wrong_one_refuses(c
 
 
 @pytest.mark.parametrize("asked", [[], ["nemo_assets"], ["--model", "robots"], ["path"]])
-def test_a_model_that_a_kill_left_aside_is_put_back(cosmos, asked):
+def test_a_model_that_a_killed_promote_moved_is_restored(cosmos, asked):
     put(cosmos, SEVEN)
     folder = promoted(cosmos, f"{SEVEN}_post-trained_robots")
     whole = contents(folder)

@@ -413,7 +413,7 @@ def test_an_interrupted_download_ends_at_once_and_the_same_command_goes_on(onlin
         _, err = process.communicate(timeout=60)
         assert time.monotonic() - started < 10
         assert process.returncode == 130
-        assert err.splitlines()[-1].startswith("error: interrupted; the same command goes on")
+        assert err.splitlines()[-1].startswith("error: interrupted; the same command resumes")
         assert "Traceback" not in err
         assert not {"0.mp4", "1.mp4"} & {path.name for path in folder.glob("videos/*")}
         online.hub.slow = {}

@@ -8,7 +8,7 @@ pytestmark = pytest.mark.workflow
 QUICK = settings("num_steps=2", "guidance=0")
 
 
-def test_a_model_is_measured_on_the_drawn_world_and_on_the_dataset(prepared, tmp_path):
+def test_a_model_is_measured_on_the_synthetic_world_and_the_dataset(prepared, tmp_path):
     page = tmp_path / "e.html"
     done = Cosmos(prepared).json("evaluate", "--prompts", "2", "-o", page, *QUICK)
     (about,) = done["models"].values()
@@ -21,7 +21,7 @@ def test_a_model_is_measured_on_the_drawn_world_and_on_the_dataset(prepared, tmp
     assert 'src="http' not in html
 
 
-def test_what_was_never_promoted_is_not_measured(cosmos):
+def test_measuring_promoted_needs_a_promoted_model(cosmos):
     done = cosmos("evaluate", "tiny", "--model", "promoted", "--prompts", "0", code=4)
     assert "--model promoted: nothing was promoted yet" in done.stderr
 

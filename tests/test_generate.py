@@ -1,4 +1,4 @@
-"""The promote and generate verbs on the embedded model."""
+"""The promote and generate commands on the embedded model."""
 
 import json
 import os
@@ -71,18 +71,18 @@ def test_the_same_seed_gives_the_same_file_alone_or_in_a_batch(cosmos):
 
 
 @pytest.mark.slow
-def test_compiled_blocks_make_the_same_video_and_no_compiler_is_no_obstacle(cosmos, monkeypatch):
-    # One pixel that is rounded the other way can change what the encoder does with all that follow.
+def test_compiled_blocks_give_the_same_video_and_need_no_compiler(cosmos, monkeypatch):
+    # Lossless, because one pixel rounded differently can change how later ones are encoded.
     ask = ["--prompt", "A red ball.", "--set", "video_crf=0"]
-    wish = [*ask, "--set", "compile=on"]
+    compile_on = [*ask, "--set", "compile=on"]
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(cosmos.cwd / "cache"))
-    plain, compiled = generate(cosmos, *ask, "-o", "a"), generate(cosmos, *wish, "-o", "b")
+    plain, compiled = generate(cosmos, *ask, "-o", "a"), generate(cosmos, *compile_on, "-o", "b")
     assert list((cosmos.cwd / "cache").rglob("*.so"))
     one, two = (video.read_frames(made["artifacts"][0], range(9)) for made in (plain, compiled))
     assert (one.float() - two.float()).abs().mean() < 0.01
     monkeypatch.setenv("CXX", "/nowhere/g++")
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(cosmos.cwd / "empty"))
-    done = cosmos("generate", *wish, "-o", "c", *QUICK)
+    done = cosmos("generate", *compile_on, "-o", "c", *QUICK)
     (warning,) = (line for line in done.stderr.splitlines() if "is compiled" in line)
     assert "compiler" in warning
     (without,) = cosmos.cwd.glob("c/*.mp4")
@@ -94,7 +94,7 @@ def test_compiled_blocks_make_the_same_video_and_no_compiler_is_no_obstacle(cosm
     assert noted == [False, True, False]
 
 
-def test_a_video_is_compiled_for_when_its_own_passes_are_many():
+def test_only_a_video_with_enough_work_is_compiled():
     seven = loading.load("nemo_assets", []).recipe
     assert worth_compiling(seven, "cuda")
     assert not worth_compiling(seven, "cpu")
@@ -116,7 +116,7 @@ def test_a_video_is_compiled_for_when_its_own_passes_are_many():
         (["--prompts", "file.txt"], "--prompts"),
         (["--prompt", "a", "--prompt", "b", "-o", "one.mp4"], "one file for 2"),
         (["--prompt", "a", "-o", "one.mov"], ".mov files are not written"),
-        (["--prompt", "a", "--lora", "bad.jsonl:nan"], "nan is no strength"),
+        (["--prompt", "a", "--lora", "bad.jsonl:nan"], "nan is not a strength"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_two(cosmos, arguments, word):
@@ -184,7 +184,7 @@ def test_a_line_of_a_batch_has_its_own_settings_and_only_known_ones(cosmos):
         assert word in cosmos("generate", "--batch", batch, "--dry-run", code=2).stderr
 
 
-def test_what_is_made_is_not_made_again(cosmos):
+def test_an_existing_video_is_not_generated_again(cosmos):
     batch = lines(cosmos, "b.jsonl", *({"prompt": "A ball.", "seed": seed} for seed in range(6)))
     whole = generate(cosmos, "--batch", batch, "-o", "whole")["artifacts"]
     process = cosmos.start("generate", "--batch", batch, "-o", "cut", *QUICK)
@@ -201,7 +201,7 @@ def test_what_is_made_is_not_made_again(cosmos):
     assert sorted(p.suffix for p in cosmos.cwd.glob("cut/[!.]*")) == sorted(
         [".mp4", ".json", ".txt", ".jpg"] * 6
     )
-    # A damaged video is made again, and --overwrite makes all again.
+    # A damaged video is generated again; --overwrite generates all again.
     again[0].write_bytes(b"damaged")
     assert "not again" in cosmos("generate", "--batch", batch, "-o", "cut", *QUICK).stderr
     assert files.sha256_file(again[0]) == files.sha256_file(whole[0])
@@ -210,7 +210,7 @@ def test_what_is_made_is_not_made_again(cosmos):
 
 
 @pytest.mark.parametrize("suffix", [".mp4", ".txt", ".json", ".jpg"])
-def test_files_of_somebody_else_are_not_overwritten(cosmos, suffix):
+def test_files_of_other_programs_are_not_overwritten(cosmos, suffix):
     other = cosmos.cwd / f"mine{suffix}"
     other.write_text("{}")
     ask = ["--prompt", "A ball.", "-o", "mine.mp4"]
@@ -231,7 +231,7 @@ def test_prompts_from_standard_input_become_videos_as_they_come(cosmos):
 
     first = answer("A red ball moves left.")
     assert first["status"] == "ok"
-    # The file is there while the command waits for more.
+    # The video exists while the command still waits for input.
     digest = files.sha256_file(Path(first["path"]))
     assert process.poll() is None
     assert answer('{"prompt": "红色的球向左移动。", "seed": 4}')["seed"] == 4
@@ -269,7 +269,7 @@ def test_networks_together_or_in_turn_make_the_same_files(cosmos):
         assert len({files.sha256_file(file) for file in copies}) == 1
 
 
-def test_memory_of_all_networks_is_that_of_their_files_and_a_pass(tmp_path):
+def test_memory_of_all_networks_is_their_files_plus_one_pass(tmp_path):
     settings = [f"checkpoints_dir={tmp_path}", f"upsampler={tmp_path / 'chat'}", "height=704"]
     seven = loading.load("nemo_assets", settings).recipe
     t5, guard = tmp_path / paths.TEXT_ENCODER_DIR, tmp_path / paths.LLAMA_GUARD_DIR
@@ -290,7 +290,7 @@ def test_memory_of_all_networks_is_that_of_their_files_and_a_pass(tmp_path):
     assert bytes_together(off) == pytest.approx(denoiser + 9.8e9, rel=1e-6)
 
 
-def test_the_14b_is_loaded_and_sampled_by_its_own_numbers(tmp_path, monkeypatch):
+def test_the_14b_is_loaded_and_sampled_with_its_own_spec(tmp_path, monkeypatch):
     with torch.device("meta"):
         whole = DiT(COSMOS_14B.dit)
     assert sum(p.numel() for p in whole.parameters()) == COSMOS_14B.dit.parameters
@@ -316,7 +316,7 @@ def test_the_14b_is_loaded_and_sampled_by_its_own_numbers(tmp_path, monkeypatch)
     assert (made[0] - made[1]).abs().max() > 0.01
 
 
-def test_a_line_that_is_none_does_not_end_the_others(cosmos):
+def test_a_malformed_line_does_not_stop_the_others(cosmos):
     text = '\ufeff{"prompt": "A ball."}\r\nA ball.\n{"prompt": 3}\n'
     (cosmos.cwd / "b.jsonl").write_text(text, encoding="utf-8")
     done = generate(cosmos, "--batch", "b.jsonl", code=2)
@@ -325,7 +325,7 @@ def test_a_line_that_is_none_does_not_end_the_others(cosmos):
     assert [error.partition(": ")[0] for error in errors] == ["b.jsonl:2", "b.jsonl:3"]
 
 
-def test_a_bad_prompt_of_a_batch_does_not_end_the_others(cosmos):
+def test_a_bad_prompt_of_a_batch_does_not_stop_the_others(cosmos):
     codes = {
         " ": 2,
         "A ball. " * 2000: 0,
@@ -383,7 +383,7 @@ def test_several_processes_end_together(cosmos):
 
 @pytest.fixture(scope="module")
 def trained(prepared, tmp_path_factory):
-    """A folder with a finished run of two steps."""
+    """Return a folder with a finished run of two steps."""
     root = tmp_path_factory.mktemp("trained")
     shutil.copytree(prepared / "datasets", root / "datasets")
     cosmos = Cosmos(root)
@@ -425,7 +425,7 @@ def test_promote_describes_the_model_and_generate_finds_it(trained):
     ]["path"].endswith("model.safetensors")
 
 
-def test_compare_shows_base_and_promoted_beside_each_other(trained):
+def test_compare_shows_base_and_promoted_side_by_side(trained):
     trained("promote", "tiny", *RUN)
     ask = ["generate", "--compare", "--prompt", "A ball.", "--set", "num_steps=2", "-o", "both"]
     done = trained.json(*ask)
@@ -463,8 +463,10 @@ def test_a_promoted_model_that_changed_is_refused(trained):
     assert "cosmos promote" in refused.stderr
 
 
-def test_promote_names_the_steps_there_are(trained):
-    assert "saved are 2" in trained("promote", "tiny", "--step", "7", *RUN, code=4).stderr
+def test_promote_lists_the_saved_steps(trained):
+    assert (
+        "choose a saved step: 2" in trained("promote", "tiny", "--step", "7", *RUN, code=4).stderr
+    )
     assert "latest" in trained("promote", "tiny", "--step", "last", *RUN, code=2).stderr
     other = trained("promote", "tiny", *RUN, "--set", "name=never", code=4)
     assert "cosmos train" in other.stderr
@@ -486,7 +488,7 @@ def test_promote_refuses_weights_that_do_not_differ_from_the_base(trained):
         saved.write_bytes(whole)
 
 
-def test_a_video_is_what_the_guided_estimates_of_both_texts_lead_to():
+def test_sampling_follows_the_guided_estimate_of_both_prompts():
     r = loading.load("tiny", ["num_steps=3", "guidance=2"]).recipe
     net = load_denoiser(r, paths.model_files(r.spec, r.checkpoints_dir).dit, "cpu", torch.float32)
     generator = torch.Generator().manual_seed(0)

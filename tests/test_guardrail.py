@@ -1,4 +1,4 @@
-"""What is blocked, by the shipped list and by lists of one's own, and how generate says so."""
+"""Prompts and videos that the guards block, and how generate reports it."""
 
 import json
 import shutil
@@ -21,7 +21,7 @@ from cosmos_cli.model.tiny import world
 from cosmos_cli.recipe import loading
 
 SHIPPED = paths.EMBEDDED_DIR / "guardrail" / "blocklist"
-# Verdicts of better-profanity 0.7.0 and NLTK 3.9.1 called as the reference calls them.
+# Verdicts of better-profanity 0.7.0 and NLTK 3.9.1, called as in the reference.
 CASES = json.loads((Path(__file__).parent / "data" / "block_list.json").read_text())
 QUICK = settings("num_steps=2", "guidance=0")
 
@@ -39,11 +39,11 @@ def test_the_block_list_agrees_with_the_libraries_of_the_reference(shipped, verd
 
 
 @pytest.mark.parametrize("prompt", ["a 'nude' ball", "Nudes on a wall", "two nudes. The end"])
-def test_what_those_libraries_overlook_is_blocked(shipped, prompt):
+def test_words_that_those_libraries_miss_are_blocked(shipped, prompt):
     assert "nude" in shipped.reason(prompt)
 
 
-def test_no_caption_of_the_drawn_world_is_blocked(shipped):
+def test_no_caption_of_the_synthetic_world_is_blocked(shipped):
     captions = {world.caption(world.sample_scene(seed), seed) for seed in range(300)}
     assert len(captions) > 100
     assert not {caption for caption in captions if shipped.reason(caption)}
@@ -87,7 +87,7 @@ def test_a_list_that_cannot_be_read_stops_everything(tmp_path, part, damage):
 
 
 def small_filter(root, unsafe_bias=0.0):
-    """The files of a frame filter with random weights, which judges bright frames by a bias."""
+    """Write a random frame filter that a bias makes call frames unsafe."""
     sizes = {
         "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
         "num_attention_heads": 4, "image_size": 32, "patch_size": 8,
@@ -140,7 +140,7 @@ def test_the_frame_filter_is_siglip_and_the_released_classifier(tmp_path):
     assert own.reason(pixels) == expected
 
 
-def test_one_unsafe_frame_blocks_and_numbers_that_are_none_do_too(tmp_path):
+def test_an_unsafe_frame_blocks_and_so_do_nan_scores(tmp_path):
     small_filter(tmp_path, unsafe_bias=1e6)
     files = tmp_path / "safety_filter.pt", tmp_path / "siglip"
     pixels = torch.zeros(3, 20, 32, 32, dtype=torch.uint8)
@@ -188,7 +188,7 @@ def test_a_blocked_prompt_is_exit_code_eight_and_the_others_are_made(cosmos):
 
 
 @pytest.mark.workflow
-def test_guardrails_go_off_by_the_recipe_alone_and_not_in_silence(cosmos):
+def test_only_the_recipe_turns_guardrails_off_and_a_warning_says_so(cosmos):
     off = ["--prompt", "A nude statue.", "--set", "guardrails=off", *QUICK]
     assert "GUARDRAILS ARE OFF" in cosmos("generate", *off, "-o", "a").stderr
     (sidecar,) = cosmos.cwd.glob("a/*.json")

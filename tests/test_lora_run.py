@@ -147,7 +147,9 @@ def test_without_its_base_the_merged_weights_are_used_and_it_says_so(cosmos, pro
     assert about["weights"]["path"] == str(copy / "model.pt")
     (copy / "lora.safetensors").write_bytes(b"")
     refused = cosmos("generate", "tiny", *ASK, "--model", copy, code=4)
-    assert "lora.safetensors: is missing or not as cosmos promote wrote it" in refused.stderr
+    assert (
+        "lora.safetensors: is missing or differs from what cosmos promote wrote" in refused.stderr
+    )
     assert f"--model {copy / 'model.pt'}" in refused.stderr
     # As promote wrote it before it kept the LoRA.
     del manifest["lora"]
@@ -162,7 +164,7 @@ def test_a_lora_that_the_model_contains_is_not_counted_twice(cosmos, whole, prom
         refused = cosmos("generate", "tiny", *ASK, *words, code=2)
         assert "is in the promoted model already" in refused.stderr
     other = ("--model", promoted, "--lora", f"{whole.lora(3, 'reg')}:0.1")
-    assert "is of the run that the promoted LoRA is of" in video(cosmos, *other)[2]
+    assert "comes from the same run as the promoted LoRA" in video(cosmos, *other)[2]
 
 
 def test_evaluate_measures_what_generate_uses(cosmos, promoted):

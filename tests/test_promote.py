@@ -25,7 +25,7 @@ TINY = paths.EMBEDDED_DIR / "model.safetensors"
 
 @pytest.fixture
 def trained(cosmos):
-    """A folder with a checkpoint of step 4, a little off the base."""
+    """Return a folder with a checkpoint of step 4 whose weights differ slightly from the base."""
     state = {name: tensor * 1.01 for name, tensor in weights.load_dit_state(TINY).items()}
     run = Run(cosmos.cwd / "outputs/posttraining/diffusion_text2world/tiny")
     weights.save_dit(run.model(4, "ema"), state, "pt")
@@ -35,7 +35,7 @@ def trained(cosmos):
 
 @pytest.mark.workflow
 def test_generate_loads_whichever_format_was_promoted_last(trained):
-    """A folder of another format is replaced whole, so that no older weights lie beside."""
+    """Another format replaces the whole folder, so no older weights remain in it."""
     digests = set()
     for format_, name in paths.MODEL_FORMATS.items():
         done = trained.json("promote", "tiny", "--format", format_, "--set", "lora_rank=0")
@@ -68,7 +68,7 @@ RUN = settings()
 
 @pytest.fixture
 def twice(trained):
-    """The same with a second run, and the first one's model promoted by hand into the folder."""
+    """Return `trained` with a second run, whose weights differ."""
     state = {name: tensor * 1.02 for name, tensor in trained.state.items()}
     run = Run(trained.cwd / "outputs/posttraining/diffusion_text2world/second")
     weights.save_dit(run.model(4, "ema"), state, "pt")
@@ -79,7 +79,7 @@ SECOND = [*RUN, "--set", "name=second"]
 
 
 def used(cosmos, *arguments):
-    """The weights that generate would load, whose hash it has compared with the manifest."""
+    """Return the weights that generate would load. It has checked their hash."""
     done = cosmos.json("generate", "--prompt", "A ball.", "--dry-run", *arguments)
     return done["weights"]
 
@@ -89,7 +89,7 @@ def listing(cosmos):
 
 
 @pytest.mark.workflow
-def test_two_runs_are_promoted_beside_each_other_and_generate_takes_either(twice):
+def test_two_runs_are_promoted_side_by_side_and_generate_uses_either(twice):
     first = twice.json("promote", "tiny", *RUN)
     refused = twice("promote", "tiny", *SECOND, "--step", "4", code=2).stderr
     assert "holds the model of another run" in refused
@@ -118,7 +118,7 @@ def test_two_runs_are_promoted_beside_each_other_and_generate_takes_either(twice
 @pytest.mark.parametrize(
     "name", ["", "a/b", "..", ".a", "-a", "a b", "base", "promoted", "a" * 101, "é" * 60, "a\n"]
 )
-def test_a_name_that_cannot_be_a_folders_is_refused(trained, name):
+def test_a_name_that_cannot_be_part_of_a_folder_name_is_refused(trained, name):
     refused = trained("promote", "tiny", *RUN, f"--name={name}", code=2).stderr
     assert "--name" in refused
     assert not list((trained.cwd / "checkpoints").iterdir())
@@ -126,7 +126,7 @@ def test_a_name_that_cannot_be_a_folders_is_refused(trained, name):
 
 @pytest.mark.workflow
 @pytest.mark.parametrize("manifest", [None, "{}", "[]", "{"])
-def test_a_folder_that_promote_did_not_write_is_replaced_only_with_yes(trained, manifest):
+def test_files_that_promote_did_not_write_are_replaced_only_with_yes(trained, manifest):
     folder = trained.cwd / "checkpoints" / FOLDER
     folder.mkdir(parents=True)
     (folder / "model.pt").write_text("by hand")
@@ -200,7 +200,7 @@ def test_an_interrupted_promotion_leaves_the_old_model_and_nothing_else(twice, n
 @pytest.mark.workflow
 @pytest.mark.parametrize("kills", [5, pytest.param(30, marks=pytest.mark.slow)])
 def test_killed_at_any_moment_the_old_or_the_new_model_is_used(twice, kills):
-    """Half of the kills fall on the part that writes, which is shorter than the start."""
+    """Half of the kills hit the writing phase, which is shorter than the start."""
     rng = random.Random(kills)
     hashes = {twice.json("promote", "tiny", *which, "--yes")["sha256"] for which in (SECOND, RUN)}
     building = twice.cwd / "checkpoints" / f".{FOLDER}.building"
@@ -226,7 +226,7 @@ def test_killed_at_any_moment_the_old_or_the_new_model_is_used(twice, kills):
 
 
 def under_strace(cosmos, log, *options):
-    """Promotes the second run while strace interferes."""
+    """Promote the second run under strace."""
     if shutil.which("strace") is None:
         pytest.skip("strace is not installed (apt-get install strace)")
     command = [sys.executable, "-m", "cosmos_cli"]
@@ -250,9 +250,9 @@ def under_strace(cosmos, log, *options):
     ],
 )
 def test_a_kill_at_the_exchange_leaves_a_model(twice, tmp_path, call, moments):
-    """With rename the file system says that it cannot exchange, and the last three renames do.
+    """For rename, renameat2 is made to fail, so the last three renames swap the folders instead.
 
-    The kill comes before the call, so that the renames in front of it are done.
+    The kill comes before the call, so all earlier renames have happened.
     """
     log = tmp_path / "strace"
     lacking = ["-e", "inject=renameat2:error=EINVAL"] if call == "rename" else []

@@ -1,4 +1,4 @@
-"""The prompt upsampler: released weights in transformers' model, and what an answer becomes."""
+"""The prompt upsampler: released weights in transformers' model, and its cleaned answers."""
 
 import json
 
@@ -18,7 +18,7 @@ K = upsampler.HEAD_WIDTH
 
 
 def released_state():
-    """Random weights in the released layout."""
+    """Return random weights in the released layout."""
     g = torch.Generator().manual_seed(0)
 
     def rand(*shape):
@@ -41,7 +41,7 @@ def released_state():
 
 
 def plain(state, tokens):
-    """Logits (L, V) of the released layout, written down from its definition."""
+    """Return logits (L, V) of the released layout, written from its definition."""
 
     def norm(x, name):
         return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-5) * state[f"{name}.weight"]
@@ -97,7 +97,7 @@ def test_a_file_of_another_model_is_refused(tmp_path):
 
 
 def chat_folder(folder, released):
-    """A tiny chat model of random weights, as released or as transformers writes it."""
+    """Write a tiny chat model of random weights, in the released layout or transformers'."""
     words = ["<unk>", "<s>", "</s>", *(f"w{i}" for i in range(VOCABULARY - 3))]
     vocabulary = {word: i for i, word in enumerate(words)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, "<unk>"))
@@ -120,7 +120,7 @@ def chat_folder(folder, released):
 
 
 @pytest.mark.parametrize("released", [True, False])
-def test_a_folder_of_either_kind_answers_and_always_the_same(tmp_path, released):
+def test_either_kind_of_folder_answers_deterministically(tmp_path, released):
     folder = chat_folder(tmp_path, released)
     model = upsampler.Upsampler(folder, "cpu", torch.float32)
     answer = model.upsample("w5 w6")
@@ -131,7 +131,7 @@ def test_a_folder_of_either_kind_answers_and_always_the_same(tmp_path, released)
 def test_a_damaged_file_is_one_line_with_the_remedy(tmp_path):
     chat_folder(tmp_path, released=False)
     (tmp_path / "model.safetensors").write_bytes(b"no weights")
-    with pytest.raises(UserError, match="is no whole prompt upsampler") as refused:
+    with pytest.raises(UserError, match="is not a complete prompt upsampler") as refused:
         upsampler.Upsampler(tmp_path, "cpu", torch.float32)
     assert refused.value.code == 4
 
@@ -159,12 +159,12 @@ def test_an_answer_is_cleaned_of_what_is_not_the_caption(prefix, end, blank):
         ("", ""),
     ],
 )
-def test_marks_of_lists_and_headings_go_and_text_stays(answer, caption):
+def test_list_and_heading_marks_are_removed_and_text_stays(answer, caption):
     assert captions.clean(answer) == caption
 
 
 @pytest.mark.workflow
-def test_a_short_prompt_is_made_long_shown_and_kept(cosmos):
+def test_a_short_prompt_is_upsampled_shown_and_saved(cosmos):
     chat_folder(cosmos.cwd / "chat", released=False)
     quick = settings("num_steps=2", "guidance=0", "upsampler=chat")
     done = cosmos("generate", "--prompt", "w5 w6", *quick)

@@ -1,4 +1,4 @@
-"""`cosmos evaluate`: how good a model is, before and after post-training."""
+"""`cosmos evaluate`: measure models before and after post-training."""
 
 from __future__ import annotations
 
@@ -23,16 +23,15 @@ def evaluate(
         list[str] | None,
         typer.Option(
             help="base, promoted, the name of a model in checkpoints_dir, or a folder or file of "
-            "weights; may be given repeatedly. "
-            "Default: base, and promoted where there is one."
+            "weights; may be repeated. Default: base, and promoted if there is one."
         ),
     ] = None,
     prompts: Annotated[
         int | None,
         typer.Option(
             min=0,
-            help="Videos that each model makes: of the drawn world for the tiny model "
-            f"(default {EMBEDDED_PROMPTS}), of the dataset's captions for others (default 0).",
+            help="Videos per model. The tiny model gets prompts of its synthetic world "
+            f"(default {EMBEDDED_PROMPTS}), other models the dataset's captions (default 0).",
         ),
     ] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="The HTML page.")] = Path(
@@ -42,14 +41,14 @@ def evaluate(
     print_recipe: options.PrintRecipeOption = False,
     json_: options.JsonOption = False,
 ) -> None:
-    """Measure models: what their videos show, and their error on held-out clips.
+    """Measure models by the content of their videos and their error on held-out clips.
 
     Example: cosmos evaluate tiny --prompts 200
     """
     r = options.open_recipe(recipe, set_, print_recipe, json_, trains=False).recipe
     there = not model and promoted.found(r.checkpoints_dir, r.spec)
     names = model or (["base", "promoted"] if there else ["base"])
-    # Two checkpoints_dirs may hold folders of the same name.
+    # Models in different checkpoints_dirs may have folders of the same name.
     short = len({Path(name).name for name in names}) == len(names)
     weights = {
         Path(name).name if short else name.strip("/").replace("/", "_"): find_weights(

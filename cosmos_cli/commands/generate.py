@@ -1,4 +1,4 @@
-"""`cosmos generate`: prompt -> mp4, sidecar and contact sheet."""
+"""`cosmos generate`: turn prompts into mp4 files, each with a sidecar and a contact sheet."""
 
 from __future__ import annotations
 
@@ -20,29 +20,29 @@ from cosmos_cli.generate.jobs import Order, Outcome, Wish
 
 RecipeArgument = Annotated[
     str | None,
-    typer.Argument(metavar="[RECIPE]", help="Default: the recipe of the model."),
+    typer.Argument(metavar="[RECIPE]", help="Default: the model's own recipe."),
 ]
 PromptOption = Annotated[
-    list[str] | None, typer.Option(help="What to show; may be given repeatedly.")
+    list[str] | None, typer.Option(help="A description of the video; may be repeated.")
 ]
 BatchOption = Annotated[
     Path | None,
     typer.Option(
         "--batch",
-        help="JSONL file: an object with prompt, and maybe seed, negative_prompt, num_steps, "
-        "guidance, a line.",
+        help="JSONL file. Each line is an object with prompt and, optionally, seed, "
+        "negative_prompt, num_steps and guidance.",
     ),
 ]
 PromptsOption = Annotated[
     str | None,
     typer.Option(
         metavar="-",
-        help="Read prompts or such objects from standard input, one a line, and keep the "
-        "model loaded; one JSON line per video on stdout.",
+        help="Read prompts, or objects as in --batch, from standard input, one per line. Keep "
+        "the model loaded and print one JSON line per video.",
     ),
 ]
 SeedOption = Annotated[int | None, typer.Option(help="Default: sampling_seed.")]
-OutputOption = Annotated[Path, typer.Option("--output", "-o", help="An .mp4 file, or a folder.")]
+OutputOption = Annotated[Path, typer.Option("--output", "-o", help="An .mp4 file or a folder.")]
 ModelOption = Annotated[
     str | None,
     typer.Option(
@@ -54,22 +54,24 @@ LoraOption = Annotated[
     list[str] | None,
     typer.Option(
         metavar="PATH[:STRENGTH]",
-        help="LoRA file, or its folder, to apply in whole or in part; may be given repeatedly.",
+        help="A LoRA file or its folder. STRENGTH is 1 by default. May be repeated.",
     ),
 ]
 CompareOption = Annotated[
     bool,
-    typer.Option("--compare", help="The base model's videos too, and both beside each other."),
+    typer.Option(
+        "--compare", help="Also generate with the base model, and show both side by side."
+    ),
 ]
 OverwriteOption = Annotated[
-    bool, typer.Option("--overwrite", "--yes", help="Make again, and replace, what is there.")
+    bool, typer.Option("--overwrite", "--yes", help="Generate again and replace existing files.")
 ]
 ProcessesOption = Annotated[
     int | None,
     typer.Option(
         min=1,
-        help="Processes that share the videos, or the two halves of guidance of one; default: "
-        "one per GPU.",
+        help="Processes that share the videos, or split the guidance passes and tokens of each. "
+        "Default: one per GPU.",
     ),
 ]
 
@@ -93,7 +95,7 @@ def generate(
 ) -> None:
     """Generate videos with the model promoted last, else the downloaded base, else the tiny one.
 
-    What is there already is not made again, so the same command goes on where it stopped.
+    Existing videos are not generated again, so the same command resumes where it stopped.
     Example: cosmos generate --prompt "A video of sks teal robot." --set num_steps=20
     """
     overrides = [*(set_ or ()), *([] if seed is None else [f"sampling_seed={seed}"])]
@@ -102,14 +104,14 @@ def generate(
     r = options.open_recipe(chosen.recipe, overrides, print_recipe, json_, trains=False).recipe
     if prompts is not None and (prompt or batch_ or compare or num_processes or prompts != "-"):
         raise UserError(
-            "is for standard input alone", code=ExitCode.USAGE, where="--prompts",
+            "reads from standard input only", code=ExitCode.USAGE, where="--prompts",
             fix="give --prompts - without --prompt, --batch, --compare and --num-processes",
         )  # fmt: skip
-    wishes = [] if prompts else _wishes(prompt or [], batch_)
-    if output.suffix.lower() == ".mp4" and (prompts or len(wishes) > 1):
+    requests = [] if prompts else _requests(prompt or [], batch_)
+    if output.suffix.lower() == ".mp4" and (prompts or len(requests) > 1):
         raise UserError(
-            f"one file for {len(wishes) or 'many'} videos", code=ExitCode.USAGE, where="--output",
-            fix="give a folder",
+            f"one file for {len(requests) or 'many'} videos", code=ExitCode.USAGE, where="--output",
+            fix="give a folder, such as `--output outputs`",
         )  # fmt: skip
     if output.suffix.lower() in paths.VIDEO_SUFFIXES - {".mp4"} and not output.is_dir():
         raise UserError(
@@ -126,36 +128,36 @@ def generate(
         f"{r.fps:g} fps, {r.num_steps} steps, guidance {r.guidance:g}"
     )
     if dry_run:
-        result = _preview(placed, wishes)
+        result = _preview(placed, requests)
     elif prompts is None:
-        result = _finish(batch.batch(placed, wishes, num_processes), streaming=False)
+        result = _finish(batch.batch(placed, requests, num_processes), streaming=False)
     else:
         result = _finish(batch.stream(order), streaming=True)
     result.figures["weights"] = {"path": str(weights.path), "sha256": weights.sha256}
     console.emit(result, as_json=json_)
 
 
-def _wishes(prompts: list[str], file: Path | None) -> list[Wish | UserError]:
-    """What the options ask for.
+def _requests(prompts: list[str], file: Path | None) -> list[Wish | UserError]:
+    """Return the requests of --prompt and --batch.
 
     Raises:
-        UserError: they ask for nothing, or the batch cannot be read.
+        UserError: there are none, or the batch cannot be read.
     """
-    wishes = [*map(Wish, prompts), *(jobs.read_batch(file) if file else ())]
-    if not wishes:
+    requests = [*map(Wish, prompts), *(jobs.read_batch(file) if file else ())]
+    if not requests:
         raise UserError(
-            "nothing to show", code=ExitCode.USAGE, where="--prompt",
+            "no prompt was given", code=ExitCode.USAGE, where="--prompt",
             fix='give --prompt "...", --batch FILE or --prompts -',
         )  # fmt: skip
-    return wishes
+    return requests
 
 
 def _finish(outcomes: Iterator[Outcome], *, streaming: bool) -> Result:
-    """Sees every outcome through; the result when all are well.
+    """Run all jobs; return the result if none failed.
 
     Raises:
-        UserError: the gravest failure, with what was made.
-        Interrupted: a signal came, with what was made.
+        UserError: the gravest error, with the finished videos.
+        Interrupted: a signal came; holds the finished videos.
     """
     from cosmos_cli.model.device import gpu_memory_errors
 
@@ -187,13 +189,13 @@ def _paths(seen: list[Outcome]) -> tuple[Path, ...]:
     return tuple(outcome.job.path for outcome in seen if outcome.job and outcome.done)
 
 
-def _preview(orders: list[Order], wishes: Sequence[Wish | UserError]) -> Result:
-    """What would be made.
+def _preview(orders: list[Order], requests: Sequence[Wish | UserError]) -> Result:
+    """Return the videos that would be generated.
 
     Raises:
-        UserError: the gravest of what would be refused.
+        UserError: the gravest error of a request.
     """
-    outcomes = [order.place(wish) for order, wish in product(orders, wishes)]
+    outcomes = [order.place(request) for order, request in product(orders, requests)]
     if errors := [outcome.error for outcome in outcomes if outcome.error]:
         raise together(errors)
     text = "\n".join(str(outcome.job.path) for outcome in outcomes if outcome.job)

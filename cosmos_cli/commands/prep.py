@@ -1,4 +1,4 @@
-"""`cosmos prep`: videos + captions -> metas, text embeddings, cached latents, manifest."""
+"""`cosmos prep`: turn videos and captions into metas, text embeddings, latents and a manifest."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def prep(
     dry_run: options.DryRunOption = False,
     json_: options.JsonOption = False,
 ) -> None:
-    """Prepare a dataset: a verdict on every video, captions, embeddings, latents.
+    """Prepare a dataset: check every video, then write captions, embeddings and latents.
 
     Example: cosmos prep my_videos.yaml --set prompt="A video of sks teal robot."
     """

@@ -1,4 +1,4 @@
-"""`cosmos promote`: one checkpoint -> the verified model that generate loads."""
+"""`cosmos promote`: turn a checkpoint into a verified model that generate loads."""
 
 from __future__ import annotations
 
@@ -21,27 +21,27 @@ from cosmos_cli.train import status
 if TYPE_CHECKING:
     from cosmos_cli.recipe.keys import Recipe
 
-# Of 255 bytes, what the rest of the folder's name and the names beside it leave with room to spare.
+# A file name may have 255 bytes. The rest is for the model's name and temporary suffixes.
 LONGEST_NAME = 100
 
 
 def promote(
     recipe: options.RecipeArgument = "tiny",
     step: Annotated[
-        str, typer.Option(help="latest, best on held-out clips, or the number of a saved step.")
+        str, typer.Option(help="latest, best (on held-out clips), or the number of a saved step.")
     ] = "latest",
     weights: Annotated[str, typer.Option(help="ema or reg.")] = "ema",
     format_: Annotated[
         str,
         typer.Option(
-            "--format", help="pt, which the reference reads too, safetensors, or diffusers."
+            "--format", help="pt (NVIDIA's scripts read it too), safetensors or diffusers."
         ),
     ] = "pt",
     name: Annotated[
         str | None,
         typer.Option(
-            help="Keep the model in <Model>_post-trained_NAME, beside the others; "
-            "generate takes it with --model NAME."
+            help="Write the model to <Model>_post-trained_NAME and keep the others; "
+            "use it with generate --model NAME."
         ),
     ] = None,
     set_: options.SetOption = None,
@@ -50,14 +50,14 @@ def promote(
     yes: options.YesOption = False,
     json_: options.JsonOption = False,
 ) -> None:
-    """Make the model that generate loads from a checkpoint of a run.
+    """Turn a checkpoint of a run into the model that generate loads.
 
     Example: cosmos promote nemo_assets --step 2000
     """
     r = options.open_recipe(recipe, set_, print_recipe, json_, trains=False).recipe
     if format_ not in paths.MODEL_FORMATS:
         raise UserError(
-            f"{format_!r} is none of {', '.join(paths.MODEL_FORMATS)}",
+            f"{format_!r} is not one of {', '.join(paths.MODEL_FORMATS)}",
             code=ExitCode.USAGE,
             where="--format",
         )
@@ -95,15 +95,15 @@ def promote(
 
 
 def check_name(name: str) -> None:
-    """Refuse a --name that cannot be part of a folder's name, or that --model knows otherwise.
+    """Refuse a --name that cannot be part of a folder's name, or that --model reserves.
 
     Raises:
-        UserError: it is such a name.
+        UserError: the name is refused.
     """
     from cosmos_cli.recipe.keys import NAME, PATTERNS
 
     if name in ("base", "promoted"):
-        what = f"--model {name} has a meaning of its own"
+        what = f"{name!r} is reserved: --model {name} means something else"
     elif not re.fullmatch(NAME, name) or len(os.fsencode(name)) > LONGEST_NAME:
         what = f"{name[:LONGEST_NAME]!r} is not {PATTERNS[NAME]}, {LONGEST_NAME} bytes at most"
     else:
@@ -113,7 +113,7 @@ def check_name(name: str) -> None:
 
 
 def _generate_command(r: Recipe, target: Path, name: str | None) -> list[str]:
-    """A prompt like those of the training, and --model where generate would not look by itself."""
+    """Return a generate command with a prompt of the training, and --model where needed."""
     manifest = paths.Dataset.at(r.dataset_dir, r.videos_dir).manifest
     captions = [
         video["caption"]
@@ -127,19 +127,19 @@ def _generate_command(r: Recipe, target: Path, name: str | None) -> list[str]:
 
 
 def require_own(target: Path, run: Run, yes: bool, aside: str) -> None:
-    """Refuse to replace without --yes what is not a model of this run.
+    """Refuse to replace files other than a model of this run, unless --yes is given.
 
     Args:
-        target: the folder that is to be replaced.
-        run: the run that is promoted.
-        yes: replace it in any case.
+        target: the folder to replace.
+        run: the promoted run.
+        yes: replace the folder in any case.
         aside: the command that keeps both models.
 
     Raises:
         UserError: the folder holds something else.
     """
     with files.disk_errors(target):
-        # An empty folder, or one with hidden files alone, holds nobody's work.
+        # A folder that is empty or has only hidden files may be replaced.
         there = any(target.glob("[!.]*")) if target.is_dir() else target.exists()
     if yes or not there:
         return
@@ -154,7 +154,7 @@ def require_own(target: Path, run: Run, yes: bool, aside: str) -> None:
 
 
 def choose_step(run: Run, step: str, weights: str) -> int:
-    """The saved step that `step` names.
+    """Return the saved step that `step` names.
 
     Raises:
         UserError: the run has no such step.
@@ -180,7 +180,7 @@ def choose_step(run: Run, step: str, weights: str) -> int:
                 "no saved step was measured on held-out clips",
                 code=ExitCode.ASSET,
                 where=str(run.metrics.absolute()),
-                fix="choose a step; a run measures when prep had a holdout_share",
+                fix="choose another --step; a run measures only if its dataset has a holdout_share",
             )
         return best
     if not step.isdecimal():
@@ -192,6 +192,6 @@ def choose_step(run: Run, step: str, weights: str) -> int:
             f"step {step} is not saved",
             code=ExitCode.ASSET,
             where=str(run.checkpoints.absolute()),
-            fix=f"saved are {', '.join(map(str, saved))}",
+            fix=f"choose a saved step: {', '.join(map(str, saved))}",
         )
     return int(step)

@@ -25,7 +25,7 @@ NameArgument = Annotated[
     str,
     typer.Argument(
         metavar="NAME",
-        help="A shipped recipe, see `cosmos recipes list`.",
+        help="A shipped recipe; `cosmos recipes list` shows them.",
         autocompletion=options.shipped_names,
     ),
 ]
@@ -54,7 +54,7 @@ def _title(path: Path) -> str:
 
 @app.command()
 def show(name: NameArgument, json_: options.JsonOption = False) -> None:
-    """Print a recipe as it is written, with its comments.
+    """Print a recipe file, with its comments.
 
     Example: cosmos recipes show nemo_assets
     """
@@ -70,12 +70,12 @@ def show(name: NameArgument, json_: options.JsonOption = False) -> None:
 def copy(
     name: NameArgument,
     destination: Annotated[
-        Path | None, typer.Argument(metavar="DEST", help="File or folder; NAME.yaml by default.")
+        Path | None, typer.Argument(metavar="DEST", help="File or folder. Default: NAME.yaml.")
     ] = None,
     yes: options.YesOption = False,
     json_: options.JsonOption = False,
 ) -> None:
-    """Copy a shipped recipe, to change it.
+    """Copy a shipped recipe to a file that you can edit.
 
     Example: cosmos recipes copy my_videos robot.yaml
     """
@@ -107,7 +107,7 @@ def _check_free(target: Path, yes: bool) -> None:
 def check(
     name: options.RecipeArgument, set_: options.SetOption = None, json_: options.JsonOption = False
 ) -> None:
-    """Check a recipe: every problem at once, or ok and what is odd.
+    """Check a recipe: print all errors at once, or warnings and ok.
 
     Example: cosmos recipes check my_videos.yaml --set max_steps=400
     """
@@ -143,7 +143,7 @@ def keys(json_: options.JsonOption = False) -> None:
 @app.command()
 def schema(
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Write it to this file instead.")
+        Path | None, typer.Option("--output", "-o", help="Write the schema to this file instead.")
     ] = None,
     yes: options.YesOption = False,
     json_: options.JsonOption = False,
@@ -166,12 +166,12 @@ def schema(
 
 @app.command()
 def new(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="The recipe is NAME.yaml.")],
-    videos: Annotated[Path, typer.Option("--videos", help="The folder that holds the videos.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Writes NAME.yaml.")],
+    videos: Annotated[Path, typer.Option("--videos", help="The folder with the videos.")],
     yes: options.YesOption = False,
     json_: options.JsonOption = False,
 ) -> None:
-    """Write a recipe for a folder of videos, with the reason of every choice.
+    """Write a recipe for a folder of videos, with the reason for every choice.
 
     Example: cosmos recipes new robot --videos ~/robot_videos
     """
@@ -209,7 +209,7 @@ def new(
 
 
 def _probe(dataset: paths.Dataset) -> tuple[dict[Path, VideoInfo], list[str]]:
-    """What is known of every usable video, and a line on every other."""
+    """Return the properties of every usable video, and an error line for every other video."""
     listed = dataset.video_files()
     from cosmos_cli.model import video
 
@@ -229,13 +229,13 @@ def _probe(dataset: paths.Dataset) -> tuple[dict[Path, VideoInfo], list[str]]:
             where=str(dataset.videos),
             fix=f"a LeRobot dataset needs a recipe by hand: set videos_dir to {dataset.videos}"
             if lerobot.is_lerobot(dataset.videos)
-            else "name a folder of mp4 files; those in folders below it are not taken",
+            else "name a folder of mp4 files; its subfolders are not read",
         )
     return usable, bad
 
 
 def _captioned(dataset: paths.Dataset, videos: list[Path]) -> int:
-    """The number of videos that have a caption."""
+    """Return the number of videos that have a caption."""
     names = [path.name for path in videos]
     texts = captions.files_in(dataset.metas, captions.SUFFIX)
     beside = captions.files_in(dataset.videos, *captions.BESIDE_SUFFIXES)

@@ -1,4 +1,4 @@
-"""`cosmos train`: checks, then DeepSpeed over all ranks; the same command resumes."""
+"""`cosmos train`: check everything, then train on all ranks; the same command resumes."""
 
 from __future__ import annotations
 
@@ -26,23 +26,25 @@ def train(
     print_recipe: options.PrintRecipeOption = False,
     dry_run: options.DryRunOption = False,
     status_: Annotated[
-        bool, typer.Option("--status", help="Say where the run stands, and do nothing.")
+        bool, typer.Option("--status", help="Show the state of the run; do not train.")
     ] = False,
     plan: Annotated[
-        bool, typer.Option("--plan", help="Say what memory, time and disk it takes; do nothing.")
+        bool, typer.Option("--plan", help="Estimate memory, time and disk; do not train.")
     ] = False,
     gpus: Annotated[
-        str | None, typer.Option(metavar="8xH100-80GB", help="Plan for GPUs that are not here.")
+        str | None,
+        typer.Option(metavar="8xH100-80GB", help="Plan for other GPUs than this machine's."),
     ] = None,
     overwrite: Annotated[
         bool,
         typer.Option(
-            "--overwrite", help="Delete what an earlier run of this name saved and cannot resume."
+            "--overwrite",
+            help="Delete weights of an earlier run of this name that cannot be resumed.",
         ),
     ] = False,
     json_: options.JsonOption = False,
 ) -> None:
-    """Post-train on the prepared dataset, on all GPUs; the same command resumes.
+    """Post-train on the prepared dataset with all GPUs; the same command resumes.
 
     Example: cosmos train nemo_assets --set max_steps=400
     """
@@ -89,7 +91,7 @@ def train(
     )
     following = "promote"
     if finished:
-        console.say(f"nothing to do: step {start} is saved; raise max_steps to go on")
+        console.say(f"nothing to do: step {start} is saved; raise max_steps to continue")
         figures |= {"step": start, "best_step": status.best_step(run)}
     elif dry_run:
         following = "train"
@@ -108,7 +110,7 @@ def train(
 
 
 def _warn_of_overwriting(r: Recipe, run: Run, command: Callable[[str, str], str]) -> None:
-    """Say in a plan what would keep the run from starting."""
+    """Warn in a plan if an earlier run's weights would keep the run from starting."""
     try:
         preflight.check_overwrite(r, run, run.last_step, command)
     except UserError as error:
@@ -116,7 +118,7 @@ def _warn_of_overwriting(r: Recipe, run: Run, command: Callable[[str, str], str]
 
 
 def _deleted_by_overwriting(run: Run, start: int) -> list[Path]:
-    """Return the weights that --overwrite deletes, and say so."""
+    """Return and report the weight files that --overwrite deletes."""
     if start:
         console.say(f"--overwrite: the run resumes at step {start}, nothing up to it is deleted")
     written = [path for written in run.weight_files(start).values() for path in written]

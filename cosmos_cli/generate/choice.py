@@ -1,4 +1,4 @@
-"""Choose the recipe and the weights of generate and evaluate, and say which. No torch."""
+"""Choose and report the recipe and the weights for generate and evaluate. No torch."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from cosmos_cli.spec import COSMOS_7B, MODELS, TINY, ModelSpec
 if TYPE_CHECKING:
     from cosmos_cli.recipe.keys import Recipe
 
-# The shipped recipe with the sizes that a model was made for, for weights without a recipe.yaml.
+# The shipped recipe with the native video size of a model, for weights without a recipe.yaml.
 _OWN_SIZES = {TINY.name: "tiny", COSMOS_7B.name: "my_videos"}
 _NAMES_SHOWN = 5
 
 
 @dataclass(frozen=True)
 class Choice:
-    """A recipe, overrides below the user's own, and a folder or file of weights.
+    """A recipe, overrides that the user's own replace, and a folder or file of weights.
 
-    None instead of weights means the recipe's base.
+    Weights of None stand for the recipe's base model.
     """
 
     recipe: str
@@ -39,12 +39,12 @@ class Choice:
 
 
 def choose_model(recipe: str | None, model: str | None, overrides: list[str]) -> Choice:
-    """Return what the recipe and --model choose; what was not asked for by name is said aloud.
+    """Return the choice that the recipe and --model make; report what the user did not name.
 
-    Without either: the model promoted last, else the downloaded base, else the embedded tiny model.
+    Without either, use the model promoted last, else the downloaded base, else the tiny model.
 
     Raises:
-        UserError: --model names nothing that exists, or a promoted model cannot be looked at.
+        UserError: --model names nothing that exists, or a promoted model cannot be read.
     """
     if model not in (None, "promoted", "base"):
         return _by_name(recipe, model, overrides)
@@ -76,7 +76,7 @@ def _newest(model: str | None, overrides: list[str]) -> Choice:
     spec = MODELS.get(_typed(overrides, "model") or "")
     if models := promoted.found(checkpoints_dir, spec):
         folder = models[0].folder
-        choice = _beside(folder)
+        choice = _with_own_recipe(folder)
         if model == "base":
             return Choice(choice.recipe, None, choice.overrides)
         _say_promoted(models[0], models, choice.recipe)
@@ -91,13 +91,13 @@ def _newest(model: str | None, overrides: list[str]) -> Choice:
             return _of_spec(base, None)
     console.say(
         f"nothing was promoted and no base model downloaded in {where}: using the embedded tiny "
-        "model, whose videos are small; a RECIPE or --model chooses another"
+        "model, whose videos are small; name a RECIPE or a --model to use another"
     )
     return Choice("tiny")
 
 
 def _typed(overrides: list[str], key: str) -> str | None:
-    """Return the text that --set gives a key; what is wrong with it is found with the recipe."""
+    """Return the text that --set gives a key. Errors in it are reported with the recipe's."""
     with contextlib.suppress(UserError):
         values = dict(strict_yaml.parse_override(override) for override in overrides)
         value = values[key].value if key in values else None
@@ -119,7 +119,7 @@ def _by_name(recipe: str | None, model: str, overrides: list[str]) -> Choice:
     folders = promoted.named(model, checkpoints_dir, spec)
     if promoted.is_promoted(path):
         exchange.restore(path)
-    if model and os.path.exists(path):  # noqa: PTH110 - a path that cannot be reached is none
+    if model and os.path.exists(path):  # noqa: PTH110 - False, not an error, if unreachable
         if others := [folder for folder in folders if folder != path]:
             console.say(f"--model {model} is the path {path}, not the model {others[0]}")
     elif len(folders) == 1:
@@ -129,11 +129,11 @@ def _by_name(recipe: str | None, model: str, overrides: list[str]) -> Choice:
         raise _no_model(model, f"is the name of {len(folders)} models", f"give one of {names}")
     else:
         raise _unknown_name(model, checkpoints_dir)
-    # The weights of a diffusers model are a folder inside the model's.
+    # A diffusers model keeps its weights in a subfolder.
     inside = path.name in paths.MODEL_FORMATS.values() or not path.is_dir()
     folder = path.parent if inside else path
     if recipe is None:
-        choice = _beside(folder)
+        choice = _with_own_recipe(folder)
         recipe, own = choice.recipe, choice.overrides
     else:
         own = ()
@@ -157,21 +157,24 @@ def _no_model(model: str, what: str, fix: str) -> UserError:
 
 
 def _none_promoted() -> UserError:
-    return _no_model("promoted", "nothing was promoted yet", "run cosmos promote, or take the base")
+    return _no_model(
+        "promoted", "nothing was promoted yet", "run cosmos promote, or add `--model base`"
+    )
 
 
 # --- the recipe of a folder -----------------------------------------------------------------------
 
 
-def _beside(folder: Path) -> Choice:
-    """Return a folder with its recipe.yaml, else with the shipped recipe that its name asks for."""
+def _with_own_recipe(folder: Path) -> Choice:
+    """Return a folder with its recipe.yaml, else with the shipped recipe for its model."""
     own = folder / "recipe.yaml"
     if own.is_file():
         return Choice(str(own), folder)
     if spec := promoted.model_of(folder):
         return _of_spec(spec, folder)
     console.say(
-        f"{folder} has no recipe.yaml: the sizes are those of the recipe tiny; name another"
+        f"{folder} has no recipe.yaml: the sizes are those of the recipe tiny; "
+        "name a RECIPE to use others"
     )
     return Choice("tiny", folder)
 
@@ -196,7 +199,7 @@ def _say_promoted(chosen: Promoted, models: list[Promoted], recipe: str) -> None
 
 
 def _say_unverified(folder: Path, recipe: str) -> None:
-    """Say in one line what a folder lacks that promote would have written."""
+    """Warn, in one line, about files of promote that a folder lacks."""
     manifest = folder / paths.MANIFEST_FILE
     lacks = []
     if promoted.manifest_of(folder) is None:
@@ -213,7 +216,7 @@ def _folder(checkpoints_dir: str) -> Path:
 
 
 def read_weights(r: Recipe, folder: Path | None) -> Weights:
-    """The weights to generate with, hashed; those of a promoted model must be what promote wrote.
+    """Return the weights with their hash; a promoted model must match its manifest.
 
     Raises:
         UserError: they are missing or damaged.
@@ -226,7 +229,8 @@ def read_weights(r: Recipe, folder: Path | None) -> Weights:
             "the weights are missing", code=ExitCode.ASSET, where=str(path),
             fix=f"run cosmos {again}, or choose a --model",
         )  # fmt: skip
-    # Of diffusers' it is a folder, with this file; all of another one would be hashed.
+    # Weights may be a folder only in diffusers' format, which has a config.json. Hashing any other
+    # folder would read all of it.
     if path.is_dir() and not (path / "config.json").is_file():
         raise UserError(
             f"holds no {', '.join(paths.MODEL_FORMATS.values())}", code=ExitCode.ASSET,
@@ -253,9 +257,9 @@ def read_weights(r: Recipe, folder: Path | None) -> Weights:
 
 
 def find_weights(r: Recipe, folder: Path | None) -> Weights:
-    """Return the weights to use: of a promoted LoRA its base and the LoRA, where both are here.
+    """Return the weights to use: for a promoted LoRA, its base and the LoRA if both exist.
 
-    Merged into bf16 weights, a part of a LoRA's change is lost.
+    Merging a LoRA into bf16 weights loses a part of its change.
 
     Raises:
         UserError: they are missing or damaged.
@@ -277,24 +281,25 @@ def find_weights(r: Recipe, folder: Path | None) -> Weights:
     ]
     for base in dict.fromkeys(candidates):
         if base.exists() and files.sha256_path(base) == wanted["sha256"]:
-            console.say(f"using the base {base} with the LoRA {path} beside its weights")
+            console.say(f"using the base {base} with the LoRA {path}, unmerged")
             return Weights(base, wanted["sha256"], (Lora(path, 1.0, sha256),))
     console.say(
         f"using the merged weights, which kept {kept} of the LoRA's change: its base, "
-        f"{wanted['path']} with sha256 {wanted['sha256'][:12]}, is not here"
+        f"{wanted['path']} with sha256 {wanted['sha256'][:12]}, is missing"
     )
     return read_weights(r, folder)
 
 
 def _not_promoted(path: Path, merged: str) -> UserError:
     return UserError(
-        "is missing or not as cosmos promote wrote it", code=ExitCode.ASSET, where=str(path),
+        "is missing or differs from what cosmos promote wrote",
+        code=ExitCode.ASSET, where=str(path),
         fix=f"run cosmos promote again, or use the merged weights with --model {merged}",
     )  # fmt: skip
 
 
 def base_of(r: Recipe, weights: Weights) -> Weights:
-    """Return the base's weights, hashed once where `weights` are those with LoRAs beside them."""
+    """Return the base's weights; reuse their hash if `weights` are the base with LoRAs."""
     base = paths.weights_in(paths.model_files(r.spec, r.checkpoints_dir, r.base).dit)
     return replace(weights, loras=()) if weights.path == base else read_weights(r, None)
 
@@ -303,7 +308,7 @@ def add_loras(weights: Weights, loras: tuple[Lora, ...]) -> Weights:
     """Return the weights with more LoRAs.
 
     Raises:
-        UserError: the weights have one of them already, so it would count twice.
+        UserError: the weights include one of them already, so it would be applied twice.
     """
     places = (weights.path, *(used.path for used in weights.loras))
     manifests = [_manifest(place.parent) for place in places]
@@ -312,42 +317,44 @@ def add_loras(weights: Weights, loras: tuple[Lora, ...]) -> Weights:
     for lora in loras:
         if lora.sha256 in inside:
             raise UserError(
-                "is in the promoted model already and would count twice", code=ExitCode.USAGE,
+                "is in the promoted model already and would be applied twice", code=ExitCode.USAGE,
                 where=f"--lora {lora.path}",
                 fix="leave it out, or choose its strength with --model base --lora FILE:0.8",
             )  # fmt: skip
         if any(lora.path.is_relative_to(run) for run in runs):
-            console.warn(f"{lora.path} is of the run that the promoted LoRA is of: both count")
+            console.warn(
+                f"{lora.path} comes from the same run as the promoted LoRA; both are applied"
+            )
     if len({lora.sha256 for lora in loras}) < len(loras):
-        console.warn("one LoRA is given twice: its strengths add up")
+        console.warn("one LoRA is given twice; its strengths add up")
     return replace(weights, loras=(*weights.loras, *loras))
 
 
 def _manifest(folder: Path) -> dict[str, Any]:
-    """Return what promote wrote about the model in a folder, {} for any other folder."""
+    """Return promote's manifest of a model folder, {} for any other folder."""
     path = folder / paths.MANIFEST_FILE
     content = files.read_json(path) if path.is_file() else {}
     return content if isinstance(content, dict) else {}
 
 
 def read_lora(text: str) -> Lora:
-    """The LoRA that PATH or PATH:STRENGTH names; a folder is one of peft or diffusers.
+    """Return the LoRA that PATH or PATH:STRENGTH names; PATH may be a folder of peft or diffusers.
 
     Raises:
-        UserError: there is no such file.
+        UserError: the file does not exist, or the strength is not finite.
     """
     name, _, strength = text.rpartition(":")
     try:
         path, share = Path(name).absolute(), float(strength)
     except ValueError:
         path, share = Path(text).absolute(), 1.0
-    fix = "give a LoRA file or its folder, and maybe its strength, as in --lora FILE:0.8"
+    fix = "give a LoRA file or its folder, with a strength if not 1: `--lora FILE:0.8`"
     if os.path.isdir(path):  # noqa: PTH112 - as below
         path = _lora_in(path, fix)
-    if not os.path.exists(path):  # noqa: PTH110 - a path that cannot be reached is none
+    if not os.path.exists(path):  # noqa: PTH110 - False, not an error, if unreachable
         raise UserError("does not exist", code=ExitCode.ASSET, where=str(path), fix=fix)
     if not math.isfinite(share):
-        raise UserError(f"{share} is no strength", code=ExitCode.USAGE, where=text, fix=fix)
+        raise UserError(f"{share} is not a strength", code=ExitCode.USAGE, where=text, fix=fix)
     files.check_weights(path)
     config = path.with_name(paths.ADAPTER_CONFIG_FILE)
     about = files.sha256_file(config) if config.is_file() else ""
@@ -358,7 +365,7 @@ def _lora_in(folder: Path, fix: str) -> Path:
     """Return the one LoRA file of a folder.
 
     Raises:
-        UserError: it has none, or several.
+        UserError: it holds no LoRA file, or several.
     """
     known = [folder / name for name in paths.ADAPTER_FILES if (folder / name).is_file()]
     found = known or sorted(folder.glob("*.safetensors"))
@@ -367,6 +374,6 @@ def _lora_in(folder: Path, fix: str) -> Path:
         what = f"holds several LoRA files: {names}" if found else "holds no LoRA file"
         expected = " or ".join(paths.ADAPTER_FILES[:2])
         raise UserError(
-            f"{what} (expected is {expected})", code=ExitCode.ASSET, where=str(folder), fix=fix
+            f"{what} (expected {expected})", code=ExitCode.ASSET, where=str(folder), fix=fix
         )
     return found[0]

@@ -1,4 +1,4 @@
-"""What to generate: from files and standard input to jobs, and which are made. No torch."""
+"""Read prompts from options, files and standard input, and plan a job for each. No torch."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ from cosmos_cli.errors import ExitCode, UserError
 if TYPE_CHECKING:
     from cosmos_cli.recipe.keys import Recipe
 
-# What a line of a batch may say of its video, and the recipe's key for it.
+# The keys that a line of a batch may have, and the recipe keys that they set.
 LINE_KEYS = {
     "seed": "sampling_seed",
     "negative_prompt": "negative_prompt",
     "num_steps": "num_steps",
     "guidance": "guidance",
 }
-# With the prompt and the weights, all that a video depends on.
+# The recipe keys that a video depends on. The rest is its prompt and its weights.
 SETTINGS = (
     "model", "num_frames", "height", "width", "fps", "sampler", "num_steps", "guidance",
     "negative_prompt", "sampling_seed", "video_crf", "upsampler", "upsampler_word_limit",
     "guardrails",
 )  # fmt: skip
-# The text encoder reads some 2,500; a prompt far beyond is a file given by mistake.
+# The text encoder reads about 2,500 characters. A far longer prompt is a file given by mistake.
 MAX_CHARACTERS = 20_000
 
 
 @dataclass(frozen=True)
 class Lora:
-    """A LoRA file, how much of it is applied, and its identity.
+    """A LoRA file, the strength it is applied with, and its hash.
 
-    `config_sha256` is that of the adapter_config.json beside the file, which has its scale.
+    `config_sha256` is the hash of the adapter_config.json next to the file, which holds its scale.
     """
 
     path: Path
@@ -47,7 +47,7 @@ class Lora:
 
 @dataclass(frozen=True)
 class Weights:
-    """A denoiser's weights and the LoRAs that are applied beside them."""
+    """A denoiser's weights and the LoRAs that are applied to them without merging."""
 
     path: Path
     sha256: str
@@ -55,7 +55,7 @@ class Weights:
 
     @property
     def identity(self) -> str:
-        """The sha256 of the weights, with that of every LoRA and its strength."""
+        """Return the sha256 of the weights, combined with the hash and strength of every LoRA."""
         if not self.loras:
             return self.sha256
         applied = (
@@ -66,7 +66,7 @@ class Weights:
 
 @dataclass(frozen=True)
 class Wish:
-    """A prompt, what it says of its own sampling keys, and where it stands."""
+    """One requested video: its prompt, its changes to sampling keys, and where it was read."""
 
     prompt: str
     changes: Mapping[str, Any] = field(default_factory=dict)
@@ -75,7 +75,7 @@ class Wish:
 
 @dataclass(frozen=True)
 class Job:
-    """One video to make; `r` has the sampling keys of this very video."""
+    """One video to generate; `r` includes the changes that its own line makes."""
 
     prompt: str
     r: Recipe
@@ -84,12 +84,12 @@ class Job:
 
     @property
     def key(self) -> str:
-        """Equal for jobs that give the same video."""
+        """Return a hash that is equal for jobs that produce the same video."""
         return _key(self.prompt, self.r, self.weights)
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """What a finished job leaves, in the order of writing."""
+        """Return the paths of a finished job, in the order of writing."""
         return tuple(self.path.with_suffix(suffix) for suffix in (".json", ".txt", ".jpg", ".mp4"))
 
 
@@ -99,14 +99,14 @@ def _key(prompt: str, r: Recipe, weights: Weights) -> str:
 
 
 def to_json(job: Job) -> dict[str, Any]:
-    """The job for another process."""
+    """Return the job as JSON, for another process."""
     value = {"prompt": job.prompt, "r": job.r.model_dump(mode="json"), "path": str(job.path)}
     weights = asdict(job.weights)
     return {**value, "weights": json.loads(json.dumps(weights, default=str))}
 
 
 def from_json(value: dict[str, Any]) -> Job:
-    """The job that `to_json` wrote."""
+    """Return the job that `to_json` wrote."""
     from cosmos_cli.recipe.keys import Recipe
 
     weights = value["weights"]
@@ -119,28 +119,28 @@ def from_json(value: dict[str, Any]) -> Job:
     )
 
 
-# --- from text to wishes --------------------------------------------------------------------------
+# --- from text to requests ------------------------------------------------------------------------
 
 
 def read_batch(path: Path) -> list[Wish | UserError]:
-    """The wish of each line of a JSONL file, or what is wrong with it; blank lines are skipped.
+    """Return the request of each line of a JSONL file, or its error; blank lines are skipped.
 
     Raises:
-        UserError: the file is missing, or holds nothing.
+        UserError: the file is missing, or holds no prompts.
     """
     lines = files.read_text(path, files.BATCH).split("\n")
-    wishes = [
+    requests = [
         _from_object(line, f"{path}:{number}")
         for number, line in enumerate(lines, start=1)
         if line.strip()
     ]
-    if not wishes:
+    if not requests:
         raise UserError("holds no prompts", code=ExitCode.USAGE, where=str(path))
-    return wishes
+    return requests
 
 
 def read_lines(lines: Iterable[str]) -> Iterator[Wish | UserError]:
-    """The wish of each line as it arrives, or what is wrong with it; blank lines are skipped."""
+    """Yield the request of each line as it arrives, or its error; blank lines are skipped."""
     for number, line in enumerate(lines, start=1):
         where = f"standard input:{number}"
         if not line.strip():
@@ -152,14 +152,14 @@ def read_lines(lines: Iterable[str]) -> Iterator[Wish | UserError]:
 
 
 def _from_object(line: str, where: str) -> Wish | UserError:
-    """The wish of a line like {"prompt": "...", "seed": 1}, or what is wrong with it."""
+    """Return the request of a line like {"prompt": "...", "seed": 1}, or its error."""
     try:
         entry = json.loads(line)
     except (ValueError, RecursionError):
         entry = None
     if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str):
         return UserError(
-            'is no object like {"prompt": "...", "seed": 1}', code=ExitCode.USAGE, where=where
+            'is not an object like {"prompt": "...", "seed": 1}', code=ExitCode.USAGE, where=where
         )
     changes = {key: value for key, value in entry.items() if key != "prompt"}
     if unknown := sorted(changes.keys() - LINE_KEYS.keys()):
@@ -170,12 +170,12 @@ def _from_object(line: str, where: str) -> Wish | UserError:
     return Wish(entry["prompt"], {LINE_KEYS[key]: value for key, value in changes.items()}, where)
 
 
-# --- from wishes to jobs --------------------------------------------------------------------------
+# --- from requests to jobs ------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a wish: a job that is done or still to do, or an error."""
+    """The state of a request: a job, done or still to do, or an error."""
 
     prompt: str
     job: Job | None = None
@@ -183,7 +183,7 @@ class Outcome:
     done: bool = False
 
     def record(self) -> dict[str, Any]:
-        """The outcome for scripts."""
+        """Return the outcome as a JSON object for scripts."""
         code = self.error.code if self.error else ExitCode.OK
         about = {"status": "error" if code else "ok", "exit_code": int(code), "prompt": self.prompt}
         if self.job:
@@ -193,87 +193,90 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Order:
-    """What the videos of one command have in common; `output` is an .mp4 file or a folder."""
+    """The settings that the videos of one command share; `output` is an .mp4 file or a folder."""
 
     r: Recipe
     weights: Weights
     output: Path
     overwrite: bool
 
-    def place(self, wish: Wish | UserError) -> Outcome:
-        """The wish's job, done when its video is there already, or what is wrong with it."""
-        if isinstance(wish, UserError):
-            return Outcome("", error=wish)
+    def place(self, request: Wish | UserError) -> Outcome:
+        """Return the job of a request, done if its video exists already, or its error."""
+        if isinstance(request, UserError):
+            return Outcome("", error=request)
         try:
-            job = self._job(wish)
+            job = self._job(request)
             with files.disk_errors(job.path):
                 done = not self.overwrite and is_made(job)
         except UserError as error:
-            return Outcome(wish.prompt, error=error)
+            return Outcome(request.prompt, error=error)
         if done:
-            console.say(f"made before, and not again: {job.path}")
-        return Outcome(wish.prompt, job, done=done)
+            console.say(f"generated before, not again: {job.path}")
+        return Outcome(request.prompt, job, done=done)
 
-    def _job(self, wish: Wish) -> Job:
-        """The job of a wish.
+    def _job(self, request: Wish) -> Job:
+        """Return the job of a request.
 
         Raises:
-            UserError: the prompt is empty, no text or too long, or a value is out of its range.
+            UserError: the prompt is empty, not UTF-8 or too long, or a value is out of range.
         """
-        _check_prompt(wish)
-        r = _with_changes(wish, self.r)
+        _check_prompt(request)
+        r = _with_changes(request, self.r)
         path = self.output.absolute()
         if path.suffix.lower() != ".mp4":
-            stem = file_stem(wish.prompt, _key(wish.prompt, r, self.weights), r.sampling_seed)
+            stem = file_stem(request.prompt, _key(request.prompt, r, self.weights), r.sampling_seed)
             path /= f"{stem}.mp4"
-        return Job(wish.prompt, r, self.weights, path.with_suffix(".mp4"))
+        return Job(request.prompt, r, self.weights, path.with_suffix(".mp4"))
 
 
-def _check_prompt(wish: Wish) -> None:
+def _check_prompt(request: Wish) -> None:
     def bad(what: str, fix: str) -> UserError:
-        return UserError(what, code=ExitCode.USAGE, where=wish.where, fix=fix)
+        return UserError(what, code=ExitCode.USAGE, where=request.where, fix=fix)
 
     try:
-        (wish.prompt + str(wish.changes.get("negative_prompt"))).encode()
+        (request.prompt + str(request.changes.get("negative_prompt"))).encode()
     except UnicodeEncodeError as error:
-        raise bad("is no text", "write it as UTF-8") from error
-    if not wish.prompt.strip():
-        raise bad("the prompt is empty", "say what to show")
-    if len(wish.prompt) > MAX_CHARACTERS:
-        what = f"the prompt has {len(wish.prompt):,} characters"
-        raise bad(what, f"say it in {MAX_CHARACTERS:,}; the model reads far fewer")
+        raise bad("is not text", "write it as UTF-8") from error
+    if not request.prompt.strip():
+        raise bad("the prompt is empty", "describe the video")
+    if len(request.prompt) > MAX_CHARACTERS:
+        what = f"the prompt has {len(request.prompt):,} characters"
+        raise bad(what, f"shorten it to at most {MAX_CHARACTERS:,}; the model reads far fewer")
 
 
-def _with_changes(wish: Wish, r: Recipe) -> Recipe:
+def _with_changes(request: Wish, r: Recipe) -> Recipe:
     from pydantic import ValidationError
 
     from cosmos_cli.recipe.keys import Recipe
 
-    if not wish.changes:
+    if not request.changes:
         return r
     try:
-        return Recipe.model_validate({**r.model_dump(), **wish.changes})
+        return Recipe.model_validate({**r.model_dump(), **request.changes})
     except ValidationError as error:
         first = error.errors()[0]
         key = next(k for k, name in LINE_KEYS.items() if name == first["loc"][0])
         what = f"{key} is {first['input']!r}: {first['msg']}"
-        raise UserError(what, code=ExitCode.USAGE, where=wish.where) from error
+        raise UserError(what, code=ExitCode.USAGE, where=request.where) from error
 
 
 def file_stem(prompt: str, key: str, seed: int) -> str:
-    """A readable file name, and six digits of the key that tell apart what differs elsewhere."""
+    """Return a readable file name.
+
+    Six digits of the key tell apart videos that differ in other settings than prompt and seed.
+    """
     slug = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:48].strip("-")
     return "-".join(filter(None, [slug, key[:6], f"seed{seed}"]))
 
 
-# --- what is there already ------------------------------------------------------------------------
+# --- finished videos ------------------------------------------------------------------------------
 
 
 def is_made(wanted: Job) -> bool:
-    """Whether the job's video is there and whole.
+    """True if the job's video exists and is complete.
 
     Raises:
-        UserError: other files lie where the job's would go.
+        UserError: files of another video or program have the same names.
     """
     sidecar = wanted.files[0]
     about = _sidecar(sidecar)
@@ -281,7 +284,9 @@ def is_made(wanted: Job) -> bool:
         path = wanted.path
         return path.is_file() and files.sha256_file(path) == about["mp4_sha256"]
     if taken := next((path for path in wanted.files if path.exists()), None):
-        what = "belongs to another video" if "key" in about else "is there and not from here"
+        what = (
+            "belongs to another video" if "key" in about else "was not written by cosmos generate"
+        )
         raise UserError(
             what, code=ExitCode.USAGE, where=str(taken),
             fix="choose another --output, or replace it with --overwrite",
@@ -290,7 +295,7 @@ def is_made(wanted: Job) -> bool:
 
 
 def _sidecar(path: Path) -> dict[str, Any]:
-    """What an earlier run wrote beside its video; empty when this is no such file."""
+    """Return the sidecar of an earlier run, or {} if there is no valid one."""
     try:
         about = files.read_json(path)
     except UserError:

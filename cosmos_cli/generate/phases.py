@@ -1,4 +1,7 @@
-"""Prompt -> video: networks in turn, each loaded once for all prompts, or all kept in memory."""
+"""Turn prompts into videos.
+
+The networks are loaded one after another, each once for all prompts, or all are kept in memory.
+"""
 
 from __future__ import annotations
 
@@ -34,17 +37,17 @@ from cosmos_cli.model.sequence import SequenceGroup
 from cosmos_cli.prep import latent_files
 from cosmos_cli.recipe.keys import Recipe
 
-# Values of the tokens in all blocks and passes of a video for which a compiled block saves the 10 s
-# that compiling takes: at 121 frames of 704x1280 the 7B has 6.5e9 a pass and saves 0.34 s.
+# Passes x blocks x tokens x width of a video from which compiling pays. Compiling takes 10 s. At
+# 121 frames of 704x1280 the 7B has 6.5e9 values per pass, and compiled blocks save 0.34 s of it.
 WORTH_COMPILING = 2e11
-# What a pass of the denoiser takes beside its weights, in activations of all tokens: measured were
-# 14.2, and 10.3 with compiled blocks, and one more is what two passes share.
+# Peak memory of a pass of the denoiser without its weights, in units of one activation of all
+# tokens. Measured: 14.2, and 10.3 with compiled blocks. The two passes of guidance share one more.
 PASS_ACTIVATIONS = 16
 
 
 @dataclass(frozen=True)
 class Conditioning:
-    """The words that were encoded, and embeddings (M, D) of them and of what to steer away from."""
+    """The encoded prompt, its embedding (M, D) and the embedding of the negative prompt."""
 
     prompt: str
     cond: Tensor
@@ -53,9 +56,10 @@ class Conditioning:
 
 @dataclass(frozen=True)
 class Pair:
-    """Two processes that make one video: 0 follows the prompt, and writes; 1 what to avoid.
+    """This rank's part in classifier-free guidance that two ranks run together for one video.
 
-    Each of the two may be several that share the tokens, the first of which then writes.
+    Index 0 runs the conditional pass, index 1 the unconditional pass. Each pass may be run by a
+    sequence-parallel group; the first rank of the conditional one writes the video.
     """
 
     index: int
@@ -64,11 +68,11 @@ class Pair:
 
     @property
     def writes(self) -> bool:
-        """Whether this process decodes and writes the video."""
+        """True if this rank decodes and writes the video."""
         return self.index == self.sequence.index == 0
 
     def both(self, own: Tensor) -> list[Tensor]:
-        """The estimates of both processes."""
+        """Return the conditional and the unconditional output, gathered from both ranks."""
         estimates = [torch.empty_like(own) for _ in range(2)]
         dist.all_gather(estimates, own.contiguous(), group=self.group)
         return estimates
@@ -77,10 +81,10 @@ class Pair:
 def generate(
     jobs: list[Job], device: str, pair: Pair | None = None
 ) -> Iterator[tuple[Job, UserError | None]]:
-    """Makes the jobs, phase by phase; yields each one when its files are there, or why not.
+    """Generate the jobs phase by phase; yield each when its files are written, or with its error.
 
-    What one job's words or files do wrong does not end the others. The jobs share a model and its
-    sizes; those with the same weights stand together.
+    An error of one job does not stop the others. All jobs must share a model and its sizes, and
+    jobs with the same weights must be adjacent.
     """
     if jobs[0].r.memory == "together":
         yield from _with_all_in_memory(jobs, device, pair)
@@ -111,28 +115,31 @@ def _with_all_in_memory(
 
 
 def one_by_one(r: Recipe, weights_: Weights, device: str) -> Callable[[Job], UserError | None]:
-    """What makes the jobs of these weights as they come, and returns what kept it from that."""
+    """Return a function that generates one job and returns its error, or None."""
     if keeps_all(r, device):
         return Resident(r, weights_, device).make
     return lambda job: dict(generate([job], device))[job]
 
 
 def keeps_all(r: Recipe, device: str) -> bool:
-    """Whether all networks stay in memory between prompts: if the recipe says so, or they fit.
+    """True if all networks stay in memory between prompts.
 
-    A batch loads each network once either way.
+    `memory: auto` keeps them on a CPU, and on a GPU if they fit. A batch loads each network once
+    either way.
     """
     if r.memory != "auto" or device == "cpu":
         return r.memory != "in_turn"
     needed, (free, _) = bytes_together(r), torch.cuda.mem_get_info()
-    console.say(f"together they need {console.size(needed)}; free are {console.size(free)}")
+    console.say(
+        f"all networks need {console.size(needed)} of GPU memory, {console.size(free)} are free"
+    )
     return needed < free
 
 
 def bytes_together(r: Recipe) -> int:
-    """About the GPU memory of all networks at once, and of a pass of the denoiser.
+    """Estimate the GPU memory of all networks at once and of a pass of the denoiser, in bytes.
 
-    The denoiser in bf16, the others as their files.
+    The denoiser counts in bf16, the other networks by the size of their files.
     """
     root = Path(r.checkpoints_dir)
     folders = [paths.model_files(r.spec, r.checkpoints_dir).text_encoder]
@@ -152,7 +159,7 @@ def bytes_together(r: Recipe) -> int:
 
 
 def _phases(r: Recipe) -> list[str]:
-    """What takes memory, in the order of its turns."""
+    """Return the names of the networks in the order in which they are loaded."""
     guarded = guardrail.has_all(r)
     return [
         *(["prompt upsampler"] if r.upsampler != "off" else []),
@@ -164,7 +171,7 @@ def _phases(r: Recipe) -> list[str]:
 
 @contextmanager
 def phase(name: str, device: str) -> Iterator[None]:
-    """Says how long something took and how much GPU memory it needed at most."""
+    """Report how long the enclosed code took, and its peak GPU memory."""
     began = time.monotonic()
     if device != "cpu":
         torch.cuda.empty_cache()
@@ -175,17 +182,17 @@ def phase(name: str, device: str) -> Iterator[None]:
 
 
 def number_format(device: str) -> torch.dtype:
-    """That of weights and activations."""
+    """Return the dtype of weights and activations: float32 on a CPU, bfloat16 on a GPU."""
     return torch.float32 if device == "cpu" else torch.bfloat16
 
 
 class TextModels:
-    """What turns a prompt into a conditioning; each model is loaded when first needed.
+    """Turns prompts into conditionings; each model is loaded when it is first needed.
 
     Args:
         r: the recipe that the jobs share.
         device: cpu or cuda.
-        in_turn: forget the upsampler and Aegis before what comes next is loaded.
+        in_turn: free the upsampler and Aegis before the next model is loaded.
     """
 
     def __init__(self, r: Recipe, device: str, *, in_turn: bool) -> None:
@@ -201,24 +208,21 @@ class TextModels:
 
     @cached_property
     def upsampler(self) -> Upsampler:
-        """The recipe's language model."""
-        with gpu_memory_errors("set upsampler: off, or choose a smaller one"):
+        with gpu_memory_errors("add `--set upsampler=off`, or choose a smaller upsampler"):
             return Upsampler(Path(self.r.upsampler), self.device, number_format(self.device))
 
     @cached_property
     def aegis(self) -> Aegis | None:
-        """The language model among the guards."""
         with gpu_memory_errors("free 14 GB of GPU memory for the guard Aegis"):
             return guardrail.aegis(self.r, self.device, number_format(self.device))
 
     @cached_property
     def encoder(self) -> text.TextEncoder:
-        """The model's text encoder."""
         folder = paths.model_files(self.r.spec, self.r.checkpoints_dir).text_encoder
         return text.TextEncoder(folder, self.r.spec.text, self.device, number_format(self.device))
 
     def prepare(self, jobs: list[Job]) -> dict[Job, Conditioning | UserError]:
-        """The conditioning of each job, or what is wrong with its words."""
+        """Return the conditioning of each job, or the error of its prompt."""
         words = {job: self._guarded(job.prompt) for job in jobs}
         if self.r.upsampler != "off":
             with phase("prompt upsampler", self.device):
@@ -235,8 +239,8 @@ class TextModels:
                     for job, w in words.items()
                 }
             self._forget("aegis")
-        # One at a time, as the reference does: padding to a longer neighbour would move the last
-        # bits, and a video must not depend on the batch it was made in.
+        # Encode one prompt at a time, as the reference does. In a batch, padding to the longest
+        # prompt changes the last bits, and a video must not depend on its batch.
         embed = cache(self._embed)
         with phase("text encoder", self.device):
             return {
@@ -252,7 +256,7 @@ class TextModels:
             gc.collect()
 
     def _judged(self, prompt: str, words: str) -> str | UserError:
-        """The words, unless Aegis finds them or the prompt that they were made of unsafe."""
+        """Return the words, or an error if Aegis blocks them or their original prompt."""
         for version in dict.fromkeys((prompt, words)):
             if self.aegis and (reason := self.aegis.reason(version)):
                 return guardrail.blocked("guard Aegis", reason, version)
@@ -263,7 +267,7 @@ class TextModels:
         return guardrail.blocked("block list", reason, words) if reason else words
 
     def _longer(self, words: str) -> str | UserError:
-        """The upsampled prompt, for which the same rules hold."""
+        """Return the upsampled prompt, or an error if the block list blocks it."""
         if len(words.split()) > self.r.upsampler_word_limit:
             return words
         made = self.longer_prompts.get(words, lambda: self.upsampler.upsample(words).encode())
@@ -281,8 +285,8 @@ class TextModels:
             folder = paths.model_files(self.r.spec, self.r.checkpoints_dir).text_encoder
             return text.no_embedding(words, folder)
         if len(embedding) == spec.tokens and (cut := self.encoder.cut([words])):
-            read = f"only the first {spec.tokens} of {cut[words]} tokens are read"
-            console.warn(f"{read} of: {words[:60]} ...")
+            read = f"the text encoder reads only the first {spec.tokens} of {cut[words]} tokens"
+            console.warn(f"{read} of this prompt: {words[:60]} ...")
         return text.pad(embedding, spec)
 
 
@@ -295,7 +299,7 @@ def _conditioning(
 
 
 class Studio:
-    """Denoiser and decoder in memory, ready to make videos."""
+    """The denoiser and the decoder in memory, with the guards of the video."""
 
     def __init__(self, r: Recipe, weights_: Weights, device: str, pair: Pair | None = None) -> None:
         self.device = device
@@ -313,17 +317,17 @@ class Studio:
 
     @cached_property
     def compiles(self) -> bool:
-        """Whether the denoiser's blocks were compiled, which the first asking tries."""
+        """True once the blocks are compiled. The first access compiles them."""
         return compile_blocks(self.net)
 
     def _plain_or(self, compiled: bool) -> AbstractContextManager[Any]:
-        """Keeps blocks that were compiled for another video from being used."""
+        """Run the blocks eagerly if only an earlier video has compiled them."""
         plain = not compiled and "compiles" in self.__dict__
         return torch.compiler.set_stance("force_eager") if plain else nullcontext()
 
     @torch.inference_mode()
     def make(self, job: Job, text_emb: Conditioning) -> UserError | None:
-        """Writes the files of a job; returns what kept it from that."""
+        """Generate a job and write its files; return its error, or None."""
         began = time.monotonic()
         name, seed = job.path.stem, job.r.sampling_seed
         compiled = worth_compiling(job.r, self.device) and self.compiles
@@ -352,7 +356,7 @@ class Studio:
 
 
 class Resident:
-    """All networks in memory, for prompts that come one by one."""
+    """All networks in memory at once, for prompts that arrive one by one."""
 
     def __init__(self, r: Recipe, weights_: Weights, device: str, pair: Pair | None = None) -> None:
         console.say(f"in memory together: {', '.join(_phases(r))}")
@@ -360,31 +364,30 @@ class Resident:
         self.studio = Studio(r, weights_, device, pair)
 
     def make(self, job: Job) -> UserError | None:
-        """Writes the files of a job; returns what kept it from that."""
+        """Generate a job and write its files; return its error, or None."""
         text_emb = self.texts.prepare([job])[job]
         return text_emb if isinstance(text_emb, UserError) else self.studio.make(job, text_emb)
 
 
 def not_finite(what: str, job: Job) -> UserError:
-    """Return the failure of one video whose numbers overflowed although all weights are finite.
+    """Return the error of a video whose values overflowed although all weights are finite.
 
-    It is one of the weights (ASSET): they, or a LoRA's strength, are too large for this prompt.
+    Its code is ASSET: the weights, or a LoRA's strength, are too large for this prompt.
     """
     return UserError(
         f"the {what} is not finite (NaN or infinity), so no video was written",
         code=ExitCode.ASSET, where=job.path.stem,
-        fix="take another checkpoint, or less of a LoRA, as in --lora FILE:0.8",
+        fix="use another checkpoint, or lower the strength of a LoRA: `--lora FILE:0.8`",
     )  # fmt: skip
 
 
 def load_denoiser(
     r: Recipe, base: Path, device: str, dtype: torch.dtype, loras: tuple[Lora, ...] = ()
 ) -> DiT:
-    """Load the denoiser from a model file, with LoRAs beside its weights, in `dtype` on `device`.
+    """Load the denoiser from a model file, with unmerged LoRAs, in `dtype` on `device`.
 
     Raises:
-        UserError: a file is missing, damaged, of another model, or holds numbers that are not
-            finite.
+        UserError: a file is missing, damaged or of another model, or holds NaN or infinity.
     """
     with torch.device("meta"):
         net = DiT(r.spec.dit)
@@ -401,9 +404,9 @@ def load_denoiser(
 
 
 def worth_compiling(r: Recipe, device: str) -> bool:
-    """Whether a video is made with compiled blocks.
+    """True if a video is generated with compiled blocks.
 
-    It is the video that decides, not its batch, on which its last bits must not depend.
+    This depends on the video alone: its last bits must not depend on its batch.
     """
     if r.compile != "auto":
         return r.compile == "on"
@@ -414,7 +417,7 @@ def worth_compiling(r: Recipe, device: str) -> bool:
 
 
 def compile_blocks(net: DiT) -> bool:
-    """Has torch compile the blocks at their first call; says so and is False if it cannot."""
+    """Compile the blocks at their first call. Return False, with a warning, without a compiler."""
     if not can_compile(next(net.parameters()).device, "a video takes a tenth longer"):
         return False
     for block in net.blocks:
@@ -424,7 +427,7 @@ def compile_blocks(net: DiT) -> bool:
 
 
 def attention_backend(r: Recipe, net: DiT) -> str:
-    """What computes the self-attention of a video of the recipe's size: cudnn, flash, ..."""
+    """Return the backend of self-attention at the recipe's video size: cudnn, flash, ..."""
     size = r.spec.tokens(r.num_frames, r.height, r.width), net.spec.heads, net.spec.head_width
     q_BLNK = next(net.parameters()).new_empty(1, *size)
     return kernels.attention_backend(q_BLNK, q_BLNK, q_BLNK)
@@ -438,9 +441,9 @@ def sample(
     label: str,
     pair: Pair | None = None,
 ) -> Tensor:
-    """The denoised latents x0 (B, C, T, H, W), fp32, of B videos; the same in both of a pair.
+    """Sample B videos; return their latents x0 (B, C, T, H, W) in fp32, equal on a pair's ranks.
 
-    A seed's noise does not depend on its neighbours, but the last bits of a result may.
+    The noise of a seed does not depend on the other seeds; the last bits of a result may.
     """
     spec = r.spec
     device = next(net.parameters()).device
@@ -450,20 +453,22 @@ def sample(
     place = net.locate(patch_grid(spec.dit, noise), fps_B)
     words = [[t.cond for t in text_embs], [t.uncond for t in text_embs]]
     texts_BMD = [torch.stack(embeddings).to(next(net.parameters())) for embeddings in words]
-    towards, away = (Prompt(*place, net.read(text_emb_BMD)) for text_emb_BMD in texts_BMD)
+    cond_prompt, uncond_prompt = (
+        Prompt(*place, net.read(text_emb_BMD)) for text_emb_BMD in texts_BMD
+    )
 
     def guided(x: Tensor, *inputs: Tensor) -> Tensor:
-        """The network's output under guidance, which the linear preconditioning lets through."""
+        """Return the guided network output; preconditioning is linear, so x0 is guided alike."""
         if r.guidance == 0:
-            return net(x, *inputs, prompt=towards)
+            return net(x, *inputs, prompt=cond_prompt)
         if pair:
-            own = (towards, away)[pair.index]
+            own = (cond_prompt, uncond_prompt)[pair.index]
             cond, uncond = pair.both(net(x, *inputs, prompt=own))
         else:
-            first = net.first_attention(x, inputs[0], towards)
+            first = net.first_attention(x, inputs[0], cond_prompt)
             cond, uncond = (
                 net(x, *inputs, prompt=prompt._replace(first_BLD=first))
-                for prompt in (towards, away)
+                for prompt in (cond_prompt, uncond_prompt)
             )
         return sampler.guided(cond.float(), uncond.float(), r.guidance)
 
@@ -471,7 +476,7 @@ def sample(
         sigma_B = torch.full((len(xt),), sigma, device=device)
         return edm.denoise(guided, xt, sigma_B, texts_BMD[0], fps_B, spec.sigma_data)
 
-    # The last evaluation of res gives the result.
+    # res evaluates the denoiser once more, at the end, to get the result.
     evaluations = r.num_steps + (r.sampler == "res")
     with console.progress(label, evaluations, "steps") as bar:
         sigmas = spec.sigma_min, spec.sigma_max
@@ -481,7 +486,7 @@ def sample(
 
 
 def negative_prompt(r: Recipe) -> str:
-    """The text to steer away from: the recipe's, else the released model's default, else none."""
+    """Return the recipe's negative prompt, else the model's default ("" for the tiny model)."""
     if r.negative_prompt is not None:
         return r.negative_prompt
     if r.spec.embedded:
@@ -492,7 +497,10 @@ def negative_prompt(r: Recipe) -> str:
 
 
 def _write(job: Job, text_emb: Conditioning, pixels: Tensor, about: dict[str, Any]) -> None:
-    """The sidecar comes first, so that what a kill leaves is known as ours; the mp4 comes last."""
+    """Write the files of a job, the sidecar first and the mp4 last.
+
+    The sidecar marks the files as ours if the process is killed halfway.
+    """
     sidecar, words, sheet, mp4 = job.files
     with files.atomic_file(mp4) as temporary:
         video.write_mp4(temporary, pixels, job.r.fps, job.r.video_crf)

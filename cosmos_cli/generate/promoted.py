@@ -1,8 +1,8 @@
-"""Find promoted models in checkpoints_dir: whose they are and which came last. No torch.
+"""Find the promoted models in checkpoints_dir, the run of each and the newest. No torch.
 
 A promoted model is a folder, or a link to one, whose name is `<Model>_post-trained` or
-`<Model>_post-trained_NAME`. Promote writes a manifest.json and a recipe.yaml into it; one that
-NVIDIA's users made by hand has weights alone.
+`<Model>_post-trained_NAME`. Promote writes a manifest.json and a recipe.yaml into it. A folder that
+users of NVIDIA's scripts made by hand holds only weights.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ def is_promoted(folder: Path) -> bool:
 
 
 def model_of(folder: Path) -> ModelSpec | None:
-    """Return the model that the name of a folder says it holds, None if it says none."""
+    """Return the model that a folder's name stands for, or None."""
     name = _FOLDER.fullmatch(folder.name)
     return MODELS.get(name["model"] if name else folder.name)
 
 
 def manifest_of(folder: Path) -> dict[str, Any] | None:
-    """Return promote's manifest of a model folder; None if there is none or it is no such file.
+    """Return promote's manifest of a model folder, or None if it is missing or has no sha256.
 
     Raises:
         UserError: the file is damaged.
@@ -59,7 +59,7 @@ def manifest_of(folder: Path) -> dict[str, Any] | None:
 
 
 def run_of(folder: Path) -> str | None:
-    """Return the folder of the run that a promoted model comes from, None where nothing says it."""
+    """Return the folder of the run that a promoted model comes from, or None if unknown."""
     with contextlib.suppress(UserError):
         run = (manifest_of(folder) or {}).get("run")
         return run if isinstance(run, str) else None
@@ -69,11 +69,11 @@ def run_of(folder: Path) -> str | None:
 def found(checkpoints_dir: str, spec: ModelSpec | None = None) -> list[Promoted]:
     """Return the promoted models, of `spec` if given, the newest first.
 
-    A model that a stopped promotion left aside is put back first. A folder that holds no model is
-    named in a warning.
+    First restore models that an interrupted promotion moved aside. Warn about folders without a
+    model.
 
     Raises:
-        UserError: a folder cannot be read, so that it may hold the newest model.
+        UserError: a folder cannot be read. It might hold the newest model.
     """
     root = Path(checkpoints_dir).absolute()
     for path in _entries(root):
@@ -109,7 +109,7 @@ def named(word: str, checkpoints_dir: str, spec: ModelSpec | None = None) -> lis
 
 
 def _entries(root: Path) -> list[Path]:
-    """Return what lies in a folder, by name; nothing where there is no such folder.
+    """Return the entries of a folder, sorted by name; [] if it does not exist.
 
     Raises:
         UserError: it cannot be read.
@@ -134,12 +134,12 @@ def _changed_ns(folder: Path) -> int | None:
         content = set()
     except FileNotFoundError as error:
         if not folder.is_symlink():
-            # A promotion on a disk that cannot exchange folders is about to fill the place again.
+            # On a disk that cannot swap folders, a running promotion is about to put it back.
             exchange.restore(folder)
             return _changed_ns(folder) if folder.exists() else None
         raise UserError(
-            "is a link to nothing", code=ExitCode.ASSET, where=str(folder),
-            fix="bring back what it leads to, delete the link, or choose another --model",
+            "is a broken link", code=ExitCode.ASSET, where=str(folder),
+            fix="restore its target, delete the link, or choose another --model",
         ) from error  # fmt: skip
     except OSError as error:
         raise _unreadable(folder, error) from error
@@ -158,7 +158,7 @@ def _changed_ns(folder: Path) -> int | None:
 
 
 def _changed(path: Path) -> int:
-    """Return when a file changed in ns, or the link to it, which may be new to an old file."""
+    """Return when a file or the link to it changed, in ns: a new link may lead to an old file."""
     with contextlib.suppress(OSError):
         return max(files.stamp_of(path)[1], path.lstat().st_mtime_ns)
     return 0

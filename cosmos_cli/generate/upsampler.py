@@ -1,8 +1,8 @@
-"""A short prompt -> a long one, by a language model.
+"""Rewrite a short prompt into a long one with a language model.
 
-Cosmos-UpsamplePrompt1-12B-Text2World is a Mistral-Nemo in the names of Mistral's own code; a folder
-that transformers wrote of any chat model will do too. Both answer greedily: the reference draws at
-temperature 0.01, which is nearly that.
+Cosmos-UpsamplePrompt1-12B-Text2World is a Mistral-Nemo with the tensor names of Mistral's own code.
+Any chat model that transformers saved works too. Both decode greedily; the reference samples at
+temperature 0.01, which is nearly the same.
 
 Source: nvidia-cosmos/cosmos-predict1 at 4ed35fa, `diffusion/prompt_upsampler`, `autoregressive`.
 """
@@ -26,12 +26,12 @@ from cosmos_cli.prep import captions
 INSTRUCTION = "Upsample the short caption to a long caption: "
 MAX_NEW_TOKENS = 512
 
-# What the shapes of the released weights do not say.
+# These cannot be read from the shapes of the released weights.
 HEAD_WIDTH = 128
 ROPE_BASE = 1e6
 NORM_EPS = 1e-5
 
-# Released names and those of transformers; "#" stands for the number of the layer.
+# Released tensor names -> names in transformers. "#" stands for the layer number.
 _NAMES = {
     "tok_embeddings": "model.embed_tokens",
     "layers.#.attention.wq": "model.layers.#.self_attn.q_proj",
@@ -49,7 +49,7 @@ _NAMES = {
 
 
 class Upsampler:
-    """The language model of a local folder and its tokenizer."""
+    """The language model and the tokenizer of a local folder."""
 
     def __init__(self, folder: Path, device: str, dtype: torch.dtype) -> None:
         from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -67,9 +67,9 @@ class Upsampler:
                 model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
         except (OSError, ValueError, RecursionError, SafetensorError) as error:
             raise UserError(
-                f"is no whole prompt upsampler: {str(error).splitlines()[0]}",
+                f"is not a complete prompt upsampler: {str(error).splitlines()[0]}",
                 code=ExitCode.ASSET, where=str(folder),
-                fix="run cosmos download; `upsampler: off` in the recipe goes without",
+                fix="run cosmos download, or add `--set upsampler=off`",
             ) from error  # fmt: skip
         if not self.tokenizer.chat_template:
             raise UserError(
@@ -81,7 +81,7 @@ class Upsampler:
 
     @torch.inference_mode()
     def upsample(self, prompt: str) -> str:
-        """What the model makes of the prompt, cleaned."""
+        """Return the upsampled prompt, cleaned like a caption."""
         tokens = self.tokenizer.apply_chat_template(
             [{"role": "user", "content": INSTRUCTION + prompt}],
             add_generation_prompt=True,
@@ -99,10 +99,10 @@ class Upsampler:
 
 
 def load_released(path: Path) -> Any:
-    """The released model as transformers' MistralForCausalLM, memory-mapped.
+    """Load the released model as transformers' MistralForCausalLM, memory-mapped.
 
     Raises:
-        UserError: the file is damaged or of another model.
+        UserError: the file is damaged or holds another model.
     """
     from transformers import MistralConfig, MistralForCausalLM
 
@@ -133,16 +133,16 @@ def load_released(path: Path) -> Any:
         model.load_state_dict(state, strict=True, assign=True)
     except RuntimeError as error:
         raise _another_model(path, " ".join(str(error).split())[:200]) from error
-    # Not in the file: transformers computes the frequencies when it is built.
+    # The file has no rotary frequencies. Building the module on a real device computes them.
     model.model.rotary_emb = type(model.model.rotary_emb)(config)
     return model
 
 
 def rename(state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
-    """Released tensors under the names, and in the row order, of transformers.
+    """Return released tensors with the names and the row order of transformers.
 
     Raises:
-        UserError: a name is none of the released ones.
+        UserError: a name is not in the released model.
     """
     renamed = {}
     for key, tensor in state.items():
@@ -154,12 +154,12 @@ def rename(state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
             raise _another_model(path, f"has {key}")
         rotary = general.endswith((".wq", ".wk"))
         target = _NAMES[general].replace("#", number) + ".weight"
-        renamed[target] = _halves_apart(tensor) if rotary else tensor
+        renamed[target] = _regroup_rotary_rows(tensor) if rotary else tensor
     return renamed
 
 
-def _halves_apart(weight: Tensor) -> Tensor:
-    """Rows of a query or key weight for rotary pairs (i, i + K/2) instead of (2i, 2i + 1)."""
+def _regroup_rotary_rows(weight: Tensor) -> Tensor:
+    """Reorder rows of a query or key weight from rotary pairs (2i, 2i + 1) to (i, i + K/2)."""
     heads = weight.view(-1, HEAD_WIDTH // 2, 2, weight.shape[1])
     return heads.transpose(1, 2).reshape(weight.shape)
 
@@ -167,5 +167,5 @@ def _halves_apart(weight: Tensor) -> Tensor:
 def _another_model(path: Path, what: str) -> UserError:
     return UserError(
         f"is not a prompt upsampler as released: {what}", code=ExitCode.ASSET, where=str(path),
-        fix="download it again, or set upsampler to a folder that transformers wrote",
+        fix="download it again, or set upsampler to a chat model that transformers saved",
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""One of several processes that make videos: its share of the jobs, or its part of one."""
+"""One of several processes that generate videos: it runs whole jobs, or shares one with others."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from cosmos_cli.generate.phases import Pair, generate
 from cosmos_cli.model.device import best_device, gpu_memory_errors
 from cosmos_cli.model.sequence import neighbours
 
-# A line below the 4,096 bytes that a pipe takes at once is not torn by another process's.
+# A pipe writes up to 4,096 bytes atomically, so short lines of several processes do not mix.
 MAX_CHARACTERS = 500
 
 
 def main(listed: str) -> int:
-    """Makes this rank's part of the jobs in a file, a line of JSON on stdout for each."""
+    """Generate this rank's share of the jobs in a file; print a line of JSON for each."""
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if rank:
         console.mute()
@@ -49,10 +49,10 @@ def main(listed: str) -> int:
 
 
 def pair_of(size: int) -> Pair:
-    """The pair of this rank in its team of `size`; every rank takes part in making every group.
+    """Return this rank's pair within its team of `size` ranks. Every rank must create every group.
 
-    One half of a team follows the prompt, the other what to avoid; the halves share the tokens
-    alike, so that a pair is of two with the same tokens.
+    The first half of a team runs the conditional pass, the second half the unconditional pass. Each
+    half is a sequence-parallel group, and a pair joins the two ranks that hold the same tokens.
     """
     sequence = neighbours(size // 2)
     team, place = divmod(dist.get_rank(), size)

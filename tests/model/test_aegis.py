@@ -39,7 +39,7 @@ def tokenizer_folder(folder, unk="<unk>"):
 
 
 def llama_guard(folder, tokens=2048):
-    """A Llama that says "safe"; with something in one channel of the mean value, "unsafe"."""
+    """Write a Llama that says "safe", or "unsafe" if one channel of the mean value is set."""
     config = LlamaConfig(
         vocab_size=len(WORDS), hidden_size=WIDTH, intermediate_size=8, num_hidden_layers=1,
         num_attention_heads=1, num_key_value_heads=1, head_dim=WIDTH,
@@ -50,12 +50,12 @@ def llama_guard(folder, tokens=2048):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.fill_(parameter.ndim == 1)
-        # No query likes a key better than others: attention is the mean over all tokens.
+        # Queries score all keys alike, so attention is the mean over all tokens.
         model.model.embed_tokens.weight.copy_(torch.eye(len(WORDS), WIDTH))
         attention.o_proj.weight.copy_(torch.eye(WIDTH))
         model.lm_head.weight[SAFE, ASKED] = 1
         model.lm_head.weight[UNSAFE, FOUND] = 1
-        # What follows an answer's words, whatever was found.
+        # Fix the tokens that follow each word of an answer.
         model.lm_head.weight[EOS, SAFE] = model.lm_head.weight[WHY, UNSAFE] = 1e6
         model.lm_head.weight[EOS, WHY] = 1e6
     model.save_pretrained(folder)
@@ -63,7 +63,7 @@ def llama_guard(folder, tokens=2048):
 
 
 def aegis_lora(base, folder):
-    """The LoRA that puts a word into that channel."""
+    """Write a LoRA that sets that channel for a word."""
     config = peft.LoraConfig(r=2, lora_alpha=2, target_modules=["v_proj"])
     with warnings.catch_warnings(action="ignore", category=FutureWarning):
         model = peft.get_peft_model(LlamaForCausalLM.from_pretrained(base), config)
@@ -77,7 +77,7 @@ def aegis_lora(base, folder):
 
 @pytest.fixture(scope="module")
 def released(tmp_path_factory):
-    """A checkpoints folder with Aegis and a tiny T5."""
+    """Return a checkpoints folder with Aegis and a tiny T5."""
     root = tmp_path_factory.mktemp("checkpoints")
     llama_guard(root / paths.LLAMA_GUARD_DIR)
     aegis_lora(root / paths.LLAMA_GUARD_DIR, root / paths.AEGIS_DIR)
@@ -165,7 +165,7 @@ def test_a_model_that_is_not_whole_is_refused_with_the_remedy(
         name = min(state)
         rest = {n: t for n, t in state.items() if n != name}
         save_file(rest | ({name: state[name][:1]} if damage == "shape" else {}), path)
-        # What transformers asks of its files.
+        # transformers requires this metadata in its files.
         save_file(load_file(path), path, metadata={"format": "pt"})
     with pytest.raises(UserError, match="guardrail cannot be read") as refused:
         guardrail.aegis(released_recipe(tmp_path / "c"), "cpu", torch.float32)
@@ -193,7 +193,7 @@ def whole_release(released, root):
     return released_recipe(root)
 
 
-def test_aegis_judges_prompts_and_what_they_became_once_a_batch(
+def test_aegis_judges_prompts_and_upsampled_prompts_once_per_batch(
     released, tmp_path, capsys, monkeypatch
 ):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))

@@ -1,8 +1,8 @@
 """Aegis: a language model that says whether a prompt is safe, and if not, which rule it breaks.
 
-It is LlamaGuard-7b with NVIDIA's LoRA, asked as the reference asks it, and it answers greedily. The
-rules it is to judge by are part of the question; `aegis_policy.txt` has those of the reference's
-categories, in words of our own.
+It is LlamaGuard-7b with NVIDIA's LoRA, prompted as in the reference and decoded greedily. The
+prompt includes the safety policy: `aegis_policy.txt` has the reference's categories in our own
+words.
 
 Source: nvidia-cosmos/cosmos-predict1 at 4ed35fa, `auxiliary/guardrail/aegis`; Ghosh et al. 2024,
 AEGIS, arXiv 2404.05993.
@@ -21,7 +21,7 @@ from cosmos_cli import files
 MAX_NEW_TOKENS = 100
 POLICY = Path(__file__).with_name("aegis_policy.txt").read_text(encoding="utf-8")
 CATEGORIES = dict(re.findall(r"^O(\d+): (.+)\.$", POLICY, re.MULTILINE))
-# Its lines are indented as in the reference.
+# The indentation is the reference's.
 QUESTION = """\
 [INST] Task: Check if there is unsafe content in 'User' messages in conversations according our \
 safety policy with the below categories.
@@ -43,13 +43,13 @@ safety policy with the below categories.
 
 
 class Aegis:
-    """The language model in memory.
+    """The safety language model in memory.
 
     Args:
         base: a folder of meta-llama/LlamaGuard-7b.
         adapter: a folder of nvidia/Aegis-AI-Content-Safety-LlamaGuard-Defensive-1.0.
         device: cpu or cuda.
-        dtype: of the weights and activations.
+        dtype: the type of weights and activations.
 
     Raises:
         OSError, ValueError: a file is missing or damaged.
@@ -61,7 +61,8 @@ class Aegis:
         from transformers.utils import logging
 
         logging.disable_progress_bar()
-        # transformers makes up a configuration that is not there, peft asks the hub for files.
+        # Without these files, transformers would use a default configuration and peft would ask the
+        # hub.
         (base / "config.json").stat()
         for name in ("adapter_config.json", "adapter_model.safetensors"):
             (adapter / name).stat()
@@ -73,7 +74,7 @@ class Aegis:
         )
         if about["missing_keys"]:
             raise ValueError(f"it lacks weights, {min(about['missing_keys'])} among them")
-        # peft asks transformers for something by its old name.
+        # peft uses a deprecated transformers name, which warns.
         with warnings.catch_warnings(action="ignore", category=FutureWarning):
             warnings.filterwarnings("error", message=".*missing adapter keys")
             try:
@@ -85,9 +86,9 @@ class Aegis:
 
     @torch.inference_mode()
     def reason(self, prompt: str) -> str:
-        """Why the prompt is blocked, in a few words; empty when it is not.
+        """Return in a few words why the prompt is blocked, or "" if it is not.
 
-        As in the reference, an answer with "unsafe" in it blocks. One that is no answer does too.
+        As in the reference, an answer that contains "unsafe" blocks. So does an unclear answer.
         """
         question = QUESTION.format(policy=POLICY, prompt=prompt)
         tokens = self.tokenizer(question, add_special_tokens=False, return_tensors="pt")
@@ -105,7 +106,7 @@ class Aegis:
 
 
 def verdict(answer: str) -> str:
-    """Why an answer blocks a prompt; empty when it says that the prompt is safe."""
+    """Return why an answer blocks a prompt, or "" if it says that the prompt is safe."""
     if "unsafe" in answer.lower():
         numbers = dict.fromkeys(re.findall(r"\bO(\d+)\b", answer))
         named = [CATEGORIES[number] for number in numbers if number in CATEGORIES]

@@ -1,6 +1,6 @@
-"""What may be shown: the guards of prompts and videos, which all fail closed.
+"""Check prompts and videos with guards, which all fail closed.
 
-Here are the block list and the frame filter; `aegis` and `faces` are the other two.
+The block list and the frame filter stand here; `aegis` and `faces` hold the other two guards.
 
 Source: the rules of nvidia-cosmos/cosmos-predict1 at 4ed35fa, `auxiliary/guardrail`, and of the
 libraries it calls there: better-profanity 0.7.0, and the noun lemmas of NLTK 3.9.1's WordNet.
@@ -28,17 +28,17 @@ from cosmos_cli.generate.guards.faces import FaceBlur
 from cosmos_cli.model import weights
 from cosmos_cli.recipe.keys import Recipe
 
-# What may stand for a letter of a listed word.
+# Characters that may replace a letter of a listed word.
 LOOKALIKES = {
     "a": "a@*4", "e": "e*3", "i": "i*l1", "l": "l1", "o": "o*0@", "s": "s$5", "t": "t7",
     "u": "u*v", "v": "v*u",
 }  # fmt: skip
 WORD = re.compile(r"[a-z0-9@$*\"']+")
-# The classes of the frame filter behind class 0, which is safe.
+# Classes 1 to 6 of the frame filter. Class 0 is safe.
 UNSAFE = ("sexual content", "violence", "drugs", "child abuse", "hate", "self-harm")
 FRAMES_AT_ONCE = 16
 SHOWN_CHARACTERS = 60
-# From the plural of a noun to what may be its singular: WordNet's rules of detachment.
+# WordNet's rules of detachment: the ending of a plural, and the ending of its possible singular.
 PLURALS = (
     ("s", ""), ("ses", "s"), ("ves", "f"), ("xes", "x"), ("zes", "z"), ("ches", "ch"),
     ("shes", "sh"), ("men", "man"), ("ies", "y"),
@@ -46,11 +46,11 @@ PLURALS = (
 
 
 def block_list(r: Recipe) -> BlockList | None:
-    """The block list of the recipe's model; none, and said aloud, when the recipe turns it off.
+    """Return the block list of the recipe's model, or None, with a warning, if guards are off.
 
     Raises:
-        UserError: (ASSET) it is missing or damaged, or another guard is missing; (ENVIRONMENT) a
-            package is.
+        UserError: (ASSET) it is missing or damaged, or another guard is missing; (ENVIRONMENT) the
+            package peft is missing.
     """
     if r.guardrails == "off":
         console.warn(
@@ -58,7 +58,7 @@ def block_list(r: Recipe) -> BlockList | None:
         )
         return None
     if not r.spec.embedded:
-        # Said before any time is spent on a video that could not be checked.
+        # Fail now, before spending GPU time on a video that could not be checked.
         for path in astuple(_files(r)):
             with _reading(path):
                 path.stat()
@@ -72,7 +72,7 @@ def block_list(r: Recipe) -> BlockList | None:
 
 
 def aegis(r: Recipe, device: str, dtype: torch.dtype) -> Aegis | None:
-    """The language model that judges the prompts; the embedded model has none.
+    """Load the language model that judges prompts, or return None unless all guards are on.
 
     Raises:
         UserError: (ASSET) it is missing or damaged.
@@ -85,7 +85,7 @@ def aegis(r: Recipe, device: str, dtype: torch.dtype) -> Aegis | None:
 
 
 def frame_filter(r: Recipe, device: str) -> FrameFilter | None:
-    """The frame filter of the recipe's model; the embedded one has none.
+    """Load the frame filter, or return None unless all guards are on.
 
     Raises:
         UserError: (ASSET) it is missing or damaged.
@@ -97,7 +97,7 @@ def frame_filter(r: Recipe, device: str) -> FrameFilter | None:
 
 
 def face_blur(r: Recipe, device: str) -> FaceBlur | None:
-    """What makes the faces of a video unrecognisable; the embedded model has no such thing.
+    """Load the network that blurs faces, or return None unless all guards are on.
 
     Raises:
         UserError: (ASSET) it is missing or damaged.
@@ -106,12 +106,12 @@ def face_blur(r: Recipe, device: str) -> FaceBlur | None:
 
 
 def has_all(r: Recipe) -> bool:
-    """Whether more than the block list is on."""
+    """True if all guards are on. The embedded model has only the block list."""
     return r.guardrails == "on" and not r.spec.embedded
 
 
 def names(r: Recipe) -> list[str] | str:
-    """The guards of the recipe's model, for its sidecars."""
+    """Return the names of the active guards, for sidecars."""
     if r.guardrails == "off":
         return "off"
     more = ["Aegis", "frame filter", "face blur"] if has_all(r) else []
@@ -120,7 +120,7 @@ def names(r: Recipe) -> list[str] | str:
 
 @dataclass(frozen=True)
 class _Files:
-    """What the guards of a released model read beside the block list."""
+    """The files of a released model's guards, without the block list."""
 
     llama_guard: Path
     aegis: Path
@@ -142,7 +142,7 @@ def _files(r: Recipe) -> _Files:
 
 
 def blocked(guard: str, reason: str, prompt: str) -> UserError:
-    """What a person is told of a hit."""
+    """Return the error for a blocked prompt or video."""
     where = prompt if len(prompt) <= SHOWN_CHARACTERS else f"{prompt[:SHOWN_CHARACTERS]}..."
     return UserError(
         f"blocked by the {guard}: {reason}", code=ExitCode.BLOCKED, where=f"prompt {where!r}"
@@ -150,18 +150,18 @@ def blocked(guard: str, reason: str, prompt: str) -> UserError:
 
 
 class BlockList:
-    """The words and phrases that no prompt may hold.
+    """The words and phrases that no prompt may contain.
 
-    Stricter than the libraries of the reference in three cases that these overlook: a listed word
-    in single quotes, a listed plural with a capital or before a full stop, and a listed word whose
-    last letter alone ends the text.
+    It blocks three cases that the reference's libraries miss: a listed word in single quotes, a
+    listed plural that is capitalised or precedes a full stop, and a listed word whose last letter,
+    set apart, ends the text.
     """
 
     def __init__(self, folder: Path) -> None:
-        """Reads `folder`/{custom,whitelist,exact_match}/* and `folder`/nltk_data.
+        """Read `folder`/{custom,whitelist,exact_match}/* and `folder`/nltk_data.
 
         Raises:
-            UserError: (ASSET) a list is missing or no text, or blocks nothing.
+            UserError: (ASSET) a list is missing, empty or not text.
         """
         self.allowed = set(_entries(folder / "whitelist"))
         listed = [word for word in _entries(folder / "custom") if word not in self.allowed]
@@ -174,7 +174,7 @@ class BlockList:
         self.lemmas = Lemmas(folder / "nltk_data")
 
     def reason(self, prompt: str) -> str:
-        """Why the prompt is blocked, in a few words; empty when it is not."""
+        """Return in a few words why the prompt is blocked, or "" if it is not."""
         text = re.sub(r"[^\x00-\x7f]+", " ", prompt).lower()
         singular = " ".join(map(self.lemmas.singular, re.findall(r"[a-z0-9@$*]+", text)))
         for version in (text, singular):
@@ -185,7 +185,7 @@ class BlockList:
         return ""
 
     def _word_in(self, text: str) -> str:
-        """The first listed word, also when it is spread over neighbouring words of the text."""
+        """Return the first listed word, even if split over adjacent words of the text, or ""."""
         spans = [match.span() for match in WORD.finditer(text)]
         for first in range(len(spans)):
             word = text[slice(*spans[first])]
@@ -203,11 +203,11 @@ class BlockList:
         return pattern is not None and pattern.fullmatch(word) is not None
 
     def _phrase_in(self, text: str) -> str:
-        """The first listed phrase that stands in the text as words of its own.
+        """Return the first listed phrase that occurs in the text as whole words, or "".
 
-        The reference also asks for nearly equal phrases, by `ratio() >= (n - 0.4) / n` of difflib
-        for n letters. One letter more or less makes that ratio 1 - 1 / (2n +- 1), which is below:
-        only equal words pass.
+        The reference also blocks similar phrases, by difflib's `ratio() >= (n - 0.4) / n` for n
+        letters. One letter more or less gives 1 - 1 / (2n +- 1), which is lower. So only equal
+        phrases match.
         """
         for phrase in self.phrases:
             if f" {phrase} " in f" {text} " or re.search(rf"\b{re.escape(phrase)}\b", text):
@@ -216,7 +216,7 @@ class BlockList:
 
 
 class FrameFilter:
-    """What each frame of a video shows: SigLIP's features of it and a small classifier of those.
+    """Classifies each frame of a video as safe or unsafe, from its SigLIP features.
 
     Args:
         classifier: the released `safety_filter.pt`.
@@ -235,14 +235,14 @@ class FrameFilter:
         state = weights.load_tensors(classifier)
         state = {key.removeprefix("network.layers."): value for key, value in state.items()}
         with _reading(siglip):
-            # transformers makes up a configuration that is not there.
+            # transformers would fall back to a default configuration.
             (siglip / "config.json").stat()
             files.check_model_folder(siglip)
             self.processor = SiglipImageProcessorPil.from_pretrained(siglip)
             vision, about = SiglipVisionModel.from_pretrained(
                 siglip, dtype=torch.float32, output_loading_info=True
             )
-            # transformers would fill them in with random numbers.
+            # transformers would initialise missing weights at random.
             if about["missing_keys"]:
                 raise ValueError(f"it lacks weights, {min(about['missing_keys'])} among them")
         with _reading(classifier):
@@ -252,7 +252,7 @@ class FrameFilter:
 
     @torch.inference_mode()
     def reason(self, pixels_CTHW: Tensor) -> str:
-        """Why a uint8 video is blocked, in a few words; empty when it is not."""
+        """Return in a few words why a uint8 video is blocked, or "" if it is not."""
         for first in range(0, pixels_CTHW.shape[1], FRAMES_AT_ONCE):
             frames = pixels_CTHW[:, first : first + FRAMES_AT_ONCE].permute(1, 2, 3, 0)
             inputs = self.processor(images=list(frames.numpy()), return_tensors="pt")
@@ -268,10 +268,10 @@ class FrameFilter:
 
 
 def _classifier(state: dict[str, Tensor]) -> nn.Sequential:
-    """The classifier with its weights; the sizes are those of the weights.
+    """Return the classifier with its weights; the layer sizes are read from the weights.
 
     Raises:
-        ValueError: the weights are another network's.
+        ValueError: the weights belong to another network.
     """
     try:
         sizes = [state[f"{i}.weight"].shape for i in (0, 3, 6)]
@@ -293,7 +293,7 @@ def _classifier(state: dict[str, Tensor]) -> nn.Sequential:
 
 
 class Lemmas:
-    """The nouns of WordNet, from its own files as NLTK stores them."""
+    """The nouns of WordNet, read from its files as NLTK stores them."""
 
     def __init__(self, nltk_data: Path) -> None:
         self.nouns = {line.split(" ", 1)[0] for line in _wordnet(nltk_data, "index.noun")}
@@ -303,7 +303,7 @@ class Lemmas:
         }
 
     def singular(self, word: str) -> str:
-        """The shortest noun that the word may be a form of, or the word itself."""
+        """Return the shortest noun that the word may be a form of, or the word itself."""
         forms = self.irregular.get(word)
         if forms is not None:
             return self._shortest([word, *forms]) or word
@@ -328,7 +328,10 @@ class Lemmas:
 
 
 def _patterns(words: Iterable[str]) -> dict[int, re.Pattern[str]]:
-    """One pattern for all words of a length: what stands for a letter is a single letter too."""
+    """Return one pattern per word length.
+
+    Every replacement of a letter is one character, so a match is as long as its word.
+    """
     by_length: dict[int, list[str]] = defaultdict(list)
     for word in words:
         letters = (f"[{re.escape(LOOKALIKES.get(c, c))}]" for c in word)
@@ -337,10 +340,10 @@ def _patterns(words: Iterable[str]) -> dict[int, re.Pattern[str]]:
 
 
 def _entries(folder: Path) -> list[str]:
-    """The lines of all files of a list, in lower case, blanks as one.
+    """Return the distinct lines of all files of a list, in lower case, with single spaces.
 
     Raises:
-        UserError: (ASSET) there is none.
+        UserError: (ASSET) the folder or a file cannot be read.
     """
     with _reading(folder):
         lists = sorted(path for path in folder.iterdir() if path.is_file())
@@ -350,10 +353,10 @@ def _entries(folder: Path) -> list[str]:
 
 
 def _wordnet(nltk_data: Path, name: str) -> list[str]:
-    """The lines of a file of WordNet, from its folder or from the archive that NLTK downloads.
+    """Return the lines of a WordNet file, from its folder or the zip file that NLTK downloads.
 
     Raises:
-        UserError: (ASSET) there is neither, or it is damaged.
+        UserError: (ASSET) both are missing, or the file is damaged.
     """
     corpora = nltk_data / "corpora"
     with _reading(corpora / "wordnet" / name):
@@ -361,7 +364,7 @@ def _wordnet(nltk_data: Path, name: str) -> list[str]:
             text = files.read_text(corpora / "wordnet" / name, files.WORDS)
         else:
             text = files.read_member(corpora / "wordnet.zip", f"wordnet/{name}", files.WORDS)
-    # The licence above the entries is indented.
+    # Indented lines are the licence at the top.
     return [line for line in text.splitlines() if line and not line.startswith(" ")]
 
 
@@ -376,5 +379,5 @@ def _reading(path: Path) -> Iterator[None]:
             f"the guardrail cannot be read: {line}",
             code=ExitCode.ASSET,
             where=str(path),
-            fix="run cosmos download; `guardrails: off` in the recipe goes without",
+            fix="run cosmos download, or add `--set guardrails=off` to generate without guards",
         ) from error
