@@ -161,7 +161,7 @@ def _outcome(run: Run) -> dict[str, Any]:
 
 
 class _SignalForwarder:
-    """Forwards signals to the ranks.
+    """Handler that forwards signals to the ranks.
 
     On SIGUSR1 they save and continue. SIGINT, SIGTERM and SIGHUP are forwarded as SIGTERM: the
     ranks save and stop. A second stop request kills them.

@@ -21,8 +21,7 @@ from cosmos_cli.train import status, trackers
 if TYPE_CHECKING:
     from cosmos_cli.recipe.keys import Recipe
 
-# A resumed run must have the same values as its checkpoint: with another value it would be another
-# run.
+# A resumed run must keep its checkpoint's values of these keys. With others it is another run.
 FIXED_KEYS = (
     "model", "base", "dataset_dir", "num_frames", "height", "width", "precision", "zero_stage",
     "global_batch_size", "text_dropout", "ema_rate", "seed", "lora_rank", "lora_alpha",
