@@ -83,7 +83,7 @@ def test_more_pictures_than_the_share_allows_are_not_made(cosmos):
     err = cosmos("train", "tiny", *options("thrifty", *PICTURES, *pairs)).stderr
     run = find_run(cosmos, "thrifty")
     assert run.picture_steps("preview") == run.picture_steps("sample0") == [0]
-    assert err.count("previews wait until") == 1
+    assert err.count("previews are skipped for") == 1
 
 
 def test_samples_are_made_when_asked_and_later_ones_go_on_a_resume(cosmos):
