@@ -1,9 +1,9 @@
 """Make previews and samples during training, within a small share of the run's time.
 
 A preview is cheap: it shows one denoising step on a few noised clips. A sample is a whole video,
-generated from the caption of one of these clips by the solver of `cosmos generate`. Guidance uses
-an empty text embedding as the negative prompt, because training does not load the text encoder.
-The distance of the samples to the training clips is measured.
+generated from the caption of one of these clips by the solver of `cosmos generate`. The
+unconditional pass of guidance uses an all-zero text embedding, because training does not load the
+text encoder. The distance of the samples to the training clips is measured.
 
 The network is the one inside the DeepSpeed engine. ZeRO-3 gathers its weights in every forward
 pass, so all ranks must run equally many passes: a rank without work repeats the last item.
@@ -55,18 +55,18 @@ class _Skipped(Exception):
 class Pictures:
     """Writes previews and samples into the folder of a run; every rank must make the same calls.
 
-    If a picture does not fit the memory of one rank, all ranks leave it out with one warning, and
-    training continues. If a forward pass exchanges weights or tokens between ranks, a failure on
-    one rank would leave the others waiting. So all ranks first agree that each has room for it.
+    If a picture does not fit the memory of any one rank, all ranks leave it out with one warning,
+    and training continues. If a forward pass exchanges weights or tokens between ranks, a failure
+    on one rank would leave the others waiting. So all ranks first agree that each has room for it.
     """
 
     def __init__(
         self, r: Recipe, run: Run, clips: Clips, shown: Clips, stopping: Callable[[], bool]
     ) -> None:
-        """Choose some of the clips in `shown`. Samples are compared with `clips`, the training set.
+        """Choose some of the clips in `shown`. Samples are compared with the training set, `clips`.
 
-        `stopping` returns the same on all ranks: True if the run is to stop. Then a sample is cut
-        short.
+        `stopping` returns the same on all ranks: True if the run is to stop. Unfinished samples are
+        then abandoned.
         """
         self.r, self.run, self.clips, self.stopping = r, run, clips, stopping
         self.shown = HeldOut(shown, r.preview_clips, PREVIEW_SIGMAS)
@@ -90,7 +90,7 @@ class Pictures:
     def _attempt(
         self, kind: str, engine: Any, step: int, work: Callable[[Any, int], dict[str, float]]
     ) -> dict[str, float]:
-        """Make the pictures of a kind. If that fails, warn once for each kind and return {}."""
+        """Make the pictures of a kind. If they are left out, warn once per kind and return {}."""
         with gpu_memory_errors(f"turn {kind} off with `--set {OFF[kind]}=0`"):
             try:
                 with self.budget.timed(kind, step):
@@ -254,7 +254,7 @@ class Pictures:
         try:
             return latent_files.load_tokenizer(self.r, "cpu", dtype)
         except UserError as error:
-            # The preflight found the tokenizer, so it was lost during the run. Training needs none.
+            # The preflight found the tokenizer, so it was lost since. Training does not need it.
             raise _Skipped(str(error)) from error
 
     @contextmanager
@@ -277,7 +277,7 @@ class TimeBudget:
         self.began = time.monotonic()
         self.spent = 0.0
         self.cost: dict[str, float] = {}
-        self.told: set[str] = set()
+        self.announced: set[str] = set()
 
     def allows(self, kind: str, step: int, device: torch.device) -> bool:
         """True if there is time for one more picture of a kind. The first is always allowed."""
@@ -286,8 +286,8 @@ class TimeBudget:
         excess = self.spent + cost - self.share * elapsed
         allowed = torch.tensor(kind not in self.cost or excess <= 0, device=device)
         dist.broadcast(allowed, 0)
-        if not allowed and kind not in self.told:
-            self.told.add(kind)
+        if not allowed and kind not in self.announced:
+            self.announced.add(kind)
             console.say(
                 f"step {step}: {kind} are skipped for {console.duration(excess / self.share)}, "
                 f"to stay within {self.share:.0%} of the time (preview_share)"
