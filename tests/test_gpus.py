@@ -194,7 +194,11 @@ def test_the_plan_is_for_the_gpus_that_are_visible(two_kinds, monkeypatch, varia
     [
         ("GPU-11", 4, "base weights are missing"),
         ("GPU-00", 3, "GPU 0, NVIDIA A100-SXM4-80GB, does not compute in fp8"),
-        ("GPU-77", 3, "no GPU to compute in fp8 (CUDA_VISIBLE_DEVICES=GPU-77: CUDA stops"),
+        (
+            "GPU-77",
+            3,
+            "fp8 needs a GPU, and none was found (CUDA_VISIBLE_DEVICES=GPU-77: CUDA stops",
+        ),
     ],
 )
 def test_fp8_is_checked_on_the_gpus_that_are_visible(two_kinds, monkeypatch, variable, code, words):

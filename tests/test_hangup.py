@@ -88,7 +88,7 @@ def test_a_closed_window_does_not_end_what_nohup_started(cosmos):
     assert find_run(cosmos, "nohup").resumable_steps() == [40]
 
 
-def test_the_signals_of_one_closed_window_are_one_request(cosmos):
+def test_the_signals_of_one_closed_window_count_once(cosmos):
     process = cosmos.start("train", "tiny", *options("several", *LONG))
     while steps(cosmos, "several") < 2 and process.poll() is None:
         time.sleep(0.05)

@@ -49,7 +49,7 @@ def test_the_best_step_is_one_that_was_saved(run):
     assert status.best_step(run) == 3
 
 
-def test_a_running_run_has_a_pace_and_an_end(run):
+def test_a_running_run_has_a_pace_and_a_time_left(run):
     stands = status.state(run)
     assert (stands["state"], stands["step"], stands["max_steps"]) == ("running", 4, 10)
     assert stands["seconds_per_step"] == pytest.approx(5, abs=0.2)
@@ -80,7 +80,7 @@ def test_a_run_with_a_result_has_ended(run, code, name):
     assert stands["seconds_left"] is None
 
 
-def test_a_line_that_a_kill_cut_is_left_out(run):
+def test_a_metrics_line_cut_short_by_a_kill_is_ignored(run):
     with run.metrics.open("a") as stream:
         stream.write('{"step": 6, "lo')
     assert [row["step"] for row in status.rows(run)] == [0, 2, 2, 3, 4, 4]

@@ -99,7 +99,7 @@ def live_and_be_killed(cosmos, name, rng):
 
 
 @pytest.mark.parametrize("kills", [5, pytest.param(100, marks=pytest.mark.slow)])
-def test_what_is_killed_goes_on_to_the_bit(prepared, undisturbed, kills):
+def test_a_killed_run_resumes_bit_for_bit(prepared, undisturbed, kills):
     cosmos, rng = Cosmos(prepared), random.Random(kills)
     rows, files = undisturbed
     killed = inside_a_save = 0

@@ -86,7 +86,7 @@ def test_weights_without_resume_states_are_refused_untouched(cosmos, copy, tmp_p
     assert files(run) == before
 
 
-def test_the_two_ways_out_can_be_pasted(cosmos, copy):
+def test_the_suggested_commands_can_be_pasted(cosmos, copy):
     run = copy("stuck", deleted=2)
     before = files(run)
     another, from_them, again = refused(cosmos, "stuck").split("`")[1::2]
@@ -128,7 +128,7 @@ def test_with_a_resume_state_overwrite_resumes(cosmos, copy):
     assert before.items() <= models(run).items()
 
 
-def test_steps_behind_an_older_resume_state_are_made_again_alike(cosmos, copy):
+def test_steps_after_an_older_resume_state_are_reproduced(cosmos, copy):
     run = copy("older", deleted=1)
     original = find_run(cosmos, "original")
     cosmos("train", "tiny", *options("older", *PAIRS))
@@ -136,7 +136,7 @@ def test_steps_behind_an_older_resume_state_are_made_again_alike(cosmos, copy):
     assert figures(run) == figures(original)
 
 
-def test_steps_behind_an_older_resume_state_are_not_replaced_by_others(cosmos, copy):
+def test_steps_after_an_older_resume_state_keep_their_weights(cosmos, copy):
     run = copy("other", deleted=1)
     before = files(run)
     rate = ["--set", "learning_rate=5e-3"]
@@ -162,7 +162,7 @@ def test_metrics_alone_are_not_overwritten_either(cosmos, copy):
     assert files(run) == before
 
 
-def test_a_resume_state_without_its_manifest_is_none(cosmos, copy):
+def test_a_resume_state_without_its_manifest_does_not_count(cosmos, copy):
     run = copy("torn", deleted=1)
     (run.resume_state(3) / "manifest.json").unlink()
     assert "has no complete resume state" in refused(cosmos, "torn")
@@ -173,7 +173,7 @@ def test_a_resume_state_without_its_manifest_is_none(cosmos, copy):
     ]
 
 
-def test_what_is_killed_inside_its_first_save_starts_again(cosmos):
+def test_a_run_killed_during_its_first_save_starts_again(cosmos):
     for attempt in range(10):
         name = f"first{attempt}"
         process = cosmos.start("train", "tiny", *options(name, *PAIRS))

@@ -36,7 +36,7 @@ def picture(path):
         return image.convert("RGB")
 
 
-def test_pictures_are_made_before_the_first_step_when_due_and_at_the_end(cosmos, shown):
+def test_pictures_are_made_at_step_0_when_due_and_at_the_end(cosmos, shown):
     run = find_run(cosmos, "shown")
     assert run.picture_steps("preview") == [0, 2, 4, 5]
     assert run.picture_steps("sample0") == [0, 3, 5]
@@ -46,7 +46,7 @@ def test_pictures_are_made_before_the_first_step_when_due_and_at_the_end(cosmos,
     assert all(run.sample(5, i).exists() for i in range(clips))
 
 
-def test_pictures_change_nothing_about_the_training(cosmos, shown):
+def test_pictures_do_not_change_the_training(cosmos, shown):
     off = ("preview_every_steps=0", "sample_every_saves=0", "num_processes=2")
     cosmos("train", "tiny", *options("hidden", *PICTURES, *off))
     hidden = find_run(cosmos, "hidden")
@@ -54,7 +54,7 @@ def test_pictures_change_nothing_about_the_training(cosmos, shown):
     assert losses(hidden) == losses(find_run(cosmos, "shown"))
 
 
-def test_the_model_that_trains_is_the_one_in_the_pictures(cosmos, shown):
+def test_pictures_show_the_model_under_training(cosmos, shown):
     run = find_run(cosmos, "shown")
     first, last = (picture(run.preview(step)) for step in (0, 5))
     # Away from the seam, which JPEG blurs.
@@ -63,14 +63,14 @@ def test_the_model_that_trains_is_the_one_in_the_pictures(cosmos, shown):
     assert first.crop(estimates).tobytes() != last.crop(estimates).tobytes()
 
 
-def test_one_process_makes_the_samples_of_two(cosmos, shown):
+def test_one_process_makes_the_same_samples_as_two(cosmos, shown):
     cosmos("train", "tiny", *options("alone", *PICTURES, "num_processes=1", "max_steps=1"))
     rows = [status.rows(find_run(cosmos, name))[1] for name in ("alone", "shown")]
     assert rows[0] == pytest.approx(rows[1], rel=1e-4)
     assert rows[0]["nearest_clip"] > 0
 
 
-def test_the_page_shows_the_pictures_and_how_near_samples_are_to_clips(cosmos, shown):
+def test_the_page_shows_pictures_and_distances_to_training_clips(cosmos, shown):
     page = find_run(cosmos, "shown").report.read_text()
     assert page.count("data:image/jpeg") >= 4 + 3
     for words in ("<h2>Previews", "<h2>Samples", "sigma 0.5, 2, 8", "A square moves right"):
@@ -78,15 +78,15 @@ def test_the_page_shows_the_pictures_and_how_near_samples_are_to_clips(cosmos, s
     assert "distance to the nearest training clip" in page
 
 
-def test_more_pictures_than_the_share_allows_are_not_made(cosmos):
+def test_pictures_beyond_preview_share_are_skipped(cosmos):
     pairs = ("num_processes=1", "preview_share=1e-6", "max_steps=4")
     err = cosmos("train", "tiny", *options("thrifty", *PICTURES, *pairs)).stderr
     run = find_run(cosmos, "thrifty")
     assert run.picture_steps("preview") == run.picture_steps("sample0") == [0]
-    assert err.count("previews wait until") == 1
+    assert err.count("previews are skipped for") == 1
 
 
-def test_samples_are_made_when_asked_and_later_ones_go_on_a_resume(cosmos):
+def test_samples_are_made_on_request_and_a_resume_deletes_later_ones(cosmos):
     pairs = ("sample_every_saves=0", "num_processes=1", "max_steps=3")
     cosmos("train", "tiny", *options("asked", *PICTURES, *pairs))
     run = find_run(cosmos, "asked")

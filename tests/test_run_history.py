@@ -41,7 +41,7 @@ def measured(cosmos):
     return cosmos.json(*arguments), find_run(cosmos, "one"), pairs
 
 
-def test_the_error_is_measured_before_at_saves_between_and_after(measured):
+def test_the_held_out_error_is_measured_at_step_0_and_when_due(measured):
     result, run, _ = measured
     assert list(errors(run)) == [0, 2, 3, 4, 5]
     assert (result["clips"], result["heldout_clips"]) == (4, 2)
@@ -79,7 +79,7 @@ def test_the_best_saved_step_is_named_and_promoted(cosmos, measured):
     assert done["step"] == best
 
 
-def test_a_resumed_run_measures_what_the_undisturbed_one_did(cosmos, measured):
+def test_a_resumed_run_measures_the_same_as_an_uninterrupted_one(cosmos, measured):
     _, one, pairs = measured
     for steps in (3, 5):
         cosmos("train", "tiny", *options("again", *pairs, "num_processes=1", f"max_steps={steps}"))
@@ -88,7 +88,7 @@ def test_a_resumed_run_measures_what_the_undisturbed_one_did(cosmos, measured):
     assert losses(again) == losses(one)
 
 
-def test_the_page_of_a_run_stands_alone_and_shows_what_it_measured(measured):
+def test_the_page_of_a_run_is_self_contained_and_shows_its_metrics(measured):
     _, run, _ = measured
     page = run.report.read_text()
     assert not re.search(r"""(src|href)=["'](?!data:)""", page)
@@ -99,7 +99,7 @@ def test_the_page_of_a_run_stands_alone_and_shows_what_it_measured(measured):
     assert page.partition("<h2>Error")[2] == run.report.read_text().partition("<h2>Error")[2]
 
 
-def test_promoting_the_best_of_a_run_that_measured_nothing_is_refused(prepared, tmp_path):
+def test_promote_best_is_refused_without_held_out_measurements(prepared, tmp_path):
     shutil.copytree(prepared / "datasets", tmp_path / "datasets")
     cosmos = Cosmos(tmp_path)
     pairs = ("max_steps=1", "num_processes=1", "holdout_share=0")
@@ -118,7 +118,7 @@ def wait_until(condition, process, seconds=120):
         time.sleep(0.1)
 
 
-def test_a_running_run_saves_when_asked_and_says_where_it_stands(cosmos):
+def test_a_running_run_saves_on_request_and_reports_its_status(cosmos):
     pairs = (*SPLIT, "num_processes=2", "save_every_steps=5000", "max_steps=5000")
     ask = ("train", "tiny", *options("asked", *pairs), "--status")
     nothing = cosmos(*ask, code=4)

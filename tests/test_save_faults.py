@@ -30,7 +30,7 @@ def strace(tmp_path):
 
 
 @pytest.mark.parametrize("sample", [10, pytest.param(None, marks=pytest.mark.slow)])
-def test_whichever_system_call_fails_the_save_before_it_loads(strace, tmp_path, sample):
+def test_after_any_failed_system_call_the_previous_save_loads(strace, tmp_path, sample):
     script = Path(__file__).with_name("faulty_saves.py")
     ranks = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "DS_ACCELERATOR": "cpu"}
     where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "OMP_NUM_THREADS": "1"}
@@ -92,7 +92,7 @@ def one_more_step(cosmos, run, pairs, disk=None):
     return process.returncode, [line for line in err.splitlines() if line.startswith("error")], err
 
 
-def test_a_full_disk_ends_the_run_in_one_line_and_room_goes_on(disk):
+def test_a_full_disk_ends_the_run_in_one_line_and_space_lets_it_resume(disk):
     cosmos = Cosmos(disk.parent)
     pairs = ("num_processes=1", "output_root=disk", "min_free_disk_gb=0", "save_every_steps=1")
     # Room for two saves of 140 MB and the state that goes.

@@ -37,7 +37,7 @@ def test_tensorboard_shows_all_rows_and_pictures_of_a_resumed_run_once(cosmos):
     assert [event.step for event in events.Images("preview")] == [0, 2, 3]
 
 
-def test_a_tracker_that_fails_is_said_and_does_not_end_the_run(cosmos):
+def test_a_failing_tracker_gives_a_warning_and_does_not_end_the_run(cosmos):
     folder = cosmos.cwd / "outputs" / "posttraining" / "diffusion_text2world" / "broken"
     folder.mkdir(parents=True)
     (folder / "tensorboard").touch()

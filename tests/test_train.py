@@ -133,7 +133,7 @@ def test_every_zero_stage_trains_alike(cosmos, stage):
 
 
 @pytest.mark.parametrize("mode", ["most", "all", pytest.param("attention", marks=pytest.mark.slow)])
-def test_what_is_computed_again_does_not_change_what_is_learned(cosmos, mode):
+def test_activation_checkpointing_does_not_change_the_training(cosmos, mode):
     pairs = ("num_processes=2", "micro_batch_size=1", "max_steps=2")
     cosmos("train", "tiny", *options(mode, *pairs, f"activation_checkpointing={mode}"))
     cosmos("train", "tiny", *options("none", *pairs))
@@ -158,7 +158,7 @@ def wait_for_step(run_glob, process, step=1):
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_saves_the_step_and_the_same_command_goes_on(cosmos, number, code):
+def test_a_signal_saves_the_step_and_the_same_command_resumes(cosmos, number, code):
     name = f"stopped{code}"
     pairs = ("num_processes=2", "micro_batch_size=1", "save_every_steps=500")
     arguments = ["train", "tiny", *options(name, *pairs, "max_steps=500")]
@@ -188,7 +188,7 @@ def test_a_signal_in_the_first_second_ends_the_command(cosmos):
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
-def test_a_save_that_fails_is_told_also_when_a_signal_asked_for_it(cosmos, number):
+def test_a_failed_save_is_reported_even_if_a_signal_asked_for_it(cosmos, number):
     name = f"failing{int(number)}"
     pairs = ("num_processes=1", "save_every_steps=500", "max_steps=500")
     process = cosmos.start("train", "tiny", *options(name, *pairs))
@@ -203,7 +203,7 @@ def test_a_save_that_fails_is_told_also_when_a_signal_asked_for_it(cosmos, numbe
     assert not run.resumable_steps()
 
 
-def test_under_a_launcher_every_rank_tells_what_ended_it_and_one_run_has_one_job(cosmos):
+def test_under_a_launcher_ranks_report_errors_and_a_run_is_locked(cosmos):
     dataset = cosmos.cwd / "datasets" / "tiny"
     train, _ = split_clips(read_json(dataset / "manifest.json"))
     latents = {path: path.read_bytes() for path in (dataset / clip["latent"] for clip in train)}
@@ -224,7 +224,7 @@ def test_under_a_launcher_every_rank_tells_what_ended_it_and_one_run_has_one_job
     assert "another process is training this run" in second.stderr
 
 
-def test_what_a_killed_command_leaves_keeps_the_run_until_it_has_saved(cosmos):
+def test_ranks_of_a_killed_command_keep_the_lock_until_they_saved(cosmos):
     pairs = ("num_processes=1", "save_every_steps=500", "max_steps=500")
     process = cosmos.start("train", "tiny", *options("orphan", *pairs))
     wait_for_step(lambda: cosmos.cwd.glob("outputs/*/*/orphan/metrics.jsonl"), process)
@@ -260,7 +260,7 @@ def test_a_killed_rank_is_named_and_nothing_is_left_behind(cosmos):
     assert f"resumed at step {last}" in on.stderr
 
 
-def test_the_newest_resume_states_and_every_so_many_are_kept(cosmos):
+def test_the_newest_and_every_nth_resume_states_are_kept(cosmos):
     pairs = ("num_processes=1", "save_every_steps=1", "max_steps=5", "keep_last=2")
     cosmos("train", "tiny", *options("pruned", *pairs, "keep_every_steps=2"))
     run = find_run(cosmos, "pruned")
@@ -277,7 +277,7 @@ def finished(prepared):
 
 
 @pytest.mark.parametrize("pair", ["optimizer=deepspeed", "seed=7", "dataset_dir=elsewhere"])
-def test_a_run_goes_on_only_as_itself(finished, pair):
+def test_a_run_with_a_changed_fixed_key_is_not_resumed(finished, pair):
     words = options("finished", "num_processes=1", "max_steps=3", pair)
     with contextlib.suppress(FileExistsError):
         (finished.cwd / "elsewhere").symlink_to("datasets/tiny")
@@ -285,13 +285,13 @@ def test_a_run_goes_on_only_as_itself(finished, pair):
     assert f"this run was started with {pair.partition('=')[0]} = " in refused.stderr
 
 
-def test_other_names_of_the_same_are_the_same_run(finished):
+def test_equivalent_values_of_fixed_keys_resume_the_run(finished):
     same = ("optimizer=torch", f"dataset_dir={finished.cwd}/datasets/tiny")
     words = options("finished", "num_processes=1", "max_steps=3", *same)
     assert finished.json("train", "tiny", *words, "--dry-run")["from"] == 2
 
 
-def test_a_lora_goes_on_beside_the_weights_that_it_was_trained_beside(cosmos, tmp_path):
+def test_a_lora_resumes_only_with_the_base_it_was_trained_on(cosmos, tmp_path):
     base = tmp_path / "base.safetensors"
     base.write_bytes((EMBEDDED_DIR / "model.safetensors").read_bytes())
     words = options("beside", f"base={base}", "lora_rank=4", "num_processes=1")
@@ -302,9 +302,9 @@ def test_a_lora_goes_on_beside_the_weights_that_it_was_trained_beside(cosmos, tm
     assert "this run was started with other base weights" in refused.stderr
 
 
-def test_a_folder_that_deepspeed_would_not_find_is_refused_before_it_is_needed(cosmos):
+def test_a_folder_that_deepspeed_would_not_find_is_refused(cosmos):
     refused = cosmos("train", "tiny", *options("x", "output_root=runs [1]"), code=2)
-    assert "has a '['" in refused.stderr
+    assert "contains '['" in refused.stderr
 
 
 def test_more_processes_than_gpus_are_refused(monkeypatch):
@@ -320,7 +320,7 @@ def test_a_finished_run_has_nothing_to_do(finished):
     assert done["step"] == 2
 
 
-def test_a_run_that_ended_between_its_last_save_and_its_last_measurement_goes_on(finished):
+def test_a_run_killed_before_its_last_measurement_makes_it_up(finished):
     run, pairs = find_run(finished, "finished"), ("num_processes=1", "max_steps=2")
     rows = run.metrics.read_text().splitlines(keepends=True)
     assert "heldout" in rows[-1]
@@ -339,7 +339,7 @@ def test_a_run_that_ended_between_its_last_save_and_its_last_measurement_goes_on
         (["optimizer=apex"], "NVIDIA's Apex is not installed"),
     ],
 )
-def test_kernels_that_are_not_there_are_refused_before_any_process_starts(cosmos, pairs, word):
+def test_missing_kernels_are_refused_before_any_process_starts(cosmos, pairs, word):
     started = time.monotonic()
     refused = cosmos("train", "tiny", *options("kernels", *pairs), code=3)
     (line,) = [line for line in refused.stderr.splitlines() if line.startswith("error")]
@@ -348,9 +348,7 @@ def test_kernels_that_are_not_there_are_refused_before_any_process_starts(cosmos
 
 
 @pytest.mark.slow
-def test_the_adamw_of_deepspeed_learns_what_that_of_torch_does_and_resumes_to_the_bit(
-    cosmos, tmp_path
-):
+def test_deepspeed_adamw_matches_torch_and_resumes_bit_for_bit(cosmos, tmp_path):
     # torch keeps there what it compiles.
     cosmos.cache = tmp_path
     compiled = ("num_processes=1", "optimizer=deepspeed")
@@ -365,7 +363,7 @@ def test_the_adamw_of_deepspeed_learns_what_that_of_torch_does_and_resumes_to_th
     assert by_deepspeed == losses(find_run(cosmos, "halves"))
 
 
-def test_a_run_is_not_continued_as_another_one(finished):
+def test_a_refused_resume_names_the_changed_key_in_a_few_lines(finished):
     for change, word in (("seed=5", "seed = 0"), ("global_batch_size=4", "global_batch_size = 2")):
         pairs = ("num_processes=1", "max_steps=4", change)
         refused = finished("train", "tiny", *options("finished", *pairs), code=2)

@@ -1,4 +1,7 @@
-"""Resume states and model files of a run: full tensors to ZeRO shards and back, whole or absent."""
+"""Save and restore the resume states and model files of a run.
+
+Tensors are scattered to ZeRO shards and gathered from them. A save is either complete or absent.
+"""
 
 from __future__ import annotations
 
@@ -20,33 +23,33 @@ from cosmos_cli.paths import MANIFEST_FILE, Run
 from cosmos_cli.recipe.keys import Recipe
 from cosmos_cli.train import reshard
 
-# The folder of DeepSpeed's files inside a resume state.
+# The folder inside a resume state that holds DeepSpeed's files.
 SHARDS = "zero"
 
 
 def shard(parameter: nn.Parameter) -> Tensor:
-    """This rank's part of a parameter: its flat ZeRO-3 shard, or all of it below stage 3."""
+    """Return this rank's flat ZeRO-3 shard of a parameter, or all of it below stage 3."""
     return parameter.ds_tensor if hasattr(parameter, "ds_tensor") else parameter.data
 
 
 def trained(module: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that are trained, by name: all of them, or the factors of a LoRA."""
+    """Return the trained parameters by name: all of them, or the factors of a LoRA."""
     return {name: p for name, p in module.named_parameters() if p.requires_grad}
 
 
 def shards(module: nn.Module) -> list[Tensor]:
-    """This rank's part of every trained parameter, in the order of `trained`."""
+    """Return this rank's shard of every trained parameter, in the order of `trained`."""
     return [shard(parameter) for parameter in trained(module).values()]
 
 
 def full_shape(parameter: nn.Parameter) -> torch.Size:
-    """The shape of a parameter, whether it is sharded or not."""
+    """Return the full shape of a parameter, sharded or not."""
     return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
 
 
 @torch.no_grad()
 def scatter(full: Tensor, parameter: nn.Parameter, target: Tensor) -> None:
-    """Copies this rank's part of a full tensor to `target`, which is laid out like its shard."""
+    """Copy this rank's part of a full tensor into `target`, which has the layout of its shard."""
     if not hasattr(parameter, "ds_tensor"):
         target.copy_(full)
         return
@@ -56,10 +59,10 @@ def scatter(full: Tensor, parameter: nn.Parameter, target: Tensor) -> None:
 
 
 def gather(parameter: nn.Parameter, part: Tensor) -> Tensor:
-    """The full tensor whose shards the ranks hold in `part`; every rank must call it."""
+    """Return the full tensor. Each rank passes its shard as `part`; every rank must call this."""
     if not hasattr(parameter, "ds_tensor"):
         return part
-    # Where the ranks exchange tensors, which need not be where the part is kept.
+    # Ranks exchange tensors on this device. Offloaded shards are kept elsewhere.
     part = part.to(best_device())
     joined = part.new_empty(dist.get_world_size() * part.numel())
     dist.all_gather_into_tensor(joined, part.contiguous())
@@ -67,7 +70,7 @@ def gather(parameter: nn.Parameter, part: Tensor) -> Tensor:
 
 
 def own_part(parameter: nn.Parameter, part: Tensor) -> Tensor:
-    """Return what of a rank's part is of the parameter; the end of the last shard is padding."""
+    """Return this rank's shard without its padding, which fills the end of the last shard."""
     if not hasattr(parameter, "ds_tensor"):
         return part
     left = parameter.ds_numel - dist.get_rank() * part.numel()
@@ -75,12 +78,12 @@ def own_part(parameter: nn.Parameter, part: Tensor) -> Tensor:
 
 
 def load_weights(module: nn.Module, state: dict[str, Tensor], where: Path) -> None:
-    """Copies a full state dict into this rank's shards, a tensor at a time.
+    """Copy a full state dict into this rank's shards, one tensor at a time.
 
-    A base without the log-variance head keeps the fresh one.
+    If the file has no log-variance head, the module keeps its freshly initialised one.
 
     Raises:
-        UserError: names or shapes are not those of the module, or a number is not finite.
+        UserError: names or shapes do not match the module, or a value is not finite.
     """
     parameters, buffers = dict(module.named_parameters()), dict(module.named_buffers())
     if not any(name.startswith("logvar.") for name in state):
@@ -103,16 +106,16 @@ def load_weights(module: nn.Module, state: dict[str, Tensor], where: Path) -> No
 
 
 def forget_copies(module: nn.Module) -> None:
-    """Drops what hpZ has copied of the weights before they changed, which it would gather."""
+    """Drop the secondary copies of hpZ, which are stale: it would gather them after a load."""
     for parameter in module.parameters():
         if hasattr(parameter, "ds_secondary_tensor"):
             parameter.ds_secondary_tensor = None
 
 
 def save(engine: Any, ema: PowerEMA, run: Run, step: int, about: dict[str, Any]) -> None:
-    """Saves model files and resume state of `step`; every rank must call it.
+    """Save the model files and the resume state of `step`; every rank must call this.
 
-    The resume state appears under its name only when all of it is on disk.
+    The resume state gets its final name only when all of it is on disk.
     """
     final = run.resume_state(step)
     building = final.with_name(f".{final.name}.tmp")
@@ -123,7 +126,7 @@ def save(engine: Any, ema: PowerEMA, run: Run, step: int, about: dict[str, Any])
     try:
         with weights.writing(final):
             written = _save_state(engine, building)
-            sha256 = _of_all_ranks(sha256)
+            sha256 = _merge_ranks(sha256)
             if dist.get_rank() == 0:
                 manifest = {
                     "step": step,
@@ -145,26 +148,26 @@ def save(engine: Any, ema: PowerEMA, run: Run, step: int, about: dict[str, Any])
 
 
 def prune(run: Run, r: Recipe) -> None:
-    """Drops the resume states that the recipe does not keep, once a newer one is complete."""
+    """Delete the resume states that the recipe does not keep. Call it after a complete save."""
     with files.disk_errors(run.checkpoints):
         for step in run.resumable_steps()[: -r.keep_last]:
             if r.keep_every_steps and step % r.keep_every_steps == 0:
                 continue
             old = run.resume_state(step)
-            # Out of sight first: a half-removed folder must not look complete.
-            leaving = old.with_name(f".{old.name}.tmp")
-            old.rename(leaving)
-            shutil.rmtree(leaving)
+            # Rename it first: a partly deleted folder must not pass for a complete state.
+            condemned = old.with_name(f".{old.name}.tmp")
+            old.rename(condemned)
+            shutil.rmtree(condemned)
 
 
 def resume(engine: Any, ema: PowerEMA, run: Run, step: int) -> None:
-    """Restores weights, masters, moments and EMA as they were after `step` updates.
+    """Restore weights, fp32 master weights, moments and EMA as they were after `step` updates.
 
-    Another number of ranks than saved them may call it.
+    The number of ranks may differ from the number that saved the state.
 
     Raises:
-        UserError: a file of the resume state is missing or not as it was written, or a weight is
-            not finite.
+        UserError: a file of the resume state is missing or its hash differs, or a weight is not
+            finite.
     """
     folder = run.resume_state(step)
     manifest = files.read_json(folder / MANIFEST_FILE)
@@ -173,7 +176,7 @@ def resume(engine: Any, ema: PowerEMA, run: Run, step: int) -> None:
     whole = path.is_file() and files.sha256_file(path) == manifest["ema_sha256"]
     if _hash_files(folder) != manifest["files"] or not whole:
         raise UserError(
-            f"is damaged: its files or {path.name} are not as they were written",
+            f"is damaged: its files or {path.name} are missing or differ from what was saved",
             code=ExitCode.ASSET,
             where=str(folder),
             fix="delete this folder; the same command then resumes from the save before it",
@@ -196,12 +199,12 @@ def resume(engine: Any, ema: PowerEMA, run: Run, step: int) -> None:
 
 
 def model_file(run: Run, module: nn.Module, step: int, kind: str) -> Path:
-    """Where the reg or ema weights of a save lie: a whole model, or a LoRA."""
+    """Return the path of the reg or ema weights of a save: a whole model, or a LoRA."""
     return run.lora(step, kind) if lora.attached(module) else run.model(step, kind)
 
 
 def _save_state(engine: Any, folder: Path) -> dict[str, dict[str, Any]]:
-    """Writes what DeepSpeed needs to go on; size and sha256 of the files of all ranks."""
+    """Write DeepSpeed's state. Return the size and sha256 of the files of all ranks."""
     written = {}
 
     def write(state_dict: Any, path: str) -> None:
@@ -216,19 +219,22 @@ def _save_state(engine: Any, folder: Path) -> dict[str, dict[str, Any]]:
         str(folder), tag=SHARDS, save_latest=False, exclude_frozen_parameters=True
     )
     if dist.get_rank() == 0:
-        # DeepSpeed's tools to make a model file of it; we have one.
+        # DeepSpeed adds scripts that convert its state to a model file, which we write ourselves.
         for script in folder.glob("*.py"):
             script.unlink()
-    return _of_all_ranks(written)
+    return _merge_ranks(written)
 
 
 def _save_models(module: nn.Module, ema: PowerEMA, run: Run, step: int) -> dict[str, str]:
-    """Writes both model files, by two ranks at once if there are two; sha256 of those of this."""
+    """Write both model files, on two ranks at once if possible.
+
+    Return the sha256 of the files that this rank wrote, by kind.
+    """
     states = {
         "reg": _gather_all(module, shards(module), 0),
         "ema": _gather_all(module, ema.shards, 1 % dist.get_world_size()),
     }
-    # What is written gives its memory back: of the 7B these are 14 and 29 GB.
+    # Pop each state so that its memory is freed once it is written: 14 and 29 GB for the 7B.
     return {
         kind: _save_model(module, states.pop(kind), model_file(run, module, step, kind))
         for kind in tuple(states)
@@ -237,7 +243,7 @@ def _save_models(module: nn.Module, ema: PowerEMA, run: Run, step: int) -> dict[
 
 
 def _gather_all(module: nn.Module, parts: list[Tensor], rank: int) -> dict[str, Tensor]:
-    """On one rank, in its host's memory, the trained weights whose shards the ranks hold."""
+    """Gather the trained weights into CPU memory on one rank. Other ranks return an empty dict."""
     state = {}
     for (name, parameter), part in zip(trained(module).items(), parts, strict=True):
         full = gather(parameter, part)
@@ -247,7 +253,7 @@ def _gather_all(module: nn.Module, parts: list[Tensor], rank: int) -> dict[str, 
 
 
 def _save_model(module: nn.Module, state: dict[str, Tensor], path: Path) -> str:
-    """Writes the trained weights; their file's sha256."""
+    """Write the trained weights, and return the sha256 of their file."""
     if lora.attached(module):
         lora_files.save(path, state, lora.scale(module))
         return files.sha256_file(path)
@@ -256,13 +262,16 @@ def _save_model(module: nn.Module, state: dict[str, Tensor], path: Path) -> str:
 
 
 def _hash_files(folder: Path) -> dict[str, dict[str, Any]]:
-    """Size and sha256 of every file of a resume state but its manifest, by all ranks together."""
+    """Return size and sha256 of every file of a resume state except its manifest.
+
+    The ranks share the hashing.
+    """
     names = sorted(
         str(path.relative_to(folder))
         for path in folder.rglob("*")
         if path.is_file() and path.name != MANIFEST_FILE
     )
-    return _of_all_ranks({
+    return _merge_ranks({
         name: {
             "bytes": (folder / name).stat().st_size,
             "sha256": files.sha256_file(folder / name),
@@ -271,8 +280,8 @@ def _hash_files(folder: Path) -> dict[str, dict[str, Any]]:
     })  # fmt: skip
 
 
-def _of_all_ranks(own: dict[str, Any]) -> dict[str, Any]:
-    """What the ranks know of some files each, put together by name."""
+def _merge_ranks(own: dict[str, Any]) -> dict[str, Any]:
+    """Merge the dicts of all ranks, sorted by key; every rank must call this."""
     gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, own)
     return dict(sorted(item for part in gathered for item in part.items()))

@@ -1,4 +1,4 @@
-"""Prepared clips in a resumable order that no number of processes changes."""
+"""Read prepared clips in an order that can be resumed and does not depend on the process count."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ from cosmos_cli.spec import ModelSpec
 
 @dataclass(frozen=True)
 class Batch:
-    """Clips with everything random about them, on the CPU; letters as in edm.py."""
+    """A batch of clips on the CPU with their sampled noise and noise levels.
+
+    Text dropout is already applied. Letters as in edm.py.
+    """
 
     x0: Tensor
     sigma_B: Tensor
@@ -30,35 +33,41 @@ class Batch:
     names: tuple[str, ...]
 
     def to(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """The arguments of EDMLoss on `device`."""
+        """Return the arguments of EDMLoss, moved to `device`."""
         tensors = (self.x0, self.sigma_B, self.noise, self.text_emb, self.fps_B)
         x0, sigma, noise, text_emb, fps = (t.to(device, non_blocking=True) for t in tensors)
         return x0, sigma, noise, text_emb, fps
 
     @property
     def samples(self) -> list[str]:
-        """Name and noise level of each clip, for messages."""
+        """Return the name and noise level of each clip, for messages."""
         pairs = zip(self.names, self.sigma_B.tolist(), strict=True)
         return [f"{name} (sigma {sigma:.4g})" for name, sigma in pairs]
 
 
 def not_finite(what: str, where: str, own: list[str]) -> UserError:
-    """The failure of a run, with the samples to blame of all ranks; every rank must call it."""
+    """Return the error of a non-finite loss or gradient; every rank must call this.
+
+    It names the offending samples of all ranks. `own` holds those of this rank.
+    """
     gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, own)
-    # Processes that share a clip name it each.
+    # All ranks of a sequence-parallel group name the same clip, so drop duplicates.
     names = dict.fromkeys(name for part in gathered for name in part)
     return UserError(
         f"the {what} is not finite: {', '.join(names) or 'the log-variance head'}",
         code=ExitCode.TRAINING,
         where=where,
-        fix="look at these clips, or lower learning_rate; the last save is untouched",
+        fix="check these clips, or lower learning_rate; the last save is intact",
     )
 
 
 @dataclass(frozen=True)
 class Share:
-    """Samples [first, first + count) of every global batch, one rank's, taken `micro` at a time."""
+    """One rank's samples of every global batch, taken `micro` at a time.
+
+    They are [first, first + count) of the global batch.
+    """
 
     first: int
     count: int
@@ -66,31 +75,34 @@ class Share:
 
     @classmethod
     def of(cls, rank: int, world: int, global_batch: int, micro: int) -> Share:
-        """The share of a data-parallel rank.
+        """Return the share of one data-parallel rank.
 
         Raises:
             ValueError: the global batch does not divide into micro batches over the ranks.
         """
         if global_batch % (world * micro):
-            raise ValueError(f"a batch of {global_batch} over {world} ranks by {micro}")
+            raise ValueError(
+                f"a global batch of {global_batch} does not divide over {world} ranks "
+                f"in micro batches of {micro}"
+            )
         count = global_batch // world
         return cls(rank * count, count, micro)
 
     def micro_batches(self) -> Iterator[range]:
-        """The samples of each micro batch, counted within the global batch."""
+        """Yield the samples of each micro batch, as indices into the global batch."""
         for start in range(self.first, self.first + self.count, self.micro):
             yield range(start, start + self.micro)
 
 
 def clip_of(sample: int, clips: int, seed: int) -> int:
-    """The clip that global sample number `sample` trains on: a fresh permutation every epoch."""
+    """Return the clip index of a global sample number. Every epoch has a new permutation."""
     epoch, position = divmod(sample, clips)
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     return int(torch.randperm(clips, generator=generator)[position])
 
 
 class Clips:
-    """The clips of a manifest, read from disk as they are needed."""
+    """The clips of a manifest, read from disk on demand."""
 
     def __init__(self, root: Path, clips: list[dict[str, Any]], spec: ModelSpec) -> None:
         self.root, self.clips, self.spec = root, clips, spec
@@ -99,18 +111,18 @@ class Clips:
         return len(self.clips)
 
     def read(self, index: int) -> tuple[Tensor, Tensor, float]:
-        """x0 (C, T, H, W) fp32, the padded text embedding (M, D) fp32, frames per second."""
+        """Return x0 (C, T, H, W) fp32, the padded text embedding (M, D) fp32, and frames/s."""
         clip = self.clips[index]
         embedding = text.read_pickle(self.root / clip["text"], self.spec.text)
         text_emb = text.pad(embedding.float(), self.spec.text)
         return self.latent(index), text_emb, float(clip["fps"])
 
     def latent(self, index: int) -> Tensor:
-        """x0 (C, T, H, W) fp32."""
+        """Return x0 (C, T, H, W) fp32."""
         return latent_files.read_latent(self.root / self.clips[index]["latent"])
 
     def batch(self, step: int, samples: range, settings: BatchSettings) -> Batch:
-        """The micro batch of some samples of an optimizer step."""
+        """Return the micro batch of these samples of an optimizer step."""
         x0, sigma, noise, text_emb, fps, names = [], [], [], [], [], []
         for sample in samples:
             index = clip_of(step * settings.global_batch + sample, len(self), settings.seed)
@@ -136,7 +148,7 @@ class Clips:
 
 @dataclass(frozen=True)
 class BatchSettings:
-    """What decides the content of a batch besides the clips."""
+    """The settings that determine the content of a batch, in addition to the clips."""
 
     seed: int
     global_batch: int
@@ -146,7 +158,7 @@ class BatchSettings:
 def batches(
     clips: Clips, share: Share, settings: BatchSettings, steps: range
 ) -> Iterator[tuple[int, list[Batch]]]:
-    """(step, its micro batches) for every step, the next step read while this one computes."""
+    """Yield each step with its micro batches. The next step is read while this one computes."""
 
     def load(step: int) -> list[Batch]:
         return [clips.batch(step, samples, settings) for samples in share.micro_batches()]

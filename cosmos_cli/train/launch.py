@@ -1,4 +1,4 @@
-"""Everything between `cosmos train` and its ranks: start, watch, stop. No torch."""
+"""Start, watch and stop the ranks of `cosmos train`. Does not import torch."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 def world_size(r: Recipe) -> int:
-    """How many ranks train: the launcher's number, the recipe's, one per GPU, or one on a CPU."""
+    """Return the number of ranks: the launcher's, the recipe's, one per GPU, or 1 without a GPU."""
     if ranks.under_launcher():
         return int(os.environ["WORLD_SIZE"])
     if r.num_processes != "auto":
@@ -42,22 +42,22 @@ def world_size(r: Recipe) -> int:
 
 
 def join(loaded: LoadedRecipe, overwrite: bool) -> dict[str, Any]:
-    """Runs this process as the rank that a launcher made it; the figures of the run's result.
+    """Train in this process as one rank of a launcher, and return the figures of the run's result.
 
     `overwrite` first deletes what an earlier run saved after the step that this one starts from.
 
     Raises:
-        UserError: what ended this rank.
+        UserError: training failed on this rank.
         Interrupted: a signal ended the run after a clean save.
     """
     run = Run(loaded.recipe.run_dir)
     rank = int(os.environ["RANK"])
-    # What `start` gives its ranks; torch, imported below, reads it.
+    # Ranks of `start` get the same environment. Torch reads it when it is imported below.
     os.environ.update(ranks.environment(int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
     if missing := {"MASTER_ADDR", "MASTER_PORT"} - os.environ.keys():
         raise UserError(
-            "is not set, though RANK is", code=ExitCode.ENVIRONMENT, where=min(missing),
-            fix="start it by torchrun or recipes/slurm.sh, or unset RANK",
+            "is not set, but RANK is", code=ExitCode.ENVIRONMENT, where=min(missing),
+            fix="start it with torchrun or recipes/slurm.sh, or run `unset RANK`",
         )  # fmt: skip
     with contextlib.ExitStack() as stack:
         if rank == 0:
@@ -67,8 +67,8 @@ def join(loaded: LoadedRecipe, overwrite: bool) -> dict[str, Any]:
             _prepare(loaded, run)
             stack.enter_context(trackers.following(loaded.recipe, run))
         if "TORCHELASTIC_RUN_ID" in os.environ:
-            # torchrun handles SIGHUP also under nohup: it passes it on, and kills what has not
-            # ended half a minute later. Its ranks get none from a terminal.
+            # torchrun forwards SIGHUP even under nohup, and kills ranks that are still alive half a
+            # minute later. The terminal itself sends its ranks no SIGHUP.
             signal.signal(signal.SIGHUP, signal.SIG_DFL)
         from cosmos_cli.train import loop
 
@@ -76,7 +76,7 @@ def join(loaded: LoadedRecipe, overwrite: bool) -> dict[str, Any]:
             outcome = loop.run_rank(loaded.recipe)
         except UserError as error:
             if rank:
-                # The others only learn that this rank is gone.
+                # The other ranks see only that this one is gone, not why.
                 console.unmute()
                 console.say(f"error: rank {rank}: {error}")
                 console.mute()
@@ -88,7 +88,7 @@ def join(loaded: LoadedRecipe, overwrite: bool) -> dict[str, Any]:
 
 
 def start(loaded: LoadedRecipe, processes: int, overwrite: bool) -> dict[str, Any]:
-    """Runs the ranks to their end; the figures of the run's result.
+    """Start the ranks, wait for them, and return the figures of the run's result.
 
     `overwrite` first deletes what an earlier run saved after the step that this one starts from.
 
@@ -108,18 +108,19 @@ def start(loaded: LoadedRecipe, processes: int, overwrite: bool) -> dict[str, An
         while True:
             _prepare(loaded, run)
             with trackers.following(loaded.recipe, run):
-                code, signal_seen = _run_to_the_end(
+                code, signal_seen = _run_command(
                     command,
                     env={**ranks.environment(processes), ranks.ADDRESS: box.address},
                     stdout=sys.stderr,
-                    # The launcher holds the lock too: ranks may still save when this process is
-                    # killed.
+                    # The launcher holds the lock too: if this process is killed, its ranks may
+                    # still be saving.
                     pass_fds=(lock,),
                 )
             messages = box.read()
             if run.result.exists() and (not signal_seen or status.is_finished(run)):
                 return _outcome(run)
-            # What a rank explained, a full disk or a loss that is not finite, would come again.
+            # A failure that a rank could explain (disk full, non-finite loss) would recur, so do
+            # not restart.
             explained = any("error" in m and "lost" not in m for m in messages)
             if signal_seen and not explained:
                 raise Interrupted(signal_seen)
@@ -131,7 +132,7 @@ def start(loaded: LoadedRecipe, processes: int, overwrite: bool) -> dict[str, An
 
 
 def _failure(messages: list[dict[str, Any]], launcher_code: int) -> UserError:
-    """The failure to show: the first that a rank explained, else what torchrun saw first."""
+    """Return the first error that a rank explained, else the first failure that torchrun saw."""
     explained = next((m for m in messages if "error" in m), None)
     if explained:
         code = ExitCode(explained["code"])
@@ -141,14 +142,14 @@ def _failure(messages: list[dict[str, Any]], launcher_code: int) -> UserError:
     own = next((m for m in messages if m.get("rank") == rank), {})
     if "traceback" in own:
         print(own["traceback"], file=sys.stderr)
-        what, code = "failed; its traceback stands above", ExitCode.BUG
+        what, code = "failed with the traceback above", ExitCode.BUG
     elif process_code is None:
-        what, code = f"the launcher ended with code {launcher_code}", ExitCode.TRAINING
+        what, code = f"the launcher exited with code {launcher_code}", ExitCode.TRAINING
     elif process_code == -signal.SIGKILL:
-        what = "was killed; if nobody did it, host memory ran out (see dmesg); start it again"
+        what = "was killed, by someone or because CPU memory ran out (see dmesg); run train again"
         code = ExitCode.TRAINING
     else:
-        what, code = f"ended with code {process_code}; start it again", ExitCode.TRAINING
+        what, code = f"exited with code {process_code}; run train again", ExitCode.TRAINING
     return UserError(what, code=code, where=f"rank {rank}")
 
 
@@ -159,11 +160,11 @@ def _outcome(run: Run) -> dict[str, Any]:
     return result
 
 
-class _Signals:
-    """Passes signals on to the ranks.
+class _SignalForwarder:
+    """Handler that forwards signals to the ranks.
 
-    SIGUSR1 has them save and go on; SIGINT, SIGTERM and SIGHUP, as SIGTERM, save and end. A second
-    request kills them.
+    On SIGUSR1 they save and continue. SIGINT, SIGTERM and SIGHUP are forwarded as SIGTERM: the
+    ranks save and stop. A second stop request kills them.
     """
 
     def __init__(self) -> None:
@@ -173,8 +174,8 @@ class _Signals:
 
     def __call__(self, number: int, _frame: FrameType | None) -> None:
         if number == signal.SIGUSR1:
-            console.say("saving: the step ends and is saved, then training goes on")
-            self.pass_on(number)
+            console.say("saving after this step; training then continues")
+            self.forward(number)
             return
         request = signals.requests.note(number)
         if not request:
@@ -183,19 +184,19 @@ class _Signals:
         if request > 1:
             self.stop(signal.SIGKILL)
             return
-        console.say("stopping: the step ends and is saved; once more to stop at once")
+        console.say("stopping after this step, which is saved; repeat the signal to stop at once")
         self.stop(signal.SIGTERM)
 
     def stop(self, number: int) -> None:
-        """Signals the ranks, or the launcher while it has not started them."""
+        """Signal the ranks, or the launcher if it has not started them yet."""
         if self.process is None:
             return
         with contextlib.suppress(ProcessLookupError):
-            if not self.pass_on(number) or number == signal.SIGKILL:
+            if not self.forward(number) or number == signal.SIGKILL:
                 os.killpg(self.process.pid, number)
 
-    def pass_on(self, number: int) -> bool:
-        """Signals the ranks; whether there are any yet."""
+    def forward(self, number: int) -> bool:
+        """Signal the ranks. True if there were any."""
         if self.process is None:
             return False
         ranks = []
@@ -206,29 +207,30 @@ class _Signals:
         return bool(ranks)
 
 
-def _run_to_the_end(command: list[str], **options: Any) -> tuple[int, ExitCode | None]:
-    """The exit code of a command, and that of the signal that was passed on to it, if any."""
-    passing = _Signals()
-    handled = (*passing.codes, signal.SIGUSR1)
-    before = {number: signal.signal(number, passing) for number in handled}
+def _run_command(command: list[str], **options: Any) -> tuple[int, ExitCode | None]:
+    """Run a command. Return its exit code, and the exit code of a forwarded stop signal if any."""
+    forwarder = _SignalForwarder()
+    handled = (*forwarder.codes, signal.SIGUSR1)
+    before = {number: signal.signal(number, forwarder) for number in handled}
     try:
-        # A session of its own: Ctrl-C and a closed window reach us alone and are passed on to the
-        # ranks, not to torchrun, which would kill them half a minute later, inside a save.
+        # The launcher gets a session of its own, so Ctrl-C and a closed window reach this process
+        # only. They are forwarded to the ranks, not to torchrun: torchrun would kill the ranks half
+        # a minute later, in the middle of a save.
         process = subprocess.Popen(command, start_new_session=True, **options)
-        passing.process = process
-        if passing.seen:
-            passing.stop(signal.SIGTERM)
+        forwarder.process = process
+        if forwarder.seen:
+            forwarder.stop(signal.SIGTERM)
         process.wait()
         ranks.kill_group(process.pid)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    return process.returncode, passing.seen
+    return process.returncode, forwarder.seen
 
 
 @contextmanager
 def _locked(run: Run) -> Iterator[int]:
-    """Holds the run against a second process; the descriptor of the lock.
+    """Lock the run against a second process, and yield the file descriptor of the lock.
 
     Raises:
         UserError: another process trains it.
@@ -244,19 +246,19 @@ def _locked(run: Run) -> Iterator[int]:
                 "another process is training this run",
                 code=ExitCode.USAGE,
                 where=str(run.root),
-                fix="wait for it, or set name to start another run",
+                fix="wait for it, or start another run with `--set name=NAME`",
             ) from error
         except OSError as error:
-            # Some shared disks have no locks, as Lustre unless it is mounted with flock.
-            why = f"cannot be locked ({error.strerror}): start no second job that trains this run"
+            # Some shared disks have no locks, for example Lustre mounted without flock.
+            why = f"cannot be locked ({error.strerror}): make sure no other job trains it"
             console.warn(f"{run.root}: {why}")
         yield stream.fileno()
 
 
 def _discard(run: Run) -> None:
-    """Delete the weights saved after the newest resume state; without one, all of an earlier run.
+    """Delete the weights saved after the newest resume state, or the whole run if there is none.
 
-    status.json goes last: until then, a start without --overwrite is still refused.
+    status.json is deleted last: until then, a start without --overwrite is still refused.
     """
     start = run.last_step
     with files.disk_errors(run.root):
@@ -267,7 +269,7 @@ def _discard(run: Run) -> None:
         if start:
             return
         for folder in run.checkpoints.glob("iter_" + "[0-9]" * 9):
-            # A resume state without its manifest.
+            # What remains here is a resume state without its manifest.
             shutil.rmtree(folder)
         if run.samples.exists():
             shutil.rmtree(run.samples)
@@ -276,7 +278,7 @@ def _discard(run: Run) -> None:
 
 
 def _prepare(loaded: LoadedRecipe, run: Run) -> None:
-    """Clears what an earlier start left and writes what the run is made from."""
+    """Delete the leftovers of an earlier start, and write the recipe, status.json and env.json."""
     from cosmos_cli.recipe import loading
 
     with files.disk_errors(run.root):

@@ -1,4 +1,4 @@
-"""The training loop of one rank, written out. torchrun starts it with the run's resolved recipe."""
+"""Train on one rank. torchrun starts this module with the path of the run's resolved recipe."""
 
 from __future__ import annotations
 
@@ -32,19 +32,21 @@ from cosmos_cli.train.heldout import HeldOut
 from cosmos_cli.train.previews import Pictures
 from cosmos_cli.train.watchdog import Pulse
 
-# On how many of a GPU's processors NCCL gathers weights and reduces gradients beside arithmetic. It
-# waits there for the slowest rank, and kernels made for all processors wait for it. On two H100, 12
-# blocks of the 7B, a step of 6.18 s alone took 6.58 s with NCCL's own choice and takes 6.30 with 4.
-GATHER_PROCESSORS = 4
+# NCCL_MAX_CTAS under ZeRO-3: the number of SMs that NCCL may hold to gather weights and reduce
+# gradients. It holds them while it waits for the slowest rank, and full-grid GEMMs queue behind it.
+# Measured on 2 x H100 with 12 blocks of the 7B: 6.18 s a step without communication, 6.58 s with
+# NCCL's default, 6.30 s with 4.
+NCCL_SMS = 4
 
 _stop_code = 0
 _save_asked = False
 
 
 def learning_rate(r: Recipe, step: int) -> float:
-    """The learning rate of the update after `step` completed ones.
+    """Return the learning rate of the update that follows `step` completed updates.
 
-    Linear from lr_start_factor to 1 over the warm-up, then linear to lr_end_factor at max_steps.
+    Its factor rises linearly from lr_start_factor to 1 over the warm-up, then changes linearly to
+    lr_end_factor at max_steps.
     Source: cosmos-predict1 at 4ed35fa, `LambdaLinearScheduler`, one cycle.
     """
     if step < r.warmup_steps:
@@ -56,7 +58,7 @@ def learning_rate(r: Recipe, step: int) -> float:
 
 
 def set_learning_rate(engine: Any, r: Recipe, step: int) -> float:
-    """Gives the optimizer the learning rate of a step; that rate."""
+    """Set the optimizer's learning rate for a step and return it."""
     rate = learning_rate(r, step)
     for group in engine.optimizer.param_groups:
         group["lr"] = rate
@@ -64,7 +66,7 @@ def set_learning_rate(engine: Any, r: Recipe, step: int) -> float:
 
 
 def train(r: Recipe, device: torch.device) -> dict[str, Any]:
-    """Trains to max_steps or until a signal; the figures of the run's result."""
+    """Train to max_steps or until a stop signal, and return the figures of the run's result."""
     run = Run(r.run_dir)
     clips, held_out, about = open_dataset(r)
     sequence = neighbours(r.sequence_parallel)
@@ -102,7 +104,7 @@ def train(r: Recipe, device: torch.device) -> dict[str, Any]:
                 save(r, run, engine, ema, done, about)
                 record.write_saved(done)
                 saved = done
-            # Whoever stops a run waits for it; it is measured when it goes on.
+            # Do not make a user who stops the run wait: the next start measures this step.
             if held_out and not stop_code and (saving or done % r.validate_every_steps == 0):
                 record.write_held_out(done, held_out.measure(engine, device, done))
             if not stop_code:
@@ -122,7 +124,7 @@ def optimize(
     step: int,
     micro_batches: list[data.Batch],
 ) -> tuple[metrics.Stats, dict[str, Any]]:
-    """One optimizer step: what it measured and was asked meanwhile, and its row of metrics.jsonl.
+    """Run one optimizer step. Return its statistics with any requests, and its metrics.jsonl row.
 
     Raises:
         UserError: the loss or the gradient is not finite.
@@ -155,7 +157,7 @@ def optimize(
 
 
 def open_dataset(r: Recipe) -> tuple[data.Clips, HeldOut | None, dict[str, Any]]:
-    """The clips to train on, those to measure on, and what a save says about the run's making."""
+    """Return the training clips, the held-out clips if any, and the provenance for checkpoints."""
     dataset = Dataset.at(r.dataset_dir, r.videos_dir)
     clips, held_out = (
         data.Clips(dataset.root, rows, r.spec)
@@ -166,21 +168,21 @@ def open_dataset(r: Recipe) -> tuple[data.Clips, HeldOut | None, dict[str, Any]]
         "dataset": files.sha256_file(dataset.manifest),
     }
     if r.lora_rank and dist.get_rank() == 0:
-        # Its factors mean something beside these weights alone.
+        # The factors of a LoRA are valid only together with the base weights they were trained on.
         base = paths.model_files(r.spec, r.checkpoints_dir, r.base).dit
         about["base"] = files.sha256_path(base)
     return clips, HeldOut(held_out, r.validate_clips) if len(held_out) else None, about
 
 
 def resume(r: Recipe, run: Run, engine: Any, ema: PowerEMA) -> int:
-    """The step to go on from, its state restored; 0 for a new run."""
-    # What rank 0 sees: on a shared disk another node may not see the last save yet.
+    """Restore the newest resume state and return its step, or return 0 for a new run."""
+    # Rank 0 decides: on a shared disk, another node may not see the last save yet.
     newest = [run.last_step]
     dist.broadcast_object_list(newest)
     (start,) = newest
     if start:
         checkpoint.resume(engine, ema, run, start)
-        # DeepSpeed restores these from the checkpoint; the recipe's hold.
+        # DeepSpeed restores these settings from the checkpoint, but the recipe's values apply.
         for group in engine.optimizer.param_groups:
             group.update(engines.optimizer_settings(r))
         console.say(f"resumed at step {start} from {run.resume_state(start)}")
@@ -188,15 +190,15 @@ def resume(r: Recipe, run: Run, engine: Any, ema: PowerEMA) -> int:
 
 
 def save(r: Recipe, run: Run, engine: Any, ema: PowerEMA, step: int, about: dict[str, Any]) -> None:
-    """Saves a step and drops what the recipe does not keep.
+    """Save a step, then delete the resume states that the recipe does not keep.
 
     Raises:
-        UserError: the disk has no room for it, or refuses.
+        UserError: the disk is too full, or a write fails.
     """
     if dist.get_rank() == 0:
         sizes = plan.disk_bytes(r, step)
         needed = sizes["model files of a save"] + sizes["a resume state"]
-        fix = "free some space and start the same command; the last save is untouched"
+        fix = "free some space and run the same command again; the last save is intact"
         files.require_free(run.checkpoints, needed, f"the files of step {step}", fix)
     checkpoint.save(engine, ema, run, step, about)
     if dist.get_rank() == 0:
@@ -205,21 +207,25 @@ def save(r: Recipe, run: Run, engine: Any, ema: PowerEMA, step: int, about: dict
 
 
 def requests(run: Run) -> tuple[int, bool, bool]:
-    """What was asked of this process since the last step: a code to end with, a save, samples."""
+    """Return the requests since the last step: the exit code to stop with or 0, save, sample."""
     global _save_asked
     save, _save_asked = _save_asked or _stop_code > 0, False
-    return _stop_code, save or _was_touched(run.save_request), _was_touched(run.sample_request)
+    return (
+        _stop_code,
+        save or _consume_request(run.save_request),
+        _consume_request(run.sample_request),
+    )
 
 
 def is_stopping(device: torch.device) -> bool:
-    """Whether a signal to end has come to any rank; every rank must call it."""
+    """True if any rank has received a stop signal; every rank must call this."""
     asked = torch.tensor(int(_stop_code > 0), device=device)
     dist.all_reduce(asked, dist.ReduceOp.MAX)
     return bool(asked)
 
 
-def _was_touched(request: Path) -> bool:
-    """Whether somebody made this file, which rank 0 takes away."""
+def _consume_request(request: Path) -> bool:
+    """True if a user created this request file. Rank 0 deletes it; other ranks return False."""
     if dist.get_rank() or not request.exists():
         return False
     with files.disk_errors(request):
@@ -238,57 +244,58 @@ def _request_stop(number: int, _frame: FrameType | None) -> None:
 
 
 def run_rank(r: Recipe) -> dict[str, Any]:
-    """The figures of the run's result, after training as the rank that the environment names.
+    """Train as the rank given by the environment, and return the figures of the run's result.
 
     Raises:
-        UserError: what ended the run on this rank.
+        UserError: training failed on this rank.
     """
     for number in signals.ending():
         signal.signal(number, _request_stop)
     signal.signal(signal.SIGUSR1, _request_save)
     run = Run(r.run_dir)
     if r.zero_stage == 3 and r.sequence_parallel == 1:
-        os.environ.setdefault("NCCL_MAX_CTAS", str(GATHER_PROCESSORS))
+        os.environ.setdefault("NCCL_MAX_CTAS", str(NCCL_SMS))
     device = _join_world(r.timeout_seconds)
     if dist.get_rank():
         console.mute()
-    pulse = Pulse(r.timeout_seconds)
-    pulse.start()
-    fix = "use more GPUs, activation_checkpointing: all, or fewer frames"
+    watchdog = Pulse(r.timeout_seconds)
+    watchdog.start()
+    fix = "use more GPUs, `--set activation_checkpointing=all`, or fewer frames"
     with console.log_file(run.log), gpu_memory_errors(fix):
         outcome = train(r, device)
     if dist.get_rank() == 0:
         outcome["best_step"] = status.best_step(run)
         files.write_json(run.result, outcome)
         status.write_page(run)
-    pulse.end()
+    watchdog.end()
     dist.destroy_process_group()
     return outcome
 
 
 def _join_world(timeout_seconds: float) -> torch.device:
-    # DeepSpeed calls collectives by the names that torch 2.13 began to rename.
+    # DeepSpeed still calls collectives by names that torch 2.13 deprecates.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     import deepspeed
     import deepspeed.ops
     from deepspeed.utils import logger
 
     logger.setLevel("WARNING")
-    # The pulse ends a run earlier, and knows whom all wait for.
-    patience = timedelta(seconds=2 * timeout_seconds)
+    # The watchdog stops a hung run earlier, and names the rank that the others wait for.
+    timeout = timedelta(seconds=2 * timeout_seconds)
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-        deepspeed.init_distributed("nccl", timeout=patience)
+        deepspeed.init_distributed("nccl", timeout=timeout)
         return device
-    # Its shared-memory all-reduce needs a compiler and over a minute to build; gloo serves a CPU.
+    # DeepSpeed's shared-memory all-reduce needs a compiler and takes over a minute to build. On
+    # a CPU, gloo is enough.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed("gloo", timeout=patience)
+    deepspeed.init_distributed("gloo", timeout=timeout)
     return torch.device("cpu")
 
 
 def main(resolved: str) -> int:
-    """Runs one rank that torchrun started; the exit code of its process."""
+    """Run the rank that torchrun started, and return the exit code of its process."""
     die_with_parent()
     rank = int(os.environ["RANK"])
 

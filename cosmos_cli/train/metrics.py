@@ -1,4 +1,4 @@
-"""What a training step came to, over all ranks, and where it is written; what ends a run."""
+"""Reduce the statistics of a training step over all ranks, write them, and stop on NaN."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ from cosmos_cli.train.engine import known_gpu
 
 
 class Stats:
-    """Loss and EDM error of a step over all ranks, by noise band; and what was asked of any."""
+    """The loss and EDM error of a step over all ranks, by noise band, and requests to any rank.
+
+    `edm` is the mean over all samples. `bands` holds the mean of each noise band, or None.
+    """
 
     def __init__(self, totals: list[float], asked: list[int]) -> None:
         bands = len(edm.SIGMA_BANDS) - 1
@@ -39,7 +42,7 @@ class Stats:
         sigmas_B: list[torch.Tensor],
         asked: tuple[int, bool, bool],
     ) -> Stats:
-        """The sums of every rank's part of a step. The largest stop code wins."""
+        """Reduce every rank's losses, errors and requests. The largest stop code wins."""
         errors = torch.cat(errors_B).double()
         sigmas, device = torch.cat(sigmas_B).to(errors.device), errors.device
         inside = [
@@ -60,14 +63,14 @@ class Stats:
         return cls(sums.tolist(), asked_of_any.tolist())
 
     def row(self) -> dict[str, Any]:
-        """The figures for metrics.jsonl; a band without a sample is null."""
+        """Return the figures for metrics.jsonl. A noise band without a sample is null."""
         names = [f"edm_sigma_below_{high:g}" for high in edm.SIGMA_BANDS[1:-1]]
         names.append(f"edm_sigma_from_{edm.SIGMA_BANDS[-2]:g}")
         return {"loss": self.loss, "edm": self.edm, **dict(zip(names, self.bands, strict=True))}
 
 
 class Metrics:
-    """metrics.jsonl, status.json and report.html of a run, written by rank 0."""
+    """Writes metrics.jsonl, status.json and report.html of a run. Only rank 0 writes."""
 
     def __init__(self, run: Run, r: Recipe, start: int, device: torch.device) -> None:
         self.run = run
@@ -82,7 +85,8 @@ class Metrics:
             "planned_memory_gb": round(planned.total_gb, 3),
         }
         if dist.get_rank() == 0:
-            # Those of steps that the resume state knows; at its own step it is measured anew.
+            # Drop rows that are newer than the resume state, and the held-out error at its step:
+            # that one is measured again.
             kept = (
                 row
                 for row in status.rows(run)
@@ -92,13 +96,14 @@ class Metrics:
             status.note(run, self.status)
 
     def write(self, row: dict[str, Any]) -> None:
-        """Appends one step; the first with a GPU's memory at its full says what was planned."""
-        # The first step of all makes the optimizer's moments when its own peak has passed.
+        """Append the row of one step, and report peak GPU memory against the plan once."""
+        # Skip the first step: AdamW allocates its moments after that step's peak, so its peak is
+        # too low.
         if not self.compared and "peak_memory_gb" in row and row["step"] > self.status["from"] + 1:
             self.compared = True
             console.say(
                 f"peak memory {row['peak_memory_gb']:.1f} GB on a GPU, "
-                f"{self.status['planned_memory_gb']:.1f} GB were planned"
+                f"planned {self.status['planned_memory_gb']:.1f} GB"
             )
         self.status |= row
         if dist.get_rank() == 0:
@@ -107,35 +112,38 @@ class Metrics:
             status.note(self.run, self.status)
 
     def write_saved(self, step: int) -> None:
-        """Note that the save of a step is complete."""
+        """Record in status.json that the save of a step is complete."""
         self.status["saved_step"] = max(step, self.status["saved_step"])
         if dist.get_rank() == 0:
             status.note(self.run, self.status)
 
     def write_held_out(self, step: int, errors: dict[str, float]) -> None:
-        """Appends what was measured at a step."""
+        """Append the held-out errors of a step."""
         self.write({"step": step, **errors})
-        console.say(f"step {step}: {errors[status.HELD_OUT]:.4f} on held-out clips")
+        console.say(f"step {step}: held-out error {errors[status.HELD_OUT]:.4f} (lower is better)")
 
     def write_samples(self, step: int, distances: dict[str, float]) -> None:
-        """Appends how far samples of a step are from training clips, where some were made."""
+        """Append the distances of a step's samples to the training clips, if there are samples."""
         if distances:
             self.write({"step": step, **distances})
 
     def write_page(self) -> None:
-        """Writes the page of the run."""
+        """Write report.html."""
         if dist.get_rank() == 0:
             status.write_page(self.run)
 
 
 def words(row: dict[str, Any]) -> str:
-    """The figures of a step that are worth a look while it trains."""
+    """Return the figures that the progress line shows for a step."""
     share = f", {row['mfu']:.0%} MFU" if "mfu" in row else ""
     return f"loss {row['loss']:.4f}, edm {row['edm']:.4f}{share}"
 
 
 def gpu_row(r: Recipe, device: torch.device, seconds: float) -> dict[str, float]:
-    """The peak of this GPU's memory so far, and the share of all GPUs' peak rate in a step."""
+    """Return this GPU's peak memory so far (GB), and the model FLOPs utilisation of a step.
+
+    Empty on a CPU. `mfu` is present only for GPUs whose peak rate is known.
+    """
     if device.type == "cpu":
         return {}
     row = {"peak_memory_gb": round(torch.cuda.max_memory_allocated(device) / 1e9, 3)}
@@ -146,33 +154,33 @@ def gpu_row(r: Recipe, device: torch.device, seconds: float) -> dict[str, float]
 
 
 def grad_norm(engine: Any) -> float:
-    """Global norm of the gradient before clipping."""
+    """Return the global norm of the gradient before clipping."""
     return float(engine.get_global_grad_norm())
 
 
 def require_finite(
     stats: Stats, step: int, micro_batches: list[data.Batch], errors_B: list[torch.Tensor]
 ) -> None:
-    """Ends the run before a non-finite loss reaches the weights.
+    """Stop the run before a non-finite loss reaches the weights.
 
     Raises:
-        UserError: names step, clips and noise levels.
+        UserError: it names the step, the clips and their noise levels.
     """
     if math.isfinite(stats.loss) and math.isfinite(stats.edm):
         return
     errors = torch.cat(errors_B).tolist()
     samples = zip(_samples(micro_batches), errors, strict=True)
-    culprits = [name for name, error in samples if not math.isfinite(error)]
-    raise data.not_finite("loss", f"step {step + 1}", culprits)
+    offending = [name for name, error in samples if not math.isfinite(error)]
+    raise data.not_finite("loss", f"step {step + 1}", offending)
 
 
 def require_finite_gradient(norm: float, step: int, micro_batches: list[data.Batch]) -> None:
-    """Ends the run before a save of weights that a non-finite gradient has reached.
+    """Stop the run before it saves weights that a non-finite gradient has updated.
 
     Raises:
-        UserError: names step, clips and noise levels.
+        UserError: it names the step, the clips and their noise levels.
     """
-    # DeepSpeed's -1 stands for infinite and for not a number.
+    # DeepSpeed reports an infinite or NaN norm as -1.
     if math.isfinite(norm) and norm >= 0:
         return
     raise data.not_finite("gradient", f"step {step + 1}", _samples(micro_batches))

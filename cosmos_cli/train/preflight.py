@@ -1,4 +1,4 @@
-"""What `cosmos train` refuses before any process starts. No torch."""
+"""Check what `cosmos train` needs before any process starts. Does not import torch."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from cosmos_cli.train import status, trackers
 if TYPE_CHECKING:
     from cosmos_cli.recipe.keys import Recipe
 
-# A resumed run must agree with its checkpoint on these: another value would be another run.
+# A resumed run must keep its checkpoint's values of these keys. With others it is another run.
 FIXED_KEYS = (
     "model", "base", "dataset_dir", "num_frames", "height", "width", "precision", "zero_stage",
     "global_batch_size", "text_dropout", "ema_rate", "seed", "lora_rank", "lora_alpha",
     "lora_targets", "optimizer",
 )  # fmt: skip
-# If one of these changes, the steps after a resume give other weights than before.
+# If one of these keys changes, training after a resume no longer reproduces the same weights.
 DECIDING_KEYS = {
     "learning_rate", "beta1", "beta2", "adam_eps", "weight_decay", "grad_clip", "warmup_steps",
     "lr_start_factor", "lr_end_factor", "max_steps", "transformer_engine", "clips",
@@ -35,7 +35,7 @@ DECIDING_KEYS = {
 
 
 def check_dataset(r: Recipe) -> tuple[int, int]:
-    """How many clips prep made for this recipe: to train on, and held out.
+    """Return the number of training clips and of held-out clips that prep made for this recipe.
 
     Raises:
         UserError: prep has not run, or ran with other settings or other videos.
@@ -67,23 +67,25 @@ def check_dataset(r: Recipe) -> tuple[int, int]:
 
 
 def check_recipe(r: Recipe, ranks: int) -> None:
-    """Refuses what cannot be trained on `ranks` processes.
+    """Refuse a recipe that this machine cannot train on `ranks` processes.
 
     Raises:
-        UserError: the model is for generation only, the batch does not divide, no base weights.
+        UserError: the model is for generation only, the batch does not divide, a tracker or kernel
+            is not installed, or weights are missing.
     """
     check_world(r, ranks)
     if unsafe := set("*?[") & {*str(r.run_dir)}:
         raise UserError(
-            f"has a {min(unsafe)!r}, by which DeepSpeed finds no checkpoint to go on from",
-            code=ExitCode.USAGE, where=str(r.run_dir), fix="set another output_root",
+            f"contains {min(unsafe)!r}: DeepSpeed globs this path and finds no checkpoint",
+            code=ExitCode.USAGE, where=str(r.run_dir),
+            fix="choose another folder with `--set output_root=FOLDER`",
         )  # fmt: skip
     if os.environ.get("NNODES", "1") != "1" and not under_launcher():
         raise UserError(
-            f"NNODES is {os.environ['NNODES']}, and this command starts the ranks of one machine",
+            f"NNODES is {os.environ['NNODES']}, but this command starts ranks on one machine only",
             code=ExitCode.USAGE,
             where="NNODES",
-            fix="on every node: torchrun --nnodes ... -m cosmos_cli train RECIPE",
+            fix="run on every node: `torchrun --nnodes ... -m cosmos_cli train RECIPE`",
         )
     trackers.check(r)
     check_kernels(r)
@@ -93,20 +95,21 @@ def check_recipe(r: Recipe, ranks: int) -> None:
             "the base weights are missing",
             code=ExitCode.ASSET,
             where=str(base),
-            fix="run cosmos download, or set base",
+            fix="run `cosmos download RECIPE --for train`, or set base",
         )
     tokenizer = paths.model_files(r.spec, r.checkpoints_dir).tokenizer
     if (r.preview_every_steps or r.sample_every_saves) and not tokenizer.exists():
         raise UserError(
-            "the video tokenizer is missing, which previews and samples need",
+            "the video tokenizer is missing, and previews and samples need it",
             code=ExitCode.ASSET,
             where=str(tokenizer),
-            fix="run cosmos download, or set preview_every_steps: 0 and sample_every_saves: 0",
+            fix="run `cosmos download RECIPE --for train`, or add "
+            "`--set preview_every_steps=0 --set sample_every_saves=0`",
         )
 
 
 def check_world(r: Recipe, ranks: int) -> None:
-    """Refuses what cannot be trained on `ranks` processes anywhere.
+    """Refuse a recipe that no machine can train on `ranks` processes.
 
     Raises:
         UserError: the model is for generation only, or the processes or the batch do not divide.
@@ -133,50 +136,55 @@ def check_world(r: Recipe, ranks: int) -> None:
 
 
 def check_kernels(r: Recipe) -> None:
-    """Refuses kernels that this machine does not have.
+    """Refuse a recipe whose kernels this machine cannot run.
 
     Raises:
-        UserError: a package is not installed, or a GPU too old.
+        UserError: a package is not installed, or a GPU is too old.
     """
 
     def missing(key: str, what: str, fix: str) -> UserError:
         return UserError(what, code=ExitCode.ENVIRONMENT, where=key, fix=fix)
 
-    # The package called apex on PyPI is another one.
+    # PyPI has an unrelated package named apex, so look for a module that only NVIDIA's has.
     if r.optimizer == "apex" and importlib.util.find_spec("amp_C") is None:
-        fix = "run cosmos setup --install --with apex, or set optimizer: auto"
+        fix = "run `cosmos setup --install --with apex`, or add `--set optimizer=auto`"
         raise missing("optimizer", "NVIDIA's Apex is not installed", fix)
     key = "transformer_engine"
     if r.transformer_engine == "off":
         return
     if importlib.util.find_spec("transformer_engine") is None:
-        fix = "run cosmos setup --install --with transformer-engine, or set transformer_engine: off"
+        fix = (
+            "run `cosmos setup --install --with transformer-engine`, "
+            "or add `--set transformer_engine=off`"
+        )
         raise missing(key, "Transformer Engine is not installed", fix)
-    fix = "use GPUs of compute capability 8.9 or above, or set transformer_engine: off"
+    fix = "use GPUs of compute capability 8.9 or above, or add `--set transformer_engine=off`"
     shown = gpus.visible()
     if not shown.gpus:
-        raise missing(key, f"there is no GPU to compute in fp8{_because(shown)}", fix)
+        raise missing(key, f"fp8 needs a GPU, and none was found{_because(shown)}", fix)
     if old := [gpu for gpu in shown.gpus if gpu.capability < (8, 9)]:
         raise missing(key, f"GPU {old[0].index}, {old[0].name}, does not compute in fp8", fix)
 
 
 def check_gpus(r: Recipe, ranks: int) -> None:
-    """Refuses to start more processes on this machine than it has GPUs, but for the tiny model.
+    """Refuse to start more processes than this machine has GPUs.
+
+    The tiny model may run on a CPU.
 
     Raises:
-        UserError: it has fewer.
+        UserError: the machine has fewer GPUs.
     """
     found = len(gpu_names())
     if found < ranks and (found or not r.spec.embedded):
         raise UserError(
-            f"{ranks} processes need as many GPUs, {found} are here{_because(gpus.visible())}",
+            f"{ranks} processes need {ranks} GPUs, found {found}{_because(gpus.visible())}",
             code=ExitCode.ENVIRONMENT, where="num_processes",
-            fix="set num_processes: auto and a global_batch_size for it, or see --plan",
+            fix="add `--set num_processes=auto` and a global_batch_size that fits, or see `--plan`",
         )  # fmt: skip
 
 
 def warn_of_hidden_gpus() -> None:
-    """Say where CUDA_VISIBLE_DEVICES or MIG leaves other GPUs than one would think."""
+    """Warn if CUDA_VISIBLE_DEVICES or MIG leaves other GPUs than the user may expect."""
     if remark := gpus.visible().remark:
         console.warn(remark)
 
@@ -186,10 +194,10 @@ def _because(shown: gpus.Selection) -> str:
 
 
 def check_resume(r: Recipe, run: Run, ranks: int) -> int:
-    """The step at which the run goes on, 0 for a new one.
+    """Return the step from which the run resumes, 0 for a new run.
 
     Raises:
-        UserError: the saved run was another one.
+        UserError: the saved run has other `FIXED_KEYS` or base weights.
     """
     steps = run.resumable_steps()
     if not steps:
@@ -199,16 +207,18 @@ def check_resume(r: Recipe, run: Run, ranks: int) -> int:
     changes = _changes(r, saved)
     for key in FIXED_KEYS:
         before, now = changes.get(key, (None, None))
-        if before != now and not _are_one(key, before, now):
+        if before != now and not _are_equivalent(key, before, now):
             raise _another_run(folder, f"{key} = {before}, the recipe says {now}")
     if "base" in saved:
         base = paths.model_files(r.spec, r.checkpoints_dir, r.base).dit
         if files.sha256_path(base) != saved["base"]:
-            raise _another_run(folder, f"other base weights than now lie in {base}")
+            raise _another_run(folder, f"other base weights than those now in {base}")
     if saved["world_size"] != ranks:
         changes["num_processes"] = (saved["world_size"], ranks)
     if "clips" in changes:
-        console.warn("the dataset has changed since this run was saved, and its order with it")
+        console.warn(
+            "the dataset has changed since this run was saved, and so has the order of its clips"
+        )
     if changes:
         rows = [(key, str(before), str(now), str(now)) for key, (before, now) in changes.items()]
         console.say(console.table(rows, ("key", "checkpoint", "recipe", "used")))
@@ -216,7 +226,10 @@ def check_resume(r: Recipe, run: Run, ranks: int) -> int:
 
 
 def _changes(r: Recipe, saved: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Return what differs from the recipe and the clips of a saved run: by key, before and now."""
+    """Return the keys that differ from a saved run, each with its saved and its present value.
+
+    The pseudo-key "clips" stands for the manifest of the dataset.
+    """
     changes = {
         key: (value, getattr(r, key))
         for key, value in saved["recipe"].items()
@@ -232,12 +245,12 @@ def _changes(r: Recipe, saved: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
 def check_overwrite(r: Recipe, run: Run, start: int, command: Callable[[str, str], str]) -> None:
     """Refuse to replace the weights that an earlier training of this run saved after `start`.
 
-    A resumed run makes those of the steps after its resume state again, bit for bit, so they are
-    refused only if the recipe or the clips changed. Model files of a save that never completed
-    do not count. `command` returns a command line of the recipe for a verb and more words.
+    A resumed run reproduces the weights after its resume state bit for bit. So they are protected
+    only if the recipe or the clips changed. Model files of an incomplete save do not count.
+    `command` takes a verb and further arguments, and returns a command line for this recipe.
 
     Raises:
-        UserError: there are such weights, or metrics, and --overwrite was not given.
+        UserError: weights or metrics would be overwritten, and --overwrite was not given.
     """
     newest = status.saved_step(run)
     if newest <= start or start >= r.max_steps:
@@ -258,7 +271,7 @@ def check_overwrite(r: Recipe, run: Run, start: int, command: Callable[[str, str
     lost = f"the weights of {_steps(later)}" if later else "the metrics of the earlier training"
     raise UserError(
         f"this run {why}, overwriting {lost}", code=ExitCode.USAGE, where=str(run.root),
-        fix=_ways_out(r, run, later, command),
+        fix=_suggestions(r, run, later, command),
     )  # fmt: skip
 
 
@@ -268,8 +281,8 @@ def _steps(steps: list[int]) -> str:
     return f"{len(steps)} saves, steps {steps[0]} to {steps[-1]}"
 
 
-def _ways_out(r: Recipe, run: Run, later: list[int], command: Callable[[str, str], str]) -> str:
-    """Return what to type instead: another run, one from the newest weights, or --overwrite."""
+def _suggestions(r: Recipe, run: Run, later: list[int], command: Callable[[str, str], str]) -> str:
+    """Return the commands to choose from: a new run, a run from these weights, or --overwrite."""
     names = (f"{r.name[:90]}-{number}" for number in itertools.count(2))
     name = next(name for name in names if not run.root.with_name(name).exists())
     another = command("train", f"--set name={name}")
@@ -278,7 +291,7 @@ def _ways_out(r: Recipe, run: Run, later: list[int], command: Callable[[str, str
         newest = run.weight_files()[later[-1]][0]
         base, first = newest, ""
         if newest == run.lora(later[-1], "ema") or newest == run.lora(later[-1], "reg"):
-            # A LoRA is no base by itself: promote adds it to the weights that it was trained on.
+            # A LoRA is not a base by itself: promote merges it into the weights it was trained on.
             kind = "ema" if newest == run.lora(later[-1], "ema") else "reg"
             first = command("promote", f"--step {later[-1]} --weights {kind}") + " && "
             base = paths.promoted_dir(r.spec, r.checkpoints_dir) / paths.MODEL_FILE
@@ -287,8 +300,8 @@ def _ways_out(r: Recipe, run: Run, later: list[int], command: Callable[[str, str
     return "; ".join(ways)
 
 
-def _are_one(key: str, before: Any, now: Any) -> bool:
-    """Whether two values of a key mean the same."""
+def _are_equivalent(key: str, before: Any, now: Any) -> bool:
+    """True if two values of a key mean the same."""
     if key == "optimizer":
         return {before, now} == {"auto", "torch"}
     return key == "dataset_dir" and os.path.abspath(before) == os.path.abspath(now)  # noqa: PTH100
@@ -297,15 +310,15 @@ def _are_one(key: str, before: Any, now: Any) -> bool:
 def _another_run(folder: Path, with_what: str) -> UserError:
     return UserError(
         f"this run was started with {with_what}", code=ExitCode.USAGE, where=str(folder),
-        fix="set name to start another run",
+        fix="start another run with `--set name=NAME`",
     )  # fmt: skip
 
 
 def check_disk(r: Recipe, run: Run, start: int, freed: int = 0) -> None:
-    """Refuses a run whose saves would not fit, although `freed` bytes are deleted before.
+    """Refuse a run whose saves do not fit on the disk, even after `freed` bytes are deleted.
 
     Raises:
-        UserError: less free than the remaining saves and min_free_disk_gb need.
+        UserError: less space is free than the remaining saves plus min_free_disk_gb.
     """
     files.require_free(
         run.root,

@@ -1,11 +1,12 @@
-"""Pictures of what the model under training makes, within a small share of the run's time.
+"""Make previews and samples during training, within a small share of the run's time.
 
-A preview is cheap: what one step of the denoiser makes of a few noised clips. Samples are whole
-videos of the same clips' captions by generate's own solver, steered away from no text, since the
-text encoder takes no part in training; how near they are to training clips is measured.
+A preview is cheap: it shows one denoising step on a few noised clips. A sample is a whole video,
+generated from the caption of one of these clips by the solver of `cosmos generate`. The
+unconditional pass of guidance uses an all-zero text embedding, because training does not load the
+text encoder. The distance of the samples to the training clips is measured.
 
-The network is that inside the DeepSpeed engine. ZeRO-3 gathers its weights in every forward pass,
-so all ranks make as many: those without work of their own repeat the last.
+The network is the one inside the DeepSpeed engine. ZeRO-3 gathers its weights in every forward
+pass, so all ranks must run equally many passes: a rank without work repeats the last item.
 """
 
 from __future__ import annotations
@@ -35,95 +36,97 @@ from cosmos_cli.train import nearest
 from cosmos_cli.train.data import Clips
 from cosmos_cli.train.heldout import HeldOut
 
-# A preview shows the last frame that so many frames of the latent decode to.
+# A preview decodes this number of latent frames and shows the last frame of the result.
 LATENT_FRAMES = 2
 CELL_PIXELS = 200
 SHEET_COLUMNS = 4
-# The key that turns each kind off.
+# The recipe key that turns each kind off when it is 0.
 OFF = {"previews": "preview_every_steps", "samples": "sample_every_saves"}
 
 
 class _Stopping(Exception):
-    """The run is to end, in all ranks alike."""
+    """Raised on all ranks when the run is to stop."""
 
 
 class _Skipped(Exception):
-    """A picture is left out, in all ranks alike; why."""
+    """Raised on all ranks when a picture is left out. The message says why."""
 
 
 class Pictures:
-    """Writes previews and samples into the folder of a run; every rank must call it alike.
+    """Writes previews and samples into the folder of a run; every rank must make the same calls.
 
-    A picture that does not fit the memory of any one rank is left out by all, with one warning,
-    and the training continues. Where a forward pass exchanges weights or tokens between ranks, one
-    that fails on a single rank would leave the others waiting; so all ranks first agree that each
-    has room for it.
+    If a picture does not fit the memory of any one rank, all ranks leave it out with one warning,
+    and training continues. If a forward pass exchanges weights or tokens between ranks, a failure
+    on one rank would leave the others waiting. So all ranks first agree that each has room for it.
     """
 
     def __init__(
         self, r: Recipe, run: Run, clips: Clips, shown: Clips, stopping: Callable[[], bool]
     ) -> None:
-        """Of some of the clips `shown`; samples are compared with `clips`, those trained on.
+        """Choose some of the clips in `shown`. Samples are compared with the training set, `clips`.
 
-        `stopping` says in all ranks alike whether the run is to end, which waits for no sample.
+        `stopping` returns the same on all ranks: True if the run is to stop. Unfinished samples are
+        then abandoned.
         """
         self.r, self.run, self.clips, self.stopping = r, run, clips, stopping
         self.shown = HeldOut(shown, r.preview_clips, PREVIEW_SIGMAS)
-        self.allowance = Allowance(r.preview_share)
+        self.budget = TimeBudget(r.preview_share)
         self.warned: set[str] = set()
 
     def make(self, engine: Any, step: int, asked: bool) -> dict[str, float]:
-        """Makes what is due after a step, or asked for; the figures of the samples, if any."""
+        """Make pictures that are due after a step, or `asked` for. Return the samples' figures."""
         r, figures = self.r, {}
         previews = _due(step, r.preview_every_steps, r.max_steps)
         samples = _due(step, r.sample_every_saves * r.save_every_steps, r.max_steps)
-        # A run that goes on may have made those of its first step already.
+        # A resumed run may have made the pictures of its first step already.
         previews = previews and not self.run.preview(step).exists()
         samples = samples and not self.run.sample(step, 0).with_suffix(".jpg").exists()
-        if previews and self.allowance.grants("previews", step, engine.device):
+        if previews and self.budget.allows("previews", step, engine.device):
             self._attempt("previews", engine, step, self._preview)
-        if asked or (samples and self.allowance.grants("samples", step, engine.device)):
+        if asked or (samples and self.budget.allows("samples", step, engine.device)):
             figures = self._attempt("samples", engine, step, self._sample)
         return figures
 
     def _attempt(
         self, kind: str, engine: Any, step: int, work: Callable[[Any, int], dict[str, float]]
     ) -> dict[str, float]:
-        """Make what is due, or leave it out with a warning, the first time for each kind."""
-        with gpu_memory_errors(f"set {OFF[kind]}: 0, which makes no {kind}"):
+        """Make the pictures of a kind. If they are left out, warn once per kind and return {}."""
+        with gpu_memory_errors(f"turn {kind} off with `--set {OFF[kind]}=0`"):
             try:
-                with self.allowance.spending(kind, step):
+                with self.budget.timed(kind, step):
                     return work(engine, step)
             except _Skipped as skipped:
                 self._warn(kind, engine, step, skipped)
                 return {}
             finally:
                 if engine.device.type == "cuda":
-                    # The next step finds the memory that it had.
+                    # Give the cached memory back, so the next training step has as much as before.
                     torch.cuda.empty_cache()
 
     def _warn(self, kind: str, engine: Any, step: int, why: object) -> None:
         if kind in self.warned:
             return
         self.warned.add(kind)
-        room = ", --set offload=optimizer leaves more room" if engine.device.type == "cuda" else ""
+        room = ", or free memory with `--set offload=optimizer`"
         console.warn(
-            f"step {step}: {kind} are left out, and so are later ones that fail alike: {why}; "
-            f"training continues, --set {OFF[kind]}=0 makes none{room}"
+            f"step {step}: {kind} are left out, now and whenever they fail again: {why}; "
+            f"training continues; turn them off with `--set {OFF[kind]}=0`"
+            f"{room if engine.device.type == 'cuda' else ''}"
         )
 
     def _require_room(self, engine: Any) -> None:
-        """Leave the picture out unless a forward pass fits every rank; every rank must call it."""
+        """Raise _Skipped unless a forward pass fits on every rank; every rank must call this."""
         needed = plan.forward_bytes(self.r, dist.get_world_size())
         fits = has_room(engine.device, needed)
         why = f"a forward pass needs {console.size(needed)} of GPU memory"
         _require([] if fits else [why], engine.device)
 
     def _denoise(self, net: Any, missing: list[str], *inputs: Tensor) -> Tensor:
-        """Return the denoiser's estimate; xt instead once memory is missing on this rank.
+        """Return the denoiser's estimate, or xt once this rank has run out of memory.
 
-        A rank that failed so still comes to every operation that the others wait in. Within a
-        forward pass there are none below ZeRO-3, and only there a failure can be survived.
+        A rank that ran out of memory must still join every collective operation, or the others
+        wait for it. Without ZeRO-3 and sequence parallelism a forward pass has no collectives, so
+        only then can this rank survive the failure.
         """
         if self.r.zero_stage == 3 or net.sequence.size > 1:
             return edm.denoise(net, *inputs, self.r.spec.sigma_data)
@@ -134,7 +137,7 @@ class Pictures:
 
     @torch.no_grad()
     def _preview(self, engine: Any, step: int) -> dict[str, float]:
-        """Writes a row for each clip: a frame of it, and of the estimates at each noise level."""
+        """Write a sheet with a row for each clip: a frame of it, and its estimate at each noise."""
         self._require_room(engine)
         net, device = engine.module.net, engine.device
         dtype, missing = next(net.parameters()).dtype, list[str]()
@@ -145,7 +148,7 @@ class Pictures:
             denoised = self._denoise(net, missing, xt, sigma_B, text_emb.to(dtype), fps_B)
             return denoised[:, :, :LATENT_FRAMES]
 
-        estimates = _by_all_ranks(estimate, len(self.shown.samples), net.sequence.size)
+        estimates = _split_over_ranks(estimate, len(self.shown.samples), net.sequence.size)
         _require(missing, device)
         if dist.get_rank() == 0:
             with _spared(missing):
@@ -166,13 +169,13 @@ class Pictures:
 
     @torch.no_grad()
     def _sample(self, engine: Any, step: int) -> dict[str, float]:
-        """Writes a video of each clip's caption; their distance to the nearest training clips."""
+        """Write a video of each clip's caption. Return the distances to the training clips."""
         net, device, chosen = engine.module.net, engine.device, self.shown.chosen
         missing: list[str] = []
         self._require_room(engine)
         try:
-            x0 = _by_all_ranks(
-                lambda i: self._draw(net, device, i, missing), len(chosen), net.sequence.size
+            x0 = _split_over_ranks(
+                lambda i: self._generate(net, device, i, missing), len(chosen), net.sequence.size
             )
         except _Stopping:
             console.say(f"step {step}: no samples, the run is stopping")
@@ -182,7 +185,7 @@ class Pictures:
         with _spared(missing), self._decoder(device) as decode:
             for i in range(rank, len(chosen), world):
                 self._write_sample(self.run.sample(step, i), decode(x0[i]))
-        if why := _of_any(missing, device):
+        if why := _failure_of_any(missing, device):
             self._warn("samples", engine, step, why)
             missing.clear()
         if rank == 0:
@@ -191,41 +194,44 @@ class Pictures:
             return {}
         latents = [latent[0].cpu() for latent in x0]
         with _spared(missing):
-            least = torch.cat(nearest.distances(latents, self.clips, rank, world)).to(device)
+            minima = torch.cat(nearest.distances(latents, self.clips, rank, world)).to(device)
         _require(missing, device)
-        dist.all_reduce(least, dist.ReduceOp.MIN)
-        made, apart = least[: len(latents)].min().item(), least[len(latents) :].median().item()
-        console.say(
-            f"step {step}: the nearest training clip of a sample is {made:.3f} away; "
-            f"such clips are {apart:.3f} apart"
+        dist.all_reduce(minima, dist.ReduceOp.MIN)
+        closest, typical = (
+            minima[: len(latents)].min().item(),
+            minima[len(latents) :].median().item(),
         )
-        return {"nearest_clip": made, "clips_apart": apart}
+        console.say(
+            f"step {step}: samples compared with training clips: nearest {closest:.3f} "
+            f"(typical between clips {typical:.3f}; far below means memorised)"
+        )
+        return {"nearest_clip": closest, "clips_apart": typical}
 
-    def _draw(self, net: Any, device: torch.device, i: int, missing: list[str]) -> Tensor:
-        """The latent of one sample, (1, C, T, H, W)."""
+    def _generate(self, net: Any, device: torch.device, i: int, missing: list[str]) -> Tensor:
+        """Return the latent of one sample, (1, C, T, H, W)."""
         r = self.r
         fps_B = torch.tensor([r.fps], device=device)
         cond = self.shown.clips.read(self.shown.chosen[i])[1][None]
         cond = cond.to(device, next(net.parameters()).dtype)
 
-        def towards(xt: Tensor, sigma: float, text_emb: Tensor) -> Tensor:
+        def estimate(xt: Tensor, sigma: float, text_emb: Tensor) -> Tensor:
             sigma_B = torch.full((1,), sigma, device=device)
             return self._denoise(net, missing, xt, sigma_B, text_emb, fps_B)
 
         def denoiser(xt: Tensor, sigma: float) -> Tensor:
-            estimate = towards(xt, sigma, cond)
+            denoised = estimate(xt, sigma, cond)
             if r.guidance == 0:
-                return estimate
-            return sampler.guided(estimate, towards(xt, sigma, torch.zeros_like(cond)), r.guidance)
+                return denoised
+            return sampler.guided(denoised, estimate(xt, sigma, torch.zeros_like(cond)), r.guidance)
 
-        def look_up(_step: int) -> None:
+        def stop_if_asked(_step: int) -> None:
             if self.stopping():
                 raise _Stopping
 
         shape = (1, *r.spec.latent_shape(r.num_frames, r.height, r.width))
         noise = sampler.start_noise(r.sampling_seed + i, shape).to(device)
         sigmas = r.spec.sigma_min, r.spec.sigma_max
-        return sampler.solve(r.sampler, r.num_steps, sigmas, denoiser, noise, look_up)
+        return sampler.solve(r.sampler, r.num_steps, sigmas, denoiser, noise, stop_if_asked)
 
     def _write_sample(self, path: Path, pixels: Tensor) -> None:
         with files.atomic_file(path) as temporary:
@@ -240,7 +246,7 @@ class Pictures:
         try:
             return files.read_text(metas / f"{name}.txt", files.CAPTION).strip()
         except UserError:
-            return "(its caption is gone)"
+            return "(its caption file is missing)"
 
     @cached_property
     def _tokenizer(self) -> Tokenizer:
@@ -248,12 +254,12 @@ class Pictures:
         try:
             return latent_files.load_tokenizer(self.r, "cpu", dtype)
         except UserError as error:
-            # It was there when the run began.
+            # The preflight found the tokenizer, so it was lost since. Training does not need it.
             raise _Skipped(str(error)) from error
 
     @contextmanager
     def _decoder(self, device: torch.device) -> Iterator[Callable[[Tensor], Tensor]]:
-        """Decodes a latent (1, C, T, H, W) to pixels, uint8 CTHW on the CPU."""
+        """Yield a function from a latent (1, C, T, H, W) to pixels, uint8 CTHW on the CPU."""
         tokenizer = self._tokenizer
         dtype = next(tokenizer.parameters()).dtype
         try:
@@ -263,34 +269,34 @@ class Pictures:
             tokenizer.cpu()
 
 
-class Allowance:
-    """Keeps pictures to a share of a run's time. Rank 0's clock decides for all ranks."""
+class TimeBudget:
+    """Limits pictures to a share of a run's time. Rank 0's clock decides for all ranks."""
 
     def __init__(self, share: float) -> None:
         self.share = share
         self.began = time.monotonic()
         self.spent = 0.0
         self.cost: dict[str, float] = {}
-        self.told: set[str] = set()
+        self.announced: set[str] = set()
 
-    def grants(self, kind: str, step: int, device: torch.device) -> bool:
-        """Whether there is time for one more of a kind; always for the first."""
+    def allows(self, kind: str, step: int, device: torch.device) -> bool:
+        """True if there is time for one more picture of a kind. The first is always allowed."""
         cost = self.cost.get(kind, 0.0)
-        with_it = time.monotonic() - self.began + cost
-        missing = self.spent + cost - self.share * with_it
-        granted = torch.tensor(kind not in self.cost or missing <= 0, device=device)
-        dist.broadcast(granted, 0)
-        if not granted and kind not in self.told:
-            self.told.add(kind)
+        elapsed = time.monotonic() - self.began + cost
+        excess = self.spent + cost - self.share * elapsed
+        allowed = torch.tensor(kind not in self.cost or excess <= 0, device=device)
+        dist.broadcast(allowed, 0)
+        if not allowed and kind not in self.announced:
+            self.announced.add(kind)
             console.say(
-                f"step {step}: {kind} wait until they take {self.share:.0%} of the time at most, "
-                f"{console.duration(missing / self.share)} from now (preview_share)"
+                f"step {step}: {kind} are skipped for {console.duration(excess / self.share)}, "
+                f"to stay within {self.share:.0%} of the time (preview_share)"
             )
-        return bool(granted)
+        return bool(allowed)
 
     @contextmanager
-    def spending(self, kind: str, step: int) -> Iterator[None]:
-        """Counts the time of what is made meanwhile, and says it."""
+    def timed(self, kind: str, step: int) -> Iterator[None]:
+        """Add the time that the block takes to the budget, and report it."""
         began = time.monotonic()
         try:
             yield
@@ -303,13 +309,13 @@ class Allowance:
 
 
 def _due(step: int, every: int, last: int) -> bool:
-    """Whether a step is one of those with pictures: every so many, 0 for none, and the last."""
+    """True if pictures are due at a step: every `every` steps and at the last; 0 is never."""
     return every > 0 and (step % every == 0 or step == last)
 
 
 @contextmanager
 def _spared(missing: list[str]) -> Iterator[None]:
-    """Add to `missing` what ended the block for want of memory or of the tokenizer, and go on."""
+    """Catch a lack of memory or of the tokenizer in the block, and add its message to `missing`."""
     try:
         yield
     except _Skipped as skipped:
@@ -320,8 +326,8 @@ def _spared(missing: list[str]) -> Iterator[None]:
         missing.append(str(error).partition("\n")[0] or "memory ran out")
 
 
-def _of_any(missing: list[str], device: torch.device) -> str:
-    """Return what any rank is missing, "" for nothing; every rank must call it."""
+def _failure_of_any(missing: list[str], device: torch.device) -> str:
+    """Return why any rank failed, or "" if none did; every rank must call this."""
     if missing and device.type == "cuda":
         torch.cuda.empty_cache()
     rank = torch.tensor(dist.get_rank() + 1 if missing else 0, device=device)
@@ -332,22 +338,22 @@ def _of_any(missing: list[str], device: torch.device) -> str:
 
 
 def _require(missing: list[str], device: torch.device) -> None:
-    """Leave the picture out in all ranks if any rank is missing something; every rank must call it.
+    """Leave the picture out on all ranks if it failed on any rank; every rank must call this.
 
     Raises:
-        _Skipped: why.
+        _Skipped: any rank's `missing` is not empty.
     """
-    if why := _of_any(missing, device):
+    if why := _failure_of_any(missing, device):
         raise _Skipped(why)
 
 
-def _by_all_ranks(work: Callable[[int], Tensor], count: int, team: int) -> list[Tensor]:
-    """work(0) to work(count - 1), each by `team` ranks that share a clip; in all ranks the same."""
+def _split_over_ranks(work: Callable[[int], Tensor], count: int, group_size: int) -> list[Tensor]:
+    """Return work(0) to work(count - 1) on all ranks, split over sequence-parallel groups."""
     rank, world = dist.get_rank(), dist.get_world_size()
     results: list[Tensor] = []
-    for first in range(0, count, world // team):
-        own = work(min(first + rank // team, count - 1))
+    for first in range(0, count, world // group_size):
+        own = work(min(first + rank // group_size, count - 1))
         parts = [torch.empty_like(own) for _ in range(world)]
         dist.all_gather(parts, own.contiguous())
-        results += parts[::team]
+        results += parts[::group_size]
     return results[:count]

@@ -1,7 +1,7 @@
-"""What the folder of a run says about it: its figures, where it stands, its page. No torch.
+"""Read the folder of a run: its metrics, its status and its report page. Does not import torch.
 
-A run writes from within, at every logged step; everything here reads from outside, while it trains
-or long after.
+The training loop writes status.json and metrics.jsonl at every logged step. They can be read from
+any process, while the run trains or long after.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from cosmos_cli.spec import PREVIEW_SIGMAS
 Row = dict[str, Any]
 HELD_OUT = "heldout"
 NEAREST = "nearest_clip"
-# Steps whose pictures a page shows at most, besides the first.
+# A page shows the pictures of at most this many steps, in addition to the first.
 MOST_STEPS = 10
 
 
 def rows(run: Run) -> list[Row]:
-    """The lines of metrics.jsonl; one that a kill cut ends the list."""
+    """Return the rows of metrics.jsonl, without a last line that was cut short by a kill."""
     if not run.metrics.exists():
         return []
     lines = files.read_text(run.metrics, files.FIGURES).splitlines(keepends=True)
@@ -39,21 +39,21 @@ def rows(run: Run) -> list[Row]:
 
 
 def note(run: Run, figures: Row) -> None:
-    """Writes status.json: some figures, and which process wrote them when."""
+    """Write status.json: the figures, the time, and the process and host that wrote them."""
     who = {"time": time.time(), "pid": os.getpid(), "host": platform.node()}
     files.write_json(run.status, {**figures, **who})
 
 
 def saved_step(run: Run) -> int:
-    """Return the newest step that the run is known to have saved whole, 0 if there is none.
+    """Return the newest step that the run is known to have saved completely, or 0.
 
-    A kill inside a save leaves model files too, so those alone prove nothing. They count only if
-    status.json does not say: it is gone, or was written by an earlier version.
+    A kill during a save leaves model files too, so these alone do not prove a complete save. They
+    count only if status.json is missing, damaged or from a version that did not record the step.
     """
     try:
         return int(json.loads(files.read_text(run.status, files.JSON))["saved_step"])
     except files.NoSuchFile:
-        # Training writes it before its first row.
+        # Training writes status.json before its first row, so the rows show that it was deleted.
         steps = [row["step"] for row in rows(run)]
     except (files.BadFile, ValueError, KeyError, TypeError):
         steps = []
@@ -61,19 +61,19 @@ def saved_step(run: Run) -> int:
 
 
 def is_finished(run: Run) -> bool:
-    """Whether a run came to its end, what is measured and made after its last save included."""
+    """True if a run has finished, including the measurements and pictures after its last save."""
     return run.result.exists() and not files.read_json(run.result)["exit_code"]
 
 
 def best_step(run: Run) -> int | None:
-    """The saved step with the least error on held-out clips, None when none was measured."""
+    """Return the saved step with the lowest held-out error, or None if none was measured."""
     saved = set(run.saved_steps("ema"))
     errors = [(row[HELD_OUT], row["step"]) for row in rows(run) if HELD_OUT in row]
     return min((pair for pair in errors if pair[1] in saved), default=(0.0, None))[1]
 
 
 def state(run: Run) -> Row:
-    """Where a run stands.
+    """Return the state, progress, latest figures and saved steps of a run.
 
     Raises:
         UserError: there is no run.
@@ -81,7 +81,7 @@ def state(run: Run) -> Row:
     if not run.status.exists():
         raise UserError(
             "there is no run", code=ExitCode.ASSET, where=str(run.root),
-            fix="start it with cosmos train",
+            fix="start it with `cosmos train RECIPE`",
         )  # fmt: skip
     status = files.read_json(run.status)
     result = files.read_json(run.result) if run.result.exists() else None
@@ -113,7 +113,7 @@ def _state_name(status: Row, result: Row | None) -> str:
     if status["host"] != platform.node():
         return f"unknown, on {status['host']}"
     try:
-        # Another process may have got the number since.
+        # The process number may have been reused by a process that started later.
         alive = psutil.Process(status["pid"]).create_time() <= status["time"]
     except psutil.NoSuchProcess:
         alive = False
@@ -121,7 +121,7 @@ def _state_name(status: Row, result: Row | None) -> str:
 
 
 def _pace(status: Row) -> Row:
-    """Seconds a step since the command was started, saves and measurements included."""
+    """Return the seconds per step since this start, including saves and measurements."""
     steps = status["step"] - status.get("from", status["step"])
     if not steps:
         return {"seconds_per_step": None, "seconds_left": None}
@@ -131,7 +131,7 @@ def _pace(status: Row) -> Row:
 
 
 def state_table(figures: Row) -> str:
-    """The figures of `state` for a person, a line each."""
+    """Return the figures of `state` as text, one line each."""
     return "\n".join(f"{name:<10} {words}" for name, words in _state_words(figures))
 
 
@@ -139,7 +139,10 @@ def _state_words(figures: Row) -> list[tuple[str, str]]:
     last, measured, base = figures["last"], figures["heldout"], figures["heldout_base"]
     words = [
         ("run", figures["run_dir"]),
-        ("state", f"{figures['state']}, {console.duration(figures['seconds_since_news'])} ago"),
+        (
+            "state",
+            f"{figures['state']}, updated {console.duration(figures['seconds_since_news'])} ago",
+        ),
         ("step", f"{figures['step']} of {figures['max_steps']}"),
     ]
     if figures["seconds_per_step"]:
@@ -161,19 +164,19 @@ def _state_words(figures: Row) -> list[tuple[str, str]]:
 
 
 def write_page(run: Run) -> None:
-    """Writes report.html: curves, settings and provenance of a run on one page."""
+    """Write report.html: the curves, settings and provenance of a run on one page."""
     files.write_text(run.report, html.page(f"Training run {run.root.name}", sections(run)))
 
 
 def sections(run: Run) -> list[tuple[str, str]]:
-    """What the page of a run shows, for `report.page`."""
+    """Return the sections of a run's page, as (heading, HTML) for `html.page`."""
     known = rows(run)
     trained = [row for row in known if "loss" in row]
     measured = [row for row in known if HELD_OUT in row]
     bands = [key for key in (trained[0] if trained else {}) if key.startswith("edm_")]
     levels = [key for key in (measured[0] if measured else {}) if key.startswith(f"{HELD_OUT}_")]
     shown = [
-        ("Where it stands", html.table(_state_words(state(run)))),
+        ("Status", html.table(_state_words(state(run)))),
         ("Error on the training clips", html.row(
             _curves(trained, {"edm": "all"}, "EDM error"),
             _curves(trained, {key: _band(key) for key in bands}, "EDM error by noise band"),
@@ -181,13 +184,13 @@ def sections(run: Run) -> list[tuple[str, str]]:
     ]  # fmt: skip
     if measured:
         shown.append(("Error on held-out clips", html.row(
-            html.chart(_against_base(measured), "step", "EDM error, and that of the base"),
+            html.chart(_against_base(measured), "step", "EDM error, compared with the base model"),
             _curves(measured, {key: _band(key) for key in levels}, "EDM error by noise level"),
         )))  # fmt: skip
     shown += _pictures(run, [row for row in known if NEAREST in row])
     words = (
-        "The loss is edm * exp(-v) + v with a learned log-variance v and may be negative; "
-        "the EDM error is the figure to watch."
+        "The loss is edm * exp(-v) + v, where v is a learned log-variance, so it may be negative. "
+        "Watch the EDM error instead."
     )
     return [
         *shown,
@@ -202,15 +205,16 @@ def sections(run: Run) -> list[tuple[str, str]]:
 
 
 def _pictures(run: Run, samples: list[Row]) -> Iterator[tuple[str, str]]:
-    """What the model made while it was trained: a section for each kind that there is."""
-    if steps := _some(run.picture_steps("preview")):
+    """Yield a section of previews and one of samples, if the run has any."""
+    if steps := _thin_out(run.picture_steps("preview")):
         note = (
-            "The last of some frames of a clip, then what one step of the denoiser makes of it "
-            f"under noise of sigma {', '.join(f'{sigma:g}' for sigma in PREVIEW_SIGMAS)}."
+            "Each row starts with a frame of a clip. Next to it are the estimates that one step of "
+            "the denoiser makes of this frame, with noise of sigma "
+            f"{', '.join(f'{sigma:g}' for sigma in PREVIEW_SIGMAS)}."
         )
         rows = ((f"step {step}", html.media(run.preview(step))) for step in steps)
         yield "Previews", html.text(note) + html.table(rows)
-    if steps := _some(run.picture_steps("sample0")):
+    if steps := _thin_out(run.picture_steps("sample0")):
         prompts = files.read_json(run.sample_prompts)
         sheets = (
             [run.sample(step, i).with_suffix(".jpg") for i in range(len(prompts))] for step in steps
@@ -219,13 +223,13 @@ def _pictures(run: Run, samples: list[Row]) -> Iterator[tuple[str, str]]:
             (f"step {step}", *(html.media(path) for path in pictures if path.exists()))
             for step, pictures in zip(steps, sheets, strict=True)
         )
-        names = {NEAREST: "least of a sample", "clips_apart": "usual between training clips"}
+        names = {NEAREST: "nearest sample", "clips_apart": "typical between training clips"}
         distances = _curves(samples, names, "distance to the nearest training clip")
         yield "Samples", html.table(pictures, ("", *prompts)) + (distances if samples else "")
 
 
-def _some(steps: list[int]) -> list[int]:
-    """The first, the last and some steps between."""
+def _thin_out(steps: list[int]) -> list[int]:
+    """Return the first step, the last, and evenly spaced steps between."""
     return sorted({*steps[:1], *steps[:: -max(1, -(-len(steps) // MOST_STEPS))]})
 
 
@@ -246,7 +250,7 @@ def _against_base(measured: list[Row]) -> dict[str, list[tuple[float, float]]]:
 
 
 def _band(key: str) -> str:
-    """Returns sigma below 0.5 for edm_sigma_below_0.5."""
+    """Return a label for a key: "sigma below 0.5" for "edm_sigma_below_0.5"."""
     return key.partition("_")[2].replace("_", " ")
 
 

@@ -1,7 +1,7 @@
-"""Shows the metrics and pictures of a run in TensorBoard, wandb or trackio. No torch.
+"""Show the metrics and pictures of a run in TensorBoard, wandb or trackio. Does not import torch.
 
-A process of its own reads what the run writes, so that a tracker that fails, hangs or asks for
-something can neither end the run nor slow it down.
+The tracker runs in a separate process that reads the run's files. So a tracker that fails, hangs or
+asks for input can neither end the run nor slow it down.
 """
 
 from __future__ import annotations
@@ -28,26 +28,26 @@ from cosmos_cli.recipe import loading
 from cosmos_cli.recipe.keys import Recipe
 from cosmos_cli.train import status
 
-# Between two looks at what the run has written, and for the last of it at the end.
+# The pause between two reads of the run's files, and the time limit for the last read at the end.
 PAUSE_SECONDS, END_SECONDS = 2.0, 60.0
 
 
 def check(r: Recipe) -> None:
-    """Refuses a tracker that is not there, before anything is trained.
+    """Refuse a tracker whose package is missing, before training starts.
 
     Raises:
-        UserError: its package is not installed.
+        UserError: the package is not installed.
     """
     if r.tracker != "none" and importlib.util.find_spec(r.tracker) is None:
         raise UserError(
             f"the package {r.tracker} is not installed", code=ExitCode.ENVIRONMENT,
-            where="tracker", fix=f"pip install {r.tracker}, or set tracker: none",
+            where="tracker", fix=f"run `pip install {r.tracker}`, or add `--set tracker=none`",
         )  # fmt: skip
 
 
 @contextmanager
 def following(r: Recipe, run: Run) -> Iterator[None]:
-    """Has the recipe's tracker follow the run meanwhile."""
+    """Run the recipe's tracker in its own process for as long as the context lasts."""
     if r.tracker == "none":
         yield
         return
@@ -62,7 +62,7 @@ def following(r: Recipe, run: Run) -> Iterator[None]:
             stdout=stream,
             stderr=stream,
             env=_environment(run),
-            # Ctrl-C is for the run; what it still writes is to be shown.
+            # Ctrl-C must reach only the run. The tracker still shows what the run writes after it.
             start_new_session=True,
         )
     try:
@@ -91,20 +91,23 @@ def _environment(run: Run) -> dict[str, str]:
 
 
 class Writer(Protocol):
-    """Where metrics go."""
+    """The interface of a tracker."""
 
     def figure(self, step: int, name: str, value: float) -> None:
-        """Shows a figure of a step."""
+        """Show a figure of a step."""
 
     def picture(self, step: int, name: str, path: Path) -> None:
-        """Shows a picture of a step."""
+        """Show a picture of a step."""
 
     def close(self) -> None:
-        """Shows what is left."""
+        """Flush what is left and close the tracker."""
 
 
 class TensorBoard:
-    """Event files in the run's folder, written anew: a resumed run has undone steps."""
+    """Writes event files into the run's folder.
+
+    They are rewritten at each start, because a resumed run may have undone steps.
+    """
 
     def __init__(self, run: Run) -> None:
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
@@ -114,11 +117,9 @@ class TensorBoard:
         self.writer = EventFileWriter(str(folder))
 
     def figure(self, step: int, name: str, value: float) -> None:
-        """Adds a scalar."""
         self._add(step, {"tag": name, "simple_value": value})
 
     def picture(self, step: int, name: str, path: Path) -> None:
-        """Adds an image."""
         from PIL import Image
 
         with Image.open(path) as image:
@@ -127,7 +128,6 @@ class TensorBoard:
         self._add(step, {"tag": name, "image": shown})
 
     def close(self) -> None:
-        """Closes the file."""
         self.writer.close()
 
     def _add(self, step: int, value: dict[str, Any]) -> None:
@@ -138,7 +138,7 @@ class TensorBoard:
 
 
 class Wandb:
-    """A run of wandb, or of trackio, which has the same interface."""
+    """Logs to wandb, or to trackio, which has the same interface."""
 
     def __init__(self, r: Recipe) -> None:
         self.module: Any = importlib.import_module(r.tracker)
@@ -146,27 +146,27 @@ class Wandb:
         self.module.init(project=r.project, name=r.name, config=settings, resume="allow")
 
     def figure(self, step: int, name: str, value: float) -> None:
-        """Logs a figure."""
         self.module.log({name: value}, step=step)
 
     def picture(self, step: int, name: str, path: Path) -> None:
-        """Logs an image."""
         self.module.log({name: self.module.Image(str(path))}, step=step)
 
     def close(self) -> None:
-        """Finishes the run."""
         self.module.finish()
 
 
-class News:
-    """What a run has written since it was last asked for, each row and picture once."""
+class UnreadRows:
+    """Reads the rows and pictures of a run, each of them once."""
 
     def __init__(self, run: Run) -> None:
         self.run = run
         self.known: set[tuple[Any, ...]] = set()
 
     def read(self) -> list[tuple[int, dict[str, float | Path]]]:
-        """Steps and their figures and pictures by name, ascending: some trackers want that."""
+        """Return each unread step with its figures and pictures by name.
+
+        Steps are ascending, because some trackers require it.
+        """
         found: list[tuple[int, dict[str, Any]]] = [
             (row["step"], {k: v for k, v in row.items() if k != "step" and v is not None})
             for row in status.rows(self.run)
@@ -180,7 +180,7 @@ class News:
         return sorted(new, key=lambda item: item[0])
 
     def show(self, writer: Writer) -> None:
-        """Hands all of it to a tracker."""
+        """Pass all unread rows and pictures to a tracker."""
         for step, values in self.read():
             for name, value in values.items():
                 if isinstance(value, Path):
@@ -190,13 +190,13 @@ class News:
 
 
 def main(root: str) -> None:
-    """Follows the run in a folder until stdin ends."""
-    # Slurm signals all processes of a job; a run that is told to end still has figures to show.
+    """Follow the run in a folder until stdin is closed."""
+    # Slurm signals every process of a job, but a run that was told to stop still writes rows.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     run = Run(Path(root))
     r = loading.load(str(run.resolved)).recipe
-    news, ended = News(run), threading.Event()
+    unread, ended = UnreadRows(run), threading.Event()
 
     def wait_for_end() -> None:
         sys.stdin.read()
@@ -207,12 +207,12 @@ def main(root: str) -> None:
     if r.tracker == "tensorboard":
         writer = TensorBoard(run)
     else:
-        # A resumed run goes on where it was; what is there has been shown.
-        news.read()
+        # These trackers continue a resumed run, so rows that already exist have been shown.
+        unread.read()
         writer = Wandb(r)
     while not ended.wait(PAUSE_SECONDS):
-        news.show(writer)
-    news.show(writer)
+        unread.show(writer)
+    unread.show(writer)
     writer.close()
 
 

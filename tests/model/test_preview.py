@@ -163,7 +163,7 @@ def undisturbed(prepared):
         pytest.param("lost", (0, 1), "/gone/tokenizer", marks=pytest.mark.slow),
     ],
 )
-def test_what_cannot_be_decoded_is_left_out_with_a_warning(
+def test_pictures_that_cannot_be_decoded_are_skipped_with_a_warning(
     prepared, undisturbed, broken, victim, words
 ):
     said, losses, made = run_ranks(prepared, f"no_{broken}", broken, victim=victim)
@@ -177,7 +177,7 @@ def test_what_cannot_be_decoded_is_left_out_with_a_warning(
     assert any("--set sample_every_saves=0" in line for line in warnings)
 
 
-def test_what_only_another_rank_cannot_decode_is_said_too(prepared, undisturbed):
+def test_a_decoding_failure_on_another_rank_is_reported_too(prepared, undisturbed):
     said, losses, made = run_ranks(prepared, "no_other", "decode", victim=(1,))
     assert losses == undisturbed
     assert "samples are left out" in said
@@ -189,7 +189,7 @@ def test_what_only_another_rank_cannot_decode_is_said_too(prepared, undisturbed)
 
 
 @pytest.mark.parametrize("victim", [pytest.param((0,), marks=pytest.mark.slow), (1,)])
-def test_a_forward_pass_that_fails_on_one_rank_leaves_none_waiting(prepared, undisturbed, victim):
+def test_a_failed_forward_pass_on_one_rank_does_not_hang_the_others(prepared, undisturbed, victim):
     pairs = ("zero_stage=2",)
     said, losses, made = run_ranks(prepared, f"f{victim[0]}", "forward", *pairs, victim=victim)
     assert losses == pytest.approx(undisturbed, rel=1e-4)
