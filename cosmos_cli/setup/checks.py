@@ -1,4 +1,4 @@
-"""Is this machine able to run a recipe? A verdict on each thing, and what mends it. No torch."""
+"""Check whether this machine can run a recipe, and say how to fix what fails. No torch."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ if TYPE_CHECKING:
 
 OLDEST_PYTHON, NEWEST_PYTHON = (3, 11), (3, 13)
 
-# Below these something is likely to fail, but not certain to.
+# Below these limits something may fail, so they only warn.
 SHARED_MEMORY_BYTES = 1e9
 OPEN_FILES = 1024
 WORKING_MEMORY_BYTES = 4e9
-# The first with bf16.
+# Ampere, the first architecture with bf16.
 OLDEST_CAPABILITY = [8, 0]
 
-# pip alone would fetch the CUDA build, of gigabytes, on every machine.
+# Plain pip would download the CUDA build, several gigabytes, on every machine.
 TORCH_FIX = "bash recipes/install.sh"
 
 CACHE = "XDG_CACHE_HOME"
@@ -53,9 +53,9 @@ Status = Literal["ok", "warn", "fail"]
 
 @dataclass(frozen=True)
 class Check:
-    """One row: what was looked at, the verdict, what was found and how a person mends it.
+    """One row of the table: the item, its status, what was found and how to fix it.
 
-    `commands` are those that mend it.
+    `commands` are the commands with which `cosmos setup --install` fixes it.
     """
 
     name: str
@@ -66,9 +66,9 @@ class Check:
 
 
 def run_checks(r: Recipe, wanted: Iterable[str] = ()) -> list[Check]:
-    """Every check that matters for the recipe, in the order in which they build on one another.
+    """Run every check that the recipe needs, ordered so that each builds on the previous ones.
 
-    `wanted` names those of transformer-engine and apex whose absence is a failure.
+    `wanted` may name transformer-engine and apex, which then fail instead of warn if missing.
     """
     names = gpus.gpu_names()
     absent = [asset for asset in assets.of_recipe(r) if not fetch.is_recorded(asset)]
@@ -76,7 +76,7 @@ def run_checks(r: Recipe, wanted: Iterable[str] = ()) -> list[Check]:
     torch = outcomes["torch"]
     usable = len(torch.facts.get("gpus", ()))
     if usable > 1:
-        # Alone, since it measures how fast something is.
+        # Run it alone: it measures a speed, which other probes would lower.
         outcomes |= probes.run([Probe("nccl", "nccl", ranks=usable)])
     rows = [
         _python(),
@@ -101,9 +101,9 @@ def run_checks(r: Recipe, wanted: Iterable[str] = ()) -> list[Check]:
 
 
 def mending(checks: Iterable[Check]) -> list[installs.Command]:
-    """The commands that mend the failed checks, each once; nothing that works is touched.
+    """Return the commands that fix the failed checks, each once. Nothing that works is changed.
 
-    None before the cache can be written, where pip and the log of the commands want to write.
+    If the cache folder is not writable, return none: pip and the log of the commands write to it.
     """
     failed = [check for check in checks if check.status == "fail"]
     if any(check.name == CACHE for check in failed):
@@ -112,7 +112,8 @@ def mending(checks: Iterable[Check]) -> list[installs.Command]:
 
 
 def _probes(gpus: list[str], absent: list[assets.Asset]) -> Iterator[Probe]:
-    # Without it DeepSpeed guesses, and prints the guess on stdout. Two processes need two GPUs.
+    # If unset, DeepSpeed guesses the accelerator and prints the guess on stdout. The probe with
+    # 2 processes uses the CPU unless there are 2 GPUs.
     on_cpu = {"DS_ACCELERATOR": "cpu"}
     yield Probe("torch", "torch")
     yield Probe("video", "video")
@@ -158,7 +159,7 @@ def _torch(outcome: Outcome) -> Check:
 
 
 def _on_torch(outcomes: dict[str, Outcome], wanted: Iterable[str]) -> list[Check]:
-    """The rows of what stands on torch; without it none of them can be tried, or mended."""
+    """Return the rows that depend on torch. Without torch they fail untried, with no commands."""
     torch = outcomes["torch"]
     if torch.error:
         names = ("FFmpeg and torchcodec", "DeepSpeed", "transformers")
@@ -212,7 +213,7 @@ def _usable_gpus(gpus: list[dict[str, Any]]) -> Check:
 
 
 def _driver_facts() -> tuple[str, list[str], str]:
-    """The driver; ECC and NVLink of the visible GPUs; the indices of those with memory errors."""
+    """Return the driver, the ECC and NVLink state, and the indices of GPUs with memory errors."""
     import pynvml
 
     shown = selection.visible().gpus
@@ -268,8 +269,8 @@ def _video(outcome: Outcome) -> Check:
         facts = outcome.facts
         found = f"FFmpeg {facts['ffmpeg']}, torchcodec {facts['torchcodec']}: mp4 written and read"
         return Check(name, "ok", found)
-    # torchcodec tries one build per FFmpeg version and reports each; only what is not about the
-    # absence of that version matters.
+    # torchcodec tries one build per FFmpeg version and reports every failure. A failure that only
+    # says that an FFmpeg version is absent does not matter.
     reasons = re.findall(r"^OSError: (?!Could not load)(.+)$", outcome.error, re.MULTILINE)
     others = [reason for reason in reasons if not re.search(r"lib(av|sw)\w*\.so", reason)]
     if reasons and not others:
@@ -294,7 +295,7 @@ def _video(outcome: Outcome) -> Check:
 
 
 def _shared_python(name: str) -> Check:
-    """The failed row of a Python whose shared library torchcodec cannot find."""
+    """Return the failed row for a Python whose shared library torchcodec cannot find."""
     folder, library = sysconfig.get_config_vars("LIBDIR", "INSTSONAME")
     found = f"torchcodec needs {library}, which is missing"
     if Path(str(folder), str(library)).exists():
@@ -421,7 +422,7 @@ def _writable(key: str, folder: str) -> Check:
 
 
 def _hub(outcome: Outcome | None) -> list[Check]:
-    """A row for each repository of the recipe that is still to be fetched and cannot be."""
+    """Return a row for each of the recipe's missing repositories that cannot be downloaded."""
     if outcome is None:
         return []
     if outcome.error:
@@ -441,7 +442,7 @@ def _hub(outcome: Outcome | None) -> list[Check]:
 
 def _clock() -> Check:
     today = time.strftime("%Y-%m-%d %H:%M %Z")
-    # A wrong year breaks every download with a message about certificates.
+    # With a wrong year, every download fails with an error about certificates.
     if 2026 <= time.localtime().tm_year < 2100:
         return Check("clock", "ok", today)
     return Check("clock", "fail", today, "set the date: sudo timedatectl set-ntp true")
