@@ -57,7 +57,7 @@ def unmute() -> None:
 def say(message: str) -> None:
     """Print a line on stderr and in the open logs."""
     if not _muted:
-        with _ignore_closed(sys.stderr):
+        with _ignore_write_errors(sys.stderr):
             print(message, file=sys.stderr, flush=True)
         _log(message)
 
@@ -94,7 +94,7 @@ def record(value: dict[str, Any]) -> None:
 
 
 @contextmanager
-def _ignore_closed(stream: TextIO) -> Iterator[None]:
+def _ignore_write_errors(stream: TextIO) -> Iterator[None]:
     """Ignore errors of writing to a stream, and silence it once its reader is gone."""
     try:
         yield
@@ -127,11 +127,11 @@ class _Terminal:
         return getattr(self.stream, name)
 
     def write(self, text: str) -> None:
-        with _ignore_closed(self.stream):
+        with _ignore_write_errors(self.stream):
             self.stream.write(text)
 
     def flush(self) -> None:
-        with _ignore_closed(self.stream):
+        with _ignore_write_errors(self.stream):
             self.stream.flush()
 
 

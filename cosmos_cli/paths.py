@@ -185,7 +185,7 @@ class Run:
 
     @property
     def status(self) -> Path:
-        """The current step, speed and state of the run."""
+        """The current progress of the run, and the process that reports it."""
         return self.root / "status.json"
 
     @property

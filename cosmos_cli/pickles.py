@@ -74,7 +74,7 @@ def scan(stream: BinaryIO | Bounded, limit: int) -> None:
         if name == "FRAME" and argument > limit:
             raise ValueError("one of its frames is longer than the file may be")
         if name in _NAMES and argument.strip() == _REFUSED:
-            raise ValueError("it calls bytearray, which is refused")
+            raise ValueError("it refers to bytearray, which is refused")
         if calls * longest > MOST_MADE:
             raise ValueError("it would allocate far more memory than its own size")
 

@@ -95,17 +95,17 @@ def survey(wanted: Sequence[Asset]) -> list[Listing]:
             continue
         listings.append(listing)
         # Show the user that this file comes from a third party.
-        note = f", from a third party, read as {asset.target}" if asset.target else ""
+        note = f", from a third party, stored as {asset.target}" if asset.target else ""
         console.say(
             f"{asset.repo} at {listing.revision[:12]}: {len(listing.files)} files, "
-            f"{console.size(listing.total)}, {console.size(listing.needed)} to fetch "
-            f"into {asset.folder}{note}"
+            f"{console.size(listing.total)}, {console.size(listing.needed)} to download "
+            f"to {asset.folder}{note}"
         )
     if problems:
         raise together(problems)
     if listings:
         total, needed = (sum(getattr(x, key) for x in listings) for key in ("total", "needed"))
-        console.say(f"in all {console.size(total)}, {console.size(needed)} to fetch")
+        console.say(f"in all {console.size(total)}, {console.size(needed)} to download")
     return listings
 
 
@@ -159,7 +159,7 @@ def damaged(wanted: Sequence[Asset]) -> list[Asset]:
     """Return the assets whose files changed since the download. Hashes all, uses no network."""
     known = {asset: _matching(asset, _recorded(asset)[1]) for asset in wanted}
     if count := sum(map(len, known.values())):
-        console.say(f"comparing {count} files with what was fetched")
+        console.say(f"comparing {count} files with the hashes recorded when they were downloaded")
     return [asset for asset, listed in known.items() if _missing(asset, listed)]
 
 
@@ -205,10 +205,10 @@ def _look(asset: Asset) -> Listing:
     placed = Counter(asset.path(file.name) for file in listed)
     if twice := [path.name for path, count in placed.items() if count > 1]:
         raise UserError(
-            f"has several files named {twice[0]}, and videos lie in one folder",
+            f"has several files named {twice[0]}, but all videos go to one folder",
             code=ExitCode.ASSET,
             where=asset.url,
-            fix="choose some of them with dataset_include",
+            fix="set dataset_include so that it matches only one of them",
         )
     return Listing(asset, str(info.sha), listed, _missing(asset, listed))
 
@@ -313,7 +313,7 @@ def _fetch_file(listing: Listing, file: RemoteFile, counter: type) -> None:
     if not file.is_at(arrival):
         arrival.unlink(missing_ok=True)
         raise UserError(
-            "the hub sent other bytes than it announced; the file was removed",
+            "the hub sent other bytes than it announced; the file was deleted",
             code=ExitCode.ASSET,
             where=str(path),
             fix="run the same command again",
@@ -418,7 +418,7 @@ def _alone_in(asset: Asset) -> Iterator[None]:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            console.say(f"another process fetches into {asset.folder}; waiting for it")
+            console.say(f"another process is downloading to {asset.folder}; waiting for it")
             fcntl.flock(stream, fcntl.LOCK_EX)
         # Partial files: a download cannot resume from them.
         shutil.rmtree(asset.arrivals / ".cache", ignore_errors=True)
@@ -485,7 +485,7 @@ def _hub_errors(asset: Asset) -> Iterator[None]:
     except errors.EntryNotFoundError as error:
         raise bad(f"has no such file: {error}", "check the revision") from error
     except errors.HFValidationError as error:
-        raise bad("is no name of a repository", "check dataset_repo") from error
+        raise bad("is not a valid repository name", "check dataset_repo") from error
     except errors.HfHubHTTPError as error:
         raise bad(f"the hub answered: {error}", "try again later") from error
     except (transport_error, errors.OfflineModeIsEnabled, ConnectionError) as error:
@@ -494,4 +494,4 @@ def _hub_errors(asset: Asset) -> Iterator[None]:
         if error.errno is not None:
             raise
         # huggingface_hub raises an OSError without errno if a file arrives incomplete.
-        raise bad("sent a part of a file", "run the same command again") from error
+        raise bad("sent only a part of a file", "run the same command again") from error

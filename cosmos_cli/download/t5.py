@@ -80,14 +80,12 @@ def convert(asset: Asset, original: RemoteFile) -> None:
         shapes = _require_shapes({name: t.shape for name, t in tensors.items()}, asset)
         encoder = {name: tensors[name] for name in shapes}
         needed = sum(t.length for t in encoder.values())
-        files.require_free(target, needed, "the numbers of T5's encoder", "free some space")
+        files.require_free(target, needed, "the weights of T5's encoder", "free some space")
         digest = _write_safetensors(target, path, encoder)
         form = RemoteFile(assets.TEXT_WEIGHTS, files.size_of(target), digest, is_git_hash=False)
         files.write_json(_note(asset), {"of": original.digest, "file": astuple(form)})
     if path.exists():
-        console.say(
-            f"{path} is not read any more and may be deleted: {console.size(original.size)}"
-        )
+        console.say(f"{path} is no longer needed and may be deleted: {console.size(original.size)}")
 
 
 def converted(asset: Asset, original: RemoteFile) -> Iterator[tuple[Path, RemoteFile]]:
@@ -220,7 +218,7 @@ def _tensors(stream: IO[bytes], size: int) -> dict[str, Stored]:
     keys of the storages. Each storage follows as its number of elements in 8 bytes and its data.
     """
     if (_Reader(stream).load(), _Reader(stream).load()) != (MAGIC, PROTOCOL):
-        raise pickle.UnpicklingError("it is of another format")
+        raise pickle.UnpicklingError("it has another format")
     _Reader(stream).load()
     reader = _Reader(stream)
     tensors = reader.load()
@@ -250,7 +248,7 @@ def _stored(view: _View, start: int, count: int) -> Stored:
     numbers = prod(view.shape)
     dense = tuple(prod(view.shape[i + 1 :]) for i in range(len(view.shape)))
     if view.strides != dense or not 0 <= view.offset <= count - numbers:
-        raise ValueError("a tensor does not lie in its storage as a whole")
+        raise ValueError("a tensor is not contiguous inside its storage")
     return Stored(list(view.shape), dtype, start + view.offset * width, numbers * width)
 
 
@@ -272,7 +270,7 @@ class _Reader(pickle.Unpickler):
             **STORAGES,
         }
         if f"{module}.{name}" not in known:
-            raise pickle.UnpicklingError(f"it names {module}.{name}, refused")
+            raise pickle.UnpicklingError(f"it refers to {module}.{name}, which is refused")
         return known[f"{module}.{name}"]
 
     def persistent_load(self, pid: Any) -> tuple[str, str, int]:

@@ -133,8 +133,8 @@ def parse_gpus(text: str) -> tuple[int, Gpu]:
     gpu = find_gpu(name)
     if not count.isdecimal() or int(count) < 1 or gpu is None:
         raise UserError(
-            f"{text!r} is no number of known GPUs", code=ExitCode.USAGE, where="--gpus",
-            fix=f"for instance 8xH100-80GB; known are {', '.join(gpu.name for gpu in GPUS)}",
+            f"{text!r} is not a count of known GPUs", code=ExitCode.USAGE, where="--gpus",
+            fix=f"write e.g. 8xH100-80GB; known GPUs: {', '.join(gpu.name for gpu in GPUS)}",
         )  # fmt: skip
     return int(count), gpu
 
@@ -188,7 +188,7 @@ def remedies(r: Recipe, ranks: int, gpu: Gpu) -> Iterator[tuple[str, float]]:
         changes |= change
         r = r.model_copy(update=change)
         found = plan(r, ranks, gpu)
-        yield ", ".join(f"{key}: {value}" for key, value in changes.items()), found.total_gb
+        yield " ".join(f"--set {key}={value}" for key, value in changes.items()), found.total_gb
         if found.fits:
             return
 
@@ -229,7 +229,8 @@ def blocks_kept(r: Recipe, ranks: int, gpu: Gpu | None) -> tuple[int, int]:
     held = sum(size for part, size in parts.items() if part not in OFFLOADED[r.offload])
     left = (gpu.memory_gb * 1e9 * COMFORTABLE - held) / _activation(r)
     if r.lora_rank:
-        # With a LoRA, keeping the MLP's output saves nothing.
+        # With a LoRA, keeping the MLP's output saves nothing unless all other linear outputs are
+        # kept too.
         whole = max(0, min(blocks, int(left / LINEARS_KEPT)))
         return whole, whole
     mlps = max(0, min(blocks, int(left)))
@@ -384,14 +385,14 @@ def describe(r: Recipe, ranks: int, gpu: Gpu | None) -> str:
     else:
         verdict = "fits" if found.fits else "does not fit"
         if gpu.memory_gb * COMFORTABLE < found.total_gb and found.fits:
-            verdict = "fits, if it is right to 1 %"
+            verdict = "fits, with less than 5 % of the memory to spare"
         usable = f"{found.available_gb:.0f} GB that PyTorch can use"
         rows.append(("total", f"{found.total_gb:.1f} GB of {usable}: {verdict}"))
     if found.host_gb:
-        rows.append(("host", f"{found.host_gb:.1f} GB of its memory, by all processes"))
+        rows.append(("CPU memory", f"{found.host_gb:.1f} GB for all processes together"))
     rows += [(part, f"{size:.1f} GB on disk") for part, size in found.disk_gb.items()]
     if gpu is None or found.step_seconds is None:
-        rows.append(("time", "not predicted without a known GPU"))
+        rows.append(("time", "not predicted, because the GPU is not known"))
     else:
         share = model_tflop(r) / (found.step_seconds * ranks * gpu.tflops)
         rows.append(("step", f"{found.step_seconds:.1f} s predicted, {share:.0%} MFU"))
@@ -418,13 +419,13 @@ def check_memory(r: Recipe, ranks: int, gpu: Gpu | None) -> dict[str, Any]:
         tried = list(remedies(r, ranks, gpu))
         enough = bool(tried) and tried[-1][1] <= gpu.memory_gb * USABLE
         fix = (
-            f"set {tried[-1][0]}"
+            f"add {tried[-1][0]}"
             if enough
-            else "use more or larger GPUs, or fewer frames or pixels"
+            else "use more or larger GPUs, or lower num_frames, height or width"
         )
         error = UserError(
-            f"needs {found.total_gb:.0f} GB on each of {ranks} x {gpu.name}, "
-            f"{found.available_gb:.0f} can be used",
+            f"needs {found.total_gb:.1f} GB on each of {ranks} x {gpu.name}, "
+            f"{found.available_gb:.1f} GB are usable",
             code=ExitCode.GPU_MEMORY, where=r.name, fix=fix,
         )  # fmt: skip
         error.figures = figures

@@ -96,7 +96,7 @@ def run_checks(r: Recipe, wanted: Iterable[str] = ()) -> list[Check]:
         *_hub(outcomes.get("hub")),
         _clock(),
     ]
-    patience = "try again when the machine is less busy; is a driver or a network disk hanging?"
+    patience = "try again when the machine is less busy; check for a hanging driver or network disk"
     return [replace(row, fix=patience) if probes.HUNG in row.found else row for row in rows]
 
 
@@ -163,7 +163,7 @@ def _on_torch(outcomes: dict[str, Outcome], wanted: Iterable[str]) -> list[Check
     torch = outcomes["torch"]
     if torch.error:
         names = ("FFmpeg and torchcodec", "DeepSpeed", "transformers")
-        return [Check(name, "fail", "not tried, for want of torch", TORCH_FIX) for name in names]
+        return [Check(name, "fail", "not tried without torch", TORCH_FIX) for name in names]
     return [
         _video(outcomes["video"]),
         _deepspeed(outcomes["deepspeed"], outcomes["deepspeed in 2 processes"]),
@@ -205,10 +205,12 @@ def _usable_gpus(gpus: list[dict[str, Any]]) -> Check:
     remark = selection.visible().remark
     found = ", ".join(filter(None, [found, *health, driver, remark]))
     if damaged:
-        fix = "restart the machine; when it comes back, have the GPU replaced"
+        fix = "restart the machine; if the errors return, have the GPU replaced"
         return Check("GPUs", "warn", f"{found}; uncorrected memory errors on GPU {damaged}", fix)
     if any(gpu["capability"] < OLDEST_CAPABILITY for gpu in gpus):
-        return Check("GPUs", "warn", found, "bf16 is slow before Ampere: set precision to fp32")
+        return Check(
+            "GPUs", "warn", found, "bf16 is slow before Ampere: use `--set precision=fp32`"
+        )
     return Check("GPUs", "ok", found)
 
 
@@ -291,7 +293,7 @@ def _video(outcome: Outcome) -> Check:
     if "No module named 'torchcodec'" in outcome.error:
         fix = "cosmos setup --install"
         return Check(name, "fail", "torchcodec is missing", fix, installs.pip(installs.TORCHCODEC))
-    return Check(name, "fail", last_line(outcome.error), "mend what is named here")
+    return Check(name, "fail", last_line(outcome.error), "fix the problem named here")
 
 
 def _shared_python(name: str) -> Check:
@@ -303,7 +305,7 @@ def _shared_python(name: str) -> Check:
     commands = (
         installs.apt(f"libpython3.{sys.version_info.minor}") if sys.base_prefix == "/usr" else ()
     )
-    fix = "cosmos setup --install" if commands else "use a Python that was built --enable-shared"
+    fix = "cosmos setup --install" if commands else "use a Python built with --enable-shared"
     return Check(name, "fail", found, fix, commands)
 
 
@@ -334,7 +336,7 @@ def _transformer_engine(
         return [Check(name, status, last_line(outcome.error), fix)]
     if not torch.facts.get("gpus"):
         fix = "use a machine with NVIDIA GPUs, or leave out --with transformer-engine"
-        return [Check(name, status, "there is no GPU to try it on", fix)] if asked else []
+        return [Check(name, status, "no GPU to test it on", fix)] if asked else []
     fix = "cosmos setup --install --with transformer-engine"
     found = "missing; cosmos runs without it"
     return [Check(name, status, found, fix, installs.transformer_engine(torch.facts["cuda"]))]
@@ -342,7 +344,7 @@ def _transformer_engine(
 
 def _apex(outcome: Outcome | None, torch: Outcome, wanted: Iterable[str]) -> list[Check]:
     if outcome and not outcome.error:
-        return [Check("Apex", "ok", "NVIDIA's: its fused Adam agrees with torch on the GPU")]
+        return [Check("Apex", "ok", "NVIDIA's Apex: its fused Adam agrees with torch on the GPU")]
     asked = "apex" in wanted
     status: Status = "fail" if asked else "warn"
     if outcome:
@@ -356,13 +358,13 @@ def _apex(outcome: Outcome | None, torch: Outcome, wanted: Iterable[str]) -> lis
     if not asked or importlib.util.find_spec("amp_C"):
         return []
     if not torch.facts.get("cuda") or not shutil.which("nvcc"):
-        found = "NVIDIA's is missing, and it is built by nvcc"
+        found = "NVIDIA's Apex is missing, and building it needs nvcc and a CUDA build of torch"
         fix = (
             f"install CUDA's toolkit and a CUDA build of torch ({torch.facts.get('cuda') or 'CPU'})"
         )
         return [Check("Apex", "fail", found, fix)]
     fix = "cosmos setup --install --with apex"
-    return [Check("Apex", "fail", "NVIDIA's is missing", fix, installs.apex())]
+    return [Check("Apex", "fail", "NVIDIA's Apex is missing", fix, installs.apex())]
 
 
 def _transformers(outcome: Outcome) -> Check:
@@ -390,7 +392,7 @@ def _memory(r: Recipe) -> Check:
     found = f"{console.size(total)}"
     if total < needed:
         fix = "close other programs or use a larger machine"
-        return Check("memory", "warn", f"{found}, about {console.size(needed)} are used", fix)
+        return Check("memory", "warn", f"{found}, about {console.size(needed)} are needed", fix)
     return Check("memory", "ok", found)
 
 
@@ -413,7 +415,7 @@ def _writable(key: str, folder: str) -> Check:
     path = Path(folder).absolute()
     try:
         with tempfile.TemporaryFile(dir=files.nearest_existing(path)):
-            return Check(key, "ok", f"{path} can be written")
+            return Check(key, "ok", f"{path} is writable")
     except UserError as error:
         return Check(key, "fail", str(error), f"make it writable, or set {key}")
     except OSError as error:
@@ -430,9 +432,13 @@ def _hub(outcome: Outcome | None) -> list[Check]:
     repositories = outcome.facts["repositories"]
     closed = [(what, text) for _, what, text in repositories if what != "open"]
     if not closed:
-        return [Check("model hub", "ok", f"{len(repositories)} repositories may be read")]
+        return [Check("model hub", "ok", f"{len(repositories)} repositories can be read")]
     if all(what == "unknown" for what, _ in closed):
-        return [Check("model hub", "warn", closed[0][1], "what is not on disk cannot be fetched")]
+        return [
+            Check(
+                "model hub", "warn", closed[0][1], "files that are not on disk cannot be downloaded"
+            )
+        ]
     return [
         Check("model hub", "fail", *text.rsplit("; ", 1))
         for what, text in closed
