@@ -56,8 +56,8 @@ def restore(folder: Path) -> None:
     while old := left_aside(folder):
         true = true_path(folder)
         try:
-            with _lock(true) as ours:
-                if ours:
+            with _lock(true) as locked:
+                if locked:
                     _restore(true)
                     return
         except (OSError, UserError) as error:
@@ -85,8 +85,8 @@ def alone(folder: Path) -> Iterator[None]:
     true = true_path(folder)
     with files.disk_errors(true.parent):
         true.parent.mkdir(parents=True, exist_ok=True)
-    with _lock(true) as ours:
-        if not ours:
+    with _lock(true) as locked:
+        if not locked:
             raise UserError(
                 "another cosmos promote is writing this model", code=ExitCode.USAGE,
                 where=str(folder), fix="wait for it, or promote under another --name",

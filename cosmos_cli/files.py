@@ -46,22 +46,29 @@ CAPTION = Kind("a caption", MB, ExitCode.DATASET, "write it as a short text file
 CAPTIONS_FILE = Kind(
     "a captions_file", 64 * MB, ExitCode.ASSET, "set captions_file to a CSV or JSONL file"
 )
-MANIFEST = Kind("a manifest", 100 * MB, ExitCode.DATASET, "move it away and run cosmos prep again")
-EMBEDDING = Kind("an embedding", 16 * MB, ExitCode.ASSET, "delete it and run cosmos prep again")
+MANIFEST = Kind(
+    "a manifest", 100 * MB, ExitCode.DATASET, "move it away and run `cosmos prep RECIPE` again"
+)
+EMBEDDING = Kind(
+    "an embedding", 16 * MB, ExitCode.ASSET, "delete it and run `cosmos prep RECIPE` again"
+)
 LEROBOT = Kind("LeRobot metadata", 64 * MB, ExitCode.DATASET, "fetch the dataset again")
 PARQUET = Kind("a parquet file", 500 * MB, ExitCode.DATASET, "fetch the dataset again")
 VIDEO = Kind("a video", 10**12, ExitCode.DATASET, "put a video file there")
 JSON = Kind("a JSON file", 16 * MB, ExitCode.ASSET, "create it again")
 # The tokenizer.json of the largest vocabularies has 33 MB.
 MODEL_SETTINGS = Kind("a model's settings", 64 * MB, ExitCode.ASSET, "download the model again")
-WORDS = Kind("a word list", 32 * MB, ExitCode.ASSET, "run cosmos download")
+WORDS = Kind("a word list", 32 * MB, ExitCode.ASSET, "run `cosmos download RECIPE`")
 FIGURES = Kind("a run's figures", 300 * MB, ExitCode.ASSET, "move it away")
 # T5-11B has 45 GB as Google published it.
 WEIGHTS = Kind(
-    "a weights file", 200_000 * MB, ExitCode.ASSET, "name a weights file, or run cosmos download"
+    "a weights file",
+    200_000 * MB,
+    ExitCode.ASSET,
+    "name a weights file, or run `cosmos download RECIPE`",
 )
 # The hub keeps these files in git, outside its store of large files.
-HUB_TEXT = Kind("a text of the hub", 100 * MB, ExitCode.ASSET, "run cosmos download")
+HUB_TEXT = Kind("a text of the hub", 100 * MB, ExitCode.ASSET, "run `cosmos download RECIPE`")
 DATA = Kind("a file", 10**12, ExitCode.ASSET, "name a regular file")
 
 # Safetensors headers and tensor pickles hold only names and shapes: 0.2 MB for the 7B.

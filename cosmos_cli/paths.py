@@ -114,7 +114,7 @@ class Dataset:
                 "the dataset is not prepared",
                 code=ExitCode.DATASET,
                 where=str(self.manifest),
-                fix="run cosmos prep first",
+                fix="run `cosmos prep RECIPE` first",
             )
         manifest = files.read_json(self.manifest, files.MANIFEST)
         if not isinstance(manifest, dict) or not {"settings", "videos", "clips"} <= manifest.keys():
@@ -122,7 +122,7 @@ class Dataset:
                 "was not written by cosmos prep",
                 code=ExitCode.DATASET,
                 where=str(self.manifest),
-                fix="move it away and run cosmos prep",
+                fix="move it away and run `cosmos prep RECIPE`",
             )
         return manifest
 

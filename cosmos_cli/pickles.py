@@ -18,7 +18,7 @@ MOST_MADE = 256 * 10**6
 OLD_FORMAT_PICKLES = 5
 
 _CALLS = frozenset({"REDUCE", "NEWOBJ", "NEWOBJ_EX", "OBJ", "INST"})
-_PLACES = frozenset({"PUT", "BINPUT", "LONG_BINPUT"})
+_MEMO_PUTS = frozenset({"PUT", "BINPUT", "LONG_BINPUT"})
 # These opcodes have two arguments, a module and a name, on one line each.
 _NAMES = frozenset({"GLOBAL", "INST"})
 # torch allows bytearray, which allocates as many zeros as a number says.
@@ -69,7 +69,7 @@ def scan(stream: BinaryIO | Bounded, limit: int) -> None:
             longest = max(longest, len(argument))
         if steps > MOST_STEPS:
             raise ValueError(f"it has more than {MOST_STEPS:,} opcodes")
-        if name in _PLACES and int(argument) > MOST_STEPS:
+        if name in _MEMO_PUTS and int(argument) > MOST_STEPS:
             raise ValueError("it uses a memo index far beyond its own size")
         if name == "FRAME" and argument > limit:
             raise ValueError("one of its frames is longer than the file may be")

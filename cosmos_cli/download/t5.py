@@ -207,7 +207,7 @@ def _read_old_format(path: Path) -> dict[str, Stored]:
                 f"is damaged or holds more than tensors; nothing in it was run ({error})",
                 code=ExitCode.ASSET,
                 where=str(path),
-                fix="delete it and run cosmos download again",
+                fix="delete it and run `cosmos download RECIPE` again",
             ) from error
 
 

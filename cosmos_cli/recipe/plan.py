@@ -240,12 +240,12 @@ def blocks_kept(r: Recipe, ranks: int, gpu: Gpu | None) -> tuple[int, int]:
 def _memory(r: Recipe, ranks: int, gpu: Gpu | None) -> dict[str, float]:
     """Return the bytes per GPU at the peak, by part."""
     whole, trained, stage = r.spec.dit.parameters, r.trained_parameters, r.zero_stage
-    number = 2 if r.precision == "bf16" else 4
+    element_size = 2 if r.precision == "bf16" else 4
     frozen = whole if r.lora_rank else 0
-    held = (whole if not r.lora_rank else frozen + trained) * number
+    held = (whole if not r.lora_rank else frozen + trained) * element_size
     # fp32 master weights if the weights have 16 bits, and two moments.
-    optimizer = trained * (12 if number == 2 else 8)
-    gradients = trained * number
+    optimizer = trained * (12 if element_size == 2 else 8)
+    gradients = trained * element_size
     activation = _activation(r)
     blocks = r.spec.dit.blocks
     kept = blocks * {"none": BLOCK_KEPT, "all": 1}.get(r.activation_checkpointing, 2)
@@ -255,10 +255,10 @@ def _memory(r: Recipe, ranks: int, gpu: Gpu | None) -> dict[str, float]:
     work += FP8_WORK if r.transformer_engine != "off" else 0
     work += EXCHANGED if r.sequence_parallel > 1 else 0
     # The fp32 gradients of the optimizer step are left out: the activations are free by then.
-    buffers = float(min(REDUCE_BUCKET, trained) * number)
+    buffers = float(min(REDUCE_BUCKET, trained) * element_size)
     if stage == 3 and ranks > 1:
         # The gathered weights of the current block, of the next one, and a part of a third.
-        buffers += 3 * whole / blocks * number
+        buffers += 3 * whole / blocks * element_size
         if node := second_copy(r, ranks):
             buffers += held / node
     return {
@@ -316,25 +316,25 @@ def step_seconds(r: Recipe, ranks: int, gpu: Gpu) -> float:
     """Return the seconds of an optimizer step, which overlaps traffic with arithmetic."""
     shared = r.sequence_parallel
     linear, attention = (flops / shared for flops in forward_flops(r))
-    again = float(r.activation_checkpointing != "none")
+    recompute = float(r.activation_checkpointing != "none")
     mlps, whole_blocks = (n / r.spec.dit.blocks for n in blocks_kept(r, ranks, gpu))
     without_last = mlps
     if r.lora_rank and r.transformer_engine == "off":
         # Only the gradient of a gate needs the last linear's output.
-        without_last = again
-    again_linears = again - whole_blocks - (without_last - whole_blocks) * LAST_LINEAR
+        without_last = recompute
+    recomputed_linears = recompute - whole_blocks - (without_last - whole_blocks) * LAST_LINEAR
     # Forward, input gradients and weight gradients. A LoRA has no gradients of these weights.
-    linear_passes = (3 if not r.lora_rank else 2) + again_linears
+    linear_passes = (3 if not r.lora_rank else 2) + recomputed_linears
     peak = gpu.tflops * 1e12
     rate = LINEAR if r.transformer_engine == "off" else FP8_LINEAR
     arithmetic = linear * linear_passes / (rate * peak)
     arithmetic += attention * (1 + (r.activation_checkpointing == "all")) / (ATTENTION * peak)
     arithmetic += attention * 2.5 / (ATTENTION_BACKWARD * peak)
-    passes = r.spec.dit.blocks * ELEMENTWISE_PASSES * (3 + again)
+    passes = r.spec.dit.blocks * ELEMENTWISE_PASSES * (3 + recompute)
     activation = _activation(r) / r.micro_batch_size
     arithmetic += passes * activation / (gpu.memory_rate * 1e9)
     # All-to-all of the queries, keys, values and output of every self-attention.
-    exchanged = r.spec.dit.blocks * 4 * (2 + again) * activation * (shared - 1) / shared
+    exchanged = r.spec.dit.blocks * 4 * (2 + recompute) * activation * (shared - 1) / shared
     arithmetic += exchanged / (gpu.link_rate * 1e9)
     traffic = traffic_seconds(r, ranks, gpu)
     micro_steps = math.ceil(r.global_batch_size * shared / (ranks * r.micro_batch_size))
@@ -345,8 +345,8 @@ def step_seconds(r: Recipe, ranks: int, gpu: Gpu) -> float:
 
 def traffic_seconds(r: Recipe, ranks: int, gpu: Gpu) -> float:
     """Return the seconds to gather weights and reduce gradients in a micro step, not overlapped."""
-    number = 2 if r.precision == "bf16" else 4
-    whole, gradients = r.spec.dit.parameters * number, r.trained_parameters * number
+    element_size = 2 if r.precision == "bf16" else 4
+    whole, gradients = r.spec.dit.parameters * element_size, r.trained_parameters * element_size
     across = gpu.link_rate if ranks <= NODE else min(gpu.link_rate, NODE_RATE)
     # Weights are gathered for the forward pass and again for the backward pass, there within a node
     # if hpZ is on. Below stage 3, the updated weights are gathered once.

@@ -44,7 +44,8 @@ def test_full_fine_tuning_states_take_20_bytes_a_weight(gpus, ranks, fits):
     count, gpu = plan.parse_gpus(gpus)
     found = plan.plan(changed(global_batch_size=ranks), count, gpu)
     assert (count, found.fits) == (ranks, fits)
-    # bf16 weights and gradients, fp32 master weights, moments and EMA: 20 bytes a weight, divided by the ranks.
+    # bf16 weights and gradients, fp32 master weights, moments and EMA: 20 bytes a weight, divided
+    # by the ranks.
     states = ("weights", "optimizer", "gradients", "EMA")
     held = sum(found.memory_gb[part] for part in states)
     assert held == pytest.approx(20 * COSMOS_7B.dit.parameters / ranks / 1e9)
