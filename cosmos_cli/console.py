@@ -1,4 +1,4 @@
-"""What the user sees: messages and progress on stderr, the result on stdout, one JSON object."""
+"""Print messages and progress on stderr, and the result on stdout as text or one JSON object."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _muted = False
 
 @dataclass
 class Result:
-    """What a command hands back: text for stdout, the same as figures, the command to run next."""
+    """The result of a command: text for stdout, its figures, and the command to run next."""
 
     text: str = ""
     artifacts: list[Path] = field(default_factory=list)
@@ -38,37 +38,37 @@ class Result:
 
 
 def mute() -> None:
-    """Silences this process: of many ranks one speaks."""
+    """Mute this process. With several ranks, only one prints."""
     global _muted  # noqa: PLW0603
     _muted = True
 
 
 def is_muted() -> bool:
-    """True if another process speaks for this one."""
+    """True if this process is muted because another one prints for it."""
     return _muted
 
 
 def unmute() -> None:
-    """Lets this process speak again: its own failure must be seen."""
+    """Unmute this process, so that its own failure is seen."""
     global _muted  # noqa: PLW0603
     _muted = False
 
 
 def say(message: str) -> None:
-    """Prints a line on stderr and in the open logs."""
+    """Print a line on stderr and in the open logs."""
     if not _muted:
-        with _unread(sys.stderr):
+        with _ignore_write_errors(sys.stderr):
             print(message, file=sys.stderr, flush=True)
         _log(message)
 
 
 def warn(message: str) -> None:
-    """Prints a warning on stderr and in the open logs."""
+    """Print a warning on stderr and in the open logs."""
     say(f"warning: {message}")
 
 
 def emit(result: Result, *, as_json: bool) -> None:
-    """Prints the result on stdout; errors and the next command go to stderr."""
+    """Print the result on stdout, and errors and the next command on stderr."""
     if _muted:
         return
     if as_json:
@@ -89,13 +89,13 @@ def emit(result: Result, *, as_json: bool) -> None:
 
 
 def record(value: dict[str, Any]) -> None:
-    """Prints one of many results on stdout, as a line of JSON."""
+    """Print one of several results on stdout as a line of JSON."""
     _print(json.dumps(value))
 
 
 @contextmanager
-def _unread(stream: TextIO) -> Iterator[None]:
-    """Go on when nobody reads a stream any more, or its disk is full."""
+def _ignore_write_errors(stream: TextIO) -> Iterator[None]:
+    """Ignore errors of writing to a stream, and silence it once its reader is gone."""
     try:
         yield
     except OSError as error:
@@ -104,21 +104,21 @@ def _unread(stream: TextIO) -> Iterator[None]:
 
 
 def _is_gone(stream: TextIO, error: OSError) -> bool:
-    """Return whether the reader of a stream went away: a pipe (`| head`) or a closed terminal."""
+    """True if the reader of a stream is gone: a closed pipe (`| head`) or terminal."""
     if error.errno != errno.EIO:
         return isinstance(error, BrokenPipeError)
     return stat.S_ISCHR(os.fstat(stream.fileno()).st_mode)
 
 
 def _silence(stream: TextIO) -> None:
-    """Send a stream nowhere, so that what it holds back cannot fail when Python ends."""
+    """Redirect a stream to /dev/null, so that flushing its buffer at exit cannot fail."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, stream.fileno())
     os.close(nowhere)
 
 
 class _Terminal:
-    """stderr for rich, which a terminal that is gone would end, and with it the command."""
+    """A stderr for rich that survives a closed terminal, which would otherwise end the command."""
 
     def __init__(self, stream: TextIO) -> None:
         self.stream = stream
@@ -127,25 +127,25 @@ class _Terminal:
         return getattr(self.stream, name)
 
     def write(self, text: str) -> None:
-        with _unread(self.stream):
+        with _ignore_write_errors(self.stream):
             self.stream.write(text)
 
     def flush(self) -> None:
-        with _unread(self.stream):
+        with _ignore_write_errors(self.stream):
             self.stream.flush()
 
 
 def _print(text: str) -> None:
-    """Prints on stdout; that the reader went away is no failure of the command.
+    """Print on stdout. If its reader is gone, that is not a failure of the command.
 
     Raises:
-        UserError: its disk is full.
+        UserError: stdout cannot be written, for instance because its disk is full.
     """
     try:
         try:
             print(text, flush=True)
         except UnicodeEncodeError:
-            # The reader's alphabet is smaller than that of a file name.
+            # The encoding of stdout lacks a character, for instance of a file name.
             print(text.encode("ascii", "backslashreplace").decode(), flush=True)
     except OSError as error:
         gone = _is_gone(sys.stdout, error)
@@ -158,7 +158,7 @@ def _print(text: str) -> None:
 
 
 def failure(error: UserError) -> Result:
-    """The result of a command that a UserError ended."""
+    """Return the result of a command that ended with a UserError."""
     return Result(
         artifacts=list(error.artifacts),
         figures=dict(error.figures),
@@ -169,7 +169,7 @@ def failure(error: UserError) -> Result:
 
 @contextmanager
 def log_file(path: Path) -> Iterator[None]:
-    """Appends what is said meanwhile to `path`."""
+    """Append all messages in the block to the log file `path`."""
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         stream = path.open("a", encoding="utf-8", errors="surrogateescape")
@@ -183,14 +183,14 @@ def log_file(path: Path) -> Iterator[None]:
 
 
 def _log(message: str) -> None:
-    # A log that cannot be written, say on a full disk, must not hide what it would have said.
+    # If a log cannot be written, as on a full disk, the command must still report its own error.
     with contextlib.suppress(OSError):
         for stream in () if _muted else _logs:
             print(time.strftime("%Y-%m-%d %H:%M:%S"), message, file=stream, flush=True)
 
 
 def duration(seconds: float) -> str:
-    """Seconds as a person reads them: 8 s, 3 min 20 s, 2 h 05 min."""
+    """Return seconds as text: 8 s, 3 min 20 s, 2 h 05 min."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"
@@ -200,7 +200,7 @@ def duration(seconds: float) -> str:
 
 
 def size(count: float) -> str:
-    """Bytes as a person reads them, in powers of 1000."""
+    """Return bytes as text in powers of 1000, such as 1.5 GB."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
@@ -209,7 +209,7 @@ def size(count: float) -> str:
 
 
 class Progress:
-    """Counts something long: a live bar on a terminal, a plain line every few seconds elsewhere."""
+    """Show progress: a live bar on a terminal, elsewhere a plain line every few seconds."""
 
     def __init__(self, label: str, total: int, unit: str, done: int = 0) -> None:
         self.label, self.total, self.unit = label, total, unit
@@ -218,7 +218,7 @@ class Progress:
         self.bar: Any = None
 
     def advance(self, note: str = "", count: int = 1) -> None:
-        """Counts `count` more; `note` is shown behind the rate."""
+        """Add `count` to the units done. `note` is shown next to the rate."""
         self.done += count
         if self.bar is not None:
             shown = ", ".join(filter(None, [note, self.rate()]))
@@ -228,7 +228,7 @@ class Progress:
             (say if self.bar is None else _log)(self.line(note))
 
     def line(self, note: str = "") -> str:
-        """Where it stands, as one line with rate and time left."""
+        """Return the progress as one line with rate and time left."""
         spent = time.monotonic() - self.started
         counted = self.done - self.first
         left = duration((self.total - self.done) / counted * spent) if counted else "?"
@@ -236,14 +236,14 @@ class Progress:
         return ", ".join(filter(None, [head, note, self.rate(), f"{left} left"]))
 
     def rate(self) -> str:
-        """How fast it goes, e.g. 1.25 clips/s."""
+        """Return the rate as text, e.g. 1.25 clips/s."""
         spent = max(time.monotonic() - self.started, 1e-9)
         return f"{(self.done - self.first) / spent:.2f} {self.unit}/s"
 
 
 @contextmanager
 def progress(label: str, total: int, unit: str, done: int = 0) -> Iterator[Progress]:
-    """Shows the progress of `total` things, `done` of which were there before."""
+    """Show the progress of `total` units, of which `done` were finished before."""
     counter = Progress(label, total, unit, done)
     if _muted or not sys.stderr.isatty():
         yield counter
@@ -267,14 +267,14 @@ def progress(label: str, total: int, unit: str, done: int = 0) -> Iterator[Progr
 
 
 class Stopwatch:
-    """Adds up the seconds that each phase of something takes."""
+    """Add up the seconds that each named phase takes."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
-        """Counts what happens meanwhile as `phase`."""
+        """Add the duration of the block to `phase`."""
         started = time.monotonic()
         try:
             yield
@@ -283,7 +283,7 @@ class Stopwatch:
 
 
 def table(rows: Sequence[tuple[str, ...]], header: tuple[str, ...]) -> str:
-    """Rows under a header, columns aligned by spaces."""
+    """Return rows under a header as text, with columns aligned by spaces."""
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
     lines = [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()

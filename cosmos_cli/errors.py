@@ -1,4 +1,4 @@
-"""The errors a user can cause or mend, and the exit codes that scripts rely on."""
+"""Define the errors that a user can cause or fix, and the exit codes that scripts rely on."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 class ExitCode(IntEnum):
-    """What the process returns; the table of the README."""
+    """The exit codes of the process, as listed in the README."""
 
     OK = 0
     BUG = 1
@@ -24,14 +24,14 @@ class ExitCode(IntEnum):
 
 
 class UserError(Exception):
-    """A failure the user can mend: one line of where, what was found and what to do.
+    """A failure that the user can fix: one line with where, what was found and what to do.
 
     Args:
         what: what was found, e.g. "unknown key".
         code: the exit code of the process.
         where: file, line, key or setting, e.g. "recipes/x.yaml:12: learning_rte".
         fix: what to do about it, e.g. "did you mean 'learning_rate'?".
-        also: further problems of the same kind, each a line of its own.
+        also: further problems of the same kind, printed on one line each.
     """
 
     def __init__(
@@ -49,9 +49,9 @@ class UserError(Exception):
         self.where = where
         self.fix = fix
         self.also = also
-        # A rank other than 0 has printed it already.
+        # True once a rank other than 0 has printed this error.
         self.told = False
-        # What was finished before, and what else --json says of it.
+        # The files finished before the failure, and further fields for --json.
         self.artifacts: tuple[Path, ...] = ()
         self.figures: dict[str, object] = {}
 
@@ -63,7 +63,7 @@ class UserError(Exception):
 
 
 def together(errors: Sequence[UserError]) -> UserError:
-    """One error for several: the one with the largest exit code, the others behind it."""
+    """Return one error for several: the one with the largest exit code, followed by the others."""
     first = max(errors, key=lambda error: error.code)
     others = (*first.also, *(error for error in errors if error is not first))
     return UserError(first.what, code=first.code, where=first.where, fix=first.fix, also=others)

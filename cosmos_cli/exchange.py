@@ -1,8 +1,11 @@
 """Replace a folder so that a kill at any moment leaves the old one or the new one. No torch.
 
-Beside `NAME` may lie `.NAME.lock`, `.NAME.building` (unfinished or outdated, may be deleted) and
-`.NAME.old`. The latter exists on file systems that cannot exchange two folders in one step: for a
-moment it is the only copy of the old folder, while `NAME` is missing.
+Three names may exist next to `NAME`:
+
+- `.NAME.lock`: the lock file, while a process holds it.
+- `.NAME.building`: an unfinished or outdated folder, which may be deleted.
+- `.NAME.old`: the old folder, on file systems that cannot exchange two folders in one step. For a
+  moment it is the only copy, while `NAME` is missing.
 """
 
 from __future__ import annotations
@@ -22,38 +25,39 @@ from cosmos_cli.errors import ExitCode, UserError
 
 # Linux: sys/fcntl.h and linux/fs.h.
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
-# The kernel, a sandbox or the file system cannot exchange; EPERM is what older Docker answers.
+# The kernel, a sandbox or the file system cannot exchange folders. Older Docker returns EPERM.
 _CANNOT_EXCHANGE = frozenset({errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM})
-# A replacement in two renames leaves the place empty for far less than this.
+# While a replacement by renames runs, the folder is missing for far less than this.
 _PATIENCE_SECONDS = 5.0
 
 
 def true_path(folder: Path) -> Path:
-    """Return the folder that a link leads to, which may not exist, or the folder itself."""
+    """Return the folder itself or the target of a link, which need not exist."""
     return Path(os.path.realpath(folder))
 
 
 def left_aside(folder: Path) -> Path | None:
-    """Return the old folder that a kill between two renames has left, None where there is none."""
+    """Return the old folder that a kill between two renames left behind, or None."""
     true = true_path(folder)
     old = _beside(true, "old")
-    # Earlier versions deleted an old folder under this name: without weights it is a rest of one.
+    # Earlier versions deleted the old folder under this name. Without weights, it is a partly
+    # deleted one.
     lost = not os.path.lexists(true) and paths.weights_in(old) != old
     return old if lost else None
 
 
 def restore(folder: Path) -> None:
-    """Put back what `left_aside` finds, unless a running promotion is about to fill the place.
+    """Put back the folder that `left_aside` finds, unless a running promotion is replacing it.
 
     Raises:
-        UserError: it cannot be put back.
+        UserError: the folder cannot be put back.
     """
     deadline = time.monotonic() + _PATIENCE_SECONDS
     while old := left_aside(folder):
         true = true_path(folder)
         try:
-            with _lock(true) as ours:
-                if ours:
+            with _lock(true) as locked:
+                if locked:
                     _restore(true)
                     return
         except (OSError, UserError) as error:
@@ -73,16 +77,16 @@ def _not_restored(folder: Path, old: Path) -> UserError:
 
 @contextmanager
 def alone(folder: Path) -> Iterator[None]:
-    """Hold the lock of a folder that is to be replaced, and put back what a kill left aside.
+    """Lock a folder that is to be replaced, and restore it if a kill left it aside.
 
     Raises:
-        UserError: another process holds the lock, or the disk refuses.
+        UserError: another process holds the lock, or the file system reports an error.
     """
     true = true_path(folder)
     with files.disk_errors(true.parent):
         true.parent.mkdir(parents=True, exist_ok=True)
-    with _lock(true) as ours:
-        if not ours:
+    with _lock(true) as locked:
+        if not locked:
             raise UserError(
                 "another cosmos promote is writing this model", code=ExitCode.USAGE,
                 where=str(folder), fix="wait for it, or promote under another --name",
@@ -94,18 +98,18 @@ def alone(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def replacing(folder: Path) -> Iterator[Path]:
-    """Yield an empty folder to fill; on success it takes the place of `folder` in one step.
+    """Yield an empty folder to fill. On success it replaces `folder` in one step.
 
-    Whatever ends the work before that leaves `folder` as it was and deletes the unfinished one.
-    The caller holds `alone`.
+    If the block fails, `folder` stays as it was and the unfinished folder is deleted.
+    The caller must be inside `alone`.
 
     Raises:
-        UserError: the disk refuses.
+        UserError: the folder is a mount point, or the file system reports an error.
     """
     true = true_path(folder)
     building = _beside(true, "building")
     if os.path.ismount(true):
-        raise _fixed(folder, "it is a mount point")
+        raise _irreplaceable(folder, "it is a mount point")
     with files.disk_errors(building):
         _delete(building)
         building.mkdir(parents=True)
@@ -116,12 +120,12 @@ def replacing(folder: Path) -> Iterator[Path]:
         _discard(_beside(true, "old"))
     finally:
         with files.disk_errors(folder):
-            # A signal may have come between two renames.
+            # A signal may have interrupted the exchange between two renames.
             _restore(true)
         _discard(building)
 
 
-def _fixed(folder: Path, why: str) -> UserError:
+def _irreplaceable(folder: Path, why: str) -> UserError:
     return UserError(
         f"cannot be replaced: {why}", code=ExitCode.ASSET, where=str(folder),
         fix="promote under another --name",
@@ -136,26 +140,26 @@ def _put(building: Path, true: Path) -> None:
         else:
             building.rename(true)
     except OSError as error:
-        # A bind mount; a folder of a container's image, which overlayfs cannot rename.
+        # A bind mount, or a folder of a container image, which overlayfs cannot rename.
         if error.errno in (errno.EBUSY, errno.EXDEV):
-            raise _fixed(true, os.strerror(error.errno)) from error
+            raise _irreplaceable(true, os.strerror(error.errno)) from error
         raise
     files.sync(true.parent)
 
 
 def exchange(one: Path, other: Path) -> None:
-    """Exchange two folders of a disk, in one step where kernel and file system can."""
+    """Exchange two folders of one disk, in one step if kernel and file system support it."""
     if not exchange_at_once(one, other):
         exchange_by_renames(one, other)
 
 
 def exchange_at_once(one: Path, other: Path) -> bool:
-    """Exchange two folders by Linux' renameat2; False, with nothing done, where it cannot.
+    """Exchange two folders with Linux's renameat2. If unsupported, do nothing and return False.
 
     Raises:
-        OSError: the disk refuses.
+        OSError: renameat2 fails for another reason.
     """
-    # Python has no binding; C libraries before glibc 2.28 have no function.
+    # Python has no binding for renameat2, and glibc before 2.28 has no such function.
     rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if rename is None:
         return False
@@ -169,12 +173,12 @@ def exchange_at_once(one: Path, other: Path) -> bool:
 
 
 def exchange_by_renames(one: Path, other: Path) -> None:
-    """Exchange two folders in three renames; a kill behind the first leaves `other` aside."""
+    """Exchange two folders in three renames. A kill after the first leaves `other` as `.old`."""
     old = _beside(other, "old")
     _delete(old)
     other.rename(old)
     one.rename(other)
-    # Under this name nobody restores it, so that a kill may end its deletion halfway.
+    # Nothing restores a folder of this name, so a kill halfway through its deletion does no harm.
     old.rename(one)
 
 
@@ -189,7 +193,7 @@ def _restore(true: Path) -> None:
 
 
 def _delete(path: Path) -> None:
-    """Delete a file, a link or a folder with all that is in it, if it is there."""
+    """Delete a file, a link or a folder with its content, if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -200,12 +204,12 @@ def _discard(path: Path) -> None:
     try:
         _delete(path)
     except OSError as error:
-        console.warn(f"{path} is of no more use, but cannot be deleted: {error.strerror}")
+        console.warn(f"{path} is no longer needed, but cannot be deleted: {error.strerror}")
 
 
 @contextmanager
 def _lock(true: Path) -> Iterator[bool]:
-    """Yield whether the lock of a folder is ours; its file lies beside it while it is held."""
+    """Yield True if this process got the lock. The lock file exists only while it is held."""
     path = _beside(true, "lock")
     file = _open_locked(path)
     try:
@@ -217,7 +221,7 @@ def _lock(true: Path) -> Iterator[bool]:
 
 
 def _open_locked(path: Path) -> int | None:
-    """Return the open file with its lock, None where another process has the lock."""
+    """Return the locked file descriptor, or None if another process holds the lock."""
     while True:
         with files.disk_errors(path):
             file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
@@ -227,11 +231,11 @@ def _open_locked(path: Path) -> int | None:
             os.close(file)
             return None
         except OSError as error:
-            # Some shared disks have no locks, such as Lustre unless it is mounted with flock.
-            what = f"cannot be locked ({error.strerror}): start no second cosmos promote into it"
+            # Some shared file systems have no locks, such as Lustre unless mounted with flock.
+            what = f"cannot be locked ({error.strerror}): run only one cosmos promote into it"
             console.warn(f"{path.parent}: {what}")
             return file
-        # Whoever held the lock before may have deleted the file between our open and our lock.
+        # The previous holder may have deleted the file between our open and our lock.
         if files.file_id(path) == files.file_id(file):
             return file
         os.close(file)

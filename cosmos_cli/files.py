@@ -1,9 +1,9 @@
 """Open every file that a user can name: regular files only, within a size limit by kind. No torch.
 
-A link to /dev/zero would fill the memory, a pipe would wait for ever, and 5 MB of a zip can inflate
-to 5 GB. So a file is looked at before it is opened and again through its descriptor, text is read
-up to a limit whatever its size claims, and an archive is checked before a library unpacks it.
-Where a library opens a file by its name, the file gets the same look just before.
+A link to /dev/zero would fill memory, a pipe would block for ever, and a 5 MB zip can inflate to
+5 GB. So each file is checked before it is opened and again through its descriptor. Text is read up
+to a limit, whatever size the file reports. An archive is checked before a library unpacks it.
+If a library opens a file by its name, the file is checked just before.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ MB = 10**6
 
 
 class Kind(NamedTuple):
-    """What a file should be, its size limit in bytes, and what a wrong one leads to."""
+    """What a file should be, its size limit in bytes, and the exit code and fix of a bad one."""
 
     name: str
     limit: int
@@ -37,7 +37,7 @@ class Kind(NamedTuple):
     fix: str
 
 
-# The limits leave room: the largest files known of each kind are a tenth to a half of them.
+# The largest known file of each kind takes a tenth to a half of its limit.
 RECIPE = Kind("a recipe", MB // 10, ExitCode.USAGE, "a recipe is a short text file")
 BATCH = Kind(
     "a batch", 16 * MB, ExitCode.USAGE, "give a JSONL file, or pipe the prompts to --prompts -"
@@ -46,30 +46,38 @@ CAPTION = Kind("a caption", MB, ExitCode.DATASET, "write it as a short text file
 CAPTIONS_FILE = Kind(
     "a captions_file", 64 * MB, ExitCode.ASSET, "set captions_file to a CSV or JSONL file"
 )
-MANIFEST = Kind("a manifest", 100 * MB, ExitCode.DATASET, "move it away and run cosmos prep again")
-EMBEDDING = Kind("an embedding", 16 * MB, ExitCode.ASSET, "delete it and run cosmos prep again")
+MANIFEST = Kind(
+    "a manifest", 100 * MB, ExitCode.DATASET, "move it away and run `cosmos prep RECIPE` again"
+)
+EMBEDDING = Kind(
+    "an embedding", 16 * MB, ExitCode.ASSET, "delete it and run `cosmos prep RECIPE` again"
+)
 LEROBOT = Kind("LeRobot metadata", 64 * MB, ExitCode.DATASET, "fetch the dataset again")
 PARQUET = Kind("a parquet file", 500 * MB, ExitCode.DATASET, "fetch the dataset again")
 VIDEO = Kind("a video", 10**12, ExitCode.DATASET, "put a video file there")
-JSON = Kind("a JSON file", 16 * MB, ExitCode.ASSET, "make it again")
-# tokenizer.json of the largest vocabularies has 33 MB.
+JSON = Kind("a JSON file", 16 * MB, ExitCode.ASSET, "create it again")
+# The tokenizer.json of the largest vocabularies has 33 MB.
 MODEL_SETTINGS = Kind("a model's settings", 64 * MB, ExitCode.ASSET, "download the model again")
-WORDS = Kind("a word list", 32 * MB, ExitCode.ASSET, "run cosmos download")
+WORDS = Kind("a word list", 32 * MB, ExitCode.ASSET, "run `cosmos download RECIPE`")
 FIGURES = Kind("a run's figures", 300 * MB, ExitCode.ASSET, "move it away")
-# T5-11B as Google published it has 45 GB.
+# T5-11B has 45 GB as Google published it.
 WEIGHTS = Kind(
-    "a weights file", 200_000 * MB, ExitCode.ASSET, "name a weights file, or run cosmos download"
+    "a weights file",
+    200_000 * MB,
+    ExitCode.ASSET,
+    "name a weights file, or run `cosmos download RECIPE`",
 )
-# What the hub keeps beside its store of large files.
-HUB_TEXT = Kind("a text of the hub", 100 * MB, ExitCode.ASSET, "run cosmos download")
+# The hub keeps these files in git, outside its store of large files.
+HUB_TEXT = Kind("a text of the hub", 100 * MB, ExitCode.ASSET, "run `cosmos download RECIPE`")
 DATA = Kind("a file", 10**12, ExitCode.ASSET, "name a regular file")
 
-# Headers of safetensors files and pickles of tensors hold names and shapes: 0.2 MB for the 7B.
+# Safetensors headers and tensor pickles hold only names and shapes: 0.2 MB for the 7B.
 HEADER_LIMIT = 8 * MB
 PICKLE_LIMIT = 4 * MB
-# Of an archive, its list of members.
+# The limit for the list of members of an archive.
 LISTING_LIMIT = 16 * MB
-# A JSON text becomes up to 100 times as large in memory; each of its values has one of these.
+# Parsed JSON takes up to 100 times the memory of its text, so the values are counted first. One of
+# these characters stands before each value.
 _BEFORE_VALUES = ",[{"
 MOST_VALUES = 3_000_000
 
@@ -80,7 +88,7 @@ _NO_FILES = (
     (stat.S_ISCHR, "a device"),
     (stat.S_ISBLK, "a device"),
 )
-# What a damaged archive or pickle may raise while it is looked at.
+# The exceptions that checking a damaged archive or pickle may raise.
 _DAMAGE = (
     *(zipfile.BadZipFile, zipfile.LargeZipFile, RuntimeError, NotImplementedError, EOFError),
     *(ValueError, LookupError, ArithmeticError, OSError),
@@ -92,11 +100,11 @@ class BadFile(UserError):
 
 
 class NoSuchFile(BadFile):
-    """There is nothing of that name."""
+    """A file does not exist."""
 
 
 def bad(path: Path, kind: Kind, what: str) -> BadFile:
-    """Return the error of a file that is not of its kind."""
+    """Return the error for a file that is not of its kind."""
     return BadFile(what, code=kind.code, where=str(path), fix=kind.fix)
 
 
@@ -104,15 +112,15 @@ def bad(path: Path, kind: Kind, what: str) -> BadFile:
 
 
 def open_regular(path: Path, kind: Kind) -> io.BufferedReader:
-    """Open a regular file for reading, links followed.
+    """Open a regular file for reading, following links.
 
     Raises:
-        NoSuchFile: there is none.
+        NoSuchFile: the file does not exist.
         BadFile: it is a folder, pipe, device or socket, too large, or may not be read.
     """
     try:
         _require_regular(path, kind, path.stat())
-        # Without waiting, should a pipe have taken the file's place since.
+        # O_NONBLOCK: a pipe may have replaced the file since the check, and opening it would block.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
     except FileNotFoundError as error:
         raise NoSuchFile("does not exist", code=kind.code, where=str(path), fix=kind.fix) from error
@@ -151,7 +159,7 @@ def _too_large(path: Path, kind: Kind) -> BadFile:
 
 
 def unreadable(path: Path, kind: Kind, error: OSError) -> BadFile:
-    """Return the error of a file that the system does not let us read."""
+    """Return the error for a file that the system does not let us read."""
     return bad(path, kind, f"cannot be read: {error.strerror or error}")
 
 
@@ -166,7 +174,7 @@ def read_bytes(path: Path, kind: Kind) -> bytes:
     """
     with open_regular(path, kind) as stream:
         try:
-            # Files of /proc have no size, and others grow while they are read.
+            # The reported size cannot be trusted: /proc reports 0, and other files grow meanwhile.
             content = stream.read(kind.limit + 1)
         except OSError as error:
             raise unreadable(path, kind, error) from error
@@ -176,7 +184,7 @@ def read_bytes(path: Path, kind: Kind) -> bytes:
 
 
 def read_text(path: Path, kind: Kind, errors: str = "strict") -> str:
-    """Return the UTF-8 text of a file, with line feeds as line ends and no byte order mark.
+    """Return the UTF-8 text of a file without its byte order mark, with LF line endings.
 
     Raises:
         NoSuchFile, BadFile: as of `read_bytes`, or the text is not UTF-8.
@@ -184,12 +192,12 @@ def read_text(path: Path, kind: Kind, errors: str = "strict") -> str:
     try:
         text = read_bytes(path, kind).decode("utf-8-sig", errors)
     except UnicodeDecodeError as error:
-        raise bad(path, kind, "is no UTF-8 text") from error
+        raise bad(path, kind, "is not UTF-8 text") from error
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def read_json(path: Path, kind: Kind = JSON) -> Any:
-    """Return the content of a JSON file; names that are not UTF-8 are kept as surrogates.
+    """Return the parsed content of a JSON file. Bytes that are not UTF-8 become surrogates.
 
     Raises:
         NoSuchFile, BadFile: as of `read_bytes`, or it is damaged, too long or nested too deeply.
@@ -209,20 +217,20 @@ def read_json(path: Path, kind: Kind = JSON) -> Any:
 
 
 def check_safetensors(path: Path) -> None:
-    """Check the header's length of a safetensors file, before the library reads it.
+    """Check the header length of a safetensors file before the library reads it.
 
     Raises:
         NoSuchFile, BadFile: as of `open_regular`, or the header is too long.
     """
     length, left = _header(path)
-    # A header that is longer than the file is for the library to refuse.
+    # If the header is longer than the file, safetensors itself refuses it.
     if HEADER_LIMIT < length <= left:
-        what = f"has a header of {length:,} bytes, of which {HEADER_LIMIT:,} are read"
+        what = f"has a header of {length:,} bytes, more than the limit of {HEADER_LIMIT:,}"
         raise bad(path, WEIGHTS, what)
 
 
 def check_weights(path: Path) -> None:
-    """Check a weights file of either format, before it is hashed, which may take minutes.
+    """Check a weights file of either format. Do so before hashing it, which may take minutes.
 
     Raises:
         NoSuchFile, BadFile: as of `check_safetensors` and `check_torch`.
@@ -233,25 +241,25 @@ def check_weights(path: Path) -> None:
     check_safetensors(path)
     length, left = _header(path)
     if not 0 < length <= left:
-        raise bad(path, WEIGHTS, "is damaged or no safetensors file: it has no header")
+        raise bad(path, WEIGHTS, "is damaged or not a safetensors file: it has no header")
 
 
 def _header(path: Path) -> tuple[int, int]:
-    """The length that the header of a safetensors file claims, and the bytes behind the claim."""
+    """Return the header length that a safetensors file states, and the number of bytes after it."""
     with open_regular(path, WEIGHTS) as stream:
         length = int.from_bytes(stream.read(8), "little")
         return length, os.fstat(stream.fileno()).st_size - 8
 
 
 def check_torch(path: Path) -> bool:
-    """Check a file of torch's, before it is unpacked; True if it is a zip archive.
+    """Check a torch file before it is unpacked. Return True if it is a zip archive.
 
-    torch stores the members of its archives uncompressed, so one that claims more than the file
-    has would inflate. Files from before torch 1.6 are pickles with the numbers behind them.
+    torch stores the members of its archives uncompressed. A member that is larger than the file
+    would inflate. Files from before torch 1.6 are pickles, followed by the raw tensor data.
 
     Raises:
         NoSuchFile, BadFile: as of `open_regular`, or a member is compressed or too large, or a
-            pickle would make far more of itself.
+            pickle would expand far beyond its size.
     """
     with open_regular(path, WEIGHTS) as stream:
         try:
@@ -270,19 +278,19 @@ def check_torch(path: Path) -> bool:
 
 
 def _check_archive(stream: Any, size: int) -> None:
-    """Look at the members that torch reads; raises ValueError and what zipfile does."""
+    """Check the members that torch reads. Raises ValueError and zipfile's exceptions."""
     with zipfile.ZipFile(stream) as archive:
         total = 0
         for member in archive.infolist():
             inner = member.filename.partition("/")[2]
             if inner.startswith(("code/", "extra/")) or inner.endswith(".debug_pkl"):
-                # TorchScript compresses its code, which is never read.
+                # TorchScript compresses these members, but they are never read.
                 continue
             total += member.file_size
             if member.compress_type != zipfile.ZIP_STORED:
-                raise ValueError(f"{member.filename} is compressed, which may hide any size")
+                raise ValueError(f"{member.filename} is compressed, which can hide any size")
             if member.file_size != member.compress_size or total > size:
-                raise ValueError(f"{member.filename} claims more bytes than the file has")
+                raise ValueError(f"{member.filename} is larger than the file itself")
             if inner.endswith(".pkl"):
                 pickles.scan(_member(archive, member, PICKLE_LIMIT), PICKLE_LIMIT)
 
@@ -302,7 +310,7 @@ def read_member(path: Path, name: str, kind: Kind) -> str:
 
 
 def _member(archive: zipfile.ZipFile, member: zipfile.ZipInfo, limit: int) -> BinaryIO:
-    """The content of a member, by what comes out of it and not by what it claims."""
+    """Return the content of a member. The limit counts real bytes, not the size it states."""
     with archive.open(member) as stream:
         content = stream.read(limit + 1)
     if len(content) > limit:
@@ -312,20 +320,20 @@ def _member(archive: zipfile.ZipFile, member: zipfile.ZipInfo, limit: int) -> Bi
 
 # --- folders of models ----------------------------------------------------------------------------
 
-# What transformers and peft read in a folder, beside weights.
+# Files other than weights that transformers and peft read in a folder.
 _SETTINGS = frozenset({".json", ".model", ".txt", ".jinja"})
 
 
 def check_model_folder(folder: Path) -> None:
-    """Check the files of a folder that transformers or peft will open by their names.
+    """Check the files of a folder that transformers or peft will open by name.
 
     Raises:
-        BadFile: one is no regular file, is too large, or cannot be read.
+        BadFile: a file is not a regular file, is too large, or cannot be read.
     """
     try:
         paths = sorted(folder.iterdir())
     except OSError:
-        # What is missing is for the library to say, which knows what it needs.
+        # The library reports missing files: it knows which ones it needs.
         return
     safe = any(path.suffix == ".safetensors" for path in paths)
     for path in paths:
@@ -353,7 +361,7 @@ os.umask(_UMASK)
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turns what the file system refuses below into one line that names `path`."""
+    """Turn file system errors in the block into a UserError that names `path`."""
     try:
         yield
     except OSError as error:
@@ -369,19 +377,21 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` (same suffix) that is synced and renamed on success.
+    """Yield a temporary path next to `path`. On success it is synced and renamed to `path`.
+
+    It has the same suffix as `path`.
 
     Raises:
-        UserError: the file system refused (full, read-only, no permission).
+        UserError: the disk is full or read-only, or the permission is missing.
     """
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        # Shorter than most names, so that a name that fits has a temporary one that fits.
+        # A hash is shorter than most names, so the temporary name stays within the length limit.
         mark = hashlib.sha256(os.fsencode(path.name)).hexdigest()[:8]
         temporary = path.with_name(f".{os.getpid()}.{mark}.tmp{path.suffix}")
         try:
             yield temporary
-            # Some writers make private files; what we write is as readable as the umask allows.
+            # Some writers create private files. Make ours as readable as the umask allows.
             temporary.chmod(0o666 & ~_UMASK)
             sync(temporary)
             temporary.replace(path)
@@ -391,7 +401,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 
 def sync(path: Path) -> None:
-    """Forces a file or folder to disk."""
+    """Flush a file or folder to disk with fsync."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -400,19 +410,19 @@ def sync(path: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes UTF-8 text atomically."""
+    """Write UTF-8 text atomically."""
     with atomic_file(path) as temporary:
-        # File names need not be UTF-8; Python keeps what is not as surrogates.
+        # File names in the text need not be UTF-8. Python keeps such bytes as surrogates.
         temporary.write_text(text, encoding="utf-8", errors="surrogateescape")
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes indented JSON atomically."""
+    """Write indented JSON atomically."""
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
 def remove_stale(folder: Path) -> None:
-    """Removes the temporary files and folders that a killed process left in `folder`."""
+    """Remove the temporary files and folders that a killed process left in `folder`."""
     for path in folder.glob(".*.tmp*"):
         owner = re.match(r"\.(\d+)\.", path.name)
         if owner and Path("/proc", owner[1]).exists():
@@ -424,26 +434,26 @@ def remove_stale(folder: Path) -> None:
 
 
 def nearest_existing(path: Path) -> Path:
-    """The path itself or the first folder above it that exists.
+    """Return the path itself if it exists, else the nearest folder above it that does.
 
     Raises:
-        UserError: a folder above it may not be looked into.
+        UserError: the permission to search a folder above it is missing.
     """
     with disk_errors(path):
         return next(parent for parent in [path, *path.parents] if parent.exists())
 
 
 def free_bytes(path: Path) -> int:
-    """Free space of the disk that `path` lies on or will lie on.
+    """Return the free bytes of the disk that holds, or will hold, `path`.
 
     Raises:
-        UserError: a folder above it may not be looked into.
+        UserError: the permission to search a folder above it is missing.
     """
     return shutil.disk_usage(nearest_existing(path)).free
 
 
 def require_free(path: Path, needed: float, what: str, fix: str) -> None:
-    """Refuses to start what the disk of `path` has no room for.
+    """Check that the disk of `path` has room for `needed` bytes.
 
     Raises:
         UserError: less than `needed` bytes are free.
@@ -459,10 +469,10 @@ def require_free(path: Path, needed: float, what: str, fix: str) -> None:
 
 
 def require_writable(folder: Path) -> None:
-    """Makes a folder for output.
+    """Create a folder for output.
 
     Raises:
-        UserError: it cannot be made or written to.
+        UserError: the folder cannot be created or written to.
     """
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -471,7 +481,7 @@ def require_writable(folder: Path) -> None:
 
 
 def size_of(path: Path) -> int:
-    """Bytes of a file, 0 for what cannot be looked at, such as a broken link."""
+    """Return the size of a file in bytes, 0 if it cannot be read, as with a broken link."""
     try:
         return path.stat().st_size
     except OSError:
@@ -479,7 +489,7 @@ def size_of(path: Path) -> int:
 
 
 def stamp_of(path: Path) -> tuple[int, int]:
-    """Bytes and time of the last change of a file, zeros for what cannot be looked at."""
+    """Return the size in bytes and the mtime in ns of a file, or zeros if stat fails."""
     try:
         status = path.stat()
     except OSError:
@@ -488,19 +498,19 @@ def stamp_of(path: Path) -> tuple[int, int]:
 
 
 def file_id(file: Path | int) -> tuple[int, int] | None:
-    """Return what tells a path or open file from every other file, None where it is gone."""
+    """Return the device and inode of a path or open file, or None if it does not exist."""
     try:
-        status = os.stat(file)  # noqa: PTH116 - also of a descriptor
+        status = os.stat(file)  # noqa: PTH116 - `file` may be a descriptor
     except OSError:
         return None
     return status.st_dev, status.st_ino
 
 
 def sha256_file(path: Path) -> str:
-    """The sha256 of a file as hex, read in pieces.
+    """Return the sha256 of a file as hex, reading it in pieces.
 
     Raises:
-        UserError: it is missing, no regular file, or cannot be read.
+        UserError: the file is missing, is not a regular file, or cannot be read.
     """
     with open_regular(path, DATA) as stream:
         try:
@@ -510,7 +520,7 @@ def sha256_file(path: Path) -> str:
 
 
 def sha256_path(path: Path) -> str:
-    """The identity of a file, or of a folder by the files in it, a download's notes aside."""
+    """Return the sha256 of a file, or of a folder by its files without the download records."""
     if not path.is_dir():
         return sha256_file(path)
     found = sorted(file for file in path.rglob("*") if file.is_file())
@@ -520,9 +530,9 @@ def sha256_path(path: Path) -> str:
 
 
 def sha256_text(*parts: str) -> str:
-    """The sha256 of some texts as hex; ("ab", "c") and ("a", "bc") differ."""
+    """Return the sha256 of several texts as hex. ("ab", "c") and ("a", "bc") differ."""
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-# In a downloaded folder: what is no part of it.
+# The subfolder of a downloaded folder that is not part of the download.
 CACHE_DIR = ".cache"

@@ -1,6 +1,6 @@
-"""The GPUs that CUDA shows this process, seen through CUDA_VISIBLE_DEVICES. No torch.
+"""List the GPUs that CUDA shows this process, applying CUDA_VISIBLE_DEVICES. No torch.
 
-NVML lists all GPUs without starting CUDA on them, but does not know the variable.
+NVML lists all GPUs without creating a CUDA context, but it ignores the variable.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ if TYPE_CHECKING:
     pass
 
 VARIABLE, ORDER = "CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER"
-# What people set to hide all GPUs on purpose.
+# Values that people set to hide all GPUs on purpose.
 HIDDEN = ("", "-1", "none", "void", "NoDevFiles")
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU, or a MIG slice of one; `index` is what nvidia-smi calls the GPU.
+    """A GPU or one of its MIG slices. `index` is the GPU's index in nvidia-smi.
 
-    `ids` are the names by which the variable may select it, `slices` its MIG slices. A GPU whose
-    MIG mode is on is of use through its slices alone.
+    `ids` are the names that select it in CUDA_VISIBLE_DEVICES. `slices` are its MIG slices. A GPU
+    in MIG mode can be used only through its slices.
     """
 
     index: int
@@ -37,28 +37,28 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Selection:
-    """The GPUs that CUDA enumerates, in its order, and a sentence on what may surprise about it."""
+    """The GPUs that CUDA enumerates, in its order, and a remark if that may surprise the user."""
 
     gpus: tuple[Gpu, ...]
     remark: str = ""
 
 
 def visible() -> Selection:
-    """Return what CUDA shows this process; nothing without a driver."""
+    """Return the GPUs that CUDA shows this process, none without a driver."""
     environment = os.environ
     return select(of_machine(), environment.get(VARIABLE), environment.get(ORDER))
 
 
 def select(machine: Iterable[Gpu], variable: str | None, order: str | None = None) -> Selection:
-    """Return which of a machine's GPUs CUDA enumerates for a value of CUDA_VISIBLE_DEVICES.
+    """Return the GPUs of a machine that CUDA enumerates for a value of CUDA_VISIBLE_DEVICES.
 
     Source: CUDA C++ Programming Guide, "CUDA Environment Variables", and the MIG User Guide,
     "CUDA Device Enumeration".
 
     Args:
-        machine: all GPUs in the order of their PCI buses, which is NVML's.
-        variable: CUDA_VISIBLE_DEVICES, None where it is not set.
-        order: CUDA_DEVICE_ORDER, None where it is not set.
+        machine: all GPUs in PCI bus order, which is NVML's order.
+        variable: CUDA_VISIBLE_DEVICES, or None if it is not set.
+        order: CUDA_DEVICE_ORDER, or None if it is not set.
     """
     found = tuple(machine)
     if variable is None or not found:
@@ -91,13 +91,13 @@ def select(machine: Iterable[Gpu], variable: str | None, order: str | None = Non
 
 
 def _by_index(found: tuple[Gpu, ...], entry: str) -> Gpu | None:
-    """Return the GPU of a number, of which CUDA reads the leading digits as C's strtoul does."""
+    """Return the GPU with an index. Like C's strtoul, CUDA reads only the leading digits."""
     number = re.match(r"\s*\+?(\d+)", entry, re.ASCII)
     return found[int(number[1])] if number and int(number[1]) < len(found) else None
 
 
 def _by_id(found: tuple[Gpu, ...], entry: str) -> Gpu | None:
-    """Return the GPU or slice of an identifier or of a beginning that no other one has."""
+    """Return the GPU or slice with an identifier, or with a unique prefix of one."""
     every = [each for gpu in found for each in (gpu, *gpu.slices)]
     exact = [each for each in every if entry in each.ids]
     near = [each for each in every if any(name.startswith(entry) for name in each.ids)]
@@ -106,10 +106,10 @@ def _by_id(found: tuple[Gpu, ...], entry: str) -> Gpu | None:
 
 
 def _enumerate(chosen: tuple[Gpu, ...]) -> Selection:
-    """Return what is left of the chosen GPUs: one slice if there is any, and then nothing else."""
+    """Return the chosen GPUs that CUDA enumerates: only the first MIG slice if there is any."""
     slices = [each for gpu in chosen for each in (gpu, *gpu.slices) if _is_slice(each)]
     if slices:
-        remark = f"CUDA shows a process one MIG slice: {slices[0].name}" if len(slices) > 1 else ""
+        remark = f"CUDA shows only one MIG slice: {slices[0].name}" if len(slices) > 1 else ""
         return Selection((slices[0],), remark)
     whole = tuple(gpu for gpu in chosen if not gpu.mig)
     idle = [str(gpu.index) for gpu in chosen if gpu.mig]
@@ -125,7 +125,7 @@ def _is_slice(gpu: Gpu) -> bool:
 
 
 def of_machine() -> list[Gpu]:
-    """Return all GPUs of this machine in the order of nvidia-smi; none without a driver."""
+    """Return all GPUs of this machine in nvidia-smi's order, none without a driver."""
     import pynvml
 
     try:
@@ -164,13 +164,13 @@ def _slice_handles(handle: Any) -> list[Any]:
         try:
             handles.append(pynvml.nvmlDeviceGetMigDeviceHandleByIndex(handle, place))
         except pynvml.NVMLError:
-            # A place without a slice.
+            # There is no slice at this index.
             continue
     return handles
 
 
 def _slice_ids(uuid: str, handle: Any) -> tuple[str, ...]:
-    """Return both names of a slice: its UUID, and that of drivers before R470."""
+    """Return both names of a slice: its UUID, and the name for drivers before R470."""
     import pynvml
 
     instances = (
@@ -181,7 +181,7 @@ def _slice_ids(uuid: str, handle: Any) -> tuple[str, ...]:
 
 
 def _slice_name(name: str, handle: Any) -> str:
-    """Return a name with the profile of the slice, such as "NVIDIA H100 80GB HBM3 MIG 3g.40gb"."""
+    """Return the GPU name with the slice profile, as in "NVIDIA H100 80GB HBM3 MIG 3g.40gb"."""
     import pynvml
 
     own = str(pynvml.nvmlDeviceGetName(handle))
@@ -192,5 +192,5 @@ def _slice_name(name: str, handle: Any) -> str:
 
 
 def gpu_names() -> list[str]:
-    """Return the names of the GPUs that this process may use; none without a driver."""
+    """Return the names of the GPUs that this process may use, none without a driver."""
     return [gpu.name for gpu in visible().gpus]

@@ -1,4 +1,4 @@
-"""Names of everything on disk. No torch."""
+"""Name every file and folder that cosmos reads or writes. No torch."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ VIDEO_SUFFIXES = frozenset({
     ".y4m", ".ts", ".mts", ".m2ts", ".mpg", ".mpeg", ".vob",
 })  # fmt: skip
 MODEL_FILE = "model.pt"
-# What a denoiser is called in a folder of ours, by format.
+# The denoiser's file name in a model folder, by format.
 MODEL_FORMATS = {"pt": MODEL_FILE, "safetensors": "model.safetensors", "diffusers": "transformer"}
 MANIFEST_FILE = "manifest.json"
-# The LoRA beside a promoted model, if it was trained as one, and what LoRA folders of others hold.
+# The LoRA file next to a promoted model that was trained as one. Then the file names that peft,
+# diffusers and cosmos use for a LoRA.
 LORA_FILE = "lora.safetensors"
 ADAPTER_FILES = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors", LORA_FILE)
 ADAPTER_CONFIG_FILE = "adapter_config.json"
@@ -39,14 +40,21 @@ UPSAMPLER_DIR = "Cosmos-UpsamplePrompt1-12B-Text2World"
 
 @dataclass(frozen=True)
 class Dataset:
-    """`datasets/<name>/`: the reference's videos, metas, t5_xxl; latents and manifest from prep."""
+    """The folder `datasets/<name>/`.
+
+    It has the reference's `videos`, `metas` and `t5_xxl`, and the latents and manifest that prep
+    writes.
+    """
 
     root: Path
     videos: Path
 
     @classmethod
     def at(cls, dataset_dir: str, videos_dir: str | None) -> Dataset:
-        """The dataset of a recipe; a folder of bare videos counts as its own `videos`."""
+        """Return the dataset of a recipe.
+
+        If `dataset_dir` has no folder `videos` but holds video files, it is its own `videos`.
+        """
         root = Path(dataset_dir).absolute()
         if videos_dir:
             return cls(root, Path(videos_dir).absolute())
@@ -72,41 +80,41 @@ class Dataset:
 
     @property
     def captions(self) -> Path:
-        """Where prep took each caption from, so that it knows its own files in `metas`."""
+        """The source of each caption. It tells prep which files in `metas` are its own."""
         return self.root / "prep_captions.json"
 
     @property
     def descriptions(self) -> Path:
-        """What a vision-language model wrote about each video, `<stem>.json`."""
+        """Descriptions of the videos by a vision-language model, `<stem>.json`."""
         return self.root / "vlm"
 
     @property
     def lock(self) -> Path:
-        """By which the processes that prepare the dataset know one another."""
+        """The lock file that keeps two processes from preparing the dataset at once."""
         return self.root / "prep.lock"
 
     @property
     def report(self) -> Path:
-        """What prep found and made, to look at."""
+        """Prep's report for people: what it found and wrote."""
         return self.root / "report.html"
 
     @property
     def manifest(self) -> Path:
-        """What prep found and made; its presence means that prep finished."""
+        """Prep's report for programs. If it exists, prep has finished."""
         return self.root / MANIFEST_FILE
 
     def read_manifest(self) -> dict[str, Any]:
-        """What prep wrote.
+        """Return the manifest that prep wrote.
 
         Raises:
-            UserError: there is none, or it is not prep's.
+            UserError: there is no manifest, or prep did not write it.
         """
         if not self.manifest.exists():
             raise UserError(
                 "the dataset is not prepared",
                 code=ExitCode.DATASET,
                 where=str(self.manifest),
-                fix="run cosmos prep first",
+                fix="run `cosmos prep RECIPE` first",
             )
         manifest = files.read_json(self.manifest, files.MANIFEST)
         if not isinstance(manifest, dict) or not {"settings", "videos", "clips"} <= manifest.keys():
@@ -114,12 +122,12 @@ class Dataset:
                 "was not written by cosmos prep",
                 code=ExitCode.DATASET,
                 where=str(self.manifest),
-                fix="move it away and run cosmos prep",
+                fix="move it away and run `cosmos prep RECIPE`",
             )
         return manifest
 
     def video_files(self) -> list[Path]:
-        """Every file whose suffix says video, by name.
+        """Return every file with a video suffix, sorted by name.
 
         Raises:
             UserError: the folder does not exist or cannot be read.
@@ -131,12 +139,12 @@ class Dataset:
                 f"cannot be read: {os.strerror(error.errno or 0)}",
                 code=ExitCode.DATASET,
                 where=str(self.videos),
-                fix="put the videos there, or set videos_dir or dataset_dir",
+                fix="put the videos there, or set videos_dir or dataset_dir in the recipe",
             ) from error
 
 
 def split_clips(manifest: dict[str, Any]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The clips of a dataset to train on, and those of the videos that are held out."""
+    """Return the training clips of a dataset and the clips of its held-out videos."""
     held_out = {video["file"] for video in manifest["videos"] if video.get("split") == "heldout"}
     clips = manifest["clips"]
     return (
@@ -156,13 +164,13 @@ def _videos_in(folder: Path) -> Iterator[Path]:
 
 @dataclass(frozen=True)
 class Run:
-    """`${OUTPUT_ROOT}/<project>/<group>/<name>/`: one training run."""
+    """The folder of a training run, `${OUTPUT_ROOT}/<project>/<group>/<name>/`."""
 
     root: Path
 
     @property
     def checkpoints(self) -> Path:
-        """Model files of every save and the resume states of the last ones."""
+        """The model files of every save and the resume states of the last few."""
         return self.root / "checkpoints"
 
     @property
@@ -172,17 +180,17 @@ class Run:
 
     @property
     def log(self) -> Path:
-        """What the run printed."""
+        """Everything that the run printed."""
         return self.root / "log" / "train.log"
 
     @property
     def status(self) -> Path:
-        """Where the run stands now."""
+        """The current progress of the run, and the process that reports it."""
         return self.root / "status.json"
 
     @property
     def result(self) -> Path:
-        """How the run ended."""
+        """The outcome of the run."""
         return self.root / "result.json"
 
     @property
@@ -192,30 +200,30 @@ class Run:
 
     @property
     def save_request(self) -> Path:
-        """Whoever makes this file has the run save its next step."""
+        """Create this file to make the run save its next step."""
         return self.root / "SAVE"
 
     @property
     def sample_request(self) -> Path:
-        """Whoever makes this file has the run make samples after its next step."""
+        """Create this file to make the run generate samples after its next step."""
         return self.root / "SAMPLE"
 
     @property
     def samples(self) -> Path:
-        """What the model made while it was trained."""
+        """Previews and sample videos generated during training."""
         return self.root / "samples"
 
     def preview(self, step: int) -> Path:
-        """Clips of the dataset, and what one step of the denoiser makes of their noised latents."""
+        """Return the preview: dataset clips, and one denoising step from their noised latents."""
         return self.samples / f"step_{step:09d}_preview.jpg"
 
     def sample(self, step: int, index: int) -> Path:
-        """A whole video by the model at a step; its contact sheet lies beside it, as .jpg."""
+        """Return the sample video of a step. Its contact sheet has the same name, with .jpg."""
         return self.samples / f"step_{step:09d}_sample{index}.mp4"
 
     @property
     def sample_prompts(self) -> Path:
-        """What the samples of every step were asked to show, in their order."""
+        """The prompts of the samples, in the order of their indices."""
         return self.samples / "prompts.json"
 
     @property
@@ -224,49 +232,52 @@ class Run:
         return self.root / "resolved.yaml"
 
     def picture_steps(self, kind: str) -> list[int]:
-        """Steps that have pictures of a kind, "preview" or "sample0", ascending."""
+        """Return the steps with pictures of a kind, such as "preview" or "sample0", ascending."""
         names = (path.name for path in self.samples.glob(f"step_*_{kind}.jpg"))
         return sorted(int(name.split("_")[1]) for name in names)
 
     def model(self, step: int, weights: str) -> Path:
-        """The model file of a save; `weights` is reg or ema."""
+        """Return the model file of a save. `weights` is "reg" or "ema"."""
         return self.checkpoints / f"iter_{step:09d}_{weights}_model.pt"
 
     def lora(self, step: int, weights: str) -> Path:
-        """The LoRA file of a save, where the run trains one."""
+        """Return the LoRA file of a save. Only runs that train a LoRA have one."""
         return self.checkpoints / f"iter_{step:09d}_{weights}_lora.safetensors"
 
     def resume_state(self, step: int) -> Path:
-        """The folder a resume at `step` reads; complete when its manifest is there."""
+        """Return the folder that a resume at `step` reads, complete once it has a manifest."""
         return self.checkpoints / f"iter_{step:09d}"
 
     def resumable_steps(self) -> list[int]:
-        """Steps whose resume state is complete, ascending."""
+        """Return the steps whose resume state is complete, ascending."""
         found = self.checkpoints.glob(f"iter_*/{MANIFEST_FILE}")
         names = (re.fullmatch(r"iter_(\d{9})", path.parent.name) for path in found)
         return sorted(int(name[1]) for name in names if name)
 
     @property
     def last_step(self) -> int:
-        """The step that the run goes on from, 0 without a resume state."""
+        """The step that the run resumes from, 0 if it has no resume state."""
         return max(self.resumable_steps(), default=0)
 
     def saved_steps(self, weights: str) -> list[int]:
-        """Steps that have a model or LoRA file, ascending."""
+        """Return the steps that have a model or LoRA file, ascending."""
         found = self.checkpoints.glob(f"iter_*_{weights}_*")
         pattern = rf"iter_(\d{{9}})_{weights}_(model\.pt|lora\.safetensors)"
         names = (re.fullmatch(pattern, path.name) for path in found)
         return sorted(int(name[1]) for name in names if name)
 
     def weight_files(self, after: int = 0) -> dict[int, list[Path]]:
-        """Return the model and LoRA files of later steps by step, ascending; first the EMA's."""
+        """Return the model and LoRA files by step, for steps above `after`, ascending.
+
+        Within a step, the EMA files come first.
+        """
         saved = sorted({*self.saved_steps("ema"), *self.saved_steps("reg")})
         steps = [step for step in saved if step > after]
         named = {
             step: [name(step, kind) for kind in ("ema", "reg") for name in (self.model, self.lora)]
             for step in steps
         }
-        # A link whose target is gone is still a file of the run.
+        # `lexists`: a broken link is still a file of the run.
         return {step: [p for p in paths if os.path.lexists(p)] for step, paths in named.items()}
 
 
@@ -275,7 +286,7 @@ class Run:
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """Where the three networks of a model lie, and what guards them."""
+    """The paths of a model's three networks and of its guardrail."""
 
     dit: Path
     tokenizer: Path
@@ -284,7 +295,7 @@ class ModelFiles:
 
 
 def model_files(spec: ModelSpec, checkpoints_dir: str, base: str | None = None) -> ModelFiles:
-    """The files of a model as downloaded, or inside the package; `base` replaces the denoiser."""
+    """Return the paths of a downloaded or embedded model. `base` replaces the denoiser's."""
     if spec.embedded:
         found = ModelFiles(
             EMBEDDED_DIR / "model.safetensors",
@@ -304,13 +315,13 @@ def model_files(spec: ModelSpec, checkpoints_dir: str, base: str | None = None) 
 
 
 def promoted_dir(spec: ModelSpec, checkpoints_dir: str, name: str | None = None) -> Path:
-    """Return the folder of a promoted model; `name` is that of `cosmos promote --name`."""
+    """Return the folder of a promoted model. `name` is the value of `cosmos promote --name`."""
     folder = f"{spec.name}_post-trained" + (f"_{name}" if name else "")
     return Path(checkpoints_dir).absolute() / folder
 
 
 def weights_in(path: Path) -> Path:
-    """The denoiser in a model folder, whichever its format; `path` itself where there is none."""
+    """Return the denoiser in a model folder, in any format, or `path` itself if it has none."""
     found = (path / name for name in MODEL_FORMATS.values())
-    # A link to nothing counts: weights that are missing must not pass for none.
+    # `lexists`: a broken link must be reported as missing weights, not as a folder without any.
     return next((file for file in found if os.path.lexists(file)), path)

@@ -1,7 +1,7 @@
-"""Start N ranks, pass on their errors, and name the one that failed first. No torch at import.
+"""Start N ranks, collect their errors, and name the rank that failed first. No torch at import.
 
-Run as a module, this file is torchrun for the ranks of one run. Errors travel over a datagram
-socket in Linux's abstract namespace: it needs no file, so it works on a full disk.
+Run as a module, this file is torchrun for the ranks of one run. Errors are sent over a datagram
+socket in Linux's abstract namespace. It needs no file, so it works on a full disk.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ MAX_CHARACTERS = 20_000
 
 
 class Mailbox:
-    """Receives the messages of the ranks, which find `address` in their environment variable."""
+    """Receive messages from the ranks, which read the socket's address from COSMOS_MAILBOX."""
 
     def __init__(self) -> None:
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
@@ -66,23 +66,23 @@ _PR_SET_PDEATHSIG = 1
 
 
 def die_with_parent() -> None:
-    """Has Linux send SIGTERM to this process when its parent dies, however it dies."""
+    """Make Linux send SIGTERM to this process when its parent dies, for any reason."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM))
 
 
 def main(arguments: list[str]) -> int:
-    """Runs torchrun with `arguments` and posts which rank failed first, and how."""
+    """Run torchrun with `arguments` and post the first failed rank and its exit code."""
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    # Ranks inherit this until they install their own handler; without, asking for a save would
-    # kill those that are still starting.
+    # Ranks inherit this until they install their own handler. Without it, a save request would
+    # kill the ranks that are still starting.
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
-        # torchrun would handle it in spite of nohup, and end the ranks.
+        # Despite nohup, torchrun would handle SIGHUP and end the ranks.
         os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGTERM,SIGINT,SIGQUIT"
-    # What torchrun says of a failure in a screenful, the post below says in a line.
+    # torchrun reports a failure in a screenful of text, the message below in one line.
     logging.disable(logging.ERROR)
     try:
         run.main(["--standalone", *arguments])
@@ -96,18 +96,18 @@ def main(arguments: list[str]) -> int:
 
 
 def under_launcher() -> bool:
-    """Whether torchrun or the like started this process as one rank of many."""
+    """True if a launcher such as torchrun started this process as one of several ranks."""
     return {"RANK", "LOCAL_RANK", "WORLD_SIZE"} <= os.environ.keys()
 
 
 def mute_all_but_first() -> None:
-    """Has one of the ranks that a launcher started speak for all."""
+    """Mute every rank except rank 0 when a launcher started this process."""
     if under_launcher() and os.environ["RANK"] != "0":
         console.mute()
 
 
 def kill_group(group: int) -> None:
-    """Ends every process of a group that is still there."""
+    """Send SIGKILL to every process of a process group."""
     try:
         os.killpg(group, signal.SIGKILL)
     except ProcessLookupError:
@@ -115,17 +115,17 @@ def kill_group(group: int) -> None:
 
 
 def environment(ranks: int) -> dict[str, str]:
-    """The environment of `ranks` processes on this machine."""
+    """Return the environment variables for `ranks` processes on this machine."""
     defaults = {
         "OMP_NUM_THREADS": str(max((os.cpu_count() or 1) // ranks, 1)),
         "TOKENIZERS_PARALLELISM": "false",
         "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
         "PYTHONUNBUFFERED": "1",
-        # Folders like datasets/ in the working directory must not pass for packages.
+        # Otherwise a folder like datasets/ in the working directory is imported as a package.
         "PYTHONSAFEPATH": "1",
     }
     if not gpu_names():
-        # Without it DeepSpeed guesses, and prints the guess on stdout.
+        # If unset, DeepSpeed guesses the accelerator and prints the guess on stdout.
         defaults["DS_ACCELERATOR"] = "cpu"
     return {**defaults, **os.environ}
 

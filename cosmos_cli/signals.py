@@ -1,4 +1,4 @@
-"""Which signals end a command in order, and with which exit code. No torch."""
+"""Define the signals that shut a command down cleanly, and their exit codes. No torch."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from cosmos_cli.errors import ExitCode
 
 
 def ending() -> dict[signal.Signals, ExitCode]:
-    """Return the signals that end this process in order, with the exit code of each.
+    """Return the signals that shut this process down cleanly, with the exit code of each.
 
-    SIGHUP comes when an SSH window closes and counts as SIGTERM. It stays ignored where it was
-    ignored on entry, as nohup does.
+    SIGHUP arrives when an SSH window closes, and counts as SIGTERM. If it was ignored on entry, as
+    under nohup, it stays ignored.
     """
     codes = {signal.SIGINT: ExitCode.SIGINT, signal.SIGTERM: ExitCode.SIGTERM}
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
@@ -20,10 +20,10 @@ def ending() -> dict[signal.Signals, ExitCode]:
 
 
 class Requests:
-    """Counts how often this process was asked to end.
+    """Count how often this process was asked to end.
 
-    When a window closes, the kernel and the shell both send SIGHUP, and systemd SIGTERM with it.
-    None of these may pass for a second request, which cuts short the save of the first.
+    When a window closes, the kernel and the shell both send SIGHUP, and systemd also sends SIGTERM.
+    They must count as one request, because a second request aborts the save of the first.
     """
 
     def __init__(self) -> None:
@@ -31,7 +31,7 @@ class Requests:
         self.hung_up = False
 
     def note(self, number: int) -> int:
-        """Return 1 for the first request, 2 for the second; 0 for an echo of a closed window."""
+        """Return 1 for the first request, 2 for the second, 0 for a repeat by a closed window."""
         if self.count and number == signal.SIGHUP:
             return 0
         if self.hung_up and number == signal.SIGTERM:

@@ -103,7 +103,7 @@ def content(folder):
     }
 
 
-def test_everything_of_a_recipe_arrives_in_the_layout_of_the_reference(online, repos):
+def test_all_assets_of_a_recipe_arrive_in_the_layout_of_the_reference(online, repos):
     with serve(repos) as online.hub:
         result = online.json("download", "nemo_assets")
     found = content(online.cwd / "checkpoints")
@@ -122,7 +122,7 @@ def test_everything_of_a_recipe_arrives_in_the_layout_of_the_reference(online, r
     assert result["videos"] == 1
 
 
-def test_a_second_run_fetches_nothing_and_a_damaged_file_alone_comes_again(online, repos):
+def test_a_second_run_downloads_only_damaged_files(online, repos):
     with serve(repos) as online.hub:
         online("download", "nemo_assets")
         online.hub.log.clear()
@@ -137,7 +137,7 @@ def test_a_second_run_fetches_nothing_and_a_damaged_file_alone_comes_again(onlin
     assert weights.read_bytes() == repos[MODEL]["model.pt"]
 
 
-def test_check_fetches_again_what_is_damaged_and_asks_for_nothing_else(online, repos):
+def test_check_downloads_only_missing_and_damaged_files(online, repos):
     online.variables = {"CUDA_VISIBLE_DEVICES": ""}
     with serve(repos) as online.hub:
         online("download", "nemo_assets")
@@ -165,7 +165,7 @@ def test_check_fetches_again_what_is_damaged_and_asks_for_nothing_else(online, r
         assert not online.hub.log
 
 
-def test_wrong_bytes_are_refused_and_removed(online, repos):
+def test_a_file_with_wrong_bytes_is_refused_and_deleted(online, repos):
     with serve(repos, corrupt=["model.pt"]) as online.hub:
         refused = online("download", "nemo_assets", code=4)
     assert "other bytes" in refused.stderr
@@ -175,7 +175,7 @@ def test_wrong_bytes_are_refused_and_removed(online, repos):
 @pytest.mark.parametrize(
     ("token", "word"), [(None, "needs a token"), ("wrong", "accept the licence")]
 )
-def test_a_gated_repository_names_its_page_and_the_remedy(online, repos, token, word):
+def test_the_error_of_a_gated_repository_names_its_page_and_the_fix(online, repos, token, word):
     online.token = token
     with serve(repos, gated=[MODEL[1]]) as online.hub:
         refused = online("download", "nemo_assets", code=4)
@@ -184,7 +184,7 @@ def test_a_gated_repository_names_its_page_and_the_remedy(online, repos, token, 
     assert "Traceback" not in refused.stderr
 
 
-def test_a_missing_repository_and_a_missing_hub_are_one_line_each(online, repos):
+def test_a_missing_repository_or_hub_is_an_error_of_one_line(online, repos):
     del repos[MODEL]
     with serve(repos) as online.hub:
         refused = online("download", "nemo_assets", code=4)
@@ -210,7 +210,7 @@ def test_a_file_that_the_hub_lacks_is_named(online, repos):
     assert not list(online.cwd.glob("datasets/*/videos/*"))
 
 
-def test_dry_run_says_the_bytes_and_fetches_none(online, repos):
+def test_dry_run_prints_the_bytes_and_downloads_nothing(online, repos):
     with serve(repos) as online.hub:
         result = online.json("download", "nemo_assets", "--dry-run")
     sizes = {asset["repo"]: asset["fetched"] for asset in result["assets"][:-4]}
@@ -251,7 +251,7 @@ def test_work_can_start_before_the_rest_arrives(online, repos):
     assert any(line.startswith("in all") for line in lines)
 
 
-def test_all_that_cannot_be_had_is_said_before_the_first_byte(online, repos):
+def test_unavailable_repositories_are_reported_before_the_first_byte(online, repos):
     del repos[TOKENIZER]
     with serve(repos, gated=[MODEL[1]]) as online.hub:
         refused = online("download", "nemo_assets", code=4)
@@ -262,7 +262,7 @@ def test_all_that_cannot_be_had_is_said_before_the_first_byte(online, repos):
 
 
 @pytest.mark.parametrize("code", [429, 503])
-def test_a_busy_hub_is_asked_again(online, repos, code):
+def test_a_request_to_a_busy_hub_is_retried(online, repos, code):
     storm = {"/api/": [code] * 2, "/model.pt": [code] * 7}
     with serve(repos, storm=storm) as online.hub:
         done = online("download", "nemo_assets", "--for", "train")
@@ -272,7 +272,7 @@ def test_a_busy_hub_is_asked_again(online, repos, code):
     assert found["Cosmos-Predict1-7B-Text2World/model.pt"] == repos[MODEL]["model.pt"]
 
 
-def test_a_file_that_breaks_off_lies_elsewhere_and_trickles_arrives_whole(online, repos):
+def test_a_slow_redirected_file_arrives_whole_and_a_cut_one_never(online, repos):
     repos[MODEL]["model.pt"] = os.urandom(40_000)
     online.variables = {"HF_HUB_DOWNLOAD_TIMEOUT": "1"}
     faults = {"moved": ["model.pt"], "slow": {"model.pt": 6}}
@@ -288,7 +288,7 @@ def test_a_file_that_breaks_off_lies_elsewhere_and_trickles_arrives_whole(online
     assert not weights.exists()
 
 
-def test_a_killed_download_keeps_whole_files_and_leaves_no_halves(online, repos):
+def test_a_killed_download_keeps_whole_files_and_no_partial_ones(online, repos):
     repos[DATA] |= {f"{i}.mp4": os.urandom(3000) for i in range(3)}
     repos[DATA]["9.mp4"] = os.urandom(4000)
     with serve(repos, slow={"9.mp4": 1000}) as online.hub:
@@ -313,7 +313,7 @@ def test_a_killed_download_keeps_whole_files_and_leaves_no_halves(online, repos)
     assert not arriving.exists()
 
 
-def test_two_processes_fetch_every_file_once(online, repos):
+def test_two_processes_download_every_file_once(online, repos):
     repos[DATA] = {f"{i}.mp4": os.urandom(3000) for i in range(5)}
     with serve(repos, slow={f"{i}.mp4": 2 for i in range(5)}) as online.hub:
         both = [online.start("download", "nemo_assets", "--for", "prep") for _ in range(2)]
@@ -325,7 +325,7 @@ def test_two_processes_fetch_every_file_once(online, repos):
     assert {path.name: path.read_bytes() for path in videos.iterdir()} == repos[DATA]
 
 
-def test_files_that_were_copied_by_hand_are_known_without_a_network(online, repos):
+def test_files_copied_by_hand_are_recorded_for_use_without_a_network(online, repos):
     folder = online.cwd / "checkpoints" / "Cosmos-Predict1-7B-Text2World"
     folder.mkdir(parents=True)
     for name in ("model.pt", "config.json"):
@@ -337,7 +337,7 @@ def test_files_that_were_copied_by_hand_are_known_without_a_network(online, repo
     online("download", "nemo_assets", "--for", "train")
 
 
-def test_without_a_network_what_is_whole_will_do_and_what_is_not_is_named(online, repos):
+def test_without_a_network_whole_files_pass_and_damaged_ones_are_named(online, repos):
     with serve(repos) as online.hub:
         online("download", "nemo_assets")
     online.variables = {"HF_HUB_OFFLINE": "1"}
@@ -349,7 +349,7 @@ def test_without_a_network_what_is_whole_will_do_and_what_is_not_is_named(online
     assert "HF_HUB_OFFLINE" in line
 
 
-def test_a_pinned_revision_is_the_one_that_comes(online, repos):
+def test_a_pinned_revision_is_downloaded_or_refused(online, repos):
     words = ("download", "nemo_assets", "--for", "prep", "--set")
     with serve(repos) as online.hub:
         online(*words, f"dataset_revision={commit_of(repos[DATA])}")
@@ -357,7 +357,7 @@ def test_a_pinned_revision_is_the_one_that_comes(online, repos):
     assert "no such revision" in refused.stderr
 
 
-def test_the_revision_that_came_first_stays_the_one(online, repos):
+def test_later_downloads_stay_at_the_first_revision(online, repos):
     first = dict(repos[MODEL])
     weights = online.cwd / "checkpoints/Cosmos-Predict1-7B-Text2World/model.pt"
     with serve(repos) as online.hub:
@@ -379,7 +379,7 @@ def test_the_revision_that_came_first_stays_the_one(online, repos):
     assert "model.pt is as the hub has it, but not the one" in done.stderr
 
 
-def test_files_come_side_by_side(online, repos):
+def test_files_are_downloaded_in_parallel(online, repos):
     repos[DATA] = {f"{i}.mp4": os.urandom(3000) for i in range(4)}
     mine = "dataset_dir: data\ndataset_repo: nvidia/Cosmos-NeMo-Assets\n"
     (online.cwd / "mine.yaml").write_text(f"model: Cosmos-Tiny-Text2World\n{mine}")
@@ -390,7 +390,7 @@ def test_files_come_side_by_side(online, repos):
     assert {path.name: path.read_bytes() for path in videos.iterdir()} == repos[DATA]
 
 
-def test_one_bad_file_does_not_keep_the_others_from_arriving(online, repos):
+def test_one_bad_file_does_not_stop_the_others(online, repos):
     repos[DATA] |= {f"{i}.mp4": os.urandom(3000) for i in range(3)}
     with serve(repos, corrupt=["0.mp4"], slow={"1.mp4": 3, "2.mp4": 3}) as online.hub:
         refused = online("download", "nemo_assets", "--for", "prep", code=4)
@@ -400,7 +400,7 @@ def test_one_bad_file_does_not_keep_the_others_from_arriving(online, repos):
     assert {path.name for path in videos.iterdir()} >= {"1.mp4", "2.mp4"}
 
 
-def test_an_interrupted_download_ends_at_once_and_the_same_command_goes_on(online, repos):
+def test_an_interrupted_download_ends_at_once_and_can_be_repeated(online, repos):
     repos[DATA] |= {f"{i}.mp4": os.urandom(3000) for i in range(2)}
     folder = online.cwd / "datasets" / "cosmos_nemo_assets"
     with serve(repos, slow={"0.mp4": 3000, "1.mp4": 3000}) as online.hub:
@@ -421,7 +421,7 @@ def test_an_interrupted_download_ends_at_once_and_the_same_command_goes_on(onlin
     assert (folder / "videos" / "1.mp4").read_bytes() == repos[DATA]["1.mp4"]
 
 
-def test_what_the_cache_of_the_hub_has_is_linked_and_damage_in_it_is_not(online, repos):
+def test_whole_files_in_the_hub_cache_are_linked_but_damaged_ones_not(online, repos):
     for name in ("model.pt", "config.json"):
         fetch = f"import huggingface_hub as h; h.hf_hub_download({MODEL[1]!r}, {name!r})"
         with serve(repos) as online.hub:
@@ -438,7 +438,7 @@ def test_what_the_cache_of_the_hub_has_is_linked_and_damage_in_it_is_not(online,
     assert (folder / "config.json").read_bytes() == b"{}"
 
 
-def test_the_encoder_of_the_third_party_is_the_one_that_text_loads(online, repos):
+def test_the_third_party_encoder_loads_in_transformers(online, repos):
     with serve(repos) as online.hub:
         online("download", "nemo_assets", "--for", "prep")
         folder = online.cwd / "checkpoints" / "google-t5" / "t5-11b"
@@ -446,7 +446,7 @@ def test_the_encoder_of_the_third_party_is_the_one_that_text_loads(online, repos
         assert all(torch.equal(loaded[name], t.float()) for name, t in t5_weights().items())
 
 
-def test_googles_file_becomes_the_encoder_that_text_loads_and_is_not_needed_again(online, repos):
+def test_googles_t5_file_is_converted_once_and_loads_in_transformers(online, repos):
     torch.manual_seed(1)
     model = T5EncoderModel(T5)
     # Some writers leave parameters, and what is not the encoder's.
@@ -489,7 +489,7 @@ class Hostile:
         (save({"shared.weight": torch.zeros(32, 16)}), "nothing in it was run"),
     ],
 )
-def test_a_file_of_google_that_is_not_t5_is_read_as_data_and_refused(online, repos, content, why):
+def test_a_bad_t5_file_is_refused_without_running_it(online, repos, content, why):
     repos[TEXT]["pytorch_model.bin"] = content
     words = ("--for", "prep", "--set", f"text_encoder_repo={TEXT[1]}")
     with serve(repos) as online.hub:
@@ -500,7 +500,7 @@ def test_a_file_of_google_that_is_not_t5_is_read_as_data_and_refused(online, rep
     assert not list((online.cwd / "checkpoints").rglob("*.safetensors"))
 
 
-def test_an_encoder_of_other_shapes_is_never_put_in_place(online, repos):
+def test_an_encoder_with_wrong_shapes_is_never_moved_into_place(online, repos):
     weights = t5_weights()
     weights["encoder.block.1.layer.1.DenseReluDense.wo.weight"] = torch.zeros(16, 31)
     for file, shape in ((save(weights), "[16, 31]"), (b"no such file", "None")):
@@ -512,7 +512,7 @@ def test_an_encoder_of_other_shapes_is_never_put_in_place(online, repos):
 
 
 @pytest.mark.slow
-def test_five_gigabytes_pass_through_less_than_300_megabytes_of_memory(online, repos, tmp_path):
+def test_downloading_five_gigabytes_takes_less_than_300_megabytes(online, repos, tmp_path):
     large = tmp_path / "large"
     with large.open("wb") as stream:
         stream.truncate(5 * 10**9)

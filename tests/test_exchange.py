@@ -33,14 +33,14 @@ def words(folder):
 
 
 @pytest.mark.parametrize("how", [exchange.exchange, exchange.exchange_by_renames])
-def test_two_folders_change_places(place, how):
+def test_two_folders_are_exchanged(place, how):
     fill(place.with_name("new"), "new")
     how(place.with_name("new"), place)
     assert (words(place), words(place.with_name("new"))) == ("new", "old")
     assert listing(place.parent) == [NAME, "new"]
 
 
-def test_an_error_of_the_disk_is_not_taken_for_a_missing_ability(place):
+def test_a_disk_error_does_not_count_as_missing_support(place):
     with pytest.raises(FileNotFoundError):
         exchange.exchange_at_once(place.with_name("nothing"), place)
 
@@ -51,7 +51,7 @@ def replace(place):
 
 
 @pytest.mark.parametrize("renames", [0, 1, 2, 3])
-def test_after_a_kill_behind_any_rename_a_whole_model_is_there(place, renames):
+def test_a_kill_after_any_rename_leaves_a_whole_model(place, renames):
     """The states that `exchange_by_renames` passes through, made by the same renames."""
     building, old = (place.with_name(f".{NAME}.{what}") for what in ("building", "old"))
     fill(building, "new")
@@ -64,7 +64,7 @@ def test_after_a_kill_behind_any_rename_a_whole_model_is_there(place, renames):
     assert listing(place.parent) == [NAME]
 
 
-def test_work_that_fails_leaves_the_old_folder_and_nothing_beside_it(place):
+def test_a_failure_leaves_the_old_folder_and_nothing_else(place):
     with (
         pytest.raises(KeyboardInterrupt),
         exchange.alone(place),
@@ -76,7 +76,7 @@ def test_work_that_fails_leaves_the_old_folder_and_nothing_beside_it(place):
     assert listing(place.parent) == [NAME]
 
 
-def test_a_signal_between_two_renames_puts_the_old_folder_back(place):
+def test_a_signal_between_two_renames_restores_the_old_folder(place):
     with pytest.raises(KeyboardInterrupt), exchange.alone(place), exchange.replacing(place):
         place.rename(place.with_name(f".{NAME}.old"))
         raise KeyboardInterrupt
@@ -84,7 +84,7 @@ def test_a_signal_between_two_renames_puts_the_old_folder_back(place):
     assert listing(place.parent) == [NAME]
 
 
-def test_what_lies_under_the_name_of_the_unfinished_folder_is_not_followed(place, tmp_path_factory):
+def test_a_link_with_the_name_of_the_unfinished_folder_is_not_followed(place, tmp_path_factory):
     other = tmp_path_factory.mktemp("other")
     fill(other / "kept", "kept")
     place.with_name(f".{NAME}.building").symlink_to(other / "kept")
@@ -92,7 +92,7 @@ def test_what_lies_under_the_name_of_the_unfinished_folder_is_not_followed(place
     assert (words(place), words(other / "kept")) == ("new", "kept")
 
 
-def test_a_link_stays_and_the_folder_that_it_leads_to_is_replaced(place, tmp_path_factory):
+def test_a_link_stays_and_its_target_is_replaced(place, tmp_path_factory):
     disk = tmp_path_factory.mktemp("disk")
     place.rename(disk / "model")
     place.symlink_to(disk / "model")
@@ -105,7 +105,7 @@ def test_a_link_stays_and_the_folder_that_it_leads_to_is_replaced(place, tmp_pat
     assert words(place) == "new"
 
 
-def test_half_of_an_old_folder_is_not_put_back(place):
+def test_a_partly_deleted_old_folder_is_not_restored(place):
     old = place.with_name(f".{NAME}.old")
     place.rename(old)
     (old / "model.pt").rename(old / "README.md")
@@ -113,7 +113,7 @@ def test_half_of_an_old_folder_is_not_put_back(place):
     assert not place.exists()
 
 
-def test_the_lock_refuses_a_second_writer_of_the_same_folder_alone(place):
+def test_the_lock_refuses_only_a_second_writer_of_the_same_folder(place):
     with exchange.alone(place):
         with pytest.raises(UserError, match="another cosmos promote") as refused:
             replace(place)
@@ -123,7 +123,7 @@ def test_the_lock_refuses_a_second_writer_of_the_same_folder_alone(place):
     assert listing(place.parent) == [NAME, f"{NAME}_other"]
 
 
-def test_a_lock_file_that_a_kill_left_is_no_lock(place):
+def test_a_lock_file_left_by_a_kill_does_not_lock(place):
     place.with_name(f".{NAME}.lock").touch()
     replace(place)
     assert listing(place.parent) == [NAME]
@@ -139,7 +139,7 @@ def test_a_lock_on_a_deleted_file_does_not_count(place):
     assert words(place) == "new"
 
 
-def test_who_reads_waits_while_a_running_promotion_moves_the_folders(place):
+def test_a_reader_waits_while_a_promotion_moves_the_folders(place):
     with exchange.alone(place):
         place.rename(place.with_name(f".{NAME}.old"))
         started = time.monotonic()

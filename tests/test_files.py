@@ -84,7 +84,7 @@ NAMES = {"manifest": "manifest.json", "metrics": "metrics.jsonl"}
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("reader", READERS)
-def test_what_is_no_regular_file_is_refused_by_name(tmp_path, kind, reader):
+def test_a_file_that_is_not_regular_is_refused_by_name(tmp_path, kind, reader):
     make, found = KINDS[kind]
     read, code = READERS[reader]
     path = tmp_path / NAMES.get(reader, "file.pt")
@@ -123,13 +123,13 @@ def test_a_file_without_a_size_or_that_grows_is_read_up_to_its_limit(tmp_path):
         files.read_bytes(path, small)
 
 
-def test_a_link_to_a_file_is_the_file(tmp_path):
+def test_a_link_is_read_like_its_target(tmp_path):
     (tmp_path / "a").write_text("\ufeffone\r\ntwo", encoding="utf-8")
     (tmp_path / "b").symlink_to("a")
     assert files.read_text(tmp_path / "b", files.CAPTION) == "one\ntwo"
 
 
-def test_a_pipe_that_takes_the_place_of_a_file_does_not_wait(tmp_path):
+def test_a_pipe_that_replaces_a_file_does_not_block(tmp_path):
     path = tmp_path / "changing"
     path.touch()
     stop = threading.Event()
@@ -274,7 +274,7 @@ for name in sys.argv[1:]:
 """
 
 
-def test_small_files_that_would_become_large_are_refused(tmp_path):
+def test_small_files_that_expand_in_memory_are_refused(tmp_path):
     for name, make in HOSTILE.items():
         make(tmp_path / name)
     paths = [str(tmp_path / name) for name in HOSTILE]
@@ -294,7 +294,7 @@ def test_small_files_that_would_become_large_are_refused(tmp_path):
     assert wrong == []
 
 
-def test_a_scan_admits_what_torch_and_numpy_write(tmp_path):
+def test_a_scan_accepts_files_written_by_torch_and_numpy(tmp_path):
     state = {f"net.blocks.{i}.weight": torch.randn(3, 4) for i in range(300)}
     for new in (True, False):
         path = tmp_path / f"{new}.pt"
@@ -320,7 +320,7 @@ def test_an_embedding_of_every_protocol_is_read(tmp_path, protocol, dtype):
         assert np.array_equal(read.numpy(), array.astype(array.dtype.newbyteorder("=")))
 
 
-def test_a_damaged_folder_of_a_text_encoder_is_one_line(tmp_path):
+def test_a_damaged_text_encoder_folder_is_an_error_of_one_line(tmp_path):
     source = paths.EMBEDDED_DIR / "t5"
     for name, make in (
         ("tokenizer.json", make_pipe),
@@ -342,7 +342,7 @@ def test_a_damaged_folder_of_a_text_encoder_is_one_line(tmp_path):
 
 @pytest.mark.workflow
 @pytest.mark.parametrize("kind", ["pipe", "endless", "socket", "folder"])
-def test_a_command_names_what_it_was_given_instead_of_a_file(tmp_path, kind):
+def test_a_command_names_the_kind_of_thing_that_is_not_a_file(tmp_path, kind):
     make, found = KINDS[kind]
     make(tmp_path / "given")
     cosmos = Cosmos(tmp_path)
@@ -361,7 +361,7 @@ def test_a_command_names_what_it_was_given_instead_of_a_file(tmp_path, kind):
 
 
 @pytest.mark.workflow
-def test_prep_rejects_videos_by_captions_that_are_no_files(tmp_path):
+def test_prep_rejects_videos_whose_caption_is_not_a_file(tmp_path):
     videos = tmp_path / "datasets" / "tiny" / "videos"
     videos.mkdir(parents=True)
     for name in ("good", *KINDS):
@@ -381,7 +381,7 @@ def test_prep_rejects_videos_by_captions_that_are_no_files(tmp_path):
 
 
 @pytest.mark.workflow
-def test_a_batch_from_a_process_substitution_points_to_the_option_for_it(tmp_path):
+def test_a_batch_from_a_process_substitution_names_the_right_option(tmp_path):
     command = f'{sys.executable} -m cosmos_cli generate tiny --batch <(echo \'{{"prompt": "a"}}\')'
     done = subprocess.run(
         ["bash", "-c", command], cwd=tmp_path, env=Cosmos(tmp_path).environment(),

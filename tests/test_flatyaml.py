@@ -88,7 +88,7 @@ def test_a_malformed_override_is_refused_by_name(text: str) -> None:
     assert f"--set {text}".strip() in str(caught.value)
 
 
-def test_aliases_are_refused_before_they_grow() -> None:
+def test_aliases_are_refused_before_they_expand() -> None:
     lines = ["a0: &a0 x"] + [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 60)]
     entries, problems = strict_yaml.parse("\n".join(lines), "bomb.yaml")
     assert entries == {}
@@ -132,7 +132,7 @@ def test_deep_nesting_is_refused_at_once() -> None:
         (b"a: 1\n" * 100_000, "larger than 100,000 bytes"),
     ],
 )
-def test_a_file_that_is_no_mapping_is_refused_by_line(
+def test_a_file_that_is_not_a_mapping_is_refused_by_line(
     tmp_path: Path, content: bytes, message: str
 ) -> None:
     path = tmp_path / "r.yaml"
@@ -144,7 +144,7 @@ def test_a_file_that_is_no_mapping_is_refused_by_line(
     assert message in str(caught.value)
 
 
-def test_a_byte_order_mark_is_no_part_of_the_first_key(tmp_path: Path) -> None:
+def test_a_byte_order_mark_is_not_part_of_the_first_key(tmp_path: Path) -> None:
     path = tmp_path / "r.yaml"
     path.write_bytes(b"\xef\xbb\xbfa: 1\r\nb: 2\r\n")
     entries, problems = strict_yaml.read(path)
@@ -167,7 +167,7 @@ TRAPS = st.sampled_from(["yes", "5e-5", "12:30", "0o17", "~", "a: b", "x # y", "
 
 
 @given(TEXTS | TRAPS | NUMBERS | st.booleans() | st.none())
-def test_what_is_dumped_is_read_back(value: object) -> None:
+def test_a_dumped_value_is_read_back_unchanged(value: object) -> None:
     line = f"key: {strict_yaml.dump(value)}"
     entries, problems = strict_yaml.parse(line + "\n", "r.yaml")
     assert problems == []

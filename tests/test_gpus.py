@@ -81,7 +81,7 @@ def indices(variable, machine=MACHINE):
         ("MIG-aa11-1", []),
     ],
 )
-def test_a_value_selects_what_cuda_selects(variable, expected):
+def test_a_value_selects_the_same_gpus_as_in_cuda(variable, expected):
     assert indices(variable) == expected
 
 
@@ -99,7 +99,7 @@ def test_a_value_selects_what_cuda_selects(variable, expected):
         ("MIG-nowhere", []),
     ],
 )
-def test_of_a_sliced_gpu_cuda_shows_one_slice(variable, expected):
+def test_cuda_shows_one_slice_of_a_sliced_gpu(variable, expected):
     assert [gpu.name for gpu in select(SLICED, variable).gpus] == expected
 
 
@@ -110,7 +110,7 @@ def test_a_slice_has_two_names(name):
     assert select(SLICED, f"{name},{name}").gpus == ()
 
 
-def test_what_cuda_ignores_is_said():
+def test_a_remark_names_what_cuda_ignores():
     for variable in (None, "0", "2,1,0", "", "-1", "0,-1", A):
         assert select(MACHINE, variable).remark == ""
     assert "CUDA stops at '7', not one of this machine's 3 GPUs" in select(MACHINE, "7").remark
@@ -121,7 +121,7 @@ def test_what_cuda_ignores_is_said():
     assert select([], "7") == gpus.Selection(())
 
 
-def test_the_order_of_unlike_gpus_is_not_taken_for_granted():
+def test_a_remark_warns_of_the_order_of_different_gpus():
     unlike = [MACHINE[0], Gpu(1, "NVIDIA A100-SXM4-80GB", (8, 0), (B,))]
     assert "CUDA_DEVICE_ORDER=PCI_BUS_ID" in select(unlike, "1").remark
     for variable, order in (("1", "PCI_BUS_ID"), (None, None), (A, None), ("", None)):
@@ -180,7 +180,7 @@ def two_kinds(tmp_path, monkeypatch):
         ("", None, ""),
     ],
 )
-def test_the_plan_is_for_the_gpus_that_are_visible(two_kinds, monkeypatch, variable, name, warning):
+def test_the_plan_is_for_the_visible_gpus(two_kinds, monkeypatch, variable, name, warning):
     monkeypatch.setenv(gpus.VARIABLE, variable)
     done = two_kinds("train", "tiny", "--plan", "--json")
     assert json.loads(done.stdout)["gpu"] == name
@@ -201,7 +201,7 @@ def test_the_plan_is_for_the_gpus_that_are_visible(two_kinds, monkeypatch, varia
         ),
     ],
 )
-def test_fp8_is_checked_on_the_gpus_that_are_visible(two_kinds, monkeypatch, variable, code, words):
+def test_fp8_is_checked_on_the_visible_gpus(two_kinds, monkeypatch, variable, code, words):
     monkeypatch.setenv(gpus.VARIABLE, variable)
     fp8 = ("--set", "transformer_engine=linears", "--set", "global_batch_size=8")
     assert words in two_kinds("train", "nemo_assets", *fp8, code=code).stderr

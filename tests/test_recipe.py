@@ -400,7 +400,7 @@ def test_the_recipe_is_read_without_torch_and_quickly() -> None:
     assert min(seconds) < 1.0
 
 
-def test_a_tilde_is_the_home_folder_in_paths_alone(file: Path) -> None:
+def test_a_tilde_is_the_home_folder_only_in_paths(file: Path) -> None:
     loaded = load(file, "output_root: ~/runs\nprompt: ~/runs").recipe
     assert loaded.output_root == str(Path.home() / "runs")
     assert loaded.prompt == "~/runs"

@@ -1,4 +1,4 @@
-"""What a recipe needs from the hub: files of repositories, and where they go. No torch."""
+"""List the repository files that a recipe needs from the hub, and where they go. No torch."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ GUARD_PATTERNS = (
     "guardrail/blocklist/*", "guardrail/video_content_safety_filter/safety_filter.pt",
     "guardrail/face_blur_filter/Resnet50_Final.pth",
 )  # fmt: skip
-# By repository, which is their folder's name too.
+# The key is the repository and also the name of its folder.
 OTHER_GUARDS = {
     paths.LLAMA_GUARD_DIR: ("README.md", "*.json", "tokenizer.*", "model*.safetensors"),
     paths.AEGIS_DIR: ("README.md", "adapter_config.json", "adapter_model.safetensors"),
@@ -32,13 +32,13 @@ TEXT_PATTERNS = ("config.json", "spiece.model", "tokenizer*.json")
 TEXT_ORIGINAL = "pytorch_model.bin"
 TEXT_THIRD_PARTY = "text_encoders/oldt5_xxl_fp16.safetensors"
 TEXT_WEIGHTS = "model.safetensors"
-# What a repository must have when it is asked for; texts and settings beside it come and go.
+# Suffixes of the files that a repository must have. Its texts and settings may change.
 WEIGHTS = (".bin", ".jit", ".pt", ".pth", ".safetensors")
 
-# MD5s of released weights by file name: what this code was written for. The tokenizer's are of
-# nvidia-cosmos/cosmos-transfer1, scripts/download_checkpoints.py, SigLIP's and the face detector's
-# of nvidia-cosmos/cosmos-predict2, the others of nvidia-cosmos/cosmos-predict1 at 4ed35fa,
-# scripts/download_diffusion_checkpoints.py.
+# MD5s of the released weights that this code was written for, by file name.
+# Source: nvidia-cosmos/cosmos-transfer1, scripts/download_checkpoints.py, for the tokenizer;
+# nvidia-cosmos/cosmos-predict2 for SigLIP and the face detector; nvidia-cosmos/cosmos-predict1 at
+# 4ed35fa, scripts/download_diffusion_checkpoints.py, for the others.
 PUBLISHED_MD5 = {
     "nvidia/Cosmos-Predict1-7B-Text2World": {
         "model.pt": "fe9ed68e16cf37b10e7414c9b3ee81e1",
@@ -57,7 +57,7 @@ PUBLISHED_MD5 = {
     "google/siglip-so400m-patch14-384": {"model.safetensors": "f4c887e55e159f96453e18a1d6ca984f"},
 }
 
-# The verbs that need something from the hub, in the order in which they are run.
+# The commands that need files from the hub, in the order in which they are run.
 STAGES = ("prep", "train", "generate")
 
 
@@ -65,7 +65,7 @@ STAGES = ("prep", "train", "generate")
 class Asset:
     """Some files of one hub repository and the folder they go to.
 
-    `stages` are the verbs that read them. `target` renames the file of an asset that is one file.
+    `stages` are the commands that read them. `target` is the new name of a single-file asset.
     """
 
     repo: str
@@ -84,21 +84,21 @@ class Asset:
 
     @property
     def notes(self) -> Path:
-        """Where the folder keeps what belongs to its downloads alone."""
+        """The subfolder for the records, lock and unfinished files of downloads."""
         return self.folder / files.CACHE_DIR / "cosmos"
 
     @property
     def arrivals(self) -> Path:
-        """Where files arrive; each moves to its place when it is whole and has the right hash."""
+        """The folder for unfinished downloads. A file moves to its place once its hash is right."""
         return self.notes / "arriving"
 
     @property
     def record(self) -> Path:
-        """What the hub said of the repository when these files were fetched."""
+        """The record of a download: its commit, and the files with sizes and hashes."""
         return self.notes / f"{self.repo.replace('/', '--')}.json"
 
     def path(self, name: str) -> Path:
-        """Where a file goes: as the hub has it, but the videos of a dataset all into `videos`."""
+        """Return the local path of a file. The videos of a dataset all go to `videos`."""
         if self.kind == "dataset" and Path(name).suffix.lower() in paths.VIDEO_SUFFIXES:
             return self.folder / "videos" / Path(name).name
         return self.folder / (self.target or name)
@@ -106,7 +106,7 @@ class Asset:
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """One file as the hub describes it; `digest` is its sha256, or for small files the git hash."""
+    """One file as listed by the hub. `digest` is its sha256, or the git hash of a small file."""
 
     name: str
     size: int
@@ -114,7 +114,7 @@ class RemoteFile:
     is_git_hash: bool
 
     def is_at(self, path: Path) -> bool:
-        """Whether what lies there is the hub's file, by size and hash."""
+        """True if the file at `path` has the hub's size and hash."""
         if not path.is_file() or path.stat().st_size != self.size:
             return False
         if not self.is_git_hash:
@@ -125,7 +125,7 @@ class RemoteFile:
 
 
 def of_recipe(r: Recipe, stage: str = "all") -> list[Asset]:
-    """What the hub has for a recipe, what is needed first first; for one of `STAGES` or all."""
+    """Return the assets of a recipe for one of `STAGES` or "all", ordered by first use."""
     wanted = [*_dataset(r), *_models(r), *_upsampler(r)]
     wanted.sort(key=lambda asset: STAGES.index(asset.stages[0]))
     return [asset for asset in wanted if stage == "all" or stage in asset.stages]

@@ -1,4 +1,4 @@
-"""Weights and dataset of a recipe from the hub, verified. No torch."""
+"""Download the weights and dataset of a recipe from the hub, and verify them. No torch."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ from cosmos_cli.errors import ExitCode, UserError, together
 
 T = TypeVar("T")
 
-# Threads that fetch share one progress bar.
+# The download threads share one progress bar.
 _COUNTING = threading.Lock()
 
-# What a busy hub answers, and how long to wait before each further try, in seconds.
+# HTTP statuses of a busy hub, and the seconds to wait before each retry.
 BUSY = frozenset({408, 429, 500, 502, 503, 504})
 WAITS = (1, 2, 4, 8, 16, 32, 60)
-# Files of a repository that are fetched side by side.
+# The number of files of a repository that are downloaded in parallel.
 AT_ONCE = 4
 UNREACHABLE = "cannot be reached"
 
 
 @dataclass(frozen=True)
 class Listing:
-    """What an asset consists of at one commit, and which of it is missing or damaged here."""
+    """The files of an asset at one commit, and those that are missing or damaged here."""
 
     asset: Asset
     revision: str
@@ -52,18 +52,21 @@ class Listing:
 
     @property
     def needed(self) -> int:
-        """Bytes that are to be fetched."""
+        """Bytes that must be downloaded."""
         return sum(file.size for file in self.missing)
 
     @property
     def room(self) -> int:
-        """Bytes on disk while they arrive; T5's encoder is less than half of Google's file."""
+        """Bytes of disk space that the download needs.
+
+        Google's T5 file is also converted. The encoder takes less than half of it.
+        """
         originals = (file for file in self.missing if file.name == assets.TEXT_ORIGINAL)
         return self.needed + sum(file.size // 2 for file in originals)
 
     @property
     def figures(self) -> dict[str, Any]:
-        """What --json says of it."""
+        """The listing as fields for --json."""
         return {
             "repo": self.asset.repo,
             "revision": self.revision,
@@ -76,10 +79,10 @@ class Listing:
 
 
 def survey(wanted: Sequence[Asset]) -> list[Listing]:
-    """What is to be fetched, said aloud; nothing of it is fetched.
+    """Print and return what must be downloaded, without downloading it.
 
     Raises:
-        UserError: one error for all repositories that cannot be had.
+        UserError: one error for all repositories that cannot be read.
     """
     listings, problems = [], []
     for asset in wanted:
@@ -91,26 +94,26 @@ def survey(wanted: Sequence[Asset]) -> list[Listing]:
             problems.append(error)
             continue
         listings.append(listing)
-        # Whoever is asked to trust the file should see where it comes from.
-        note = f", from a third party, read as {asset.target}" if asset.target else ""
+        # Show the user that this file comes from a third party.
+        note = f", from a third party, stored as {asset.target}" if asset.target else ""
         console.say(
             f"{asset.repo} at {listing.revision[:12]}: {len(listing.files)} files, "
-            f"{console.size(listing.total)}, {console.size(listing.needed)} to fetch "
-            f"into {asset.folder}{note}"
+            f"{console.size(listing.total)}, {console.size(listing.needed)} to download "
+            f"to {asset.folder}{note}"
         )
     if problems:
         raise together(problems)
     if listings:
         total, needed = (sum(getattr(x, key) for x in listings) for key in ("total", "needed"))
-        console.say(f"in all {console.size(total)}, {console.size(needed)} to fetch")
+        console.say(f"in all {console.size(total)}, {console.size(needed)} to download")
     return listings
 
 
 def require_room(listings: Sequence[Listing]) -> None:
-    """Refuses to begin what would not fit.
+    """Check that each disk has room for its downloads.
 
     Raises:
-        UserError: a disk has less room than all that goes to it.
+        UserError: a disk has too little room for all files that go to it.
     """
     on_disk = defaultdict(list)
     for listing in listings:
@@ -126,10 +129,10 @@ def require_room(listings: Sequence[Listing]) -> None:
 
 
 def require_access(asset: Asset) -> None:
-    """Asks the hub whether this account may read a repository.
+    """Check with the hub that this account may read a repository.
 
     Raises:
-        UserError: it may not, or the hub cannot be reached.
+        UserError: the account may not, or the hub cannot be reached.
     """
     from huggingface_hub import HfApi, errors
 
@@ -139,13 +142,13 @@ def require_access(asset: Asset) -> None:
         except errors.RepositoryNotFoundError:
             raise
         except errors.HfHubHTTPError as error:
-            # A mirror need not know this question, and a busy hub says later what it thinks.
+            # A mirror may not support this request, and a busy hub will answer the download itself.
             if error.response.status_code in (401, 403):
                 raise
 
 
 def is_recorded(asset: Asset) -> bool:
-    """Whether the files were fetched and still have their sizes; asks nobody and reads no file."""
+    """True if all files were downloaded and still have their sizes. Uses no network or hashes."""
     listed = _matching(asset, _recorded(asset)[1])
     return bool(listed) and all(
         any(files.size_of(path) == form.size for path, form in _forms(asset, f)) for f in listed
@@ -153,15 +156,15 @@ def is_recorded(asset: Asset) -> bool:
 
 
 def damaged(wanted: Sequence[Asset]) -> list[Asset]:
-    """Those that were fetched before and are not as they came; reads every file, asks nobody."""
+    """Return the assets whose files changed since the download. Hashes all, uses no network."""
     known = {asset: _matching(asset, _recorded(asset)[1]) for asset in wanted}
     if count := sum(map(len, known.values())):
-        console.say(f"comparing {count} files with what was fetched")
+        console.say(f"comparing {count} files with the hashes recorded when they were downloaded")
     return [asset for asset, listed in known.items() if _missing(asset, listed)]
 
 
 def _forms(asset: Asset, file: RemoteFile) -> Iterator[tuple[Path, RemoteFile]]:
-    """Where a file may lie, with the size and hash it has there: converted, or as it came."""
+    """Yield the paths where a file may be, converted or original, with its size and hash there."""
     yield from t5.converted(asset, file)
     yield asset.path(file.name), file
 
@@ -169,7 +172,7 @@ def _forms(asset: Asset, file: RemoteFile) -> Iterator[tuple[Path, RemoteFile]]:
 def _look(asset: Asset) -> Listing:
     from huggingface_hub import HfApi
 
-    # Where the recipe names no revision, the one that came first stays the one.
+    # If the recipe names no revision, stay at the one that was downloaded first.
     revision, known = _recorded(asset)
     wanted = asset.revision or revision or None
     try:
@@ -181,12 +184,12 @@ def _look(asset: Asset) -> Listing:
                 ),
             )
     except UserError as error:
-        # Without a network, what was fetched before and is whole will do.
+        # Without a network, an earlier and complete download is enough.
         listed = _matching(asset, known)
         if not error.what.startswith(UNREACHABLE) or not listed or _missing(asset, listed):
             raise
         return Listing(asset, revision, listed, [])
-    # Repositories of kernels, the third kind, have no siblings; ours are models and datasets.
+    # Only kernel repositories have no attribute `siblings`. Ours are models and datasets.
     siblings: list[Any] = getattr(info, "siblings", None) or []
     listed = _matching(asset, [_remote_file(sibling) for sibling in siblings])
     names = [file.name for file in listed]
@@ -202,10 +205,10 @@ def _look(asset: Asset) -> Listing:
     placed = Counter(asset.path(file.name) for file in listed)
     if twice := [path.name for path, count in placed.items() if count > 1]:
         raise UserError(
-            f"has several files named {twice[0]}, and videos lie in one folder",
+            f"has several files named {twice[0]}, but all videos go to one folder",
             code=ExitCode.ASSET,
             where=asset.url,
-            fix="choose some of them with dataset_include",
+            fix="set dataset_include so that it matches only one of them",
         )
     return Listing(asset, str(info.sha), listed, _missing(asset, listed))
 
@@ -229,21 +232,22 @@ def _remote_file(sibling: Any) -> RemoteFile:
 
 
 def fetch(listing: Listing) -> None:
-    """Brings the files of an asset that are missing or damaged, several at a time.
+    """Download the missing and damaged files of an asset, several in parallel.
 
     Raises:
-        UserError: no access, no network, no such file, no disk, or other bytes than the hub says.
+        UserError: no access, no network, no such file, a full disk, or content that does not match
+            the hub's hash.
     """
     asset = listing.asset
     if listing.missing:
         with _alone_in(asset):
-            # Another process may have brought them meanwhile.
+            # Another process may have downloaded them while we waited for the lock.
             missing = _missing(asset, listing.missing)
             with console.progress(asset.repo, _megabytes(missing), "MB") as bar:
                 _fetch_files(listing, missing, bar)
             shutil.rmtree(asset.arrivals, ignore_errors=True)
             _write_record(listing)
-    # Files that were copied here by hand are known from now on; a shared folder stays as it is.
+    # Record files that were copied here by hand. A read-only shared folder stays as it is.
     elif not is_recorded(asset) and os.access(asset.folder, os.W_OK):
         _write_record(listing)
     originals = [file for file in listing.files if file.name == assets.TEXT_ORIGINAL]
@@ -253,10 +257,10 @@ def fetch(listing: Listing) -> None:
 
 
 def _fetch_files(listing: Listing, listed: Sequence[RemoteFile], bar: console.Progress) -> None:
-    """Brings files side by side; after a failure none is begun, those under way still arrive."""
+    """Download files in parallel. After a failure, finish the current ones but start no more."""
     problems: list[UserError] = []
     done = []
-    # A list's iterator gives each of its items to one thread alone.
+    # The threads share this iterator. A list iterator hands each item to exactly one thread.
     left = iter(listed)
 
     def work() -> None:
@@ -270,7 +274,7 @@ def _fetch_files(listing: Listing, listed: Sequence[RemoteFile], bar: console.Pr
             else:
                 done.append(file)
 
-    # As daemons they end with the process when it is interrupted, whatever they wait for.
+    # Daemon threads end with an interrupted process, even while they wait for the network.
     threads = [threading.Thread(target=work, daemon=True) for _ in listed[:AT_ONCE]]
     for thread in threads:
         thread.start()
@@ -278,7 +282,7 @@ def _fetch_files(listing: Listing, listed: Sequence[RemoteFile], bar: console.Pr
         thread.join()
     if problems:
         raise together(problems)
-    # The traceback of what went wrong instead has been printed by its thread.
+    # If this fails, a thread has already printed the traceback of its error.
     assert len(done) == len(listed)
 
 
@@ -301,7 +305,7 @@ def _fetch_file(listing: Listing, file: RemoteFile, counter: type) -> None:
                     repo_type=asset.kind,
                     revision=listing.revision,
                     local_dir=asset.arrivals,
-                    # Not the shared cache, from which the library would copy what it never checks.
+                    # Avoid the shared cache: the library copies from it without checking hashes.
                     cache_dir=asset.arrivals / files.CACHE_DIR,
                     tqdm_class=counter,
                 ),
@@ -309,7 +313,7 @@ def _fetch_file(listing: Listing, file: RemoteFile, counter: type) -> None:
     if not file.is_at(arrival):
         arrival.unlink(missing_ok=True)
         raise UserError(
-            "the hub sent other bytes than it announced; the file was removed",
+            "the hub sent other bytes than it announced; the file was deleted",
             code=ExitCode.ASSET,
             where=str(path),
             fix="run the same command again",
@@ -324,7 +328,7 @@ def _fetch_file(listing: Listing, file: RemoteFile, counter: type) -> None:
 
 
 def _take_from_cache(listing: Listing, file: RemoteFile, arrival: Path) -> None:
-    """Links or copies a whole file that another program left in the hub's cache."""
+    """Link or copy a file that another program downloaded to the hub cache, if it is complete."""
     from huggingface_hub import try_to_load_from_cache
 
     asset = listing.asset
@@ -336,7 +340,7 @@ def _take_from_cache(listing: Listing, file: RemoteFile, arrival: Path) -> None:
         try:
             arrival.hardlink_to(Path(found).resolve())
         except OSError:
-            # On another disk, or of another user.
+            # The cached file is on another disk or belongs to another user.
             shutil.copyfile(found, arrival)
 
 
@@ -357,7 +361,7 @@ def _megabytes(listed: Sequence[RemoteFile]) -> int:
 
 
 def _counter(bar: console.Progress, file: RemoteFile) -> type:
-    """The class of progress bar that huggingface_hub makes; it tells ours the megabytes."""
+    """Return a progress bar class for huggingface_hub that adds its megabytes to our bar."""
     from huggingface_hub.utils.tqdm import tqdm
 
     class Counting(tqdm):
@@ -377,14 +381,15 @@ def _counter(bar: console.Progress, file: RemoteFile) -> type:
 
 
 def _retrying(asset: Asset, call: Callable[[], T]) -> T:
-    """What the call returns; waits and tries again while the hub says that it is busy."""
+    """Return the result of a call. While the hub reports that it is busy, wait and retry."""
     from huggingface_hub import errors
 
     for seconds in WAITS:
         try:
             return call()
         except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError) as error:
-            # The library hides what it could not ask of a file behind "not in the cache".
+            # The library reports a failed metadata request as "not in the cache". Its cause has the
+            # response.
             response = getattr(error, "response", None) or getattr(
                 error.__cause__, "response", None
             )
@@ -399,12 +404,12 @@ def _retrying(asset: Asset, call: Callable[[], T]) -> T:
     return call()
 
 
-# --- what a folder remembers of its downloads -----------------------------------------------------
+# --- download records -----------------------------------------------------------------------------
 
 
 @contextmanager
 def _alone_in(asset: Asset) -> Iterator[None]:
-    """Waits until no other process fetches into the folder, then clears what a killed one left."""
+    """Lock the folder against other downloads, and delete the partial files of a killed one."""
     lock = asset.notes / "lock"
     with files.disk_errors(lock):
         lock.parent.mkdir(parents=True, exist_ok=True)
@@ -413,15 +418,15 @@ def _alone_in(asset: Asset) -> Iterator[None]:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            console.say(f"another process fetches into {asset.folder}; waiting for it")
+            console.say(f"another process is downloading to {asset.folder}; waiting for it")
             fcntl.flock(stream, fcntl.LOCK_EX)
-        # Halves of files; nothing could go on with them.
+        # Partial files: a download cannot resume from them.
         shutil.rmtree(asset.arrivals / ".cache", ignore_errors=True)
         yield
 
 
 def _write_record(listing: Listing) -> None:
-    """Adds the files to what is known of the repository."""
+    """Add the files to the record of the repository."""
     asset = listing.asset
     revision, known = _recorded(asset)
     kept = known if revision == listing.revision else []
@@ -436,7 +441,7 @@ def _write_record(listing: Listing) -> None:
 
 
 def _recorded(asset: Asset) -> tuple[str, list[RemoteFile]]:
-    """Commit and files of the last download; none when it was of another revision."""
+    """Return the commit and files of the last download, none if it was of another revision."""
     if not asset.record.is_file():
         return "", []
     record = files.read_json(asset.record)
@@ -450,10 +455,10 @@ def _recorded(asset: Asset) -> tuple[str, list[RemoteFile]]:
 
 @contextmanager
 def _hub_errors(asset: Asset) -> Iterator[None]:
-    """Turns what the hub answers into one line with the remedy and the right page."""
+    """Turn errors of the hub into a UserError with a fix and the URL of the repository."""
     from huggingface_hub import errors, get_token
 
-    # Of httpx or httpx2, whichever this version of the hub's library stands on.
+    # The base class comes from httpx or httpx2, depending on the version of huggingface_hub.
     transport_error = cast(type[Exception], errors.HfHubHTTPError.__bases__[0])
 
     def bad(what: str, fix: str) -> UserError:
@@ -480,7 +485,7 @@ def _hub_errors(asset: Asset) -> Iterator[None]:
     except errors.EntryNotFoundError as error:
         raise bad(f"has no such file: {error}", "check the revision") from error
     except errors.HFValidationError as error:
-        raise bad("is no name of a repository", "check dataset_repo") from error
+        raise bad("is not a valid repository name", "check dataset_repo") from error
     except errors.HfHubHTTPError as error:
         raise bad(f"the hub answered: {error}", "try again later") from error
     except (transport_error, errors.OfflineModeIsEnabled, ConnectionError) as error:
@@ -488,5 +493,5 @@ def _hub_errors(asset: Asset) -> Iterator[None]:
     except OSError as error:
         if error.errno is not None:
             raise
-        # How the library says that fewer bytes came than were announced.
-        raise bad("sent a part of a file", "run the same command again") from error
+        # huggingface_hub raises an OSError without errno if a file arrives incomplete.
+        raise bad("sent only a part of a file", "run the same command again") from error

@@ -1,7 +1,8 @@
-"""T5's encoder: whether a file is the one it should be, and out of Google's own file. No torch.
+"""Check a file of T5's encoder, and extract the encoder from Google's own file. No torch.
 
-Google's repository has the whole model in one file of torch's format before 1.6: pickles, then the
-numbers one after another. It is read as data, and what belongs to the encoder is copied as it is.
+Google's repository has the whole model in one file in the format of torch before 1.6: pickles,
+followed by the raw tensor data. The file is read as data, nothing in it is executed, and the
+encoder's tensors are copied unchanged.
 """
 
 from __future__ import annotations
@@ -23,25 +24,26 @@ from cosmos_cli.download import assets
 from cosmos_cli.download.assets import Asset, RemoteFile
 from cosmos_cli.errors import ExitCode, UserError
 
-# What reading a damaged pickle may raise.
+# The exceptions that reading a damaged pickle may raise.
 DAMAGE = (
     *(pickle.UnpicklingError, struct.error, ValueError, LookupError, TypeError),
     *(AttributeError, EOFError, ArithmeticError, MemoryError),
 )
-# Of torch's storages: their name in safetensors and the bytes of a number.
+# For each torch storage, its dtype in safetensors and its bytes per element.
 STORAGES = {
     "torch.FloatStorage": ("F32", 4),
     "torch.HalfStorage": ("F16", 2),
     "torch.BFloat16Storage": ("BF16", 2),
 }
-# How a file of the old format begins. Source: pytorch/pytorch, torch/serialization.py.
+# The first two values in a file of the old format.
+# Source: pytorch/pytorch, torch/serialization.py.
 MAGIC, PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
 PIECE = 2**24
 
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor in a file: its shape, its type in safetensors, where its bytes begin, how many."""
+    """A tensor in a file: its shape, safetensors dtype, offset and length in bytes."""
 
     shape: list[int]
     dtype: str
@@ -50,13 +52,13 @@ class Stored:
 
 
 def require_encoder(path: Path, asset: Asset) -> None:
-    """Refuses a file that is not the encoder that `config.json` beside it describes.
+    """Check that a file is the encoder that `config.json` of the asset describes.
 
-    transformers would fill in what is missing with random numbers. What is there beyond it is
+    transformers would initialise missing tensors with random numbers. Additional tensors are
     ignored.
 
     Raises:
-        UserError: a tensor is missing or has another shape; the file is removed.
+        UserError: a tensor is missing or has another shape. The file is deleted.
     """
     header = _safetensors_header(path)
     try:
@@ -67,7 +69,7 @@ def require_encoder(path: Path, asset: Asset) -> None:
 
 
 def convert(asset: Asset, original: RemoteFile) -> None:
-    """Writes the encoder of Google's file as safetensors beside it, unless that has been done.
+    """Write the encoder of Google's file as safetensors next to it, unless it is there already.
 
     Raises:
         UserError: the file is damaged, or the disk has no room.
@@ -78,18 +80,16 @@ def convert(asset: Asset, original: RemoteFile) -> None:
         shapes = _require_shapes({name: t.shape for name, t in tensors.items()}, asset)
         encoder = {name: tensors[name] for name in shapes}
         needed = sum(t.length for t in encoder.values())
-        files.require_free(target, needed, "the numbers of T5's encoder", "free some space")
+        files.require_free(target, needed, "the weights of T5's encoder", "free some space")
         digest = _write_safetensors(target, path, encoder)
         form = RemoteFile(assets.TEXT_WEIGHTS, files.size_of(target), digest, is_git_hash=False)
         files.write_json(_note(asset), {"of": original.digest, "file": astuple(form)})
     if path.exists():
-        console.say(
-            f"{path} is not read any more and may be deleted: {console.size(original.size)}"
-        )
+        console.say(f"{path} is no longer needed and may be deleted: {console.size(original.size)}")
 
 
 def converted(asset: Asset, original: RemoteFile) -> Iterator[tuple[Path, RemoteFile]]:
-    """Where the encoder made of a file should be, with its size and hash; nothing if none was."""
+    """Yield the path, size and hash of the encoder made from a file, if it was converted."""
     if original.name == assets.TEXT_ORIGINAL and _note(asset).is_file():
         note = files.read_json(_note(asset))
         if note["of"] == original.digest:
@@ -104,7 +104,7 @@ def _note(asset: Asset) -> Path:
 
 
 def _require_shapes(found: dict[str, Any], asset: Asset) -> dict[str, list[int]]:
-    """The shapes of the encoder's tensors, which `found` must have."""
+    """Check the shapes `found` against the encoder's, and return the encoder's."""
     wanted = _shapes(files.read_json(asset.folder / "config.json"))
     for name, shape in wanted.items():
         if found.get(name) != shape:
@@ -118,7 +118,7 @@ def _require_shapes(found: dict[str, Any], asset: Asset) -> dict[str, list[int]]
 
 
 def _shapes(config: dict[str, Any]) -> dict[str, list[int]]:
-    """Names and shapes of the encoder's tensors, as transformers has them for T5 1.0."""
+    """Return the names and shapes of the encoder's tensors, as in transformers for T5 1.0."""
     width, inner, hidden = config["d_model"], config["d_kv"] * config["num_heads"], config["d_ff"]
     shapes = {
         "shared.weight": [config["vocab_size"], width],
@@ -142,7 +142,7 @@ def _shapes(config: dict[str, Any]) -> dict[str, list[int]]:
 
 
 def _safetensors_header(path: Path) -> dict[str, Any]:
-    """Names, types and shapes of a file's tensors; nothing for what is no such file.
+    """Return the header of a safetensors file, empty if it is not such a file.
 
     Source: huggingface/safetensors, README.md, which also limits the header's length.
     """
@@ -156,14 +156,14 @@ def _safetensors_header(path: Path) -> dict[str, Any]:
 
 
 def _write_safetensors(path: Path, source: Path, tensors: dict[str, Stored]) -> str:
-    """Copies tensors of `source` into a safetensors file, in pieces; its sha256."""
+    """Copy tensors of `source` to a safetensors file, in pieces, and return its sha256."""
     ends = list(accumulate(t.length for t in tensors.values()))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     for (name, t), end in zip(tensors.items(), ends, strict=True):
         offsets = [end - t.length, end]
         header[name] = {"dtype": t.dtype, "shape": t.shape, "data_offsets": offsets}
     text = json.dumps(header).encode()
-    # The numbers begin at a multiple of 8 bytes.
+    # Align the tensor data to 8 bytes.
     text += b" " * (-len(text) % 8)
     digest = hashlib.sha256()
     with (
@@ -193,7 +193,7 @@ def _pieces(head: bytes, stream: IO[bytes], tensors: dict[str, Stored]) -> Itera
 
 
 def _read_old_format(path: Path) -> dict[str, Stored]:
-    """The tensors of a file that torch wrote before 1.6; nothing in it is run.
+    """Return the tensors of a file from torch before 1.6, without executing anything in it.
 
     Raises:
         UserError: the file is damaged, or holds more than tensors.
@@ -207,18 +207,18 @@ def _read_old_format(path: Path) -> dict[str, Stored]:
                 f"is damaged or holds more than tensors; nothing in it was run ({error})",
                 code=ExitCode.ASSET,
                 where=str(path),
-                fix="delete it and run cosmos download again",
+                fix="delete it and run `cosmos download RECIPE` again",
             ) from error
 
 
 def _tensors(stream: IO[bytes], size: int) -> dict[str, Stored]:
-    """What `_read_old_format` returns.
+    """Return the tensors of a file of torch's old format.
 
-    The pickles are: magic number, protocol, the writer's machine, the tensors, the keys of the
-    storages. Behind them each storage lies as its count of numbers in 8 bytes and the numbers.
+    The file has five pickles: magic number, protocol, the writer's machine, the tensors and the
+    keys of the storages. Each storage follows as its number of elements in 8 bytes and its data.
     """
     if (_Reader(stream).load(), _Reader(stream).load()) != (MAGIC, PROTOCOL):
-        raise pickle.UnpicklingError("it is of another format")
+        raise pickle.UnpicklingError("it has another format")
     _Reader(stream).load()
     reader = _Reader(stream)
     tensors = reader.load()
@@ -234,7 +234,7 @@ def _tensors(stream: IO[bytes], size: int) -> dict[str, Stored]:
 
 @dataclass(frozen=True)
 class _View:
-    """A tensor as its pickle has it: the key of its storage, where in it, its shape and strides."""
+    """A tensor in a pickle: its storage (key, dtype, bytes per element), offset, shape, strides."""
 
     storage: tuple[str, str, int]
     offset: int
@@ -243,24 +243,24 @@ class _View:
 
 
 def _stored(view: _View, start: int, count: int) -> Stored:
-    """Where a tensor lies, whose storage of `count` numbers begins at `start`."""
+    """Locate a tensor in the file. Its storage has `count` elements and begins at byte `start`."""
     _, dtype, width = view.storage
     numbers = prod(view.shape)
     dense = tuple(prod(view.shape[i + 1 :]) for i in range(len(view.shape)))
     if view.strides != dense or not 0 <= view.offset <= count - numbers:
-        raise ValueError("a tensor does not lie in its storage as a whole")
+        raise ValueError("a tensor is not contiguous inside its storage")
     return Stored(list(view.shape), dtype, start + view.offset * width, numbers * width)
 
 
 class _Reader(pickle.Unpickler):
-    """Admits what a state dict consists of; `widths` are the bytes of a number of each storage."""
+    """Unpickle only the parts of a state dict. `widths` are the bytes per element by storage."""
 
     def __init__(self, stream: IO[bytes]) -> None:
         super().__init__(stream)
         self.widths: dict[str, int] = {}
 
     def find_class(self, module: str, name: str) -> Any:
-        # The functions are made anew each time, so that a hostile file can leave no mark on them.
+        # The functions are created for each call, so a hostile file cannot modify shared ones.
         known: dict[str, Any] = {
             "collections.OrderedDict": OrderedDict,
             "torch._utils._rebuild_tensor_v2": lambda storage, offset, shape, strides, *_: _View(
@@ -270,7 +270,7 @@ class _Reader(pickle.Unpickler):
             **STORAGES,
         }
         if f"{module}.{name}" not in known:
-            raise pickle.UnpicklingError(f"it names {module}.{name}, refused")
+            raise pickle.UnpicklingError(f"it refers to {module}.{name}, which is refused")
         return known[f"{module}.{name}"]
 
     def persistent_load(self, pid: Any) -> tuple[str, str, int]:

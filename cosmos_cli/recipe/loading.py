@@ -1,4 +1,4 @@
-"""The one flat recipe that every command reads: load, validate, override, explain. No torch."""
+"""Load, validate, override and explain the flat recipe that every command reads. No torch."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from cosmos_cli.recipe.strict_yaml import Entry, problem
 
 @dataclass(frozen=True)
 class LoadedRecipe:
-    """A recipe, where each value came from, and what is odd about it."""
+    """A recipe with the origin of each value and its warnings."""
 
     recipe: Recipe
     origins: Mapping[str, str]
@@ -29,7 +29,7 @@ class LoadedRecipe:
 
 
 def load(name_or_path: str | Path, overrides: Sequence[str] = ()) -> LoadedRecipe:
-    """The recipe of a file or a shipped name, with `key=value` overrides on top.
+    """Return the recipe of a file or a shipped name, with `key=value` overrides applied.
 
     Raises:
         UserError: (USAGE) with every problem of the recipe, one line each.
@@ -66,7 +66,7 @@ def _origin(key: str, entry: Entry | None) -> str:
 
 
 def shipped() -> dict[str, Path]:
-    """The recipes that come with the package, by name."""
+    """Return the paths of the recipes that come with the package, by name."""
     here = Path(__file__).parents[1]
     installed = here / "recipes"
     folder = installed if installed.is_dir() else here.parent / "recipes"
@@ -74,15 +74,15 @@ def shipped() -> dict[str, Path]:
 
 
 def find(name_or_path: str | Path) -> Path:
-    """The file of a recipe, given by path or by shipped name.
+    """Return the file of a recipe, given its path or its shipped name.
 
     Raises:
-        UserError: (USAGE) when there is neither such a file nor such a name.
+        UserError: (USAGE) if there is no such file and no such name.
     """
     path, known = Path(name_or_path), shipped()
     try:
         is_folder = path.is_dir()
-        # A link that leads nowhere is named for what it is.
+        # A broken link counts as found, so that opening it names the real problem.
         if (path.exists() or path.is_symlink()) and not is_folder:
             return path
     except OSError as err:
@@ -100,16 +100,17 @@ def find(name_or_path: str | Path) -> Path:
 
 
 def dump(recipe: Recipe) -> str:
-    """YAML of every key, which `load` reads back to the same recipe."""
+    """Return the recipe as YAML with every key. `load` reads it back to the same recipe."""
     return "".join(
         f"{key}: {strict_yaml.dump(value)}\n" for key, value in recipe.model_dump().items()
     )
 
 
 def explain(loaded: LoadedRecipe) -> str:
-    """`dump` with the origin of each value as a comment."""
+    """Return the YAML of `dump` with the origin of each value as a comment."""
     lines = dump(loaded.recipe).splitlines()
-    # One long prompt must not push every comment off the screen.
+    # Align to the lines of at most 60 characters: one long prompt must not push every comment
+    # off the screen.
     column = max(len(line) for line in lines if len(line) <= 60)
     origins = (loaded.origins[key] for key in Recipe.model_fields)
     return "".join(
@@ -128,7 +129,7 @@ class Key(NamedTuple):
 
 
 def key_reference() -> list[Key]:
-    """A row for every key, in the order of the groups."""
+    """Return a row for every key, ordered by group."""
     schema = json_schema()["properties"]
     rows = []
     for name, info in Recipe.model_fields.items():
@@ -142,13 +143,13 @@ def key_reference() -> list[Key]:
 
 
 def json_schema() -> dict[str, Any]:
-    """The JSON Schema of a recipe, for editors and other programs."""
+    """Return the JSON Schema of a recipe, for editors and other programs."""
     schema = Recipe.model_json_schema()
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
 
 
 def _validate(entries: dict[str, Entry], path: Path) -> tuple[Recipe, list[UserError]]:
-    """The recipe and its problems; a wrong value has its default instead."""
+    """Return the recipe and its problems. Wrong values are replaced by their defaults."""
     values = {key: entry.value for key, entry in entries.items()}
     for key in PATHS:
         if isinstance(values.get(key), str) and values[key].startswith("~/"):
@@ -159,14 +160,14 @@ def _validate(entries: dict[str, Entry], path: Path) -> tuple[Recipe, list[UserE
     except ValidationError as err:
         for error in err.errors(include_url=False, include_input=False):
             key = str(error["loc"][0])
-            # A default that waits for a wrong `model` is not a problem of its own.
+            # With a wrong `model`, the defaults that depend on it also fail. Report only `model`.
             if error["type"] != "default_factory_not_called":
                 wrong[key] = _wrong_value(error["type"], key, entries.get(key), path)
         good = {key: value for key, value in values.items() if key not in wrong}
         recipe = Recipe.model_validate({"dataset_dir": "missing", **good})
     for keys, what, fix in conflicts(recipe):
         if wrong.keys().isdisjoint(keys):
-            # The model's own values agree, so one of the keys was written down.
+            # The defaults never conflict, so the user set at least one of the keys.
             blamed = next(key for key in keys if key in entries)
             wrong[blamed] = problem(_where(blamed, entries[blamed]), what, fix)
     place = {key: n for n, key in enumerate(entries)}
@@ -201,7 +202,7 @@ def _nearest(word: str, choices: Iterable[str]) -> str:
 
 
 def _takes(schema: Mapping[str, Any]) -> str:
-    """What a key takes, in words, from its JSON Schema."""
+    """Return the values that a key takes, in words, from its JSON Schema."""
     if "anyOf" in schema:
         return ", or ".join(_takes(part) for part in schema["anyOf"])
     if "enum" in schema:

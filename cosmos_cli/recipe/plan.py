@@ -1,8 +1,8 @@
-"""Memory, time and disk of a run before it starts, from the shapes of the model. No torch.
+"""Predict memory, time and disk of a run from the shapes of the model. No torch.
 
-Memory is what PyTorch calls allocated, at its peak, per GPU. Times are predictions: arithmetic over
-the rates that kernels of this model's shapes reach on a GPU, and the element-wise work of plain
-PyTorch. Bytes are decimal, a multiply-add counts as two operations.
+Memory is the peak of PyTorch's allocated memory per GPU. Times are the floating-point operations
+divided by the rates that kernels reach with this model's shapes, plus the element-wise work of
+plain PyTorch. Bytes are decimal (1 GB = 10^9). A multiply-add counts as two operations.
 """
 
 from __future__ import annotations
@@ -22,33 +22,35 @@ if TYPE_CHECKING:
 if TYPE_CHECKING:
     from cosmos_cli.recipe.keys import Recipe
 
-# Of a GPU's memory, what PyTorch's allocator can hand out before fragments and CUDA's own share
-# leave nothing: a step whose peak was 145.1 GB ran on an H200. Above the second share it would not
-# fit if it were 5 % wrong.
+# USABLE: the share of a GPU's memory that PyTorch's allocator can hand out. Fragmentation and CUDA
+# itself take the rest. A step with a peak of 145.1 GB ran on an H200. COMFORTABLE: above this
+# share, a plan that is 5 % too low would not fit.
 USABLE, COMFORTABLE = 0.97, 0.92
-# Rates as shares of the peak of 989 TFLOP/s with cuDNN attention at 56,320 tokens: linear layers
-# 720, 1040 in fp8 with the making of it, and attention forward 630, measured alone on one H100.
-# Attention backward at 495, and the passes of one bf16 activation through memory in a forward pass
-# of a block with compiled element-wise work, are such that a step takes what it took, within 5 %:
-# 13.0 s with a LoRA on an H100, 12.4 s in fp8, 14.7 s on two H200, 17.1 s on one.
+# Kernel rates as shares of the bf16 peak of 989 TFLOP/s, with cuDNN attention and 56,320 tokens.
+# Measured in isolation on one H100: linear layers 720 TFLOP/s, in fp8 1040 including the cast to
+# fp8, attention forward 630. Two values are fitted to measured steps, within 5 %: attention
+# backward (495 TFLOP/s), and the element-wise passes, which count how often a compiled block's
+# forward pass moves one bf16 activation through memory. The steps took 13.0 s with a LoRA on an
+# H100, 12.4 s in fp8, 14.7 s on two H200, 17.1 s on one.
 LINEAR, FP8_LINEAR, ATTENTION, ATTENTION_BACKWARD = 0.73, 1.05, 0.64, 0.50
 ELEMENTWISE_PASSES = 60
-# What a block holds at most while its backward runs, less with a LoRA, and what it keeps without
-# checkpointing, in units of one bf16 activation (tokens x width). Measured were 34.5 and 27.9.
+# Unit of the next four lines: one bf16 activation (tokens x width).
+# The peak of a block's backward pass, the same with a LoRA, and the activations that a block stores
+# without checkpointing. Measured: 34.5 and 27.9.
 BLOCK_WORK, LORA_BLOCK_WORK, BLOCK_KEPT = 34, 28, 34
-# In the same unit what fp8 holds besides: activations and weights in their other format.
+# Additional memory in fp8: activations and weights in their second format.
 FP8_WORK = 2.5
-# In the same unit what processes that share a clip hold while their tokens and heads change places.
+# Buffers of the all-to-all between tokens and heads in a sequence-parallel group.
 EXCHANGED = 6
-# In the same unit what all linears of a block give.
+# The outputs of all linears of a block.
 LINEARS_KEPT = 11
 # The last linear's share of the arithmetic of a block's linears.
 LAST_LINEAR = 8 / 28
-# GPUs of a node where a plan must guess, and GB/s between two of them as NCCL reaches it over eight
-# adapters of 400 Gbit/s.
+# The assumed number of GPUs per node, and the GB/s between two nodes that NCCL reaches over eight
+# 400 Gbit/s adapters.
 NODE, NODE_RATE = 8, 360
-# Numbers in the bucket in which gradients are reduced, and in the group of weights whose fp32
-# gradients exist at one time during an optimizer step; DeepSpeed's defaults are 5e8 and 1e9.
+# Elements in DeepSpeed's gradient reduction bucket, and in the parameter group whose fp32 gradients
+# exist at the same time during an optimizer step. DeepSpeed's defaults are 5e8 and 1e9.
 REDUCE_BUCKET, STEP_GROUP = 200_000_000, 200_000_000
 KNOBS = (
     {"zero_stage": 3},
@@ -61,14 +63,14 @@ KNOBS = (
     {"offload": "parameters"},
     {"lora_rank": 16},
 )
-# What moves to the memory of the host, by the recipe's key.
+# The parts that move to CPU memory, by the value of the recipe key `offload`.
 OFFLOADED = {
     "none": (),
     "ema": ("EMA",),
     "optimizer": ("EMA", "optimizer", "gradients"),
     "parameters": ("EMA", "optimizer", "gradients", "weights"),
 }
-# GB/s at which a GPU's share of what the host holds is updated and sent: PCIe's rate, about.
+# GB/s at which each GPU's offloaded state is updated and transferred, about the rate of PCIe.
 HOST_RATE = 20
 
 
@@ -102,9 +104,9 @@ GPUS = (
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run will need; times are None where the machine has no GPU that is known.
+    """The predicted needs of a run. Times are None if the GPU is not known.
 
-    `host_gb` is what all processes together hold in the memory of their hosts.
+    `host_gb` is the CPU memory of all processes together.
     """
 
     memory_gb: dict[str, float]
@@ -117,31 +119,31 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        """Whether the memory is enough, as far as that is known."""
+        """True if the memory is enough, or if the GPU is not known."""
         return self.available_gb is None or self.total_gb <= self.available_gb
 
 
 def parse_gpus(text: str) -> tuple[int, Gpu]:
-    """The number and kind of "8xH100-80GB", or of "2xNVIDIA H200" as a driver calls it.
+    """Return the count and kind of "8xH100-80GB", or of a driver's name such as "2xNVIDIA H200".
 
     Raises:
-        UserError: not of that form, or a GPU that is not known.
+        UserError: the text has another form, or the GPU is not known.
     """
     count, _, name = text.partition("x")
     gpu = find_gpu(name)
     if not count.isdecimal() or int(count) < 1 or gpu is None:
         raise UserError(
-            f"{text!r} is no number of known GPUs", code=ExitCode.USAGE, where="--gpus",
-            fix=f"for instance 8xH100-80GB; known are {', '.join(gpu.name for gpu in GPUS)}",
+            f"{text!r} is not a count of known GPUs", code=ExitCode.USAGE, where="--gpus",
+            fix=f"write e.g. 8xH100-80GB; known GPUs: {', '.join(gpu.name for gpu in GPUS)}",
         )  # fmt: skip
     return int(count), gpu
 
 
 def find_gpu(name: str) -> Gpu | None:
-    """The known GPU whose words are all in a name such as "NVIDIA H100 80GB HBM3".
+    """Return the known GPU whose words all appear in a name such as "NVIDIA H100 80GB HBM3".
 
-    A MIG slice, such as "NVIDIA H100 80GB HBM3 MIG 3g.40gb", has its own memory and its sevenths
-    of the rates.
+    A MIG slice, such as "NVIDIA H100 80GB HBM3 MIG 3g.40gb", has its own memory. Its rates are as
+    many sevenths of the whole GPU's as its profile says.
     """
     words = set(name.upper().replace("-", " ").split())
     found = (gpu for gpu in GPUS if set(gpu.name.upper().split("-")) <= words)
@@ -160,7 +162,7 @@ def find_gpu(name: str) -> Gpu | None:
 
 
 def plan(r: Recipe, ranks: int, gpu: Gpu | None) -> Plan:
-    """What a run of the recipe on `ranks` GPUs needs of each, and for how long."""
+    """Return the memory, time and disk that the recipe needs on `ranks` GPUs."""
     memory = {part: size / 1e9 for part, size in _memory(r, ranks, gpu).items()}
     host = ranks * sum(memory.pop(part) for part in OFFLOADED[r.offload])
     seconds = None if gpu is None else step_seconds(r, ranks, gpu)
@@ -177,7 +179,7 @@ def plan(r: Recipe, ranks: int, gpu: Gpu | None) -> Plan:
 
 
 def remedies(r: Recipe, ranks: int, gpu: Gpu) -> Iterator[tuple[str, float]]:
-    """Changes in the order in which to try them, each on top of those before, and their totals."""
+    """Yield changes in the order to try them, each including the previous ones, with total GB."""
     changes: dict[str, Any] = {}
     for change in KNOBS:
         key, value = next(iter(change.items()))
@@ -186,16 +188,16 @@ def remedies(r: Recipe, ranks: int, gpu: Gpu) -> Iterator[tuple[str, float]]:
         changes |= change
         r = r.model_copy(update=change)
         found = plan(r, ranks, gpu)
-        yield ", ".join(f"{key}: {value}" for key, value in changes.items()), found.total_gb
+        yield " ".join(f"--set {key}={value}" for key, value in changes.items()), found.total_gb
         if found.fits:
             return
 
 
 def _helps(r: Recipe, ranks: int, key: str, value: Any) -> bool:
-    """Whether a knob is not yet turned as far, and can be."""
+    """True if the recipe does not yet save as much memory with this key, and can."""
     if key == "activation_checkpointing":
         order = ["none", "most", "attention", "all"]
-        # most is no more than fits, and so attention where nothing does.
+        # most keeps only what fits. If nothing fits, it is the same as attention.
         current = max(
             order.index(r.activation_checkpointing), 2 * (r.activation_checkpointing == "most")
         )
@@ -212,10 +214,11 @@ def _helps(r: Recipe, ranks: int, key: str, value: Any) -> bool:
 
 
 def blocks_kept(r: Recipe, ranks: int, gpu: Gpu | None) -> tuple[int, int]:
-    """Blocks that keep what their MLP gives, and those that keep what all of their linears give.
+    """Return how many blocks keep their MLP's output, and how many keep all linear outputs.
 
-    None without activation_checkpointing most, and none in fp8, whose products are no operators of
-    torch. The MLP comes first, for of all linears its last one computes most for each byte kept.
+    Both are 0 unless `activation_checkpointing` is `most`. They are 0 in fp8 too, because fp8
+    products are not torch operators. The MLP comes first: of all linears, its last one saves the
+    most computation per byte kept.
     """
     blocks = r.spec.dit.blocks
     if r.activation_checkpointing != "most" or r.transformer_engine != "off":
@@ -226,7 +229,8 @@ def blocks_kept(r: Recipe, ranks: int, gpu: Gpu | None) -> tuple[int, int]:
     held = sum(size for part, size in parts.items() if part not in OFFLOADED[r.offload])
     left = (gpu.memory_gb * 1e9 * COMFORTABLE - held) / _activation(r)
     if r.lora_rank:
-        # There the result of the MLP is of no use.
+        # With a LoRA, keeping the MLP's output saves nothing unless all other linear outputs are
+        # kept too.
         whole = max(0, min(blocks, int(left / LINEARS_KEPT)))
         return whole, whole
     mlps = max(0, min(blocks, int(left)))
@@ -234,14 +238,14 @@ def blocks_kept(r: Recipe, ranks: int, gpu: Gpu | None) -> tuple[int, int]:
 
 
 def _memory(r: Recipe, ranks: int, gpu: Gpu | None) -> dict[str, float]:
-    """Bytes at the peak, by part."""
+    """Return the bytes per GPU at the peak, by part."""
     whole, trained, stage = r.spec.dit.parameters, r.trained_parameters, r.zero_stage
-    number = 2 if r.precision == "bf16" else 4
+    element_size = 2 if r.precision == "bf16" else 4
     frozen = whole if r.lora_rank else 0
-    held = (whole if not r.lora_rank else frozen + trained) * number
-    # fp32 masters beside weights of 16 bits, and two moments.
-    optimizer = trained * (12 if number == 2 else 8)
-    gradients = trained * number
+    held = (whole if not r.lora_rank else frozen + trained) * element_size
+    # fp32 master weights if the weights have 16 bits, and two moments.
+    optimizer = trained * (12 if element_size == 2 else 8)
+    gradients = trained * element_size
     activation = _activation(r)
     blocks = r.spec.dit.blocks
     kept = blocks * {"none": BLOCK_KEPT, "all": 1}.get(r.activation_checkpointing, 2)
@@ -250,11 +254,11 @@ def _memory(r: Recipe, ranks: int, gpu: Gpu | None) -> dict[str, float]:
     work: float = LORA_BLOCK_WORK if r.lora_rank else BLOCK_WORK
     work += FP8_WORK if r.transformer_engine != "off" else 0
     work += EXCHANGED if r.sequence_parallel > 1 else 0
-    # The fp32 gradients of an optimizer step come when the activations have gone.
-    buffers = float(min(REDUCE_BUCKET, trained) * number)
+    # The fp32 gradients of the optimizer step are left out: the activations are free by then.
+    buffers = float(min(REDUCE_BUCKET, trained) * element_size)
     if stage == 3 and ranks > 1:
-        # The block at work, the next one and a share of a third.
-        buffers += 3 * whole / blocks * number
+        # The gathered weights of the current block, of the next one, and a part of a third.
+        buffers += 3 * whole / blocks * element_size
         if node := second_copy(r, ranks):
             buffers += held / node
     return {
@@ -268,9 +272,9 @@ def _memory(r: Recipe, ranks: int, gpu: Gpu | None) -> dict[str, float]:
 
 
 def forward_bytes(r: Recipe, ranks: int) -> float:
-    """Bytes that a forward pass without gradients needs at most besides what training holds.
+    """Return an upper bound of the bytes that a forward pass without gradients adds to training.
 
-    It keeps less than the backward pass of one block, so it fits wherever training does.
+    It needs less than the backward pass of one block, so it fits wherever training does.
     """
     weights = r.spec.dit.parameters * (2 if r.precision == "bf16" else 4)
     gathered = 3 * weights / r.spec.dit.blocks if r.zero_stage == 3 and ranks > 1 else 0
@@ -278,13 +282,13 @@ def forward_bytes(r: Recipe, ranks: int) -> float:
 
 
 def second_copy(r: Recipe, ranks: int, node: int = NODE) -> int:
-    """Over how many GPUs of a node ZeRO++ hpZ shards a second copy of the weights; 0 without."""
+    """Return over how many GPUs ZeRO++ hpZ shards a second copy of the weights, 0 without it."""
     shared_by = node if r.hpz_partition_size == "auto" else r.hpz_partition_size
     return shared_by if r.zero_stage == 3 and 1 < shared_by < ranks else 0
 
 
 def _activation(r: Recipe) -> float:
-    """Bytes of one activation of a micro batch on one GPU, tokens x width."""
+    """Return the bytes of one activation (tokens x width) of a micro batch on one GPU."""
     clip = r.spec.tokens(r.num_frames, r.height, r.width) / r.sequence_parallel
     tokens = clip * r.micro_batch_size
     return tokens * r.spec.dit.width * (2 if r.precision == "bf16" else 4)
@@ -294,7 +298,7 @@ def _activation(r: Recipe) -> float:
 
 
 def forward_flops(r: Recipe) -> tuple[float, float]:
-    """Operations of one clip's forward pass: in linear layers, in attention."""
+    """Return the FLOPs of one clip's forward pass in linear layers and in attention."""
     dit, text = r.spec.dit, r.spec.text.tokens
     tokens, d = r.spec.tokens(r.num_frames, r.height, r.width), dit.width
     per_token = 2 * (4 + 2 + 2 * dit.mlp_ratio) * d * d
@@ -304,33 +308,33 @@ def forward_flops(r: Recipe) -> tuple[float, float]:
 
 
 def model_tflop(r: Recipe) -> float:
-    """What a training step has to compute at least: a forward pass and twice that backward."""
+    """Return the TFLOP of a training step without recomputation: forward plus backward, 1 + 2."""
     return 3 * sum(forward_flops(r)) * r.global_batch_size / 1e12
 
 
 def step_seconds(r: Recipe, ranks: int, gpu: Gpu) -> float:
-    """Seconds of an optimizer step; ZeRO-3's traffic is hidden behind the arithmetic if it can."""
+    """Return the seconds of an optimizer step, which overlaps traffic with arithmetic."""
     shared = r.sequence_parallel
     linear, attention = (flops / shared for flops in forward_flops(r))
-    again = float(r.activation_checkpointing != "none")
+    recompute = float(r.activation_checkpointing != "none")
     mlps, whole_blocks = (n / r.spec.dit.blocks for n in blocks_kept(r, ranks, gpu))
     without_last = mlps
     if r.lora_rank and r.transformer_engine == "off":
-        # What the last linear gives is of use to the gradient of a gate alone.
-        without_last = again
-    again_linears = again - whole_blocks - (without_last - whole_blocks) * LAST_LINEAR
-    # Gradients of the inputs and of the weights; a LoRA has none of the latter.
-    linear_passes = (3 if not r.lora_rank else 2) + again_linears
+        # Only the gradient of a gate needs the last linear's output.
+        without_last = recompute
+    recomputed_linears = recompute - whole_blocks - (without_last - whole_blocks) * LAST_LINEAR
+    # Forward, input gradients and weight gradients. A LoRA has no gradients of these weights.
+    linear_passes = (3 if not r.lora_rank else 2) + recomputed_linears
     peak = gpu.tflops * 1e12
     rate = LINEAR if r.transformer_engine == "off" else FP8_LINEAR
     arithmetic = linear * linear_passes / (rate * peak)
     arithmetic += attention * (1 + (r.activation_checkpointing == "all")) / (ATTENTION * peak)
     arithmetic += attention * 2.5 / (ATTENTION_BACKWARD * peak)
-    passes = r.spec.dit.blocks * ELEMENTWISE_PASSES * (3 + again)
+    passes = r.spec.dit.blocks * ELEMENTWISE_PASSES * (3 + recompute)
     activation = _activation(r) / r.micro_batch_size
     arithmetic += passes * activation / (gpu.memory_rate * 1e9)
-    # Queries, keys, values and the result of every self-attention change places.
-    exchanged = r.spec.dit.blocks * 4 * (2 + again) * activation * (shared - 1) / shared
+    # All-to-all of the queries, keys, values and output of every self-attention.
+    exchanged = r.spec.dit.blocks * 4 * (2 + recompute) * activation * (shared - 1) / shared
     arithmetic += exchanged / (gpu.link_rate * 1e9)
     traffic = traffic_seconds(r, ranks, gpu)
     micro_steps = math.ceil(r.global_batch_size * shared / (ranks * r.micro_batch_size))
@@ -340,11 +344,12 @@ def step_seconds(r: Recipe, ranks: int, gpu: Gpu) -> float:
 
 
 def traffic_seconds(r: Recipe, ranks: int, gpu: Gpu) -> float:
-    """Seconds in which a micro step's weights are gathered and gradients reduced, if alone."""
-    number = 2 if r.precision == "bf16" else 4
-    whole, gradients = r.spec.dit.parameters * number, r.trained_parameters * number
+    """Return the seconds to gather weights and reduce gradients in a micro step, not overlapped."""
+    element_size = 2 if r.precision == "bf16" else 4
+    whole, gradients = r.spec.dit.parameters * element_size, r.trained_parameters * element_size
     across = gpu.link_rate if ranks <= NODE else min(gpu.link_rate, NODE_RATE)
-    # Forward; backward, with hpZ inside of a node. Below stage 3 the updated weights, once.
+    # Weights are gathered for the forward pass and again for the backward pass, there within a node
+    # if hpZ is on. Below stage 3, the updated weights are gathered once.
     near = gpu.link_rate if second_copy(r, ranks) else across
     gathers = whole * (1 / across + 1 / near) if r.zero_stage == 3 else gradients / across
     return (gathers + gradients / across) * (ranks - 1) / ranks / 1e9
@@ -354,12 +359,13 @@ def traffic_seconds(r: Recipe, ranks: int, gpu: Gpu) -> float:
 
 
 def disk_bytes(r: Recipe, start: int) -> dict[str, float]:
-    """Bytes of a save's model files and resume state, and of all that a run from `start` leaves."""
+    """Return the bytes of a save's model files, of a resume state and of a run from `start`."""
     saves = max(-(-(r.max_steps - start) // r.save_every_steps), 1)
-    # Two model files, in the recipe's precision and in fp32; fp32 masters and two moments.
+    # Model files: one in the recipe's precision, one in fp32. Resume state: fp32 master weights and
+    # two moments.
     files = r.trained_parameters * ((2 if r.precision == "bf16" else 4) + 4)
     state = r.trained_parameters * 12
-    # The new state is complete before the oldest one goes.
+    # The new state is complete before the oldest one is deleted.
     states = min(saves, r.keep_last + 1)
     if r.keep_every_steps:
         states = min(saves, states + (r.max_steps - start) // r.keep_every_steps)
@@ -371,7 +377,7 @@ def disk_bytes(r: Recipe, start: int) -> dict[str, float]:
 
 
 def describe(r: Recipe, ranks: int, gpu: Gpu | None) -> str:
-    """The plan for a person."""
+    """Return the plan as text."""
     found = plan(r, ranks, gpu)
     rows = [(part, f"{size:.1f} GB") for part, size in found.memory_gb.items()]
     if gpu is None:
@@ -379,14 +385,14 @@ def describe(r: Recipe, ranks: int, gpu: Gpu | None) -> str:
     else:
         verdict = "fits" if found.fits else "does not fit"
         if gpu.memory_gb * COMFORTABLE < found.total_gb and found.fits:
-            verdict = "fits, if it is right to 1 %"
+            verdict = "fits, with less than 5 % of the memory to spare"
         usable = f"{found.available_gb:.0f} GB that PyTorch can use"
         rows.append(("total", f"{found.total_gb:.1f} GB of {usable}: {verdict}"))
     if found.host_gb:
-        rows.append(("host", f"{found.host_gb:.1f} GB of its memory, by all processes"))
+        rows.append(("CPU memory", f"{found.host_gb:.1f} GB for all processes together"))
     rows += [(part, f"{size:.1f} GB on disk") for part, size in found.disk_gb.items()]
     if gpu is None or found.step_seconds is None:
-        rows.append(("time", "not predicted without a known GPU"))
+        rows.append(("time", "not predicted, because the GPU is not known"))
     else:
         share = model_tflop(r) / (found.step_seconds * ranks * gpu.tflops)
         rows.append(("step", f"{found.step_seconds:.1f} s predicted, {share:.0%} MFU"))
@@ -400,11 +406,11 @@ def describe(r: Recipe, ranks: int, gpu: Gpu | None) -> str:
 
 
 def check_memory(r: Recipe, ranks: int, gpu: Gpu | None) -> dict[str, Any]:
-    """The plan as figures.
+    """Return the plan as figures.
 
     Raises:
-        UserError: the memory is not enough; the line says what would make it so, the plan stands
-            above it.
+        UserError: the memory is not enough. The fix names the changes that help, and the plan is
+            printed before.
     """
     found = plan(r, ranks, gpu)
     figures = {"processes": ranks, "gpu": gpu and gpu.name, "fits": found.fits, **asdict(found)}
@@ -413,13 +419,13 @@ def check_memory(r: Recipe, ranks: int, gpu: Gpu | None) -> dict[str, Any]:
         tried = list(remedies(r, ranks, gpu))
         enough = bool(tried) and tried[-1][1] <= gpu.memory_gb * USABLE
         fix = (
-            f"set {tried[-1][0]}"
+            f"add {tried[-1][0]}"
             if enough
-            else "use more or larger GPUs, or fewer frames or pixels"
+            else "use more or larger GPUs, or lower num_frames, height or width"
         )
         error = UserError(
-            f"needs {found.total_gb:.0f} GB on each of {ranks} x {gpu.name}, "
-            f"{found.available_gb:.0f} can be used",
+            f"needs {found.total_gb:.1f} GB on each of {ranks} x {gpu.name}, "
+            f"{found.available_gb:.1f} GB are usable",
             code=ExitCode.GPU_MEMORY, where=r.name, fix=fix,
         )  # fmt: skip
         error.figures = figures
@@ -428,6 +434,6 @@ def check_memory(r: Recipe, ranks: int, gpu: Gpu | None) -> dict[str, Any]:
 
 
 def known_gpu() -> Gpu | None:
-    """Return the kind of this machine's GPUs, the smallest of those that the planner knows."""
+    """Return the kind of this machine's GPUs. If they differ, the smallest one that is known."""
     kinds = filter(None, map(find_gpu, gpus.gpu_names()))
     return min(kinds, key=lambda gpu: gpu.memory_gb, default=None)

@@ -1,4 +1,4 @@
-"""A flat YAML mapping with the line of every key, read strictly; and the way back. No torch."""
+"""Read a flat YAML mapping strictly, with the line of every key, and write one. No torch."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ WORDS = {
 
 
 class Entry(NamedTuple):
-    """A value, the text it was written as, and where: `file:line` or `--set key=value`."""
+    """A value, its text in the source, and its origin: `file:line` or `--set key=value`."""
 
     value: Any
     text: str
@@ -32,15 +32,15 @@ class Entry(NamedTuple):
 
 
 def problem(where: str, what: str, fix: str = "") -> UserError:
-    """A mistake in what the user wrote."""
+    """Return the error for a mistake in the user's input."""
     return UserError(what, code=ExitCode.USAGE, where=where, fix=fix)
 
 
 def read(path: Path) -> tuple[dict[str, Entry], list[UserError]]:
-    """The entries of a file, and a problem for every line that is not `key: value`.
+    """Return the entries of a file, and a problem for every line that is not `key: value`.
 
     Raises:
-        UserError: (USAGE) when the file as a whole cannot be read.
+        UserError: (USAGE) if the file as a whole cannot be read.
     """
     raw = files.read_bytes(path, files.RECIPE)
     if b"\0" in raw:
@@ -55,12 +55,12 @@ def read(path: Path) -> tuple[dict[str, Entry], list[UserError]]:
 
 
 def parse(text: str, source: str) -> tuple[dict[str, Entry], list[UserError]]:
-    """The entries of a text, and a problem for every line that is not `key: value`.
+    """Return the entries of a text, and a problem for every line that is not `key: value`.
 
-    Works on YAML's events, so that nothing is built or expanded before it has been looked at.
+    It reads YAML events, so that nothing is constructed or expanded before it has been checked.
 
     Raises:
-        UserError: (USAGE) when the text is not one YAML mapping.
+        UserError: (USAGE) if the text is not one YAML mapping.
     """
     try:
         events = _events(text, source)
@@ -89,14 +89,14 @@ def _events(text: str, source: str) -> list[Any]:
         events.append(event)
         depth += isinstance(event, yaml.CollectionStartEvent)
         depth -= isinstance(event, yaml.CollectionEndEvent)
-        # The time PyYAML takes grows with the square of the depth.
+        # PyYAML's parsing time grows with the square of the depth.
         if depth > MAX_DEPTH:
             raise problem(_at(source, event), "deeply nested", "a recipe is flat")
     return events
 
 
 def _entries(events: list[Any], source: str) -> tuple[dict[str, Entry], list[UserError]]:
-    flat, depth = [], 0  # keys and values by turns; what is nested deeper is left out
+    flat, depth = [], 0  # alternating keys and values; deeper nodes are skipped
     for event in events:
         if depth == 1 and not isinstance(event, yaml.CollectionEndEvent):
             flat.append(event)
@@ -136,10 +136,10 @@ def _kind(event: Any) -> str:
 
 
 def parse_override(override: str) -> tuple[str, Entry]:
-    """The key and entry of `key=value`, whose value needs no quotes around ': ' or ' #'.
+    """Return the key and entry of `key=value`. The value may contain ': ' and ' #' unquoted.
 
     Raises:
-        UserError: (USAGE) when it is not `key=value`.
+        UserError: (USAGE) if it is not `key=value`.
     """
     origin = f"--set {override}"
     key, equals, text = (part.strip() for part in override.partition("="))
@@ -152,14 +152,14 @@ def parse_override(override: str) -> tuple[str, Entry]:
 
 
 def scalar(text: str) -> Any:
-    """The value of an unquoted scalar by the core schema of YAML 1.2.
+    """Return the value of an unquoted scalar by the core schema of YAML 1.2.
 
     PyYAML reads YAML 1.1, where 5e-5 is text, 12:30 is 750, 010 is 8 and no is false.
     Source: YAML 1.2.2, section 10.3.2.
     """
     if text in WORDS:
         return WORDS[text]
-    # Python refuses to convert thousands of digits.
+    # Python's int() refuses more than 4,300 digits.
     if re.fullmatch(r"[-+]?[0-9]{1,1000}", text):
         return int(text)
     if re.fullmatch(r"0o[0-7]{1,1000}|0x[0-9a-fA-F]{1,1000}", text):
@@ -170,7 +170,7 @@ def scalar(text: str) -> Any:
 
 
 def dump(value: Any) -> str:
-    """One value on one line of YAML, which versions 1.1 and 1.2 read alike."""
+    """Return one value as one line of YAML that versions 1.1 and 1.2 read alike."""
     quote = None
     if isinstance(value, str) and not (value.isprintable() and isinstance(scalar(value), str)):
         quote = '"'

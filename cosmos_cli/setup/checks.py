@@ -1,4 +1,4 @@
-"""Is this machine able to run a recipe? A verdict on each thing, and what mends it. No torch."""
+"""Check whether this machine can run a recipe, and say how to fix what fails. No torch."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ if TYPE_CHECKING:
 
 OLDEST_PYTHON, NEWEST_PYTHON = (3, 11), (3, 13)
 
-# Below these something is likely to fail, but not certain to.
+# Below these limits something may fail, so they only warn.
 SHARED_MEMORY_BYTES = 1e9
 OPEN_FILES = 1024
 WORKING_MEMORY_BYTES = 4e9
-# The first with bf16.
+# Ampere, the first architecture with bf16.
 OLDEST_CAPABILITY = [8, 0]
 
-# pip alone would fetch the CUDA build, of gigabytes, on every machine.
+# Plain pip would download the CUDA build, several gigabytes, on every machine.
 TORCH_FIX = "bash recipes/install.sh"
 
 CACHE = "XDG_CACHE_HOME"
@@ -54,9 +54,9 @@ Status = Literal["ok", "warn", "fail"]
 
 @dataclass(frozen=True)
 class Check:
-    """One row: what was looked at, the verdict, what was found and how a person mends it.
+    """One row of the table: the item, its status, what was found and how to fix it.
 
-    `commands` are those that mend it.
+    `commands` are the commands with which `cosmos setup --install` fixes it.
     """
 
     name: str
@@ -67,9 +67,9 @@ class Check:
 
 
 def run_checks(r: Recipe, wanted: Iterable[str] = ()) -> list[Check]:
-    """Every check that matters for the recipe, in the order in which they build on one another.
+    """Run every check that the recipe needs, ordered so that each builds on the previous ones.
 
-    `wanted` names those of transformer-engine and apex whose absence is a failure.
+    `wanted` may name transformer-engine and apex, which then fail instead of warn if missing.
     """
     names = gpus.gpu_names()
     absent = [asset for asset in assets.of_recipe(r) if not fetch.is_recorded(asset)]
@@ -77,7 +77,7 @@ def run_checks(r: Recipe, wanted: Iterable[str] = ()) -> list[Check]:
     torch = outcomes["torch"]
     usable = len(torch.facts.get("gpus", ()))
     if usable > 1:
-        # Alone, since it measures how fast something is.
+        # Run it alone: it measures a speed, which other probes would lower.
         outcomes |= probes.run([Probe("nccl", "nccl", ranks=usable)])
     rows = [
         _python(),
@@ -98,14 +98,14 @@ def run_checks(r: Recipe, wanted: Iterable[str] = ()) -> list[Check]:
         *_hub(outcomes.get("hub")),
         _clock(),
     ]
-    patience = "try again when the machine is less busy; is a driver or a network disk hanging?"
+    patience = "try again when the machine is less busy; check for a hanging driver or network disk"
     return [replace(row, fix=patience) if probes.HUNG in row.found else row for row in rows]
 
 
 def mending(checks: Iterable[Check]) -> list[installs.Command]:
-    """The commands that mend the failed checks, each once; nothing that works is touched.
+    """Return the commands that fix the failed checks, each once. Nothing that works is changed.
 
-    None before the cache can be written, where pip and the log of the commands want to write.
+    If the cache folder is not writable, return none: pip and the log of the commands write to it.
     """
     failed = [check for check in checks if check.status == "fail"]
     if any(check.name == CACHE for check in failed):
@@ -114,7 +114,8 @@ def mending(checks: Iterable[Check]) -> list[installs.Command]:
 
 
 def _probes(gpus: list[str], absent: list[assets.Asset]) -> Iterator[Probe]:
-    # Without it DeepSpeed guesses, and prints the guess on stdout. Two processes need two GPUs.
+    # If unset, DeepSpeed guesses the accelerator and prints the guess on stdout. The probe with
+    # 2 processes uses the CPU unless there are 2 GPUs.
     on_cpu = {"DS_ACCELERATOR": "cpu"}
     yield Probe("torch", "torch")
     yield Probe("video", "video")
@@ -160,11 +161,11 @@ def _torch(outcome: Outcome) -> Check:
 
 
 def _on_torch(outcomes: dict[str, Outcome], wanted: Iterable[str]) -> list[Check]:
-    """The rows of what stands on torch; without it none of them can be tried, or mended."""
+    """Return the rows that depend on torch. Without torch they fail untried, with no commands."""
     torch = outcomes["torch"]
     if torch.error:
         names = ("FFmpeg and torchcodec", "DeepSpeed", "transformers")
-        return [Check(name, "fail", "not tried, for want of torch", TORCH_FIX) for name in names]
+        return [Check(name, "fail", "not tried without torch", TORCH_FIX) for name in names]
     return [
         _video(outcomes["video"]),
         _deepspeed(outcomes["deepspeed"], outcomes["deepspeed in 2 processes"]),
@@ -206,15 +207,17 @@ def _usable_gpus(gpus: list[dict[str, Any]]) -> Check:
     remark = selection.visible().remark
     found = ", ".join(filter(None, [found, *health, driver, remark]))
     if damaged:
-        fix = "restart the machine; when it comes back, have the GPU replaced"
+        fix = "restart the machine; if the errors return, have the GPU replaced"
         return Check("GPUs", "warn", f"{found}; uncorrected memory errors on GPU {damaged}", fix)
     if any(gpu["capability"] < OLDEST_CAPABILITY for gpu in gpus):
-        return Check("GPUs", "warn", found, "bf16 is slow before Ampere: set precision to fp32")
+        return Check(
+            "GPUs", "warn", found, "bf16 is slow before Ampere: use `--set precision=fp32`"
+        )
     return Check("GPUs", "ok", found)
 
 
 def _driver_facts() -> tuple[str, list[str], str]:
-    """The driver; ECC and NVLink of the visible GPUs; the indices of those with memory errors."""
+    """Return the driver, the ECC and NVLink state, and the indices of GPUs with memory errors."""
     import pynvml
 
     shown = selection.visible().gpus
@@ -270,8 +273,8 @@ def _video(outcome: Outcome) -> Check:
         facts = outcome.facts
         found = f"FFmpeg {facts['ffmpeg']}, torchcodec {facts['torchcodec']}: mp4 written and read"
         return Check(name, "ok", found)
-    # torchcodec tries one build per FFmpeg version and reports each; only what is not about the
-    # absence of that version matters.
+    # torchcodec tries one build per FFmpeg version and reports every failure. A failure that only
+    # says that an FFmpeg version is absent does not matter.
     reasons = re.findall(r"^OSError: (?!Could not load)(.+)$", outcome.error, re.MULTILINE)
     others = [reason for reason in reasons if not re.search(r"lib(av|sw)\w*\.so", reason)]
     if reasons and not others:
@@ -292,7 +295,7 @@ def _video(outcome: Outcome) -> Check:
     if "No module named 'torchcodec'" in outcome.error:
         fix = "cosmos setup --install"
         return Check(name, "fail", "torchcodec is missing", fix, installs.pip(installs.TORCHCODEC))
-    return Check(name, "fail", last_line(outcome.error), "mend what is named here")
+    return Check(name, "fail", last_line(outcome.error), "fix the problem named here")
 
 
 def _hevc() -> Check:
@@ -304,7 +307,7 @@ def _hevc() -> Check:
 
 
 def _shared_python(name: str) -> Check:
-    """The failed row of a Python whose shared library torchcodec cannot find."""
+    """Return the failed row for a Python whose shared library torchcodec cannot find."""
     folder, library = sysconfig.get_config_vars("LIBDIR", "INSTSONAME")
     found = f"torchcodec needs {library}, which is missing"
     if Path(str(folder), str(library)).exists():
@@ -312,7 +315,7 @@ def _shared_python(name: str) -> Check:
     commands = (
         installs.apt(f"libpython3.{sys.version_info.minor}") if sys.base_prefix == "/usr" else ()
     )
-    fix = "cosmos setup --install" if commands else "use a Python that was built --enable-shared"
+    fix = "cosmos setup --install" if commands else "use a Python built with --enable-shared"
     return Check(name, "fail", found, fix, commands)
 
 
@@ -343,7 +346,7 @@ def _transformer_engine(
         return [Check(name, status, last_line(outcome.error), fix)]
     if not torch.facts.get("gpus"):
         fix = "use a machine with NVIDIA GPUs, or leave out --with transformer-engine"
-        return [Check(name, status, "there is no GPU to try it on", fix)] if asked else []
+        return [Check(name, status, "no GPU to test it on", fix)] if asked else []
     fix = "cosmos setup --install --with transformer-engine"
     found = "missing; cosmos runs without it"
     return [Check(name, status, found, fix, installs.transformer_engine(torch.facts["cuda"]))]
@@ -351,7 +354,7 @@ def _transformer_engine(
 
 def _apex(outcome: Outcome | None, torch: Outcome, wanted: Iterable[str]) -> list[Check]:
     if outcome and not outcome.error:
-        return [Check("Apex", "ok", "NVIDIA's: its fused Adam agrees with torch on the GPU")]
+        return [Check("Apex", "ok", "NVIDIA's Apex: its fused Adam agrees with torch on the GPU")]
     asked = "apex" in wanted
     status: Status = "fail" if asked else "warn"
     if outcome:
@@ -365,13 +368,13 @@ def _apex(outcome: Outcome | None, torch: Outcome, wanted: Iterable[str]) -> lis
     if not asked or importlib.util.find_spec("amp_C"):
         return []
     if not torch.facts.get("cuda") or not shutil.which("nvcc"):
-        found = "NVIDIA's is missing, and it is built by nvcc"
+        found = "NVIDIA's Apex is missing, and building it needs nvcc and a CUDA build of torch"
         fix = (
             f"install CUDA's toolkit and a CUDA build of torch ({torch.facts.get('cuda') or 'CPU'})"
         )
         return [Check("Apex", "fail", found, fix)]
     fix = "cosmos setup --install --with apex"
-    return [Check("Apex", "fail", "NVIDIA's is missing", fix, installs.apex())]
+    return [Check("Apex", "fail", "NVIDIA's Apex is missing", fix, installs.apex())]
 
 
 def _transformers(outcome: Outcome) -> Check:
@@ -399,7 +402,7 @@ def _memory(r: Recipe) -> Check:
     found = f"{console.size(total)}"
     if total < needed:
         fix = "close other programs or use a larger machine"
-        return Check("memory", "warn", f"{found}, about {console.size(needed)} are used", fix)
+        return Check("memory", "warn", f"{found}, about {console.size(needed)} are needed", fix)
     return Check("memory", "ok", found)
 
 
@@ -422,7 +425,7 @@ def _writable(key: str, folder: str) -> Check:
     path = Path(folder).absolute()
     try:
         with tempfile.TemporaryFile(dir=files.nearest_existing(path)):
-            return Check(key, "ok", f"{path} can be written")
+            return Check(key, "ok", f"{path} is writable")
     except UserError as error:
         return Check(key, "fail", str(error), f"make it writable, or set {key}")
     except OSError as error:
@@ -431,7 +434,7 @@ def _writable(key: str, folder: str) -> Check:
 
 
 def _hub(outcome: Outcome | None) -> list[Check]:
-    """A row for each repository of the recipe that is still to be fetched and cannot be."""
+    """Return a row for each of the recipe's missing repositories that cannot be downloaded."""
     if outcome is None:
         return []
     if outcome.error:
@@ -439,9 +442,13 @@ def _hub(outcome: Outcome | None) -> list[Check]:
     repositories = outcome.facts["repositories"]
     closed = [(what, text) for _, what, text in repositories if what != "open"]
     if not closed:
-        return [Check("model hub", "ok", f"{len(repositories)} repositories may be read")]
+        return [Check("model hub", "ok", f"{len(repositories)} repositories can be read")]
     if all(what == "unknown" for what, _ in closed):
-        return [Check("model hub", "warn", closed[0][1], "what is not on disk cannot be fetched")]
+        return [
+            Check(
+                "model hub", "warn", closed[0][1], "files that are not on disk cannot be downloaded"
+            )
+        ]
     return [
         Check("model hub", "fail", *text.rsplit("; ", 1))
         for what, text in closed
@@ -451,7 +458,7 @@ def _hub(outcome: Outcome | None) -> list[Check]:
 
 def _clock() -> Check:
     today = time.strftime("%Y-%m-%d %H:%M %Z")
-    # A wrong year breaks every download with a message about certificates.
+    # With a wrong year, every download fails with an error about certificates.
     if 2026 <= time.localtime().tm_year < 2100:
         return Check("clock", "ok", today)
     return Check("clock", "fail", today, "set the date: sudo timedatectl set-ntp true")

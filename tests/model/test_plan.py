@@ -20,7 +20,7 @@ def changed(**changes):
     return FULL.model_copy(update=changes)
 
 
-def test_the_arithmetic_of_a_forward_pass_is_that_which_pytorch_counts():
+def test_forward_flops_match_pytorchs_flop_counter():
     r = FULL
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         net = DiT(COSMOS_7B.dit)
@@ -40,11 +40,12 @@ def test_the_arithmetic_of_a_forward_pass_is_that_which_pytorch_counts():
         ("8xNVIDIA GeForce RTX 4090", 8, False),
     ],
 )
-def test_a_full_fine_tune_needs_what_its_states_need(gpus, ranks, fits):
+def test_full_fine_tuning_states_take_20_bytes_a_weight(gpus, ranks, fits):
     count, gpu = plan.parse_gpus(gpus)
     found = plan.plan(changed(global_batch_size=ranks), count, gpu)
     assert (count, found.fits) == (ranks, fits)
-    # bf16 weights and gradients, fp32 masters, moments and EMA: 20 bytes a weight over the ranks.
+    # bf16 weights and gradients, fp32 master weights, moments and EMA: 20 bytes a weight, divided
+    # by the ranks.
     states = ("weights", "optimizer", "gradients", "EMA")
     held = sum(found.memory_gb[part] for part in states)
     assert held == pytest.approx(20 * COSMOS_7B.dit.parameters / ranks / 1e9)
@@ -60,12 +61,12 @@ def test_a_shipped_recipe_fits_the_machines_it_names(name, gpus):
     assert r.num_processes in ("auto", gpus)
 
 
-def test_what_does_not_fit_is_refused_with_what_would():
+def test_a_recipe_that_does_not_fit_is_refused_with_changes_that_fit():
     r = changed(micro_batch_size=4, activation_checkpointing="none")
     with pytest.raises(UserError) as caught:
         plan.check_memory(r, 8, plan.find_gpu("H100-80GB"))
     assert caught.value.code == 7
-    assert caught.value.fix == "set activation_checkpointing: all, micro_batch_size: 1"
+    assert caught.value.fix == "add --set activation_checkpointing=all --set micro_batch_size=1"
     fixed = r.model_copy(update={"activation_checkpointing": "all", "micro_batch_size": 1})
     assert plan.check_memory(fixed, 8, plan.find_gpu("H100-80GB"))["fits"]
 
@@ -80,17 +81,17 @@ def test_times_scale_with_the_work():
     assert 2 * peak < one < 2 * 19.2
 
 
-def test_processes_that_share_a_clip_halve_its_activations_and_its_time():
+def test_two_sequence_parallel_ranks_halve_activations_and_time():
     alone, pair = (plan.plan(changed(sequence_parallel=n), 8, FAST) for n in (1, 2))
     exchanged = plan.EXCHANGED * 56_320 * 4096 * 2 / 1e9
     for part, size in alone.memory_gb.items():
         expected = (size + exchanged) / 2 if part == "activations" else size
         assert pair.memory_gb[part] == pytest.approx(expected)
-    # Half as many clips at a time, each in half the time and what the exchange takes.
+    # Half as many clips at a time, each in half the time plus the time of the all-to-all.
     assert alone.step_seconds < pair.step_seconds < 1.1 * alone.step_seconds
 
 
-def test_what_the_host_holds_the_gpu_does_not():
+def test_offloaded_state_takes_cpu_memory_instead_of_gpu_memory():
     none, *others = (
         plan.plan(changed(offload=value), 2, FAST)
         for value in ("none", "ema", "optimizer", "parameters")
@@ -103,19 +104,19 @@ def test_what_the_host_holds_the_gpu_does_not():
         assert less.step_seconds > none.step_seconds
 
 
-def test_one_h200_is_enough_with_the_average_on_the_host():
+def test_one_h200_is_enough_with_the_ema_in_cpu_memory():
     with pytest.raises(UserError) as caught:
         plan.check_memory(changed(global_batch_size=1), 1, FAST)
-    assert caught.value.fix == "set offload: ema"
+    assert caught.value.fix == "add --set offload=ema"
 
 
 @pytest.mark.parametrize("words", ["H100", "8x", "8xGTX-1080", "0xH200", "x"])
-def test_gpus_that_are_not_known_are_refused(words):
+def test_unknown_gpus_are_refused(words):
     with pytest.raises(UserError, match="known GPUs"):
         plan.parse_gpus(words)
 
 
-def test_the_command_plans_for_hardware_that_is_not_there(cosmos):
+def test_the_command_plans_for_gpus_that_this_machine_lacks(cosmos):
     done = cosmos.json("train", "nemo_assets", "--gpus", "8xH100-80GB")
     assert done["fits"]
     assert done["gpu"] == "H100-80GB"
@@ -125,7 +126,7 @@ def test_the_command_plans_for_hardware_that_is_not_there(cosmos):
     assert "total" in cosmos("train", "tiny", "--plan").stdout
 
 
-def test_most_keeps_the_linears_of_the_blocks_that_fit_and_no_more():
+def test_most_keeps_linear_outputs_of_only_the_blocks_that_fit():
     attention, most = (changed(activation_checkpointing=m) for m in ("attention", "most"))
     for ranks in (2, 8):
         mlps, blocks = plan.blocks_kept(most, ranks, FAST)
@@ -135,10 +136,10 @@ def test_most_keeps_the_linears_of_the_blocks_that_fit_and_no_more():
         assert activation == pytest.approx(kept * 56_320 * 4096 * 2 / 1e9)
         assert other.fits
         assert (other.step_seconds < one.step_seconds) is (kept > 0)
-    # What eight share leaves more room than what two do.
+    # Eight ranks have more free memory each than two.
     assert plan.blocks_kept(most, 2, FAST) < plan.blocks_kept(most, 8, FAST) < (28, 28)
     assert plan.blocks_kept(most, 1, None) == (28, 28)
-    # A LoRA has no use for what the MLP gives, unless all that comes before it is kept.
+    # With a LoRA, the MLP's output is kept only together with all other linear outputs.
     mlps, blocks = plan.blocks_kept(most.model_copy(update={"lora_rank": 16}), 1, H100)
     assert 0 < mlps == blocks < 28
     assert plan.blocks_kept(most.model_copy(update={"transformer_engine": "linears"}), 8, FAST) == (
@@ -147,7 +148,7 @@ def test_most_keeps_the_linears_of_the_blocks_that_fit_and_no_more():
     )
 
 
-def test_a_second_copy_of_the_weights_costs_a_share_of_them_between_nodes_only():
+def test_hpz_adds_a_share_of_the_weights_only_across_nodes():
     whole = 2 * FULL.spec.dit.parameters / 1e9
     for ranks, share in ((8, 0), (16, 1 / 8)):
         one, two = (
@@ -157,7 +158,7 @@ def test_a_second_copy_of_the_weights_costs_a_share_of_them_between_nodes_only()
         assert two - one == pytest.approx(share * whole)
 
 
-def test_three_times_the_weights_cross_the_links_and_twice_those_between_nodes():
+def test_traffic_is_3_times_the_weights_and_2_times_across_nodes():
     gb = 2 * FULL.spec.dit.parameters / 1e9
     assert plan.traffic_seconds(FULL, 1, H100) == 0
     eight, sixteen = (plan.traffic_seconds(FULL, ranks, H100) for ranks in (8, 16))
@@ -172,7 +173,7 @@ def test_three_times_the_weights_cross_the_links_and_twice_those_between_nodes()
     assert plan.traffic_seconds(adapter, 8, H100) < 0.7 * eight
 
 
-def test_no_plan_for_processes_among_which_the_batch_does_not_divide(cosmos):
+def test_a_batch_that_the_processes_cannot_divide_is_refused(cosmos):
     refused = cosmos.json("train", "nemo_assets", "--gpus", "64xH100-80GB", code=2)
     assert "8 clips do not divide" in refused["error"]
     wide = ["--set", "global_batch_size=64"]
