@@ -19,9 +19,6 @@ from cosmos_cli.errors import ExitCode, UserError
 if TYPE_CHECKING:
     from cosmos_cli.recipe.keys import Recipe
 
-if TYPE_CHECKING:
-    from cosmos_cli.recipe.keys import Recipe
-
 # USABLE: the share of a GPU's memory that PyTorch's allocator can hand out. Fragmentation and CUDA
 # itself take the rest. A step with a peak of 145.1 GB ran on an H200. COMFORTABLE: above this
 # share, a plan that is 5 % too low would not fit.
