@@ -111,11 +111,16 @@ def solve(
     """Solve for x0 with the solver that a recipe names, "euler" or "res".
 
     Only "euler" uses the sigma_min of `sigma_range` = (sigma_min, sigma_max).
+
+    Raises:
+        ValueError: there is no such solver.
     """
     sigma_min, sigma_max = sigma_range
     if solver == "euler":
         return euler(denoiser, noise, euler_sigmas(steps, sigma_min, sigma_max), on_step)
-    return res(denoiser, noise, res_sigmas(steps, sigma_max), on_step)
+    if solver == "res":
+        return res(denoiser, noise, res_sigmas(steps, sigma_max), on_step)
+    raise ValueError(f"solver {solver!r} is neither euler nor res")
 
 
 def start_noise(seed: int, shape: tuple[int, ...]) -> Tensor:

@@ -102,3 +102,8 @@ def test_noise_depends_on_the_seed_alone():
     torch.randn(3)
     assert torch.equal(first, sampler.start_noise(7, (1, 16, 2, 4, 4)))
     assert not torch.equal(first, sampler.start_noise(8, (1, 16, 2, 4, 4)))
+
+
+def test_an_unknown_solver_is_refused():
+    with pytest.raises(ValueError, match="'heun' is neither euler nor res"):
+        sampler.solve("heun", 2, (0.02, 80.0), lambda x, _: x, torch.zeros(1), lambda _: None)
