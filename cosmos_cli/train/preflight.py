@@ -103,7 +103,7 @@ def check_recipe(r: Recipe, ranks: int) -> None:
             "the video tokenizer is missing, and previews and samples need it",
             code=ExitCode.ASSET,
             where=str(tokenizer),
-            fix="run `cosmos download RECIPE --for train`, or add "
+            fix="run `cosmos download RECIPE --for prep`, or add "
             "`--set preview_every_steps=0 --set sample_every_saves=0`",
         )
 
