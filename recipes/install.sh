@@ -63,7 +63,7 @@ fi
 free=$(df --output=avail --block-size=1MB . | tail -n 1)
 [[ -n $present ]] || ((free >= room)) || fail "$room MB of disk space are needed, $PWD has ${free// /} MB"
 echo "Installing cosmos into $PWD/.venv ($("$python" --version), torch for $torch): about $cost."
-echo "If FFmpeg is missing, apt-get installs it (60 MB). Nothing else outside .venv changes."
+echo "apt-get installs FFmpeg (60 MB) and libde265 if they are missing. Nothing else outside .venv changes."
 
 if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
   # Debian's Python without python3-venv cannot put pip into a new environment; Debian's pip can.

@@ -1,4 +1,4 @@
-"""Every key of a recipe: its type, default and description; and rules between the keys."""
+"""Every key of a recipe: its type, default and description."""
 
 from __future__ import annotations
 
