@@ -29,7 +29,7 @@ MB = 10**6
 
 
 class Kind(NamedTuple):
-    """What a file should be, its size limit in bytes, and the exit code and fix of a bad one."""
+    """A kind of file: its name, its limit in bytes, and the exit code and fix of a bad one."""
 
     name: str
     limit: int
