@@ -16,7 +16,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import Cosmos, moving_square, settings
 from safetensors.torch import save_file
 
 import cosmos_cli
@@ -28,6 +27,8 @@ from cosmos_cli.paths import Run
 from cosmos_cli.recipe import strict_yaml
 from cosmos_cli.spec import TINY
 from cosmos_cli.train import status
+from tests.helpers.command import Cosmos, settings
+from tests.helpers.stand_ins import moving_square
 
 PACKAGE = Path(cosmos_cli.__file__).parent
 # What a hostile file may add to the memory of a process.

@@ -3,15 +3,6 @@ from collections import Counter
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_dit import (
-    SMALL,
-    Watch,
-    _resize_without_torchvision,  # noqa: F401
-    diffusers_twin,
-    inputs,
-    network,
-    run_twin,
-)
 from torch import nn
 
 from cosmos_cli.errors import UserError
@@ -20,6 +11,7 @@ from cosmos_cli.model.dit import DiT
 from cosmos_cli.model.lora_files import Change
 from cosmos_cli.spec import LORA_TARGETS, TINY, DiTSpec
 from cosmos_cli.train import checkpoint
+from tests.helpers.networks import SMALL, Watch, diffusers_twin, inputs, network, run_twin
 
 
 def adapted(targets, factors=True):
