@@ -104,9 +104,9 @@ def test_where_each_rank_is_started_by_itself_the_loss_of_rank_0_ends_the_others
     script.write_text(
         "import time\n"
         "import torch.distributed as dist\n"
-        "from cosmos_cli.train.watchdog import Pulse\n"
+        "from cosmos_cli.train.watchdog import Watchdog\n"
         "dist.init_process_group('gloo')\n"
-        "Pulse(6).start()\n"
+        "Watchdog(6).start()\n"
         "print('beats', flush=True)\n"
         "time.sleep(60)\n"
     )

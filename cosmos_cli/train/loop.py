@@ -30,7 +30,7 @@ from cosmos_cli.train import checkpoint, data, metrics, status
 from cosmos_cli.train import engine as engines
 from cosmos_cli.train.heldout import HeldOut
 from cosmos_cli.train.previews import Pictures
-from cosmos_cli.train.watchdog import Pulse
+from cosmos_cli.train.watchdog import Watchdog
 
 # NCCL_MAX_CTAS under ZeRO-3: the number of SMs that NCCL may hold to gather weights and reduce
 # gradients. It holds them while it waits for the slowest rank, and full-grid GEMMs queue behind it.
@@ -258,7 +258,7 @@ def run_rank(r: Recipe) -> dict[str, Any]:
     device = _join_world(r.timeout_seconds)
     if dist.get_rank():
         console.mute()
-    watchdog = Pulse(r.timeout_seconds)
+    watchdog = Watchdog(r.timeout_seconds)
     watchdog.start()
     fix = "use more GPUs, `--set activation_checkpointing=all`, or fewer frames"
     with console.log_file(run.log), gpu_memory_errors(fix):
