@@ -496,16 +496,15 @@ def test_sampling_follows_the_guided_estimate_of_both_prompts():
     cond, uncond = torch.randn(shape, generator=generator)
     fps_B = torch.tensor([r.fps])
 
-    def denoiser(xt, sigma):
+    def denoise(xt, sigma_B):
         of = [
-            edm.denoise(net, xt, torch.tensor([sigma]), text[None], fps_B, r.spec.sigma_data)
+            edm.denoise(net, xt, sigma_B, text[None], fps_B, r.spec.sigma_data)
             for text in (cond, uncond)
         ]
         return of[0] + 2 * (of[0] - of[1])
 
     noise = sampler.start_noise(5, (1, *r.spec.latent_shape(r.num_frames, r.height, r.width)))
-    levels = r.spec.sigma_min, r.spec.sigma_max
     with torch.inference_mode():
-        expected = sampler.solve(r.sampler, 3, levels, denoiser, noise, lambda _: None)
+        expected = sampler.sample(denoise, noise, r, lambda _: None)
         made = sample(r, net, [Conditioning("", cond, uncond)], [5], "test")
     torch.testing.assert_close(made, expected, atol=1e-4, rtol=1e-4)

@@ -445,44 +445,32 @@ def sample(
 
     The noise of a seed does not depend on the other seeds; the last bits of a result may.
     """
-    spec = r.spec
-    device = next(net.parameters()).device
-    fps_B = torch.full((len(seeds),), r.fps, device=device)
-    shape = (1, *spec.latent_shape(r.num_frames, r.height, r.width))
-    noise = torch.cat([sampler.start_noise(seed, shape) for seed in seeds])
-    place = net.locate(patch_grid(spec.dit, noise), fps_B)
+    weight = next(net.parameters())
+    shape = (1, *r.spec.latent_shape(r.num_frames, r.height, r.width))
+    noise = torch.cat([sampler.start_noise(seed, shape) for seed in seeds]).to(weight.device)
+    fps_B = torch.full((len(seeds),), r.fps, device=weight.device)
+    place = net.locate(patch_grid(net.spec, noise), fps_B)
     words = [[t.cond for t in text_embs], [t.uncond for t in text_embs]]
-    texts_BMD = [torch.stack(embeddings).to(next(net.parameters())) for embeddings in words]
-    cond_prompt, uncond_prompt = (
-        Prompt(*place, net.read(text_emb_BMD)) for text_emb_BMD in texts_BMD
-    )
+    texts_BMD = [torch.stack(embeddings).to(weight) for embeddings in words]
+    prompts = [Prompt(*place, net.read(text_emb_BMD)) for text_emb_BMD in texts_BMD]
 
-    def guided(x: Tensor, *inputs: Tensor) -> Tensor:
-        """Return the guided network output; preconditioning is linear, so x0 is guided alike."""
+    def passes(*inputs: Tensor) -> list[Tensor]:
         if r.guidance == 0:
-            return net(x, *inputs, prompt=cond_prompt)
+            return [net(*inputs, prompt=prompts[0])]
         if pair:
-            own = (cond_prompt, uncond_prompt)[pair.index]
-            cond, uncond = pair.both(net(x, *inputs, prompt=own))
-        else:
-            first = net.first_attention(x, inputs[0], cond_prompt)
-            cond, uncond = (
-                net(x, *inputs, prompt=prompt._replace(first_BLD=first))
-                for prompt in (cond_prompt, uncond_prompt)
-            )
-        return sampler.guided(cond.float(), uncond.float(), r.guidance)
+            return pair.both(net(*inputs, prompt=prompts[pair.index]))
+        first = net.first_attention(*inputs[:2], prompts[0])
+        return [net(*inputs, prompt=prompt._replace(first_BLD=first)) for prompt in prompts]
 
-    def denoiser(xt: Tensor, sigma: float) -> Tensor:
-        sigma_B = torch.full((len(xt),), sigma, device=device)
-        return edm.denoise(guided, xt, sigma_B, texts_BMD[0], fps_B, spec.sigma_data)
+    guided_net = sampler.guide(passes, r.guidance)
+
+    def denoise(xt: Tensor, sigma_B: Tensor) -> Tensor:
+        return edm.denoise(guided_net, xt, sigma_B, texts_BMD[0], fps_B, r.spec.sigma_data)
 
     # res evaluates the denoiser once more, at the end, to get the result.
     evaluations = r.num_steps + (r.sampler == "res")
     with console.progress(label, evaluations, "steps") as bar:
-        sigmas = spec.sigma_min, spec.sigma_max
-        return sampler.solve(
-            r.sampler, r.num_steps, sigmas, denoiser, noise.to(device), lambda _: bar.advance()
-        )
+        return sampler.sample(denoise, noise, r, lambda _: bar.advance())
 
 
 def negative_prompt(r: Recipe) -> str:
