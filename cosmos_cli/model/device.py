@@ -36,6 +36,11 @@ def best_device() -> str:
     return "cpu"
 
 
+def number_format(device: str) -> torch.dtype:
+    """Return the dtype of weights and activations: float32 on a CPU, bfloat16 on a GPU."""
+    return torch.float32 if device == "cpu" else torch.bfloat16
+
+
 def compiles(setting: str, worth_it: bool, device: torch.device, loss: str) -> bool:
     """True if the recipe's `compile` asks for compilation and torch can compile for the device.
 

@@ -13,8 +13,8 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import astuple, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +24,6 @@ from torch import Tensor, nn
 from cosmos_cli import console, files, paths
 from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.generate.guards.aegis import Aegis
-from cosmos_cli.generate.guards.faces import FaceBlur
 from cosmos_cli.model import weights
 from cosmos_cli.recipe.keys import Recipe
 
@@ -59,7 +58,7 @@ def block_list(r: Recipe) -> BlockList | None:
         return None
     if not r.spec.embedded:
         # Fail now, before spending GPU time on a video that could not be checked.
-        for path in astuple(_files(r)):
+        for path in guard_files(r):
             with _reading(path):
                 path.stat()
         if not importlib.util.find_spec("peft"):
@@ -71,38 +70,15 @@ def block_list(r: Recipe) -> BlockList | None:
     return BlockList(paths.model_files(r.spec, r.checkpoints_dir).guardrail / "blocklist")
 
 
-def aegis(r: Recipe, device: str, dtype: torch.dtype) -> Aegis | None:
-    """Load the language model that judges prompts, or return None unless all guards are on.
+def aegis(r: Recipe, device: str, dtype: torch.dtype) -> Aegis:
+    """Load the language model that judges prompts.
 
     Raises:
         UserError: (ASSET) it is missing or damaged.
     """
-    if not has_all(r):
-        return None
-    folders = _files(r)
-    with _reading(folders.aegis):
-        return Aegis(folders.llama_guard, folders.aegis, device, dtype)
-
-
-def frame_filter(r: Recipe, device: str) -> FrameFilter | None:
-    """Load the frame filter, or return None unless all guards are on.
-
-    Raises:
-        UserError: (ASSET) it is missing or damaged.
-    """
-    if not has_all(r):
-        return None
-    folders = _files(r)
-    return FrameFilter(folders.classifier, folders.siglip, device)
-
-
-def face_blur(r: Recipe, device: str) -> FaceBlur | None:
-    """Load the network that blurs faces, or return None unless all guards are on.
-
-    Raises:
-        UserError: (ASSET) it is missing or damaged.
-    """
-    return FaceBlur(_files(r).faces, device) if has_all(r) else None
+    guards = guard_files(r)
+    with _reading(guards.aegis):
+        return Aegis(guards.llama_guard, guards.aegis, device, dtype)
 
 
 def has_all(r: Recipe) -> bool:
@@ -118,8 +94,7 @@ def names(r: Recipe) -> list[str] | str:
     return ["block list", *more]
 
 
-@dataclass(frozen=True)
-class _Files:
+class GuardFiles(NamedTuple):
     """The files of a released model's guards, without the block list."""
 
     llama_guard: Path
@@ -129,10 +104,11 @@ class _Files:
     faces: Path
 
 
-def _files(r: Recipe) -> _Files:
+def guard_files(r: Recipe) -> GuardFiles:
+    """Return the paths of the guards' files."""
     root = Path(r.checkpoints_dir).absolute()
     guardrails = paths.model_files(r.spec, r.checkpoints_dir).guardrail
-    return _Files(
+    return GuardFiles(
         root / paths.LLAMA_GUARD_DIR,
         root / paths.AEGIS_DIR,
         root / paths.SIGLIP_DIR,
