@@ -70,7 +70,7 @@ KINDS = {
     "dangling": (lambda path: path.symlink_to("nowhere"), "does not exist"),
 }
 READERS = {
-    "recipe": (strict_yaml.read, ExitCode.USAGE),
+    "recipe": (strict_yaml.read_entries, ExitCode.USAGE),
     "batch": (jobs.read_batch, ExitCode.USAGE),
     "json": (files.read_json, ExitCode.ASSET),
     "hash": (files.sha256_file, ExitCode.ASSET),

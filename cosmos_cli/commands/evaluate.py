@@ -67,7 +67,7 @@ def evaluate(
     written = measure.write_page(output, r, figures, samples)
     console.emit(
         Result(
-            console.table(measure.rows(figures), ("", "chance", *weights)),
+            console.table(measure.figure_rows(figures), ("", "chance", *weights)),
             written,
             figures,
             f"xdg-open {shlex.quote(str(output))}",

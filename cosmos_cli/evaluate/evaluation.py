@@ -30,7 +30,7 @@ from cosmos_cli.model.tiny.scorer import Reading
 from cosmos_cli.model.tiny.world import Scene
 from cosmos_cli.prep import latent_files
 from cosmos_cli.recipe.keys import Recipe
-from cosmos_cli.train import nearest, status
+from cosmos_cli.train import nearest, page
 from cosmos_cli.train.data import Clips
 from cosmos_cli.train.heldout import HeldOut
 
@@ -73,7 +73,7 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class Dataset:
+class PreparedClips:
     """A prepared dataset: its training clips, held-out clips and captions."""
 
     train: Clips
@@ -81,7 +81,7 @@ class Dataset:
     captions: tuple[str, ...]
 
     @classmethod
-    def of(cls, r: Recipe) -> Dataset | None:
+    def of(cls, r: Recipe) -> PreparedClips | None:
         """Return the dataset of a recipe, or None if prep has not run."""
         dataset = paths.Dataset.at(r.dataset_dir, r.videos_dir)
         if not dataset.manifest.exists():
@@ -107,7 +107,7 @@ def evaluate(
     Raises:
         UserError: there is no dataset to measure on, or a file is missing or damaged.
     """
-    dataset = Dataset.of(r)
+    dataset = PreparedClips.of(r)
     if not r.spec.embedded and dataset is None:
         raise UserError(
             "there is no prepared dataset to measure on", code=ExitCode.ASSET,
@@ -129,7 +129,7 @@ def evaluate(
             figures["clips"] = "held-out" if len(dataset.heldout) else "training"
             measured["edm"] = clip_errors(r, weights, clips, device)
         if wanted:
-            samples[name] = draw(r, weights, wanted, device)
+            samples[name] = sample_trials(r, weights, wanted, device)
             if r.spec.embedded:
                 measured["scores"] = scores(samples[name])
             if dataset and (distances := nearest_clips(samples[name], dataset.train)):
@@ -152,7 +152,9 @@ def world_trials(count: int) -> list[Trial]:
 
 
 @torch.inference_mode()
-def draw(r: Recipe, weights: Weights, wanted: Sequence[Trial], device: str) -> list[Sample]:
+def sample_trials(
+    r: Recipe, weights: Weights, wanted: Sequence[Trial], device: str
+) -> list[Sample]:
     """Generate a video of each trial with one model.
 
     Raises:
@@ -257,7 +259,7 @@ def nearest_clips(samples: Sequence[Sample], clips: Clips) -> tuple[float, float
 # --- report ---------------------------------------------------------------------------------------
 
 
-def rows(figures: dict[str, Any]) -> list[tuple[str, ...]]:
+def figure_rows(figures: dict[str, Any]) -> list[tuple[str, ...]]:
     """Return the figures as table rows: a name, the value of chance, and each model's value."""
     models = figures["models"].values()
     table: list[tuple[str, ...]] = []
@@ -285,7 +287,7 @@ def write_page(
     path: Path, r: Recipe, figures: dict[str, Any], samples: dict[str, list[Sample]]
 ) -> list[Path]:
     """Write one self-contained page and, next to it, its videos; return all paths."""
-    sections = [("Figures", html.table(rows(figures), ("", "chance", *figures["models"])))]
+    sections = [("Figures", html.table(figure_rows(figures), ("", "chance", *figures["models"])))]
     written = [path]
     for heading, mascot in (("The new concept", True), ("Other prompts", False)):
         shown = {
@@ -304,7 +306,7 @@ def write_page(
         sections.append((heading, html.row(*parts) + html.table(prompts, ("row by row",))))
     run = paths.Run(r.run_dir)
     if run.metrics.exists():
-        sections += status.sections(run)
+        sections += page.sections(run)
     hashes = ((name, model["weights"]) for name, model in figures["models"].items())
     sections.append(("Weights", html.table(hashes, ("", "sha256"))))
     files.write_text(path, html.page(f"Evaluation of {r.model}", sections))

@@ -59,7 +59,7 @@ the same. For real footage they are higher, but below 1, the loss of an untraine
 
 
 @dataclass(frozen=True)
-class Row:
+class Losses:
     """EDM losses at one noise level: of the model, of the linear estimate, on shuffled frames."""
 
     sigma: float
@@ -69,7 +69,7 @@ class Row:
 
 
 @torch.no_grad()
-def check(r: Recipe, device: str) -> dict[str, Any]:
+def check_weights(r: Recipe, device: str) -> dict[str, Any]:
     """Check a recipe's tokenizer and denoiser; return the figures.
 
     Raises:
@@ -82,7 +82,7 @@ def check(r: Recipe, device: str) -> dict[str, Any]:
     files = paths.model_files(r.spec, r.checkpoints_dir, r.base)
     denoiser = Denoiser(load_denoiser(r, files.dit, device, number_format(device)), r)
     rows = [
-        Row(
+        Losses(
             sigma,
             denoiser.loss(latents, sigma),
             linear_loss(latents, sigma, r.spec.sigma_data),
@@ -93,7 +93,7 @@ def check(r: Recipe, device: str) -> dict[str, Any]:
     cells = [tuple(f"{value:.4g}" for value in asdict(row).values()) for row in rows]
     header = ("sigma", "EDM loss", "linear estimate", "shuffled frames")
     console.say(f"{console.table(cells, header)}\n{EXPLANATION}")
-    if problem := verdict(rows, exchanged_losses(denoiser, latents[:1])):
+    if problem := fault_of(rows, exchanged_losses(denoiser, latents[:1])):
         raise UserError(
             f"the denoiser {problem}", code=ExitCode.ASSET, where=str(files.dit),
             fix="download it again; if it already is the hub's file, report this as a bug",
@@ -251,7 +251,7 @@ def replaced(change: Change) -> Iterator[None]:
             parameter.data = value
 
 
-def verdict(rows: list[Row], exchanged: dict[str, float]) -> str:
+def fault_of(rows: list[Losses], exchanged: dict[str, float]) -> str:
     """Return the problem of a denoiser as the predicate of a sentence; "" if there is none."""
     best = min(exchanged, key=lambda name: exchanged[name])
     linear = next(row.linear for row in rows if row.sigma == EXCHANGE_SIGMA)

@@ -35,7 +35,7 @@ def build(r: Recipe, share: data.Share, device: torch.device) -> Any:
         module.logvar.reset()
     net = module.net
     net.activation_checkpointing = r.activation_checkpointing
-    net.mlps_kept, net.blocks_kept = plan.blocks_kept(r, dist.get_world_size(), known_gpu(device))
+    net.mlps_kept, net.blocks_kept = plan.blocks_kept(r, dist.get_world_size(), gpu_model(device))
     worth_it, without = device.type != "cpu", "training takes a sixth longer"
     kernels.fuse(compiles(r.compile, worth_it, device, without))
     if r.transformer_engine != "off":
@@ -133,7 +133,7 @@ def optimizer_settings(r: Recipe) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def known_gpu(device: torch.device) -> plan.Gpu | None:
+def gpu_model(device: torch.device) -> plan.GpuModel | None:
     """Return the planner's entry for this GPU, or None if it has none."""
     name = "" if device.type == "cpu" else torch.cuda.get_device_name(device)
     return plan.find_gpu(name)

@@ -70,10 +70,10 @@ def join(loaded: LoadedRecipe, overwrite: bool) -> dict[str, Any]:
             # torchrun forwards SIGHUP even under nohup, and kills ranks that are still alive half a
             # minute later. The terminal itself sends its ranks no SIGHUP.
             signal.signal(signal.SIGHUP, signal.SIG_DFL)
-        from cosmos_cli.train import loop
+        from cosmos_cli.train.process import run_rank
 
         try:
-            outcome = loop.run_rank(loaded.recipe)
+            outcome = run_rank(loaded.recipe)
         except UserError as error:
             if rank:
                 # The other ranks see only that this one is gone, not why.
@@ -99,7 +99,7 @@ def start(loaded: LoadedRecipe, processes: int, overwrite: bool) -> dict[str, An
     run = Run(loaded.recipe.run_dir)
     command = [
         sys.executable, "-m", "cosmos_cli.ranks",
-        "--nproc-per-node", str(processes), "-m", "cosmos_cli.train.loop", str(run.resolved),
+        "--nproc-per-node", str(processes), "-m", "cosmos_cli.train.process", str(run.resolved),
     ]  # fmt: skip
     restarts = 0
     with _locked(run) as lock, ranks.Mailbox() as box:

@@ -52,7 +52,7 @@ class _Skipped(Exception):
     """Raised on all ranks when a picture is left out. The message says why."""
 
 
-class Pictures:
+class Previews:
     """Writes previews and samples into the folder of a run; every rank must make the same calls.
 
     If a picture does not fit the memory of any one rank, all ranks leave it out with one warning,

@@ -55,7 +55,9 @@ def sampling(r: Recipe, prompts: int, device: str) -> Iterator[Row]:
     ] + [("guidance", guidance, {"guidance": guidance}) for guidance in GUIDANCES]
     for study, value, changes in variants:
         began = time.monotonic()
-        samples = evaluation.draw(r.model_copy(update=changes), base, [*wanted, mascot], device)
+        samples = evaluation.sample_trials(
+            r.model_copy(update=changes), base, [*wanted, mascot], device
+        )
         scores = evaluation.scores(samples)
         del scores["concept"]
         yield {"study": study, "value": value, "seconds": time.monotonic() - began, **scores}
