@@ -22,12 +22,6 @@ LINE_KEYS = {
     "num_steps": "num_steps",
     "guidance": "guidance",
 }
-# The recipe keys that a video depends on. The rest is its prompt and its weights.
-DECIDING_KEYS = (
-    "model", "num_frames", "height", "width", "fps", "sampler", "num_steps", "guidance",
-    "negative_prompt", "sampling_seed", "video_crf", "upsampler", "upsampler_word_limit",
-    "guardrails",
-)  # fmt: skip
 # The text encoder reads about 2,500 characters. A far longer prompt is a file given by mistake.
 MAX_CHARACTERS = 20_000
 
@@ -127,7 +121,7 @@ class Job:
     @property
     def key(self) -> str:
         """Return a hash that is equal for jobs that produce the same video."""
-        values = json.dumps([getattr(self.r, name) for name in DECIDING_KEYS])
+        values = json.dumps([getattr(self.r, name) for name in self.r.deciding("video")])
         return files.sha256_text(self.prompt, self.weights.identity, values)
 
     @property
