@@ -1,4 +1,4 @@
-"""`cosmos generate`: turn prompts into mp4 files, each with a sidecar and a contact sheet."""
+"""Turn prompts into mp4 files, each with a sidecar and a contact sheet."""
 
 from __future__ import annotations
 

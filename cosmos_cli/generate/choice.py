@@ -28,7 +28,7 @@ _NAMES_SHOWN = 5
 
 @dataclass(frozen=True)
 class Choice:
-    """A recipe, overrides that the user's own replace, and a folder or file of weights.
+    """Name a recipe, overrides that the user's own replace, and a folder or file of weights.
 
     Weights of None stand for the recipe's base model.
     """

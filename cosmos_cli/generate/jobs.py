@@ -28,7 +28,7 @@ MAX_CHARACTERS = 20_000
 
 @dataclass(frozen=True)
 class Lora:
-    """A LoRA file, the strength it is applied with, and its hash.
+    """Name a LoRA file, the strength it is applied with, and its hash.
 
     `config_sha256` is the hash of the adapter_config.json next to the file, which holds its scale.
     """
@@ -41,7 +41,7 @@ class Lora:
 
 @dataclass(frozen=True)
 class Weights:
-    """A denoiser's weights and the LoRAs that are applied to them without merging."""
+    """Name a denoiser's weights and the LoRAs that are applied to them without merging."""
 
     path: Path
     sha256: str
@@ -60,7 +60,7 @@ class Weights:
 
 @dataclass(frozen=True)
 class Request:
-    """One line of a batch as the user wrote it, and where: a prompt, or a JSON object with one."""
+    """Hold one line of a batch as the user wrote it: a prompt, or a JSON object with one."""
 
     text: str
     where: str = "--prompt"
@@ -101,7 +101,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Settings:
-    """The settings that all videos of a command share; `output` is an .mp4 file or a folder."""
+    """Hold what all videos of a command share; `output` is an .mp4 file or a folder."""
 
     r: Recipe
     weights: Weights
@@ -111,7 +111,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Job:
-    """One video to generate; `r` includes the changes that its request makes."""
+    """Describe one video to generate; `r` includes the changes that its request makes."""
 
     prompt: str
     r: Recipe
@@ -141,7 +141,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Result:
-    """What was made of a request: a video, or none because of an error or a dry run."""
+    """Say what was made of a request: a video, or none because of an error or a dry run."""
 
     prompt: str
     job: Job | None = None

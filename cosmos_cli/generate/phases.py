@@ -134,7 +134,7 @@ def each(
 
 
 class Pipeline:
-    """The networks that turn jobs into videos.
+    """Turn jobs into videos with networks that are in memory in turn or together.
 
     Args:
         r: the recipe, whose model and sizes all jobs share.

@@ -25,7 +25,7 @@ _FOLDER = re.compile(r"(?P<model>[^.].*?)_post-trained([-_].+)?")
 
 @dataclass(frozen=True)
 class Promoted:
-    """A promoted model, and when its weights or manifest last changed, in ns."""
+    """Name a promoted model, and when its weights or manifest last changed, in ns."""
 
     folder: Path
     changed_ns: int

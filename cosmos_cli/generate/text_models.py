@@ -23,7 +23,7 @@ from cosmos_cli.recipe.keys import Recipe
 
 @dataclass(frozen=True)
 class Conditioning:
-    """The encoded prompt, its embedding (M, D) and the embedding of the negative prompt."""
+    """Hold the encoded prompt, its embedding (M, D) and that of the negative prompt."""
 
     prompt: str
     cond: Tensor
@@ -31,7 +31,7 @@ class Conditioning:
 
 
 class TextModels:
-    """The models that read a prompt; each is loaded when it is first needed."""
+    """Hold the models that read a prompt; each is loaded when it is first needed."""
 
     def __init__(self, r: Recipe, device: str) -> None:
         self.r = r

@@ -33,7 +33,7 @@ WORTH_COMPILING = 2e11
 
 @dataclass(frozen=True)
 class Pair:
-    """This rank's part in classifier-free guidance that two ranks run together for one video.
+    """Share the classifier-free guidance of one video between two ranks.
 
     Index 0 runs the conditional pass, index 1 the unconditional pass. Each pass may be run by a
     sequence-parallel group; the first rank of the conditional one writes the video.
@@ -56,7 +56,7 @@ class Pair:
 
 
 class VideoModels:
-    """The denoiser and the decoder in memory, with the guards of the video."""
+    """Hold the denoiser and the decoder, with the guards of the video."""
 
     def __init__(self, r: Recipe, weights_: Weights, device: str, pair: Pair | None) -> None:
         self.weights = weights_

@@ -1,4 +1,4 @@
-"""One of several processes that generate videos: it runs whole jobs, or shares one with others."""
+"""Generate videos as one of several processes: run whole jobs, or share one with others."""
 
 from __future__ import annotations
 

@@ -36,11 +36,6 @@ def best_device() -> str:
     return "cpu"
 
 
-def number_format(device: str) -> torch.dtype:
-    """Return the dtype of weights and activations: float32 on a CPU, bfloat16 on a GPU."""
-    return torch.float32 if device == "cpu" else torch.bfloat16
-
-
 def compiles(setting: str, worth_it: bool, device: torch.device, loss: str) -> bool:
     """True if the recipe's `compile` asks for compilation and torch can compile for the device.
 
@@ -72,6 +67,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
         isinstance(error, RuntimeError) and any(words in said for words in _OUT_OF_MEMORY)
     )
+
+
+def number_format(device: str) -> torch.dtype:
+    """Return the dtype of weights and activations: float32 on a CPU, bfloat16 on a GPU."""
+    return torch.float32 if device == "cpu" else torch.bfloat16
 
 
 def has_room(device: torch.device, needed: float) -> bool:

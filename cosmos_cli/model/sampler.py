@@ -27,7 +27,7 @@ OnStep = Callable[[int], None]
 
 
 class Settings(Protocol):
-    """The keys of a recipe that `sample` reads."""
+    """Name the keys of a recipe that `sample` reads."""
 
     spec: ModelSpec
     sampler: str

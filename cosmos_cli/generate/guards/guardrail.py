@@ -95,7 +95,7 @@ def names(r: Recipe) -> list[str] | str:
 
 
 class GuardFiles(NamedTuple):
-    """The files of a released model's guards, without the block list."""
+    """Name the files of a released model's guards, without the block list."""
 
     llama_guard: Path
     aegis: Path
@@ -126,7 +126,7 @@ def blocked(guard: str, reason: str, prompt: str) -> UserError:
 
 
 class BlockList:
-    """The words and phrases that no prompt may contain.
+    """Find the words and phrases that no prompt may contain.
 
     It blocks three cases that the reference's libraries miss: a listed word in single quotes, a
     listed plural that is capitalised or precedes a full stop, and a listed word whose last letter,
@@ -192,7 +192,7 @@ class BlockList:
 
 
 class FrameFilter:
-    """Classifies each frame of a video as safe or unsafe, from its SigLIP features.
+    """Classify each frame of a video as safe or unsafe, from its SigLIP features.
 
     Args:
         classifier: the released `safety_filter.pt`.
@@ -269,7 +269,7 @@ def _classifier(state: dict[str, Tensor]) -> nn.Sequential:
 
 
 class Lemmas:
-    """The nouns of WordNet, read from its files as NLTK stores them."""
+    """Look up the nouns of WordNet, in its files as NLTK stores them."""
 
     def __init__(self, nltk_data: Path) -> None:
         self.nouns = {line.split(" ", 1)[0] for line in _wordnet(nltk_data, "index.noun")}
