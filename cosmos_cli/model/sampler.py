@@ -26,7 +26,7 @@ Denoiser = Callable[[Tensor, float], Tensor]
 OnStep = Callable[[int], None]
 
 
-class Settings(Protocol):
+class SamplingKeys(Protocol):
     """Name the keys of a recipe that `sample` reads."""
 
     spec: ModelSpec
@@ -122,7 +122,10 @@ def _res_step(
 
 
 def sample(
-    denoise: Callable[[Tensor, Tensor], Tensor], noise: Tensor, settings: Settings, on_step: OnStep
+    denoise: Callable[[Tensor, Tensor], Tensor],
+    noise: Tensor,
+    settings: SamplingKeys,
+    on_step: OnStep,
 ) -> Tensor:
     """Sample x0 (BCTHW, fp32) from unit `noise`; `denoise` maps (xt, sigma_B) to its estimate.
 
