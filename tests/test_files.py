@@ -259,7 +259,7 @@ readers = {
     ".pt": weights.load_dit_state, ".jit": weights._read_torchscript,
     ".safetensors": weights.load_dit_state, ".json": files.read_json,
     ".pickle": lambda path: text.read_pickle(path, TINY.text),
-    ".jsonl": lambda path: [print(e) for e in jobs.read_batch(path) if isinstance(e, UserError)],
+    ".jsonl": lambda path: [request.read() for request in jobs.read_batch(path)],
     ".yaml": loading.load,
 }
 def peak():
@@ -268,7 +268,7 @@ for name in sys.argv[1:]:
     path, before, began = Path(name), peak(), time.monotonic()
     try:
         result = readers[path.suffix](path)
-        said = "batch" if path.suffix == ".jsonl" else f"read {str(result)[:80]}"
+        said = f"read {str(result)[:80]}"
     except UserError as error:
         said = str(error).splitlines()[0][:300]
     print(f"{path.name}\\t{said}\\t{peak() - before}\\t{time.monotonic() - began:.1f}", flush=True)
@@ -419,7 +419,7 @@ ALLOWED = {
     "model/containers.py": "FFmpeg, behind the look of video.py at the kind of file",
     "prep/damage.py": "FFmpeg, behind the look of video.py at the kind of file",
     "prep/captioner.py": "transformers, behind check_model_folder",
-    "generate/phases.py": "a text of the package",
+    "generate/text_models.py": "a text of the package",
     "generate/guards/guardrail.py": "transformers, behind check_model_folder",
     "model/lora_files.py": "safetensors, behind check_safetensors",
     "train/metrics.py": "a run's figures, written",

@@ -20,9 +20,11 @@ from torch import Tensor
 
 from cosmos_cli import console, files, html, paths
 from cosmos_cli.errors import ExitCode, UserError
-from cosmos_cli.generate import phases
 from cosmos_cli.generate.jobs import Job, Weights
+from cosmos_cli.generate.phases import Pipeline
+from cosmos_cli.generate.video_models import load_denoiser, sample_latents
 from cosmos_cli.model import edm, video
+from cosmos_cli.model.device import number_format
 from cosmos_cli.model.tiny import scorer, world
 from cosmos_cli.model.tiny.scorer import Reading
 from cosmos_cli.model.tiny.world import Scene
@@ -162,22 +164,19 @@ def sample_trials(
         Job(t.prompt, r.model_copy(update={"sampling_seed": t.seed}), weights, Path())
         for t in wanted
     ]
-    prepared = phases.TextModels(r, device, in_turn=True).prepare(jobs)
-    dtype = phases.number_format(device)
-    net = phases.load_denoiser(r, weights.path, device, dtype, weights.loras)
+    prepared, failed = Pipeline(r, device, in_turn=True).prepare(jobs)
+    if failed:
+        raise next(failed[job] for job in jobs if job in failed)
+    dtype = number_format(device)
+    net = load_denoiser(r, weights.path, device, dtype, weights.loras)
     tokenizer = latent_files.load_tokenizer(r, device, dtype)
     samples: list[Sample] = []
     batch = (16 if device == "cpu" else 64) if r.spec.embedded else 1
     for first in range(0, len(wanted), batch):
         trials = wanted[first : first + batch]
-        text_embs = []
-        for job in jobs[first : first + batch]:
-            text_emb = prepared[job]
-            if isinstance(text_emb, UserError):
-                raise text_emb
-            text_embs.append(text_emb)
+        text_embs = [prepared[job] for job in jobs[first : first + batch]]
         label = f"videos {first + 1}-{first + len(trials)} of {len(wanted)}"
-        x0 = phases.sample(r, net, text_embs, [trial.seed for trial in trials], label)
+        x0 = sample_latents(r, net, text_embs, [trial.seed for trial in trials], label)
         for trial, latent in zip(trials, x0, strict=True):
             pixels = video.to_uint8(tokenizer.decode(latent[None].to(dtype))[0]).cpu()
             samples.append(Sample(trial, pixels, latent.cpu()))
@@ -215,7 +214,7 @@ def consistency(reading: Reading) -> float:
 @torch.inference_mode()
 def reconstruction(r: Recipe, count: int, device: str) -> float:
     """Return the tokenizer's mean reconstruction PSNR in dB on held-out synthetic clips."""
-    dtype = phases.number_format(device)
+    dtype = number_format(device)
     tokenizer = latent_files.load_tokenizer(r, device, dtype)
     psnrs = []
     for seed in range(count):
@@ -233,8 +232,8 @@ def reconstruction(r: Recipe, count: int, device: str) -> float:
 @torch.inference_mode()
 def clip_errors(r: Recipe, weights: Weights, clips: Clips, device: str) -> dict[float, float]:
     """Return the mean EDM error of clips at each of `edm.FIXED_SIGMAS`, with fixed noise."""
-    dtype = phases.number_format(device)
-    net = phases.load_denoiser(r, weights.path, device, dtype, weights.loras)
+    dtype = number_format(device)
+    net = load_denoiser(r, weights.path, device, dtype, weights.loras)
     loss = edm.EDMLoss(net, r.spec).to(device)
     measured = HeldOut(clips, r.validate_clips)
     errors: dict[float, list[float]] = {sigma: [] for sigma in edm.FIXED_SIGMAS}

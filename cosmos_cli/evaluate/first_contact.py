@@ -25,8 +25,9 @@ from torch import Tensor, nn
 
 from cosmos_cli import console, paths
 from cosmos_cli.errors import ExitCode, UserError
-from cosmos_cli.generate import phases
+from cosmos_cli.generate.video_models import load_denoiser
 from cosmos_cli.model import edm, sampler, video
+from cosmos_cli.model.device import number_format
 from cosmos_cli.model.dit import DiT, Prompt, Rope, patch_grid, rope_table
 from cosmos_cli.model.tiny import world
 from cosmos_cli.model.tiny.world import Scene, Thing
@@ -79,7 +80,7 @@ def check_weights(r: Recipe, device: str) -> dict[str, Any]:
         r, [world.render(scene, FRAMES, *size) for scene in SCENES], device
     )
     files = paths.model_files(r.spec, r.checkpoints_dir, r.base)
-    denoiser = Denoiser(phases.load_denoiser(r, files.dit, device, phases.number_format(device)), r)
+    denoiser = Denoiser(load_denoiser(r, files.dit, device, number_format(device)), r)
     rows = [
         Losses(
             sigma,
@@ -111,7 +112,7 @@ def check_tokenizer(
     Raises:
         UserError: the reconstruction loses the picture, or the latents have the wrong scale.
     """
-    tokenizer = latent_files.load_tokenizer(r, device, phases.number_format(device))
+    tokenizer = latent_files.load_tokenizer(r, device, number_format(device))
     weight = next(tokenizer.parameters())
     latents, errors, variances = [], [], []
     for clip in clips:

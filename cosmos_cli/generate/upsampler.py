@@ -49,7 +49,7 @@ _NAMES = {
 
 
 class Upsampler:
-    """The language model and the tokenizer of a local folder."""
+    """Upsample prompts with the language model and the tokenizer of a local folder."""
 
     def __init__(self, folder: Path, device: str, dtype: torch.dtype) -> None:
         from transformers import AutoModelForCausalLM, AutoTokenizer

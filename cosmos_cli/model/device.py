@@ -69,6 +69,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
+def number_format(device: str) -> torch.dtype:
+    """Return the dtype of weights and activations: float32 on a CPU, bfloat16 on a GPU."""
+    return torch.float32 if device == "cpu" else torch.bfloat16
+
+
 def has_room(device: torch.device, needed: float) -> bool:
     """True if `needed` bytes can be allocated on a device; always True for a CPU.
 

@@ -98,17 +98,17 @@ def describe(r: Recipe, dataset: Dataset, videos: list[Source], job: str, device
     unseen = sources.find_captions(r, dataset, videos)
     if not unseen:
         return
-    with work_sharing.crew(dataset.descriptions / "prep.lock", job) as crew:
-        crew.start()
-        _share(r, dataset, videos, crew, device)
-        if not crew.wait_for_others():
+    with work_sharing.workers(dataset.descriptions / "prep.lock", job) as workers:
+        workers.start()
+        _share(r, dataset, videos, workers, device)
+        if not workers.wait_for_others():
             # Another process may have been killed before it finished its videos.
-            _share(r, dataset, videos, crew, device)
-            crew.finished()
+            _share(r, dataset, videos, workers, device)
+            workers.finished()
 
 
 def _share(
-    r: Recipe, dataset: Dataset, videos: list[Source], crew: work_sharing.Crew, device: str
+    r: Recipe, dataset: Dataset, videos: list[Source], workers: work_sharing.Workers, device: str
 ) -> None:
     """Describe the videos that no other process has described or is working on."""
     captioner: Captioner | None = None
@@ -117,7 +117,7 @@ def _share(
         for number, source in enumerate(videos):
             if source.name not in unseen:
                 continue
-            with crew.piece(number) as ours:
+            with workers.piece(number) as ours:
                 if ours and sources.read_description(r, dataset, source) is None:
                     captioner = captioner or _load(r, device)
                     _describe_one(r, dataset, source, captioner)

@@ -19,7 +19,7 @@ from cosmos_cli.errors import ExitCode, UserError
 _MEMBERS, _FIRST_PIECE = 0, 1
 
 
-class Crew:
+class Workers:
     """The processes that share one job. All must number its pieces in the same way."""
 
     def __init__(self, file: int, job: str, where: Path) -> None:
@@ -97,7 +97,7 @@ class Crew:
 
 
 @contextmanager
-def crew(path: Path, job: str) -> Iterator[Crew]:
+def workers(path: Path, job: str) -> Iterator[Workers]:
     """Join the processes that do the same job.
 
     Args:
@@ -111,6 +111,6 @@ def crew(path: Path, job: str) -> Iterator[Crew]:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        yield Crew(file, job, path.parent)
+        yield Workers(file, job, path.parent)
     finally:
         os.close(file)

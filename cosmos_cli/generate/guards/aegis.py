@@ -1,6 +1,6 @@
-"""Aegis: a language model that says whether a prompt is safe, and if not, which rule it breaks.
+"""Ask Aegis, a language model, if a prompt is safe, and if not, which rule it breaks.
 
-It is LlamaGuard-7b with NVIDIA's LoRA, prompted as in the reference and decoded greedily. The
+Aegis is LlamaGuard-7b with NVIDIA's LoRA, prompted as in the reference and decoded greedily. The
 prompt includes the safety policy: `aegis_policy.txt` has the reference's categories in our own
 words.
 
@@ -43,7 +43,7 @@ safety policy with the below categories.
 
 
 class Aegis:
-    """The safety language model in memory.
+    """Judge prompts with the safety language model.
 
     Args:
         base: a folder of meta-llama/LlamaGuard-7b.
