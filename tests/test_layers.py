@@ -17,8 +17,8 @@ HEAVY = {"torch", "transformers", "deepspeed", "torchcodec", "safetensors", "hug
 # From low to high; the rooms of one line do not know one another.
 ORDER = (
     (
-        *("errors", "console", "files", "pickles", "paths", "exchange", "spec", "html"),
-        *("gpus", "signals", "ranks", "__init__"),
+        *("errors", "console", "files", "pickles", "locks", "paths", "exchange", "spec"),
+        *("html", "gpus", "signals", "ranks", "__init__"),
     ),
     ("recipe", "model"),
     ("download",),
