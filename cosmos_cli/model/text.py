@@ -15,8 +15,7 @@ from __future__ import annotations
 import io
 import pickle
 import re
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from functools import cached_property
 from itertools import accumulate, groupby
 from pathlib import Path
@@ -25,17 +24,18 @@ from typing import Any
 import numpy as np
 import torch
 from einops import rearrange
-from safetensors import SafetensorError
 from torch import Tensor
 
 from cosmos_cli import files, pickles
 from cosmos_cli.errors import ExitCode, UserError
-from cosmos_cli.model import kernels
+from cosmos_cli.model import kernels, pretrained
 from cosmos_cli.model.finite import require_finite
 from cosmos_cli.spec import TextSpec
 
 # The most tokens in a batch: 16 captions of maximum length.
 BATCH_TOKENS = 8192
+
+_INCOMPLETE = ("is not a complete T5 encoder", "run `cosmos download RECIPE`")
 
 
 class TextEncoder:
@@ -43,7 +43,6 @@ class TextEncoder:
 
     def __init__(self, folder: Path, spec: TextSpec, device: str, dtype: torch.dtype) -> None:
         from transformers import AutoTokenizer
-        from transformers.utils import logging
 
         if not (folder / "config.json").is_file():
             raise UserError(
@@ -52,24 +51,22 @@ class TextEncoder:
                 where=str(folder),
                 fix="run `cosmos download RECIPE`",
             )
-        logging.disable_progress_bar()
-        files.check_model_folder(folder)
         self.folder, self.spec, self.device, self.dtype = folder, spec, device, dtype
-        with _whole(folder):
-            self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        with pretrained.reading(folder, *_INCOMPLETE):
+            self.tokenizer = pretrained.load(AutoTokenizer, folder)
 
     @cached_property
     def encoder(self) -> Any:
         """The network, loaded on first use."""
         from transformers import T5EncoderModel
 
-        with _whole(self.folder):
-            encoder = T5EncoderModel.from_pretrained(self.folder, dtype=self.dtype)
+        with pretrained.reading(self.folder, *_INCOMPLETE):
+            encoder = pretrained.load_model(T5EncoderModel, self.folder, self.dtype)
             if encoder.config.feed_forward_proj != "relu":
                 raise ValueError(
                     f"feed_forward_proj is {encoder.config.feed_forward_proj}, not relu"
                 )
-        encoder = encoder.to(self.device).eval()
+        encoder = encoder.to(self.device)
         require_finite(encoder.state_dict(), self.folder)
         return encoder
 
@@ -202,19 +199,6 @@ def read_pickle(path: Path, spec: TextSpec) -> Tensor:
         raise _bad(path, "holds numbers that are not finite (NaN or infinity)")
     # torch accepts only the machine's own byte order.
     return torch.from_numpy(np.ascontiguousarray(array, array.dtype.newbyteorder("=")))
-
-
-@contextmanager
-def _whole(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, ValueError, RecursionError, SafetensorError) as error:
-        raise UserError(
-            f"is not a complete T5 encoder: {str(error).splitlines()[0]}",
-            code=ExitCode.ASSET,
-            where=str(folder),
-            fix="run `cosmos download RECIPE`",
-        ) from error
 
 
 def _bad(path: Path, what: str) -> UserError:
