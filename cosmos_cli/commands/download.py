@@ -115,7 +115,8 @@ def _check(r: Recipe, next_: str, dry_run: bool) -> Result:
     if dry_run:
         return Result(figures={"dry_run": True})
     from cosmos_cli.evaluate import first_contact
-    from cosmos_cli.model.device import best_device, gpu_memory_errors
+    from cosmos_cli.gpus import best_device
+    from cosmos_cli.model.device import gpu_memory_errors
 
     device = best_device()
     if device == "cpu" and not r.spec.embedded:
