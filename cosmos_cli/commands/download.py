@@ -110,7 +110,7 @@ def _count_videos(r: Recipe) -> int:
 
 def _check(r: Recipe, next_: str, dry_run: bool) -> Result:
     """Test whether the weights denoise as trained weights should."""
-    files = paths.model_files(r.spec, r.checkpoints_dir, r.base)
+    files = r.model_files
     console.say(f"checking {files.tokenizer} and {files.dit}")
     if dry_run:
         return Result(figures={"dry_run": True})

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from cosmos_cli import console, paths
+from cosmos_cli import console
 from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.model import edm, fp8, kernels, lora, weights
 from cosmos_cli.model.device import why_not_compiled
@@ -46,7 +46,7 @@ def build(r: Recipe, share: data.Share, device: torch.device) -> Any:
     if r.transformer_engine == "all":
         fp8.use_engine_attention(net.blocks)
     kernels.put_cudnn_first()
-    base = paths.model_files(r.spec, r.checkpoints_dir, r.base).dit
+    base = r.model_files.dit
     shapes = {name: checkpoint.full_shape(p) for name, p in module.named_parameters()}
     state = {**weights.load_dit_state(base), **lora.fresh_factors(shapes, r.seed)}
     checkpoint.load_weights(module, state, base)

@@ -66,7 +66,7 @@ def block_list(r: Recipe) -> BlockList | None:
                 code=ExitCode.ENVIRONMENT,
                 fix='run pip install -e ".[guardrails]" in the clone',
             )
-    return BlockList(paths.model_files(r.spec, r.checkpoints_dir).guardrail / "blocklist")
+    return BlockList(r.model_files.guardrail / "blocklist")
 
 
 def aegis(r: Recipe, device: str, dtype: torch.dtype) -> Aegis:
@@ -106,7 +106,7 @@ class GuardFiles(NamedTuple):
 def guard_files(r: Recipe) -> GuardFiles:
     """Return the paths of the guards' files."""
     root = Path(r.checkpoints_dir).absolute()
-    guardrails = paths.model_files(r.spec, r.checkpoints_dir).guardrail
+    guardrails = r.model_files.guardrail
     return GuardFiles(
         root / paths.LLAMA_GUARD_DIR,
         root / paths.AEGIS_DIR,
