@@ -62,6 +62,11 @@ class UserError(Exception):
         return "\n".join([line, *map(str, self.also)])
 
 
+def usage_error(where: str, what: str, fix: str = "") -> UserError:
+    """Return the error for a mistake in a recipe or on the command line."""
+    return UserError(what, code=ExitCode.USAGE, where=where, fix=fix)
+
+
 def together(errors: Sequence[UserError]) -> UserError:
     """Return one error for several: the one with the largest exit code, followed by the others."""
     first = max(errors, key=lambda error: error.code)

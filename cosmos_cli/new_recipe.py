@@ -24,7 +24,7 @@ PASSES = 50
 FEWEST_STEPS, MOST_STEPS = 200, 2000
 
 
-class Choice(NamedTuple):
+class Line(NamedTuple):
     """One line of a recipe: a key, its value and the reason for the value."""
 
     key: str
@@ -34,7 +34,7 @@ class Choice(NamedTuple):
 
 def propose(
     name: str, folder: Path, videos: Sequence[VideoInfo], captioned: int, gpus: Sequence[str]
-) -> list[Choice]:
+) -> list[Line]:
     """Choose a value for each key from the videos and the GPUs of this machine.
 
     Args:
@@ -53,24 +53,24 @@ def propose(
     uncaptioned = len(videos) - captioned
     caption = f"{uncaptioned} of {len(videos)} videos have no caption; describe them here"
     return [
-        Choice("model", SPEC.name, "it is the released model that can be post-trained"),
+        Line("model", SPEC.name, "it is the released model that can be post-trained"),
         *_places(name, folder),
-        Choice("prompt", f"A video of {name.replace('_', ' ')}.", caption)
+        Line("prompt", f"A video of {name.replace('_', ' ')}.", caption)
         if uncaptioned
-        else Choice("prompt", None, "every video has its own caption"),
+        else Line("prompt", None, "every video has its own caption"),
         frames,
         *_shape(videos),
         rate,
         policy,
         *_schedule(clips, gpus),
-        Choice("output_root", "outputs", "the run is saved in output_root/project/group/name"),
-        Choice("name", name, "it is the name of this recipe"),
+        Line("output_root", "outputs", "the run is saved in output_root/project/group/name"),
+        Line("name", name, "it is the name of this recipe"),
     ]
 
 
-def render(choices: Sequence[Choice], header: Sequence[str]) -> str:
+def to_yaml(choices: Sequence[Line], header: Sequence[str]) -> str:
     """Return the text of the recipe file, with `header` as a comment above the choices."""
-    lines = [f"{choice.key}: {strict_yaml.dump(choice.value)}" for choice in choices]
+    lines = [f"{choice.key}: {strict_yaml.dump_value(choice.value)}" for choice in choices]
     column = max(len(line) for line in lines if len(line) <= 60)
     body = [
         f"{line:<{column}}  # because {choice.because}"
@@ -88,29 +88,29 @@ def dataset_of(name: str, folder: Path) -> Dataset:
     return Dataset(Path("datasets") / name, folder)
 
 
-def _places(name: str, folder: Path) -> list[Choice]:
+def _places(name: str, folder: Path) -> list[Line]:
     dataset = dataset_of(name, folder)
-    root = Choice("dataset_dir", str(dataset.root), "prep writes captions and latents there")
+    root = Line("dataset_dir", str(dataset.root), "prep writes captions and latents there")
     if dataset.videos == dataset.root / "videos":
         return [root]
-    return [root, Choice("videos_dir", str(dataset.videos), "the videos stay where they are")]
+    return [root, Line("videos_dir", str(dataset.videos), "the videos stay where they are")]
 
 
-def _rate(videos: Sequence[VideoInfo]) -> tuple[Choice, Choice]:
+def _rate(videos: Sequence[VideoInfo]) -> tuple[Line, Line]:
     rates = Counter(round(info.fps, 3) for info in videos)
     common, count = rates.most_common(1)[0]
     if common >= SPEC.fps * (1 - SAME_RATE):
         fps, reason = SPEC.fps, f"the model was trained at {SPEC.fps:g}"
     else:
         fps, reason = common, "a higher rate would only repeat frames"
-    choice = Choice("fps", fps, f"{count} of {len(videos)} videos have {common:g}; {reason}")
+    choice = Line("fps", fps, f"{count} of {len(videos)} videos have {common:g}; {reason}")
     if all(abs(rate / fps - 1) <= SAME_RATE for rate in rates):
-        return choice, Choice("fps_policy", "keep", f"every video has about {fps:g} fps")
+        return choice, Line("fps_policy", "keep", f"every video has about {fps:g} fps")
     found = f"{common:g} fps is" if len(rates) == 1 else f"{min(rates):g} to {max(rates):g} fps are"
-    return choice, Choice("fps_policy", "resample", f"{found} resampled to {fps:g}")
+    return choice, Line("fps_policy", "resample", f"{found} resampled to {fps:g}")
 
 
-def _num_frames(lengths: list[int], fps: float) -> Choice:
+def _num_frames(lengths: list[int], fps: float) -> Line:
     """Choose the longest clip for which three of four videos are long enough."""
     lower_quartile = max(lengths[len(lengths) // 4], 1)
     tok = SPEC.tokenizer
@@ -118,10 +118,10 @@ def _num_frames(lengths: list[int], fps: float) -> Choice:
     fit = sum(length >= frames for length in lengths)
     reason = f"{fit} of {len(lengths)} videos are long enough at {fps:g} fps"
     more = "" if frames < tok.chunk_frames else "; the model was trained at this length"
-    return Choice("num_frames", frames, reason + more)
+    return Line("num_frames", frames, reason + more)
 
 
-def _shape(videos: Sequence[VideoInfo]) -> list[Choice]:
+def _shape(videos: Sequence[VideoInfo]) -> list[Line]:
     (height, width), count = Counter((info.height, info.width) for info in videos).most_common(1)[0]
     size = (SPEC.height, SPEC.width)
     trained = f"the model was trained at {SPEC.height}x{SPEC.width}"
@@ -133,19 +133,19 @@ def _shape(videos: Sequence[VideoInfo]) -> list[Choice]:
     ]
     lost = f"{1 - min(shares):.0%}"
     if sum(shares) / len(shares) < LEAST_KEPT_BY_CROP:
-        resize = Choice("resize", "pad", f"cropping would cut off up to {lost} of a frame")
+        resize = Line("resize", "pad", f"cropping would cut off up to {lost} of a frame")
     else:
-        resize = Choice(
+        resize = Line(
             "resize", "crop", f"it keeps the proportions and cuts off at most {lost} of a frame"
         )
     return [
-        Choice("height", size[0], trained),
-        Choice("width", size[1], f"{count} of {len(videos)} videos are {height}x{width}"),
+        Line("height", size[0], trained),
+        Line("width", size[1], f"{count} of {len(videos)} videos are {height}x{width}"),
         resize,
     ]
 
 
-def _schedule(clips: int, gpus: Sequence[str]) -> list[Choice]:
+def _schedule(clips: int, gpus: Sequence[str]) -> list[Line]:
     count = max(len(gpus), 1)
     batch = count * -(-SMALLEST_BATCH // count)
     clips = max(clips, 1)
@@ -155,20 +155,20 @@ def _schedule(clips: int, gpus: Sequence[str]) -> list[Choice]:
         f"this machine has {len(gpus)} x {gpus[0]}" if gpus else "no GPU was found on this machine"
     )
     return [
-        Choice("learning_rate", 4.957595e-5, "NVIDIA's own training uses it"),
-        Choice("warmup_steps", steps // 20, "it is a twentieth of the run"),
-        Choice(
+        Line("learning_rate", 4.957595e-5, "NVIDIA's own training uses it"),
+        Line("warmup_steps", steps // 20, "it is a twentieth of the run"),
+        Line(
             "max_steps", steps, f"each of {clips} clips is seen {steps * batch / clips:.0f} times"
         ),
-        Choice("save_every_steps", steps // 5, "five checkpoints can be compared"),
-        Choice(
+        Line("save_every_steps", steps // 5, "five checkpoints can be compared"),
+        Line(
             "global_batch_size",
             batch,
             f"it is at least {SMALLEST_BATCH} and a multiple of the number of GPUs",
         ),
-        Choice("micro_batch_size", 1, "one clip fills a GPU"),
-        Choice("num_processes", "auto", hardware),
-        Choice(
+        Line("micro_batch_size", 1, "one clip fills a GPU"),
+        Line("num_processes", "auto", hardware),
+        Line(
             "precision",
             "bf16",
             "the model's weights are in bf16, and NVIDIA GPUs since 2020 compute in it",

@@ -71,7 +71,7 @@ KINDS = {
     "dangling": (lambda path: path.symlink_to("nowhere"), "does not exist"),
 }
 READERS = {
-    "recipe": (strict_yaml.read, ExitCode.USAGE),
+    "recipe": (strict_yaml.read_entries, ExitCode.USAGE),
     "batch": (jobs.read_batch, ExitCode.USAGE),
     "json": (files.read_json, ExitCode.ASSET),
     "hash": (files.sha256_file, ExitCode.ASSET),
@@ -259,7 +259,7 @@ readers = {
     ".pt": weights.load_dit_state, ".jit": weights._read_torchscript,
     ".safetensors": weights.load_dit_state, ".json": files.read_json,
     ".pickle": lambda path: text.read_pickle(path, TINY.text),
-    ".jsonl": lambda path: [print(e) for e in jobs.read_batch(path) if isinstance(e, UserError)],
+    ".jsonl": lambda path: [request.read() for request in jobs.read_batch(path)],
     ".yaml": loading.load,
 }
 def peak():
@@ -268,7 +268,7 @@ for name in sys.argv[1:]:
     path, before, began = Path(name), peak(), time.monotonic()
     try:
         result = readers[path.suffix](path)
-        said = "batch" if path.suffix == ".jsonl" else f"read {str(result)[:80]}"
+        said = f"read {str(result)[:80]}"
     except UserError as error:
         said = str(error).splitlines()[0][:300]
     print(f"{path.name}\\t{said}\\t{peak() - before}\\t{time.monotonic() - began:.1f}", flush=True)
@@ -407,27 +407,24 @@ ALLOWED = {
     "setup/checks.py": "the kernel's file on memory",
     "prep/work_sharing.py": "a lock that is made",
     "console.py": "a log that is written, and /dev/null",
-    "download/fetch.py": "a lock that is made",
-    "exchange.py": "a lock that is made",
-    "train/launch.py": "a lock that is made",
+    "download/fetch.py": "an MD5, of a file that open_regular opened",
+    "locks.py": "a lock that is made",
     "setup/probes.py": "logs of its own processes",
     "setup/installs.py": "a log of its own process",
     "html.py": "pictures that were just written",
     "download/t5.py": "the encoder's file that is written",
     "train/trackers.py": "a log of its own process, pictures that were just written",
-    "generate/guards/aegis.py": "a text of the package; transformers, behind check_model_folder",
+    "generate/guards/aegis.py": "a text of the package; peft, behind check_model_folder",
     "model/containers.py": "FFmpeg, behind the look of video.py at the kind of file",
     "prep/damage.py": "FFmpeg, behind the look of video.py at the kind of file",
-    "prep/captioner.py": "transformers, behind check_model_folder",
-    "generate/phases.py": "a text of the package",
-    "generate/guards/guardrail.py": "transformers, behind check_model_folder",
+    "generate/text_models.py": "a text of the package",
     "model/lora_files.py": "safetensors, behind check_safetensors",
     "train/metrics.py": "a run's figures, written",
     "prep/prepare.py": "safetensors, behind check_safetensors",
     "prep/latent_files.py": "safetensors, behind check_safetensors",
     "train/reshard.py": "a resume state, whose hashes were compared",
-    "model/text.py": "a pickle that is written; transformers, behind check_model_folder",
-    "generate/upsampler.py": "transformers, behind check_model_folder",
+    "model/text.py": "a pickle that is written",
+    "model/pretrained.py": "transformers, behind check_model_folder",
     "model/video.py": "FFmpeg, behind a look of its own at the kind of file",
     "model/weights.py": "torch and safetensors, behind check_torch and check_safetensors",
 }

@@ -110,12 +110,13 @@ def _count_videos(r: Recipe) -> int:
 
 def _check(r: Recipe, next_: str, dry_run: bool) -> Result:
     """Test whether the weights denoise as trained weights should."""
-    files = paths.model_files(r.spec, r.checkpoints_dir, r.base)
+    files = r.model_files
     console.say(f"checking {files.tokenizer} and {files.dit}")
     if dry_run:
         return Result(figures={"dry_run": True})
     from cosmos_cli.evaluate import first_contact
-    from cosmos_cli.model.device import best_device, gpu_memory_errors
+    from cosmos_cli.gpus import best_device
+    from cosmos_cli.model.device import gpu_memory_errors
 
     device = best_device()
     if device == "cpu" and not r.spec.embedded:
@@ -126,5 +127,5 @@ def _check(r: Recipe, next_: str, dry_run: bool) -> Result:
             fix="run the same command on a machine with a GPU",
         )
     with gpu_memory_errors("use a GPU with more memory"):
-        figures = first_contact.check(r, device)
+        figures = first_contact.check_weights(r, device)
     return Result("the weights work", figures=figures, next=next_)

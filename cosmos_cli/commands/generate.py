@@ -1,9 +1,9 @@
-"""`cosmos generate`: turn prompts into mp4 files, each with a sidecar and a contact sheet."""
+"""Turn prompts into mp4 files, each with a sidecar and a contact sheet."""
 
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
 from typing import Annotated
@@ -12,11 +12,9 @@ import typer
 
 from cosmos_cli import console, paths
 from cosmos_cli.commands import options
-from cosmos_cli.console import Result
 from cosmos_cli.errors import ExitCode, Interrupted, UserError, together
 from cosmos_cli.generate import batch, choice, jobs
-from cosmos_cli.generate.choice import choose_model
-from cosmos_cli.generate.jobs import Order, Outcome, Wish
+from cosmos_cli.generate.jobs import Request, Result, Settings
 
 RecipeArgument = Annotated[
     str | None,
@@ -99,7 +97,7 @@ def generate(
     Example: cosmos generate --prompt "A video of sks teal robot." --set num_steps=20
     """
     overrides = [*(set_ or ()), *([] if seed is None else [f"sampling_seed={seed}"])]
-    chosen = choose_model(recipe, model, overrides)
+    chosen = choice.choose_model(recipe, model, overrides)
     overrides = [*chosen.overrides, *overrides]
     r = options.open_recipe(chosen.recipe, overrides, print_recipe, json_, trains=False).recipe
     if prompts is not None and (prompt or batch_ or compare or num_processes or prompts != "-"):
@@ -121,29 +119,29 @@ def generate(
     weights = choice.add_loras(
         choice.find_weights(r, chosen.weights), tuple(map(choice.read_lora, lora or ()))
     )
-    order = Order(r, weights, output, overwrite)
-    placed = [batch.base_order(order, choice.base_of(r, weights)), order] if compare else [order]
+    settings = Settings(r, weights, output, overwrite)
+    both = [batch.base_settings(settings), settings] if compare else [settings]
     console.say(
-        f"{r.model} ({order.weights.path}): {r.num_frames} frames, {r.width}x{r.height} at "
+        f"{r.model} ({weights.path}): {r.num_frames} frames, {r.width}x{r.height} at "
         f"{r.fps:g} fps, {r.num_steps} steps, guidance {r.guidance:g}"
     )
     if dry_run:
-        result = _preview(placed, requests)
+        result = _preview(both, requests)
     elif prompts is None:
-        result = _finish(batch.batch(placed, requests, num_processes), streaming=False)
+        result = _finish(batch.batch(both, requests, num_processes), streaming=False)
     else:
-        result = _finish(batch.stream(order), streaming=True)
+        result = _finish(batch.stream(settings), streaming=True)
     result.figures["weights"] = {"path": str(weights.path), "sha256": weights.sha256}
     console.emit(result, as_json=json_)
 
 
-def _requests(prompts: list[str], file: Path | None) -> list[Wish | UserError]:
+def _requests(prompts: list[str], file: Path | None) -> list[Request]:
     """Return the requests of --prompt and --batch.
 
     Raises:
         UserError: there are none, or the batch cannot be read.
     """
-    requests = [*map(Wish, prompts), *(jobs.read_batch(file) if file else ())]
+    requests = [*map(Request, prompts), *(jobs.read_batch(file) if file else ())]
     if not requests:
         raise UserError(
             "no prompt was given", code=ExitCode.USAGE, where="--prompt",
@@ -152,8 +150,8 @@ def _requests(prompts: list[str], file: Path | None) -> list[Wish | UserError]:
     return requests
 
 
-def _finish(outcomes: Iterator[Outcome], *, streaming: bool) -> Result:
-    """Run all jobs; return the result if none failed.
+def _finish(results: Iterator[Result], *, streaming: bool) -> console.Result:
+    """Run all jobs; return the result of the command if none failed.
 
     Raises:
         UserError: the gravest error, with the finished videos.
@@ -161,43 +159,43 @@ def _finish(outcomes: Iterator[Outcome], *, streaming: bool) -> Result:
     """
     from cosmos_cli.model.device import gpu_memory_errors
 
-    seen: list[Outcome] = []
+    seen: list[Result] = []
     try:
         with gpu_memory_errors("set a smaller height, width or num_frames"):
-            for outcome in outcomes:
-                seen.append(outcome)
+            for result in results:
+                seen.append(result)
                 if streaming:
-                    console.record(outcome.record())
-        if errors := [outcome.error for outcome in seen if outcome.error]:
+                    console.record(result.record())
+        if errors := [result.error for result in seen if result.error]:
             raise together(errors)
     except (UserError, Interrupted) as end:
         end.artifacts = _paths(seen)
-        end.figures = {"videos": [outcome.record() for outcome in seen]}
+        end.figures = {"videos": [result.record() for result in seen]}
         raise
     made = _paths(seen)
     shown = made[-1].with_suffix(".html") if made else Path()
     shown = shown if shown.exists() else shown.with_suffix(".mp4")
-    return Result(
+    return console.Result(
         "" if streaming else "\n".join(map(str, made)),
         list(made),
-        {"videos": [outcome.record() for outcome in seen], "dry_run": False},
+        {"videos": [result.record() for result in seen], "dry_run": False},
         f"xdg-open {shlex.quote(str(shown))}" if made and not streaming else "",
     )
 
 
-def _paths(seen: list[Outcome]) -> tuple[Path, ...]:
-    return tuple(outcome.job.path for outcome in seen if outcome.job and outcome.done)
+def _paths(seen: list[Result]) -> tuple[Path, ...]:
+    return tuple(result.job.path for result in seen if result.job and result.made)
 
 
-def _preview(orders: list[Order], requests: Sequence[Wish | UserError]) -> Result:
+def _preview(settings: list[Settings], requests: list[Request]) -> console.Result:
     """Return the videos that would be generated.
 
     Raises:
         UserError: the gravest error of a request.
     """
-    outcomes = [order.place(request) for order, request in product(orders, requests)]
-    if errors := [outcome.error for outcome in outcomes if outcome.error]:
+    results = [batch.plan(request, own) for own, request in product(settings, requests)]
+    if errors := [result.error for result in results if result.error]:
         raise together(errors)
-    text = "\n".join(str(outcome.job.path) for outcome in outcomes if outcome.job)
-    figures = {"videos": [outcome.record() for outcome in outcomes], "dry_run": True}
-    return Result(text, figures=figures)
+    text = "\n".join(str(result.job.path) for result in results if result.job)
+    figures = {"videos": [result.record() for result in results], "dry_run": True}
+    return console.Result(text, figures=figures)

@@ -74,9 +74,9 @@ def open_recipe(
     return loaded
 
 
-def command_line(verb: str, name: str, overrides: list[str] | None, extra: str = "") -> str:
+def command_line(verb: str, recipe: str, overrides: list[str] | None, extra: str = "") -> str:
     """Return the command of another verb on the same recipe, to paste into a shell."""
-    words = ["cosmos", verb, name]
+    words = ["cosmos", verb, recipe]
     for override in overrides or ():
         words += ["--set", override]
     return " ".join(filter(None, [shlex.join(words), extra]))

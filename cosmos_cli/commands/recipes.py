@@ -13,7 +13,7 @@ import typer
 from cosmos_cli import console, files, paths
 from cosmos_cli.commands import options
 from cosmos_cli.console import Result
-from cosmos_cli.errors import ExitCode, UserError
+from cosmos_cli.errors import ExitCode, UserError, usage_error
 from cosmos_cli.prep import captions, lerobot
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def copy(
     """
     from cosmos_cli.recipe import loading
 
-    source = loading.find(name)
+    source = loading.find_recipe(name)
     target = destination or Path()
     with files.disk_errors(target):
         target = target / source.name if target.is_dir() else target
@@ -176,12 +176,12 @@ def new(
     Example: cosmos recipes new robot --videos ~/robot_videos
     """
     from cosmos_cli import gpus, new_recipe
-    from cosmos_cli.recipe import keys, loading, strict_yaml
+    from cosmos_cli.recipe import keys, loading
 
     name = name.removesuffix(".yaml")
     target = Path(f"{name}.yaml")
     if not re.fullmatch(keys.NAME, name):
-        raise strict_yaml.problem(f"NAME {name}", f"must be {keys.PATTERNS[keys.NAME]}")
+        raise usage_error(f"NAME {name}", f"must be {keys.PATTERNS[keys.NAME]}")
     dataset = new_recipe.dataset_of(name, videos)
     _check_free(target, yes)
     usable, bad = _probe(dataset)
@@ -195,7 +195,7 @@ def new(
         "",
         f"Run: cosmos setup {target}, then download, prep, train, promote and generate.",
     ]
-    files.write_text(target, new_recipe.render(choices, header))
+    files.write_text(target, new_recipe.to_yaml(choices, header))
     loaded = loading.load(target)
     for warning in (*bad, *loaded.warnings):
         console.warn(warning)

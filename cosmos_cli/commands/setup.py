@@ -14,7 +14,7 @@ from cosmos_cli.commands import options
 from cosmos_cli.console import Result
 from cosmos_cli.errors import ExitCode
 from cosmos_cli.setup import checks, installs
-from cosmos_cli.setup.checks import Check
+from cosmos_cli.setup.packages import Check
 
 
 class Extra(StrEnum):

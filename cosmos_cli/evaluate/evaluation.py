@@ -20,15 +20,17 @@ from torch import Tensor
 
 from cosmos_cli import console, files, html, paths
 from cosmos_cli.errors import ExitCode, UserError
-from cosmos_cli.generate import phases
 from cosmos_cli.generate.jobs import Job, Weights
+from cosmos_cli.generate.phases import Pipeline
+from cosmos_cli.generate.video_models import load_denoiser, sample_latents
 from cosmos_cli.model import edm, video
+from cosmos_cli.model.device import number_format
 from cosmos_cli.model.tiny import scorer, world
 from cosmos_cli.model.tiny.scorer import Reading
 from cosmos_cli.model.tiny.world import Scene
 from cosmos_cli.prep import latent_files
 from cosmos_cli.recipe.keys import Recipe
-from cosmos_cli.train import nearest, status
+from cosmos_cli.train import nearest, page
 from cosmos_cli.train.data import Clips
 from cosmos_cli.train.heldout import HeldOut
 
@@ -71,7 +73,7 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class Dataset:
+class PreparedClips:
     """A prepared dataset: its training clips, held-out clips and captions."""
 
     train: Clips
@@ -79,7 +81,7 @@ class Dataset:
     captions: tuple[str, ...]
 
     @classmethod
-    def of(cls, r: Recipe) -> Dataset | None:
+    def of(cls, r: Recipe) -> PreparedClips | None:
         """Return the dataset of a recipe, or None if prep has not run."""
         dataset = paths.Dataset.at(r.dataset_dir, r.videos_dir)
         if not dataset.manifest.exists():
@@ -105,7 +107,7 @@ def evaluate(
     Raises:
         UserError: there is no dataset to measure on, or a file is missing or damaged.
     """
-    dataset = Dataset.of(r)
+    dataset = PreparedClips.of(r)
     if not r.spec.embedded and dataset is None:
         raise UserError(
             "there is no prepared dataset to measure on", code=ExitCode.ASSET,
@@ -127,7 +129,7 @@ def evaluate(
             figures["clips"] = "held-out" if len(dataset.heldout) else "training"
             measured["edm"] = clip_errors(r, weights, clips, device)
         if wanted:
-            samples[name] = draw(r, weights, wanted, device)
+            samples[name] = sample_trials(r, weights, wanted, device)
             if r.spec.embedded:
                 measured["scores"] = scores(samples[name])
             if dataset and (distances := nearest_clips(samples[name], dataset.train)):
@@ -150,7 +152,9 @@ def world_trials(count: int) -> list[Trial]:
 
 
 @torch.inference_mode()
-def draw(r: Recipe, weights: Weights, wanted: Sequence[Trial], device: str) -> list[Sample]:
+def sample_trials(
+    r: Recipe, weights: Weights, wanted: Sequence[Trial], device: str
+) -> list[Sample]:
     """Generate a video of each trial with one model.
 
     Raises:
@@ -160,22 +164,19 @@ def draw(r: Recipe, weights: Weights, wanted: Sequence[Trial], device: str) -> l
         Job(t.prompt, r.model_copy(update={"sampling_seed": t.seed}), weights, Path())
         for t in wanted
     ]
-    prepared = phases.TextModels(r, device, in_turn=True).prepare(jobs)
-    dtype = phases.number_format(device)
-    net = phases.load_denoiser(r, weights.path, device, dtype, weights.loras)
+    prepared, failed = Pipeline(r, device, in_turn=True).prepare(jobs)
+    if failed:
+        raise next(failed[job] for job in jobs if job in failed)
+    dtype = number_format(device)
+    net = load_denoiser(r, weights.path, device, dtype, weights.loras)
     tokenizer = latent_files.load_tokenizer(r, device, dtype)
     samples: list[Sample] = []
     batch = (16 if device == "cpu" else 64) if r.spec.embedded else 1
     for first in range(0, len(wanted), batch):
         trials = wanted[first : first + batch]
-        text_embs = []
-        for job in jobs[first : first + batch]:
-            text_emb = prepared[job]
-            if isinstance(text_emb, UserError):
-                raise text_emb
-            text_embs.append(text_emb)
+        text_embs = [prepared[job] for job in jobs[first : first + batch]]
         label = f"videos {first + 1}-{first + len(trials)} of {len(wanted)}"
-        x0 = phases.sample(r, net, text_embs, [trial.seed for trial in trials], label)
+        x0 = sample_latents(r, net, text_embs, [trial.seed for trial in trials], label)
         for trial, latent in zip(trials, x0, strict=True):
             pixels = video.to_uint8(tokenizer.decode(latent[None].to(dtype))[0]).cpu()
             samples.append(Sample(trial, pixels, latent.cpu()))
@@ -213,7 +214,7 @@ def consistency(reading: Reading) -> float:
 @torch.inference_mode()
 def reconstruction(r: Recipe, count: int, device: str) -> float:
     """Return the tokenizer's mean reconstruction PSNR in dB on held-out synthetic clips."""
-    dtype = phases.number_format(device)
+    dtype = number_format(device)
     tokenizer = latent_files.load_tokenizer(r, device, dtype)
     psnrs = []
     for seed in range(count):
@@ -231,8 +232,8 @@ def reconstruction(r: Recipe, count: int, device: str) -> float:
 @torch.inference_mode()
 def clip_errors(r: Recipe, weights: Weights, clips: Clips, device: str) -> dict[float, float]:
     """Return the mean EDM error of clips at each of `edm.FIXED_SIGMAS`, with fixed noise."""
-    dtype = phases.number_format(device)
-    net = phases.load_denoiser(r, weights.path, device, dtype, weights.loras)
+    dtype = number_format(device)
+    net = load_denoiser(r, weights.path, device, dtype, weights.loras)
     loss = edm.EDMLoss(net, r.spec).to(device)
     measured = HeldOut(clips, r.validate_clips)
     errors: dict[float, list[float]] = {sigma: [] for sigma in edm.FIXED_SIGMAS}
@@ -258,7 +259,7 @@ def nearest_clips(samples: Sequence[Sample], clips: Clips) -> tuple[float, float
 # --- report ---------------------------------------------------------------------------------------
 
 
-def rows(figures: dict[str, Any]) -> list[tuple[str, ...]]:
+def figure_rows(figures: dict[str, Any]) -> list[tuple[str, ...]]:
     """Return the figures as table rows: a name, the value of chance, and each model's value."""
     models = figures["models"].values()
     table: list[tuple[str, ...]] = []
@@ -286,7 +287,7 @@ def write_page(
     path: Path, r: Recipe, figures: dict[str, Any], samples: dict[str, list[Sample]]
 ) -> list[Path]:
     """Write one self-contained page and, next to it, its videos; return all paths."""
-    sections = [("Figures", html.table(rows(figures), ("", "chance", *figures["models"])))]
+    sections = [("Figures", html.table(figure_rows(figures), ("", "chance", *figures["models"])))]
     written = [path]
     for heading, mascot in (("The new concept", True), ("Other prompts", False)):
         shown = {
@@ -305,7 +306,7 @@ def write_page(
         sections.append((heading, html.row(*parts) + html.table(prompts, ("row by row",))))
     run = paths.Run(r.run_dir)
     if run.metrics.exists():
-        sections += status.sections(run)
+        sections += page.sections(run)
     hashes = ((name, model["weights"]) for name, model in figures["models"].items())
     sections.append(("Weights", html.table(hashes, ("", "sha256"))))
     files.write_text(path, html.page(f"Evaluation of {r.model}", sections))

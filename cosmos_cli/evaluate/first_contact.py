@@ -23,10 +23,11 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from cosmos_cli import console, paths
+from cosmos_cli import console
 from cosmos_cli.errors import ExitCode, UserError
-from cosmos_cli.generate import phases
+from cosmos_cli.generate.video_models import load_denoiser
 from cosmos_cli.model import edm, sampler, video
+from cosmos_cli.model.device import number_format
 from cosmos_cli.model.dit import DiT, Prompt, Rope, patch_grid, rope_table
 from cosmos_cli.model.tiny import world
 from cosmos_cli.model.tiny.world import Scene, Thing
@@ -58,7 +59,7 @@ the same. For real footage they are higher, but below 1, the loss of an untraine
 
 
 @dataclass(frozen=True)
-class Row:
+class Losses:
     """EDM losses at one noise level: of the model, of the linear estimate, on shuffled frames."""
 
     sigma: float
@@ -68,7 +69,7 @@ class Row:
 
 
 @torch.no_grad()
-def check(r: Recipe, device: str) -> dict[str, Any]:
+def check_weights(r: Recipe, device: str) -> dict[str, Any]:
     """Check a recipe's tokenizer and denoiser; return the figures.
 
     Raises:
@@ -78,10 +79,10 @@ def check(r: Recipe, device: str) -> dict[str, Any]:
     latents, figures = check_tokenizer(
         r, [world.render(scene, FRAMES, *size) for scene in SCENES], device
     )
-    files = paths.model_files(r.spec, r.checkpoints_dir, r.base)
-    denoiser = Denoiser(phases.load_denoiser(r, files.dit, device, phases.number_format(device)), r)
+    files = r.model_files
+    denoiser = Denoiser(load_denoiser(r, files.dit, device, number_format(device)), r)
     rows = [
-        Row(
+        Losses(
             sigma,
             denoiser.loss(latents, sigma),
             linear_loss(latents, sigma, r.spec.sigma_data),
@@ -92,7 +93,7 @@ def check(r: Recipe, device: str) -> dict[str, Any]:
     cells = [tuple(f"{value:.4g}" for value in asdict(row).values()) for row in rows]
     header = ("sigma", "EDM loss", "linear estimate", "shuffled frames")
     console.say(f"{console.table(cells, header)}\n{EXPLANATION}")
-    if problem := verdict(rows, exchanged_losses(denoiser, latents[:1])):
+    if problem := fault_of(rows, exchanged_losses(denoiser, latents[:1])):
         raise UserError(
             f"the denoiser {problem}", code=ExitCode.ASSET, where=str(files.dit),
             fix="download it again; if it already is the hub's file, report this as a bug",
@@ -111,7 +112,7 @@ def check_tokenizer(
     Raises:
         UserError: the reconstruction loses the picture, or the latents have the wrong scale.
     """
-    tokenizer = latent_files.load_tokenizer(r, device, phases.number_format(device))
+    tokenizer = latent_files.load_tokenizer(r, device, number_format(device))
     weight = next(tokenizer.parameters())
     latents, errors, variances = [], [], []
     for clip in clips:
@@ -134,7 +135,7 @@ def check_tokenizer(
     if problem:
         raise UserError(
             f"the tokenizer {problem}", code=ExitCode.ASSET,
-            where=str(paths.model_files(r.spec, r.checkpoints_dir).tokenizer),
+            where=str(r.model_files.tokenizer),
             fix="download it again; if it already is the hub's file, report this as a bug",
         )  # fmt: skip
     return [x0.float() for x0 in latents], {"psnr": psnr, "lost": error / variance, "rms": rms}
@@ -250,7 +251,7 @@ def replaced(change: Change) -> Iterator[None]:
             parameter.data = value
 
 
-def verdict(rows: list[Row], exchanged: dict[str, float]) -> str:
+def fault_of(rows: list[Losses], exchanged: dict[str, float]) -> str:
     """Return the problem of a denoiser as the predicate of a sentence; "" if there is none."""
     best = min(exchanged, key=lambda name: exchanged[name])
     linear = next(row.linear for row in rows if row.sigma == EXCHANGE_SIGMA)

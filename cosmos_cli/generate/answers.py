@@ -32,7 +32,7 @@ def cache_dir() -> Path:
 
 
 class Answers:
-    """Caches the answers of one model. An answer that cannot be written is not an error.
+    """Cache the answers of one model. An answer that cannot be written is not an error.
 
     Args:
         model: the folder of the model's files, identified by size and modification time.

@@ -8,7 +8,7 @@ import os
 import shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from cosmos_cli import console, exchange, files, paths
 from cosmos_cli.errors import ExitCode, UserError
@@ -28,7 +28,7 @@ _NAMES_SHOWN = 5
 
 @dataclass(frozen=True)
 class Choice:
-    """A recipe, overrides that the user's own replace, and a folder or file of weights.
+    """Name a recipe, overrides that the user's own replace, and a folder or file of weights.
 
     Weights of None stand for the recipe's base model.
     """
@@ -64,7 +64,9 @@ def choose_model(recipe: str | None, model: str | None, overrides: list[str]) ->
         return Choice(recipe, chosen.folder)
     if model == "promoted":
         raise _none_promoted()
-    console.say(f"no {r.model} was promoted in {_folder(r.checkpoints_dir)}: using the base model")
+    console.say(
+        f"no {r.model} was promoted in {Path(r.checkpoints_dir).absolute()}: using the base model"
+    )
     return Choice(recipe)
 
 
@@ -83,7 +85,7 @@ def _newest(model: str | None, overrides: list[str]) -> Choice:
         return choice
     if model == "promoted":
         raise _none_promoted()
-    where = _folder(checkpoints_dir)
+    where = Path(checkpoints_dir).absolute()
     for base in (spec,) if spec else MODELS.values():
         weights = paths.model_files(base, checkpoints_dir).dit
         if not base.embedded and os.path.lexists(weights):
@@ -125,10 +127,15 @@ def _by_name(recipe: str | None, model: str, overrides: list[str]) -> Choice:
     elif len(folders) == 1:
         path = folders[0]
     elif folders:
-        names = ", ".join(folder.name for folder in folders)
-        raise _no_model(model, f"is the name of {len(folders)} models", f"give one of {names}")
+        listed = ", ".join(folder.name for folder in folders)
+        raise _no_model(model, f"is the name of {len(folders)} models", f"give one of {listed}")
     else:
-        raise _unknown_name(model, checkpoints_dir)
+        names = [one.folder.name for one in promoted.found(checkpoints_dir)]
+        there = f", such as {', '.join(names[:_NAMES_SHOWN])}" if names else ""
+        raise _no_model(
+            model, f"does not exist, neither as a path nor in {Path(checkpoints_dir).absolute()}",
+            f"give base, promoted, a path, or the name of a model there{there}",
+        )  # fmt: skip
     # A diffusers model keeps its weights in a subfolder.
     inside = path.name in paths.MODEL_FORMATS.values() or not path.is_dir()
     folder = path.parent if inside else path
@@ -140,16 +147,6 @@ def _by_name(recipe: str | None, model: str, overrides: list[str]) -> Choice:
     if promoted.is_promoted(folder):
         _say_unverified(folder, recipe)
     return Choice(recipe, path, own)
-
-
-def _unknown_name(model: str, checkpoints_dir: str) -> UserError:
-    names = [one.folder.name for one in promoted.found(checkpoints_dir)]
-    there = f", such as {', '.join(names[:_NAMES_SHOWN])}" if names else ""
-    where = _folder(checkpoints_dir)
-    return _no_model(
-        model, f"does not exist, neither as a path nor in {where}",
-        f"give base, promoted, a path, or the name of a model there{there}",
-    )  # fmt: skip
 
 
 def _no_model(model: str, what: str, fix: str) -> UserError:
@@ -180,8 +177,7 @@ def _with_own_recipe(folder: Path) -> Choice:
 
 
 def _of_spec(spec: ModelSpec, weights: Path | None) -> Choice:
-    name = _OWN_SIZES.get(spec.name)
-    if name:
+    if name := _OWN_SIZES.get(spec.name):
         return Choice(name, weights)
     return Choice(_OWN_SIZES[COSMOS_7B.name], weights, (f"model={spec.name}",))
 
@@ -202,7 +198,7 @@ def _say_unverified(folder: Path, recipe: str) -> None:
     """Warn, in one line, about files of promote that a folder lacks."""
     manifest = folder / paths.MANIFEST_FILE
     lacks = []
-    if promoted.manifest_of(folder) is None:
+    if not promoted.manifest_of(folder):
         what = f"names no sha256 in its {manifest.name}" if manifest.is_file() else ""
         lacks.append(f"{what or f'has no {manifest.name}'}, so its weights cannot be verified")
     if not (folder / "recipe.yaml").is_file():
@@ -211,17 +207,13 @@ def _say_unverified(folder: Path, recipe: str) -> None:
         console.warn(f"{folder} {'; it '.join(lacks)}")
 
 
-def _folder(checkpoints_dir: str) -> Path:
-    return Path(checkpoints_dir).absolute()
-
-
 def read_weights(r: Recipe, folder: Path | None) -> Weights:
     """Return the weights with their hash; a promoted model must match its manifest.
 
     Raises:
         UserError: they are missing or damaged.
     """
-    path = folder or paths.model_files(r.spec, r.checkpoints_dir, r.base).dit
+    path = folder or r.model_files.dit
     again = "promote again" if folder and promoted.is_promoted(folder) else "download"
     path = paths.weights_in(path)
     if not path.exists():
@@ -241,7 +233,7 @@ def read_weights(r: Recipe, folder: Path | None) -> Weights:
     before = files.file_id(path)
     found = Weights(path, files.sha256_path(path))
     named = path.name in paths.MODEL_FORMATS.values()
-    manifest = promoted.manifest_of(path.parent) if named else None
+    manifest = promoted.manifest_of(path.parent) if named else {}
     if manifest and manifest["sha256"] != found.sha256:
         if files.file_id(path) != before:
             # A promotion exchanged the folder while the old weights were hashed.
@@ -264,7 +256,7 @@ def find_weights(r: Recipe, folder: Path | None) -> Weights:
     Raises:
         UserError: they are missing or damaged.
     """
-    manifest = _manifest(folder) if folder and folder.is_dir() else {}
+    manifest = promoted.manifest_of(folder) if folder and folder.is_dir() else {}
     if not folder or "lora" not in manifest:
         return read_weights(r, folder)
     path = folder / paths.LORA_FILE
@@ -300,7 +292,7 @@ def _not_promoted(path: Path, merged: str) -> UserError:
 
 def base_of(r: Recipe, weights: Weights) -> Weights:
     """Return the base's weights; reuse their hash if `weights` are the base with LoRAs."""
-    base = paths.weights_in(paths.model_files(r.spec, r.checkpoints_dir, r.base).dit)
+    base = paths.weights_in(r.model_files.dit)
     return replace(weights, loras=()) if weights.path == base else read_weights(r, None)
 
 
@@ -311,7 +303,7 @@ def add_loras(weights: Weights, loras: tuple[Lora, ...]) -> Weights:
         UserError: the weights include one of them already, so it would be applied twice.
     """
     places = (weights.path, *(used.path for used in weights.loras))
-    manifests = [_manifest(place.parent) for place in places]
+    manifests = [promoted.manifest_of(place.parent) for place in places]
     inside = {(manifest.get("checkpoint") or {}).get("sha256") for manifest in manifests}
     runs = [Path(m["run"]) for m in manifests if "lora" in m and "run" in m]
     for lora in loras:
@@ -328,13 +320,6 @@ def add_loras(weights: Weights, loras: tuple[Lora, ...]) -> Weights:
     if len({lora.sha256 for lora in loras}) < len(loras):
         console.warn("one LoRA is given twice; its strengths add up")
     return replace(weights, loras=(*weights.loras, *loras))
-
-
-def _manifest(folder: Path) -> dict[str, Any]:
-    """Return promote's manifest of a model folder, {} for any other folder."""
-    path = folder / paths.MANIFEST_FILE
-    content = files.read_json(path) if path.is_file() else {}
-    return content if isinstance(content, dict) else {}
 
 
 def read_lora(text: str) -> Lora:

@@ -1,4 +1,4 @@
-"""Writes two videos of one prompt and seed side by side: a labelled mp4 and an HTML page."""
+"""Write two videos of one prompt and seed side by side: a labelled mp4 and an HTML page."""
 
 from __future__ import annotations
 

@@ -1,15 +1,15 @@
-"""Read prompts from options, files and standard input, and plan a job for each. No torch."""
+"""Read requests from options, files and standard input, and resolve each to a job. No torch."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cosmos_cli import console, files
+from cosmos_cli import files
 from cosmos_cli.errors import ExitCode, UserError
 
 if TYPE_CHECKING:
@@ -22,19 +22,13 @@ LINE_KEYS = {
     "num_steps": "num_steps",
     "guidance": "guidance",
 }
-# The recipe keys that a video depends on. The rest is its prompt and its weights.
-SETTINGS = (
-    "model", "num_frames", "height", "width", "fps", "sampler", "num_steps", "guidance",
-    "negative_prompt", "sampling_seed", "video_crf", "upsampler", "upsampler_word_limit",
-    "guardrails",
-)  # fmt: skip
 # The text encoder reads about 2,500 characters. A far longer prompt is a file given by mistake.
 MAX_CHARACTERS = 20_000
 
 
 @dataclass(frozen=True)
 class Lora:
-    """A LoRA file, the strength it is applied with, and its hash.
+    """Name a LoRA file, the strength it is applied with, and its hash.
 
     `config_sha256` is the hash of the adapter_config.json next to the file, which holds its scale.
     """
@@ -47,7 +41,7 @@ class Lora:
 
 @dataclass(frozen=True)
 class Weights:
-    """A denoiser's weights and the LoRAs that are applied to them without merging."""
+    """Name a denoiser's weights and the LoRAs that are applied to them without merging."""
 
     path: Path
     sha256: str
@@ -65,17 +59,59 @@ class Weights:
 
 
 @dataclass(frozen=True)
-class Wish:
-    """One requested video: its prompt, its changes to sampling keys, and where it was read."""
+class Request:
+    """Hold one line of a batch as the user wrote it: a prompt, or a JSON object with one."""
 
-    prompt: str
-    changes: Mapping[str, Any] = field(default_factory=dict)
+    text: str
     where: str = "--prompt"
+    is_object: bool = False
+
+    def read(self) -> tuple[str, dict[str, Any]]:
+        """Return the prompt and the recipe keys that the request changes.
+
+        Raises:
+            UserError: the text is not an object like {"prompt": "...", "seed": 1}.
+        """
+        if not self.is_object:
+            return self.text, {}
+        try:
+            entry = json.loads(self.text)
+        except (ValueError, RecursionError):
+            entry = None
+        if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str):
+            raise self.error('is not an object like {"prompt": "...", "seed": 1}')
+        prompt = entry.pop("prompt")
+        if unknown := sorted(entry.keys() - LINE_KEYS.keys()):
+            fix = f"a line may have prompt, {', '.join(LINE_KEYS)}"
+            raise self.error(f"has the unknown key {unknown[0]!r}", fix)
+        return prompt, {LINE_KEYS[key]: value for key, value in entry.items()}
+
+    @property
+    def prompt(self) -> str:
+        """Return the prompt, or "" if the text cannot be read."""
+        try:
+            return self.read()[0]
+        except UserError:
+            return ""
+
+    def error(self, what: str, fix: str = "") -> UserError:
+        """Return an error that names the place of the request."""
+        return UserError(what, code=ExitCode.USAGE, where=self.where, fix=fix)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Hold what all videos of a command share; `output` is an .mp4 file or a folder."""
+
+    r: Recipe
+    weights: Weights
+    output: Path
+    overwrite: bool
 
 
 @dataclass(frozen=True)
 class Job:
-    """One video to generate; `r` includes the changes that its own line makes."""
+    """Describe one video to generate; `r` includes the changes that its request makes."""
 
     prompt: str
     r: Recipe
@@ -85,7 +121,17 @@ class Job:
     @property
     def key(self) -> str:
         """Return a hash that is equal for jobs that produce the same video."""
-        return _key(self.prompt, self.r, self.weights)
+        values = json.dumps([getattr(self.r, name) for name in self.r.deciding("video")])
+        return files.sha256_text(self.prompt, self.weights.identity, values)
+
+    @property
+    def stem(self) -> str:
+        """Return a readable file name.
+
+        Six digits of the key tell apart videos that differ in more than prompt and seed.
+        """
+        slug = re.sub(r"[^a-z0-9]+", "-", self.prompt.lower()).strip("-")[:48].strip("-")
+        return "-".join(filter(None, [slug, self.key[:6], f"seed{self.r.sampling_seed}"]))
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -93,9 +139,22 @@ class Job:
         return tuple(self.path.with_suffix(suffix) for suffix in (".json", ".txt", ".jpg", ".mp4"))
 
 
-def _key(prompt: str, r: Recipe, weights: Weights) -> str:
-    settings = json.dumps([getattr(r, name) for name in SETTINGS])
-    return files.sha256_text(prompt, weights.identity, settings)
+@dataclass(frozen=True)
+class Result:
+    """Say what was made of a request: a video, or none because of an error or a dry run."""
+
+    prompt: str
+    job: Job | None = None
+    error: UserError | None = None
+    made: bool = False
+
+    def record(self) -> dict[str, Any]:
+        """Return the result as a JSON object for scripts."""
+        code = self.error.code if self.error else ExitCode.OK
+        about = {"status": "error" if code else "ok", "exit_code": int(code), "prompt": self.prompt}
+        if self.job:
+            about |= {"seed": self.job.r.sampling_seed, "path": str(self.job.path)}
+        return {**about, "error": str(self.error)} if self.error else about
 
 
 def to_json(job: Job) -> dict[str, Any]:
@@ -119,18 +178,15 @@ def from_json(value: dict[str, Any]) -> Job:
     )
 
 
-# --- from text to requests ------------------------------------------------------------------------
-
-
-def read_batch(path: Path) -> list[Wish | UserError]:
-    """Return the request of each line of a JSONL file, or its error; blank lines are skipped.
+def read_batch(path: Path) -> list[Request]:
+    """Return the request of each line of a JSONL file; blank lines are skipped.
 
     Raises:
         UserError: the file is missing, or holds no prompts.
     """
     lines = files.read_text(path, files.BATCH).split("\n")
     requests = [
-        _from_object(line, f"{path}:{number}")
+        Request(line, f"{path}:{number}", is_object=True)
         for number, line in enumerate(lines, start=1)
         if line.strip()
     ]
@@ -139,137 +195,50 @@ def read_batch(path: Path) -> list[Wish | UserError]:
     return requests
 
 
-def read_lines(lines: Iterable[str]) -> Iterator[Wish | UserError]:
-    """Yield the request of each line as it arrives, or its error; blank lines are skipped."""
+def read_lines(lines: Iterable[str]) -> Iterator[Request]:
+    """Yield the request of each line as it arrives; blank lines are skipped."""
     for number, line in enumerate(lines, start=1):
-        where = f"standard input:{number}"
-        if not line.strip():
-            continue
-        if not line.lstrip().startswith("{"):
-            yield Wish(line.strip(), where=where)
-            continue
-        yield _from_object(line, where)
+        if text := line.strip():
+            yield Request(text, f"standard input:{number}", is_object=text.startswith("{"))
 
 
-def _from_object(line: str, where: str) -> Wish | UserError:
-    """Return the request of a line like {"prompt": "...", "seed": 1}, or its error."""
+def resolve(request: Request, settings: Settings) -> Job:
+    """Return the job of a request.
+
+    Raises:
+        UserError: the request cannot be read, its prompt is empty, not UTF-8 or too long, or a
+            value is out of range.
+    """
+    prompt, changes = request.read()
     try:
-        entry = json.loads(line)
-    except (ValueError, RecursionError):
-        entry = None
-    if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str):
-        return UserError(
-            'is not an object like {"prompt": "...", "seed": 1}', code=ExitCode.USAGE, where=where
-        )
-    changes = {key: value for key, value in entry.items() if key != "prompt"}
-    if unknown := sorted(changes.keys() - LINE_KEYS.keys()):
-        return UserError(
-            f"has the unknown key {unknown[0]!r}", code=ExitCode.USAGE, where=where,
-            fix=f"a line may have prompt, {', '.join(LINE_KEYS)}",
-        )  # fmt: skip
-    return Wish(entry["prompt"], {LINE_KEYS[key]: value for key, value in changes.items()}, where)
-
-
-# --- from requests to jobs ------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """The state of a request: a job, done or still to do, or an error."""
-
-    prompt: str
-    job: Job | None = None
-    error: UserError | None = None
-    done: bool = False
-
-    def record(self) -> dict[str, Any]:
-        """Return the outcome as a JSON object for scripts."""
-        code = self.error.code if self.error else ExitCode.OK
-        about = {"status": "error" if code else "ok", "exit_code": int(code), "prompt": self.prompt}
-        if self.job:
-            about |= {"seed": self.job.r.sampling_seed, "path": str(self.job.path)}
-        return {**about, "error": str(self.error)} if self.error else about
-
-
-@dataclass(frozen=True)
-class Order:
-    """The settings that the videos of one command share; `output` is an .mp4 file or a folder."""
-
-    r: Recipe
-    weights: Weights
-    output: Path
-    overwrite: bool
-
-    def place(self, request: Wish | UserError) -> Outcome:
-        """Return the job of a request, done if its video exists already, or its error."""
-        if isinstance(request, UserError):
-            return Outcome("", error=request)
-        try:
-            job = self._job(request)
-            with files.disk_errors(job.path):
-                done = not self.overwrite and is_made(job)
-        except UserError as error:
-            return Outcome(request.prompt, error=error)
-        if done:
-            console.say(f"generated before, not again: {job.path}")
-        return Outcome(request.prompt, job, done=done)
-
-    def _job(self, request: Wish) -> Job:
-        """Return the job of a request.
-
-        Raises:
-            UserError: the prompt is empty, not UTF-8 or too long, or a value is out of range.
-        """
-        _check_prompt(request)
-        r = _with_changes(request, self.r)
-        path = self.output.absolute()
-        if path.suffix.lower() != ".mp4":
-            stem = file_stem(request.prompt, _key(request.prompt, r, self.weights), r.sampling_seed)
-            path /= f"{stem}.mp4"
-        return Job(request.prompt, r, self.weights, path.with_suffix(".mp4"))
-
-
-def _check_prompt(request: Wish) -> None:
-    def bad(what: str, fix: str) -> UserError:
-        return UserError(what, code=ExitCode.USAGE, where=request.where, fix=fix)
-
-    try:
-        (request.prompt + str(request.changes.get("negative_prompt"))).encode()
+        (prompt + str(changes.get("negative_prompt"))).encode()
     except UnicodeEncodeError as error:
-        raise bad("is not text", "write it as UTF-8") from error
-    if not request.prompt.strip():
-        raise bad("the prompt is empty", "describe the video")
-    if len(request.prompt) > MAX_CHARACTERS:
-        what = f"the prompt has {len(request.prompt):,} characters"
-        raise bad(what, f"shorten it to at most {MAX_CHARACTERS:,}; the model reads far fewer")
+        raise request.error("is not text", "write it as UTF-8") from error
+    if not prompt.strip():
+        raise request.error("the prompt is empty", "describe the video")
+    if len(prompt) > MAX_CHARACTERS:
+        fix = f"shorten it to at most {MAX_CHARACTERS:,}; the model reads far fewer"
+        raise request.error(f"the prompt has {len(prompt):,} characters", fix)
+    r = _with_changes(request, settings.r, changes)
+    job = Job(prompt, r, settings.weights, settings.output.absolute())
+    if job.path.suffix.lower() == ".mp4":
+        return replace(job, path=job.path.with_suffix(".mp4"))
+    return replace(job, path=job.path / f"{job.stem}.mp4")
 
 
-def _with_changes(request: Wish, r: Recipe) -> Recipe:
+def _with_changes(request: Request, r: Recipe, changes: dict[str, Any]) -> Recipe:
     from pydantic import ValidationError
 
     from cosmos_cli.recipe.keys import Recipe
 
-    if not request.changes:
+    if not changes:
         return r
     try:
-        return Recipe.model_validate({**r.model_dump(), **request.changes})
+        return Recipe.model_validate({**r.model_dump(), **changes})
     except ValidationError as error:
         first = error.errors()[0]
         key = next(k for k, name in LINE_KEYS.items() if name == first["loc"][0])
-        what = f"{key} is {first['input']!r}: {first['msg']}"
-        raise UserError(what, code=ExitCode.USAGE, where=request.where) from error
-
-
-def file_stem(prompt: str, key: str, seed: int) -> str:
-    """Return a readable file name.
-
-    Six digits of the key tell apart videos that differ in other settings than prompt and seed.
-    """
-    slug = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:48].strip("-")
-    return "-".join(filter(None, [slug, key[:6], f"seed{seed}"]))
-
-
-# --- finished videos ------------------------------------------------------------------------------
+        raise request.error(f"{key} is {first['input']!r}: {first['msg']}") from error
 
 
 def is_made(wanted: Job) -> bool:
@@ -278,27 +247,17 @@ def is_made(wanted: Job) -> bool:
     Raises:
         UserError: files of another video or program have the same names.
     """
-    sidecar = wanted.files[0]
-    about = _sidecar(sidecar)
-    if about.get("key") == wanted.key:
-        path = wanted.path
-        return path.is_file() and files.sha256_file(path) == about["mp4_sha256"]
+    try:
+        about = files.read_json(wanted.files[0])
+    except UserError:
+        about = None
+    ours = isinstance(about, dict) and {"key", "mp4_sha256"} <= about.keys()
+    if ours and about["key"] == wanted.key:
+        return wanted.path.is_file() and files.sha256_file(wanted.path) == about["mp4_sha256"]
     if taken := next((path for path in wanted.files if path.exists()), None):
-        what = (
-            "belongs to another video" if "key" in about else "was not written by cosmos generate"
-        )
         raise UserError(
-            what, code=ExitCode.USAGE, where=str(taken),
+            "belongs to another video" if ours else "was not written by cosmos generate",
+            code=ExitCode.USAGE, where=str(taken),
             fix="choose another --output, or replace it with --overwrite",
         )  # fmt: skip
     return False
-
-
-def _sidecar(path: Path) -> dict[str, Any]:
-    """Return the sidecar of an earlier run, or {} if there is no valid one."""
-    try:
-        about = files.read_json(path)
-    except UserError:
-        return {}
-    ours = isinstance(about, dict) and {"key", "mp4_sha256"} <= about.keys()
-    return about if ours else {}

@@ -7,12 +7,15 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from cosmos_cli import console, files, gpus, ranks
 from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.generate import jobs
-from cosmos_cli.generate.jobs import Job
-from cosmos_cli.recipe.keys import Recipe
+from cosmos_cli.generate.jobs import Job, Result
+
+if TYPE_CHECKING:
+    from cosmos_cli.recipe.keys import Recipe
 
 # Longer than the 30 s that torchrun allows its ranks to end after SIGTERM.
 STOP_SECONDS = 40
@@ -38,8 +41,8 @@ def _can_split(r: Recipe, processes: int) -> bool:
     return r.guidance > 0 and not tokens % per_pass and not r.spec.dit.heads % per_pass
 
 
-def run(todo: list[Job], processes: int) -> Iterator[tuple[Job, UserError | None]]:
-    """Run the jobs; yield each one when its files are written, or with its error.
+def run(todo: list[Job], processes: int) -> Iterator[Result]:
+    """Run the jobs; yield the result of each when its files are written or it has failed.
 
     Raises:
         UserError: a process ended with an error.
@@ -62,7 +65,7 @@ def run(todo: list[Job], processes: int) -> Iterator[tuple[Job, UserError | None
                 start_new_session=True,
             )
             assert process.stdout
-            yield from _outcomes(process.stdout, todo)
+            yield from _results(process.stdout, todo)
             process.wait()
         finally:
             if process:
@@ -78,7 +81,7 @@ def run(todo: list[Job], processes: int) -> Iterator[tuple[Job, UserError | None
         )  # fmt: skip
 
 
-def _outcomes(lines: Iterator[str], todo: list[Job]) -> Iterator[tuple[Job, UserError | None]]:
+def _results(lines: Iterator[str], todo: list[Job]) -> Iterator[Result]:
     for line in lines:
         if not line.startswith('{"job":'):
             console.say(line.rstrip())
@@ -90,7 +93,8 @@ def _outcomes(lines: Iterator[str], todo: list[Job]) -> Iterator[tuple[Job, User
         if report["job"] is None:
             assert error
             raise error
-        yield todo[report["job"]], error
+        job = todo[report["job"]]
+        yield Result(job.prompt, job, error, made=not error)
 
 
 def _stop(process: subprocess.Popen[str]) -> None:

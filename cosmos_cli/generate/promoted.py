@@ -25,7 +25,7 @@ _FOLDER = re.compile(r"(?P<model>[^.].*?)_post-trained([-_].+)?")
 
 @dataclass(frozen=True)
 class Promoted:
-    """A promoted model, and when its weights or manifest last changed, in ns."""
+    """Name a promoted model, and when its weights or manifest last changed, in ns."""
 
     folder: Path
     changed_ns: int
@@ -42,26 +42,26 @@ def model_of(folder: Path) -> ModelSpec | None:
     return MODELS.get(name["model"] if name else folder.name)
 
 
-def manifest_of(folder: Path) -> dict[str, Any] | None:
-    """Return promote's manifest of a model folder, or None if it is missing or has no sha256.
+def manifest_of(folder: Path) -> dict[str, Any]:
+    """Return promote's manifest of a model folder, or {} if it is missing or has no sha256.
 
     Raises:
         UserError: the file is damaged.
     """
     path = folder / paths.MANIFEST_FILE
     try:
-        manifest = files.read_json(path) if path.is_file() else None
+        manifest = files.read_json(path) if path.is_file() else {}
     except UserError as error:
         error.fix = "run cosmos promote again, or delete it to use the weights unverified"
         raise
     ours = isinstance(manifest, dict) and isinstance(manifest.get("sha256"), str)
-    return manifest if ours else None
+    return manifest if ours else {}
 
 
 def run_of(folder: Path) -> str | None:
     """Return the folder of the run that a promoted model comes from, or None if unknown."""
     with contextlib.suppress(UserError):
-        run = (manifest_of(folder) or {}).get("run")
+        run = manifest_of(folder).get("run")
         return run if isinstance(run, str) else None
     return None
 

@@ -1,4 +1,4 @@
-"""One of several processes that generate videos: it runs whole jobs, or shares one with others."""
+"""Generate videos as one of several processes: run whole jobs, or share one with others."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ import torch.distributed as dist
 from cosmos_cli import console, files, signals
 from cosmos_cli.errors import ExitCode, Interrupted, UserError
 from cosmos_cli.generate import jobs
-from cosmos_cli.generate.phases import Pair, generate
-from cosmos_cli.model.device import best_device, gpu_memory_errors
+from cosmos_cli.generate.phases import generate
+from cosmos_cli.generate.video_models import Pair
+from cosmos_cli.gpus import best_device
+from cosmos_cli.model.device import gpu_memory_errors
 from cosmos_cli.model.sequence import neighbours
 
 # A pipe writes up to 4,096 bytes atomically, so short lines of several processes do not mix.
@@ -35,9 +37,9 @@ def main(listed: str) -> int:
         pair, teams = pair_of(world // len(todo)), len(todo)
     try:
         with gpu_memory_errors("set a smaller height, width or num_frames"):
-            for job, error in generate(todo[rank * teams // world :: teams], device, pair):
+            for result in generate(todo[rank * teams // world :: teams], device, pair):
                 if pair is None or pair.writes:
-                    _report(todo.index(job), error)
+                    _report(todo.index(result.job), result.error)
     except UserError as error:
         _report(None, error)
     except Interrupted as end:

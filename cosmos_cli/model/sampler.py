@@ -1,4 +1,4 @@
-"""Noise schedules and solvers as pure functions of a denoiser.
+"""Sample latents: noise schedules, solvers and classifier-free guidance.
 
 A denoiser maps (xt BCTHW fp32, sigma float) to an estimate of x0. The solver state stays in fp32.
 Source: Karras et al. 2022, equations 3 and 5; the second-order multistep exponential solver of
@@ -9,11 +9,14 @@ Models Sampling"; constants of nvidia-cosmos/cosmos-predict1 at 4ed35fa.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
+from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from cosmos_cli.spec import ModelSpec
 
 RHO = 7.0
 # The reference's RES sampler ends at this sigma and ignores the model's sigma_min.
@@ -21,6 +24,14 @@ RES_SIGMA_MIN = 0.002
 
 Denoiser = Callable[[Tensor, float], Tensor]
 OnStep = Callable[[int], None]
+
+
+class SamplingKeys(Protocol):
+    """Name the keys of a recipe that `sample` reads."""
+
+    spec: ModelSpec
+    sampler: str
+    num_steps: int
 
 
 def karras_sigmas(count: int, sigma_min: float, sigma_max: float) -> list[float]:
@@ -45,9 +56,19 @@ def res_sigmas(num_steps: int, sigma_max: float) -> list[float]:
     return karras_sigmas(num_steps + 1, RES_SIGMA_MIN, sigma_max)
 
 
-def guided(cond: Tensor, uncond: Tensor, guidance: float) -> Tensor:
-    """Return cond + guidance * (cond - uncond); with guidance 0 this is cond."""
-    return cond + guidance * (cond - uncond)
+def guide(passes: Callable[..., Sequence[Tensor]], guidance: float) -> Callable[..., Tensor]:
+    """Return a function that guides `passes`: cond + guidance * (cond - uncond).
+
+    `passes` returns the results of the conditional and the unconditional pass, or of the first
+    alone, which is then the result. They may be network outputs or estimates of x0, because
+    preconditioning is linear.
+    """
+
+    def guided(*inputs: Tensor) -> Tensor:
+        cond, *uncond = (result.float() for result in passes(*inputs))
+        return cond + guidance * (cond - uncond[0]) if uncond else cond
+
+    return guided
 
 
 def euler(denoiser: Denoiser, noise: Tensor, sigmas: list[float], on_step: OnStep) -> Tensor:
@@ -100,26 +121,27 @@ def _res_step(
     return decay * x + h * ((phi1 - b2) * denoised + b2 * previous[1])
 
 
-def solve(
-    solver: str,
-    steps: int,
-    sigma_range: tuple[float, float],
-    denoiser: Denoiser,
+def sample(
+    denoise: Callable[[Tensor, Tensor], Tensor],
     noise: Tensor,
+    settings: SamplingKeys,
     on_step: OnStep,
 ) -> Tensor:
-    """Solve for x0 with the solver that a recipe names, "euler" or "res".
-
-    Only "euler" uses the sigma_min of `sigma_range` = (sigma_min, sigma_max).
+    """Sample x0 (BCTHW, fp32) from unit `noise`; `denoise` maps (xt, sigma_B) to its estimate.
 
     Raises:
         ValueError: there is no such solver.
     """
-    sigma_min, sigma_max = sigma_range
+    solver, steps, spec = settings.sampler, settings.num_steps, settings.spec
+
+    def denoiser(xt: Tensor, sigma: float) -> Tensor:
+        return denoise(xt, torch.full((len(xt),), sigma, device=xt.device))
+
     if solver == "euler":
-        return euler(denoiser, noise, euler_sigmas(steps, sigma_min, sigma_max), on_step)
+        sigmas = euler_sigmas(steps, spec.sigma_min, spec.sigma_max)
+        return euler(denoiser, noise, sigmas, on_step)
     if solver == "res":
-        return res(denoiser, noise, res_sigmas(steps, sigma_max), on_step)
+        return res(denoiser, noise, res_sigmas(steps, spec.sigma_max), on_step)
     raise ValueError(f"solver {solver!r} is neither euler nor res")
 
 

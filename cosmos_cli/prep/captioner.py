@@ -13,7 +13,7 @@ from PIL import Image
 
 from cosmos_cli import console, files
 from cosmos_cli.errors import ExitCode, UserError
-from cosmos_cli.model import video
+from cosmos_cli.model import pretrained, video
 from cosmos_cli.model.finite import require_finite
 from cosmos_cli.paths import Dataset
 from cosmos_cli.prep import captions, sources, work_sharing
@@ -35,31 +35,23 @@ class Captioner:
 
     def __init__(self, name: str, device: str, dtype: torch.dtype) -> None:
         from transformers import AutoModelForImageTextToText, AutoProcessor
-        from transformers.utils import logging
 
-        logging.disable_progress_bar()
         self.device, self.dtype = device, dtype
         folder = Path(name).expanduser()
         source = str(folder.absolute()) if folder.is_dir() else name
-        if folder.is_dir():
-            files.check_model_folder(folder)
-        where = {"local_files_only": True, "trust_remote_code": False}
+        what = "is not a readable vision-language model"
+        fix = f"run `hf download {name}`, or use `--set caption_model=FOLDER`"
         try:
-            self.processor = AutoProcessor.from_pretrained(source, **where)
-            model = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype, **where)
-        except (OSError, ValueError, RecursionError, ImportError) as error:
-            why = " ".join(str(error).split())[:200]
+            with pretrained.reading(source, what, fix):
+                self.processor = pretrained.load(AutoProcessor, source)
+                model = pretrained.load_model(AutoModelForImageTextToText, source, dtype)
+        except ImportError as error:
             # Some models resize images with torchvision, which this project does not depend on.
-            lacking = isinstance(error, ImportError)
-            fix = (
-                "run `pip install torchvision`"
-                if lacking
-                else f"run `hf download {name}`, or use `--set caption_model=FOLDER`"
-            )
-            raise _bad(source, f"is not a readable vision-language model: {why}", fix) from error
+            why = " ".join(str(error).split())[:200]
+            raise _bad(source, f"{what}: {why}", "run `pip install torchvision`") from error
         if not getattr(self.processor, "chat_template", None):
             raise _bad(source, "has no chat template", "choose a model that was trained to chat")
-        self.model = model.to(device).eval()
+        self.model = model.to(device)
         require_finite(self.model.state_dict(), Path(source))
 
     @torch.inference_mode()
@@ -98,17 +90,17 @@ def describe(r: Recipe, dataset: Dataset, videos: list[Source], job: str, device
     unseen = sources.find_captions(r, dataset, videos)
     if not unseen:
         return
-    with work_sharing.crew(dataset.descriptions / "prep.lock", job) as crew:
-        crew.start()
-        _share(r, dataset, videos, crew, device)
-        if not crew.wait_for_others():
+    with work_sharing.workers(dataset.descriptions / "prep.lock", job) as workers:
+        workers.start()
+        _share(r, dataset, videos, workers, device)
+        if not workers.wait_for_others():
             # Another process may have been killed before it finished its videos.
-            _share(r, dataset, videos, crew, device)
-            crew.finished()
+            _share(r, dataset, videos, workers, device)
+            workers.finished()
 
 
 def _share(
-    r: Recipe, dataset: Dataset, videos: list[Source], crew: work_sharing.Crew, device: str
+    r: Recipe, dataset: Dataset, videos: list[Source], workers: work_sharing.Workers, device: str
 ) -> None:
     """Describe the videos that no other process has described or is working on."""
     captioner: Captioner | None = None
@@ -117,7 +109,7 @@ def _share(
         for number, source in enumerate(videos):
             if source.name not in unseen:
                 continue
-            with crew.piece(number) as ours:
+            with workers.piece(number) as ours:
                 if ours and sources.read_description(r, dataset, source) is None:
                     captioner = captioner or _load(r, device)
                     _describe_one(r, dataset, source, captioner)

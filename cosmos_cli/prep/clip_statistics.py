@@ -25,7 +25,7 @@ BITS, ALIKE_BITS = 192, 7
 MOST_COMPARED = 20
 
 
-class Look(NamedTuple):
+class ClipStatistics(NamedTuple):
     """The statistics of a clip.
 
     `motion` is the mean change from frame to frame in grey levels (0 to 255). `cut` is the number
@@ -37,17 +37,17 @@ class Look(NamedTuple):
     fingerprint: int
 
 
-def measure(video_CTHW: Tensor) -> Look:
+def measure(video_CTHW: Tensor) -> ClipStatistics:
     """Measure the statistics of uint8 frames."""
     grey = torch.cat([part.float().mean(0) for part in video_CTHW.split(8, dim=1)])
     small = F.adaptive_avg_pool2d(grey[:, None], SIDE)[:, 0]
     changes = small.diff(dim=0).abs().mean((1, 2))
     if not len(changes):
-        return Look(0.0, None, _fingerprint(grey))
+        return ClipStatistics(0.0, None, _fingerprint(grey))
     largest = int(changes.argmax())
     limit = max(CUT_LEVELS, CUT_TIMES * changes.median().item())
     cut = largest + 1 if changes[largest].item() > limit else None
-    return Look(changes.mean().item(), cut, _fingerprint(grey))
+    return ClipStatistics(changes.mean().item(), cut, _fingerprint(grey))
 
 
 def _fingerprint(grey_THW: Tensor) -> int:

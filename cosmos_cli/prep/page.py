@@ -41,7 +41,7 @@ class Findings:
     """
 
     manifest: dict[str, Any]
-    statistics: dict[str, list[clip_statistics.Look]]
+    statistics: dict[str, list[clip_statistics.ClipStatistics]]
     seconds: dict[str, float]
     notes: list[str]
 
@@ -101,9 +101,9 @@ def _warnings(findings: Findings) -> Iterator[str]:
     for clip in findings.manifest["clips"]:
         starts.setdefault(clip["video"], []).append(clip["first_frame"])
     for name, clips in findings.statistics.items():
-        for start, look in zip(starts[name], clips, strict=True):
-            if look.cut is not None:
-                yield f"{name}: the clip from frame {start} seems to have a cut at {look.cut}"
+        for start, measured in zip(starts[name], clips, strict=True):
+            if measured.cut is not None:
+                yield f"{name}: the clip from frame {start} seems to have a cut at {measured.cut}"
     first = {name: clips[0].fingerprint for name, clips in findings.statistics.items() if clips}
     digests = {video["file"]: video["sha256"] for video in findings.manifest["videos"]}
     for earlier, name in clip_statistics.near_duplicates(first):
@@ -120,7 +120,7 @@ def _lines(lines: list[str]) -> str:
 
 def _histograms(findings: Findings) -> str:
     videos = [video for video in findings.manifest["videos"] if video["frames"]]
-    motion = [look.motion for clips in findings.statistics.values() for look in clips]
+    motion = [clip.motion for clips in findings.statistics.values() for clip in clips]
     return html.row(
         html.histogram([v["seconds"] for v in videos], "length of a video in seconds"),
         html.histogram([v["width"] * v["height"] / 1e6 for v in videos], "size in megapixels"),
@@ -137,7 +137,7 @@ def _table(findings: Findings, pictures: dict[str, Html]) -> str:
     rows = []
     for v in findings.manifest["videos"]:
         clips = findings.statistics.get(v["file"], [])
-        motion = f"{sum(look.motion for look in clips) / len(clips):.2f}" if clips else ""
+        motion = f"{sum(clip.motion for clip in clips) / len(clips):.2f}" if clips else ""
         verdict = f"rejected: {v['reason']}" if v["reason"] else f"used ({v['split']})"
         shape = (
             v["frames"],

@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from cosmos_cli import console, files, paths
 from cosmos_cli.console import Stopwatch
 from cosmos_cli.model import text, video, weights
-from cosmos_cli.model.device import compiles
+from cosmos_cli.model.device import why_not_compiled
 from cosmos_cli.paths import Dataset
 from cosmos_cli.prep import (
     captioner,
@@ -33,7 +33,7 @@ from cosmos_cli.prep import (
     work_sharing,
 )
 from cosmos_cli.prep.sources import Source
-from cosmos_cli.prep.work_sharing import Crew
+from cosmos_cli.prep.work_sharing import Workers
 from cosmos_cli.recipe import loading
 from cosmos_cli.recipe.keys import Recipe
 
@@ -63,35 +63,35 @@ def prepare(r: Recipe, device: str) -> dict[str, Any]:
     job = _job(r, videos)
     with times("describe"):
         captioner.describe(r, dataset, videos, job, device)
-    with work_sharing.crew(dataset.lock, job) as crew:
+    with work_sharing.workers(dataset.lock, job) as workers:
         for source in sources.find_captions(r, dataset, videos):
             source.reject("no caption: its frames do not decode")
         notes = caption_notes(r, dataset, videos)
         for line in notes.lines(r):
             console.warn(line)
         sources.require_usable(r, dataset, videos)
-        if crew.first:
+        if workers.first:
             _check_disk(r, dataset, videos)
             _remove_stale(dataset)
             _remove_manifest(dataset)
             sources.adopt_embeddings(dataset, videos)
             sources.write_captions(r, dataset, videos)
             _check_embeddings(r, dataset, videos)
-        crew.start()
+        workers.start()
         with times("embed"):
-            _write_embeddings(r, dataset, videos, crew, device)
+            _write_embeddings(r, dataset, videos, workers, device)
         clips = sum(len(source.clips) for source in videos if not source.reason)
         latents = Latents(r, dataset, clips, device)
         with times("encode"):
-            latents.make(videos, crew)
+            latents.make(videos, workers)
         with times("wait for other processes"):
-            finished = crew.wait_for_others()
+            finished = workers.wait_for_others()
         if not finished:
             # Another process may have been killed before it finished its videos.
-            _write_embeddings(r, dataset, videos, crew, device)
-            latents.make(videos, crew)
+            _write_embeddings(r, dataset, videos, workers, device)
+            latents.make(videos, workers)
             _finish(r, latents, videos, notes, times)
-            crew.finished()
+            workers.finished()
         return dataset.read_manifest()
 
 
@@ -260,7 +260,7 @@ def _cut_captions(r: Recipe, dataset: Dataset, videos: list[Source]) -> dict[str
 
 
 def _write_embeddings(
-    r: Recipe, dataset: Dataset, videos: list[Source], crew: Crew, device: str
+    r: Recipe, dataset: Dataset, videos: list[Source], workers: Workers, device: str
 ) -> None:
     """Encode each distinct caption once, in batches of similar length.
 
@@ -279,7 +279,7 @@ def _write_embeddings(
     encoder = text.TextEncoder(folder, r.spec.text, device, dtype)
     with console.progress("embed", len(pickles), "captions") as bar:
         for number, batch in enumerate(encoder.batches(list(pickles))):
-            with crew.piece(len(videos) + number) as ours:
+            with workers.piece(len(videos) + number) as ours:
                 stale = {c: _stale(dataset, pickles[c]) for c in batch} if ours else {}
                 if any(stale.values()):
                     for caption, embedding in zip(batch, encoder.encode(batch), strict=True):
@@ -324,17 +324,18 @@ class Latents:
         dtype = torch.float32 if device == "cpu" else torch.bfloat16
         self.tokenizer = latent_files.load_tokenizer(r, device, dtype)
         # Count the clips that are already encoded too: a resumed run must write the same bits.
-        worth, loss = (
-            device != "cpu" and clips >= WORTH_COMPILING,
-            "a clip takes three times as long",
-        )
-        if compiles(r.compile, worth, torch.device(device), loss):
-            self.tokenizer.compile_blocks()
+        worth_it = device != "cpu" and clips >= WORTH_COMPILING
+        if r.compile == "on" or (r.compile == "auto" and worth_it):
+            if reason := why_not_compiled(torch.device(device)):
+                lost = "a clip takes three times as long"
+                console.warn(f"nothing is compiled here, so {lost}: {reason}")
+            else:
+                self.tokenizer.compile_blocks()
         identity = files.sha256_path(paths.model_files(r.spec, r.checkpoints_dir).tokenizer)
         settings = {key: getattr(r, key) for key in ("height", "width", "num_frames", "resize")}
         self.settings = (json.dumps(settings), identity)
         self.rows: dict[str, list[dict[str, Any]]] = {}
-        self.statistics: dict[str, list[clip_statistics.Look]] = {}
+        self.statistics: dict[str, list[clip_statistics.ClipStatistics]] = {}
         self._digests: dict[Path, str] = {}
         self._warned = False
 
@@ -346,13 +347,13 @@ class Latents:
             self._digests[source.path] = files.sha256_file(source.path)
         return self._digests[source.path]
 
-    def make(self, videos: list[Source], crew: Crew) -> None:
+    def make(self, videos: list[Source], workers: Workers) -> None:
         """Encode every video that is not done and that no other process works on."""
         todo = [(i, v) for i, v in enumerate(videos) if not v.reason and v.name not in self.rows]
         with console.progress("encode", sum(len(v.clips) for _, v in todo), "clips") as bar:
             for number, source in todo:
                 count = len(source.clips)
-                with crew.piece(number) as ours:
+                with workers.piece(number) as ours:
                     if ours:
                         self._make_one(source)
                 bar.advance(source.name, count)
@@ -375,7 +376,7 @@ class Latents:
             return
         self.rows[source.name] = [self._row(source, clip) for clip in source.clips]
         self.statistics[source.name] = [
-            clip_statistics.Look(*abouts[c]["look"]) for c in source.clips
+            clip_statistics.ClipStatistics(*abouts[c]["look"]) for c in source.clips
         ]
 
     def _kept(self, source: Source, clip: video.Clip, key: str) -> dict[str, Any]:
@@ -390,7 +391,7 @@ class Latents:
         if not about.get("checked"):
             now, then = (
                 clip_statistics.measure(self._pixels(source, clip)),
-                clip_statistics.Look(*about["look"]),
+                clip_statistics.ClipStatistics(*about["look"]),
             )
             if now.cut != then.cut or abs(now.motion - then.motion) > 1e-3 * (1 + then.motion):
                 return {}

@@ -5,21 +5,20 @@ The system frees the locks of a process that dies, even on another node of a sha
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from cosmos_cli import files
+from cosmos_cli import files, locks
 from cosmos_cli.errors import ExitCode, UserError
 
 # Byte 0 is locked by every process at work, byte 1 + N by the process that does piece N.
 _MEMBERS, _FIRST_PIECE = 0, 1
 
 
-class Crew:
+class Workers:
     """The processes that share one job. All must number its pieces in the same way."""
 
     def __init__(self, file: int, job: str, where: Path) -> None:
@@ -74,18 +73,7 @@ class Crew:
         return os.pread(self._file, len(self._job) + 1, 0)
 
     def _lock(self, byte: int, how: int) -> bool:
-        try:
-            fcntl.lockf(self._file, how, 1, byte)
-        except OSError as error:
-            if error.errno in (errno.EAGAIN, errno.EACCES):
-                return False
-            raise UserError(
-                f"cannot be locked: {os.strerror(error.errno or 0)}",
-                code=ExitCode.ASSET,
-                where=str(self._where),
-                fix="use a disk with file locks (Lustre has them when mounted with flock)",
-            ) from error
-        return True
+        return locks.lock_byte(self._file, byte, how, self._where, "cosmos prep")
 
     def _another(self) -> UserError:
         return UserError(
@@ -97,7 +85,7 @@ class Crew:
 
 
 @contextmanager
-def crew(path: Path, job: str) -> Iterator[Crew]:
+def workers(path: Path, job: str) -> Iterator[Workers]:
     """Join the processes that do the same job.
 
     Args:
@@ -111,6 +99,6 @@ def crew(path: Path, job: str) -> Iterator[Crew]:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        yield Crew(file, job, path.parent)
+        yield Workers(file, job, path.parent)
     finally:
         os.close(file)

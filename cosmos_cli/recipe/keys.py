@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from cosmos_cli import paths
 from cosmos_cli.spec import COSMOS_7B, LORA_TARGETS, MODELS, ModelSpec
 
 # cuBLAS needs rows of a multiple of 16 bytes in fp8. In the backward pass a row holds all tokens.
@@ -36,28 +37,37 @@ TextEncoders = Literal["comfyanonymous/cosmos_1.0_text_encoder_and_VAE_ComfyUI",
 Processes = Annotated[int, Field(ge=1, le=65536)]
 
 
-def _key(group: str, description: str, default: Any = ..., **bounds: Any) -> Any:
-    return Field(default, description=description, json_schema_extra={"group": group}, **bounds)
+def _key(
+    group: str, description: str, default: Any = ..., *, decides: str = "", **bounds: Any
+) -> Any:
+    """Define a key. `decides` names the results that change with it, see `deciding`."""
+    marks: dict[str, Any] = {"group": group, "decides": decides.split()}
+    if callable(default):
+        bounds["default_factory"] = default
+    else:
+        bounds["default"] = default
+    return Field(description=description, json_schema_extra=marks, **bounds)
 
 
-def _model_key(group: str, description: str, attribute: str, **bounds: Any) -> Any:
+def _clip(description: str, attribute: str, **bounds: Any) -> Any:
+    """Define a key whose default is an attribute of the model's spec."""
+
     def default(earlier: dict[str, Any]) -> Any:
         return getattr(MODELS[earlier.get("model", COSMOS_7B.name)], attribute)
 
-    return Field(
-        default_factory=default,
-        description=description,
-        json_schema_extra={"group": group},
-        **bounds,
-    )
+    return _key("data", description, default, **bounds)
 
 
 _model = partial(_key, "model")
 _data = partial(_key, "data")
-_clip = partial(_model_key, "data")
 _training = partial(_key, "training")
 _sampling = partial(_key, "sampling")
 _output = partial(_key, "output")
+# The same, for keys that decide a result; see `Recipe.deciding`.
+_dataset = partial(_data, decides="dataset")
+_run = partial(_training, decides="run")
+_steps = partial(_training, decides="steps")
+_video = partial(_sampling, decides="video")
 
 
 class Recipe(BaseModel):
@@ -65,7 +75,9 @@ class Recipe(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
-    model: ModelName = _model("Model to post-train and to generate with.", COSMOS_7B.name)
+    model: ModelName = _model(
+        "Model to post-train and to generate with.", COSMOS_7B.name, decides="dataset run video"
+    )
     checkpoints_dir: str = _model(
         "Folder of downloaded and promoted models.", "checkpoints", pattern=TEXT
     )
@@ -80,10 +92,13 @@ class Recipe(BaseModel):
         "model's own weights.",
         None,
         pattern=TEXT,
+        decides="run",
     )
 
     dataset_dir: str = _data(
-        "Folder of the dataset: videos, captions, embeddings and latents.", pattern=TEXT
+        "Folder of the dataset: videos, captions, embeddings and latents.",
+        pattern=TEXT,
+        decides="run",
     )
     dataset_repo: str | None = _data(
         "Hub dataset that `cosmos download` fetches into dataset_dir; embedded renders synthetic "
@@ -104,9 +119,6 @@ class Recipe(BaseModel):
         "Folder of the videos, or a LeRobot dataset; null means videos/ inside dataset_dir.",
         None,
         pattern=TEXT,
-    )
-    camera: str | None = _data(
-        "Camera of a LeRobot dataset; null takes the only one.", None, pattern=TEXT
     )
     captions_file: str | None = _data(
         "CSV or JSONL file with the columns file and caption; null means no such file.",
@@ -129,30 +141,42 @@ class Recipe(BaseModel):
         None,
         pattern=TEXT,
     )
-    num_frames: int = _clip("Frames per clip, 8k + 1.", "num_frames", ge=1)
-    height: int = _clip("Height of a clip in pixels, a multiple of 16.", "height", ge=16)
-    width: int = _clip("Width of a clip in pixels, a multiple of 16.", "width", ge=16)
-    fps: float = _clip("Frames per second of a clip.", "fps", gt=0, le=240)
-    fps_policy: Literal["keep", "resample", "reject"] = _data(
+    num_frames: int = _clip(
+        "Frames per clip, 8k + 1.", "num_frames", ge=1, decides="dataset run video"
+    )
+    height: int = _clip(
+        "Height of a clip in pixels, a multiple of 16.",
+        "height",
+        ge=16,
+        decides="dataset run video",
+    )
+    width: int = _clip(
+        "Width of a clip in pixels, a multiple of 16.", "width", ge=16, decides="dataset run video"
+    )
+    fps: float = _clip("Frames per second of a clip.", "fps", gt=0, le=240, decides="dataset video")
+    fps_policy: Literal["keep", "resample", "reject"] = _dataset(
         "What to do with a video of another frame rate. keep: use its frames at its own rate. "
         "resample: convert it to fps. reject: do not use it.",
         "resample",
     )
-    resize: Literal["stretch", "crop", "pad"] = _data(
+    resize: Literal["stretch", "crop", "pad"] = _dataset(
         "How to fit a video of another shape to height x width. stretch: change its proportions. "
         "crop: keep the centre and cut off the edges. pad: add black bars.",
         "crop",
     )
-    clip_stride_frames: int | None = _data(
+    camera: str | None = _dataset(
+        "Camera of a LeRobot dataset; null takes the only one.", None, pattern=TEXT
+    )
+    clip_stride_frames: int | None = _dataset(
         "Frames from the start of one clip to the start of the next; null means num_frames, so "
         "that clips do not overlap.",
         None,
         ge=1,
     )
-    max_clips_per_video: int | None = _data(
+    max_clips_per_video: int | None = _dataset(
         "Maximum number of clips from one video; null takes all.", None, ge=1
     )
-    holdout_share: float = _data(
+    holdout_share: float = _dataset(
         "Share of the videos held out from training for validation; at least one video if above 0.",
         0.0,
         ge=0,
@@ -168,38 +192,36 @@ class Recipe(BaseModel):
         False,
     )
 
-    learning_rate: float = _training(
+    learning_rate: float = _steps(
         "Learning rate of AdamW after the warm-up; the default, 2^-14.3, is the reference's.",
         4.957595e-5,
         gt=0,
         le=1,
     )
-    beta1: float = _training("AdamW's decay rate for the mean of the gradient.", 0.9, ge=0, lt=1)
-    beta2: float = _training(
+    beta1: float = _steps("AdamW's decay rate for the mean of the gradient.", 0.9, ge=0, lt=1)
+    beta2: float = _steps(
         "AdamW's decay rate for the mean of the squared gradient.", 0.99, ge=0, lt=1
     )
-    adam_eps: float = _training(
-        "AdamW's epsilon, which keeps its division finite.", 1e-10, gt=0, le=1
-    )
-    weight_decay: float = _training("Decoupled weight decay of every weight.", 0.1, ge=0, le=10)
-    grad_clip: float = _training("Maximum global norm of the gradient.", 1.0, gt=0)
-    warmup_steps: int = _training(
+    adam_eps: float = _steps("AdamW's epsilon, which keeps its division finite.", 1e-10, gt=0, le=1)
+    weight_decay: float = _steps("Decoupled weight decay of every weight.", 0.1, ge=0, le=10)
+    grad_clip: float = _steps("Maximum global norm of the gradient.", 1.0, gt=0)
+    warmup_steps: int = _steps(
         "Steps over which the learning rate rises linearly to learning_rate.", 100, ge=0
     )
-    lr_start_factor: float = _training(
+    lr_start_factor: float = _steps(
         "Learning rate at the first step of the warm-up, as a share of learning_rate.",
         1e-6,
         ge=0,
         le=1,
     )
-    lr_end_factor: float = _training(
+    lr_end_factor: float = _steps(
         "Learning rate at max_steps, as a share of learning_rate; after the warm-up it changes "
         "linearly.",
         1.0,
         ge=0,
         le=1,
     )
-    max_steps: int = _training("Optimizer steps of the whole run.", 1000, ge=1, le=10**8)
+    max_steps: int = _steps("Optimizer steps of the whole run.", 1000, ge=1, le=10**8)
     save_every_steps: int = _training("Steps between checkpoints.", 200, ge=1)
     log_every_steps: int = _training("Steps between lines of metrics.", 10, ge=1)
     validate_every_steps: int = _training(
@@ -253,7 +275,7 @@ class Recipe(BaseModel):
         0,
         ge=0,
     )
-    global_batch_size: int = _training("Clips per optimizer step over all processes.", 8, ge=1)
+    global_batch_size: int = _run("Clips per optimizer step over all processes.", 8, ge=1)
     micro_batch_size: int = _training(
         "Clips that one process computes in one forward and backward pass.", 1, ge=1
     )
@@ -266,7 +288,7 @@ class Recipe(BaseModel):
         1,
         ge=1,
     )
-    zero_stage: int = _training(
+    zero_stage: int = _run(
         "ZeRO stage. 0 and 1: shard the optimizer state. 2: shard the gradients too. 3: shard the "
         "weights too.",
         3,
@@ -279,7 +301,7 @@ class Recipe(BaseModel):
         "weights too.",
         "none",
     )
-    precision: Literal["bf16", "fp32"] = _training(
+    precision: Literal["bf16", "fp32"] = _run(
         "Data type of weights and activations; the optimizer keeps fp32.", "bf16"
     )
     hpz_partition_size: Processes | Literal["auto"] = _training(
@@ -296,78 +318,76 @@ class Recipe(BaseModel):
     )
     # all also moves attention and its norms to Transformer Engine, in bf16. It remains accepted
     # for existing recipes and is left out of the description: use linears.
-    transformer_engine: Literal["off", "linears", "all"] = _training(
+    transformer_engine: Literal["off", "linears", "all"] = _steps(
         "Use of NVIDIA's Transformer Engine. off: none. linears: compute the linears of all blocks "
         "but the first and last in fp8; weights and files keep their format. With "
         "activation_checkpointing most, the outputs of fp8 linears are not stored.",
         "off",
     )
-    optimizer: Literal["auto", "torch", "deepspeed", "apex"] = _training(
+    optimizer: Literal["auto", "torch", "deepspeed", "apex"] = _run(
         "Implementation of AdamW. auto: the same as torch. torch: PyTorch's fused one. deepspeed: "
         "DeepSpeed's, which is compiled at its first use. apex: NVIDIA Apex's, the kernel that "
         "NVIDIA's own training uses; it is as fast as torch's (2.89 against 2.88 ms for 256 "
         "million weights).",
         "auto",
     )
-    text_dropout: float = _training(
+    text_dropout: float = _run(
         "Share of clips trained without their text, which classifier-free guidance needs.",
         0.2,
         ge=0,
         lt=1,
     )
     # Above 12^-0.5 = 0.2887 no positive exponent of EDM2's power function gives this width.
-    ema_rate: float = _training(
+    ema_rate: float = _run(
         "Width of the EMA's averaging profile as a share of the run (EDM2's relative standard "
         "deviation).",
         0.1,
         gt=0,
         le=0.28,
     )
-    seed: int = _training("Seed of clip order, noise and dropout.", 0, ge=0, lt=2**32)
-    lora_rank: int = _training(
+    seed: int = _run("Seed of clip order, noise and dropout.", 0, ge=0, lt=2**32)
+    lora_rank: int = _run(
         "Rank of a LoRA, which freezes the weights and trains two small factors next to some of "
         "them; 0 trains all weights instead.",
         0,
         ge=0,
         le=1024,
     )
-    lora_alpha: float | None = _training(
+    lora_alpha: float | None = _run(
         "A LoRA adds lora_alpha / lora_rank times the product of its factors; null means "
         "lora_rank.",
         None,
         gt=0,
     )
-    lora_targets: LoraTargets = _training(
+    lora_targets: LoraTargets = _run(
         "Linears that a LoRA changes in every block. attention: those of attention. "
         "attention_mlp: those of the MLP too. all: those of the AdaLN modulation too.",
         "attention",
     )
 
-    sampler: Literal["euler", "res"] = _sampling(
+    sampler: Literal["euler", "res"] = _video(
         "Solver of the sampling steps. euler: first order. res: second-order multistep.", "euler"
     )
-    num_steps: int = _sampling("Sampling steps per video.", 35, ge=2, le=1000)
-    guidance: float = _sampling(
-        "Classifier-free guidance g in cond + g (cond - uncond); 0 turns it off.",
-        7.0,
-        ge=0,
-        le=100,
+    num_steps: int = _video("Sampling steps per video.", 35, ge=2, le=1000)
+    guidance: float = _video(
+        "Classifier-free guidance g in cond + g (cond - uncond); 0 turns it off.", 7.0, ge=0, le=100
     )
-    negative_prompt: str | None = _sampling(
+    negative_prompt: str | None = _video(
         'Text to steer away from; null uses the model\'s own, "" uses none.', None
     )
-    sampling_seed: int = _sampling(
+    sampling_seed: int = _video(
         "Seed of a video's noise; the same seed and prompt give the same video.", 1, ge=0, lt=2**32
     )
-    upsampler: str = _sampling(
+    video_crf: float = _video(
+        "x264's CRF for the mp4; smaller is better quality.", 18.0, ge=0, le=51
+    )
+    upsampler: str = _video(
         "Folder of the language model that expands short prompts, or off.", "off", pattern=TEXT
     )
-    upsampler_word_limit: int = _sampling(
-        "Maximum number of words of a prompt to expand; longer prompts stay as they are.",
-        250,
-        ge=0,
+    upsampler_word_limit: int = _video(
+        "Maximum number of words of a prompt to expand; longer prompts stay as they are.", 250, ge=0
     )
-    guardrails: Literal["on", "off"] = _sampling(
+    guardrails: Literal["on", "off"] = _video(
         "Safety checks of prompts and videos. on: nothing that a check blocks is made. off: no "
         "checks, which every sidecar file notes.",
         "on",
@@ -383,9 +403,6 @@ class Recipe(BaseModel):
         "their linears in train, and for the tokenizer's blocks in prep. auto: on a GPU, where it "
         "saves time. on: always. off: never.",
         "auto",
-    )
-    video_crf: float = _sampling(
-        "x264's CRF for the mp4; smaller is better quality.", 18.0, ge=0, le=51
     )
 
     output_root: str = _output(
@@ -404,6 +421,21 @@ class Recipe(BaseModel):
         10.0,
         ge=0,
     )
+
+    @classmethod
+    def deciding(cls, result: Literal["dataset", "run", "steps", "video"]) -> tuple[str, ...]:
+        """Return the keys that decide a result, in the order of their definition.
+
+        dataset: what prep writes. run: what a resumed run must keep, or it is another run. steps:
+        the weights that the steps after a resume give. video: what generate writes; next to these
+        keys, a video depends on its prompt and its weights.
+
+        The order is part of the manifest of a dataset and of the hash of a video: do not change it.
+        """
+        marks: dict[str, Any] = {
+            name: field.json_schema_extra for name, field in cls.model_fields.items()
+        }
+        return tuple(name for name, mark in marks.items() if result in mark["decides"])
 
     @property
     def spec(self) -> ModelSpec:
@@ -425,6 +457,11 @@ class Recipe(BaseModel):
         if self.lora_rank:
             return self.spec.dit.lora_parameters(self.lora_rank, self.lora_targets)
         return self.spec.dit.parameters
+
+    @property
+    def model_files(self) -> paths.ModelFiles:
+        """The paths of the model's networks. The denoiser's is `base` if that is set."""
+        return paths.model_files(self.spec, self.checkpoints_dir, self.base)
 
     @property
     def run_dir(self) -> Path:

@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
-from cosmos_cli.errors import UserError
+from cosmos_cli.errors import UserError, usage_error
 from cosmos_cli.recipe import strict_yaml
 from cosmos_cli.recipe.keys import PATHS, PATTERNS, Recipe
 from cosmos_cli.recipe.rules import conflicts, oddities
-from cosmos_cli.recipe.strict_yaml import Entry, problem
+from cosmos_cli.recipe.strict_yaml import Entry
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,8 @@ def load(name_or_path: str | Path, overrides: Sequence[str] = ()) -> LoadedRecip
     Raises:
         UserError: (USAGE) with every problem of the recipe, one line each.
     """
-    path = find(name_or_path)
-    entries, problems = strict_yaml.read(path)
+    path = find_recipe(name_or_path)
+    entries, problems = strict_yaml.read_entries(path)
     for override in overrides:
         try:
             key, entry = strict_yaml.parse_override(override)
@@ -73,7 +73,7 @@ def shipped() -> dict[str, Path]:
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
-def find(name_or_path: str | Path) -> Path:
+def find_recipe(name_or_path: str | Path) -> Path:
     """Return the file of a recipe, given its path or its shipped name.
 
     Raises:
@@ -86,23 +86,23 @@ def find(name_or_path: str | Path) -> Path:
         if (path.exists() or path.is_symlink()) and not is_folder:
             return path
     except OSError as err:
-        raise problem(str(path), f"cannot be read ({err.strerror})") from err
+        raise usage_error(str(path), f"cannot be read ({err.strerror})") from err
     is_name = path.name == str(name_or_path) and path.suffix in ("", ".yaml", ".yml")
     if is_name and path.stem in known:
         found = known[path.stem]
         here = Path.cwd()
         return found.relative_to(here) if found.is_relative_to(here) else found
     if is_folder:
-        raise problem(str(path), "a folder, not a recipe", "name the file inside it")
+        raise usage_error(str(path), "a folder, not a recipe", "name the file inside it")
     what = "no such file" if path.suffix or not is_name else "no such recipe"
     fix = f"{_nearest(path.stem, known)} shipped recipes: {', '.join(known)}"
-    raise problem(str(name_or_path), what, fix.strip())
+    raise usage_error(str(name_or_path), what, fix.strip())
 
 
 def dump(recipe: Recipe) -> str:
     """Return the recipe as YAML with every key. `load` reads it back to the same recipe."""
     return "".join(
-        f"{key}: {strict_yaml.dump(value)}\n" for key, value in recipe.model_dump().items()
+        f"{key}: {strict_yaml.dump_value(value)}\n" for key, value in recipe.model_dump().items()
     )
 
 
@@ -136,7 +136,7 @@ def key_reference() -> list[Key]:
         if info.default_factory:
             default = "the model's"
         else:
-            default = "required" if info.is_required() else strict_yaml.dump(info.default)
+            default = "required" if info.is_required() else strict_yaml.dump_value(info.default)
         part = schema[name]
         rows.append(Key(name, part["group"], _takes(part), default, part["description"]))
     return rows
@@ -169,7 +169,7 @@ def _validate(entries: dict[str, Entry], path: Path) -> tuple[Recipe, list[UserE
         if wrong.keys().isdisjoint(keys):
             # The defaults never conflict, so the user set at least one of the keys.
             blamed = next(key for key in keys if key in entries)
-            wrong[blamed] = problem(_where(blamed, entries[blamed]), what, fix)
+            wrong[blamed] = usage_error(_where(blamed, entries[blamed]), what, fix)
     place = {key: n for n, key in enumerate(entries)}
     return recipe, [wrong[key] for key in sorted(wrong, key=lambda key: place.get(key, -1))]
 
@@ -180,10 +180,10 @@ def _where(key: str, entry: Entry) -> str:
 
 def _wrong_value(kind: str, key: str, entry: Entry | None, path: Path) -> UserError:
     if entry is None:
-        return problem(f"{path}: {key}", "required and missing", f"add a line {key}: ...")
+        return usage_error(f"{path}: {key}", "required and missing", f"add a line {key}: ...")
     if kind == "extra_forbidden":
         fix = _nearest(key.lower(), Recipe.model_fields) or "`cosmos recipes keys` lists them all"
-        return problem(_where(key, entry), "unknown key", fix)
+        return usage_error(_where(key, entry), "unknown key", fix)
     schema = json_schema()["properties"][key]
     quoted = isinstance(entry.value, str)
     found = repr(entry.text) if quoted else entry.text or "nothing"
@@ -193,7 +193,7 @@ def _wrong_value(kind: str, key: str, entry: Entry | None, path: Path) -> UserEr
     elif not quoted and entry.value is not None and "text" in _takes(schema):
         fix = "put it in quotes"
     found = found if len(found) <= 60 else f"{found[:57]}..."
-    return problem(_where(key, entry), f"must be {_takes(schema)}, found {found}", fix)
+    return usage_error(_where(key, entry), f"must be {_takes(schema)}, found {found}", fix)
 
 
 def _nearest(word: str, choices: Iterable[str]) -> str:

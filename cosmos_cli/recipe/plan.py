@@ -72,7 +72,7 @@ HOST_RATE = 20
 
 
 @dataclass(frozen=True)
-class Gpu:
+class GpuModel:
     """A kind of GPU: memory in GB, dense bf16 peak in TFLOP/s, memory and link rates in GB/s."""
 
     name: str
@@ -84,18 +84,18 @@ class Gpu:
 
 # Source: the vendor's data sheets; link rates as NCCL reaches them, over NVLink or PCIe.
 GPUS = (
-    Gpu("H100-80GB", 85.0, 989, 3000, 370),
-    Gpu("H200", 150.0, 989, 4300, 370),
-    Gpu("H100-NVL", 100.0, 835, 3500, 240),
-    Gpu("H100-PCIe", 85.0, 756, 1900, 22),
-    Gpu("H800", 85.0, 989, 3000, 160),
-    Gpu("B200", 191.0, 2250, 7000, 740),
-    Gpu("A100-80GB", 85.0, 312, 1800, 230),
-    Gpu("A100-40GB", 42.4, 312, 1400, 230),
-    Gpu("L40S", 47.7, 362, 800, 20),
-    Gpu("A6000", 50.9, 155, 700, 20),
-    Gpu("RTX-4090", 25.4, 165, 940, 20),
-    Gpu("RTX-5090", 34.2, 210, 1650, 40),
+    GpuModel("H100-80GB", 85.0, 989, 3000, 370),
+    GpuModel("H200", 150.0, 989, 4300, 370),
+    GpuModel("H100-NVL", 100.0, 835, 3500, 240),
+    GpuModel("H100-PCIe", 85.0, 756, 1900, 22),
+    GpuModel("H800", 85.0, 989, 3000, 160),
+    GpuModel("B200", 191.0, 2250, 7000, 740),
+    GpuModel("A100-80GB", 85.0, 312, 1800, 230),
+    GpuModel("A100-40GB", 42.4, 312, 1400, 230),
+    GpuModel("L40S", 47.7, 362, 800, 20),
+    GpuModel("A6000", 50.9, 155, 700, 20),
+    GpuModel("RTX-4090", 25.4, 165, 940, 20),
+    GpuModel("RTX-5090", 34.2, 210, 1650, 40),
 )
 
 
@@ -120,7 +120,7 @@ class Plan:
         return self.available_gb is None or self.total_gb <= self.available_gb
 
 
-def parse_gpus(text: str) -> tuple[int, Gpu]:
+def parse_gpus(text: str) -> tuple[int, GpuModel]:
     """Return the count and kind of "8xH100-80GB", or of a driver's name such as "2xNVIDIA H200".
 
     Raises:
@@ -136,7 +136,7 @@ def parse_gpus(text: str) -> tuple[int, Gpu]:
     return int(count), gpu
 
 
-def find_gpu(name: str) -> Gpu | None:
+def find_gpu(name: str) -> GpuModel | None:
     """Return the known GPU whose words all appear in a name such as "NVIDIA H100 80GB HBM3".
 
     A MIG slice, such as "NVIDIA H100 80GB HBM3 MIG 3g.40gb", has its own memory. Its rates are as
@@ -158,7 +158,7 @@ def find_gpu(name: str) -> Gpu | None:
     )
 
 
-def plan(r: Recipe, ranks: int, gpu: Gpu | None) -> Plan:
+def plan(r: Recipe, ranks: int, gpu: GpuModel | None) -> Plan:
     """Return the memory, time and disk that the recipe needs on `ranks` GPUs."""
     memory = {part: size / 1e9 for part, size in _memory(r, ranks, gpu).items()}
     host = ranks * sum(memory.pop(part) for part in OFFLOADED[r.offload])
@@ -175,7 +175,7 @@ def plan(r: Recipe, ranks: int, gpu: Gpu | None) -> Plan:
     )
 
 
-def remedies(r: Recipe, ranks: int, gpu: Gpu) -> Iterator[tuple[str, float]]:
+def remedies(r: Recipe, ranks: int, gpu: GpuModel) -> Iterator[tuple[str, float]]:
     """Yield changes in the order to try them, each including the previous ones, with total GB."""
     changes: dict[str, Any] = {}
     for change in KNOBS:
@@ -210,7 +210,7 @@ def _helps(r: Recipe, ranks: int, key: str, value: Any) -> bool:
 # --- memory ---------------------------------------------------------------------------------------
 
 
-def blocks_kept(r: Recipe, ranks: int, gpu: Gpu | None) -> tuple[int, int]:
+def blocks_kept(r: Recipe, ranks: int, gpu: GpuModel | None) -> tuple[int, int]:
     """Return how many blocks keep their MLP's output, and how many keep all linear outputs.
 
     Both are 0 unless `activation_checkpointing` is `most`. They are 0 in fp8 too, because fp8
@@ -234,7 +234,7 @@ def blocks_kept(r: Recipe, ranks: int, gpu: Gpu | None) -> tuple[int, int]:
     return mlps, min(mlps, int((left - mlps) / (LINEARS_KEPT - 1)))
 
 
-def _memory(r: Recipe, ranks: int, gpu: Gpu | None) -> dict[str, float]:
+def _memory(r: Recipe, ranks: int, gpu: GpuModel | None) -> dict[str, float]:
     """Return the bytes per GPU at the peak, by part."""
     whole, trained, stage = r.spec.dit.parameters, r.trained_parameters, r.zero_stage
     element_size = 2 if r.precision == "bf16" else 4
@@ -309,7 +309,7 @@ def model_tflop(r: Recipe) -> float:
     return 3 * sum(forward_flops(r)) * r.global_batch_size / 1e12
 
 
-def step_seconds(r: Recipe, ranks: int, gpu: Gpu) -> float:
+def step_seconds(r: Recipe, ranks: int, gpu: GpuModel) -> float:
     """Return the seconds of an optimizer step, which overlaps traffic with arithmetic."""
     shared = r.sequence_parallel
     linear, attention = (flops / shared for flops in forward_flops(r))
@@ -340,7 +340,7 @@ def step_seconds(r: Recipe, ranks: int, gpu: Gpu) -> float:
     return micro_steps * max(arithmetic * r.micro_batch_size, traffic) + host
 
 
-def traffic_seconds(r: Recipe, ranks: int, gpu: Gpu) -> float:
+def traffic_seconds(r: Recipe, ranks: int, gpu: GpuModel) -> float:
     """Return the seconds to gather weights and reduce gradients in a micro step, not overlapped."""
     element_size = 2 if r.precision == "bf16" else 4
     whole, gradients = r.spec.dit.parameters * element_size, r.trained_parameters * element_size
@@ -373,7 +373,7 @@ def disk_bytes(r: Recipe, start: int) -> dict[str, float]:
 # --- words ----------------------------------------------------------------------------------------
 
 
-def describe(r: Recipe, ranks: int, gpu: Gpu | None) -> str:
+def describe(r: Recipe, ranks: int, gpu: GpuModel | None) -> str:
     """Return the plan as text."""
     found = plan(r, ranks, gpu)
     rows = [(part, f"{size:.1f} GB") for part, size in found.memory_gb.items()]
@@ -402,7 +402,7 @@ def describe(r: Recipe, ranks: int, gpu: Gpu | None) -> str:
     return "\n".join(lines)
 
 
-def check_memory(r: Recipe, ranks: int, gpu: Gpu | None) -> dict[str, Any]:
+def check_memory(r: Recipe, ranks: int, gpu: GpuModel | None) -> dict[str, Any]:
     """Return the plan as figures.
 
     Raises:
@@ -430,7 +430,7 @@ def check_memory(r: Recipe, ranks: int, gpu: Gpu | None) -> dict[str, Any]:
     return figures
 
 
-def known_gpu() -> Gpu | None:
+def smallest_gpu() -> GpuModel | None:
     """Return the kind of this machine's GPUs. If they differ, the smallest one that is known."""
     kinds = filter(None, map(find_gpu, gpus.gpu_names()))
     return min(kinds, key=lambda gpu: gpu.memory_gb, default=None)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from cosmos_cli import files
-from cosmos_cli.errors import ExitCode, UserError
+from cosmos_cli.errors import UserError, usage_error
 
 MAX_DEPTH = 20
 
@@ -31,12 +31,7 @@ class Entry(NamedTuple):
     origin: str
 
 
-def problem(where: str, what: str, fix: str = "") -> UserError:
-    """Return the error for a mistake in the user's input."""
-    return UserError(what, code=ExitCode.USAGE, where=where, fix=fix)
-
-
-def read(path: Path) -> tuple[dict[str, Entry], list[UserError]]:
+def read_entries(path: Path) -> tuple[dict[str, Entry], list[UserError]]:
     """Return the entries of a file, and a problem for every line that is not `key: value`.
 
     Raises:
@@ -44,13 +39,13 @@ def read(path: Path) -> tuple[dict[str, Entry], list[UserError]]:
     """
     raw = files.read_bytes(path, files.RECIPE)
     if b"\0" in raw:
-        raise problem(str(path), "a binary file, not YAML", "save it as UTF-8 text")
+        raise usage_error(str(path), "a binary file, not YAML", "save it as UTF-8 text")
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as err:
         line = raw.count(b"\n", 0, err.start) + 1
         what = f"byte 0x{raw[err.start]:02x} is not UTF-8"
-        raise problem(f"{path}:{line}", what, "save it as UTF-8 text") from err
+        raise usage_error(f"{path}:{line}", what, "save it as UTF-8 text") from err
     return parse(text, str(path))
 
 
@@ -67,19 +62,23 @@ def parse(text: str, source: str) -> tuple[dict[str, Entry], list[UserError]]:
     except yaml.MarkedYAMLError as err:
         line = err.problem_mark.line + 1 if err.problem_mark else 1
         fix = "put text that holds ': ' in quotes" if "mapping values" in str(err.problem) else ""
-        raise problem(f"{source}:{line}", f"not YAML: {err.problem}", fix) from err
+        raise usage_error(f"{source}:{line}", f"not YAML: {err.problem}", fix) from err
     except yaml.reader.ReaderError as err:
         line = text.count("\n", 0, err.position) + 1
         what = f"character U+{ord(text[err.position]):04X} is not allowed in YAML"
-        raise problem(f"{source}:{line}", what) from err
+        raise usage_error(f"{source}:{line}", what) from err
     starts = [event for event in events if isinstance(event, yaml.DocumentStartEvent)]
     if len(starts) > 1:
-        raise problem(_at(source, starts[1]), "a second YAML document", "write one recipe per file")
+        raise usage_error(
+            _at(source, starts[1]), "a second YAML document", "write one recipe per file"
+        )
     root = events[2] if starts else None
     if root is None or (isinstance(root, yaml.ScalarEvent) and not root.value):
-        raise problem(source, "empty", "`cosmos recipes copy my_videos` writes one to start from")
+        raise usage_error(
+            source, "empty", "`cosmos recipes copy my_videos` writes one to start from"
+        )
     if not isinstance(root, yaml.MappingStartEvent):
-        raise problem(_at(source, root), f"{_kind(root)} instead of lines of key: value")
+        raise usage_error(_at(source, root), f"{_kind(root)} instead of lines of key: value")
     return _entries(events, source)
 
 
@@ -91,7 +90,7 @@ def _events(text: str, source: str) -> list[Any]:
         depth -= isinstance(event, yaml.CollectionEndEvent)
         # PyYAML's parsing time grows with the square of the depth.
         if depth > MAX_DEPTH:
-            raise problem(_at(source, event), "deeply nested", "a recipe is flat")
+            raise usage_error(_at(source, event), "deeply nested", "a recipe is flat")
     return events
 
 
@@ -107,19 +106,23 @@ def _entries(events: list[Any], source: str) -> tuple[dict[str, Entry], list[Use
     for key, value in zip(flat[::2], flat[1::2], strict=True):
         origin = _at(source, key)
         if not isinstance(key, yaml.ScalarEvent):
-            problems.append(problem(origin, f"{_kind(key)} as a key", "a key is one plain word"))
+            problems.append(
+                usage_error(origin, f"{_kind(key)} as a key", "a key is one plain word")
+            )
             continue
         where = f"{origin}: {key.value}"
         mark = (
             key.anchor or key.tag or getattr(value, "anchor", None) or getattr(value, "tag", None)
         )
         if mark:
-            problems.append(problem(where, f"no anchors, aliases or tags here, found '{mark}'"))
+            problems.append(usage_error(where, f"no anchors, aliases or tags here, found '{mark}'"))
         elif not isinstance(value, yaml.ScalarEvent):
-            problems.append(problem(where, f"must be a single value, found {_kind(value)}"))
+            problems.append(usage_error(where, f"must be a single value, found {_kind(value)}"))
         elif key.value in entries:
             first = entries[key.value].origin
-            problems.append(problem(where, f"given twice, first at {first}", "keep one of them"))
+            problems.append(
+                usage_error(where, f"given twice, first at {first}", "keep one of them")
+            )
         else:
             content = scalar(value.value) if value.style is None else value.value
             entries[key.value] = Entry(content, value.value, origin)
@@ -144,7 +147,7 @@ def parse_override(override: str) -> tuple[str, Entry]:
     origin = f"--set {override}"
     key, equals, text = (part.strip() for part in override.partition("="))
     if not key or not equals:
-        raise problem(origin, "must be key=value")
+        raise usage_error(origin, "must be key=value")
     if text[:1] not in ("'", '"'):
         return key, Entry(scalar(text), text, origin)
     entries, _ = parse(f"value: {text}", origin)
@@ -169,7 +172,7 @@ def scalar(text: str) -> Any:
     return text
 
 
-def dump(value: Any) -> str:
+def dump_value(value: Any) -> str:
     """Return one value as one line of YAML that versions 1.1 and 1.2 read alike."""
     quote = None
     if isinstance(value, str) and not (value.isprintable() and isinstance(scalar(value), str)):

@@ -5,19 +5,17 @@ from __future__ import annotations
 import importlib.util
 import os
 import platform
-import re
 import resource
 import shutil
 import sys
-import sysconfig
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from ctypes.util import find_library
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import psutil
 
@@ -27,8 +25,9 @@ from cosmos_cli.download import assets, fetch
 from cosmos_cli.errors import UserError
 from cosmos_cli.generate.answers import cache_dir
 from cosmos_cli.paths import Run
-from cosmos_cli.setup import installs, probes
+from cosmos_cli.setup import installs, packages, probes
 from cosmos_cli.setup.installs import last_line
+from cosmos_cli.setup.packages import Check, Status
 from cosmos_cli.setup.probes import Outcome, Probe
 from cosmos_cli.train import preflight
 
@@ -44,26 +43,8 @@ WORKING_MEMORY_BYTES = 4e9
 # Ampere, the first architecture with bf16.
 OLDEST_CAPABILITY = [8, 0]
 
-# Plain pip would download the CUDA build, several gigabytes, on every machine.
-TORCH_FIX = "bash recipes/install.sh"
 
 CACHE = "XDG_CACHE_HOME"
-
-Status = Literal["ok", "warn", "fail"]
-
-
-@dataclass(frozen=True)
-class Check:
-    """One row of the table: the item, its status, what was found and how to fix it.
-
-    `commands` are the commands with which `cosmos setup --install` fixes it.
-    """
-
-    name: str
-    status: Status
-    found: str
-    fix: str = ""
-    commands: tuple[installs.Command, ...] = ()
 
 
 def run_checks(r: Recipe, wanted: Iterable[str] = ()) -> list[Check]:
@@ -73,19 +54,19 @@ def run_checks(r: Recipe, wanted: Iterable[str] = ()) -> list[Check]:
     """
     names = gpus.gpu_names()
     absent = [asset for asset in assets.of_recipe(r) if not fetch.is_recorded(asset)]
-    outcomes = probes.run(list(_probes(names, absent)))
+    outcomes = probes.run_probes(list(_probes(names, absent)))
     torch = outcomes["torch"]
     usable = len(torch.facts.get("gpus", ()))
     if usable > 1:
         # Run it alone: it measures a speed, which other probes would lower.
-        outcomes |= probes.run([Probe("nccl", "nccl", ranks=usable)])
+        outcomes |= probes.run_probes([Probe("nccl", "nccl", ranks=usable)])
     rows = [
         _python(),
         _system(),
-        _torch(torch),
+        packages.torch_row(torch),
         _gpus(torch, names, r),
         *_nccl(outcomes.get("nccl"), usable, r),
-        *_on_torch(outcomes, wanted),
+        *packages.rows_on_torch(outcomes, wanted),
         _hevc(),
         _disk(r),
         _memory(r),
@@ -150,29 +131,6 @@ def _system() -> Check:
     except (OSError, KeyError):
         name = "Linux"
     return Check("operating system", "ok", f"{name}, {platform.machine()}")
-
-
-def _torch(outcome: Outcome) -> Check:
-    if outcome.error:
-        return Check("torch", "fail", last_line(outcome.error), TORCH_FIX)
-    cuda = outcome.facts["cuda"]
-    build = f"CUDA {cuda}" if cuda else "CPU"
-    return Check("torch", "ok", f"{outcome.facts['version']}, {build}")
-
-
-def _on_torch(outcomes: dict[str, Outcome], wanted: Iterable[str]) -> list[Check]:
-    """Return the rows that depend on torch. Without torch they fail untried, with no commands."""
-    torch = outcomes["torch"]
-    if torch.error:
-        names = ("FFmpeg and torchcodec", "DeepSpeed", "transformers")
-        return [Check(name, "fail", "not tried without torch", TORCH_FIX) for name in names]
-    return [
-        _video(outcomes["video"]),
-        _deepspeed(outcomes["deepspeed"], outcomes["deepspeed in 2 processes"]),
-        *_transformer_engine(outcomes.get("transformer_engine"), torch, wanted),
-        *_apex(outcomes.get("apex"), torch, wanted),
-        _transformers(outcomes["transformers"]),
-    ]
 
 
 def _gpus(outcome: Outcome, names: list[str], r: Recipe) -> Check:
@@ -267,120 +225,12 @@ def _nccl(outcome: Outcome | None, gpus: int, r: Recipe) -> list[Check]:
     return [Check("NCCL", "ok", f"all-reduce over {gpus} GPUs at {rate}/s")]
 
 
-def _video(outcome: Outcome) -> Check:
-    name = "FFmpeg and torchcodec"
-    if not outcome.error:
-        facts = outcome.facts
-        found = f"FFmpeg {facts['ffmpeg']}, torchcodec {facts['torchcodec']}: mp4 written and read"
-        return Check(name, "ok", found)
-    # torchcodec tries one build per FFmpeg version and reports every failure. A failure that only
-    # says that an FFmpeg version is absent does not matter.
-    reasons = re.findall(r"^OSError: (?!Could not load)(.+)$", outcome.error, re.MULTILINE)
-    others = [reason for reason in reasons if not re.search(r"lib(av|sw)\w*\.so", reason)]
-    if reasons and not others:
-        commands = installs.apt("ffmpeg")
-        fix = (
-            "cosmos setup --install"
-            if commands
-            else "install FFmpeg 4 to 8: apt-get install ffmpeg"
-        )
-        return Check(name, "fail", "FFmpeg's libraries are missing", fix, commands)
-    if others and "libpython" in others[0]:
-        return _shared_python(name)
-    if others:
-        found = f"torchcodec does not match torch: {others[0][:100]}"
-        return Check(
-            name, "fail", found, "cosmos setup --install", installs.pip(installs.TORCHCODEC)
-        )
-    if "No module named 'torchcodec'" in outcome.error:
-        fix = "cosmos setup --install"
-        return Check(name, "fail", "torchcodec is missing", fix, installs.pip(installs.TORCHCODEC))
-    return Check(name, "fail", last_line(outcome.error), "fix the problem named here")
-
-
 def _hevc() -> Check:
     """Warn if nothing on this machine notices most damage in HEVC videos."""
     if find_library("de265"):
         return Check("libde265", "ok", "prep notices damage in HEVC videos")
     found = "missing, so prep does not notice most damage in HEVC videos"
     return Check("libde265", "warn", found, "apt-get install libde265-0")
-
-
-def _shared_python(name: str) -> Check:
-    """Return the failed row for a Python whose shared library torchcodec cannot find."""
-    folder, library = sysconfig.get_config_vars("LIBDIR", "INSTSONAME")
-    found = f"torchcodec needs {library}, which is missing"
-    if Path(str(folder), str(library)).exists():
-        return Check(name, "fail", found, f"export LD_LIBRARY_PATH={folder}")
-    commands = (
-        installs.apt(f"libpython3.{sys.version_info.minor}") if sys.base_prefix == "/usr" else ()
-    )
-    fix = "cosmos setup --install" if commands else "use a Python built with --enable-shared"
-    return Check(name, "fail", found, fix, commands)
-
-
-def _deepspeed(alone: Outcome, in_two: Outcome) -> Check:
-    if not alone.error and not in_two.error:
-        found = (
-            f"{alone.facts['version']}: a ZeRO-3 step in 1 process on {alone.facts['backend']}, "
-            f"in 2 on {in_two.facts['backend']}"
-        )
-        return Check("DeepSpeed", "ok", found)
-    if "No module named 'deepspeed'" in alone.error:
-        fix = "cosmos setup --install"
-        return Check("DeepSpeed", "fail", "missing", fix, installs.pip(installs.DEEPSPEED))
-    found = last_line(alone.error) if alone.error else f"in 2 processes: {last_line(in_two.error)}"
-    fix = f"pip install --force-reinstall --no-deps '{installs.DEEPSPEED}'"
-    return Check("DeepSpeed", "fail", found, fix)
-
-
-def _transformer_engine(
-    outcome: Outcome | None, torch: Outcome, wanted: Iterable[str]
-) -> list[Check]:
-    name, asked = "Transformer Engine", "transformer-engine" in wanted
-    if outcome and not outcome.error:
-        return [Check(name, "ok", f"{outcome.facts['version']}: agrees with torch on the GPU")]
-    status: Status = "fail" if asked else "warn"
-    if outcome and "No module named 'transformer_engine" not in outcome.error:
-        fix = "pip uninstall transformer-engine, or install the one that matches torch"
-        return [Check(name, status, last_line(outcome.error), fix)]
-    if not torch.facts.get("gpus"):
-        fix = "use a machine with NVIDIA GPUs, or leave out --with transformer-engine"
-        return [Check(name, status, "no GPU to test it on", fix)] if asked else []
-    fix = "cosmos setup --install --with transformer-engine"
-    found = "missing; cosmos runs without it"
-    return [Check(name, status, found, fix, installs.transformer_engine(torch.facts["cuda"]))]
-
-
-def _apex(outcome: Outcome | None, torch: Outcome, wanted: Iterable[str]) -> list[Check]:
-    if outcome and not outcome.error:
-        return [Check("Apex", "ok", "NVIDIA's Apex: its fused Adam agrees with torch on the GPU")]
-    asked = "apex" in wanted
-    status: Status = "fail" if asked else "warn"
-    if outcome:
-        fix = "pip uninstall apex, or build it again: cosmos does not need it"
-        return [Check("Apex", status, last_line(outcome.error), fix)]
-    spec = importlib.util.find_spec("apex")
-    folders = (spec.submodule_search_locations if spec else None) or ()
-    if spec and not any(Path(folder, "optimizers").is_dir() for folder in folders):
-        found = "the package apex is not NVIDIA's but PyPI's unrelated one"
-        return [Check("Apex", "fail", found, "pip uninstall apex", installs.pip_uninstall("apex"))]
-    if not asked or importlib.util.find_spec("amp_C"):
-        return []
-    if not torch.facts.get("cuda") or not shutil.which("nvcc"):
-        found = "NVIDIA's Apex is missing, and building it needs nvcc and a CUDA build of torch"
-        fix = (
-            f"install CUDA's toolkit and a CUDA build of torch ({torch.facts.get('cuda') or 'CPU'})"
-        )
-        return [Check("Apex", "fail", found, fix)]
-    fix = "cosmos setup --install --with apex"
-    return [Check("Apex", "fail", "NVIDIA's Apex is missing", fix, installs.apex())]
-
-
-def _transformers(outcome: Outcome) -> Check:
-    if outcome.error:
-        return Check("transformers", "fail", last_line(outcome.error), TORCH_FIX)
-    return Check("transformers", "ok", outcome.facts["version"])
 
 
 def _disk(r: Recipe) -> Check:

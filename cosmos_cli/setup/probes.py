@@ -54,7 +54,7 @@ class Outcome:
     error: str = ""
 
 
-def run(probes: Sequence[Probe]) -> dict[str, Outcome]:
+def run_probes(probes: Sequence[Probe]) -> dict[str, Outcome]:
     """Run the probes at the same time; return the outcome of each by its label."""
     # PYTHONSAFEPATH: nothing in the working directory may be imported as a package.
     # TORCHDYNAMO_DISABLE: DeepSpeed would import all of torch's compiler for an unused optimizer.

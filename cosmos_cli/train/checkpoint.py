@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from cosmos_cli import files
 from cosmos_cli.errors import ExitCode, UserError
+from cosmos_cli.gpus import best_device
 from cosmos_cli.model import lora, lora_files, weights
-from cosmos_cli.model.device import best_device
 from cosmos_cli.model.ema import PowerEMA
 from cosmos_cli.model.finite import require_finite
 from cosmos_cli.paths import MANIFEST_FILE, Run
@@ -183,10 +183,10 @@ def resume(engine: Any, ema: PowerEMA, run: Run, step: int) -> None:
         )
     adapted, saved_by = lora.attached(module), manifest["world_size"]
     if saved_by == dist.get_world_size():
-        engine.checkpoint_engine.load = reshard.read
+        engine.checkpoint_engine.load = reshard.read_state
         engine.load_checkpoint(str(folder), tag=SHARDS, load_module_strict=not adapted)
     else:
-        reshard.load(engine, folder / SHARDS, saved_by)
+        reshard.load_state(engine, folder / SHARDS, saved_by)
     forget_copies(module)
     state = lora.factors(lora_files.read(path)) if adapted else weights.load_dit_state(path)
     own = {}

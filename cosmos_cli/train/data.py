@@ -45,7 +45,7 @@ class Batch:
         return [f"{name} (sigma {sigma:.4g})" for name, sigma in pairs]
 
 
-def not_finite(what: str, where: str, own: list[str]) -> UserError:
+def not_finite_error(what: str, where: str, own: list[str]) -> UserError:
     """Return the error of a non-finite loss or gradient; every rank must call this.
 
     It names the offending samples of all ranks. `own` holds those of this rank.

@@ -75,6 +75,6 @@ class HeldOut:
         dist.all_reduce(sums)
         errors = (sums / (len(self.samples) // levels * group_size)).tolist()
         if not all(map(math.isfinite, errors)):
-            raise data.not_finite("error", f"step {step}, held-out clips", not_finite)
+            raise data.not_finite_error("error", f"step {step}, held-out clips", not_finite)
         names = [f"heldout_sigma_{sigma:.2g}" for sigma in self.sigmas]
         return {"heldout": sum(errors) / levels, **dict(zip(names, errors, strict=True))}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import platform
@@ -19,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from cosmos_cli import __version__, console, files, gpus, ranks, signals
+from cosmos_cli import __version__, console, files, gpus, locks, ranks, signals
 from cosmos_cli.errors import ExitCode, Interrupted, UserError
 from cosmos_cli.paths import Run
 from cosmos_cli.train import status, trackers
@@ -70,10 +69,10 @@ def join(loaded: LoadedRecipe, overwrite: bool) -> dict[str, Any]:
             # torchrun forwards SIGHUP even under nohup, and kills ranks that are still alive half a
             # minute later. The terminal itself sends its ranks no SIGHUP.
             signal.signal(signal.SIGHUP, signal.SIG_DFL)
-        from cosmos_cli.train import loop
+        from cosmos_cli.train.process import run_rank
 
         try:
-            outcome = loop.run_rank(loaded.recipe)
+            outcome = run_rank(loaded.recipe)
         except UserError as error:
             if rank:
                 # The other ranks see only that this one is gone, not why.
@@ -99,7 +98,7 @@ def start(loaded: LoadedRecipe, processes: int, overwrite: bool) -> dict[str, An
     run = Run(loaded.recipe.run_dir)
     command = [
         sys.executable, "-m", "cosmos_cli.ranks",
-        "--nproc-per-node", str(processes), "-m", "cosmos_cli.train.loop", str(run.resolved),
+        "--nproc-per-node", str(processes), "-m", "cosmos_cli.train.process", str(run.resolved),
     ]  # fmt: skip
     restarts = 0
     with _locked(run) as lock, ranks.Mailbox() as box:
@@ -235,24 +234,15 @@ def _locked(run: Run) -> Iterator[int]:
     Raises:
         UserError: another process trains it.
     """
-    with files.disk_errors(run.root):
-        run.checkpoints.mkdir(parents=True, exist_ok=True)
-        stream = (run.root / ".lock").open("w")
-    with stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+    with locks.held(run.root / ".lock", "cosmos train") as lock:
+        if lock is None:
             raise UserError(
                 "another process is training this run",
                 code=ExitCode.USAGE,
                 where=str(run.root),
                 fix="wait for it, or start another run with `--set name=NAME`",
-            ) from error
-        except OSError as error:
-            # Some shared disks have no locks, for example Lustre mounted without flock.
-            why = f"cannot be locked ({error.strerror}): make sure no other job trains it"
-            console.warn(f"{run.root}: {why}")
-        yield stream.fileno()
+            )
+        yield lock
 
 
 def _discard(run: Run) -> None:

@@ -15,8 +15,8 @@ from cosmos_cli.model import edm
 from cosmos_cli.paths import Run
 from cosmos_cli.recipe import plan
 from cosmos_cli.recipe.keys import Recipe
-from cosmos_cli.train import data, status
-from cosmos_cli.train.engine import known_gpu
+from cosmos_cli.train import data, page, status
+from cosmos_cli.train.engine import gpu_model
 
 
 class Stats:
@@ -75,7 +75,7 @@ class Metrics:
     def __init__(self, run: Run, r: Recipe, start: int, device: torch.device) -> None:
         self.run = run
         self.compared = False
-        planned = plan.plan(r, dist.get_world_size(), known_gpu(device))
+        planned = plan.plan(r, dist.get_world_size(), gpu_model(device))
         self.status = {
             "step": start,
             "max_steps": r.max_steps,
@@ -130,7 +130,7 @@ class Metrics:
     def write_page(self) -> None:
         """Write report.html."""
         if dist.get_rank() == 0:
-            status.write_page(self.run)
+            page.write_page(self.run)
 
 
 def words(row: dict[str, Any]) -> str:
@@ -147,7 +147,7 @@ def gpu_row(r: Recipe, device: torch.device, seconds: float) -> dict[str, float]
     if device.type == "cpu":
         return {}
     row = {"peak_memory_gb": round(torch.cuda.max_memory_allocated(device) / 1e9, 3)}
-    if gpu := known_gpu(device):
+    if gpu := gpu_model(device):
         rate = plan.model_tflop(r) / seconds / dist.get_world_size()
         row["mfu"] = round(rate / gpu.tflops, 4)
     return row
@@ -158,7 +158,7 @@ def grad_norm(engine: Any) -> float:
     return float(engine.get_global_grad_norm())
 
 
-def require_finite(
+def require_finite_loss(
     stats: Stats, step: int, micro_batches: list[data.Batch], errors_B: list[torch.Tensor]
 ) -> None:
     """Stop the run before a non-finite loss reaches the weights.
@@ -171,7 +171,7 @@ def require_finite(
     errors = torch.cat(errors_B).tolist()
     samples = zip(_samples(micro_batches), errors, strict=True)
     offending = [name for name, error in samples if not math.isfinite(error)]
-    raise data.not_finite("loss", f"step {step + 1}", offending)
+    raise data.not_finite_error("loss", f"step {step + 1}", offending)
 
 
 def require_finite_gradient(norm: float, step: int, micro_batches: list[data.Batch]) -> None:
@@ -183,7 +183,7 @@ def require_finite_gradient(norm: float, step: int, micro_batches: list[data.Bat
     # DeepSpeed reports an infinite or NaN norm as -1.
     if math.isfinite(norm) and norm >= 0:
         return
-    raise data.not_finite("gradient", f"step {step + 1}", _samples(micro_batches))
+    raise data.not_finite_error("gradient", f"step {step + 1}", _samples(micro_batches))
 
 
 def _samples(micro_batches: list[data.Batch]) -> list[str]:

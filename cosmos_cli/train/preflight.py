@@ -6,6 +6,7 @@ import importlib.util
 import itertools
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Any
@@ -21,17 +22,42 @@ from cosmos_cli.train import status, trackers
 if TYPE_CHECKING:
     from cosmos_cli.recipe.keys import Recipe
 
-# A resumed run must keep its checkpoint's values of these keys. With others it is another run.
-FIXED_KEYS = (
-    "model", "base", "dataset_dir", "num_frames", "height", "width", "precision", "zero_stage",
-    "global_batch_size", "text_dropout", "ema_rate", "seed", "lora_rank", "lora_alpha",
-    "lora_targets", "optimizer",
-)  # fmt: skip
-# If one of these keys changes, training after a resume no longer reproduces the same weights.
-DECIDING_KEYS = {
-    "learning_rate", "beta1", "beta2", "adam_eps", "weight_decay", "grad_clip", "warmup_steps",
-    "lr_start_factor", "lr_end_factor", "max_steps", "transformer_engine", "clips",
-}  # fmt: skip
+
+# Return the command line of a verb on the user's recipe, given the verb and `extra` arguments.
+CommandLine = Callable[..., str]
+
+
+@dataclass(frozen=True)
+class Ready:
+    """What a training that may start works on.
+
+    `clips` and `held_out` are numbers of clips. `start` is the step it resumes from. `deletes` are
+    the files that --overwrite deletes.
+    """
+
+    clips: int
+    held_out: int
+    start: int
+    finished: bool
+    deletes: tuple[Path, ...]
+
+
+def check(r: Recipe, run: Run, ranks: int, command: CommandLine | None) -> Ready:
+    """Check everything that a training needs. `command` is None with --overwrite.
+
+    Raises:
+        UserError: something is missing, does not fit, or would be overwritten.
+    """
+    check_recipe(r, ranks)
+    clips, held_out = check_dataset(r)
+    start = check_resume(r, run, ranks)
+    deletes = _deleted_by_overwriting(run, start) if command is None else ()
+    if command is not None:
+        check_overwrite(r, run, start, command)
+    finished = start >= r.max_steps and status.is_finished(run)
+    if not finished:
+        check_disk(r, run, start, sum(map(files.size_of, deletes)))
+    return Ready(clips, held_out, start, finished, deletes)
 
 
 def check_dataset(r: Recipe) -> tuple[int, int]:
@@ -87,9 +113,9 @@ def check_recipe(r: Recipe, ranks: int) -> None:
             where="NNODES",
             fix="run on every node: `torchrun --nnodes ... -m cosmos_cli train RECIPE`",
         )
-    trackers.check(r)
+    trackers.check_tracker(r)
     check_kernels(r)
-    base = paths.model_files(r.spec, r.checkpoints_dir, r.base).dit
+    base = r.model_files.dit
     if not base.exists():
         raise UserError(
             "the base weights are missing",
@@ -97,7 +123,7 @@ def check_recipe(r: Recipe, ranks: int) -> None:
             where=str(base),
             fix="run `cosmos download RECIPE --for train`, or set base",
         )
-    tokenizer = paths.model_files(r.spec, r.checkpoints_dir).tokenizer
+    tokenizer = r.model_files.tokenizer
     if (r.preview_every_steps or r.sample_every_saves) and not tokenizer.exists():
         raise UserError(
             "the video tokenizer is missing, and previews and samples need it",
@@ -197,7 +223,7 @@ def check_resume(r: Recipe, run: Run, ranks: int) -> int:
     """Return the step from which the run resumes, 0 for a new run.
 
     Raises:
-        UserError: the saved run has other `FIXED_KEYS` or base weights.
+        UserError: the saved run has other base weights, or other values of keys that decide a run.
     """
     steps = run.resumable_steps()
     if not steps:
@@ -205,12 +231,12 @@ def check_resume(r: Recipe, run: Run, ranks: int) -> int:
     folder = run.resume_state(steps[-1])
     saved = files.read_json(folder / paths.MANIFEST_FILE)
     changes = _changes(r, saved)
-    for key in FIXED_KEYS:
+    for key in r.deciding("run"):
         before, now = changes.get(key, (None, None))
         if before != now and not _are_equivalent(key, before, now):
             raise _another_run(folder, f"{key} = {before}, the recipe says {now}")
     if "base" in saved:
-        base = paths.model_files(r.spec, r.checkpoints_dir, r.base).dit
+        base = r.model_files.dit
         if files.sha256_path(base) != saved["base"]:
             raise _another_run(folder, f"other base weights than those now in {base}")
     if saved["world_size"] != ranks:
@@ -242,12 +268,11 @@ def _changes(r: Recipe, saved: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
     return changes
 
 
-def check_overwrite(r: Recipe, run: Run, start: int, command: Callable[[str, str], str]) -> None:
+def check_overwrite(r: Recipe, run: Run, start: int, command: CommandLine) -> None:
     """Refuse to replace the weights that an earlier training of this run saved after `start`.
 
     A resumed run reproduces the weights after its resume state bit for bit. So they are protected
     only if the recipe or the clips changed. Model files of an incomplete save do not count.
-    `command` takes a verb and further arguments, and returns a command line for this recipe.
 
     Raises:
         UserError: weights or metrics would be overwritten, and --overwrite was not given.
@@ -258,7 +283,7 @@ def check_overwrite(r: Recipe, run: Run, start: int, command: Callable[[str, str
     later = [step for step in run.weight_files(start) if step <= newest]
     if start:
         saved = files.read_json(run.resume_state(start) / paths.MANIFEST_FILE)
-        changed = DECIDING_KEYS & _changes(r, saved).keys()
+        changed = {*r.deciding("steps"), "clips"} & _changes(r, saved).keys()
         if r.lr_end_factor == 1:
             changed -= {"max_steps"}
         if not later or not changed:
@@ -275,17 +300,35 @@ def check_overwrite(r: Recipe, run: Run, start: int, command: Callable[[str, str
     )  # fmt: skip
 
 
+def warn_of_overwriting(r: Recipe, run: Run, command: CommandLine) -> None:
+    """Warn in a plan if an earlier run's weights would keep the run from starting."""
+    try:
+        check_overwrite(r, run, run.last_step, command)
+    except UserError as error:
+        console.warn(str(error))
+
+
+def _deleted_by_overwriting(run: Run, start: int) -> tuple[Path, ...]:
+    """Return and report the weight files that --overwrite deletes."""
+    if start:
+        console.say(f"--overwrite: the run resumes at step {start}, nothing up to it is deleted")
+    written = tuple(path for written in run.weight_files(start).values() for path in written)
+    if written:
+        console.say(f"--overwrite deletes {len(written)} model files of steps after {start}")
+    return written
+
+
 def _steps(steps: list[int]) -> str:
     if len(steps) == 1:
         return f"step {steps[0]}"
     return f"{len(steps)} saves, steps {steps[0]} to {steps[-1]}"
 
 
-def _suggestions(r: Recipe, run: Run, later: list[int], command: Callable[[str, str], str]) -> str:
+def _suggestions(r: Recipe, run: Run, later: list[int], command: CommandLine) -> str:
     """Return the commands to choose from: a new run, a run from these weights, or --overwrite."""
     names = (f"{r.name[:90]}-{number}" for number in itertools.count(2))
     name = next(name for name in names if not run.root.with_name(name).exists())
-    another = command("train", f"--set name={name}")
+    another = command("train", extra=f"--set name={name}")
     ways = [f"another run: `{another}`"]
     if later:
         newest = run.weight_files()[later[-1]][0]
@@ -293,10 +336,10 @@ def _suggestions(r: Recipe, run: Run, later: list[int], command: Callable[[str, 
         if newest == run.lora(later[-1], "ema") or newest == run.lora(later[-1], "reg"):
             # A LoRA is not a base by itself: promote merges it into the weights it was trained on.
             kind = "ema" if newest == run.lora(later[-1], "ema") else "reg"
-            first = command("promote", f"--step {later[-1]} --weights {kind}") + " && "
+            first = command("promote", extra=f"--step {later[-1]} --weights {kind}") + " && "
             base = paths.promoted_dir(r.spec, r.checkpoints_dir) / paths.MODEL_FILE
         ways.append(f"one that starts from them: `{first}{another} --set {quote(f'base={base}')}`")
-    ways.append(f"delete them and start again: `{command('train', '--overwrite')}`")
+    ways.append(f"delete them and start again: `{command('train', extra='--overwrite')}`")
     return "; ".join(ways)
 
 

@@ -52,7 +52,7 @@ class _Skipped(Exception):
     """Raised on all ranks when a picture is left out. The message says why."""
 
 
-class Pictures:
+class Previews:
     """Writes previews and samples into the folder of a run; every rank must make the same calls.
 
     If a picture does not fit the memory of any one rank, all ranks leave it out with one warning,
@@ -213,16 +213,10 @@ class Pictures:
         fps_B = torch.tensor([r.fps], device=device)
         cond = self.shown.clips.read(self.shown.chosen[i])[1][None]
         cond = cond.to(device, next(net.parameters()).dtype)
+        text_embs = [cond, torch.zeros_like(cond)] if r.guidance else [cond]
 
-        def estimate(xt: Tensor, sigma: float, text_emb: Tensor) -> Tensor:
-            sigma_B = torch.full((1,), sigma, device=device)
-            return self._denoise(net, missing, xt, sigma_B, text_emb, fps_B)
-
-        def denoiser(xt: Tensor, sigma: float) -> Tensor:
-            denoised = estimate(xt, sigma, cond)
-            if r.guidance == 0:
-                return denoised
-            return sampler.guided(denoised, estimate(xt, sigma, torch.zeros_like(cond)), r.guidance)
+        def passes(xt: Tensor, sigma_B: Tensor) -> list[Tensor]:
+            return [self._denoise(net, missing, xt, sigma_B, text, fps_B) for text in text_embs]
 
         def stop_if_asked(_step: int) -> None:
             if self.stopping():
@@ -230,8 +224,7 @@ class Pictures:
 
         shape = (1, *r.spec.latent_shape(r.num_frames, r.height, r.width))
         noise = sampler.start_noise(r.sampling_seed + i, shape).to(device)
-        sigmas = r.spec.sigma_min, r.spec.sigma_max
-        return sampler.solve(r.sampler, r.num_steps, sigmas, denoiser, noise, stop_if_asked)
+        return sampler.sample(sampler.guide(passes, r.guidance), noise, r, stop_if_asked)
 
     def _write_sample(self, path: Path, pixels: Tensor) -> None:
         with files.atomic_file(path) as temporary:

@@ -27,7 +27,7 @@ _BELOW = ("base_optimizer_state", "single_partition_of_fp32_groups")
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def load(engine: Any, folder: Path, saved_by: int) -> None:
+def load_state(engine: Any, folder: Path, saved_by: int) -> None:
     """Load weights, master weights and moments that `saved_by` ranks saved, ZeRO stage 1 to 3.
 
     Every rank must call this.
@@ -54,10 +54,10 @@ def _read(folder: Path, saved_by: int) -> list[dict[str, Any]]:
         next(folder.glob(f"*zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"))
         for rank in range(saved_by)
     )
-    return [read(path)["optimizer_state_dict"] for path in paths]
+    return [read_state(path)["optimizer_state_dict"] for path in paths]
 
 
-def read(path: Path | str, map_location: Any = "cpu") -> Any:
+def read_state(path: Path | str, map_location: Any = "cpu") -> Any:
     """Load a DeepSpeed file, memory-mapped and with weights_only, so that no code in it runs."""
     from deepspeed.runtime.fp16.loss_scaler import LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
@@ -106,7 +106,7 @@ def cut(
     """
     parameters = zip(*(split(groups, saved) for groups in ranks), strict=True)
     for counts in held:
-        yield torch.cat([part(next(parameters), rank * count, count) for count in counts])
+        yield torch.cat([slice_pieces(next(parameters), rank * count, count) for count in counts])
 
 
 def split(groups: list[Tensor], counts: list[int]) -> Iterator[Tensor]:
@@ -120,7 +120,7 @@ def split(groups: list[Tensor], counts: list[int]) -> Iterator[Tensor]:
         rest = rest[count:]
 
 
-def part(pieces: tuple[Tensor, ...], start: int, count: int) -> Tensor:
+def slice_pieces(pieces: tuple[Tensor, ...], start: int, count: int) -> Tensor:
     """Return `count` elements from `start` of the concatenated pieces, padded with zeros.
 
     All pieces but the last have the same length.

@@ -32,7 +32,7 @@ from cosmos_cli.train import status
 PAUSE_SECONDS, END_SECONDS = 2.0, 60.0
 
 
-def check(r: Recipe) -> None:
+def check_tracker(r: Recipe) -> None:
     """Refuse a tracker whose package is missing, before training starts.
 
     Raises:

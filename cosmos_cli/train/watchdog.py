@@ -22,11 +22,11 @@ CHECKS = 10
 END = "end"
 
 
-class Pulse(threading.Thread):
+class Watchdog(threading.Thread):
     """Writes this rank's heartbeat and watches the next rank, until `end`."""
 
     def __init__(self, timeout_seconds: float) -> None:
-        super().__init__(name="pulse", daemon=True)
+        super().__init__(name="watchdog", daemon=True)
         self.own = dist.get_rank()
         self.next = (self.own + 1) % dist.get_world_size()
         self.timeout = timeout_seconds
@@ -84,7 +84,7 @@ class Pulse(threading.Thread):
 
 
 def _key(rank: int) -> str:
-    return f"cosmos/pulse/{rank}"
+    return f"cosmos/heartbeat/{rank}"
 
 
 def _collectives() -> int:

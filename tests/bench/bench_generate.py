@@ -38,9 +38,10 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, T5Config, T5EncoderModel
 
 from cosmos_cli import files, paths
-from cosmos_cli.generate import phases, worker
+from cosmos_cli.generate import text_models, video_models, worker
+from cosmos_cli.gpus import best_device
 from cosmos_cli.model import lora, text, video, weights
-from cosmos_cli.model.device import best_device
+from cosmos_cli.model.device import number_format
 from cosmos_cli.model.dit import DiT
 from cosmos_cli.model.lora_files import Change
 from cosmos_cli.model.sequence import SequenceGroup, neighbours
@@ -241,7 +242,7 @@ def bench_forward(bench: Bench, net: DiT) -> Row:
     """One forward pass of four networks on the same weights."""
     x = Inputs.of(bench.spec, bench.size, bench.device, bench.dtype)
     compiled, twin, compiled_twin = sharing(net), diffusers_twin(net), diffusers_twin(net)
-    phases.compile_blocks(compiled)
+    video_models.compile_blocks(compiled)
     compiled_twin.compile()
     rows = interleaved(
         {
@@ -315,7 +316,7 @@ def lora_passes(bench: Bench, net: DiT) -> list[Row]:
     for rank in (16, 64):
         nets[f"rank {rank}"] = with_lora(net, random_lora(net, rank, 1e-3))
     for variant in nets.values():
-        phases.compile_blocks(variant)
+        video_models.compile_blocks(variant)
     variants = {name: run_ours(variant, x) for name, variant in nets.items()}
     rows = interleaved(variants, bench.device, bench.rounds)
     for row in rows:
@@ -365,14 +366,14 @@ def bench_sample(bench: Bench, net: DiT) -> Row:
     """A whole video, phase by phase."""
     r, device, rows = bench.r, bench.device, []
     embedding = bench_text(bench, rows)
-    compiled = phases.worth_compiling(r, device) and phases.compile_blocks(net)
-    conditioning = phases.Conditioning(PROMPT, embedding, embedding.flip(0))
+    compiled = video_models.worth_compiling(r, device) and video_models.compile_blocks(net)
+    conditioning = text_models.Conditioning(PROMPT, embedding, embedding.flip(0))
     evaluations = 2 * r.num_steps
     few = r.model_copy(update={"num_steps": 2})
     with measured("denoise, 2 steps, and compiling", device, rows):
-        phases.sample(few, net, [conditioning], [r.sampling_seed], "warm up")
+        video_models.sample_latents(few, net, [conditioning], [r.sampling_seed], "warm up")
     with measured(f"denoise, {r.num_steps} steps, {evaluations} passes", device, rows):
-        x0 = phases.sample(r, net, [conditioning], [r.sampling_seed], "denoise")
+        x0 = video_models.sample_latents(r, net, [conditioning], [r.sampling_seed], "denoise")
     flops = evaluations * forward_flops(
         bench.spec.dit, bench.spec.tokens(*bench.size), bench.spec.text.tokens
     )
@@ -387,7 +388,7 @@ def bench_sample(bench: Bench, net: DiT) -> Row:
         video.write_mp4(path, pixels, r.fps, r.video_crf)
     shape = video.probe(path)
     assert (shape.frames, shape.height, shape.width) == bench.size
-    backend = phases.attention_backend(r, net)
+    backend = video_models.attention_backend(r, net)
     found = {"attention": backend, "compiled": compiled, "mp4_bytes": path.stat().st_size}
     return {**found, "rows": rows}
 
@@ -399,9 +400,9 @@ def bench_split(bench: Bench, net: DiT) -> Row:
     pair = worker.pair_of(dist.get_world_size())
     spec, generator = bench.spec.text, torch.Generator(device).manual_seed(1)
     embedding = torch.randn(spec.tokens, spec.channels, generator=generator, device=device)
-    conditioning = [phases.Conditioning(PROMPT, embedding, embedding.flip(0))]
-    if phases.worth_compiling(loading.load(*SHIPPED[bench.model]).recipe, device):
-        phases.compile_blocks(net)
+    conditioning = [text_models.Conditioning(PROMPT, embedding, embedding.flip(0))]
+    if video_models.worth_compiling(loading.load(*SHIPPED[bench.model]).recipe, device):
+        video_models.compile_blocks(net)
     few, made = r.model_copy(update={"num_steps": 2}), []
     world = dist.get_world_size()
     variants = [("one", SequenceGroup(), None), (f"{world}, guidance halves", pair.sequence, pair)]
@@ -409,10 +410,10 @@ def bench_split(bench: Bench, net: DiT) -> Row:
         variants.append(("2 that share the tokens", neighbours(2), None))
     for label, sequence, own in variants:
         net.share(sequence)
-        phases.sample(few, net, conditioning, [1], "warm up", own)
+        video_models.sample_latents(few, net, conditioning, [1], "warm up", own)
         dist.barrier()
         with measured(f"{r.num_steps} steps by {label}", device, rows):
-            made.append(phases.sample(r, net, conditioning, [1], label, own))
+            made.append(video_models.sample_latents(r, net, conditioning, [1], label, own))
     dist.destroy_process_group()
     for row, video_ in zip(rows, made, strict=True):
         row["times_faster"] = round(rows[0]["seconds"] / row["seconds"], 3)
@@ -454,7 +455,7 @@ def bench_load(bench: Bench, net: DiT) -> Row:
     net.to("meta")
     found = {"file_gb": round(path.stat().st_size / 1e9, 2)}
     with measured("load model file", bench.device, rows), HostMemory() as memory:
-        loaded = phases.load_denoiser(bench.r, path, bench.device, bench.dtype)
+        loaded = video_models.load_denoiser(bench.r, path, bench.device, bench.dtype)
     found["host_gb_above_the_mapping"] = round(memory.peak / 1e9, 3)
     assert next(loaded.parameters()).device.type == bench.device
     return {**found, "rows": rows}
@@ -510,11 +511,11 @@ def main() -> None:
     if options.steps:
         settings = [*settings, f"num_steps={options.steps}"]
     r, device = loading.load(shipped, settings).recipe, best_device()
-    dtype = phases.number_format(device)
+    dtype = number_format(device)
     bench = Bench(options.model, r, device, dtype, options.scratch, options.rounds)
     with torch.inference_mode():
         net = random_denoiser(r.spec.dit, device, dtype)
-        backend = phases.attention_backend(r, net)
+        backend = video_models.attention_backend(r, net)
         if options.attention not in (None, backend):
             raise SystemExit(f"attention would run as {backend}, not {options.attention}")
         about = {

@@ -25,10 +25,10 @@ from torch.profiler import ProfilerActivity
 from transformers import T5Config, T5EncoderModel
 
 from cosmos_cli import paths
+from cosmos_cli.gpus import best_device
 from cosmos_cli.model import text as model_text
 from cosmos_cli.model import tokenizer as module
 from cosmos_cli.model import video
-from cosmos_cli.model.device import best_device
 from cosmos_cli.recipe import loading
 
 SOURCE = "testsrc2=s=1280x720:r=24"

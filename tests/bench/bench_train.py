@@ -40,12 +40,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from cosmos_cli import files, paths, ranks
+from cosmos_cli.gpus import best_device
 from cosmos_cli.model import weights
-from cosmos_cli.model.device import best_device
 from cosmos_cli.recipe import loading, plan
 from cosmos_cli.recipe.keys import Recipe
 from cosmos_cli.spec import MODELS, ModelSpec
-from cosmos_cli.train.engine import known_gpu
+from cosmos_cli.train.engine import gpu_model
 
 CLIPS = 8
 # The first steps compile, allocate and let DeepSpeed learn the order of the weights.
@@ -154,7 +154,7 @@ def bench_ours(options: argparse.Namespace, r: Recipe, words: list[str]) -> dict
     found |= {"data_wait": round(statistics.median(waits[WARM_UP - 1 :]), 3)}
     found |= {"start_seconds": round(seen[0] - began, 1), "losses": [row["loss"] for row in rows]}
     if "mfu" in rows[-1]:
-        gpu = known_gpu(torch.device("cuda"))
+        gpu = gpu_model(torch.device("cuda"))
         planned = plan.plan(r, options.world or options.gpus, gpu)
         found |= {"mfu": statistics.median(row["mfu"] for row in timed),
                   "peak_gb": rows[-1]["peak_memory_gb"], "planned_gb": round(planned.total_gb, 1),
@@ -170,7 +170,7 @@ def own_ranks(options: argparse.Namespace) -> list[str]:
 
 def our_rank(options: argparse.Namespace, r: Recipe) -> None:
     """One rank of ours, in a world or with a network that the command does not offer."""
-    from cosmos_cli.train import loop
+    from cosmos_cli.train import process
 
     if options.world:
         from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -179,7 +179,7 @@ def our_rank(options: argparse.Namespace, r: Recipe) -> None:
         torch.distributed.init_process_group(
             "fake", rank=0, world_size=options.world, store=FakeStore()
         )
-    loop.run_rank(r)
+    process.run_rank(r)
 
 
 @contextmanager
@@ -215,7 +215,7 @@ def bench_peer(options: argparse.Namespace, r: Recipe) -> dict[str, Any]:
         if process.wait():
             raise SystemExit(f"the peer ended with {process.returncode}")
     found: dict[str, Any] = json.loads((options.scratch / "peer.json").read_text())
-    if gpu := known_gpu(torch.device(best_device())):
+    if gpu := gpu_model(torch.device(best_device())):
         rate = plan.model_tflop(r) / found["seconds"] / options.gpus
         found["mfu"] = round(rate / gpu.tflops, 4)
     return {"part": "diffusers, ZeRO-3, every block checkpointed", **found}
@@ -228,9 +228,9 @@ def peer_rank(options: argparse.Namespace, r: Recipe) -> None:
 
     from cosmos_cli.model import kernels
     from cosmos_cli.prep import latent_files
-    from cosmos_cli.train import loop
+    from cosmos_cli.train import process
 
-    device = loop._join_world(600)
+    device = process.join_world(600)
     # It has the attention that ours has, also where Transformer Engine was imported.
     kernels.put_cudnn_first()
     rank = torch.distributed.get_rank()

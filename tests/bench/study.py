@@ -20,7 +20,7 @@ from cosmos_cli import files, html, paths
 from cosmos_cli.commands.download import CONCEPT_CLIPS, ORDINARY_CLIPS
 from cosmos_cli.evaluate import evaluation
 from cosmos_cli.generate.jobs import Weights
-from cosmos_cli.model.device import best_device
+from cosmos_cli.gpus import best_device
 from cosmos_cli.model.tiny import world
 from cosmos_cli.recipe import loading
 from cosmos_cli.recipe.keys import Recipe
@@ -55,7 +55,9 @@ def sampling(r: Recipe, prompts: int, device: str) -> Iterator[Row]:
     ] + [("guidance", guidance, {"guidance": guidance}) for guidance in GUIDANCES]
     for study, value, changes in variants:
         began = time.monotonic()
-        samples = evaluation.draw(r.model_copy(update=changes), base, [*wanted, mascot], device)
+        samples = evaluation.sample_trials(
+            r.model_copy(update=changes), base, [*wanted, mascot], device
+        )
         scores = evaluation.scores(samples)
         del scores["concept"]
         yield {"study": study, "value": value, "seconds": time.monotonic() - began, **scores}

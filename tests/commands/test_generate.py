@@ -13,13 +13,9 @@ import pytest
 import torch
 
 from cosmos_cli import files, paths
-from cosmos_cli.generate.phases import (
-    Conditioning,
-    bytes_together,
-    load_denoiser,
-    sample,
-    worth_compiling,
-)
+from cosmos_cli.generate.phases import bytes_together
+from cosmos_cli.generate.text_models import Conditioning
+from cosmos_cli.generate.video_models import load_denoiser, sample_latents, worth_compiling
 from cosmos_cli.model import edm, sampler, video, weights
 from cosmos_cli.model.dit import DiT
 from cosmos_cli.recipe import loading
@@ -302,7 +298,7 @@ def test_the_14b_is_loaded_and_sampled_with_its_own_spec(tmp_path, monkeypatch):
         r = loading.load("nemo_assets", [f"model={COSMOS_14B.name}", *small_size]).recipe
         loaded = load_denoiser(r, tmp_path / "model.pt", "cpu", torch.float32)
         with torch.inference_mode():
-            made.append(sample(r, loaded, [Conditioning("", words, 0 * words)], [1], "14B"))
+            made.append(sample_latents(r, loaded, [Conditioning("", words, 0 * words)], [1], "14B"))
     assert made[0].shape == (1, 16, 2, 8, 12)
     assert made[0].isfinite().all()
     assert (made[0] - made[1]).abs().max() > 0.01
@@ -486,16 +482,15 @@ def test_sampling_follows_the_guided_estimate_of_both_prompts():
     cond, uncond = torch.randn(shape, generator=generator)
     fps_B = torch.tensor([r.fps])
 
-    def denoiser(xt, sigma):
+    def denoise(xt, sigma_B):
         of = [
-            edm.denoise(net, xt, torch.tensor([sigma]), text[None], fps_B, r.spec.sigma_data)
+            edm.denoise(net, xt, sigma_B, text[None], fps_B, r.spec.sigma_data)
             for text in (cond, uncond)
         ]
         return of[0] + 2 * (of[0] - of[1])
 
     noise = sampler.start_noise(5, (1, *r.spec.latent_shape(r.num_frames, r.height, r.width)))
-    levels = r.spec.sigma_min, r.spec.sigma_max
     with torch.inference_mode():
-        expected = sampler.solve(r.sampler, 3, levels, denoiser, noise, lambda _: None)
-        made = sample(r, net, [Conditioning("", cond, uncond)], [5], "test")
+        expected = sampler.sample(denoise, noise, r, lambda _: None)
+        made = sample_latents(r, net, [Conditioning("", cond, uncond)], [5], "test")
     torch.testing.assert_close(made, expected, atol=1e-4, rtol=1e-4)

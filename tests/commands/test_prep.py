@@ -402,8 +402,8 @@ def test_the_last_process_removes_the_files_of_a_killed_one(undisturbed, tmp_pat
     monkeypatch.chdir(tmp_path)
     r = loading.load("tiny", [*SMALL, PROMPT]).recipe
     job = prepare._job(r, sources.inspect(r, prepare.Dataset.at(r.dataset_dir, r.videos_dir)))
-    with work_sharing.crew(dataset / "prep.lock", job) as crew:
-        crew.start()
+    with work_sharing.workers(dataset / "prep.lock", job) as workers:
+        workers.start()
         (dataset / ".99999999.report.tmp").mkdir()
         shutil.rmtree(dataset / "latents")
         other = cosmos.start("prep", "tiny", *settings(PROMPT))
@@ -442,8 +442,8 @@ def test_the_ranks_of_a_launcher_share_the_work_and_one_prints(undisturbed, tmp_
 
 def test_a_process_with_another_recipe_is_refused_while_one_is_at_work(undisturbed, tmp_path):
     cosmos, dataset = fresh(undisturbed, tmp_path)
-    with work_sharing.crew(dataset / "prep.lock", "another job") as crew:
-        crew.start()
+    with work_sharing.workers(dataset / "prep.lock", "another job") as workers:
+        workers.start()
         refused = cosmos("prep", "tiny", *settings(PROMPT), code=2)
     assert "another `cosmos prep` is working here" in refused.stderr
     assert not (dataset / "metas").exists()

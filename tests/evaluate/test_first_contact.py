@@ -64,7 +64,7 @@ def start_again(state):
 
 
 def test_correct_weights_pass_and_the_losses_are_printed(folder, capsys):
-    figures = first_contact.check(R, "cpu")
+    figures = first_contact.check_weights(R, "cpu")
     assert [row["sigma"] for row in figures["edm"]] == [0.1, 0.5, 2.0]
     for row in figures["edm"]:
         assert row["model"] < row["shuffled"]
@@ -91,7 +91,7 @@ def test_a_damaged_denoiser_is_an_error_that_names_the_damage(folder, damage, wo
     damage(state)
     weights.save_dit(path, state, "safetensors")
     with pytest.raises(UserError) as caught:
-        first_contact.check(R, "cpu")
+        first_contact.check_weights(R, "cpu")
     assert caught.value.code == ExitCode.ASSET
     assert word in str(caught.value)
     assert str(path) in str(caught.value)
@@ -105,7 +105,7 @@ def test_a_tokenizer_that_loses_the_picture_is_an_error(folder):
     state["decoder.conv_out.1.conv3d.weight"] = state["decoder.conv_out.1.conv3d.weight"].flip(0)
     weights.write_safetensors(path, state)
     with pytest.raises(UserError, match="the tokenizer loses the picture") as caught:
-        first_contact.check(R, "cpu")
+        first_contact.check_weights(R, "cpu")
     assert caught.value.code == ExitCode.ASSET
 
 
@@ -115,7 +115,7 @@ def test_exchanged_mean_and_std_are_an_error(folder):
     exchange(state, "mean", "std")
     weights.write_safetensors(path, state)
     with pytest.raises(UserError, match="mean and std") as caught:
-        first_contact.check(R, "cpu")
+        first_contact.check_weights(R, "cpu")
     assert caught.value.code == ExitCode.ASSET
 
 
@@ -146,11 +146,11 @@ def test_linear_loss_is_the_error_of_the_linear_estimate():
 )
 def test_a_failure_at_one_noise_level_is_reported(changed, words):
     rows = [
-        first_contact.Row(**{"sigma": sigma, "model": 0.2, "linear": 0.8, "shuffled": 0.3})
+        first_contact.Losses(**{"sigma": sigma, "model": 0.2, "linear": 0.8, "shuffled": 0.3})
         for sigma in (0.1, 0.5, 2.0)
     ]
     rows[1] = replace(rows[1], **changed)
-    found = first_contact.verdict(rows, {"": rows[1].model, "two keys": rows[1].model * 0.9})
+    found = first_contact.fault_of(rows, {"": rows[1].model, "two keys": rows[1].model * 0.9})
     assert words in found if words else found == ""
 
 

@@ -23,7 +23,7 @@ from cosmos_cli.model import edm, weights
 from cosmos_cli.model.dit import DiT
 from cosmos_cli.model.ema import PowerEMA
 from cosmos_cli.recipe.keys import Recipe
-from cosmos_cli.train import checkpoint, engine, loop
+from cosmos_cli.train import checkpoint, engine, process
 from cosmos_cli.train.data import Share
 
 SMALL = spec.ModelSpec(
@@ -138,7 +138,7 @@ class Saver:
 
 
 def main(folder, sample=None):
-    loop._join_world(60)
+    process.join_world(60)
     saver = Saver(folder)
     log = folder / "strace.log"
     saver.save(3)

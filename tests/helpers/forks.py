@@ -3,6 +3,7 @@
 A start of `cosmos` takes seconds of imports, and most tests are about what comes after them.
 """
 
+import importlib.util
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -32,6 +33,8 @@ context.set_forkserver_preload(list(IMPORTED))
 
 
 def _ensure_server():
+    # The server ignores what it cannot import.
+    assert all(importlib.util.find_spec(name) for name in IMPORTED if name.startswith("cosmos"))
     before = dict(os.environ)
     os.environ.update(VARIABLES)
     try:

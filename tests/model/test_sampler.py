@@ -1,10 +1,12 @@
 import math
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from cosmos_cli.model import sampler
+from cosmos_cli.model import edm, sampler
+from cosmos_cli.spec import TINY
 
 MEAN, STD = 0.3, 0.5
 
@@ -43,8 +45,10 @@ def test_res_levels_match_the_reference():
 
 def test_guidance_zero_is_the_conditional_estimate():
     cond, uncond = torch.randn(2, 8).unbind()
-    assert torch.equal(sampler.guided(cond, uncond, 0.0), cond)
-    torch.testing.assert_close(sampler.guided(cond, uncond, 7.0), 8 * cond - 7 * uncond)
+    assert torch.equal(sampler.guide(lambda: [cond, uncond], 0.0)(), cond)
+    assert torch.equal(sampler.guide(lambda: [cond], 7.0)(), cond)
+    guided = sampler.guide(lambda: [cond, uncond], 7.0)()
+    torch.testing.assert_close(guided, 8 * cond - 7 * uncond)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 35])
@@ -106,4 +110,39 @@ def test_noise_depends_on_the_seed_alone():
 
 def test_an_unknown_solver_is_refused():
     with pytest.raises(ValueError, match="'heun' is neither euler nor res"):
-        sampler.solve("heun", 2, (0.02, 80.0), lambda x, _: x, torch.zeros(1), lambda _: None)
+        settings = SimpleNamespace(spec=TINY, sampler="heun", num_steps=2)
+        sampler.sample(lambda xt, _: xt, torch.zeros(1), settings, ignore)
+
+
+@pytest.mark.parametrize("guidance", [0.0, 2.0])
+def test_guided_outputs_and_guided_estimates_give_the_same_sample(guidance):
+    settings = SimpleNamespace(spec=TINY, sampler="res", num_steps=5)
+    noise = sampler.start_noise(3, (2, 4, 2, 4, 4))
+    texts = (0.5, -0.25) if guidance else (0.5,)
+
+    def net(x, c_noise_B, text, fps_B):
+        return (x + text) * c_noise_B.view(-1, 1, 1, 1, 1)
+
+    def denoise(network, xt, sigma_B, text):
+        return edm.denoise(network, xt, sigma_B, text, torch.ones(2), TINY.sigma_data)
+
+    def outputs(x, c_noise_B, text_emb, fps_B):
+        return [net(x, c_noise_B, text, fps_B) for text in texts]
+
+    def estimates(xt, sigma_B):
+        return [denoise(net, xt, sigma_B, torch.tensor(text)) for text in texts]
+
+    def expected(xt, sigma):
+        sigma_B = torch.full((2,), sigma)
+        cond, uncond = (denoise(net, xt, sigma_B, torch.tensor(text)) for text in (0.5, -0.25))
+        return (1 + guidance) * cond - guidance * uncond
+
+    def of_outputs(xt, sigma_B):
+        return denoise(sampler.guide(outputs, guidance), xt, sigma_B, torch.tensor(0.0))
+
+    wanted = sampler.res(expected, noise, sampler.res_sigmas(5, TINY.sigma_max), ignore)
+    steps = []
+    for guided in (of_outputs, sampler.guide(estimates, guidance)):
+        made = sampler.sample(guided, noise, settings, steps.append)
+        torch.testing.assert_close(made, wanted, atol=1e-4, rtol=1e-4)
+    assert steps == [*range(6), *range(6)]

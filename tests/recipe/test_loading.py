@@ -296,12 +296,12 @@ def test_a_recipe_is_found_by_path_first_then_by_name(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     shipped = loading.shipped()["tiny"]
-    assert loading.find("tiny") == loading.find("tiny.yaml") == shipped
+    assert loading.find_recipe("tiny") == loading.find_recipe("tiny.yaml") == shipped
     (tmp_path / "tiny").mkdir()
-    assert loading.find("tiny") == shipped
+    assert loading.find_recipe("tiny") == shipped
     (tmp_path / "tiny.yaml").write_text("dataset_dir: mine\n")
-    assert loading.find("tiny") == shipped
-    assert loading.find("tiny.yaml") == Path("tiny.yaml")
+    assert loading.find_recipe("tiny") == shipped
+    assert loading.find_recipe("tiny.yaml") == Path("tiny.yaml")
 
 
 @pytest.mark.parametrize(

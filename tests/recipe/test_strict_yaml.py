@@ -138,7 +138,7 @@ def test_a_file_that_is_not_a_mapping_is_refused_by_line(
     path = tmp_path / "r.yaml"
     path.write_bytes(content)
     with pytest.raises(UserError) as caught:
-        strict_yaml.read(path)
+        strict_yaml.read_entries(path)
     assert caught.value.code == ExitCode.USAGE
     assert str(caught.value).startswith(str(path))
     assert message in str(caught.value)
@@ -147,7 +147,7 @@ def test_a_file_that_is_not_a_mapping_is_refused_by_line(
 def test_a_byte_order_mark_is_not_part_of_the_first_key(tmp_path: Path) -> None:
     path = tmp_path / "r.yaml"
     path.write_bytes(b"\xef\xbb\xbfa: 1\r\nb: 2\r\n")
-    entries, problems = strict_yaml.read(path)
+    entries, problems = strict_yaml.read_entries(path)
     assert {key: entry.value for key, entry in entries.items()} == {"a": 1, "b": 2}
     assert problems == []
 
@@ -158,7 +158,7 @@ def test_an_unreadable_file_is_named(tmp_path: Path) -> None:
     path.write_text("a: 1")
     path.chmod(0)
     with pytest.raises(UserError, match=r"r\.yaml: cannot be read: Permission denied"):
-        strict_yaml.read(path)
+        strict_yaml.read_entries(path)
 
 
 TEXTS = st.text(st.characters(exclude_categories=("Cs",)))
@@ -168,7 +168,7 @@ TRAPS = st.sampled_from(["yes", "5e-5", "12:30", "0o17", "~", "a: b", "x # y", "
 
 @given(TEXTS | TRAPS | NUMBERS | st.booleans() | st.none())
 def test_a_dumped_value_is_read_back_unchanged(value: object) -> None:
-    line = f"key: {strict_yaml.dump(value)}"
+    line = f"key: {strict_yaml.dump_value(value)}"
     entries, problems = strict_yaml.parse(line + "\n", "r.yaml")
     assert problems == []
     assert entries["key"].value == value

@@ -17,7 +17,7 @@ from packaging.requirements import Requirement
 
 from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.recipe import loading
-from cosmos_cli.setup import checks, installs, probes
+from cosmos_cli.setup import checks, installs, packages, probes
 from cosmos_cli.setup.probes import Outcome, Probe
 from tests.helpers.hub import serve
 
@@ -140,7 +140,7 @@ def test_a_broken_deepspeed_is_named_with_its_error(tmp_path):
         text=True,
         check=False,
     )
-    row = checks._deepspeed(Outcome({}, done.stderr), Outcome({}))
+    row = packages._deepspeed(Outcome({}, done.stderr), Outcome({}))
     assert (row.status, row.found) == ("fail", "OSError: half of it is gone")
     assert not row.commands
     assert "--force-reinstall" in row.fix
@@ -149,8 +149,8 @@ def test_a_broken_deepspeed_is_named_with_its_error(tmp_path):
 def test_a_torchcodec_of_another_torch_is_told_apart_from_missing_ffmpeg():
     absent = "OSError: libavutil.so.60: cannot open shared object file: No such file or directory\n"
     wrong = "OSError: libnvrtc.so.13: cannot open shared object file: No such file or directory\n"
-    assert "FFmpeg" in checks._video(Outcome({}, absent)).found
-    row = checks._video(Outcome({}, absent + wrong))
+    assert "FFmpeg" in packages._video(Outcome({}, absent)).found
+    row = packages._video(Outcome({}, absent + wrong))
     assert "does not match torch: libnvrtc.so.13" in row.found
     assert row.commands[0][-1] == installs.TORCHCODEC
 
@@ -267,12 +267,12 @@ def test_builds_find_the_headers_in_torchs_wheels(tmp_path, monkeypatch):
 def test_a_missing_extra_is_a_failure_only_when_it_is_asked_for():
     gpu = {"name": "H100", "bytes": 8e10, "capability": [9, 0]}
     torch = Outcome({"cuda": "13.0", "gpus": [gpu]})
-    (row,) = checks._transformer_engine(None, torch, [])
+    (row,) = packages._transformer_engine(None, torch, [])
     assert (row.status, checks.mending([row])) == ("warn", [])
-    (row,) = checks._transformer_engine(None, torch, ["transformer-engine"])
+    (row,) = packages._transformer_engine(None, torch, ["transformer-engine"])
     assert checks.mending([row]) == list(installs.transformer_engine("13.0"))
-    assert checks._apex(None, torch, []) == []
-    (row,) = checks._apex(None, torch, ["apex"])
+    assert packages._apex(None, torch, []) == []
+    (row,) = packages._apex(None, torch, ["apex"])
     assert row.status == "fail"
 
 
@@ -285,7 +285,7 @@ def test_a_rank_that_fails_ends_its_group_at_once(monkeypatch, tmp_path):
     )
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{ROOT}")
     started = time.monotonic()
-    outcome = probes.run([Probe("two", "deepspeed", ranks=2)])["two"]
+    outcome = probes.run_probes([Probe("two", "deepspeed", ranks=2)])["two"]
     assert "rank 1 has no link" in outcome.error
     assert time.monotonic() - started < 30
 
@@ -296,7 +296,7 @@ def test_a_crash_in_a_probe_or_in_its_parent_is_named(monkeypatch, tmp_path, pac
     """In a probe, or in the process from which all are forked."""
     (tmp_path / f"{package}.py").write_text("import os\nos.abort()\n")
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{ROOT}")
-    outcomes = probes.run([Probe(name, name) for name in ("torch", "deepspeed")])
+    outcomes = probes.run_probes([Probe(name, name) for name in ("torch", "deepspeed")])
     assert outcomes[package].error == "died of SIGABRT"
     assert (outcomes["torch"].error == "") == (package == "deepspeed")
 

@@ -12,7 +12,7 @@ from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.model import edm, weights
 from cosmos_cli.model.dit import DiT
 from cosmos_cli.recipe.keys import Recipe
-from cosmos_cli.train import engine, loop
+from cosmos_cli.train import engine, process
 from cosmos_cli.train.data import Share
 
 STAND_IN = Path(__file__).parent / "data/stand_in"
@@ -59,7 +59,7 @@ def losses_of_three_steps(folder, stage, kernels):
     where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "DS_ACCELERATOR": "cpu"}
     os.environ |= {**where, "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
     sys.path.append(str(STAND_IN))
-    loop._join_world(60)
+    process.join_world(60)
     spec.MODELS["small"] = SMALL
     net = DiT(SMALL.dit)
     net.init_weights(torch.Generator().manual_seed(0))

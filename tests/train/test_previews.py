@@ -19,8 +19,8 @@ from cosmos_cli.model import edm
 from cosmos_cli.model.tokenizer import Tokenizer
 from cosmos_cli.paths import Run
 from cosmos_cli.recipe import loading
-from cosmos_cli.train import launch, loop, previews, status
-from cosmos_cli.train.previews import Pictures
+from cosmos_cli.train import launch, previews, process, status
+from cosmos_cli.train.previews import Previews
 
 pytestmark = pytest.mark.workflow
 
@@ -90,7 +90,7 @@ BREAKS = {
 
 def limit_memory(extra):
     """Leaves a GPU no more than some bytes while pictures are made."""
-    original = Pictures.make
+    original = Previews.make
 
     def make(self, engine, step, asked):
         torch.cuda.empty_cache()
@@ -107,7 +107,7 @@ def limit_memory(extra):
             kept = torch.cuda.memory_allocated() - before
             assert kept <= 2**26, f"{kept / 2**20:.0f} MiB were not given back"
 
-    Pictures.make = make
+    Previews.make = make
 
 
 def rank_of_a_run(place, broken, victim, pairs):
@@ -125,12 +125,12 @@ def rank_of_a_run(place, broken, victim, pairs):
     run = Run(loaded.recipe.run_dir)
     if rank == 0:
         launch._prepare(loaded, run)
-    device = loop._join_world(120)
+    device = process.join_world(120)
     if rank in victim:
         BREAKS[broken]() if isinstance(broken, str) else limit_memory(broken)
     said = io.StringIO()
     with contextlib.redirect_stderr(said):
-        loop.train(loaded.recipe, device)
+        process.train_on_dataset(loaded.recipe, device)
     losses = [row["loss"] for row in status.rows(run) if "loss" in row]
     made = sorted(path.name for path in run.samples.glob("*"))
     sys.stderr.write(said.getvalue())

@@ -11,7 +11,7 @@ import pytest
 from cosmos_cli import files
 from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.paths import Run
-from cosmos_cli.train import status
+from cosmos_cli.train import page, status
 
 
 @pytest.fixture
@@ -87,9 +87,9 @@ def test_a_metrics_line_cut_short_by_a_kill_is_ignored(run):
 
 
 def test_the_page_draws_each_curve_and_escapes_the_recipe(run):
-    status.write_page(run)
-    page = run.report.read_text()
-    assert page.count("<svg") == 6
+    page.write_page(run)
+    text = run.report.read_text()
+    assert text.count("<svg") == 6
     for words in ("base</span>", "held-out clips</span>", "sigma 0.32</span>", "1.2.3"):
-        assert words in page
-    assert "name: &lt;run&gt;" in page
+        assert words in text
+    assert "name: &lt;run&gt;" in text

@@ -103,9 +103,9 @@ def test_without_a_launcher_the_loss_of_rank_0_ends_the_others(tmp_path):
     script.write_text(
         "import time\n"
         "import torch.distributed as dist\n"
-        "from cosmos_cli.train.watchdog import Pulse\n"
+        "from cosmos_cli.train.watchdog import Watchdog\n"
         "dist.init_process_group('gloo')\n"
-        "Pulse(6).start()\n"
+        "Watchdog(6).start()\n"
         "print('beats', flush=True)\n"
         "time.sleep(60)\n"
     )

@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 from cosmos_cli import paths
 from cosmos_cli.errors import UserError
 from cosmos_cli.generate.jobs import Job, Weights
-from cosmos_cli.generate.phases import generate, load_denoiser
+from cosmos_cli.generate.phases import generate
+from cosmos_cli.generate.video_models import load_denoiser
 from cosmos_cli.model import text, weights
 from cosmos_cli.model.finite import not_finite
 from cosmos_cli.recipe import loading

@@ -11,7 +11,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from cosmos_cli import files, paths
-from cosmos_cli.train import status
+from cosmos_cli.train import page, status
 from tests.helpers.command import Cosmos
 from tests.helpers.runs import copy_of, find_run, losses, options, train, wait_for_step
 
@@ -89,13 +89,13 @@ def test_a_resumed_run_measures_the_same_as_an_uninterrupted_one(cosmos, measure
 
 def test_the_page_of_a_run_is_self_contained_and_shows_its_metrics(measured):
     _, run, _ = measured
-    page = run.report.read_text()
-    assert not re.search(r"""(src|href)=["'](?!data:)""", page)
+    text = run.report.read_text()
+    assert not re.search(r"""(src|href)=["'](?!data:)""", text)
     for words in ("held-out", "EDM error by noise band", "learning rate", "global_batch_size: 2"):
-        assert words in page
-    assert page.count("<svg") == 7
-    status.write_page(run)
-    assert page.partition("<h2>Error")[2] == run.report.read_text().partition("<h2>Error")[2]
+        assert words in text
+    assert text.count("<svg") == 7
+    page.write_page(run)
+    assert text.partition("<h2>Error")[2] == run.report.read_text().partition("<h2>Error")[2]
 
 
 def test_promote_best_is_refused_without_held_out_measurements(prepared, tmp_path):

@@ -1,1 +1,1 @@
-"""Guardrails: the block list, Aegis, the frame filter and the face blur."""
+"""Guard prompts with a block list and Aegis, and videos with a frame filter and a face blur."""

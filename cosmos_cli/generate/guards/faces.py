@@ -1,4 +1,4 @@
-"""Finds the faces in a video with RetinaFace on ResNet-50 and pixelates each into 5x5 squares.
+"""Find the faces in a video with RetinaFace on ResNet-50 and pixelate each into 5x5 squares.
 
 Module names are those of the released `Resnet50_Final.pth`. Boxes are (x1, y1, x2, y2) in pixels.
 Dimension letters: B batch, C channels, T frames, H height, W width, P priors (anchor boxes).
@@ -35,7 +35,7 @@ FRAMES_AT_ONCE = 4
 
 
 class FaceBlur:
-    """Loads the network and pixelates the faces of videos.
+    """Pixelate the faces of videos.
 
     Raises:
         UserError: (ASSET) the weight file is missing, damaged or of another network.
@@ -134,7 +134,7 @@ def pixelate(frame_CHW: Tensor, box: Tensor) -> bool:
 
 
 class RetinaFace(nn.Module):
-    """Predicts scores (B, P) and offsets (B, P, 4) of the priors from mean-subtracted frames."""
+    """Predict scores (B, P) and offsets (B, P, 4) of the priors from mean-subtracted frames."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -161,7 +161,7 @@ class RetinaFace(nn.Module):
 
 
 class ResNet50(nn.Module):
-    """ResNet-50 with strides in its 3x3 convolutions; it outputs the last three stages."""
+    """Run ResNet-50, with strides in its 3x3 convolutions, and output its last three stages."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -185,7 +185,7 @@ class ResNet50(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """The residual block of ResNet-50: three convolutions and a shortcut."""
+    """Run a residual block of ResNet-50: three convolutions and a shortcut."""
 
     def __init__(self, inputs: int, outputs: int, stride: int = 1) -> None:
         super().__init__()
@@ -204,7 +204,7 @@ class Bottleneck(nn.Module):
 
 
 class Context(nn.Module):
-    """RetinaFace's context module: receptive fields of 3, 5 and 7 cells from 3x3 convolutions."""
+    """Combine receptive fields of 3, 5 and 7 cells, from 3x3 convolutions, as RetinaFace does."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -11,21 +11,19 @@ from __future__ import annotations
 import importlib.util
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import astuple, dataclass
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from cosmos_cli import console, files, paths
 from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.generate.guards.aegis import Aegis
-from cosmos_cli.generate.guards.faces import FaceBlur
-from cosmos_cli.model import weights
+from cosmos_cli.model import pretrained, weights
 from cosmos_cli.recipe.keys import Recipe
 
 # Characters that may replace a letter of a listed word.
@@ -59,7 +57,7 @@ def block_list(r: Recipe) -> BlockList | None:
         return None
     if not r.spec.embedded:
         # Fail now, before spending GPU time on a video that could not be checked.
-        for path in astuple(_files(r)):
+        for path in guard_files(r):
             with _reading(path):
                 path.stat()
         if not importlib.util.find_spec("peft"):
@@ -68,41 +66,18 @@ def block_list(r: Recipe) -> BlockList | None:
                 code=ExitCode.ENVIRONMENT,
                 fix='run pip install -e ".[guardrails]" in the clone',
             )
-    return BlockList(paths.model_files(r.spec, r.checkpoints_dir).guardrail / "blocklist")
+    return BlockList(r.model_files.guardrail / "blocklist")
 
 
-def aegis(r: Recipe, device: str, dtype: torch.dtype) -> Aegis | None:
-    """Load the language model that judges prompts, or return None unless all guards are on.
-
-    Raises:
-        UserError: (ASSET) it is missing or damaged.
-    """
-    if not has_all(r):
-        return None
-    folders = _files(r)
-    with _reading(folders.aegis):
-        return Aegis(folders.llama_guard, folders.aegis, device, dtype)
-
-
-def frame_filter(r: Recipe, device: str) -> FrameFilter | None:
-    """Load the frame filter, or return None unless all guards are on.
+def aegis(r: Recipe, device: str, dtype: torch.dtype) -> Aegis:
+    """Load the language model that judges prompts.
 
     Raises:
         UserError: (ASSET) it is missing or damaged.
     """
-    if not has_all(r):
-        return None
-    folders = _files(r)
-    return FrameFilter(folders.classifier, folders.siglip, device)
-
-
-def face_blur(r: Recipe, device: str) -> FaceBlur | None:
-    """Load the network that blurs faces, or return None unless all guards are on.
-
-    Raises:
-        UserError: (ASSET) it is missing or damaged.
-    """
-    return FaceBlur(_files(r).faces, device) if has_all(r) else None
+    guards = guard_files(r)
+    with _reading(guards.aegis):
+        return Aegis(guards.llama_guard, guards.aegis, device, dtype)
 
 
 def has_all(r: Recipe) -> bool:
@@ -118,9 +93,8 @@ def names(r: Recipe) -> list[str] | str:
     return ["block list", *more]
 
 
-@dataclass(frozen=True)
-class _Files:
-    """The files of a released model's guards, without the block list."""
+class GuardFiles(NamedTuple):
+    """Name the files of a released model's guards, without the block list."""
 
     llama_guard: Path
     aegis: Path
@@ -129,10 +103,11 @@ class _Files:
     faces: Path
 
 
-def _files(r: Recipe) -> _Files:
+def guard_files(r: Recipe) -> GuardFiles:
+    """Return the paths of the guards' files."""
     root = Path(r.checkpoints_dir).absolute()
-    guardrails = paths.model_files(r.spec, r.checkpoints_dir).guardrail
-    return _Files(
+    guardrails = r.model_files.guardrail
+    return GuardFiles(
         root / paths.LLAMA_GUARD_DIR,
         root / paths.AEGIS_DIR,
         root / paths.SIGLIP_DIR,
@@ -150,7 +125,7 @@ def blocked(guard: str, reason: str, prompt: str) -> UserError:
 
 
 class BlockList:
-    """The words and phrases that no prompt may contain.
+    """Find the words and phrases that no prompt may contain.
 
     It blocks three cases that the reference's libraries miss: a listed word in single quotes, a
     listed plural that is capitalised or precedes a full stop, and a listed word whose last letter,
@@ -216,7 +191,7 @@ class BlockList:
 
 
 class FrameFilter:
-    """Classifies each frame of a video as safe or unsafe, from its SigLIP features.
+    """Classify each frame of a video as safe or unsafe, from its SigLIP features.
 
     Args:
         classifier: the released `safety_filter.pt`.
@@ -229,25 +204,15 @@ class FrameFilter:
 
     def __init__(self, classifier: Path, siglip: Path, device: str) -> None:
         from transformers import SiglipImageProcessorPil, SiglipVisionModel
-        from transformers.utils import logging
 
-        logging.disable_progress_bar()
         state = weights.load_tensors(classifier)
         state = {key.removeprefix("network.layers."): value for key, value in state.items()}
         with _reading(siglip):
-            # transformers would fall back to a default configuration.
-            (siglip / "config.json").stat()
-            files.check_model_folder(siglip)
-            self.processor = SiglipImageProcessorPil.from_pretrained(siglip)
-            vision, about = SiglipVisionModel.from_pretrained(
-                siglip, dtype=torch.float32, output_loading_info=True
-            )
-            # transformers would initialise missing weights at random.
-            if about["missing_keys"]:
-                raise ValueError(f"it lacks weights, {min(about['missing_keys'])} among them")
+            self.processor = pretrained.load(SiglipImageProcessorPil, siglip)
+            vision = pretrained.load_model(SiglipVisionModel, siglip, torch.float32)
         with _reading(classifier):
             self.classifier = _classifier(state).to(device).eval()
-        self.vision = vision.to(device).eval()
+        self.vision = vision.to(device)
         self.device = device
 
     @torch.inference_mode()
@@ -293,7 +258,7 @@ def _classifier(state: dict[str, Tensor]) -> nn.Sequential:
 
 
 class Lemmas:
-    """The nouns of WordNet, read from its files as NLTK stores them."""
+    """Look up the nouns of WordNet, in its files as NLTK stores them."""
 
     def __init__(self, nltk_data: Path) -> None:
         self.nouns = {line.split(" ", 1)[0] for line in _wordnet(nltk_data, "index.noun")}
@@ -368,16 +333,6 @@ def _wordnet(nltk_data: Path, name: str) -> list[str]:
     return [line for line in text.splitlines() if line and not line.startswith(" ")]
 
 
-@contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except (files.BadFile, OSError, ValueError, RecursionError, SafetensorError) as error:
-        found = f"{error.where}: {error.what}" if isinstance(error, files.BadFile) else str(error)
-        line = found.partition("\n")[0]
-        raise UserError(
-            f"the guardrail cannot be read: {line}",
-            code=ExitCode.ASSET,
-            where=str(path),
-            fix="run cosmos download, or add `--set guardrails=off` to generate without guards",
-        ) from error
+def _reading(path: Path) -> AbstractContextManager[None]:
+    fix = "run cosmos download, or add `--set guardrails=off` to generate without guards"
+    return pretrained.reading(path, "the guardrail cannot be read", fix)

@@ -22,7 +22,8 @@ from cosmos_cli.errors import UserError
 from cosmos_cli.generate.guards import guardrail
 from cosmos_cli.generate.guards.aegis import CATEGORIES, Aegis, verdict
 from cosmos_cli.generate.jobs import Job, Weights
-from cosmos_cli.generate.phases import Conditioning, TextModels
+from cosmos_cli.generate.phases import Pipeline
+from cosmos_cli.generate.text_models import TextModels
 from cosmos_cli.recipe import loading
 
 WORDS = ("<unk>", "</s>", "[/INST]", "zorg", "safe", "unsafe", "O4,O12", "ball")
@@ -200,18 +201,19 @@ def test_aegis_judges_prompts_and_upsampled_prompts_once_per_batch(
     r = whole_release(released, tmp_path / "c")
     prompts = ["a ball", "a zorg", "a nude ball", "a red ball"]
     jobs = [Job(p, r, Weights(tmp_path, ""), tmp_path / f"{i}.mp4") for i, p in enumerate(prompts)]
-    texts = TextModels(r, "cpu", in_turn=True)
-    prepared = texts.prepare(jobs)
-    found = [prepared[job] for job in jobs]
-    kinds = [Conditioning, UserError, UserError, Conditioning]
-    assert [type(one) for one in found] == kinds
-    assert found[1].code == found[2].code == 8
-    assert "blocked by the guard Aegis: Guns and Illegal Weapons, Profanity" in str(found[1])
-    assert "block list" in str(found[2])
+    pipeline = Pipeline(r, "cpu", in_turn=True)
+    prepared, failed = pipeline.prepare(jobs)
+    assert list(prepared) == [jobs[0], jobs[3]]
+    assert {job: error.code for job, error in failed.items()} == {jobs[1]: 8, jobs[2]: 8}
+    assert "blocked by the guard Aegis: Guns and Illegal Weapons, Profanity" in str(failed[jobs[1]])
+    assert "block list" in str(failed[jobs[2]])
     assert capsys.readouterr().err.count("Aegis: ") == 1
-    assert "aegis" not in texts.__dict__
-    assert isinstance(texts._judged("a ball", "a ball with a zorg"), UserError)
-    assert isinstance(texts._judged("a zorg", "a ball"), UserError)
+    texts = pipeline.texts
+    assert not texts.__dict__.keys() & {"aegis", "encoder"}
+    for prompt, upsampled in (("a ball", "a ball with a zorg"), ("a zorg", "a ball")):
+        reasons = {words: texts.aegis.reason(words) for words in (prompt, upsampled)}
+        with pytest.raises(UserError, match="guard Aegis"):
+            texts.require_safe(prompt, upsampled, reasons)
 
 
 @pytest.mark.parametrize("guard", ["Resnet50_Final.pth", "safety_filter.pt", "LlamaGuard-7b"])
@@ -220,7 +222,7 @@ def test_a_missing_guard_stops_everything_before_the_first_phase(released, tmp_p
     (path,) = (tmp_path / "c").rglob(guard)
     path.rename(tmp_path / "elsewhere")
     with pytest.raises(UserError, match=guard) as refused:
-        TextModels(r, "cpu", in_turn=True)
+        TextModels(r, "cpu")
     assert refused.value.code == 4
     assert "cosmos download" in refused.value.fix
 
@@ -229,6 +231,6 @@ def test_without_peft_it_says_what_to_install(released, tmp_path, monkeypatch):
     r = whole_release(released, tmp_path / "c")
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(UserError, match="needs the package peft") as refused:
-        TextModels(r, "cpu", in_turn=True)
+        TextModels(r, "cpu")
     assert refused.value.code == 3
     assert "[guardrails]" in refused.value.fix

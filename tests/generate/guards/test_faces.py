@@ -10,7 +10,7 @@ from cosmos_cli import paths
 from cosmos_cli.errors import UserError
 from cosmos_cli.generate.guards import faces
 from cosmos_cli.generate.jobs import Job, Weights
-from cosmos_cli.generate.phases import Resident
+from cosmos_cli.generate.phases import Pipeline
 from cosmos_cli.model import video
 from cosmos_cli.recipe import loading
 from tests.helpers.command import settings
@@ -219,17 +219,18 @@ def test_only_the_face_in_its_frame_is_pixelated(tmp_path):
 def test_a_video_is_written_with_pixelated_faces(tmp_path):
     r = loading.load("tiny", settings("num_steps=2", "guidance=0")[1::2]).recipe
     base = Weights(paths.model_files(r.spec, r.checkpoints_dir).dit, "")
-    networks = Resident(r, base, "cpu")
+    pipeline = Pipeline(r, "cpu", in_turn=False)
     jobs = [Job("A red ball.", r, base, tmp_path / name) for name in ("as_made.mp4", "blurred.mp4")]
     for job in jobs:
-        assert networks.make(job) is None
+        (result,) = pipeline.run([job])
+        assert result.made
         # In these weights everything is a face.
         released = save(tmp_path / "Resnet50_Final.pth", spot_state(bias=10.0))
-        networks.studio.face_blur = faces.FaceBlur(released, "cpu")
+        pipeline.videos.face_blur = faces.FaceBlur(released, "cpu")
     found = [json.loads(job.path.with_suffix(".json").read_text())["blurred_faces"] for job in jobs]
     assert found[0] is None
     assert found[1] >= r.num_frames
     as_made, blurred = (video.read_frames(job.path, range(r.num_frames)) for job in jobs)
     expected = as_made.clone()
-    networks.studio.face_blur.blur(expected)
+    pipeline.videos.face_blur.blur(expected)
     assert video.psnr(blurred, expected) > video.psnr(blurred, as_made) + 3

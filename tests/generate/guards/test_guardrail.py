@@ -15,7 +15,7 @@ from cosmos_cli import paths
 from cosmos_cli.errors import UserError
 from cosmos_cli.generate.guards.guardrail import UNSAFE, BlockList, FrameFilter, Lemmas
 from cosmos_cli.generate.jobs import Job, Weights
-from cosmos_cli.generate.phases import Resident
+from cosmos_cli.generate.phases import Pipeline
 from cosmos_cli.model.tiny import world
 from cosmos_cli.recipe import loading
 from tests.helpers.command import settings
@@ -160,16 +160,20 @@ def test_a_blocked_video_is_not_written(tmp_path):
     r = loading.load("tiny", settings("num_steps=2", "guidance=0")[1::2]).recipe
     base = Weights(paths.model_files(r.spec, r.checkpoints_dir).dit, "")
     job = Job("A red ball.", r, base, tmp_path / "out" / "x.mp4")
-    networks = Resident(r, base, "cpu")
-    networks.studio.frame_filter = FrameFilter(
+    pipeline = Pipeline(r, "cpu", in_turn=False)
+    pipeline.load(base)
+    pipeline.videos.frame_filter = FrameFilter(
         tmp_path / "safety_filter.pt", tmp_path / "siglip", "cpu"
     )
-    refused = networks.make(job)
-    assert refused.code == 8
-    assert "frame filter" in str(refused)
+    (refused,) = pipeline.run([job])
+    assert not refused.made
+    assert refused.error.code == 8
+    assert "frame filter" in str(refused.error)
     assert not job.path.parent.exists()
-    networks.studio.frame_filter = None
-    assert networks.make(job) is None
+    pipeline.videos.frame_filter = None
+    (result,) = pipeline.run([job])
+    assert result.made
+    assert result.error is None
     assert job.path.exists()
 
 

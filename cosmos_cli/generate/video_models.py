@@ -1,0 +1,191 @@
+"""Sample videos with the denoiser and decode them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from cosmos_cli import console
+from cosmos_cli.generate.guards import guardrail
+from cosmos_cli.generate.guards.faces import FaceBlur
+from cosmos_cli.generate.guards.guardrail import FrameFilter
+from cosmos_cli.generate.jobs import Job, Lora, Weights
+from cosmos_cli.generate.text_models import Conditioning
+from cosmos_cli.model import edm, kernels, lora, sampler, video, weights
+from cosmos_cli.model.device import number_format, why_not_compiled
+from cosmos_cli.model.dit import DiT, Prompt, patch_grid
+from cosmos_cli.model.finite import require_finite
+from cosmos_cli.model.sequence import SequenceGroup
+from cosmos_cli.prep import latent_files
+from cosmos_cli.recipe.keys import Recipe
+
+# Passes x blocks x tokens x width of a video from which compiling pays. Compiling takes 10 s. At
+# 121 frames of 704x1280 the 7B has 6.5e9 values per pass, and compiled blocks save 0.34 s of it.
+WORTH_COMPILING = 2e11
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Share the classifier-free guidance of one video between two ranks.
+
+    Index 0 runs the conditional pass, index 1 the unconditional pass. Each pass may be run by a
+    sequence-parallel group; the first rank of the conditional one writes the video.
+    """
+
+    index: int
+    group: dist.ProcessGroup
+    sequence: SequenceGroup
+
+    @property
+    def writes(self) -> bool:
+        """True if this rank decodes and writes the video."""
+        return self.index == self.sequence.index == 0
+
+    def both(self, own: Tensor) -> list[Tensor]:
+        """Return the conditional and the unconditional output, gathered from both ranks."""
+        estimates = [torch.empty_like(own) for _ in range(2)]
+        dist.all_gather(estimates, own.contiguous(), group=self.group)
+        return estimates
+
+
+class VideoModels:
+    """Hold the denoiser and the decoder, with the guards of the video."""
+
+    def __init__(self, r: Recipe, weights_: Weights, device: str, pair: Pair | None) -> None:
+        self.weights = weights_
+        self.device = device
+        self.pair = pair
+        self.frame_filter: FrameFilter | None = None
+        self.face_blur: FaceBlur | None = None
+        if guardrail.has_all(r):
+            guards = guardrail.guard_files(r)
+            self.frame_filter = FrameFilter(guards.classifier, guards.siglip, device)
+            self.face_blur = FaceBlur(guards.faces, device)
+        self.dtype = number_format(device)
+        self.net = load_denoiser(r, weights_.path, device, self.dtype, weights_.loras)
+        self.tokenizer = latent_files.load_tokenizer(r, device, self.dtype)
+        if pair:
+            self.net.share(pair.sequence)
+        self.attention = attention_backend(r, self.net)
+
+    @cached_property
+    def compiles(self) -> bool:
+        """True once the blocks are compiled. The first access compiles them."""
+        return compile_blocks(self.net)
+
+    def sample(self, job: Job, text_emb: Conditioning) -> tuple[Tensor, bool]:
+        """Return the latent (1, C, T, H, W) of a job, and True if compiled blocks made it."""
+        compiled = worth_compiling(job.r, self.device) and self.compiles
+        # An earlier video may have compiled the blocks.
+        plain = not compiled and "compiles" in self.__dict__
+        seeds, label = [job.r.sampling_seed], job.path.stem[:40]
+        with torch.compiler.set_stance("force_eager") if plain else nullcontext():
+            return sample_latents(job.r, self.net, [text_emb], seeds, label, self.pair), compiled
+
+    def decode(self, x0: Tensor) -> Tensor | None:
+        """Return the pixels of a latent, uint8 CTHW on the CPU, or None if they are not finite."""
+        decoded = self.tokenizer.decode(x0.to(self.dtype))[0]
+        return video.to_uint8(decoded).cpu() if decoded.isfinite().all() else None
+
+
+def load_denoiser(
+    r: Recipe, base: Path, device: str, dtype: torch.dtype, loras: tuple[Lora, ...] = ()
+) -> DiT:
+    """Load the denoiser from a model file, with unmerged LoRAs, in `dtype` on `device`.
+
+    Raises:
+        UserError: a file is missing, damaged or of another model, or holds NaN or infinity.
+    """
+    with torch.device("meta"):
+        net = DiT(r.spec.dit)
+    state = weights.load_dit_state(base)
+    state = {k.removeprefix("net."): v for k, v in state.items() if k.startswith("net.")}
+    net = net.to(dtype).to_empty(device=device)
+    weights.load_strict(net, state, base)
+    loaded = {f"net.{name}": tensor for name, tensor in net.state_dict().items()}
+    require_finite(loaded, base, weights.name_in_file(base))
+    del loaded
+    for about, remarks in lora.load_beside(net, ((used.path, used.strength) for used in loras)):
+        console.say(about)
+        for remark in remarks:
+            console.warn(remark)
+    kernels.put_cudnn_first()
+    return net.eval()
+
+
+def worth_compiling(r: Recipe, device: str) -> bool:
+    """True if a video is generated with compiled blocks.
+
+    This depends on the video alone: its last bits must not depend on its batch.
+    """
+    if r.compile != "auto":
+        return r.compile == "on"
+    passes = r.num_steps * (2 if r.guidance else 1)
+    tokens = r.spec.tokens(r.num_frames, r.height, r.width)
+    values = passes * tokens * r.spec.dit.width * r.spec.dit.blocks
+    return device != "cpu" and values > WORTH_COMPILING
+
+
+def compile_blocks(net: DiT) -> bool:
+    """Compile the blocks at their first call. Return False, with a warning, without a compiler."""
+    if reason := why_not_compiled(next(net.parameters()).device):
+        console.warn(f"nothing is compiled here, so a video takes a tenth longer: {reason}")
+        return False
+    for block in net.blocks:
+        block.compile()
+    net.blocks[0].attend = torch.compile(net.blocks[0].attend)
+    return True
+
+
+def attention_backend(r: Recipe, net: DiT) -> str:
+    """Return the backend of self-attention at the recipe's video size: cudnn, flash, ..."""
+    size = r.spec.tokens(r.num_frames, r.height, r.width), net.spec.heads, net.spec.head_width
+    q_BLNK = next(net.parameters()).new_empty(1, *size)
+    return kernels.attention_backend(q_BLNK, q_BLNK, q_BLNK)
+
+
+def sample_latents(
+    r: Recipe,
+    net: DiT,
+    text_embs: Sequence[Conditioning],
+    seeds: Sequence[int],
+    label: str,
+    pair: Pair | None = None,
+) -> Tensor:
+    """Sample B videos; return their latents x0 (B, C, T, H, W) in fp32, equal on a pair's ranks.
+
+    The noise of a seed does not depend on the other seeds; the last bits of a result may.
+    """
+    weight = next(net.parameters())
+    shape = (1, *r.spec.latent_shape(r.num_frames, r.height, r.width))
+    noise = torch.cat([sampler.start_noise(seed, shape) for seed in seeds]).to(weight.device)
+    fps_B = torch.full((len(seeds),), r.fps, device=weight.device)
+    place = net.locate(patch_grid(net.spec, noise), fps_B)
+    words = [[t.cond for t in text_embs], [t.uncond for t in text_embs]]
+    texts_BMD = [torch.stack(embeddings).to(weight) for embeddings in words]
+    prompts = [Prompt(*place, net.read(text_emb_BMD)) for text_emb_BMD in texts_BMD]
+
+    def passes(*inputs: Tensor) -> list[Tensor]:
+        if r.guidance == 0:
+            return [net(*inputs, prompt=prompts[0])]
+        if pair:
+            return pair.both(net(*inputs, prompt=prompts[pair.index]))
+        first = net.first_attention(*inputs[:2], prompts[0])
+        return [net(*inputs, prompt=prompt._replace(first_BLD=first)) for prompt in prompts]
+
+    guided_net = sampler.guide(passes, r.guidance)
+
+    def denoise(xt: Tensor, sigma_B: Tensor) -> Tensor:
+        return edm.denoise(guided_net, xt, sigma_B, texts_BMD[0], fps_B, r.spec.sigma_data)
+
+    # res evaluates the denoiser once more, at the end, to get the result.
+    evaluations = r.num_steps + (r.sampler == "res")
+    with console.progress(label, evaluations, "steps") as bar:
+        return sampler.sample(denoise, noise, r, lambda _: bar.advance())

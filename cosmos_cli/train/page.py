@@ -1,0 +1,115 @@
+"""Write the page of a run: its curves, pictures, settings and provenance. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from cosmos_cli import files, html, paths
+from cosmos_cli.paths import Run
+from cosmos_cli.spec import PREVIEW_SIGMAS
+from cosmos_cli.train import status
+from cosmos_cli.train.status import HELD_OUT, NEAREST, Row
+
+# A page shows the pictures of at most this many steps, in addition to the first.
+MOST_STEPS = 10
+
+
+def write_page(run: Run) -> None:
+    """Write report.html: the curves, settings and provenance of a run on one page."""
+    files.write_text(run.report, html.page(f"Training run {run.root.name}", sections(run)))
+
+
+def sections(run: Run) -> list[tuple[str, str]]:
+    """Return the sections of a run's page, as (heading, HTML) for `html.page`."""
+    known = status.rows(run)
+    trained = [row for row in known if "loss" in row]
+    measured = [row for row in known if HELD_OUT in row]
+    bands = [key for key in (trained[0] if trained else {}) if key.startswith("edm_")]
+    levels = [key for key in (measured[0] if measured else {}) if key.startswith(f"{HELD_OUT}_")]
+    shown = [
+        ("Status", html.table(status.state_rows(status.state(run)))),
+        ("Error on the training clips", html.row(
+            _curves(trained, {"edm": "all"}, "EDM error"),
+            _curves(trained, {key: _band(key) for key in bands}, "EDM error by noise band"),
+        )),
+    ]  # fmt: skip
+    if measured:
+        shown.append(("Error on held-out clips", html.row(
+            html.chart(_against_base(measured), "step", "EDM error, compared with the base model"),
+            _curves(measured, {key: _band(key) for key in levels}, "EDM error by noise level"),
+        )))  # fmt: skip
+    shown += _pictures(run, [row for row in known if NEAREST in row])
+    words = (
+        "The loss is edm * exp(-v) + v, where v is a learned log-variance, so it may be negative. "
+        "Watch the EDM error instead."
+    )
+    return [
+        *shown,
+        ("Loss, learning rate and gradient", html.text(words) + html.row(
+            _curves(trained, {"loss": "loss"}, "loss with log-variance"),
+            _curves(trained, {"learning_rate": "learning rate"}, "learning rate"),
+            _curves(trained, {"grad_norm": "norm"}, "norm of the gradient before clipping"),
+        )),
+        ("Provenance", html.table(_provenance(run))),
+        ("Recipe", html.code(files.read_text(run.resolved, files.RECIPE))),
+    ]  # fmt: skip
+
+
+def _pictures(run: Run, samples: list[Row]) -> Iterator[tuple[str, str]]:
+    """Yield a section of previews and one of samples, if the run has any."""
+    if steps := _thin_out(run.picture_steps("preview")):
+        note = (
+            "Each row starts with a frame of a clip. Next to it are the estimates that one step of "
+            "the denoiser makes of this frame, with noise of sigma "
+            f"{', '.join(f'{sigma:g}' for sigma in PREVIEW_SIGMAS)}."
+        )
+        rows = ((f"step {step}", html.media(run.preview(step))) for step in steps)
+        yield "Previews", html.text(note) + html.table(rows)
+    if steps := _thin_out(run.picture_steps("sample0")):
+        prompts = files.read_json(run.sample_prompts)
+        sheets = (
+            [run.sample(step, i).with_suffix(".jpg") for i in range(len(prompts))] for step in steps
+        )
+        pictures = (
+            (f"step {step}", *(html.media(path) for path in pictures if path.exists()))
+            for step, pictures in zip(steps, sheets, strict=True)
+        )
+        names = {NEAREST: "nearest sample", "clips_apart": "typical between training clips"}
+        distances = _curves(samples, names, "distance to the nearest training clip")
+        yield "Samples", html.table(pictures, ("", *prompts)) + (distances if samples else "")
+
+
+def _thin_out(steps: list[int]) -> list[int]:
+    """Return the first step, the last, and evenly spaced steps between."""
+    return sorted({*steps[:1], *steps[:: -max(1, -(-len(steps) // MOST_STEPS))]})
+
+
+def _curves(points: Iterable[Row], names: dict[str, str], title: str) -> str:
+    series = {
+        name: [(row["step"], row[key]) for row in points if row.get(key) is not None]
+        for key, name in names.items()
+    }
+    return html.chart(series, "step", title)
+
+
+def _against_base(measured: list[Row]) -> dict[str, list[tuple[float, float]]]:
+    series = {"held-out clips": [(row["step"], row[HELD_OUT]) for row in measured]}
+    if measured[0]["step"] == 0:
+        base = measured[0][HELD_OUT]
+        series["base"] = [(0, base), (measured[-1]["step"], base)]
+    return series
+
+
+def _band(key: str) -> str:
+    """Return a label for a key: "sigma below 0.5" for "edm_sigma_below_0.5"."""
+    return key.partition("_")[2].replace("_", " ")
+
+
+def _provenance(run: Run) -> list[tuple[str, str]]:
+    environment = files.read_json(run.root / "env.json")
+    facts = [(key, value) for key, value in environment.items() if value]
+    steps = run.resumable_steps()
+    if steps:
+        saved = files.read_json(run.resume_state(steps[-1]) / paths.MANIFEST_FILE)
+        facts += [("dataset manifest sha256", saved["dataset"]), ("processes", saved["world_size"])]
+    return [(key, " ".join(map(str, v)) if isinstance(v, list) else str(v)) for key, v in facts]
