@@ -5,20 +5,17 @@ The networks are loaded one after another, each once for all jobs, or all are ke
 
 from __future__ import annotations
 
-import json
-import platform
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
-from torch import Tensor
 
-from cosmos_cli import __version__, console, files, paths
+from cosmos_cli import console, files, paths
 from cosmos_cli.errors import ExitCode, UserError
+from cosmos_cli.generate import outputs
 from cosmos_cli.generate.guards import guardrail
 from cosmos_cli.generate.jobs import Job, Result, Weights
 from cosmos_cli.generate.text_models import Conditioning, TextModels, negative_prompt
@@ -230,9 +227,14 @@ class Pipeline:
         if videos.frame_filter and (reason := videos.frame_filter.reason(pixels)):
             raise guardrail.blocked("frame filter", reason, job.prompt)
         faces = videos.face_blur.blur(pixels) if videos.face_blur else None
-        seconds = round(time.monotonic() - began, 2)
-        about = {"seconds": seconds, "attention": videos.attention, "compiled": compiled}
-        _write(job, text_emb, pixels, {**about, "blurred_faces": faces})
+        about = {
+            **outputs.provenance(job, text_emb.prompt),
+            "seconds": round(time.monotonic() - began, 2),
+            "attention": videos.attention,
+            "compiled": compiled,
+            "blurred_faces": faces,
+        }
+        outputs.write(job, text_emb.prompt, pixels, video.contact_sheet(pixels), about)
 
 
 def not_finite(what: str, job: Job) -> UserError:
@@ -245,40 +247,3 @@ def not_finite(what: str, job: Job) -> UserError:
         code=ExitCode.ASSET, where=job.path.stem,
         fix="use another checkpoint, or lower the strength of a LoRA: `--lora FILE:0.8`",
     )  # fmt: skip
-
-
-def _write(job: Job, text_emb: Conditioning, pixels: Tensor, about: dict[str, Any]) -> None:
-    """Write the files of a job, the sidecar first and the mp4 last.
-
-    The sidecar marks the files as ours if the process is killed halfway.
-    """
-    sidecar, words, sheet, mp4 = job.files
-    with files.atomic_file(mp4) as temporary:
-        video.write_mp4(temporary, pixels, job.r.fps, job.r.video_crf)
-        digest = files.sha256_file(temporary)
-        files.write_json(
-            sidecar, {**_provenance(job, text_emb.prompt), "mp4_sha256": digest, **about}
-        )
-        files.write_text(words, text_emb.prompt + "\n")
-        with files.atomic_file(sheet) as picture:
-            video.contact_sheet(pixels).save(picture, quality=90)
-
-
-def _provenance(job: Job, words: str) -> dict[str, Any]:
-    return {
-        "prompt": job.prompt,
-        "upsampled_prompt": None if words == job.prompt else words,
-        "guardrails": guardrail.names(job.r),
-        "seed": job.r.sampling_seed,
-        "key": job.key,
-        "model": job.r.model,
-        "weights": {"path": str(job.weights.path), "sha256": job.weights.sha256},
-        "loras": [{**asdict(used), "path": str(used.path)} for used in job.weights.loras],
-        "negative_prompt": negative_prompt(job.r),
-        "recipe": json.loads(job.r.model_dump_json()),
-        "versions": {
-            "cosmos": __version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        },
-    }
