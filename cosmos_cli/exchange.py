@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import fcntl
 import os
 import shutil
 import time
@@ -20,7 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from cosmos_cli import console, files, paths
+from cosmos_cli import console, files, locks, paths
 from cosmos_cli.errors import ExitCode, UserError
 
 # Linux: sys/fcntl.h and linux/fs.h.
@@ -83,8 +82,6 @@ def alone(folder: Path) -> Iterator[None]:
         UserError: another process holds the lock, or the file system reports an error.
     """
     true = true_path(folder)
-    with files.disk_errors(true.parent):
-        true.parent.mkdir(parents=True, exist_ok=True)
     with _lock(true) as locked:
         if not locked:
             raise UserError(
@@ -211,31 +208,9 @@ def _discard(path: Path) -> None:
 def _lock(true: Path) -> Iterator[bool]:
     """Yield True if this process got the lock. The lock file exists only while it is held."""
     path = _beside(true, "lock")
-    file = _open_locked(path)
-    try:
-        yield file is not None
-    finally:
-        if file is not None:
-            path.unlink(missing_ok=True)
-            os.close(file)
-
-
-def _open_locked(path: Path) -> int | None:
-    """Return the locked file descriptor, or None if another process holds the lock."""
-    while True:
-        with files.disk_errors(path):
-            file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    with locks.held(path, "cosmos promote") as lock:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(file)
-            return None
-        except OSError as error:
-            # Some shared file systems have no locks, such as Lustre unless mounted with flock.
-            what = f"cannot be locked ({error.strerror}): run only one cosmos promote into it"
-            console.warn(f"{path.parent}: {what}")
-            return file
-        # The previous holder may have deleted the file between our open and our lock.
-        if files.file_id(path) == files.file_id(file):
-            return file
-        os.close(file)
+            yield lock is not None
+        finally:
+            if lock is not None:
+                path.unlink(missing_ok=True)

@@ -89,10 +89,7 @@ _NO_FILES = (
     (stat.S_ISBLK, "a device"),
 )
 # The exceptions that checking a damaged archive or pickle may raise.
-_DAMAGE = (
-    *(zipfile.BadZipFile, zipfile.LargeZipFile, RuntimeError, NotImplementedError, EOFError),
-    *(ValueError, LookupError, ArithmeticError, OSError),
-)
+_DAMAGE = (*pickles.DAMAGE, zipfile.BadZipFile, zipfile.LargeZipFile, OSError)
 
 
 class BadFile(UserError):

@@ -1,6 +1,7 @@
-"""List the GPUs that CUDA shows this process, applying CUDA_VISIBLE_DEVICES. No torch.
+"""List the GPUs that CUDA shows this process, and choose the device that it computes on.
 
-NVML lists all GPUs without creating a CUDA context, but it ignores the variable.
+NVML lists all GPUs without torch and without creating a CUDA context, but it ignores
+CUDA_VISIBLE_DEVICES. So the variable is applied here.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
+
+from cosmos_cli import console
 
 VARIABLE, ORDER = "CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER"
 # Values that people set to hide all GPUs on purpose.
@@ -186,6 +189,22 @@ def _slice_name(name: str, handle: Any) -> str:
         return own
     about = pynvml.nvmlDeviceGetAttributes(handle)
     return f"{name} MIG {about.gpuInstanceSliceCount}g.{-(-about.memorySizeMB // 1024)}gb"
+
+
+def best_device() -> str:
+    """Return "cuda" if torch finds a GPU, else "cpu". A rank of a launcher selects its own GPU."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+        return "cuda"
+    shown = os.environ.get(VARIABLE, "")
+    if torch.version.cuda and shown.strip() not in HIDDEN:
+        console.warn(f"CUDA finds no GPU for {VARIABLE}={shown}: this runs on the CPU")
+    # transformers imports DeepSpeed if it is installed. Without this variable, DeepSpeed guesses
+    # the accelerator and prints to stdout.
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    return "cpu"
 
 
 def gpu_names() -> list[str]:

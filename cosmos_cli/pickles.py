@@ -1,15 +1,23 @@
-"""Scan a pickle before it is loaded, so that a small one cannot create a huge object. No torch.
+"""Scan pickles before they are loaded, and load them with the admitted names only. No torch.
 
 A pickle is a program. Even if it may call only harmless functions, it can fill memory: with
-`bytearray(10**10)`, with a memo index of 2**31, or by encoding a text a million times.
+`bytearray(10**10)`, with a memo index of 2**31, or by encoding a text a million times. So a scan
+comes first.
 """
 
 from __future__ import annotations
 
+import pickle
 import pickletools
-from collections.abc import Iterator
-from typing import Any, BinaryIO
+import struct
+from collections.abc import Callable, Iterator, Mapping
+from typing import IO, Any, BinaryIO
 
+# Python's documentation: unpickling damaged or hostile data may raise almost any exception.
+DAMAGE = (
+    *(pickle.UnpicklingError, struct.error, RuntimeError, ValueError, LookupError, TypeError),
+    *(AttributeError, ArithmeticError, AssertionError, EOFError, MemoryError, StopIteration),
+)
 # The 7B's state dict has 22,000 opcodes. Scanning a million takes a second.
 MOST_STEPS = 1_000_000
 # The limit in bytes of the number of calls times the longest string: each call may copy it.
@@ -105,3 +113,40 @@ def scan_old_format(stream: BinaryIO, limit: int) -> None:
     bounded = Bounded(stream, limit)
     for _ in range(OLD_FORMAT_PICKLES):
         scan(bounded, limit)
+
+
+class Restricted(pickle.Unpickler):
+    """Unpickles objects that are made of admitted names only.
+
+    A file can set attributes on what it gets for a name, so make the objects of the table anew for
+    each file.
+
+    Args:
+        stream: the pickle.
+        admitted: what to give the pickle for each name "module.name". A key "package.*" stands for
+            all names of a package.
+        load: returns the object for a persistent id, with which torch refers to storages.
+
+    Raises:
+        pickle.UnpicklingError: the pickle refers to another name.
+    """
+
+    def __init__(
+        self,
+        stream: IO[bytes],
+        admitted: Mapping[str, Any],
+        load: Callable[[Any], Any] | None = None,
+    ) -> None:
+        super().__init__(stream)
+        self.admitted, self.load_id = admitted, load
+
+    def find_class(self, module: str, name: str) -> Any:
+        for key in (f"{module}.{name}", f"{module.partition('.')[0]}.*"):
+            if key in self.admitted:
+                return self.admitted[key]
+        raise pickle.UnpicklingError(f"it refers to {module}.{name}, which is refused")
+
+    def persistent_load(self, pid: Any) -> Any:
+        if self.load_id is None:
+            raise pickle.UnpicklingError("it refers to data outside of it")
+        return self.load_id(pid)

@@ -47,7 +47,7 @@ def promote(r: Recipe, step: int, kind: str, format: str, target: Path) -> dict[
     r = r.model_copy(update={"checkpoints_dir": str(target.parent)})
     source = run.lora(step, kind) if r.lora_rank else run.model(step, kind)
     console.say(f"reading {source}")
-    base = paths.model_files(r.spec, r.checkpoints_dir, r.base).dit
+    base = r.model_files.dit
     original = weights.load_dit_state(base)
     tuned = lora.merge(original, source, 1.0) if r.lora_rank else weights.load_dit_state(source)
     with torch.device("meta"):

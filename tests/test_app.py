@@ -6,7 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import settings
+
+from tests.helpers.command import settings
 
 VERBS = ("setup", "download", "prep", "train", "promote", "generate")
 HEAVY = ("torch", "transformers", "deepspeed", "huggingface_hub", "torchcodec")
@@ -81,7 +82,7 @@ def test_print_recipe_names_the_origin_of_each_value(cosmos):
 
 
 def test_dry_run_of_every_verb_writes_nothing(prepared):
-    from conftest import Cosmos
+    from tests.helpers.command import Cosmos
 
     cosmos = Cosmos(prepared)
     before = sorted(cosmos.cwd.rglob("*"))

@@ -16,7 +16,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import Cosmos, moving_square, settings
 from safetensors.torch import save_file
 
 import cosmos_cli
@@ -28,6 +27,8 @@ from cosmos_cli.paths import Run
 from cosmos_cli.recipe import strict_yaml
 from cosmos_cli.spec import TINY
 from cosmos_cli.train import status
+from tests.helpers.command import Cosmos, settings
+from tests.helpers.stand_ins import moving_square
 
 PACKAGE = Path(cosmos_cli.__file__).parent
 # What a hostile file may add to the memory of a process.
@@ -406,27 +407,24 @@ ALLOWED = {
     "setup/checks.py": "the kernel's file on memory",
     "prep/work_sharing.py": "a lock that is made",
     "console.py": "a log that is written, and /dev/null",
-    "download/fetch.py": "a lock that is made",
-    "exchange.py": "a lock that is made",
-    "train/launch.py": "a lock that is made",
+    "download/fetch.py": "an MD5, of a file that open_regular opened",
+    "locks.py": "a lock that is made",
     "setup/probes.py": "logs of its own processes",
     "setup/installs.py": "a log of its own process",
     "html.py": "pictures that were just written",
     "download/t5.py": "the encoder's file that is written",
     "train/trackers.py": "a log of its own process, pictures that were just written",
-    "generate/guards/aegis.py": "a text of the package; transformers, behind check_model_folder",
+    "generate/guards/aegis.py": "a text of the package; peft, behind check_model_folder",
     "model/containers.py": "FFmpeg, behind the look of video.py at the kind of file",
     "prep/damage.py": "FFmpeg, behind the look of video.py at the kind of file",
-    "prep/captioner.py": "transformers, behind check_model_folder",
     "generate/text_models.py": "a text of the package",
-    "generate/guards/guardrail.py": "transformers, behind check_model_folder",
     "model/lora_files.py": "safetensors, behind check_safetensors",
     "train/metrics.py": "a run's figures, written",
     "prep/prepare.py": "safetensors, behind check_safetensors",
     "prep/latent_files.py": "safetensors, behind check_safetensors",
     "train/reshard.py": "a resume state, whose hashes were compared",
-    "model/text.py": "a pickle that is written; transformers, behind check_model_folder",
-    "generate/upsampler.py": "transformers, behind check_model_folder",
+    "model/text.py": "a pickle that is written",
+    "model/pretrained.py": "transformers, behind check_model_folder",
     "model/video.py": "FFmpeg, behind a look of its own at the kind of file",
     "model/weights.py": "torch and safetensors, behind check_torch and check_safetensors",
 }

@@ -7,12 +7,12 @@ import subprocess
 import sys
 
 import pytest
-from conftest import Cosmos
 
 from cosmos_cli import files, gpus, paths
 from cosmos_cli.gpus import Gpu, select
 from cosmos_cli.recipe import loading, plan
 from cosmos_cli.train import launch
+from tests.helpers.command import Cosmos
 
 A, B, C = "GPU-aa11-0001", "GPU-aa22-0002", "GPU-bb33-0003"
 H100 = "NVIDIA H100 80GB HBM3"

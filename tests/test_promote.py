@@ -11,12 +11,12 @@ import time
 
 import pytest
 import torch
-from conftest import settings
 
 from cosmos_cli import exchange, files, paths, promote
 from cosmos_cli.model import weights
 from cosmos_cli.paths import Run
 from cosmos_cli.recipe import loading
+from tests.helpers.command import settings
 
 MODEL = "Cosmos-Tiny-Text2World"
 FOLDER = f"{MODEL}_post-trained"

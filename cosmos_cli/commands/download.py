@@ -110,12 +110,13 @@ def _count_videos(r: Recipe) -> int:
 
 def _check(r: Recipe, next_: str, dry_run: bool) -> Result:
     """Test whether the weights denoise as trained weights should."""
-    files = paths.model_files(r.spec, r.checkpoints_dir, r.base)
+    files = r.model_files
     console.say(f"checking {files.tokenizer} and {files.dit}")
     if dry_run:
         return Result(figures={"dry_run": True})
     from cosmos_cli.evaluate import first_contact
-    from cosmos_cli.model.device import best_device, gpu_memory_errors
+    from cosmos_cli.gpus import best_device
+    from cosmos_cli.model.device import gpu_memory_errors
 
     device = best_device()
     if device == "cpu" and not r.spec.embedded:

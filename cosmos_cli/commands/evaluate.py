@@ -61,7 +61,7 @@ def evaluate(
     files.require_writable(output.parent)
 
     from cosmos_cli.evaluate import evaluation as measure
-    from cosmos_cli.model.device import best_device
+    from cosmos_cli.gpus import best_device
 
     figures, samples = measure.evaluate(r, weights, count, best_device())
     written = measure.write_page(output, r, figures, samples)

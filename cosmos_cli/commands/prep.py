@@ -26,7 +26,8 @@ def prep(
     dataset = paths.Dataset.at(r.dataset_dir, r.videos_dir)
     console.say(f"preparing {dataset.videos} into {dataset.root}")
     dataset.video_files()
-    from cosmos_cli.model.device import best_device, gpu_memory_errors
+    from cosmos_cli.gpus import best_device
+    from cosmos_cli.model.device import gpu_memory_errors
     from cosmos_cli.prep import prepare as model_prep
     from cosmos_cli.prep import sources
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import math
 import os
@@ -18,7 +17,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from cosmos_cli import console, files
+from cosmos_cli import console, files, locks
 from cosmos_cli.download import assets, t5
 from cosmos_cli.download.assets import Asset, RemoteFile
 from cosmos_cli.errors import ExitCode, UserError, together
@@ -410,16 +409,8 @@ def _retrying(asset: Asset, call: Callable[[], T]) -> T:
 @contextmanager
 def _alone_in(asset: Asset) -> Iterator[None]:
     """Lock the folder against other downloads, and delete the partial files of a killed one."""
-    lock = asset.notes / "lock"
-    with files.disk_errors(lock):
-        lock.parent.mkdir(parents=True, exist_ok=True)
-        stream = lock.open("a")
-    with stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            console.say(f"another process is downloading to {asset.folder}; waiting for it")
-            fcntl.flock(stream, fcntl.LOCK_EX)
+    waiting = f"another process is downloading to {asset.folder}; waiting for it"
+    with locks.held(asset.notes / "lock", "cosmos download", waiting):
         # Partial files: a download cannot resume from them.
         shutil.rmtree(asset.arrivals / ".cache", ignore_errors=True)
         yield

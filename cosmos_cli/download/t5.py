@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import pickle
 import struct
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -19,16 +18,11 @@ from math import prod
 from pathlib import Path
 from typing import IO, Any
 
-from cosmos_cli import console, files
+from cosmos_cli import console, files, pickles
 from cosmos_cli.download import assets
 from cosmos_cli.download.assets import Asset, RemoteFile
 from cosmos_cli.errors import ExitCode, UserError
 
-# The exceptions that reading a damaged pickle may raise.
-DAMAGE = (
-    *(pickle.UnpicklingError, struct.error, ValueError, LookupError, TypeError),
-    *(AttributeError, EOFError, ArithmeticError, MemoryError),
-)
 # For each torch storage, its dtype in safetensors and its bytes per element.
 STORAGES = {
     "torch.FloatStorage": ("F32", 4),
@@ -202,7 +196,7 @@ def _read_old_format(path: Path) -> dict[str, Stored]:
     with files.open_regular(path, files.WEIGHTS) as stream:
         try:
             return _tensors(stream, files.size_of(path))
-        except DAMAGE as error:
+        except pickles.DAMAGE as error:
             raise UserError(
                 f"is damaged or holds more than tensors; nothing in it was run ({error})",
                 code=ExitCode.ASSET,
@@ -217,16 +211,32 @@ def _tensors(stream: IO[bytes], size: int) -> dict[str, Stored]:
     The file has five pickles: magic number, protocol, the writer's machine, the tensors and the
     keys of the storages. Each storage follows as its number of elements in 8 bytes and its data.
     """
-    if (_Reader(stream).load(), _Reader(stream).load()) != (MAGIC, PROTOCOL):
-        raise pickle.UnpicklingError("it has another format")
-    _Reader(stream).load()
-    reader = _Reader(stream)
-    tensors = reader.load()
+    admitted = {
+        "collections.OrderedDict": OrderedDict,
+        "torch._utils._rebuild_tensor_v2": lambda storage, offset, shape, strides, *_: _View(
+            storage, offset, tuple(shape), tuple(strides)
+        ),
+        "torch._utils._rebuild_parameter": lambda view, *_: view,
+        **STORAGES,
+    }
+    widths: dict[str, int] = {}
+
+    def storage(pid: Any) -> tuple[str, str, int]:
+        _, (dtype, width), key, *_ = pid
+        widths[key] = width
+        return key, dtype, width
+
+    magic, protocol, _, tensors, keys = (
+        pickles.Restricted(stream, admitted, storage).load()
+        for _ in range(pickles.OLD_FORMAT_PICKLES)
+    )
+    if (magic, protocol) != (MAGIC, PROTOCOL):
+        raise ValueError("it has another format")
     places = {}
-    for key in _Reader(stream).load():
+    for key in keys:
         (count,) = struct.unpack("<Q", stream.read(8))
         places[key] = stream.tell(), count
-        stream.seek(places[key][0] + count * reader.widths[key])
+        stream.seek(places[key][0] + count * widths[key])
     if stream.tell() > size:
         raise EOFError("it ends too early")
     return {name: _stored(view, *places[view.storage[0]]) for name, view in tensors.items()}
@@ -250,30 +260,3 @@ def _stored(view: _View, start: int, count: int) -> Stored:
     if view.strides != dense or not 0 <= view.offset <= count - numbers:
         raise ValueError("a tensor is not contiguous inside its storage")
     return Stored(list(view.shape), dtype, start + view.offset * width, numbers * width)
-
-
-class _Reader(pickle.Unpickler):
-    """Unpickle only the parts of a state dict. `widths` are the bytes per element by storage."""
-
-    def __init__(self, stream: IO[bytes]) -> None:
-        super().__init__(stream)
-        self.widths: dict[str, int] = {}
-
-    def find_class(self, module: str, name: str) -> Any:
-        # The functions are created for each call, so a hostile file cannot modify shared ones.
-        known: dict[str, Any] = {
-            "collections.OrderedDict": OrderedDict,
-            "torch._utils._rebuild_tensor_v2": lambda storage, offset, shape, strides, *_: _View(
-                storage, offset, tuple(shape), tuple(strides)
-            ),
-            "torch._utils._rebuild_parameter": lambda view, *_: view,
-            **STORAGES,
-        }
-        if f"{module}.{name}" not in known:
-            raise pickle.UnpicklingError(f"it refers to {module}.{name}, which is refused")
-        return known[f"{module}.{name}"]
-
-    def persistent_load(self, pid: Any) -> tuple[str, str, int]:
-        _, (dtype, width), key, *_ = pid
-        self.widths[key] = width
-        return key, dtype, width

@@ -23,7 +23,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from cosmos_cli import console, paths
+from cosmos_cli import console
 from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.generate.video_models import load_denoiser
 from cosmos_cli.model import edm, sampler, video
@@ -79,7 +79,7 @@ def check_weights(r: Recipe, device: str) -> dict[str, Any]:
     latents, figures = check_tokenizer(
         r, [world.render(scene, FRAMES, *size) for scene in SCENES], device
     )
-    files = paths.model_files(r.spec, r.checkpoints_dir, r.base)
+    files = r.model_files
     denoiser = Denoiser(load_denoiser(r, files.dit, device, number_format(device)), r)
     rows = [
         Losses(
@@ -135,7 +135,7 @@ def check_tokenizer(
     if problem:
         raise UserError(
             f"the tokenizer {problem}", code=ExitCode.ASSET,
-            where=str(paths.model_files(r.spec, r.checkpoints_dir).tokenizer),
+            where=str(r.model_files.tokenizer),
             fix="download it again; if it already is the hub's file, report this as a bug",
         )  # fmt: skip
     return [x0.float() for x0 in latents], {"psnr": psnr, "lost": error / variance, "rms": rms}

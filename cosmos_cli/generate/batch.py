@@ -80,7 +80,7 @@ def _generate(todo: list[Job], wanted: int | None) -> Iterator[Result]:
         yield from processes.run(todo, count)
         return
     from cosmos_cli.generate.phases import generate
-    from cosmos_cli.model.device import best_device
+    from cosmos_cli.gpus import best_device
 
     yield from generate(todo, best_device())
 
@@ -109,7 +109,7 @@ def stream(settings: Settings) -> Iterator[Result]:
     """Generate a video for each line of stdin; keep all networks in memory if they fit."""
     files.require_writable(settings.output.absolute())
     from cosmos_cli.generate.phases import one_by_one
-    from cosmos_cli.model.device import best_device
+    from cosmos_cli.gpus import best_device
 
     make = one_by_one(settings.r, settings.weights, best_device())
     if isinstance(sys.stdin, io.TextIOWrapper):

@@ -213,7 +213,7 @@ def read_weights(r: Recipe, folder: Path | None) -> Weights:
     Raises:
         UserError: they are missing or damaged.
     """
-    path = folder or paths.model_files(r.spec, r.checkpoints_dir, r.base).dit
+    path = folder or r.model_files.dit
     again = "promote again" if folder and promoted.is_promoted(folder) else "download"
     path = paths.weights_in(path)
     if not path.exists():
@@ -292,7 +292,7 @@ def _not_promoted(path: Path, merged: str) -> UserError:
 
 def base_of(r: Recipe, weights: Weights) -> Weights:
     """Return the base's weights; reuse their hash if `weights` are the base with LoRAs."""
-    base = paths.weights_in(paths.model_files(r.spec, r.checkpoints_dir, r.base).dit)
+    base = paths.weights_in(r.model_files.dit)
     return replace(weights, loras=()) if weights.path == base else read_weights(r, None)
 
 

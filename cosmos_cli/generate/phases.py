@@ -74,7 +74,7 @@ def bytes_together(r: Recipe) -> int:
     The denoiser counts in bf16, the other networks by the size of their files.
     """
     root = Path(r.checkpoints_dir)
-    folders = [paths.model_files(r.spec, r.checkpoints_dir).text_encoder]
+    folders = [r.model_files.text_encoder]
     if r.upsampler != "off":
         folders.append(Path(r.upsampler))
     if guardrail.has_all(r):

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
-from cosmos_cli import console, paths
+from cosmos_cli import console
 from cosmos_cli.generate.answers import Answers
 from cosmos_cli.generate.guards import guardrail
 from cosmos_cli.generate.guards.aegis import Aegis
@@ -38,7 +38,7 @@ class TextModels:
         self.device = device
         self.dtype = number_format(device)
         self.block_list = guardrail.block_list(r)
-        self.encoder_dir = paths.model_files(r.spec, r.checkpoints_dir).text_encoder
+        self.encoder_dir = r.model_files.text_encoder
         chip = device if device == "cpu" else torch.cuda.get_device_name()
         about = chip, self.dtype
         self.embeddings = Answers(self.encoder_dir, text.TextEncoder, r.spec.text, *about)

@@ -14,12 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
-from cosmos_cli import files, paths
+from cosmos_cli import paths
 from cosmos_cli.errors import ExitCode, UserError
-from cosmos_cli.model import weights
+from cosmos_cli.model import pretrained, weights
 from cosmos_cli.model.finite import require_finite
 from cosmos_cli.prep import captions
 
@@ -53,24 +52,16 @@ class Upsampler:
 
     def __init__(self, folder: Path, device: str, dtype: torch.dtype) -> None:
         from transformers import AutoModelForCausalLM, AutoTokenizer
-        from transformers.utils import logging
 
-        logging.disable_progress_bar()
         self.device = device
         released = folder / paths.MODEL_FILE
-        files.check_model_folder(folder)
-        try:
-            self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        fix = "run cosmos download, or add `--set upsampler=off`"
+        with pretrained.reading(folder, "is not a complete prompt upsampler", fix):
+            self.tokenizer = pretrained.load(AutoTokenizer, folder)
             if released.is_file():
                 model = load_released(released)
             else:
-                model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-        except (OSError, ValueError, RecursionError, SafetensorError) as error:
-            raise UserError(
-                f"is not a complete prompt upsampler: {str(error).splitlines()[0]}",
-                code=ExitCode.ASSET, where=str(folder),
-                fix="run cosmos download, or add `--set upsampler=off`",
-            ) from error  # fmt: skip
+                model = pretrained.load_model(AutoModelForCausalLM, folder, dtype)
         if not self.tokenizer.chat_template:
             raise UserError(
                 "has no chat template", code=ExitCode.ASSET, where=str(folder),

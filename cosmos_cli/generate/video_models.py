@@ -19,7 +19,7 @@ from cosmos_cli.generate.guards.guardrail import FrameFilter
 from cosmos_cli.generate.jobs import Job, Lora, Weights
 from cosmos_cli.generate.text_models import Conditioning
 from cosmos_cli.model import edm, kernels, lora, sampler, video, weights
-from cosmos_cli.model.device import can_compile, number_format
+from cosmos_cli.model.device import number_format, why_not_compiled
 from cosmos_cli.model.dit import DiT, Prompt, patch_grid
 from cosmos_cli.model.finite import require_finite
 from cosmos_cli.model.sequence import SequenceGroup
@@ -112,7 +112,10 @@ def load_denoiser(
     loaded = {f"net.{name}": tensor for name, tensor in net.state_dict().items()}
     require_finite(loaded, base, weights.name_in_file(base))
     del loaded
-    lora.load_beside(net, ((used.path, used.strength) for used in loras))
+    for about, remarks in lora.load_beside(net, ((used.path, used.strength) for used in loras)):
+        console.say(about)
+        for remark in remarks:
+            console.warn(remark)
     kernels.put_cudnn_first()
     return net.eval()
 
@@ -132,7 +135,8 @@ def worth_compiling(r: Recipe, device: str) -> bool:
 
 def compile_blocks(net: DiT) -> bool:
     """Compile the blocks at their first call. Return False, with a warning, without a compiler."""
-    if not can_compile(next(net.parameters()).device, "a video takes a tenth longer"):
+    if reason := why_not_compiled(next(net.parameters()).device):
+        console.warn(f"nothing is compiled here, so a video takes a tenth longer: {reason}")
         return False
     for block in net.blocks:
         block.compile()

@@ -16,7 +16,8 @@ from cosmos_cli.errors import ExitCode, Interrupted, UserError
 from cosmos_cli.generate import jobs
 from cosmos_cli.generate.phases import generate
 from cosmos_cli.generate.video_models import Pair
-from cosmos_cli.model.device import best_device, gpu_memory_errors
+from cosmos_cli.gpus import best_device
+from cosmos_cli.model.device import gpu_memory_errors
 from cosmos_cli.model.sequence import neighbours
 
 # A pipe writes up to 4,096 bytes atomically, so short lines of several processes do not mix.

@@ -1,15 +1,13 @@
-"""Choose the device of a process, test whether it can compile, and report a lack of memory."""
+"""Test whether a device can compile and has memory, and recognise when it ran out of memory."""
 
 from __future__ import annotations
 
 import errno
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 
-from cosmos_cli import console
 from cosmos_cli.errors import ExitCode, UserError
 
 # Bytes of the CUDA context, which would otherwise count as memory of other programs.
@@ -22,30 +20,8 @@ _OUT_OF_MEMORY = (
 )  # fmt: skip
 
 
-def best_device() -> str:
-    """Return "cuda" if there is a GPU, else "cpu". A rank of a launcher selects its own GPU."""
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
-        return "cuda"
-    shown = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    if torch.version.cuda and shown.strip() not in ("", "-1"):
-        console.warn(f"CUDA finds no GPU for CUDA_VISIBLE_DEVICES={shown}: this runs on the CPU")
-    # transformers imports DeepSpeed if it is installed. Without this variable, DeepSpeed guesses
-    # the accelerator and prints to stdout.
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    return "cpu"
-
-
-def compiles(setting: str, worth_it: bool, device: torch.device, loss: str) -> bool:
-    """True if the recipe's `compile` asks for compilation and torch can compile for the device.
-
-    The setting auto compiles when `worth_it`; `loss` is as for `can_compile`.
-    """
-    return (setting == "on" or (setting == "auto" and worth_it)) and can_compile(device, loss)
-
-
-def can_compile(device: torch.device, loss: str) -> bool:
-    """True if torch can compile for a device; if not, warn and name the consequence `loss`.
+def why_not_compiled(device: torch.device) -> str:
+    """Return why torch cannot compile for a device, or "" if it can.
 
     Compiling needs a C compiler, Python's headers and, on a GPU, Triton. A small compilation tests
     all of them.
@@ -53,10 +29,8 @@ def can_compile(device: torch.device, loss: str) -> bool:
     try:
         torch.compile(torch.neg)(torch.zeros(1, device=device))
     except torch._dynamo.exc.TorchDynamoException as error:
-        reason = str(error).partition("\n")[0]
-        console.warn(f"nothing is compiled here, so {loss}: {reason}")
-        return False
-    return True
+        return str(error).partition("\n")[0]
+    return ""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -101,7 +75,7 @@ def gpu_memory_errors(fix: str) -> Iterator[None]:
     except torch.cuda.OutOfMemoryError as error:
         free, total = torch.cuda.mem_get_info()
         others = total - free - torch.cuda.memory_reserved()
-        what = f"out of GPU memory: it has {console.size(total)}"
+        what = f"out of GPU memory: it has {total / 1e9:.1f} GB"
         if others > _OWN_SHARE:
-            what += f", of which other programs hold {console.size(others)}"
+            what += f", of which other programs hold {others / 1e9:.1f} GB"
         raise UserError(what, code=ExitCode.GPU_MEMORY, fix=fix) from error

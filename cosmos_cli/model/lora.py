@@ -16,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cosmos_cli import console
 from cosmos_cli.model import edm, lora_files, weights
 from cosmos_cli.model.finite import require_finite
 from cosmos_cli.model.lora_files import Change
@@ -126,13 +125,15 @@ class AdaptedLinear(nn.Module):
         return F.linear(self.widen(x), self.weight)
 
 
-def load_beside(net: nn.Module, files: Iterable[tuple[Path, float]]) -> None:
+def load_beside(net: nn.Module, files: Iterable[tuple[Path, float]]) -> list[tuple[str, list[str]]]:
     """Apply LoRA files to a denoiser without merging them, each with its strength.
+
+    Return for each file a line that describes it, and warnings about it.
 
     Raises:
         UserError: a file is missing, damaged, or of another model.
     """
-    read = []
+    read, notes = [], []
     for path, strength in files:
         changes = lora_files.read(path)
         linears = {f"net.{n}": m for n, m in net.named_modules() if isinstance(m, nn.Linear)}
@@ -146,16 +147,21 @@ def load_beside(net: nn.Module, files: Iterable[tuple[Path, float]]) -> None:
         require_finite(of_keys, path, fix=fix)
         ranks = sorted({len(change.a) for change in changes.values()})
         scales = sorted({round(change.scale, 6) for change in changes.values()})
-        console.say(
+        about = (
             f"LoRA {path}: {len(changes)} linears, rank {_range(ranks)}, scale {_range(scales)}, "
             f"strength {strength:g}"
         )
+        remarks = []
+        if unread := lora_files.unread_settings(path):
+            remarks.append(unread)
         if not any(change.b.any() and change.a.any() for change in changes.values()):
-            console.warn(f"{path}: changes nothing, because all of its factors A or B are zero")
+            remarks.append(f"{path}: changes nothing, because all of its factors A or B are zero")
+        notes.append((about, remarks))
         # With strength 0 the network is not touched, so that its output stays bit-identical.
         read += [scaled] if strength else []
     if read:
         put_beside(net, read)
+    return notes
 
 
 @torch.no_grad()

@@ -24,13 +24,15 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from cosmos_cli import console, files, paths
+from cosmos_cli import files
 from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.model import weights
 from cosmos_cli.model.finite import require_finite
 
-# The header entry in which diffusers stores the settings, and its prefix of settings and tensors.
+# The header entry in which diffusers stores the settings, peft's file with them, and diffusers'
+# prefix of settings and tensors.
 _SETTINGS = "lora_adapter_metadata"
+_SETTINGS_FILE = "adapter_config.json"
 _PREFIX = "transformer."
 # Prefixes that wrappers and libraries put before the name of a linear, then those of kohya.
 _PREFIXES = re.compile(
@@ -171,18 +173,13 @@ def read(path: Path) -> dict[str, Change]:
         UserError: (ASSET) the file is missing, damaged or empty, belongs to another model or
             method, or its scale is ambiguous. The error names file and key.
     """
-    stored, header = _tensors(path)
+    stored = _tensors(path)
     if not stored:
         raise _refused(path, "holds no tensors")
     _refuse_other_methods(path, stored)
     require_finite(stored, path, fix="train or export the LoRA again")
     parts = _sorted_by_linear(path, stored)
-    config = path.with_name(paths.ADAPTER_CONFIG_FILE)
-    settings = None
-    if header:
-        settings, source = _settings(header, path), path
-    elif config.is_file():
-        settings, source = _settings(files.read_json(config), config), config
+    settings, source = _settings(path)
     changes = {}
     for linear, found in parts.items():
         a, b, key = _pair(path, found)
@@ -201,25 +198,29 @@ def read(path: Path) -> dict[str, Change]:
     return changes
 
 
-def _tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return the tensors of a file in fp32 and the settings in its header, {} if it has none."""
-    header: dict[str, Any] = {}
+def unread_settings(path: Path) -> str:
+    """Return a warning about the settings of a LoRA file that `read` does not know, or ""."""
+    settings, source = _settings(path)
+    others = (settings.model_extra if settings else None) or {}
+    known = {*_UNSUPPORTED, *_WITHOUT_EFFECT}
+    unread = sorted(key for key, value in others.items() if value and key not in known)
+    names = ", ".join(unread)[:200]
+    return f"{source}: unknown settings are not read: {names}" if unread else ""
+
+
+def _tensors(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a file in fp32."""
     if path.suffix.lower() in _PICKLES:
         stored = weights.load_tensors(path)
     else:
         files.check_safetensors(path)
         with weights.reading(path):
             stored = load_file(path)
-            with safe_open(path, framework="pt") as stream:
-                header = json.loads((stream.metadata() or {}).get(_SETTINGS, "{}"))
-            # A diffusers header may also hold settings of other networks, with a dot in the name.
-            plain = {key.removeprefix(_PREFIX): value for key, value in header.items()}
-            header = {key: value for key, value in plain.items() if "." not in key}
     for key, value in stored.items():
         # kohya's scripts may write an alpha as an integer.
         if not (value.is_floating_point() or key.endswith(".alpha")) or value.is_complex():
             raise _refused(path, f"holds {value.dtype} in {key}, not floating-point numbers")
-    return {key: value.float() for key, value in stored.items()}, header
+    return {key: value.float() for key, value in stored.items()}
 
 
 def _refuse_other_methods(path: Path, stored: Mapping[str, Tensor]) -> None:
@@ -230,18 +231,24 @@ def _refuse_other_methods(path: Path, stored: Mapping[str, Tensor]) -> None:
             )
 
 
-def _settings(content: Any, where: Path) -> Settings:
-    """Validate the settings from an adapter_config.json or from the header of a file.
+def _settings(path: Path) -> tuple[Settings | None, Path]:
+    """Return the settings of a LoRA file, None if it has none, and the file that states them.
 
     Raises:
         UserError: they are damaged or belong to a method other than plain LoRA.
     """
+    source, config = path, path.with_name(_SETTINGS_FILE)
+    content = {} if path.suffix.lower() in _PICKLES else _header(path)
+    if not content and config.is_file():
+        source, content = config, files.read_json(config)
+    elif not content:
+        return None, path
     try:
         settings = Settings.model_validate(content)
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join(map(str, first["loc"])) or "its content"
-        raise _refused(where, f"is damaged: {name}: {first['msg']}") from error
+        raise _refused(source, f"is damaged: {name}: {first['msg']}") from error
     others = settings.model_extra or {}
     kind = settings.peft_type or "LORA"
     wrong = [f"{name}: {others[name]}" for name in _UNSUPPORTED if others.get(name)]
@@ -252,11 +259,18 @@ def _settings(content: Any, where: Path) -> Settings:
     if str(settings.init_lora_weights).lower().startswith(_OTHER_BASE):
         wrong.append(f"init_lora_weights: {settings.init_lora_weights}, which changes the base")
     if wrong:
-        raise _refused(where, f"says {', '.join(wrong)}, which is not supported"[:300])
-    known = {*_UNSUPPORTED, *_WITHOUT_EFFECT}
-    if unread := sorted(key for key, value in others.items() if value and key not in known):
-        console.warn(f"{where}: unknown settings are not read: {', '.join(unread)[:200]}")
-    return settings
+        raise _refused(source, f"says {', '.join(wrong)}, which is not supported"[:300])
+    return settings, source
+
+
+def _header(path: Path) -> dict[str, Any]:
+    """Return the settings in the header of a safetensors file, {} if it has none."""
+    files.check_safetensors(path)
+    with weights.reading(path), safe_open(path, framework="pt") as stream:
+        header = json.loads((stream.metadata() or {}).get(_SETTINGS, "{}"))
+        # A diffusers header may also hold settings of other networks, with a dot in the name.
+        plain = {key.removeprefix(_PREFIX): value for key, value in header.items()}
+        return {key: value for key, value in plain.items() if "." not in key}
 
 
 Part = tuple[str, Tensor]

@@ -15,9 +15,7 @@ from __future__ import annotations
 import io
 import pickle
 import re
-import struct
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from functools import cached_property
 from itertools import accumulate, groupby
 from pathlib import Path
@@ -26,20 +24,18 @@ from typing import Any
 import numpy as np
 import torch
 from einops import rearrange
-from safetensors import SafetensorError
 from torch import Tensor
 
 from cosmos_cli import files, pickles
 from cosmos_cli.errors import ExitCode, UserError
-from cosmos_cli.model import kernels
+from cosmos_cli.model import kernels, pretrained
 from cosmos_cli.model.finite import require_finite
 from cosmos_cli.spec import TextSpec
 
 # The most tokens in a batch: 16 captions of maximum length.
 BATCH_TOKENS = 8192
 
-# Stands in for numpy's class: a pickle may name it but cannot call it.
-_ARRAY = object()
+_INCOMPLETE = ("is not a complete T5 encoder", "run `cosmos download RECIPE`")
 
 
 class TextEncoder:
@@ -47,7 +43,6 @@ class TextEncoder:
 
     def __init__(self, folder: Path, spec: TextSpec, device: str, dtype: torch.dtype) -> None:
         from transformers import AutoTokenizer
-        from transformers.utils import logging
 
         if not (folder / "config.json").is_file():
             raise UserError(
@@ -56,24 +51,22 @@ class TextEncoder:
                 where=str(folder),
                 fix="run `cosmos download RECIPE`",
             )
-        logging.disable_progress_bar()
-        files.check_model_folder(folder)
         self.folder, self.spec, self.device, self.dtype = folder, spec, device, dtype
-        with _whole(folder):
-            self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        with pretrained.reading(folder, *_INCOMPLETE):
+            self.tokenizer = pretrained.load(AutoTokenizer, folder)
 
     @cached_property
     def encoder(self) -> Any:
         """The network, loaded on first use."""
         from transformers import T5EncoderModel
 
-        with _whole(self.folder):
-            encoder = T5EncoderModel.from_pretrained(self.folder, dtype=self.dtype)
+        with pretrained.reading(self.folder, *_INCOMPLETE):
+            encoder = pretrained.load_model(T5EncoderModel, self.folder, self.dtype)
             if encoder.config.feed_forward_proj != "relu":
                 raise ValueError(
                     f"feed_forward_proj is {encoder.config.feed_forward_proj}, not relu"
                 )
-        encoder = encoder.to(self.device).eval()
+        encoder = encoder.to(self.device)
         require_finite(encoder.state_dict(), self.folder)
         return encoder
 
@@ -188,11 +181,8 @@ def read_pickle(path: Path, spec: TextSpec) -> Tensor:
     content = files.read_bytes(path, files.EMBEDDING)
     try:
         pickles.scan(io.BytesIO(content), files.EMBEDDING.limit)
-        value = _ArrayUnpickler(io.BytesIO(content)).load()
-    except (
-        pickle.UnpicklingError, EOFError, ValueError, TypeError, AttributeError, IndexError,
-        KeyError, ImportError, OverflowError, MemoryError, RecursionError, struct.error,
-    ) as error:  # fmt: skip
+        value = pickles.Restricted(io.BytesIO(content), _names_in_arrays()).load()
+    except pickles.DAMAGE as error:
         raise _bad(path, f"is not an embedding: {error}") from error
     arrays = value if isinstance(value, list) else [value]
     if len(arrays) != 1 or not isinstance(arrays[0], np.ndarray):
@@ -211,74 +201,51 @@ def read_pickle(path: Path, spec: TextSpec) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(array, array.dtype.newbyteorder("=")))
 
 
-@contextmanager
-def _whole(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, ValueError, RecursionError, SafetensorError) as error:
-        raise UserError(
-            f"is not a complete T5 encoder: {str(error).splitlines()[0]}",
-            code=ExitCode.ASSET,
-            where=str(folder),
-            fix="run `cosmos download RECIPE`",
-        ) from error
-
-
 def _bad(path: Path, what: str) -> UserError:
     return UserError(
         what, code=ExitCode.ASSET, where=str(path), fix="delete it and run cosmos prep again"
     )
 
 
-def _latin1(value: str, encoding: str) -> bytes:
-    """Stand in for `_codecs.encode`, with which old pickle protocols restore an array's bytes."""
-    if encoding != "latin1":
-        raise pickle.UnpicklingError(f"it asks for the codec {encoding}, refused")
-    return value.encode("latin1")
+def _names_in_arrays() -> dict[str, Any]:
+    """Return what the pickle of one array may refer to.
 
-
-class _ArrayUnpickler(pickle.Unpickler):
-    """Loads one array of numbers, no larger than the bytes stored in the pickle.
-
-    numpy's own functions would allocate an object array of any shape that the pickle states.
+    The array is no larger than the bytes in the pickle. numpy's own functions would allocate an
+    object array of any shape that the pickle states.
     """
+    # Stands in for numpy's class: the pickle may name it but cannot call it.
+    array_class = object()
+    made = []
 
-    def __init__(self, stream: io.BytesIO) -> None:
-        super().__init__(stream)
-        self.arrays = 0
-
-    def find_class(self, module: str, name: str) -> Any:
-        home = module.replace("numpy._core", "numpy.core")
-        known = {
-            ("_codecs", "encode"): _latin1,
-            ("numpy", "ndarray"): _ARRAY,
-            ("numpy", "dtype"): _number_type,
-            ("numpy.core.multiarray", "_reconstruct"): self._empty,
-            ("numpy.core.numeric", "_frombuffer"): self._filled,
-        }
-        if (home, name) not in known:
-            raise pickle.UnpicklingError(f"it names {module}.{name}, refused")
-        return known[home, name]
-
-    def _empty(self, kind: Any, shape: Any, _dtype: Any) -> np.ndarray:
-        """Return an empty array. The pickle then sets its shape and bytes, which must agree."""
-        if kind is not _ARRAY or shape != (0,):
+    def empty(kind: Any, shape: Any, _dtype: Any) -> np.ndarray:
+        # The pickle then sets the shape and the bytes, which must agree.
+        if kind is not array_class or shape != (0,):
             raise pickle.UnpicklingError("it begins an array with a shape, refused")
-        self._count()
-        return np.ndarray((0,), np.int8)
+        return only(np.ndarray((0,), np.int8))
 
-    def _filled(self, content: Any, dtype: np.dtype, shape: Any, order: str) -> np.ndarray:
-        self._count()
-        return np.frombuffer(content, dtype).reshape(shape, order=order)
+    def filled(content: Any, dtype: np.dtype, shape: Any, order: str) -> np.ndarray:
+        return only(np.frombuffer(content, dtype).reshape(shape, order=order))
 
-    def _count(self) -> None:
-        self.arrays += 1
-        if self.arrays > 1:
+    def only(array: np.ndarray) -> np.ndarray:
+        made.append(array)
+        if len(made) > 1:
             raise pickle.UnpicklingError("it holds more than one array")
+        return array
 
+    def number_type(name: Any, *_: Any) -> np.dtype:
+        if not re.fullmatch(r"[<>=|]?[biuf]\d", str(name)):
+            raise pickle.UnpicklingError(f"its numbers are {str(name)[:40]!r}, refused")
+        # A copy, because the pickle then sets its byte order.
+        return np.dtype(name, False, True)
 
-def _number_type(name: Any, *_: Any) -> np.dtype:
-    if not re.fullmatch(r"[<>=|]?[biuf]\d", str(name)):
-        raise pickle.UnpicklingError(f"its numbers are {str(name)[:40]!r}, refused")
-    # A copy, because the pickle then sets its byte order.
-    return np.dtype(name, False, True)
+    def latin1(value: str, encoding: str) -> bytes:
+        # Old pickle protocols restore the bytes of an array with it.
+        if encoding != "latin1":
+            raise pickle.UnpicklingError(f"it asks for the codec {encoding}, refused")
+        return value.encode("latin1")
+
+    names = {"_codecs.encode": latin1, "numpy.ndarray": array_class, "numpy.dtype": number_type}
+    # numpy 2 renamed its core.
+    for core in ("numpy.core", "numpy._core"):
+        names |= {f"{core}.multiarray._reconstruct": empty, f"{core}.numeric._frombuffer": filled}
+    return names

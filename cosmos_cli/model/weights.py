@@ -11,9 +11,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-import pickle
 import re
-import struct
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
@@ -28,7 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from cosmos_cli import files
+from cosmos_cli import files, pickles
 from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.spec import DiTSpec
 
@@ -92,12 +90,7 @@ _DIFFUSERS_FILE = "diffusion_pytorch_model.safetensors"
 # The errors with which torch's zip writer and safetensors report a failed write.
 _WRITE_FAILED = re.compile(r"PytorchStreamWriter|inline_container|I/O error|IoError|os error")
 
-# Python's documentation: unpickling damaged or hostile data may raise almost any exception.
-_DAMAGE = (
-    *(RuntimeError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError),
-    *(AssertionError, EOFError, OSError, MemoryError, StopIteration, struct.error),
-    *(pickle.UnpicklingError, zipfile.BadZipFile, SafetensorError),
-)
+_DAMAGE = (*pickles.DAMAGE, OSError, zipfile.BadZipFile, SafetensorError)
 
 
 # --- the denoiser ---------------------------------------------------------------------------------
@@ -462,32 +455,26 @@ def _read_torchscript(path: Path) -> State:
         pickled = next(name for name in archive.namelist() if name.endswith("/data.pkl"))
         root = pickled.removesuffix("data.pkl")
 
-        # A new class for each file, so that a hostile one cannot change it for the next.
-        module_type = type("Module", (), {})
         storages: dict[str, bytearray] = {}
 
         def rebuild(storage: Tensor, offset: int, size: Any, stride: Any, *_: Any) -> Tensor:
             return storage.as_strided(size, stride, offset)
 
-        class Reader(pickle.Unpickler):
-            def find_class(self, module: str, name: str) -> Any:
-                if module.startswith("__torch__"):
-                    return module_type
-                known = {
-                    "torch._utils._rebuild_tensor_v2": rebuild,
-                    "collections.OrderedDict": dict,
-                    **_STORAGES,
-                }
-                return known[f"{module}.{name}"]
+        def storage(pid: Any) -> Tensor:
+            _, dtype, key, _, _ = pid
+            # Read each storage once, even if the pickle refers to it many times.
+            if key not in storages:
+                storages[key] = bytearray(_stored(archive, f"{root}data/{key}"))
+            return torch.frombuffer(storages[key], dtype=dtype)
 
-            def persistent_load(self, pid: Any) -> Tensor:
-                _, dtype, key, _, _ = pid
-                # Read each storage once, even if the pickle refers to it many times.
-                if key not in storages:
-                    storages[key] = bytearray(_stored(archive, f"{root}data/{key}"))
-                return torch.frombuffer(storages[key], dtype=dtype)
-
-        tree = Reader(io.BytesIO(_stored(archive, pickled))).load()
+        admitted = {
+            "__torch__.*": type("Module", (), {}),
+            "torch._utils._rebuild_tensor_v2": rebuild,
+            "collections.OrderedDict": dict,
+            **_STORAGES,
+        }
+        content = io.BytesIO(_stored(archive, pickled))
+        tree = pickles.Restricted(content, admitted, storage).load()
         return _check_tensors(dict(_leaves(tree, "")), path)
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 
 from cosmos_cli import console, files
 from cosmos_cli.errors import ExitCode, UserError
-from cosmos_cli.model import video
+from cosmos_cli.model import pretrained, video
 from cosmos_cli.model.finite import require_finite
 from cosmos_cli.paths import Dataset
 from cosmos_cli.prep import captions, sources, work_sharing
@@ -35,31 +35,23 @@ class Captioner:
 
     def __init__(self, name: str, device: str, dtype: torch.dtype) -> None:
         from transformers import AutoModelForImageTextToText, AutoProcessor
-        from transformers.utils import logging
 
-        logging.disable_progress_bar()
         self.device, self.dtype = device, dtype
         folder = Path(name).expanduser()
         source = str(folder.absolute()) if folder.is_dir() else name
-        if folder.is_dir():
-            files.check_model_folder(folder)
-        where = {"local_files_only": True, "trust_remote_code": False}
+        what = "is not a readable vision-language model"
+        fix = f"run `hf download {name}`, or use `--set caption_model=FOLDER`"
         try:
-            self.processor = AutoProcessor.from_pretrained(source, **where)
-            model = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype, **where)
-        except (OSError, ValueError, RecursionError, ImportError) as error:
-            why = " ".join(str(error).split())[:200]
+            with pretrained.reading(source, what, fix):
+                self.processor = pretrained.load(AutoProcessor, source)
+                model = pretrained.load_model(AutoModelForImageTextToText, source, dtype)
+        except ImportError as error:
             # Some models resize images with torchvision, which this project does not depend on.
-            lacking = isinstance(error, ImportError)
-            fix = (
-                "run `pip install torchvision`"
-                if lacking
-                else f"run `hf download {name}`, or use `--set caption_model=FOLDER`"
-            )
-            raise _bad(source, f"is not a readable vision-language model: {why}", fix) from error
+            why = " ".join(str(error).split())[:200]
+            raise _bad(source, f"{what}: {why}", "run `pip install torchvision`") from error
         if not getattr(self.processor, "chat_template", None):
             raise _bad(source, "has no chat template", "choose a model that was trained to chat")
-        self.model = model.to(device).eval()
+        self.model = model.to(device)
         require_finite(self.model.state_dict(), Path(source))
 
     @torch.inference_mode()

@@ -8,7 +8,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from cosmos_cli import files, paths
+from cosmos_cli import files
 from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.model import weights
 from cosmos_cli.model.finite import require_finite
@@ -22,7 +22,7 @@ def load_tokenizer(r: Recipe, device: str, dtype: torch.dtype) -> Tokenizer:
     Raises:
         UserError: its file is missing or damaged, or has weights that are not finite.
     """
-    path = paths.model_files(r.spec, r.checkpoints_dir).tokenizer
+    path = r.model_files.tokenizer
     tokenizer = Tokenizer(r.spec.tokenizer, r.spec.sigma_data)
     weights.load_strict(tokenizer, weights.load_tokenizer_state(path), path)
     tokenizer = tokenizer.to(device=device, dtype=dtype).eval()

@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from cosmos_cli import console, files, paths
 from cosmos_cli.console import Stopwatch
 from cosmos_cli.model import text, video, weights
-from cosmos_cli.model.device import compiles
+from cosmos_cli.model.device import why_not_compiled
 from cosmos_cli.paths import Dataset
 from cosmos_cli.prep import (
     captioner,
@@ -324,12 +324,13 @@ class Latents:
         dtype = torch.float32 if device == "cpu" else torch.bfloat16
         self.tokenizer = latent_files.load_tokenizer(r, device, dtype)
         # Count the clips that are already encoded too: a resumed run must write the same bits.
-        worth, loss = (
-            device != "cpu" and clips >= WORTH_COMPILING,
-            "a clip takes three times as long",
-        )
-        if compiles(r.compile, worth, torch.device(device), loss):
-            self.tokenizer.compile_blocks()
+        worth_it = device != "cpu" and clips >= WORTH_COMPILING
+        if r.compile == "on" or (r.compile == "auto" and worth_it):
+            if reason := why_not_compiled(torch.device(device)):
+                lost = "a clip takes three times as long"
+                console.warn(f"nothing is compiled here, so {lost}: {reason}")
+            else:
+                self.tokenizer.compile_blocks()
         identity = files.sha256_path(paths.model_files(r.spec, r.checkpoints_dir).tokenizer)
         settings = {key: getattr(r, key) for key in ("height", "width", "num_frames", "resize")}
         self.settings = (json.dumps(settings), identity)

@@ -5,14 +5,13 @@ The system frees the locks of a process that dies, even on another node of a sha
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from cosmos_cli import files
+from cosmos_cli import files, locks
 from cosmos_cli.errors import ExitCode, UserError
 
 # Byte 0 is locked by every process at work, byte 1 + N by the process that does piece N.
@@ -74,18 +73,7 @@ class Workers:
         return os.pread(self._file, len(self._job) + 1, 0)
 
     def _lock(self, byte: int, how: int) -> bool:
-        try:
-            fcntl.lockf(self._file, how, 1, byte)
-        except OSError as error:
-            if error.errno in (errno.EAGAIN, errno.EACCES):
-                return False
-            raise UserError(
-                f"cannot be locked: {os.strerror(error.errno or 0)}",
-                code=ExitCode.ASSET,
-                where=str(self._where),
-                fix="use a disk with file locks (Lustre has them when mounted with flock)",
-            ) from error
-        return True
+        return locks.lock_byte(self._file, byte, how, self._where, "cosmos prep")
 
     def _another(self) -> UserError:
         return UserError(

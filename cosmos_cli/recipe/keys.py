@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from cosmos_cli import paths
 from cosmos_cli.spec import COSMOS_7B, LORA_TARGETS, MODELS, ModelSpec
 
 # cuBLAS needs rows of a multiple of 16 bytes in fp8. In the backward pass a row holds all tokens.
@@ -456,6 +457,11 @@ class Recipe(BaseModel):
         if self.lora_rank:
             return self.spec.dit.lora_parameters(self.lora_rank, self.lora_targets)
         return self.spec.dit.parameters
+
+    @property
+    def model_files(self) -> paths.ModelFiles:
+        """The paths of the model's networks. The denoiser's is `base` if that is set."""
+        return paths.model_files(self.spec, self.checkpoints_dir, self.base)
 
     @property
     def run_dir(self) -> Path:

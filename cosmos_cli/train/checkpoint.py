@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from cosmos_cli import files
 from cosmos_cli.errors import ExitCode, UserError
+from cosmos_cli.gpus import best_device
 from cosmos_cli.model import lora, lora_files, weights
-from cosmos_cli.model.device import best_device
 from cosmos_cli.model.ema import PowerEMA
 from cosmos_cli.model.finite import require_finite
 from cosmos_cli.paths import MANIFEST_FILE, Run

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from cosmos_cli import console, paths
+from cosmos_cli import console
 from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.model import edm, fp8, kernels, lora, weights
-from cosmos_cli.model.device import compiles
+from cosmos_cli.model.device import why_not_compiled
 from cosmos_cli.model.dit import DiT
 from cosmos_cli.recipe import plan
 from cosmos_cli.recipe.keys import Recipe
@@ -36,14 +36,17 @@ def build(r: Recipe, share: data.Share, device: torch.device) -> Any:
     net = module.net
     net.activation_checkpointing = r.activation_checkpointing
     net.mlps_kept, net.blocks_kept = plan.blocks_kept(r, dist.get_world_size(), gpu_model(device))
-    worth_it, without = device.type != "cpu", "training takes a sixth longer"
-    kernels.fuse(compiles(r.compile, worth_it, device, without))
+    fused = r.compile == "on" or (r.compile == "auto" and device.type != "cpu")
+    if fused and (reason := why_not_compiled(device)):
+        console.warn(f"nothing is compiled here, so training takes a sixth longer: {reason}")
+        fused = False
+    kernels.fuse(fused)
     if r.transformer_engine != "off":
         fp8.use_fp8(net.blocks)
     if r.transformer_engine == "all":
         fp8.use_engine_attention(net.blocks)
     kernels.put_cudnn_first()
-    base = paths.model_files(r.spec, r.checkpoints_dir, r.base).dit
+    base = r.model_files.dit
     shapes = {name: checkpoint.full_shape(p) for name, p in module.named_parameters()}
     state = {**weights.load_dit_state(base), **lora.fresh_factors(shapes, r.seed)}
     checkpoint.load_weights(module, state, base)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import platform
@@ -19,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from cosmos_cli import __version__, console, files, gpus, ranks, signals
+from cosmos_cli import __version__, console, files, gpus, locks, ranks, signals
 from cosmos_cli.errors import ExitCode, Interrupted, UserError
 from cosmos_cli.paths import Run
 from cosmos_cli.train import status, trackers
@@ -235,24 +234,15 @@ def _locked(run: Run) -> Iterator[int]:
     Raises:
         UserError: another process trains it.
     """
-    with files.disk_errors(run.root):
-        run.checkpoints.mkdir(parents=True, exist_ok=True)
-        stream = (run.root / ".lock").open("w")
-    with stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+    with locks.held(run.root / ".lock", "cosmos train") as lock:
+        if lock is None:
             raise UserError(
                 "another process is training this run",
                 code=ExitCode.USAGE,
                 where=str(run.root),
                 fix="wait for it, or start another run with `--set name=NAME`",
-            ) from error
-        except OSError as error:
-            # Some shared disks have no locks, for example Lustre mounted without flock.
-            why = f"cannot be locked ({error.strerror}): make sure no other job trains it"
-            console.warn(f"{run.root}: {why}")
-        yield stream.fileno()
+            )
+        yield lock
 
 
 def _discard(run: Run) -> None:

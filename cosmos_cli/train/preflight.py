@@ -115,7 +115,7 @@ def check_recipe(r: Recipe, ranks: int) -> None:
         )
     trackers.check_tracker(r)
     check_kernels(r)
-    base = paths.model_files(r.spec, r.checkpoints_dir, r.base).dit
+    base = r.model_files.dit
     if not base.exists():
         raise UserError(
             "the base weights are missing",
@@ -123,7 +123,7 @@ def check_recipe(r: Recipe, ranks: int) -> None:
             where=str(base),
             fix="run `cosmos download RECIPE --for train`, or set base",
         )
-    tokenizer = paths.model_files(r.spec, r.checkpoints_dir).tokenizer
+    tokenizer = r.model_files.tokenizer
     if (r.preview_every_steps or r.sample_every_saves) and not tokenizer.exists():
         raise UserError(
             "the video tokenizer is missing, and previews and samples need it",
@@ -236,7 +236,7 @@ def check_resume(r: Recipe, run: Run, ranks: int) -> int:
         if before != now and not _are_equivalent(key, before, now):
             raise _another_run(folder, f"{key} = {before}, the recipe says {now}")
     if "base" in saved:
-        base = paths.model_files(r.spec, r.checkpoints_dir, r.base).dit
+        base = r.model_files.dit
         if files.sha256_path(base) != saved["base"]:
             raise _another_run(folder, f"other base weights than those now in {base}")
     if saved["world_size"] != ranks:

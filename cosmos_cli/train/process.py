@@ -81,7 +81,7 @@ def open_dataset(r: Recipe) -> tuple[data.Clips, HeldOut | None, dict[str, Any]]
     }
     if r.lora_rank and dist.get_rank() == 0:
         # The factors of a LoRA are valid only together with the base weights they were trained on.
-        base = paths.model_files(r.spec, r.checkpoints_dir, r.base).dit
+        base = r.model_files.dit
         about["base"] = files.sha256_path(base)
     return clips, HeldOut(held_out, r.validate_clips) if len(held_out) else None, about
 

@@ -39,8 +39,9 @@ from transformers import AutoTokenizer, T5Config, T5EncoderModel
 
 from cosmos_cli import files, paths
 from cosmos_cli.generate import text_models, video_models, worker
+from cosmos_cli.gpus import best_device
 from cosmos_cli.model import lora, text, video, weights
-from cosmos_cli.model.device import best_device, number_format
+from cosmos_cli.model.device import number_format
 from cosmos_cli.model.dit import DiT
 from cosmos_cli.model.lora_files import Change
 from cosmos_cli.model.sequence import SequenceGroup, neighbours

@@ -36,8 +36,8 @@ from bench_generate import SMALL, Bench, markdown, random_denoiser, synchronize
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from cosmos_cli.gpus import best_device
 from cosmos_cli.model import dit, fp8, kernels
-from cosmos_cli.model.device import best_device
 from cosmos_cli.recipe import loading
 from cosmos_cli.train.engine import optimizer_settings
 

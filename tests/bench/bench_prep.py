@@ -95,9 +95,9 @@ def latents(model, rounds=3):
     import torch
     from diffusers import AutoencoderKLCosmos
 
+    from cosmos_cli.gpus import best_device
     from cosmos_cli.model import kernels
     from cosmos_cli.model import tokenizer as module
-    from cosmos_cli.model.device import best_device
     from cosmos_cli.recipe import loading
 
     device = best_device()
@@ -174,9 +174,9 @@ def text(model, rounds=3):
     from transformers import T5Config, T5EncoderModel
 
     from cosmos_cli import paths
+    from cosmos_cli.gpus import best_device
     from cosmos_cli.model import kernels
     from cosmos_cli.model import text as model_text
-    from cosmos_cli.model.device import best_device
     from cosmos_cli.recipe import loading
 
     device = best_device()

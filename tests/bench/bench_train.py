@@ -39,8 +39,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from cosmos_cli import files, paths
+from cosmos_cli.gpus import best_device
 from cosmos_cli.model import weights
-from cosmos_cli.model.device import best_device
 from cosmos_cli.recipe import loading, plan
 from cosmos_cli.recipe.keys import Recipe
 from cosmos_cli.spec import MODELS, ModelSpec

@@ -20,7 +20,7 @@ from cosmos_cli import files, html, paths
 from cosmos_cli.commands.download import CONCEPT_CLIPS, ORDINARY_CLIPS
 from cosmos_cli.evaluate import evaluation
 from cosmos_cli.generate.jobs import Weights
-from cosmos_cli.model.device import best_device
+from cosmos_cli.gpus import best_device
 from cosmos_cli.model.tiny import world
 from cosmos_cli.recipe import loading
 from cosmos_cli.recipe.keys import Recipe

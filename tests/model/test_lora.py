@@ -3,15 +3,6 @@ from collections import Counter
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_dit import (
-    SMALL,
-    Watch,
-    _resize_without_torchvision,  # noqa: F401
-    diffusers_twin,
-    inputs,
-    network,
-    run_twin,
-)
 from torch import nn
 
 from cosmos_cli.errors import UserError
@@ -20,6 +11,7 @@ from cosmos_cli.model.dit import DiT
 from cosmos_cli.model.lora_files import Change
 from cosmos_cli.spec import LORA_TARGETS, TINY, DiTSpec
 from cosmos_cli.train import checkpoint
+from tests.helpers.networks import SMALL, Watch, diffusers_twin, inputs, network, run_twin
 
 
 def adapted(targets, factors=True):
@@ -354,11 +346,10 @@ def test_a_lora_without_strength_leaves_every_bit(tmp_path):
     assert torch.equal(net(**inputs()), expected)
 
 
-def test_a_lora_that_changes_nothing_is_named(tmp_path, capsys):
+def test_a_lora_that_changes_nothing_is_named(tmp_path):
     net = network()
     path = tmp_path / "lora.safetensors"
     lora_files.save(path, lora.factors(random_changes(net, 0.0)), 1.0)
-    lora.load_beside(net, [(path, 1.0)])
-    err = capsys.readouterr().err
-    assert "changes nothing" in err
-    assert "rank 16, scale 1, strength 1" in err
+    ((about, (remark,)),) = lora.load_beside(net, [(path, 1.0)])
+    assert "changes nothing" in remark
+    assert "rank 16, scale 1, strength 1" in about

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from cosmos_cli import files
+from cosmos_cli.model import pretrained
 
 MAX_NEW_TOKENS = 100
 POLICY = Path(__file__).with_name("aegis_policy.txt").read_text(encoding="utf-8")
@@ -58,22 +59,13 @@ class Aegis:
     def __init__(self, base: Path, adapter: Path, device: str, dtype: torch.dtype) -> None:
         from peft import PeftModel
         from transformers import AutoTokenizer, LlamaForCausalLM
-        from transformers.utils import logging
 
-        logging.disable_progress_bar()
-        # Without these files, transformers would use a default configuration and peft would ask the
-        # hub.
-        (base / "config.json").stat()
+        self.tokenizer = pretrained.load(AutoTokenizer, base)
+        llama = pretrained.load_model(LlamaForCausalLM, base, dtype)
+        # Without these files, peft would ask the hub.
         for name in ("adapter_config.json", "adapter_model.safetensors"):
             (adapter / name).stat()
-        for folder in (base, adapter):
-            files.check_model_folder(folder)
-        self.tokenizer = AutoTokenizer.from_pretrained(base, local_files_only=True)
-        llama, about = LlamaForCausalLM.from_pretrained(
-            base, dtype=dtype, local_files_only=True, output_loading_info=True
-        )
-        if about["missing_keys"]:
-            raise ValueError(f"it lacks weights, {min(about['missing_keys'])} among them")
+        files.check_model_folder(adapter)
         # peft uses a deprecated transformers name, which warns.
         with warnings.catch_warnings(action="ignore", category=FutureWarning):
             warnings.filterwarnings("error", message=".*missing adapter keys")

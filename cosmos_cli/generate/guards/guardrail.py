@@ -11,20 +11,19 @@ from __future__ import annotations
 import importlib.util
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from cosmos_cli import console, files, paths
 from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.generate.guards.aegis import Aegis
-from cosmos_cli.model import weights
+from cosmos_cli.model import pretrained, weights
 from cosmos_cli.recipe.keys import Recipe
 
 # Characters that may replace a letter of a listed word.
@@ -67,7 +66,7 @@ def block_list(r: Recipe) -> BlockList | None:
                 code=ExitCode.ENVIRONMENT,
                 fix='run pip install -e ".[guardrails]" in the clone',
             )
-    return BlockList(paths.model_files(r.spec, r.checkpoints_dir).guardrail / "blocklist")
+    return BlockList(r.model_files.guardrail / "blocklist")
 
 
 def aegis(r: Recipe, device: str, dtype: torch.dtype) -> Aegis:
@@ -107,7 +106,7 @@ class GuardFiles(NamedTuple):
 def guard_files(r: Recipe) -> GuardFiles:
     """Return the paths of the guards' files."""
     root = Path(r.checkpoints_dir).absolute()
-    guardrails = paths.model_files(r.spec, r.checkpoints_dir).guardrail
+    guardrails = r.model_files.guardrail
     return GuardFiles(
         root / paths.LLAMA_GUARD_DIR,
         root / paths.AEGIS_DIR,
@@ -205,25 +204,15 @@ class FrameFilter:
 
     def __init__(self, classifier: Path, siglip: Path, device: str) -> None:
         from transformers import SiglipImageProcessorPil, SiglipVisionModel
-        from transformers.utils import logging
 
-        logging.disable_progress_bar()
         state = weights.load_tensors(classifier)
         state = {key.removeprefix("network.layers."): value for key, value in state.items()}
         with _reading(siglip):
-            # transformers would fall back to a default configuration.
-            (siglip / "config.json").stat()
-            files.check_model_folder(siglip)
-            self.processor = SiglipImageProcessorPil.from_pretrained(siglip)
-            vision, about = SiglipVisionModel.from_pretrained(
-                siglip, dtype=torch.float32, output_loading_info=True
-            )
-            # transformers would initialise missing weights at random.
-            if about["missing_keys"]:
-                raise ValueError(f"it lacks weights, {min(about['missing_keys'])} among them")
+            self.processor = pretrained.load(SiglipImageProcessorPil, siglip)
+            vision = pretrained.load_model(SiglipVisionModel, siglip, torch.float32)
         with _reading(classifier):
             self.classifier = _classifier(state).to(device).eval()
-        self.vision = vision.to(device).eval()
+        self.vision = vision.to(device)
         self.device = device
 
     @torch.inference_mode()
@@ -344,16 +333,6 @@ def _wordnet(nltk_data: Path, name: str) -> list[str]:
     return [line for line in text.splitlines() if line and not line.startswith(" ")]
 
 
-@contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except (files.BadFile, OSError, ValueError, RecursionError, SafetensorError) as error:
-        found = f"{error.where}: {error.what}" if isinstance(error, files.BadFile) else str(error)
-        line = found.partition("\n")[0]
-        raise UserError(
-            f"the guardrail cannot be read: {line}",
-            code=ExitCode.ASSET,
-            where=str(path),
-            fix="run cosmos download, or add `--set guardrails=off` to generate without guards",
-        ) from error
+def _reading(path: Path) -> AbstractContextManager[None]:
+    fix = "run cosmos download, or add `--set guardrails=off` to generate without guards"
+    return pretrained.reading(path, "the guardrail cannot be read", fix)

@@ -1,0 +1,55 @@
+"""Load models, tokenizers and processors of transformers, whole or not at all."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+
+from cosmos_cli import files
+from cosmos_cli.errors import ExitCode, UserError
+
+
+def load(kind: Any, source: Path | str, **options: Any) -> Any:
+    """Load an object of the transformers class `kind` from a local folder.
+
+    A name instead of a folder stands for a model in the hub's cache. Nothing is downloaded, and no
+    code of the folder is run. Call it inside `reading`.
+    """
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    files.check_model_folder(Path(source))
+    return kind.from_pretrained(source, local_files_only=True, trust_remote_code=False, **options)
+
+
+def load_model(kind: Any, source: Path | str, dtype: torch.dtype) -> Any:
+    """Load a model as `load` does, with all of its weights.
+
+    Raises:
+        ValueError: a weight is missing, which transformers would initialise at random, or the
+            folder has no config.json, for which transformers may take a default.
+    """
+    if Path(source).is_dir() and not Path(source, "config.json").is_file():
+        raise ValueError("it has no config.json")
+    model, about = load(kind, source, dtype=dtype, output_loading_info=True)
+    if about["missing_keys"]:
+        raise ValueError(f"it lacks weights, {min(about['missing_keys'])} among them")
+    return model
+
+
+@contextmanager
+def reading(source: Path | str, what: str, fix: str) -> Iterator[None]:
+    """Turn the errors of a missing or damaged file into a UserError: `what`, the reason, `fix`."""
+    try:
+        yield
+    except (files.BadFile, OSError, ValueError, RecursionError, SafetensorError) as error:
+        found = f"{error.where}: {error.what}" if isinstance(error, files.BadFile) else str(error)
+        reason = " ".join(found.split())[:200]
+        raise UserError(
+            f"{what}: {reason}", code=ExitCode.ASSET, where=str(source), fix=fix
+        ) from error

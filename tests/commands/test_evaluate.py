@@ -1,0 +1,34 @@
+"""The evaluate command in real processes."""
+
+import pytest
+
+from tests.helpers.command import Cosmos, settings
+from tests.helpers.stand_ins import stand_in_weights
+
+pytestmark = pytest.mark.workflow
+
+QUICK = settings("num_steps=2", "guidance=0")
+
+
+def test_a_model_is_measured_on_the_synthetic_world_and_the_dataset(prepared, tmp_path):
+    page = tmp_path / "e.html"
+    done = Cosmos(prepared).json("evaluate", "--prompts", "2", "-o", page, *QUICK)
+    (about,) = done["models"].values()
+    assert set(about) == {"weights", "edm", "scores", "nearest_clip"}
+    assert all(0 <= share <= 1 for share in about["scores"].values())
+    assert all(0 < error < 5 for error in about["edm"].values())
+    html = page.read_text()
+    assert done["artifacts"][0] == str(page)
+    assert html.count("<video") == len(list(tmp_path.glob("*.mp4"))) == 2
+    assert 'src="http' not in html
+
+
+def test_measuring_promoted_needs_a_promoted_model(cosmos):
+    done = cosmos("evaluate", "tiny", "--model", "promoted", "--prompts", "0", code=4)
+    assert "--model promoted: nothing was promoted yet" in done.stderr
+
+
+def test_without_a_prepared_dataset_there_is_nothing_to_measure_the_7b_on(cosmos):
+    stand_in_weights(cosmos.cwd / "model.pt")
+    done = cosmos("evaluate", "nemo_assets", "--model", "model.pt", code=4)
+    assert "cosmos_nemo_assets: there is no prepared dataset" in done.stderr

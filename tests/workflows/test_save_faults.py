@@ -1,0 +1,122 @@
+"""A save that the disk refuses: one line, exit 4, and the save before it is as it was."""
+
+import contextlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cosmos_cli.paths import Run
+from tests.helpers.command import Cosmos
+from tests.helpers.runs import losses, options
+
+pytestmark = pytest.mark.workflow
+
+
+@pytest.fixture
+def strace(tmp_path):
+    """strace, where there is one that may do its work."""
+    if shutil.which("strace") is None:
+        pytest.skip("strace is not installed (apt-get install strace)")
+    log = tmp_path / "strace"
+    command = ["strace", "-o", log, "-e", "inject=fsync:error=EIO", "true"]
+    tried = subprocess.run(command, capture_output=True, text=True, check=False)
+    if tried.returncode:
+        pytest.skip(f"strace may not trace here: {tried.stderr.strip()}")
+
+
+@pytest.mark.parametrize("sample", [10, pytest.param(None, marks=pytest.mark.slow)])
+def test_after_any_failed_system_call_the_previous_save_loads(strace, tmp_path, sample):
+    script = Path(__file__).parents[1] / "helpers/faulty_saves.py"
+    ranks = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "DS_ACCELERATOR": "cpu"}
+    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, script, tmp_path, *([str(sample)] if sample else [])],
+        env={**os.environ, **ranks, **where},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    # DeepSpeed says there too what went wrong.
+    found = (line for line in done.stdout.splitlines() if line.startswith("{"))
+    counts, *rows = map(json.loads, found)
+    assert {"openat", "write", "fsync", "rename"} <= counts["counts"].keys()
+    assert len(rows) == (sample or 2 * sum(counts["counts"].values()))
+    for row in rows:
+        assert row["injected"], row
+        assert row["whole"], row
+        # What is on its way out is out of sight, and goes with the next start.
+        assert not {*row["left"]} - {".iter_000000001.tmp"}, row
+        # A folder that cannot be made is made once more.
+        assert row["code"] == 4 if "code" in row else row["call"] == "mkdir", row
+        assert "\n" not in row.get("line", "")
+
+
+@pytest.fixture
+def disk(prepared, tmp_path):
+    """A small disk of its own, and the datasets beside it."""
+    path = tmp_path / "disk"
+    path.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1g", "tmpfs", path]
+    tried = subprocess.run(mount, capture_output=True, text=True, check=False)
+    if tried.returncode:
+        pytest.skip(f"a small disk cannot be made here: {tried.stderr.strip()}")
+    shutil.copytree(prepared / "datasets", tmp_path / "datasets")
+    yield path
+    subprocess.run(["umount", path], check=True)
+
+
+def fill(disk, but):
+    """Takes all but some bytes of a disk."""
+    with (disk / "ballast").open("ab", buffering=0) as stream, contextlib.suppress(OSError):
+        while (free := shutil.disk_usage(disk).free) > but:
+            stream.write(bytes(min(free - but, 2**23)))
+
+
+def one_more_step(cosmos, run, pairs, disk=None):
+    """How a run of one more step ends, on a disk that is filled, if given, once the save began."""
+    steps = f"max_steps={run.resumable_steps()[-1] + 1}"
+    process = cosmos.start("train", "tiny", *options("full", *pairs, steps))
+    while disk and process.poll() is None:
+        if list(run.checkpoints.glob(".*.tmp*")):
+            fill(disk, 10_000_000)
+            break
+    _, err = process.communicate(timeout=120)
+    assert "Traceback" not in err
+    assert not list(run.checkpoints.glob(".*"))
+    return process.returncode, [line for line in err.splitlines() if line.startswith("error")], err
+
+
+def test_a_full_disk_ends_the_run_in_one_line_and_space_lets_it_resume(disk):
+    cosmos = Cosmos(disk.parent)
+    pairs = ("num_processes=1", "output_root=disk", "min_free_disk_gb=0", "save_every_steps=1")
+    # Room for two saves of 140 MB and the state that goes.
+    cosmos("train", "tiny", *options("full", *pairs, "max_steps=2"))
+    run = Run(next(disk.glob("*/*/full")))
+    fill(disk, 100_000_000)
+    code, (line,), _ = one_more_step(cosmos, run, pairs)
+    assert code == 4
+    assert "MB are free" in line
+    assert run.resumable_steps() == [1, 2]
+    # On a busy machine the save may be over before the disk is full.
+    for _ in range(5):
+        (disk / "ballast").unlink()
+        fill(disk, 300_000_000)
+        code, lines, _ = one_more_step(cosmos, run, pairs, disk)
+        if code:
+            break
+    assert code == 4
+    (line,) = lines
+    assert "cannot be written" in line
+    before, last = run.resumable_steps()
+    assert last == before + 1
+    (disk / "ballast").unlink()
+    code, _, err = one_more_step(cosmos, run, pairs)
+    assert code == 0
+    assert f"resumed at step {last}" in err
+    assert [row[0] for row in losses(run)] == list(range(1, last + 2))
