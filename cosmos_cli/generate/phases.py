@@ -44,28 +44,23 @@ def generate(jobs: list[Job], device: str, pair: Pair | None = None) -> Iterator
 
 
 def one_by_one(r: Recipe, weights: Weights, device: str) -> Callable[[Job], Result]:
-    """Return a function that generates one job; all networks stay in memory if they fit."""
-    if not keeps_all(r, device):
+    """Return a function that generates one job.
+
+    `memory: auto` keeps all networks in memory on a CPU, and on a GPU if they fit. A batch loads
+    each network once either way.
+    """
+    together = r.memory != "in_turn"
+    if r.memory == "auto" and device != "cpu":
+        needed, (free, _) = bytes_together(r), torch.cuda.mem_get_info()
+        sizes = f"{console.size(needed)} of GPU memory, {console.size(free)} are free"
+        console.say(f"all networks need {sizes}")
+        together = needed < free
+    if not together:
         return lambda job: next(generate([job], device))
     _say_networks(r, in_turn=False)
     pipeline = Pipeline(r, device, in_turn=False)
     pipeline.load(weights)
     return lambda job: next(pipeline.run([job]))
-
-
-def keeps_all(r: Recipe, device: str) -> bool:
-    """True if all networks stay in memory between prompts.
-
-    `memory: auto` keeps them on a CPU, and on a GPU if they fit. A batch loads each network once
-    either way.
-    """
-    if r.memory != "auto" or device == "cpu":
-        return r.memory != "in_turn"
-    needed, (free, _) = bytes_together(r), torch.cuda.mem_get_info()
-    console.say(
-        f"all networks need {console.size(needed)} of GPU memory, {console.size(free)} are free"
-    )
-    return needed < free
 
 
 def bytes_together(r: Recipe) -> int:
