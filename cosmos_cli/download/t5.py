@@ -18,7 +18,7 @@ from math import prod
 from pathlib import Path
 from typing import IO, Any
 
-from cosmos_cli import console, files, pickles
+from cosmos_cli import archives, console, files, pickles
 from cosmos_cli.download import assets
 from cosmos_cli.download.assets import Asset, RemoteFile
 from cosmos_cli.errors import ExitCode, UserError
@@ -143,7 +143,7 @@ def _safetensors_header(path: Path) -> dict[str, Any]:
     with files.open_regular(path, files.WEIGHTS) as stream:
         try:
             (length,) = struct.unpack("<Q", stream.read(8))
-            header: dict[str, Any] = json.loads(stream.read(min(length, files.HEADER_LIMIT)))
+            header: dict[str, Any] = json.loads(stream.read(min(length, archives.HEADER_LIMIT)))
         except (struct.error, ValueError, RecursionError):
             return {}
     return header
@@ -192,7 +192,7 @@ def _read_old_format(path: Path) -> dict[str, Stored]:
     Raises:
         UserError: the file is damaged, or holds more than tensors.
     """
-    files.check_torch(path)
+    archives.check_torch(path)
     with files.open_regular(path, files.WEIGHTS) as stream:
         try:
             return _tensors(stream, files.size_of(path))

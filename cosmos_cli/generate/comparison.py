@@ -8,7 +8,7 @@ from torch import Tensor
 
 from cosmos_cli import files, html
 from cosmos_cli.generate.jobs import Job
-from cosmos_cli.model import video
+from cosmos_cli.model import rgb, video
 
 LABEL_SHARE = 0.08
 
@@ -37,7 +37,7 @@ def compare(base: Job, tuned: Job, joined: Job) -> None:
         files.write_json(sidecar, {**record, "mp4_sha256": files.sha256_file(temporary)})
         files.write_text(prompt_file, joined.prompt + "\n")
         with files.atomic_file(sheet) as image:
-            video.contact_sheet(pixels, columns=2, rows=4, width=640).save(image, quality=90)
+            rgb.contact_sheet(pixels, columns=2, rows=4, width=640).save(image, quality=90)
         files.write_text(mp4.with_suffix(".html"), _page(sides, joined))
 
 

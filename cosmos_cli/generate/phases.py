@@ -29,7 +29,7 @@ from cosmos_cli.generate.guards import guardrail
 from cosmos_cli.generate.guards.aegis import Aegis
 from cosmos_cli.generate.jobs import Job, Lora, Weights
 from cosmos_cli.generate.upsampler import Upsampler
-from cosmos_cli.model import edm, kernels, lora, sampler, text, video, weights
+from cosmos_cli.model import edm, kernels, lora, rgb, sampler, tensor_names, text, video, weights
 from cosmos_cli.model.device import gpu_memory_errors, why_not_compiled
 from cosmos_cli.model.dit import DiT, Prompt, patch_grid
 from cosmos_cli.model.finite import require_finite
@@ -339,7 +339,7 @@ class Studio:
             return not_finite("denoiser's latent", job)
         with phase(f"{name}: decoder", self.device):
             decoded = self.tokenizer.decode(x0.to(self.dtype))[0]
-            pixels = video.to_uint8(decoded).cpu() if decoded.isfinite().all() else None
+            pixels = rgb.to_uint8(decoded).cpu() if decoded.isfinite().all() else None
         if pixels is None:
             return not_finite("decoded video", job)
         if self.frame_filter and (reason := self.frame_filter.reason(pixels)):
@@ -396,7 +396,7 @@ def load_denoiser(
     net = net.to(dtype).to_empty(device=device)
     weights.load_strict(net, state, base)
     loaded = {f"net.{name}": tensor for name, tensor in net.state_dict().items()}
-    require_finite(loaded, base, weights.name_in_file(base))
+    require_finite(loaded, base, tensor_names.name_in_file(base))
     del loaded
     for about, remarks in lora.load_beside(net, ((used.path, used.strength) for used in loras)):
         console.say(about)
@@ -514,7 +514,7 @@ def _write(job: Job, text_emb: Conditioning, pixels: Tensor, about: dict[str, An
         )
         files.write_text(words, text_emb.prompt + "\n")
         with files.atomic_file(sheet) as picture:
-            video.contact_sheet(pixels).save(picture, quality=90)
+            rgb.contact_sheet(pixels).save(picture, quality=90)
 
 
 def _provenance(job: Job, words: str) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from cosmos_cli.model import dit, edm, kernels, weights
 from cosmos_cli.model.dit import DiT
+from cosmos_cli.model.tensor_names import DIFFUSERS, OURS, RELEASED, rename
 from cosmos_cli.spec import COSMOS_7B, COSMOS_14B, DiTSpec
 
 SMALL = DiTSpec(width=64, blocks=2, heads=4, text_channels=32, adaln_rank=8)
@@ -79,7 +80,7 @@ def test_keys_and_shapes_of_the_7b_are_the_released_ones():
     with torch.device("meta"):
         net = DiT(COSMOS_7B.dit)
     module = edm.EDMLoss(net, COSMOS_7B)
-    ours = weights.rename(module.state_dict(), weights.OURS, weights.RELEASED, KEYS)
+    ours = rename(module.state_dict(), OURS, RELEASED, KEYS)
     shapes = {key: ",".join(map(str, value.shape)) for key, value in ours.items()}
     released = dict(line.split() for line in KEYS.read_text().splitlines())
     assert released.pop("net.pos_embedder.seq") == "128"
@@ -125,7 +126,7 @@ def test_gradient_of_every_parameter_equals_diffusers(tmp_path):
     (run_twin(twin, x) - target).square().mean().backward()
     ours = {f"net.{name}": p.grad for name, p in net.named_parameters()}
     theirs = {name: p.grad for name, p in twin.named_parameters()}
-    theirs = weights.rename(theirs, weights.DIFFUSERS, weights.OURS, tmp_path)
+    theirs = rename(theirs, DIFFUSERS, OURS, tmp_path)
     assert ours.keys() == theirs.keys()
     for name, gradient in ours.items():
         assert gradient.abs().max() > 0, name

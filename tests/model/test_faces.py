@@ -12,7 +12,7 @@ from cosmos_cli.errors import UserError
 from cosmos_cli.generate.guards import faces
 from cosmos_cli.generate.jobs import Job, Weights
 from cosmos_cli.generate.phases import Resident
-from cosmos_cli.model import video
+from cosmos_cli.model import rgb, video
 from cosmos_cli.recipe import loading
 
 STAGES = ((64, 256, 3), (256, 512, 4), (512, 1024, 6), (1024, 2048, 3))
@@ -232,4 +232,4 @@ def test_a_video_is_written_with_pixelated_faces(tmp_path):
     as_made, blurred = (video.read_frames(job.path, range(r.num_frames)) for job in jobs)
     expected = as_made.clone()
     networks.studio.face_blur.blur(expected)
-    assert video.psnr(blurred, expected) > video.psnr(blurred, as_made) + 3
+    assert rgb.psnr(blurred, expected) > rgb.psnr(blurred, as_made) + 3
