@@ -1,4 +1,4 @@
-"""The networks and their maths, in plain PyTorch. It knows no recipe and no run, and prints nothing.
+"""The networks and their maths in plain PyTorch. They know no recipe and no run, and print nothing.
 
 Start with edm.py (the loss), dit.py (the denoiser) and sampler.py. tokenizer.py and text.py encode
 videos and captions. weights.py, lora_files.py and pretrained.py read files; tensor_names.py maps

@@ -177,7 +177,7 @@ NAMES = (
     # huggingface_hub
     PrivateName(
         "huggingface_hub.errors.HfHubHTTPError.__bases__",
-        "download.fetch",
+        "download.hub",
         "its base class is that of all network errors, from httpx or httpx2",
         "test_without_a_network_whole_files_pass_and_damaged_ones_are_named",
     ),
