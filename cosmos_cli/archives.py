@@ -77,7 +77,9 @@ def check_torch(path: Path) -> bool:
                 _check_archive(bounded, size)
             else:
                 stream.seek(0)
-                pickles.scan_old_format(stream, PICKLE_LIMIT)
+                bounded = pickles.Bounded(stream, PICKLE_LIMIT)
+                for _ in range(pickles.OLD_FORMAT_PICKLES):
+                    pickles.scan(bounded, PICKLE_LIMIT)
         except _DAMAGE as error:
             what = f"is damaged or holds more than tensors; nothing in it was run ({error})"
             raise files.bad(path, files.WEIGHTS, what) from error

@@ -54,9 +54,8 @@ def require_encoder(path: Path, asset: Asset) -> None:
     Raises:
         UserError: a tensor is missing or has another shape. The file is deleted.
     """
-    header = _safetensors_header(path)
     try:
-        _require_shapes({name: about.get("shape") for name, about in header.items()}, asset)
+        _require_shapes(_shapes_in(path), asset)
     except UserError:
         path.unlink()
         raise
@@ -135,18 +134,16 @@ def _shapes(config: dict[str, Any]) -> dict[str, list[int]]:
 # --- safetensors ----------------------------------------------------------------------------------
 
 
-def _safetensors_header(path: Path) -> dict[str, Any]:
-    """Return the header of a safetensors file, empty if it is not such a file.
+def _shapes_in(path: Path) -> dict[str, list[int]]:
+    """Return the shapes of the tensors in a safetensors file, empty if it is not such a file."""
+    from safetensors import SafetensorError, safe_open
 
-    Source: huggingface/safetensors, README.md, which also limits the header's length.
-    """
-    with files.open_regular(path, files.WEIGHTS) as stream:
-        try:
-            (length,) = struct.unpack("<Q", stream.read(8))
-            header: dict[str, Any] = json.loads(stream.read(min(length, archives.HEADER_LIMIT)))
-        except (struct.error, ValueError, RecursionError):
-            return {}
-    return header
+    archives.check_safetensors(path)
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+    except SafetensorError:
+        return {}
 
 
 def _write_safetensors(path: Path, source: Path, tensors: dict[str, Stored]) -> str:

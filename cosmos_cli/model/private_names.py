@@ -34,7 +34,7 @@ _SDP = "torch.ops.aten._scaled_dot_product"
 NAMES = (
     # torch
     *(
-        PrivateName(f"{_SDP}_{backend}", "model.kernels", _DISPATCH, _STORED)
+        PrivateName(f"{_SDP}_{backend}", "model.checkpointing", _DISPATCH, _STORED)
         for backend in (
             *("cudnn_attention", "flash_attention", "efficient_attention"),
             "flash_attention_for_cpu",
