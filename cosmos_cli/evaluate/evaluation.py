@@ -23,7 +23,7 @@ from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.generate.jobs import Job, Weights
 from cosmos_cli.generate.phases import Pipeline
 from cosmos_cli.generate.video_models import load_denoiser, sample_latents
-from cosmos_cli.model import edm, video
+from cosmos_cli.model import edm, rgb, video
 from cosmos_cli.model.device import number_format
 from cosmos_cli.model.tiny import scorer, world
 from cosmos_cli.model.tiny.scorer import Reading
@@ -178,7 +178,7 @@ def sample_trials(
         label = f"videos {first + 1}-{first + len(trials)} of {len(wanted)}"
         x0 = sample_latents(r, net, text_embs, [trial.seed for trial in trials], label)
         for trial, latent in zip(trials, x0, strict=True):
-            pixels = video.to_uint8(tokenizer.decode(latent[None].to(dtype))[0]).cpu()
+            pixels = rgb.to_uint8(tokenizer.decode(latent[None].to(dtype))[0]).cpu()
             samples.append(Sample(trial, pixels, latent.cpu()))
     return samples
 
@@ -219,7 +219,7 @@ def reconstruction(r: Recipe, count: int, device: str) -> float:
     psnrs = []
     for seed in range(count):
         scene = world.sample_scene(seed, "heldout")
-        clip = video.to_model(world.render(scene, r.num_frames, r.height, r.width, r.fps))
+        clip = rgb.to_model(world.render(scene, r.num_frames, r.height, r.width, r.fps))
         x = clip[None].to(device, dtype)
         decoded = tokenizer.decode(tokenizer.encode(x)).clamp(-1, 1)
         psnrs.append(float(-10 * torch.log10((decoded - x).float().square().mean() / 4)))

@@ -9,7 +9,7 @@ from torch import Tensor
 from cosmos_cli import files, html
 from cosmos_cli.generate import outputs
 from cosmos_cli.generate.jobs import Job
-from cosmos_cli.model import video
+from cosmos_cli.model import rgb, video
 
 LABEL_SHARE = 0.08
 
@@ -33,7 +33,7 @@ def compare(base: Job, tuned: Job, joined: Job) -> None:
         "compared": {name: files.read_json(job.files[0]) for name, job in sides.items()},
     }
     files.write_text(joined.path.with_suffix(".html"), _page(sides, joined))
-    sheet = video.contact_sheet(pixels, columns=2, rows=4, width=640)
+    sheet = rgb.contact_sheet(pixels, columns=2, rows=4, width=640)
     outputs.write(joined, joined.prompt, pixels, sheet, about)
 
 

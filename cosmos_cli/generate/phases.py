@@ -20,7 +20,7 @@ from cosmos_cli.generate.guards import guardrail
 from cosmos_cli.generate.jobs import Job, Result, Weights
 from cosmos_cli.generate.text_models import Conditioning, TextModels, negative_prompt
 from cosmos_cli.generate.video_models import Pair, VideoModels
-from cosmos_cli.model import video
+from cosmos_cli.model import rgb
 from cosmos_cli.recipe.keys import Recipe
 
 # Peak memory of a pass of the denoiser without its weights, in units of one activation of all
@@ -229,7 +229,7 @@ class Pipeline:
             "compiled": compiled,
             "blurred_faces": faces,
         }
-        outputs.write(job, text_emb.prompt, pixels, video.contact_sheet(pixels), about)
+        outputs.write(job, text_emb.prompt, pixels, rgb.contact_sheet(pixels), about)
 
 
 def not_finite(what: str, job: Job) -> UserError:

@@ -18,7 +18,7 @@ from cosmos_cli.generate.guards.faces import FaceBlur
 from cosmos_cli.generate.guards.guardrail import FrameFilter
 from cosmos_cli.generate.jobs import Job, Lora, Weights
 from cosmos_cli.generate.text_models import Conditioning
-from cosmos_cli.model import edm, kernels, lora, sampler, video, weights
+from cosmos_cli.model import edm, kernels, lora, rgb, sampler, tensor_names, weights
 from cosmos_cli.model.device import number_format, why_not_compiled
 from cosmos_cli.model.dit import DiT, Prompt, patch_grid
 from cosmos_cli.model.finite import require_finite
@@ -92,7 +92,7 @@ class VideoModels:
     def decode(self, x0: Tensor) -> Tensor | None:
         """Return the pixels of a latent, uint8 CTHW on the CPU, or None if they are not finite."""
         decoded = self.tokenizer.decode(x0.to(self.dtype))[0]
-        return video.to_uint8(decoded).cpu() if decoded.isfinite().all() else None
+        return rgb.to_uint8(decoded).cpu() if decoded.isfinite().all() else None
 
 
 def load_denoiser(
@@ -110,7 +110,7 @@ def load_denoiser(
     net = net.to(dtype).to_empty(device=device)
     weights.load_strict(net, state, base)
     loaded = {f"net.{name}": tensor for name, tensor in net.state_dict().items()}
-    require_finite(loaded, base, weights.name_in_file(base))
+    require_finite(loaded, base, tensor_names.name_in_file(base))
     del loaded
     for about, remarks in lora.load_beside(net, ((used.path, used.strength) for used in loras)):
         console.say(about)

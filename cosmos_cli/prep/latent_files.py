@@ -8,7 +8,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from cosmos_cli import files
+from cosmos_cli import archives, files
 from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.model import weights
 from cosmos_cli.model.finite import require_finite
@@ -37,7 +37,7 @@ def read_latent(path: Path) -> Tensor:
         UserError: the file is missing or damaged.
     """
     try:
-        files.check_safetensors(path)
+        archives.check_safetensors(path)
         with safe_open(path, framework="pt") as stream:
             latent: Tensor = stream.get_tensor("latent")
     except (files.BadFile, OSError, SafetensorError) as error:

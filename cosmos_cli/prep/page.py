@@ -14,7 +14,7 @@ import torch
 
 from cosmos_cli import console, files, html
 from cosmos_cli.html import Html
-from cosmos_cli.model import video
+from cosmos_cli.model import rgb, video
 from cosmos_cli.model.tokenizer import Tokenizer
 from cosmos_cli.paths import Dataset
 from cosmos_cli.prep import clip_statistics
@@ -171,7 +171,7 @@ def _pictures(r: Recipe, videos: list[Source], folder: Path) -> dict[str, Html]:
                 frames = video.read_small(source.path, source.info, COLUMNS * ROWS, CELL)
             except video.VideoError:
                 continue
-            video.contact_sheet(frames, COLUMNS, ROWS, CELL).save(path, quality=75)
+            rgb.contact_sheet(frames, COLUMNS, ROWS, CELL).save(path, quality=75)
             pictures[source.name] = html.media(path)
     return pictures
 
@@ -194,8 +194,8 @@ def _reconstructions(
             source, clip = numbered[i]
             pixels = video.read_clip(source.path, clip, r.height, r.width, r.resize)
             x0 = read_latent(dataset.latents / source.latent_name(clip)).to(parameter)
-            again = video.to_uint8(tokenizer.decode(x0[None])[0]).cpu()
-            found.append(video.psnr(pixels, again))
+            again = rgb.to_uint8(tokenizer.decode(x0[None])[0]).cpu()
+            found.append(rgb.psnr(pixels, again))
             path = folder / "check.mp4"
             video.write_mp4(path, _side_by_side(pixels, again), clip.fps, CHECK_CRF)
             what = f"{source.name} from frame {clip.start}: PSNR {found[-1]:.1f} dB"
@@ -211,7 +211,7 @@ def _reconstructions(
 
 def _side_by_side(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     height = max(2, round(left.shape[2] * CHECK_WIDTH / left.shape[3] / 2) * 2)
-    both = [video.resize_frames(part, height, CHECK_WIDTH, "stretch") for part in (left, right)]
+    both = [rgb.resize_frames(part, height, CHECK_WIDTH, "stretch") for part in (left, right)]
     return torch.cat(both, dim=3)
 
 

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from cosmos_cli import console, files, paths
+from cosmos_cli import archives, console, files, paths
 from cosmos_cli.console import Stopwatch
-from cosmos_cli.model import text, video, weights
+from cosmos_cli.model import rgb, text, video, weights
 from cosmos_cli.model.device import why_not_compiled
 from cosmos_cli.paths import Dataset
 from cosmos_cli.prep import (
@@ -429,7 +429,7 @@ class Latents:
     def _encode(self, source: Source, clip: video.Clip, key: str) -> dict[str, Any]:
         """Encode a clip, write its latent and return the metadata in the file."""
         parameter, pixels = next(self.tokenizer.parameters()), self._pixels(source, clip)
-        x0 = self.tokenizer.encode(video.to_model(pixels)[None].to(parameter))[0]
+        x0 = self.tokenizer.encode(rgb.to_model(pixels)[None].to(parameter))[0]
         about = {
             "key": key,
             "fps": clip.fps,
@@ -470,7 +470,7 @@ def _trim_memory() -> None:
 def _about(path: Path) -> dict[str, Any]:
     """Return the metadata in a latent's file, {} if the file is missing or damaged."""
     try:
-        files.check_safetensors(path)
+        archives.check_safetensors(path)
         with safe_open(path, framework="pt") as stream:
             about: dict[str, Any] = json.loads((stream.metadata() or {}).get("about", "{}"))
     except (files.BadFile, OSError, SafetensorError):
