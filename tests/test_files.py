@@ -422,7 +422,7 @@ ALLOWED = {
     "generate/guards/guardrail.py": "transformers, behind check_model_folder",
     "model/lora_files.py": "safetensors, behind check_safetensors",
     "train/metrics.py": "a run's figures, written",
-    "prep/prepare.py": "safetensors, behind check_safetensors",
+    "prep/latents.py": "safetensors, behind check_safetensors",
     "prep/latent_files.py": "safetensors, behind check_safetensors",
     "train/reshard.py": "a resume state, whose hashes were compared",
     "model/text.py": "a pickle that is written; transformers, behind check_model_folder",

@@ -226,7 +226,10 @@ def _whole(folder: Path) -> Iterator[None]:
 
 def _bad(path: Path, what: str) -> UserError:
     return UserError(
-        what, code=ExitCode.ASSET, where=str(path), fix="delete it and run cosmos prep again"
+        what,
+        code=ExitCode.ASSET,
+        where=str(path),
+        fix="delete it and run `cosmos prep RECIPE` again",
     )
 
 
