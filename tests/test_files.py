@@ -421,7 +421,7 @@ ALLOWED = {
     "generate/text_models.py": "a text of the package",
     "model/lora_files.py": "safetensors, behind check_safetensors",
     "train/metrics.py": "a run's figures, written",
-    "prep/prepare.py": "safetensors, behind check_safetensors",
+    "prep/latents.py": "safetensors, behind check_safetensors",
     "prep/latent_files.py": "safetensors, behind check_safetensors",
     "train/reshard.py": "a resume state, whose hashes were compared",
     "model/text.py": "a pickle that is written",

@@ -203,7 +203,10 @@ def read_pickle(path: Path, spec: TextSpec) -> Tensor:
 
 def _bad(path: Path, what: str) -> UserError:
     return UserError(
-        what, code=ExitCode.ASSET, where=str(path), fix="delete it and run cosmos prep again"
+        what,
+        code=ExitCode.ASSET,
+        where=str(path),
+        fix="delete it and run `cosmos prep RECIPE` again",
     )
 
 

@@ -48,3 +48,9 @@ def read_latent(path: Path) -> Tensor:
             fix="run `cosmos prep RECIPE` again",
         ) from error
     return latent.float()
+
+
+def latent_bytes(r: Recipe) -> int:
+    """Return the size of one cached latent on disk in bytes."""
+    channels, t, h, w = r.spec.latent_shape(r.num_frames, r.height, r.width)
+    return channels * t * h * w * 2
