@@ -165,7 +165,7 @@ def two_kinds(tmp_path, monkeypatch):
     (packages / "pynvml.py").write_text(STAND_IN)
     monkeypatch.setenv("PYTHONPATH", str(packages))
     monkeypatch.delenv(gpus.ORDER, raising=False)
-    return Cosmos(tmp_path)
+    return Cosmos(tmp_path, fresh=True)
 
 
 @pytest.mark.workflow

@@ -205,7 +205,7 @@ def test_killed_at_any_moment_the_old_or_the_new_model_is_used(twice, kills):
     hashes = {twice.json("promote", "tiny", *which, "--yes")["sha256"] for which in (SECOND, RUN)}
     building = twice.cwd / "checkpoints" / f".{FOLDER}.building"
     started = time.monotonic()
-    twice("promote", "tiny", *RUN)
+    twice.start("promote", "tiny", *RUN).communicate(timeout=100)
     whole = time.monotonic() - started
     for kill in range(kills):
         process = twice.start("promote", "tiny", *(SECOND, RUN)[kill % 2], "--yes")

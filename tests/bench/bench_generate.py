@@ -16,10 +16,8 @@ With `--model tiny` the same runs on a CPU in a minute, to try the script itself
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
-import platform
 import statistics
 import threading
 import time
@@ -29,11 +27,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import common
 import diffusers
 import diffusers.models.transformers.transformer_cosmos as peer
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from common import SHIPPED, T5_11B, Row, peak_gib, synchronize
 from torch import Tensor, nn
 from transformers import AutoTokenizer, T5Config, T5EncoderModel
 
@@ -53,11 +53,6 @@ from cosmos_cli.spec import COSMOS_7B, TINY, DiTSpec, ModelSpec
 
 # Frames, height and width at which the error against fp32 is measured.
 SMALL = {COSMOS_7B.name: (25, 352, 640), TINY.name: (9, 64, 96)}
-# google-t5/t5-11b, of which the encoder is built.
-T5_11B = {
-    "vocab_size": 32128, "d_model": 1024, "d_kv": 128, "d_ff": 65536, "num_layers": 24,
-    "num_heads": 128,
-}  # fmt: skip
 TEXT_BATCH = 16
 PROMPT = "A video of a teal robot that pours coffee in a bright kitchen. " * 60
 
@@ -66,6 +61,7 @@ PROMPT = "A video of a teal robot that pours coffee in a bright kitchen. " * 60
 class Bench:
     """What all parts share."""
 
+    model: str
     r: Recipe
     device: str
     dtype: torch.dtype
@@ -102,33 +98,24 @@ def forward_flops(spec: DiTSpec, tokens: int, text_tokens: int) -> int:
 # --- time and memory ------------------------------------------------------------------------------
 
 
-def synchronize(device: str) -> None:
-    if device != "cpu":
-        torch.cuda.synchronize()
-
-
 @contextmanager
-def measured(name: str, device: str, rows: list[dict[str, object]]) -> Iterator[None]:
+def measured(name: str, device: str, rows: list[Row]) -> Iterator[None]:
     """Adds the seconds and the peak of GPU memory of what happens inside to `rows`."""
     synchronize(device)
-    if device != "cpu":
-        torch.cuda.reset_peak_memory_stats()
+    peak_gib(device)
     began = time.perf_counter()
     yield
     synchronize(device)
-    seconds = time.perf_counter() - began
-    peak = 0.0 if device == "cpu" else torch.cuda.max_memory_allocated() / 2**30
+    seconds, peak = time.perf_counter() - began, peak_gib(device)
     rows.append({"name": name, "seconds": round(seconds, 3), "peak_gib": round(peak, 2)})
     print(f"{name}: {seconds:.3f} s, peak {peak:.2f} GiB", flush=True)
 
 
-def interleaved(
-    variants: dict[str, Callable[[], Tensor]], device: str, rounds: int
-) -> list[dict[str, object]]:
+def interleaved(variants: dict[str, Callable[[], Tensor]], device: str, rounds: int) -> list[Row]:
     """Median seconds and peak memory of each variant, one of each in every round, after one that
     warms up and compiles.
     """
-    found: dict[str, list[dict[str, object]]] = {name: [] for name in variants}
+    found: dict[str, list[Row]] = {name: [] for name in variants}
     for number in range(rounds + 1):
         for name, run in variants.items():
             with measured(f"round {number}, {name}", device, found[name]):
@@ -136,9 +123,9 @@ def interleaved(
     return [
         {
             "name": name,
-            "seconds": statistics.median(float(row["seconds"]) for row in rows[1:]),
-            "fastest": min(float(row["seconds"]) for row in rows[1:]),
-            "peak_gib": max(float(row["peak_gib"]) for row in rows[1:]),
+            "seconds": statistics.median(row["seconds"] for row in rows[1:]),
+            "fastest": min(row["seconds"] for row in rows[1:]),
+            "peak_gib": max(row["peak_gib"] for row in rows[1:]),
             "first_seconds": rows[0]["seconds"],
         }
         for name, rows in found.items()
@@ -252,7 +239,7 @@ def run_twin(twin: nn.Module, x: Inputs) -> Callable[[], Tensor]:
 # --- parts ----------------------------------------------------------------------------------------
 
 
-def bench_forward(bench: Bench, net: DiT) -> dict[str, object]:
+def bench_forward(bench: Bench, net: DiT) -> Row:
     """One forward pass of four networks on the same weights."""
     x = Inputs.of(bench.spec, bench.size, bench.device, bench.dtype)
     compiled, twin, compiled_twin = sharing(net), diffusers_twin(net), diffusers_twin(net)
@@ -271,10 +258,10 @@ def bench_forward(bench: Bench, net: DiT) -> dict[str, object]:
     tokens = bench.spec.tokens(*bench.size)
     flops = forward_flops(bench.spec.dit, tokens, bench.spec.text.tokens)
     for row in rows:
-        row["tflops_per_second"] = round(flops / float(row["seconds"]) / 1e12, 1)
+        row["tflops_per_second"] = round(flops / row["seconds"] / 1e12, 1)
     errors = number_format_errors(bench, net, compiled, twin)
     for row in rows:
-        row["relative_l2"] = errors.get(str(row["name"]))
+        row["relative_l2"] = errors.get(row["name"])
     return {"tflop": flops / 1e12, "tokens": tokens, "rows": rows}
 
 
@@ -316,14 +303,14 @@ def with_lora(net: DiT, changes: dict[str, Change]) -> DiT:
     return other
 
 
-def bench_lora(bench: Bench, net: DiT) -> dict[str, object]:
+def bench_lora(bench: Bench, net: DiT) -> Row:
     """One pass with and without a LoRA beside every linear, and what is left of its change."""
     rows = lora_passes(bench, net)
     torch._dynamo.reset()
     return {"rows": rows, "kept_of_the_change": kept_changes(bench, net)}
 
 
-def lora_passes(bench: Bench, net: DiT) -> list[dict[str, object]]:
+def lora_passes(bench: Bench, net: DiT) -> list[Row]:
     """The time of one pass without a LoRA and with one, blocks compiled."""
     x = Inputs.of(bench.spec, bench.size, bench.device, bench.dtype)
     nets = {"plain": sharing(net)}
@@ -334,7 +321,7 @@ def lora_passes(bench: Bench, net: DiT) -> list[dict[str, object]]:
     variants = {name: run_ours(variant, x) for name, variant in nets.items()}
     rows = interleaved(variants, bench.device, bench.rounds)
     for row in rows:
-        row["times_plain"] = round(float(row["seconds"]) / float(rows[0]["seconds"]), 4)
+        row["times_plain"] = round(row["seconds"] / rows[0]["seconds"], 4)
     return rows
 
 
@@ -376,7 +363,7 @@ def kept_changes(bench: Bench, net: DiT) -> dict[str, tuple[float, float]]:
     return found
 
 
-def bench_sample(bench: Bench, net: DiT) -> dict[str, object]:
+def bench_sample(bench: Bench, net: DiT) -> Row:
     """A whole video, phase by phase."""
     r, device, rows = bench.r, bench.device, []
     embedding = bench_text(bench, rows)
@@ -391,7 +378,7 @@ def bench_sample(bench: Bench, net: DiT) -> dict[str, object]:
     flops = evaluations * forward_flops(
         bench.spec.dit, bench.spec.tokens(*bench.size), bench.spec.text.tokens
     )
-    rows[-1]["tflops_per_second"] = round(flops / float(rows[-1]["seconds"]) / 1e12, 1)
+    rows[-1]["tflops_per_second"] = round(flops / rows[-1]["seconds"] / 1e12, 1)
     tokenizer = Tokenizer(bench.spec.tokenizer, bench.spec.sigma_data)
     tokenizer = tokenizer.to(device, bench.dtype).eval()
     for turn in ("first", "second"):
@@ -407,7 +394,7 @@ def bench_sample(bench: Bench, net: DiT) -> dict[str, object]:
     return {**found, "rows": rows}
 
 
-def bench_split(bench: Bench, net: DiT) -> dict[str, object]:
+def bench_split(bench: Bench, net: DiT) -> Row:
     """Some steps of sampling: every process by itself, then all of them on one video."""
     r, device, rows = bench.r, bench.device, []
     dist.init_process_group("gloo" if device == "cpu" else "nccl")
@@ -415,7 +402,7 @@ def bench_split(bench: Bench, net: DiT) -> dict[str, object]:
     spec, generator = bench.spec.text, torch.Generator(device).manual_seed(1)
     embedding = torch.randn(spec.tokens, spec.channels, generator=generator, device=device)
     conditioning = [text_models.Conditioning(PROMPT, embedding, embedding.flip(0))]
-    if video_models.worth_compiling(loading.load(*SETTINGS[bench.spec.name]).recipe, device):
+    if video_models.worth_compiling(loading.load(*SHIPPED[bench.model]).recipe, device):
         video_models.compile_blocks(net)
     few, made = r.model_copy(update={"num_steps": 2}), []
     world = dist.get_world_size()
@@ -430,12 +417,12 @@ def bench_split(bench: Bench, net: DiT) -> dict[str, object]:
             made.append(video_models.sample_latents(r, net, conditioning, [1], label, own))
     dist.destroy_process_group()
     for row, video_ in zip(rows, made, strict=True):
-        row["times_faster"] = round(float(rows[0]["seconds"]) / float(row["seconds"]), 3)
+        row["times_faster"] = round(rows[0]["seconds"] / row["seconds"], 3)
         row["relative_l2"] = ((video_ - made[0]).norm() / made[0].norm()).item()
     return {"rows": rows}
 
 
-def bench_text(bench: Bench, rows: list[dict[str, object]]) -> Tensor:
+def bench_text(bench: Bench, rows: list[Row]) -> Tensor:
     """The embedding (M, D) of a prompt of full length by an encoder of full size."""
     folder, spec = bench.scratch / "t5", bench.spec.text
     if bench.spec.embedded:
@@ -444,7 +431,7 @@ def bench_text(bench: Bench, rows: list[dict[str, object]]) -> Tensor:
         tokenizer = AutoTokenizer.from_pretrained(paths.EMBEDDED_DIR / "t5")
         tokenizer.save_pretrained(folder)
         with torch.device(bench.device):
-            config = T5Config(**T5_11B, pad_token_id=0, eos_token_id=1)
+            config = T5Config(**T5_11B)
             T5EncoderModel(config).to(bench.dtype).save_pretrained(folder)
     with measured("load text encoder", bench.device, rows):
         encoder = text.TextEncoder(folder, spec, bench.device, bench.dtype)
@@ -455,11 +442,11 @@ def bench_text(bench: Bench, rows: list[dict[str, object]]) -> Tensor:
         encoder.encode([PROMPT])
     with measured(f"text, {TEXT_BATCH} prompts", bench.device, rows):
         encoder.encode([PROMPT] * TEXT_BATCH)
-    rows[-1]["prompts_per_second"] = round(TEXT_BATCH / float(rows[-1]["seconds"]), 1)
+    rows[-1]["prompts_per_second"] = round(TEXT_BATCH / rows[-1]["seconds"], 1)
     return embedding.float()
 
 
-def bench_load(bench: Bench, net: DiT) -> dict[str, object]:
+def bench_load(bench: Bench, net: DiT) -> Row:
     """Host memory while `generate` loads a model file of the full size to the device."""
     path, rows = bench.scratch / paths.MODEL_FILE, []
     if not path.exists():
@@ -506,50 +493,27 @@ class HostMemory:
         )
 
 
-# --- result ---------------------------------------------------------------------------------------
-
-
-def markdown(rows: list[dict[str, object]]) -> str:
-    """One table of rows that may differ in what they have."""
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    lines = [columns, ["---"] * len(columns)]
-    for row in rows:
-        values = (row.get(column) for column in columns)
-        lines.append(["" if v is None else f"{v:.4g}" if isinstance(v, float) else str(v)
-                      for v in values])  # fmt: skip
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
 PARTS = {
     "forward": bench_forward, "lora": bench_lora, "sample": bench_sample, "split": bench_split,
     "load": bench_load,
 }  # fmt: skip
-SETTINGS = {COSMOS_7B.name: ("nemo_assets", ["height=704"]), TINY.name: ("tiny", [])}
 
 
 def main() -> None:
     """Runs the chosen parts and writes what they found."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", choices=["7b", "tiny"], default="7b")
-    parser.add_argument(
-        "--parts", default="forward,sample,load", help="and lora, split; %(default)s"
-    )
-    parser.add_argument("--out", type=Path, required=True, help="JSON file of the figures")
-    parser.add_argument("--scratch", type=Path, required=True, help="folder with 30 GB of space")
+    parser = common.parser(__doc__, "JSON file of the figures", "folder with 30 GB of space")
+    common.add_parts(parser, PARTS, "forward,sample,load")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, help="default: those of the recipe")
     parser.add_argument("--attention", help="fail when another backend would run, e.g. cudnn")
     options = parser.parse_args()
-    chosen = options.parts.split(",")
-    if not set(chosen) <= set(PARTS):
-        parser.error(f"--parts are some of {', '.join(PARTS)}")
     options.scratch.mkdir(parents=True, exist_ok=True)
-    shipped, settings = SETTINGS[{"7b": COSMOS_7B, "tiny": TINY}[options.model].name]
+    shipped, settings = SHIPPED[options.model]
     if options.steps:
         settings = [*settings, f"num_steps={options.steps}"]
     r, device = loading.load(shipped, settings).recipe, best_device()
     dtype = number_format(device)
-    bench = Bench(r, device, dtype, options.scratch, options.rounds)
+    bench = Bench(options.model, r, device, dtype, options.scratch, options.rounds)
     with torch.inference_mode():
         net = random_denoiser(r.spec.dit, device, dtype)
         backend = video_models.attention_backend(r, net)
@@ -557,19 +521,19 @@ def main() -> None:
             raise SystemExit(f"attention would run as {backend}, not {options.attention}")
         about = {
             "model": r.model, "size": bench.size, "attention": backend, "dtype": str(dtype),
-            "device": platform.machine() if device == "cpu" else torch.cuda.get_device_name(),
+            "device": common.device_name(device),
             "torch": torch.__version__, "diffusers": diffusers.__version__,
         }  # fmt: skip
-        found: dict[str, object] = {"about": about}
+        found: Row = {"about": about}
         # In this order, for the last one gives the network's memory back.
-        for part in filter(chosen.__contains__, PARTS):
+        for part in filter(options.parts.__contains__, PARTS):
             found[part] = PARTS[part](bench, net)
             if os.environ.get("RANK", "0") == "0":
                 files.write_json(options.out, found)
     print(json.dumps(about))
-    for part in filter(chosen.__contains__, PARTS):
+    for part in filter(options.parts.__contains__, PARTS):
         rest = {key: value for key, value in found[part].items() if key != "rows"}
-        print(f"\n{part} {json.dumps(rest)}\n\n{markdown(found[part]['rows'])}")
+        print(f"\n{part} {json.dumps(rest)}\n\n{common.markdown(found[part]['rows'])}")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,11 @@
 """How prep behaves on much data: memory and time of many videos, speed of decoding and encoding.
 
     python tests/bench/bench_prep.py many [--videos 250,1000]     many small videos on the CPU
-    python tests/bench/bench_prep.py decode [--threads 2]         beside the ffmpeg command line
-    python tests/bench/bench_prep.py latents [--model tiny]       kinds of kernels, beside diffusers
-    python tests/bench/bench_prep.py text [--model tiny]          kinds of attention, beside
-                                                                  transformers; random weights
+    python tests/bench/bench_prep.py decode [--threads 2]         compared with ffmpeg
+    python tests/bench/bench_prep.py latents [--model tiny]       compared with diffusers
+    python tests/bench/bench_prep.py text [--model tiny]          compared with transformers
 
-Prints one JSON object for each measurement.
+Weights are random. Prints one JSON object for each measurement.
 """
 
 import argparse
@@ -19,14 +18,21 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
+from common import SHIPPED, T5_11B, peak_gib, synchronize
+from diffusers import AutoencoderKLCosmos
+from torch.profiler import ProfilerActivity
+from transformers import T5Config, T5EncoderModel
+
+from cosmos_cli import paths
+from cosmos_cli.gpus import best_device
+from cosmos_cli.model import text as model_text
+from cosmos_cli.model import tokenizer as module
+from cosmos_cli.model import video
+from cosmos_cli.recipe import loading
+
 SOURCE = "testsrc2=s=1280x720:r=24"
-MODELS = {"7b": ("nemo_assets", ["height=704"]), "tiny": ("tiny", [])}
 PROMPT = "A video of a teal robot that pours coffee in a bright kitchen. "
-# google-t5/t5-11b, of which the encoder is built.
-T5_11B = {
-    "vocab_size": 32128, "d_model": 1024, "d_kv": 128, "d_ff": 65536, "num_layers": 24,
-    "num_heads": 128,
-}  # fmt: skip
 
 
 def ffmpeg(*args):
@@ -65,9 +71,6 @@ def decode(threads, repeats=5):
     """Frames per second of decoding and resizing 121 frames of 1280x720 to 704x1280."""
     # FFmpeg's threads and PyTorch's are told apart by their owners; the process is bound to cores.
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
-    import torch
-
-    from cosmos_cli.model import video
 
     torch.set_num_threads(threads)
     with tempfile.TemporaryDirectory(dir=Path.cwd()) as root:
@@ -91,17 +94,9 @@ def decode(threads, repeats=5):
 
 
 def latents(model, rounds=3):
-    """Seconds of the tokenizer on one clip of the model's own size, in several ways."""
-    import torch
-    from diffusers import AutoencoderKLCosmos
-
-    from cosmos_cli.gpus import best_device
-    from cosmos_cli.model import kernels
-    from cosmos_cli.model import tokenizer as module
-    from cosmos_cli.recipe import loading
-
+    """Seconds of the tokenizer on one clip of the model's own size, by ours and by diffusers'."""
     device = best_device()
-    r = loading.load(*MODELS[model]).recipe
+    r = loading.load(*SHIPPED[model]).recipe
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     tok, size = r.spec.tokenizer, (r.num_frames, r.height, r.width)
     with torch.device(device):
@@ -139,53 +134,22 @@ def latents(model, rounds=3):
             decode=lambda: theirs.decode(x0),
         )
         theirs.cpu()
-        with replaced(module.CausalConv, "forward", three_dimensional):
-            measure("ours, conv3d as it comes", encode=encode)
         profile("encode", encode, device)
         profile("decode", decode, device)
-        compiled = torch.compile(kernels.frame_norm, dynamic=True)
-
-        with replaced(module.FrameNorm, "forward", norm_by(compiled)):
-            measure("ours, norms compiled", encode=encode, decode=decode)
         # What prep does for a dataset of many clips.
         ours.compile_blocks()
         measure("ours, blocks compiled", encode=encode)
 
 
-def three_dimensional(layer, x):
-    """The forward of CausalConv as one convolution of three dimensions; encoder only."""
-    import torch
-
-    if layer.past:
-        first = x[:, :, :1].expand(-1, -1, layer.past, -1, -1)
-        x = torch.cat((first, x), dim=2)
-    return layer.conv3d(x)
-
-
-def norm_by(function):
-    """A forward for FrameNorm."""
-    return lambda layer, x: function(x, layer.norm.weight, layer.norm.bias, layer.norm.eps)
-
-
 def text(model, rounds=3):
-    """Prompts and real tokens per second of T5's encoder: long and short captions, in many ways."""
-    import torch
-    from torch.nn.attention import SDPBackend
-    from transformers import T5Config, T5EncoderModel
-
-    from cosmos_cli import paths
-    from cosmos_cli.gpus import best_device
-    from cosmos_cli.model import kernels
-    from cosmos_cli.model import text as model_text
-    from cosmos_cli.recipe import loading
-
+    """Prompts and real tokens per second of T5's encoder: long and short captions."""
     device = best_device()
-    spec, folder = loading.load(*MODELS[model]).recipe.spec.text, paths.EMBEDDED_DIR / "t5"
+    spec, folder = loading.load(*SHIPPED[model]).recipe.spec.text, paths.EMBEDDED_DIR / "t5"
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     encoder = model_text.TextEncoder(folder, spec, device, dtype)
     if model == "7b":
         with torch.device(device):
-            config = T5Config(**T5_11B, pad_token_id=0, eos_token_id=1)
+            config = T5Config(**T5_11B)
             encoder.encoder = T5EncoderModel(config).to(dtype).eval()
     count, limit = (16, 256) if device != "cpu" else (2, 16)
     long, short = [PROMPT * 60] * count, [PROMPT] * limit
@@ -206,14 +170,6 @@ def text(model, rounds=3):
     profile("T5, short", lambda: encoder.encode(short), device)
     judged = mixed[:8] + long[:1]
     found = {"ours": encoder.encode(judged)}
-    cudnn = attention_by(SDPBackend.CUDNN_ATTENTION)
-    with replaced(kernels, "biased_attention", cudnn), row(part="text", who="attention by cuDNN"):
-        measure("attention by cuDNN", long=long, short=short)
-        found["cuDNN"] = encoder.encode(judged)
-    flexible = FlexAttention(encoder)
-    with replaced(encoder, "_attend", flexible.attend), row(part="text", who="flex"):
-        measure("attention by flex, all captions as one", long=long, short=short, mixed=mixed)
-        found["flex"] = encoder.encode(judged)
 
     def by_transformers(captions):
         given = encoder.tokenizer(captions, padding="longest", return_tensors="pt", **cut)
@@ -234,74 +190,6 @@ def text(model, rounds=3):
         report(part="text", who=name, error_beside_fp32=f"{error.item():.2e}")
 
 
-def attention_by(backend):
-    """A biased attention by one kernel of PyTorch's."""
-    import torch.nn.functional as F
-    from torch.nn.attention import sdpa_kernel
-
-    def attention(q, k, v, bias, **_):
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        with sdpa_kernel(backend):
-            read = F.scaled_dot_product_attention(q, k, v, bias[None], scale=1.0)
-        return read.transpose(1, 2)
-
-    return attention
-
-
-class FlexAttention:
-    """flex_attention over all captions of a batch as one sequence; the bias is looked up."""
-
-    def __init__(self, encoder):
-        import torch
-        from torch.nn.attention.flex_attention import flex_attention
-
-        self.flex = torch.compile(flex_attention, dynamic=False)
-        self.encoder, self.masks = encoder, {}
-        bias_NMM, far = encoder.bias_NMM, encoder.spec.tokens - 1
-        back, ahead = bias_NMM[:, 1:, 0].flip(1), bias_NMM[:, 0]
-        table = torch.cat((back, ahead), dim=1).float()
-
-        def score(score, b, head, query, key):
-            # Tokens of two captions, which the mask hides, may be farther apart.
-            return score + table[head, torch.clamp(key - query, -far, far) + far]
-
-        self.score = score
-
-    def mask(self, lengths, device):
-        """Which blocks of 128 tokens see which; made once for all layers and rounds."""
-        import torch
-        from torch.nn.attention.flex_attention import create_block_mask
-
-        key = tuple(lengths)
-        if key not in self.masks:
-            owner = torch.arange(len(key), device=device)
-            owner = owner.repeat_interleave(torch.tensor(key, device=device))
-            same = lambda b, head, query, key: owner[query] == owner[key]  # noqa: E731
-            self.masks[key] = create_block_mask(same, None, None, len(owner), len(owner), device)
-        return self.masks[key]
-
-    def attend(self, layer, u_SD, lengths):
-        """In place of TextEncoder._attend."""
-        heads = [
-            f(u_SD).unflatten(1, (layer.n_heads, -1)).transpose(0, 1)[None]
-            for f in (layer.q, layer.k, layer.v)
-        ]
-        mask = self.mask(lengths, u_SD.device)
-        read = self.flex(*heads, score_mod=self.score, block_mask=mask, scale=1.0)
-        return layer.o(read[0].transpose(0, 1).flatten(1))
-
-
-@contextmanager
-def replaced(owner, name, value):
-    """Has another value under a name for a while."""
-    before = getattr(owner, name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, before)
-
-
 @contextmanager
 def row(**about):
     """Reports what is put into it, or what went wrong: one variant must not end the others."""
@@ -315,43 +203,23 @@ def row(**about):
 
 def profile(name, run, device):
     """Prints where the time of one run goes."""
-    import torch
-    from torch.profiler import ProfilerActivity
-
     kinds = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device != "cpu")
     with row(part="profile", who=name), torch.inference_mode():
         with torch.profiler.profile(activities=kinds) as seen:
             run()
-            if device != "cpu":
-                torch.cuda.synchronize()
+            synchronize(device)
         order = "self_cpu_time_total" if device == "cpu" else "self_device_time_total"
         print(seen.key_averages().table(sort_by=order, row_limit=14, max_name_column_width=70))
 
 
-def peak_gib(device):
-    """GPU memory since this was last asked, GiB."""
-    import torch
-
-    if device == "cpu":
-        return None
-    peak = torch.cuda.max_memory_allocated() / 2**30
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
-    return peak
-
-
 def fastest(run, rounds, device):
     """The least seconds of some runs, after one to warm up."""
-    import torch
-
     found = []
     for _ in range(rounds + 1):
-        if device != "cpu":
-            torch.cuda.synchronize()
+        synchronize(device)
         started = time.perf_counter()
         run()
-        if device != "cpu":
-            torch.cuda.synchronize()
+        synchronize(device)
         found.append(time.perf_counter() - started)
     return min(found[1:])
 
@@ -364,7 +232,7 @@ def report(**figures):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=("many", "decode", "latents", "text"))
-    parser.add_argument("--model", choices=sorted(MODELS), default="7b")
+    parser.add_argument("--model", choices=sorted(SHIPPED), default="7b")
     parser.add_argument("--videos", default="250,1000")
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()

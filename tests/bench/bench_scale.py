@@ -25,17 +25,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import common
 import torch
 import torch.distributed as dist
+from common import SHIPPED, Row
 
-from cosmos_cli import console, gpus
+from cosmos_cli import gpus
 from cosmos_cli.recipe import loading, plan
 from cosmos_cli.recipe.keys import Recipe
 from cosmos_cli.spec import DiTSpec
 
 HERE = Path(__file__).parent
-Row = dict[str, Any]
-SHIPPED = {"7b": ("nemo_assets", ["height=704"]), "tiny": ("tiny", [])}
 MACHINES = (
     "8xH100-80GB", "8xH200", "32xH100-80GB", "64xH100-80GB", "200xH100-80GB", "800xH100-80GB"
 )  # fmt: skip
@@ -239,34 +239,25 @@ PARTS: dict[str, Callable[[argparse.Namespace], Iterator[Row]]] = {
 
 def main() -> None:
     """Runs the chosen parts; a table of their rows."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = common.parser(__doc__, "file of JSON lines", "folder with 20 GB of space")
+    common.add_parts(parser, PARTS, ",".join(PARTS))
     parser.add_argument("--gpus", type=int, default=len(gpus.gpu_names()) or 2)
-    parser.add_argument("--model", choices=sorted(SHIPPED), default="7b")
-    parser.add_argument("--parts", default=",".join(PARTS), help="some of %(default)s")
     parser.add_argument("--steps", type=int, default=30, help="of a training")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
-    parser.add_argument("--scratch", type=Path, required=True, help="folder with 20 GB of space")
     parser.add_argument("--runs", type=Path, help="folder with 300 GB; by default in SCRATCH")
-    parser.add_argument("--out", type=Path, required=True, help="file of JSON lines")
     parser.add_argument("--rank", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    chosen = options.parts.split(",")
-    if not set(chosen) <= set(PARTS):
-        parser.error(f"--parts are some of {', '.join(PARTS)}")
     if options.rank:
         link_rank(options, loading.load(*SHIPPED[options.model]).recipe)
         return
     options.scratch.mkdir(parents=True, exist_ok=True)
-    rows: dict[str, list[Row]] = {part: [] for part in chosen}
-    for part in chosen:
+    rows: dict[str, list[Row]] = {part: [] for part in options.parts}
+    for part in options.parts:
         for row in PARTS[part](options):
             rows[part].append(row)
-            with options.out.open("a") as stream:
-                stream.write(json.dumps({"part": part, **row}) + "\n")
+            common.append(options.out, {"part": part, **row})
     for part, found in rows.items():
-        columns = list(dict.fromkeys(key for row in found for key in row))
-        cells = [[str(row.get(column, "")) for column in columns] for row in found]
-        print(f"\n{part}\n{console.table(cells, columns)}")
+        print(f"\n{part}\n\n{common.markdown(found)}")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ import argparse
 import json
 import os
 import pickle
-import platform
 import signal
 import statistics
 import subprocess
@@ -33,12 +32,14 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import common
 import psutil
 import torch
+from common import SHIPPED
 from safetensors.torch import save_file
 from torch import Tensor
 
-from cosmos_cli import files, paths
+from cosmos_cli import files, paths, ranks
 from cosmos_cli.gpus import best_device
 from cosmos_cli.model import weights
 from cosmos_cli.recipe import loading, plan
@@ -49,21 +50,17 @@ from cosmos_cli.train.engine import gpu_model
 CLIPS = 8
 # The first steps compile, allocate and let DeepSpeed learn the order of the weights.
 WARM_UP = 3
-SHIPPED = {"7b": "nemo_assets", "tiny": "tiny"}
 PEER_STEPS = 6
 
 
 def settings(options: argparse.Namespace) -> list[str]:
     """The recipe's changes: one clip a GPU and step, no pictures, nothing held out."""
-    root, ranks, last = (
-        options.scratch,
-        options.world or options.gpus,
-        options.after + options.steps,
-    )
+    root, last = options.scratch, options.after + options.steps
+    count = options.world or options.gpus
     chosen = [
         f"dataset_dir={root / 'dataset'}", f"base={base_file(options)}",
-        f"output_root={options.runs}", f"name={options.name}", f"num_processes={ranks}",
-        f"global_batch_size={ranks}", "micro_batch_size=1", f"max_steps={last}",
+        f"output_root={options.runs}", f"name={options.name}", f"num_processes={count}",
+        f"global_batch_size={count}", "micro_batch_size=1", f"max_steps={last}",
         f"save_every_steps={last}", "log_every_steps=1", "preview_every_steps=0",
         "sample_every_saves=0", "min_free_disk_gb=0", "warmup_steps=5", "holdout_share=0",
     ]  # fmt: skip
@@ -83,7 +80,7 @@ def base_file(options: argparse.Namespace) -> Path:
 
 def shorten(model: str, blocks: int) -> None:
     """Gives a shipped model fewer blocks in this process; 0 leaves it as it is."""
-    name = loading.load(SHIPPED[model]).recipe.model
+    name = loading.load(SHIPPED[model][0]).recipe.model
     if blocks:
         whole = MODELS[name]
         MODELS[name] = replace(whole, dit=replace(whole.dit, blocks=blocks))
@@ -131,7 +128,7 @@ def bench_ours(options: argparse.Namespace, r: Recipe, words: list[str]) -> dict
     """One run of `cosmos train`, ended after its last step unless its save is measured."""
     run = paths.Run(r.run_dir)
     pairs = [word for pair in words for word in ("--set", pair)]
-    command = [sys.executable, "-m", "cosmos_cli", "train", SHIPPED[options.model], *pairs]
+    command = [sys.executable, "-m", "cosmos_cli", "train", SHIPPED[options.model][0], *pairs]
     if options.world or options.blocks:
         command = own_ranks(options)
     began, before = time.monotonic(), len(read_rows(run.metrics)) if options.after else 0
@@ -186,9 +183,9 @@ def our_rank(options: argparse.Namespace, r: Recipe) -> None:
 
 
 @contextmanager
-def started(command: list[str], ranks: int) -> Iterator[subprocess.Popen[bytes]]:
+def started(command: list[str], count: int) -> Iterator[subprocess.Popen[bytes]]:
     """A process and all that it starts, gone when this ends."""
-    environment = {**ranks.environment(ranks), "PYTHONSAFEPATH": ""}
+    environment = {**ranks.environment(count), "PYTHONSAFEPATH": ""}
     process = subprocess.Popen(command, env=environment)
     try:
         yield process
@@ -286,8 +283,7 @@ def peer_loss(engine: Any, x: Tensor, noise: Tensor, spec: ModelSpec) -> Tensor:
 
 def main() -> None:
     """One measurement."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", choices=sorted(SHIPPED), default="7b")
+    parser = common.parser(__doc__, "file of JSON lines", "folder with 20 GB of space")
     parser.add_argument("--gpus", type=int, default=1)
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
@@ -297,9 +293,7 @@ def main() -> None:
     parser.add_argument("--world", type=int, default=0, help="ranks, of which one is there")
     parser.add_argument("--blocks", type=int, default=0, help="of the network; default: all")
     parser.add_argument("--peer", action="store_true", help="train diffusers' network")
-    parser.add_argument("--scratch", type=Path, required=True, help="folder with 20 GB of space")
     parser.add_argument("--runs", type=Path, help="folder of the run; by default in SCRATCH")
-    parser.add_argument("--out", type=Path, required=True, help="file of JSON lines")
     parser.add_argument("--rank", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))
@@ -308,7 +302,7 @@ def main() -> None:
     os.environ.pop("OUTPUT_ROOT", None)
     words = settings(options)
     shorten(options.model, options.blocks)
-    r = loading.load(SHIPPED[options.model], words).recipe
+    r = loading.load(SHIPPED[options.model][0], words).recipe
     if options.rank:
         (peer_rank if options.peer else our_rank)(options, r)
         return
@@ -318,17 +312,14 @@ def main() -> None:
         with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
             pool.submit(make_base, options, r).result()
     found = bench_peer(options, r) if options.peer else bench_ours(options, r, words)
-    device = best_device()
     about = {
         "name": options.name, "model": r.model, "gpus": options.gpus, "world": options.world,
         "blocks": r.spec.dit.blocks, "set": options.set,
         "tokens": r.spec.tokens(r.num_frames, r.height, r.width), "torch": torch.__version__,
-        "device": platform.machine() if device == "cpu" else torch.cuda.get_device_name(),
+        "device": common.device_name(best_device()),
     }  # fmt: skip
-    line = json.dumps({**about, **found})
-    with options.out.open("a") as stream:
-        stream.write(line + "\n")
-    print(line)
+    common.append(options.out, about | found)
+    print(json.dumps(about | found))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import time
@@ -21,7 +20,8 @@ from cosmos_cli.model import edm, sampler, video, weights
 from cosmos_cli.model.dit import DiT
 from cosmos_cli.recipe import loading
 from cosmos_cli.spec import COSMOS_14B, MODELS
-from tests.helpers.command import QUICK, Cosmos, generate, settings
+from tests.helpers.command import QUICK, generate, settings
+from tests.helpers.runs import copy_of
 
 pytestmark = pytest.mark.workflow
 
@@ -372,10 +372,8 @@ def test_several_processes_end_together(cosmos):
 @pytest.fixture(scope="module")
 def trained(prepared, tmp_path_factory):
     """Return a folder with a finished run of two steps."""
-    root = tmp_path_factory.mktemp("trained")
-    shutil.copytree(prepared / "datasets", root / "datasets")
-    cosmos = Cosmos(root)
-    cosmos("train", "tiny", *RUN)
+    cosmos = copy_of(prepared, tmp_path_factory.mktemp("trained"))
+    cosmos.ranks(1, "train", "tiny", *RUN)
     return cosmos
 
 

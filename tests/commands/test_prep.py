@@ -129,7 +129,7 @@ def test_a_bare_folder_of_videos_is_accepted(tmp_path):
     assert (tmp_path / "my clips" / "latents").is_dir()
 
 
-def test_a_second_run_changes_no_byte_and_a_changed_prompt_reaches_the_embedding(tmp_path):
+def test_only_a_changed_prompt_changes_a_byte_in_a_second_run(tmp_path):
     videos = tmp_path / "datasets" / "tiny" / "videos"
     write(videos, "a.mp4")
     cosmos, dataset = Cosmos(tmp_path), videos.parent
@@ -314,7 +314,7 @@ def test_the_report_of_many_videos_stays_bounded(tmp_path, monkeypatch):
 # --- captions -------------------------------------------------------------------------------------
 
 
-def test_captions_come_from_the_documented_place_and_follow_it_when_it_changes(tmp_path):
+def test_captions_come_from_the_documented_place_also_after_a_change(tmp_path):
     videos = tmp_path / "datasets" / "tiny" / "videos"
     for name in "abcd":
         write(videos, f"{name}.mp4", 9, fps=16)
@@ -475,7 +475,7 @@ def test_prep_killed_at_any_moment_and_rerun_gives_the_same_bytes(undisturbed, t
     assert unfinished > kills // 3
 
 
-def test_a_video_with_flipped_bits_is_rejected_with_the_times_of_the_damage(tmp_path):
+def test_flipped_bits_in_a_video_are_rejected_with_their_times(tmp_path):
     videos = tmp_path / "datasets" / "tiny" / "videos"
     write(videos, "good.mp4", 60)
     data = bytearray((videos / "good.mp4").read_bytes())
@@ -489,7 +489,7 @@ def test_a_video_with_flipped_bits_is_rejected_with_the_times_of_the_damage(tmp_
     assert verdict == "rejected" and re.match(r"damaged from \d\.\d\d to \d\.\d\d s", reason)
 
 
-def test_a_latent_of_an_earlier_version_is_kept_only_if_it_shows_the_right_frames(tmp_path):
+def test_an_old_latent_is_kept_only_if_it_shows_the_right_frames(tmp_path):
     videos = tmp_path / "datasets" / "tiny" / "videos"
     write(videos, "right.mp4")
     write(videos, "wrong.mp4", 30)

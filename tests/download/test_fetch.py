@@ -51,7 +51,7 @@ class Online(Cosmos):
 
 @pytest.fixture
 def online(tmp_path):
-    return Online(tmp_path)
+    return Online(tmp_path, fresh=True)
 
 
 def t5_weights():

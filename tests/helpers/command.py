@@ -2,24 +2,33 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.helpers import forks
+
 # Small clips keep a whole run of the six verbs to seconds; all weights are trained unless asked.
 SMALL = ("num_frames=9", "height=64", "width=96", "lora_rank=0")
+
+
+def _report(done):
+    return "\n".join(f"{p.args} ended with {p.returncode}\n{p.stdout}{p.stderr}" for p in done)
 
 
 @dataclass
 class Cosmos:
     """The real command in a real process, in a folder of its own.
 
-    `cache` is its XDG_CACHE_HOME; the default can neither be read nor written.
+    `cache` is its XDG_CACHE_HOME; the default can neither be read nor written. `fresh` starts a new
+    interpreter each time, for what is read when a library is imported.
     """
 
     cwd: Path
     cache: str | Path = os.devnull
+    fresh: bool = False
 
     def environment(self):
         clean = {k: v for k, v in os.environ.items() if k not in ("OUTPUT_ROOT", "HF_TOKEN")}
@@ -31,20 +40,48 @@ class Cosmos:
         return subprocess.Popen(
             [sys.executable, "-m", "cosmos_cli", *map(str, arguments)],
             cwd=self.cwd,
-            env=self.environment(),
             stderr=subprocess.PIPE,
             text=True,
-            **{"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, **options},
+            **{
+                "env": self.environment(),
+                "stdin": subprocess.DEVNULL,
+                "stdout": subprocess.PIPE,
+                **options,
+            },
         )
 
     def __call__(self, *arguments, code=0, seconds=300):
         """Runs the command to its end; fails the test when it ends with another code."""
-        process = self.start(*arguments)
-        out, err = process.communicate(timeout=seconds)
-        assert process.returncode == code, (
-            f"{arguments} ended with {process.returncode}\n{out}{err}"
-        )
-        return subprocess.CompletedProcess(process.args, code, out, err)
+        (done,) = self._run([(arguments, self.environment())], seconds)
+        assert done.returncode == code, _report([done])
+        return done
+
+    def ranks(self, count, *arguments, code=0, seconds=300):
+        """Runs the command as the ranks of a launcher; those that end with the code, or all."""
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        commands = []
+        for rank in range(count):
+            own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "MASTER_PORT": port}
+            own |= {"LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1"}
+            own = {name: str(value) for name, value in own.items()}
+            commands.append((arguments, self.environment() | own))
+        done = self._run(commands, seconds)
+        ended = [rank for rank in done if code in (rank.returncode, None)]
+        # The others fail because the first did.
+        assert ended if code != 0 else len(ended) == count, _report(done)
+        return ended
+
+    def _run(self, commands, seconds):
+        if not self.fresh and forks.POSSIBLE:
+            return forks.run(self.cwd, commands, seconds)
+        processes = [self.start(*words, env=environment) for words, environment in commands]
+        streams = [process.communicate(timeout=seconds) for process in processes]
+        return [
+            subprocess.CompletedProcess(process.args, process.returncode, *two)
+            for process, two in zip(processes, streams, strict=True)
+        ]
 
     def json(self, *arguments, code=0):
         """Runs the command with --json; stdout must be that one object."""

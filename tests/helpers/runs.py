@@ -1,6 +1,7 @@
 """Small training runs, and what they leave."""
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from cosmos_cli.paths import Run
-from tests.helpers.command import settings
+from tests.helpers.command import Cosmos, settings
 
 FAST = (
     "global_batch_size=2",
@@ -23,6 +24,12 @@ FAST = (
 )
 
 
+def copy_of(prepared, root):
+    """A folder of its own with the prepared dataset."""
+    shutil.copytree(prepared / "datasets", root / "datasets")
+    return Cosmos(root)
+
+
 def options(name, *pairs):
     return settings(*FAST, f"name={name}", *pairs)
 
@@ -30,6 +37,13 @@ def options(name, *pairs):
 def find_run(cosmos, name):
     (path,) = (cosmos.cwd / "outputs").glob(f"*/*/{name}")
     return Run(path)
+
+
+def train(cosmos, name, *pairs, words=(), code=0):
+    """Trains as the ranks of a launcher, and returns what rank 0 said."""
+    counts = [pair.partition("=")[2] for pair in pairs if pair.startswith("num_processes=")]
+    words = ("train", "tiny", *options(name, *pairs), *words)
+    return cosmos.ranks(int([1, *counts][-1]), *words, code=code, seconds=900)[0]
 
 
 def losses(run):
@@ -63,11 +77,18 @@ def under_torchrun(cosmos, name, *pairs):
     )
 
 
-def wait_for_step(run_glob, process, step=1):
+def wait_for_step(cosmos, name, process, step=1):
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None:
-        for path in run_glob():
-            if path.exists() and path.read_text().count('"loss"') >= step:
+        for path in cosmos.cwd.glob(f"outputs/*/*/{name}/metrics.jsonl"):
+            if path.read_text().count('"loss"') >= step:
                 return
         time.sleep(0.2)
     pytest.fail(f"no step {step} before the process ended: {process.communicate()}")
+
+
+def start_training(cosmos, name, *pairs, step=1):
+    """Starts the command and its ranks, and waits for a step."""
+    process = cosmos.start("train", "tiny", *options(name, *pairs))
+    wait_for_step(cosmos, name, process, step)
+    return process

@@ -38,7 +38,7 @@ def test_only_the_factors_are_trained_and_as_many_as_the_spec_says(targets):
     assert sum(p.numel() for p in trained.values()) == TINY.dit.lora_parameters(4, targets)
 
 
-def test_fresh_factors_leave_the_model_as_it_was_and_do_not_depend_on_the_process():
+def test_fresh_factors_change_nothing_and_are_equal_in_every_process():
     module, state, factors = adapted("all", factors=False)
     fresh = lora.fresh_factors({name: factor.shape for name, factor in factors.items()}, seed=0)
     module.load_state_dict({**state, **fresh})

@@ -70,7 +70,8 @@ def without_ffmpeg(tmp_path):
     return str(folder)
 
 
-def test_a_ready_machine_ends_with_the_next_command_and_nothing_is_installed(tmp_path):
+@pytest.mark.workflow
+def test_a_ready_machine_gets_the_next_command_and_no_installation(tmp_path):
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = cosmos(tmp_path, "setup", "tiny", "--install", XDG_CACHE_HOME=str(tmp_path / "cache"))
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -83,6 +84,7 @@ def test_a_ready_machine_ends_with_the_next_command_and_nothing_is_installed(tmp
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.workflow
 def test_a_bare_environment_fails_row_by_row_in_one_json_object(tmp_path, environment_without):
     python = environment_without("torch", "torchcodec", "deepspeed", "transformers")
     done = cosmos(tmp_path, "setup", "--json", "--set", "output_root=/proc/x", python=python)
@@ -100,6 +102,7 @@ def test_a_bare_environment_fails_row_by_row_in_one_json_object(tmp_path, enviro
     assert found["dataset_dir"]["status"] == found["Python"]["status"] == "ok"
 
 
+@pytest.mark.workflow
 def test_dry_run_prints_the_install_commands_and_runs_none(
     tmp_path, environment_without, without_ffmpeg
 ):
@@ -234,6 +237,7 @@ def test_the_install_script_names_the_disk_space_it_needs(tmp_path):
     assert said == f"error: 1300 MB of disk space are needed, {tmp_path} has 105 MB\n"
 
 
+@pytest.mark.workflow
 def test_print_writes_the_install_commands_as_a_valid_bash_script(tmp_path, environment_without):
     python = environment_without("deepspeed")
     words = ("setup", "--print", "--with", "transformer-engine", "--with", "apex")
@@ -272,6 +276,7 @@ def test_a_missing_extra_is_a_failure_only_when_it_is_asked_for():
     assert row.status == "fail"
 
 
+@pytest.mark.workflow
 def test_a_rank_that_fails_ends_its_group_at_once(monkeypatch, tmp_path):
     (tmp_path / "deepspeed.py").write_text(
         "import os, time\n"
@@ -285,6 +290,7 @@ def test_a_rank_that_fails_ends_its_group_at_once(monkeypatch, tmp_path):
     assert time.monotonic() - started < 30
 
 
+@pytest.mark.workflow
 @pytest.mark.parametrize("package", ["torch", "deepspeed"])
 def test_a_crash_in_a_probe_or_in_its_parent_is_named(monkeypatch, tmp_path, package):
     """In a probe, or in the process from which all are forked."""
@@ -295,6 +301,7 @@ def test_a_crash_in_a_probe_or_in_its_parent_is_named(monkeypatch, tmp_path, pac
     assert (outcomes["torch"].error == "") == (package == "deepspeed")
 
 
+@pytest.mark.workflow
 def test_a_probe_that_hangs_is_a_failed_row_that_blames_no_package(monkeypatch, tmp_path):
     (tmp_path / "deepspeed.py").write_text("import time\ntime.sleep(50)\n")
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{ROOT}")

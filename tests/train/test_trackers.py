@@ -1,14 +1,12 @@
 """Trackers follow a run from a process of their own and cannot harm it."""
 
 import importlib.util
-import shutil
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from cosmos_cli.train import status
-from tests.helpers.command import Cosmos
-from tests.helpers.runs import find_run, options
+from tests.helpers.runs import copy_of, find_run, options, train
 
 pytestmark = pytest.mark.workflow
 
@@ -20,13 +18,12 @@ PAIRS = (
 
 @pytest.fixture
 def cosmos(prepared, tmp_path):
-    shutil.copytree(prepared / "datasets", tmp_path / "datasets")
-    return Cosmos(tmp_path)
+    return copy_of(prepared, tmp_path)
 
 
 def test_tensorboard_shows_all_rows_and_pictures_of_a_resumed_run_once(cosmos):
     for steps in (2, 3):
-        cosmos("train", "tiny", *options("board", *PAIRS, f"max_steps={steps}"))
+        train(cosmos, "board", *PAIRS, f"max_steps={steps}")
     run = find_run(cosmos, "board")
     events = EventAccumulator(str(run.root / "tensorboard")).Reload()
     for name in ("loss", "learning_rate", "grad_norm"):
@@ -41,7 +38,7 @@ def test_a_failing_tracker_gives_a_warning_and_does_not_end_the_run(cosmos):
     folder = cosmos.cwd / "outputs" / "posttraining" / "diffusion_text2world" / "broken"
     folder.mkdir(parents=True)
     (folder / "tensorboard").touch()
-    err = cosmos("train", "tiny", *options("broken", *PAIRS, "max_steps=1")).stderr
+    err = train(cosmos, "broken", *PAIRS, "max_steps=1").stderr
     assert "warning: tensorboard does not show all of the run" in err
     assert (folder / "log" / "tracker.log").read_text()
 

@@ -13,7 +13,7 @@ import pytest
 from cosmos_cli.files import read_json
 from cosmos_cli.prep.holdout import split_clips
 from tests.helpers.command import Cosmos
-from tests.helpers.runs import find_run, options, wait_for_step
+from tests.helpers.runs import find_run, start_training, wait_for_step
 
 pytestmark = pytest.mark.workflow
 
@@ -27,8 +27,7 @@ def cosmos(prepared):
 
 def started(cosmos, name, *pairs):
     """A training that has reached step 3, its launcher and its ranks."""
-    process = cosmos.start("train", "tiny", *options(name, *PAIRS, *pairs))
-    wait_for_step(lambda: cosmos.cwd.glob(f"outputs/*/*/{name}/metrics.jsonl"), process, 3)
+    process = start_training(cosmos, name, *PAIRS, *pairs, step=3)
     (launcher,) = psutil.Process(process.pid).children()
     return process, launcher, launcher.children()
 
@@ -76,7 +75,7 @@ def test_a_run_that_is_stopped_as_a_whole_goes_on_when_it_is_woken(cosmos):
     time.sleep(8)
     for rank in ranks:
         rank.resume()
-    wait_for_step(lambda: cosmos.cwd.glob("outputs/*/*/asleep/metrics.jsonl"), process, step + 10)
+    wait_for_step(cosmos, "asleep", process, step + 10)
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 143, err
@@ -99,7 +98,7 @@ def test_a_stopped_rank_restarts_the_run(cosmos):
 
 
 @pytest.mark.slow
-def test_where_each_rank_is_started_by_itself_the_loss_of_rank_0_ends_the_others(tmp_path):
+def test_without_a_launcher_the_loss_of_rank_0_ends_the_others(tmp_path):
     script = tmp_path / "rank.py"
     script.write_text(
         "import time\n"

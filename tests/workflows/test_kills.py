@@ -11,7 +11,7 @@ from cosmos_cli.files import read_json, sha256_file, stamp_of
 from cosmos_cli.paths import MANIFEST_FILE
 from cosmos_cli.train import status
 from tests.helpers.command import Cosmos
-from tests.helpers.runs import find_run, options
+from tests.helpers.runs import find_run, options, train
 
 pytestmark = pytest.mark.workflow
 
@@ -49,7 +49,7 @@ def assert_whole(run):
 def undisturbed(prepared):
     """The figures and the model files of a run that nobody kills."""
     cosmos = Cosmos(prepared)
-    cosmos("train", "tiny", *options("undisturbed", *PAIRS))
+    train(cosmos, "undisturbed", *PAIRS)
     run = find_run(cosmos, "undisturbed")
     assert_whole(run)
     return figures(run), model_files(run)
@@ -119,7 +119,7 @@ def test_a_killed_run_resumes_bit_for_bit(prepared, undisturbed, kills):
             known = figures(run)
             assert known == rows[: len(known)]
             print(f"kill {killed} of {kills}, {inside_a_save} inside a save", flush=True)
-        cosmos("train", "tiny", *options(name, *PAIRS))
+        train(cosmos, name, *PAIRS)
         run = find_run(cosmos, name)
         assert figures(run) == rows
         assert model_files(run) == files

@@ -6,18 +6,16 @@ from safetensors.torch import load_file
 from cosmos_cli.model.ema import power_gamma
 from cosmos_cli.train import status
 from tests.helpers.command import Cosmos
-from tests.helpers.runs import find_run, options
+from tests.helpers.runs import find_run, train
 
 pytestmark = [pytest.mark.workflow, pytest.mark.slow]
 
 
 @pytest.mark.parametrize(("rate", "learns"), [(1e-3, True), (1e-9, False)])
-def test_training_on_a_concept_lowers_the_error_on_clips_of_it_that_are_held_out(
-    prepared, rate, learns
-):
+def test_training_on_a_concept_lowers_its_held_out_error(prepared, rate, learns):
     cosmos, name = Cosmos(prepared), f"concept{rate}"
     pairs = ("num_processes=1", "max_steps=40", "save_every_steps=40", f"learning_rate={rate}")
-    cosmos("train", "tiny", *options(name, *pairs))
+    train(cosmos, name, *pairs)
     measured = [row["heldout"] for row in status.rows(find_run(cosmos, name)) if "heldout" in row]
     assert (measured[-1] < 0.4 * measured[0]) is learns
 
@@ -26,7 +24,7 @@ def test_the_ema_of_a_run_follows_its_formula_for_a_hundred_steps(prepared):
     cosmos = Cosmos(prepared)
     pairs = ("num_processes=1", "max_steps=100", "save_every_steps=1", "validate_every_steps=1000")
     small = ("lora_rank=1", "keep_last=1", "num_processes=2", "micro_batch_size=1")
-    cosmos("train", "tiny", *options("averaged", *pairs, *small), seconds=900)
+    train(cosmos, "averaged", *pairs, *small)
     run, gamma, average = find_run(cosmos, "averaged"), power_gamma(0.1), {}
     for step in range(1, 101):
         weights = load_file(run.lora(step, "reg"))

@@ -12,8 +12,7 @@ from cosmos_cli import files, paths
 from cosmos_cli.model import lora, lora_files, weights
 from cosmos_cli.model.tensor_names import DIFFUSERS, OURS, rename
 from cosmos_cli.spec import TINY
-from tests.helpers.command import Cosmos
-from tests.helpers.runs import find_run, losses, options
+from tests.helpers.runs import copy_of, find_run, losses, options, train
 
 pytestmark = pytest.mark.workflow
 
@@ -22,15 +21,13 @@ LORA = ("lora_rank=4", "lora_alpha=6", "lora_targets=all", "micro_batch_size=1")
 
 @pytest.fixture(scope="module")
 def cosmos(prepared, tmp_path_factory):
-    root = tmp_path_factory.mktemp("lora")
-    shutil.copytree(prepared / "datasets", root / "datasets")
-    return Cosmos(root)
+    return copy_of(prepared, tmp_path_factory.mktemp("lora"))
 
 
 @pytest.fixture(scope="module")
 def whole(cosmos):
     """A run of six steps in one process, sharded as ever."""
-    cosmos("train", "tiny", *options("whole", *LORA, "num_processes=1", "max_steps=6"))
+    train(cosmos, "whole", *LORA, "num_processes=1", "max_steps=6")
     return find_run(cosmos, "whole")
 
 
@@ -41,7 +38,7 @@ SLOW = pytest.mark.slow
 @pytest.mark.parametrize("stage", [1, 3, *(pytest.param(n, marks=SLOW) for n in (0, 2))])
 def test_every_zero_stage_and_two_processes_train_alike(cosmos, whole, stage):
     pairs = ("num_processes=2", f"zero_stage={stage}", "max_steps=3")
-    cosmos("train", "tiny", *options(f"stage{stage}", *LORA, *pairs))
+    train(cosmos, f"stage{stage}", *LORA, *pairs)
     ours, alone = losses(find_run(cosmos, f"stage{stage}")), losses(whole)[:3]
     assert len(ours) == 3
     for row, other in zip(ours, alone, strict=True):
@@ -54,11 +51,11 @@ def test_every_zero_stage_and_two_processes_train_alike(cosmos, whole, stage):
 def test_three_steps_a_stop_and_three_more_equal_six(cosmos, whole, processes, stage):
     name = f"parts{processes}{stage}"
     pairs = (*LORA, f"num_processes={processes}", f"zero_stage={stage}")
-    cosmos("train", "tiny", *options(name, *pairs, "max_steps=3"))
-    cosmos("train", "tiny", *options(name, *pairs, "max_steps=6"))
+    train(cosmos, name, *pairs, "max_steps=3")
+    train(cosmos, name, *pairs, "max_steps=6")
     parts = find_run(cosmos, name)
     if processes == 2:
-        cosmos("train", "tiny", *options(f"{name}whole", *pairs, "max_steps=6"))
+        train(cosmos, f"{name}whole", *pairs, "max_steps=6")
         whole = find_run(cosmos, f"{name}whole")
     assert losses(parts) == losses(whole)
     for kind in ("reg", "ema"):

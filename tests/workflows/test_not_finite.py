@@ -19,8 +19,8 @@ from cosmos_cli.recipe import loading
 from cosmos_cli.spec import TINY as SPEC
 from cosmos_cli.train import metrics
 from cosmos_cli.train.data import Batch
-from tests.helpers.command import Cosmos, settings
-from tests.helpers.runs import find_run, options
+from tests.helpers.command import settings
+from tests.helpers.runs import copy_of, find_run, options, train
 
 TINY = paths.EMBEDDED_DIR / "model.safetensors"
 FINAL = "net.final.linear.weight"
@@ -37,36 +37,33 @@ def plant(source, target, name, value):
 @pytest.mark.workflow
 def test_a_loss_that_is_not_finite_stops_the_run(prepared, tmp_path):
     """Of weights that are all finite, but so large that the loss overflows."""
-    shutil.copytree(prepared / "datasets", tmp_path / "datasets")
-    cosmos = Cosmos(tmp_path)
+    cosmos = copy_of(prepared, tmp_path)
     weights = load_file(TINY)
     weights[FINAL] *= 1e37
     save_file(weights, tmp_path / "base.safetensors")
     pairs = ("base=base.safetensors", "num_processes=2", "micro_batch_size=1", "holdout_share=0")
     cosmos("prep", "tiny", *options("nan", *pairs))
-    err = cosmos("train", "tiny", *options("nan", *pairs, "max_restarts=2"), code=6).stderr
+    err = train(cosmos, "nan", *pairs, code=6).stderr
     (line,) = [line for line in err.splitlines() if line.startswith("error")]
     assert "step 1: the loss is not finite" in line
     # A clip of each process.
     assert len(re.findall(r"clip\d\S* \(sigma [0-9.]+\)", line)) == 2
-    assert "restart" not in err
     assert find_run(cosmos, "nan").resumable_steps() == []
 
 
 @pytest.mark.workflow
 @pytest.mark.parametrize("pairs", [("zero_stage=3", "num_processes=2"), ("zero_stage=1",)])
 def test_a_base_that_is_not_finite_is_refused_before_the_first_step(prepared, tmp_path, pairs):
-    shutil.copytree(prepared / "datasets", tmp_path / "datasets")
-    cosmos = Cosmos(tmp_path)
+    cosmos = copy_of(prepared, tmp_path)
     plant(TINY, tmp_path / "base.safetensors", FINAL, float("nan"))
-    pairs = ("base=base.safetensors", "micro_batch_size=1", "max_restarts=0", *pairs)
-    err = cosmos("train", "tiny", *options("nan", *pairs, "max_steps=2"), code=4).stderr
+    pairs = ("base=base.safetensors", "micro_batch_size=1", *pairs, "max_steps=2")
+    err = train(cosmos, "nan", *pairs, code=4).stderr
     assert "base.safetensors: holds numbers that are not finite" in err
     assert FINAL in err
     assert find_run(cosmos, "nan").resumable_steps() == []
 
 
-def test_a_sum_that_overflows_is_not_taken_for_a_number_that_is_not_finite():
+def test_a_sum_that_overflows_is_not_reported_as_not_finite():
     large = torch.full((4,), 3e38)
     one = torch.tensor([1.0, float("nan"), 2.0])
     both = torch.tensor([float("inf"), float("-inf")]).bfloat16()
@@ -141,16 +138,15 @@ def test_a_latent_that_is_not_finite_ends_its_video_and_not_the_batch(cosmos):
 
 @pytest.mark.workflow
 def test_prep_and_train_refuse_an_embedding_that_is_not_finite(prepared, tmp_path):
-    shutil.copytree(prepared / "datasets", tmp_path / "datasets")
-    cosmos = Cosmos(tmp_path)
+    cosmos = copy_of(prepared, tmp_path)
     path = tmp_path / "datasets/tiny/t5_xxl/clip1.pickle"
     embedding = text.read_pickle(path, SPEC.text)
     embedding[-1, -1] = float("nan")
     text.write_pickle(path, embedding)
-    train = ("train", "tiny", *options("nan", "max_steps=4", "num_processes=1"))
-    for command in (train, ("prep", "tiny", *settings())):
-        err = cosmos(*command, code=4).stderr
-        assert "clip1.pickle: holds numbers that are not finite" in err
+    trained = train(cosmos, "nan", "max_steps=4", code=4)
+    prepared = cosmos("prep", "tiny", *settings(), code=4)
+    for done in (trained, prepared):
+        assert "clip1.pickle: holds numbers that are not finite" in done.stderr
 
 
 @pytest.mark.parametrize("norm", [-1.0, float("inf"), float("nan")])

@@ -11,7 +11,7 @@ import pytest
 from cosmos_cli.files import sha256_file
 from cosmos_cli.train import status
 from tests.helpers.command import Cosmos
-from tests.helpers.runs import find_run, options, under_torchrun
+from tests.helpers.runs import find_run, options, train
 
 pytestmark = pytest.mark.workflow
 
@@ -21,7 +21,7 @@ PAIRS = ("num_processes=1", "micro_batch_size=1", "max_steps=6")
 @pytest.fixture(scope="module")
 def cosmos(prepared):
     cosmos = Cosmos(prepared)
-    cosmos("train", "tiny", *options("original", *PAIRS))
+    train(cosmos, "original", *PAIRS)
     return cosmos
 
 
@@ -80,9 +80,9 @@ def test_weights_without_resume_states_are_refused_untouched(cosmos, copy, tmp_p
         assert "overwriting the weights of 2 saves, steps 3 to 6" in line
     planned = cosmos("train", "tiny", *options("kept", *PAIRS), "--plan")
     assert "overwriting the weights of 2 saves" in planned.stderr
-    under = under_torchrun(cosmos, "kept", "max_steps=6")
-    assert under.returncode
-    assert under.stderr.count("overwriting the weights") == 1
+    words = ("train", "tiny", *options("kept", "micro_batch_size=1", "max_steps=6"))
+    ranks = cosmos.ranks(2, *words, code=2)
+    assert sum("overwriting the weights" in rank.stderr for rank in ranks) == 1
     assert files(run) == before
 
 
@@ -111,7 +111,7 @@ def test_overwrite_leaves_nothing_of_the_earlier_run(cosmos, copy):
     words = options("again", *pairs)
     assert len(cosmos.json("train", "tiny", *words, "--dry-run", "--overwrite")["deletes"]) == 4
     assert len(run.weight_files()) == 2
-    cosmos("train", "tiny", *words, "--overwrite")
+    train(cosmos, "again", *pairs, words=["--overwrite"])
     assert [row["step"] for row in status.rows(run) if "loss" in row] == [1, 2]
     assert list(run.weight_files()) == run.resumable_steps() == [2]
     assert not run.samples.exists()
@@ -122,8 +122,7 @@ def test_overwrite_leaves_nothing_of_the_earlier_run(cosmos, copy):
 def test_with_a_resume_state_overwrite_resumes(cosmos, copy):
     run = copy("whole", deleted=0)
     before = models(run)
-    words = options("whole", "num_processes=1", "micro_batch_size=1", "max_steps=7")
-    done = cosmos("train", "tiny", *words, "--overwrite")
+    done = train(cosmos, "whole", *PAIRS, "max_steps=7", words=["--overwrite"])
     assert "resumed at step 6" in done.stderr
     assert before.items() <= models(run).items()
 
@@ -131,7 +130,7 @@ def test_with_a_resume_state_overwrite_resumes(cosmos, copy):
 def test_steps_after_an_older_resume_state_are_reproduced(cosmos, copy):
     run = copy("older", deleted=1)
     original = find_run(cosmos, "original")
-    cosmos("train", "tiny", *options("older", *PAIRS))
+    train(cosmos, "older", *PAIRS)
     assert models(run) == models(original)
     assert figures(run) == figures(original)
 
@@ -139,8 +138,8 @@ def test_steps_after_an_older_resume_state_are_reproduced(cosmos, copy):
 def test_steps_after_an_older_resume_state_keep_their_weights(cosmos, copy):
     run = copy("other", deleted=1)
     before = files(run)
-    rate = ["--set", "learning_rate=5e-3"]
-    line = refused(cosmos, "other", *rate)
+    rate = "learning_rate=5e-3"
+    line = refused(cosmos, "other", "--set", rate)
     assert "would resume at step 3 with another learning_rate" in line
     assert "overwriting the weights of step 6" in line
     assert files(run) == before
@@ -148,7 +147,7 @@ def test_steps_after_an_older_resume_state_keep_their_weights(cosmos, copy):
     assert cosmos.json(
         "train", "tiny", *options("other", *PAIRS), "--set", "log_every_steps=2", "--dry-run"
     )["from"] == 3  # fmt: skip
-    cosmos("train", "tiny", *options("other", *PAIRS), *rate, "--overwrite", "--set", "max_steps=4")
+    train(cosmos, "other", *PAIRS, rate, "max_steps=4", words=["--overwrite"])
     assert list(run.weight_files()) == [3, 4]
 
 
@@ -166,8 +165,7 @@ def test_a_resume_state_without_its_manifest_does_not_count(cosmos, copy):
     run = copy("torn", deleted=1)
     (run.resume_state(3) / "manifest.json").unlink()
     assert "has no complete resume state" in refused(cosmos, "torn")
-    words = options("torn", "num_processes=1", "micro_batch_size=1", "max_steps=1")
-    cosmos("train", "tiny", *words, "--overwrite")
+    train(cosmos, "torn", *PAIRS, "max_steps=1", words=["--overwrite"])
     assert [path.name for path in run.checkpoints.glob("iter_*") if path.is_dir()] == [
         "iter_000000001"
     ]
@@ -197,7 +195,7 @@ def test_a_run_killed_during_its_first_save_starts_again(cosmos):
     for victim in [*everyone, *everyone[0].children(recursive=True)]:
         victim.kill()
     process.communicate(timeout=60)
-    cosmos("train", "tiny", *options(name, *PAIRS))
+    train(cosmos, name, *PAIRS)
     assert models(run) == models(find_run(cosmos, "original"))
 
 
@@ -206,11 +204,11 @@ def test_a_lora_without_resume_states_continues_by_way_of_promote(cosmos):
     pairs = ("num_processes=1", "max_steps=2", "lora_rank=4", "learning_rate=1e-2")
     checkpoints = ("checkpoints_dir=promoted",)
     words = options("small", *pairs, *checkpoints)
-    cosmos("train", "tiny", *words)
+    train(cosmos, "small", *pairs, *checkpoints)
     run = find_run(cosmos, "small")
     shutil.rmtree(run.resume_state(2))
     done = cosmos("train", "tiny", *words, code=2)
-    promote, train = done.stderr.split("`")[3].split(" && ")
+    promote, again = done.stderr.split("`")[3].split(" && ")
     cosmos(*shlex.split(promote)[1:])
-    cosmos(*shlex.split(train)[1:])
+    cosmos(*shlex.split(again)[1:])
     assert find_run(cosmos, "small-2").weight_files()

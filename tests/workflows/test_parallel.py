@@ -4,8 +4,9 @@ import psutil
 import pytest
 
 from cosmos_cli.model import video
+from tests.helpers import runs
 from tests.helpers.command import Cosmos, generate
-from tests.helpers.runs import assert_same_model, find_run, losses, options, weights
+from tests.helpers.runs import assert_same_model, find_run, losses, weights
 
 pytestmark = pytest.mark.workflow
 
@@ -17,7 +18,7 @@ def cosmos(prepared):
 
 def train(cosmos, name, processes, steps, *pairs):
     pairs = (f"num_processes={processes}", f"max_steps={steps}", "global_batch_size=4", *pairs)
-    return cosmos("train", "tiny", *options(name, "micro_batch_size=1", *pairs))
+    return runs.train(cosmos, name, "micro_batch_size=1", *pairs)
 
 
 def assert_same_losses(run, other):

@@ -1,14 +1,11 @@
 """What a run shows while it trains: previews, samples, their page, and trackers."""
 
-import shutil
-
 import pytest
 from PIL import Image
 
 from cosmos_cli import files
 from cosmos_cli.train import status
-from tests.helpers.command import Cosmos
-from tests.helpers.runs import find_run, losses, options
+from tests.helpers.runs import copy_of, find_run, losses, train
 
 pytestmark = pytest.mark.workflow
 
@@ -20,15 +17,13 @@ PICTURES = (
 
 @pytest.fixture(scope="module")
 def cosmos(prepared, tmp_path_factory):
-    root = tmp_path_factory.mktemp("pictures")
-    shutil.copytree(prepared / "datasets", root / "datasets")
-    return Cosmos(root)
+    return copy_of(prepared, tmp_path_factory.mktemp("pictures"))
 
 
 @pytest.fixture(scope="module")
 def shown(cosmos):
     """A run of two processes with pictures; tiny's share of held-out videos gives few clips."""
-    return cosmos("train", "tiny", *options("shown", *PICTURES, "num_processes=2")).stderr
+    return train(cosmos, "shown", *PICTURES, "num_processes=2").stderr
 
 
 def picture(path):
@@ -48,7 +43,7 @@ def test_pictures_are_made_at_step_0_when_due_and_at_the_end(cosmos, shown):
 
 def test_pictures_do_not_change_the_training(cosmos, shown):
     off = ("preview_every_steps=0", "sample_every_saves=0", "num_processes=2")
-    cosmos("train", "tiny", *options("hidden", *PICTURES, *off))
+    train(cosmos, "hidden", *PICTURES, *off)
     hidden = find_run(cosmos, "hidden")
     assert not hidden.samples.exists()
     assert losses(hidden) == losses(find_run(cosmos, "shown"))
@@ -64,7 +59,7 @@ def test_pictures_show_the_model_under_training(cosmos, shown):
 
 
 def test_one_process_makes_the_same_samples_as_two(cosmos, shown):
-    cosmos("train", "tiny", *options("alone", *PICTURES, "num_processes=1", "max_steps=1"))
+    train(cosmos, "alone", *PICTURES, "num_processes=1", "max_steps=1")
     rows = [status.rows(find_run(cosmos, name))[1] for name in ("alone", "shown")]
     assert rows[0] == pytest.approx(rows[1], rel=1e-4)
     assert rows[0]["nearest_clip"] > 0
@@ -80,7 +75,7 @@ def test_the_page_shows_pictures_and_distances_to_training_clips(cosmos, shown):
 
 def test_pictures_beyond_preview_share_are_skipped(cosmos):
     pairs = ("num_processes=1", "preview_share=1e-6", "max_steps=4")
-    err = cosmos("train", "tiny", *options("thrifty", *PICTURES, *pairs)).stderr
+    err = train(cosmos, "thrifty", *PICTURES, *pairs).stderr
     run = find_run(cosmos, "thrifty")
     assert run.picture_steps("preview") == run.picture_steps("sample0") == [0]
     assert err.count("previews are skipped for") == 1
@@ -88,13 +83,13 @@ def test_pictures_beyond_preview_share_are_skipped(cosmos):
 
 def test_samples_are_made_on_request_and_a_resume_deletes_later_ones(cosmos):
     pairs = ("sample_every_saves=0", "num_processes=1", "max_steps=3")
-    cosmos("train", "tiny", *options("asked", *PICTURES, *pairs))
+    train(cosmos, "asked", *PICTURES, *pairs)
     run = find_run(cosmos, "asked")
     assert run.picture_steps("sample0") == []
     later = run.preview(99)
     later.touch()
     run.sample_request.touch()
-    cosmos("train", "tiny", *options("asked", *PICTURES, *pairs[:2], "max_steps=5"))
+    train(cosmos, "asked", *PICTURES, *pairs[:2], "max_steps=5")
     assert run.picture_steps("sample0") == [4]
     assert not run.sample_request.exists()
     assert not later.exists()

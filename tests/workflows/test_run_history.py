@@ -1,5 +1,6 @@
 """Measuring on held-out videos, and what a run says about itself, in real processes."""
 
+import json
 import re
 import shutil
 import signal
@@ -13,7 +14,7 @@ from cosmos_cli import files
 from cosmos_cli.prep import holdout
 from cosmos_cli.train import page, status
 from tests.helpers.command import Cosmos
-from tests.helpers.runs import find_run, losses, options, wait_for_step
+from tests.helpers.runs import copy_of, find_run, losses, options, train, wait_for_step
 
 pytestmark = pytest.mark.workflow
 
@@ -23,9 +24,7 @@ SPLIT = ("holdout_share=0.3", "micro_batch_size=1")
 @pytest.fixture(scope="module")
 def cosmos(prepared, tmp_path_factory):
     """A prepared dataset of six clips, two of them, of one video, held out."""
-    root = tmp_path_factory.mktemp("split")
-    shutil.copytree(prepared / "datasets", root / "datasets")
-    cosmos = Cosmos(root)
+    cosmos = copy_of(prepared, tmp_path_factory.mktemp("split"))
     cosmos("prep", "tiny", *options("x", *SPLIT))
     return cosmos
 
@@ -38,8 +37,8 @@ def errors(run):
 def measured(cosmos):
     """A run of one process, saved at steps 3 and 5."""
     pairs = (*SPLIT, "max_steps=5", "validate_every_steps=2")
-    arguments = ("train", "tiny", *options("one", *pairs, "num_processes=1"))
-    return cosmos.json(*arguments), find_run(cosmos, "one"), pairs
+    done = train(cosmos, "one", *pairs, "num_processes=1", words=["--json"])
+    return json.loads(done.stdout), find_run(cosmos, "one"), pairs
 
 
 def test_the_held_out_error_is_measured_at_step_0_and_when_due(measured):
@@ -51,7 +50,7 @@ def test_the_held_out_error_is_measured_at_step_0_and_when_due(measured):
 
 def test_the_error_is_the_same_for_two_processes(cosmos, measured):
     _, one, pairs = measured
-    cosmos("train", "tiny", *options("two", *pairs, "num_processes=2"))
+    train(cosmos, "two", *pairs, "num_processes=2")
     two = find_run(cosmos, "two")
     assert errors(one) == pytest.approx(errors(two), rel=1e-4)
 
@@ -64,7 +63,7 @@ def test_held_out_clips_are_measured_and_not_trained_on(cosmos, measured, tmp_pa
     for clip in holdout.split_clips(manifest)[1]:
         latent = tmp_path / "datasets" / "tiny" / clip["latent"]
         save_file({"latent": load_file(latent)["latent"] + 1}, latent)
-    other("train", "tiny", *options("one", *pairs, "num_processes=1"))
+    train(other, "one", *pairs, "num_processes=1")
     run = find_run(other, "one")
     assert losses(run) == losses(one)
     assert all(error != errors(one)[step] for step, error in errors(run).items())
@@ -83,7 +82,7 @@ def test_the_best_saved_step_is_named_and_promoted(cosmos, measured):
 def test_a_resumed_run_measures_the_same_as_an_uninterrupted_one(cosmos, measured):
     _, one, pairs = measured
     for steps in (3, 5):
-        cosmos("train", "tiny", *options("again", *pairs, "num_processes=1", f"max_steps={steps}"))
+        train(cosmos, "again", *pairs, "num_processes=1", f"max_steps={steps}")
     again = find_run(cosmos, "again")
     assert errors(again) == errors(one)
     assert losses(again) == losses(one)
@@ -101,11 +100,10 @@ def test_the_page_of_a_run_is_self_contained_and_shows_its_metrics(measured):
 
 
 def test_promote_best_is_refused_without_held_out_measurements(prepared, tmp_path):
-    shutil.copytree(prepared / "datasets", tmp_path / "datasets")
-    cosmos = Cosmos(tmp_path)
+    cosmos = copy_of(prepared, tmp_path)
     pairs = ("max_steps=1", "num_processes=1", "holdout_share=0")
     cosmos("prep", "tiny", *options("blind", *pairs))
-    cosmos("train", "tiny", *options("blind", *pairs))
+    train(cosmos, "blind", *pairs)
     refused = cosmos("promote", "tiny", *options("blind", *pairs), "--step", "best", code=4)
     assert "held-out" in refused.stderr
     assert cosmos.json("train", "tiny", *options("blind", *pairs))["step"] == 1
@@ -130,7 +128,7 @@ def test_a_running_run_saves_on_request_and_reports_its_status(cosmos):
     wait_until(lambda: len(children(recursive=True)) == 3, process)
     # Nothing can be saved yet, and no rank may die of being asked.
     process.send_signal(signal.SIGUSR1)
-    wait_for_step(lambda: cosmos.cwd.glob("outputs/*/*/asked/metrics.jsonl"), process, 3)
+    wait_for_step(cosmos, "asked", process, 3)
     run = find_run(cosmos, "asked")
     before = len(run.resumable_steps())
 

@@ -12,7 +12,7 @@ import pytest
 
 from cosmos_cli.paths import Run
 from tests.helpers.command import Cosmos
-from tests.helpers.runs import losses, options
+from tests.helpers.runs import losses, options, train
 
 pytestmark = pytest.mark.workflow
 
@@ -80,23 +80,27 @@ def fill(disk, but):
 
 def one_more_step(cosmos, run, pairs, disk=None):
     """How a run of one more step ends, on a disk that is filled, if given, once the save began."""
-    steps = f"max_steps={run.resumable_steps()[-1] + 1}"
-    process = cosmos.start("train", "tiny", *options("full", *pairs, steps))
-    while disk and process.poll() is None:
-        if list(run.checkpoints.glob(".*.tmp*")):
-            fill(disk, 10_000_000)
-            break
-    _, err = process.communicate(timeout=120)
+    pairs = (*pairs, f"max_steps={run.resumable_steps()[-1] + 1}")
+    if disk:
+        process = cosmos.start("train", "tiny", *options("full", *pairs))
+        while process.poll() is None:
+            if list(run.checkpoints.glob(".*.tmp*")):
+                fill(disk, 10_000_000)
+                break
+        err, code = process.communicate(timeout=120)[1], process.returncode
+    else:
+        done = train(cosmos, "full", *pairs, code=None)
+        err, code = done.stderr, done.returncode
     assert "Traceback" not in err
     assert not list(run.checkpoints.glob(".*"))
-    return process.returncode, [line for line in err.splitlines() if line.startswith("error")], err
+    return code, [line for line in err.splitlines() if line.startswith("error")], err
 
 
 def test_a_full_disk_ends_the_run_in_one_line_and_space_lets_it_resume(disk):
     cosmos = Cosmos(disk.parent)
     pairs = ("num_processes=1", "output_root=disk", "min_free_disk_gb=0", "save_every_steps=1")
     # Room for two saves of 140 MB and the state that goes.
-    cosmos("train", "tiny", *options("full", *pairs, "max_steps=2"))
+    train(cosmos, "full", *pairs, "max_steps=2")
     run = Run(next(disk.glob("*/*/full")))
     fill(disk, 100_000_000)
     code, (line,), _ = one_more_step(cosmos, run, pairs)

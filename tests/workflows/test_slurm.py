@@ -45,7 +45,7 @@ def test_slurm_requeues_only_a_job_that_its_signal_stopped(prepared):
         )  # fmt: skip
 
     job = start_job("max_steps=500", "tracker=tensorboard")
-    wait_for_step(lambda: prepared.glob("outputs/*/*/job/metrics.jsonl"), job)
+    wait_for_step(cosmos, "job", job)
     (srun,) = psutil.Process(job.pid).children()
     # Slurm signals the tracker, too.
     for process in srun.children(recursive=True):

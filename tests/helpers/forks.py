@@ -1,0 +1,98 @@
+"""The command in a process that is forked with its libraries imported.
+
+A start of `cosmos` takes seconds of imports, and most tests are about what comes after them.
+"""
+
+import importlib.util
+import multiprocessing
+import multiprocessing.connection
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from multiprocessing import forkserver
+from pathlib import Path
+
+import torch
+
+IMPORTED = (
+    "cosmos_cli.app", "cosmos_cli.evaluate.evaluation", "cosmos_cli.generate.phases",
+    "cosmos_cli.model.tiny.scorer", "cosmos_cli.prep.prepare", "cosmos_cli.promote",
+    "cosmos_cli.train.loop", "deepspeed.runtime.zero.muon.muon_optimizer", "torchcodec.decoders",
+    "transformers.models.t5.modeling_t5",
+)  # fmt: skip
+# Libraries read these when they are imported.
+VARIABLES = {"DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+SECONDS_AFTER_A_FAILURE = 10
+# A process that has asked CUDA for its devices cannot be forked.
+POSSIBLE = not torch.cuda.is_available()
+
+context = multiprocessing.get_context("forkserver")
+context.set_forkserver_preload(list(IMPORTED))
+
+
+def _ensure_server():
+    # The server ignores what it cannot import.
+    assert all(importlib.util.find_spec(name) for name in IMPORTED if name.startswith("cosmos"))
+    before = dict(os.environ)
+    os.environ.update(VARIABLES)
+    try:
+        forkserver.ensure_running()
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def _run(arguments, cwd, environment, streams):
+    for number, path in enumerate((os.devnull, *streams)):
+        stream = os.open(path, os.O_RDWR)
+        os.dup2(stream, number)
+        os.close(stream)
+    os.chdir(cwd)
+    os.environ.clear()
+    os.environ.update(environment)
+    sys.argv = ["cosmos", *arguments]
+    from cosmos_cli.__main__ import main
+
+    main()
+
+
+def run(cwd, commands, seconds):
+    """Run [(arguments, environment)] side by side to their ends, one process each.
+
+    Those that wait for one that failed are killed, as a launcher does.
+    """
+    _ensure_server()
+    with tempfile.TemporaryDirectory() as folder:
+        processes, streams = [], []
+        for number, (arguments, environment) in enumerate(commands):
+            streams.append([Path(folder) / f"{number}.{name}" for name in ("out", "err")])
+            for stream in streams[-1]:
+                stream.touch()
+            words = [str(word) for word in arguments]
+            processes.append(
+                context.Process(target=_run, args=(words, cwd, environment, streams[-1]))
+            )
+            processes[-1].start()
+        try:
+            _wait(processes, time.monotonic() + seconds)
+        finally:
+            for process in processes:
+                process.kill()
+                process.join()
+        return [
+            subprocess.CompletedProcess(words, process.exitcode, *(x.read_text() for x in two))
+            for (words, _), process, two in zip(commands, processes, streams, strict=True)
+        ]
+
+
+def _wait(processes, deadline):
+    while alive := [process for process in processes if process.exitcode is None]:
+        multiprocessing.connection.wait([process.sentinel for process in alive], timeout=1)
+        failed = any(process.exitcode for process in processes)
+        if failed:
+            deadline = min(deadline, time.monotonic() + SECONDS_AFTER_A_FAILURE)
+        if time.monotonic() > deadline:
+            assert failed, "the command did not end in time"
+            return
