@@ -184,8 +184,11 @@ def read(path: Path) -> dict[str, Change]:
     changes = {}
     for linear, found in parts.items():
         a, b, key = _pair(path, found)
+        # The patterns of settings match the name with or without the prefixes of wrappers.
+        plain = key.removeprefix("base_model.model.")
+        names = (plain, _PREFIXES.sub("", plain))
         try:
-            scale = settings.scale(_names(key), len(a)) if settings else 1.0
+            scale = settings.scale(names, len(a)) if settings else 1.0
         except ValueError as error:
             raise _refused(source, f"gives {error}") from error
         if "alpha" in found:
@@ -328,12 +331,6 @@ def _our_name(linear: str) -> str | None:
     general = re.sub(number, r"\1#", plain, count=1)
     found = (underscored if is_underscored else dotted).get(general)
     return found.replace("#", block[2] if block else "") if found else None
-
-
-def _names(key: str) -> tuple[str, ...]:
-    """Return the names under which settings may refer to a linear of a file."""
-    own = key.removeprefix("base_model.model.")
-    return tuple(dict.fromkeys((own, _PREFIXES.sub("", own))))
 
 
 @cache
