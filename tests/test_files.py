@@ -24,6 +24,7 @@ from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.generate import jobs
 from cosmos_cli.model import text, video, weights
 from cosmos_cli.paths import Run
+from cosmos_cli.prep import embedding_files
 from cosmos_cli.recipe import strict_yaml
 from cosmos_cli.spec import TINY
 from cosmos_cli.train import status
@@ -75,7 +76,7 @@ READERS = {
     "batch": (jobs.read_batch, ExitCode.USAGE),
     "json": (files.read_json, ExitCode.ASSET),
     "hash": (files.sha256_file, ExitCode.ASSET),
-    "embedding": (lambda path: text.read_pickle(path, TINY.text), ExitCode.ASSET),
+    "embedding": (lambda path: embedding_files.read(path, TINY.text), ExitCode.ASSET),
     "weights": (weights.load_dit_state, ExitCode.ASSET),
     "manifest": (lambda path: paths.Dataset(path.parent, path.parent).read_manifest(), 5),
     "metrics": (lambda path: status.rows(Run(path.parent)), ExitCode.ASSET),
@@ -252,13 +253,14 @@ from pathlib import Path
 from cosmos_cli import files
 from cosmos_cli.errors import UserError
 from cosmos_cli.generate import jobs
-from cosmos_cli.model import text, weights
+from cosmos_cli.model import weights
+from cosmos_cli.prep import embedding_files
 from cosmos_cli.recipe import loading
 from cosmos_cli.spec import TINY
 readers = {
     ".pt": weights.load_dit_state, ".jit": weights._read_torchscript,
     ".safetensors": weights.load_dit_state, ".json": files.read_json,
-    ".pickle": lambda path: text.read_pickle(path, TINY.text),
+    ".pickle": lambda path: embedding_files.read(path, TINY.text),
     ".jsonl": lambda path: [request.read() for request in jobs.read_batch(path)],
     ".yaml": loading.load,
 }
@@ -317,7 +319,7 @@ def test_an_embedding_of_every_protocol_is_read(tmp_path, protocol, dtype):
         path = tmp_path / "a.pickle"
         path.write_bytes(pickle.dumps(value, protocol=protocol))
         pickles.scan(io.BytesIO(path.read_bytes()), files.EMBEDDING.limit)
-        read = text.read_pickle(path, TINY.text)
+        read = embedding_files.read(path, TINY.text)
         assert np.array_equal(read.numpy(), array.astype(array.dtype.newbyteorder("=")))
 
 
@@ -424,7 +426,7 @@ ALLOWED = {
     "prep/latents.py": "safetensors, behind check_safetensors",
     "prep/latent_files.py": "safetensors, behind check_safetensors",
     "train/reshard.py": "a resume state, whose hashes were compared",
-    "model/text.py": "a pickle that is written",
+    "prep/embedding_files.py": "a pickle that is written",
     "model/pretrained.py": "transformers, behind check_model_folder",
     "model/video.py": "FFmpeg, behind a look of its own at the kind of file",
     "model/weights.py": "torch and safetensors, behind check_torch and check_safetensors",

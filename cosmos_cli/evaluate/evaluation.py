@@ -28,7 +28,8 @@ from cosmos_cli.model.device import number_format
 from cosmos_cli.model.tiny import scorer, world
 from cosmos_cli.model.tiny.scorer import Reading
 from cosmos_cli.model.tiny.world import Scene
-from cosmos_cli.prep import holdout, latent_files
+from cosmos_cli.model.tokenizer import load_tokenizer
+from cosmos_cli.prep import holdout
 from cosmos_cli.recipe.keys import Recipe
 from cosmos_cli.train import nearest, page
 from cosmos_cli.train.data import Clips
@@ -171,7 +172,7 @@ def sample_trials(
         raise next(failed[job] for job in jobs if job in failed)
     dtype = number_format(device)
     net = load_denoiser(r, weights.path, device, dtype, weights.loras)
-    tokenizer = latent_files.load_tokenizer(r, device, dtype)
+    tokenizer = load_tokenizer(r.model_files.tokenizer, r.spec, device, dtype)
     samples: list[Sample] = []
     batch = (16 if device == "cpu" else 64) if r.spec.embedded else 1
     for first in range(0, len(wanted), batch):
@@ -217,7 +218,7 @@ def consistency(reading: Reading) -> float:
 def reconstruction(r: Recipe, count: int, device: str) -> float:
     """Return the tokenizer's mean reconstruction PSNR in dB on held-out synthetic clips."""
     dtype = number_format(device)
-    tokenizer = latent_files.load_tokenizer(r, device, dtype)
+    tokenizer = load_tokenizer(r.model_files.tokenizer, r.spec, device, dtype)
     psnrs = []
     for seed in range(count):
         scene = world.sample_scene(seed, "heldout")

@@ -31,7 +31,7 @@ from cosmos_cli.model.device import number_format
 from cosmos_cli.model.dit import DiT, Prompt, Rope, patch_grid, rope_table
 from cosmos_cli.model.tiny import world
 from cosmos_cli.model.tiny.world import Scene, Thing
-from cosmos_cli.prep import latent_files
+from cosmos_cli.model.tokenizer import load_tokenizer
 from cosmos_cli.recipe.keys import Recipe
 
 FRAMES = 25
@@ -112,7 +112,7 @@ def check_tokenizer(
     Raises:
         UserError: the reconstruction loses the picture, or the latents have the wrong scale.
     """
-    tokenizer = latent_files.load_tokenizer(r, device, number_format(device))
+    tokenizer = load_tokenizer(r.model_files.tokenizer, r.spec, device, number_format(device))
     weight = next(tokenizer.parameters())
     latents, errors, variances = [], [], []
     for clip in clips:

@@ -23,7 +23,7 @@ from cosmos_cli.model.device import number_format, why_not_compiled
 from cosmos_cli.model.dit import DiT, Prompt, patch_grid
 from cosmos_cli.model.finite import require_finite
 from cosmos_cli.model.sequence import SequenceGroup
-from cosmos_cli.prep import latent_files
+from cosmos_cli.model.tokenizer import load_tokenizer
 from cosmos_cli.recipe.keys import Recipe
 
 # Passes x blocks x tokens x width of a video from which compiling pays. Compiling takes 10 s. At
@@ -70,7 +70,7 @@ class VideoModels:
             self.face_blur = FaceBlur(guards.faces, device)
         self.dtype = number_format(device)
         self.net = load_denoiser(r, weights_.path, device, self.dtype, weights_.loras)
-        self.tokenizer = latent_files.load_tokenizer(r, device, self.dtype)
+        self.tokenizer = load_tokenizer(r.model_files.tokenizer, r.spec, device, self.dtype)
         if pair:
             self.net.share(pair.sequence)
         self.attention = attention_backend(r, self.net)

@@ -14,7 +14,7 @@ import torch
 from cosmos_cli import paths
 from cosmos_cli.model import text
 from cosmos_cli.paths import Dataset
-from cosmos_cli.prep import caption_choice, captions
+from cosmos_cli.prep import caption_choice, captions, embedding_files
 from cosmos_cli.prep.sources import Source
 from cosmos_cli.recipe.keys import Recipe
 
@@ -114,7 +114,7 @@ def _cut_captions(r: Recipe, dataset: Dataset, videos: list[Source]) -> dict[str
     # counts as cut if its embedding has the full length.
     pickles = {v.name: dataset.embeddings / f"{v.stem}.pickle" for v in long}
     lengths = {
-        name: len(text.read_pickle(path, r.spec.text))
+        name: len(embedding_files.read(path, r.spec.text))
         for name, path in pickles.items()
         if path.exists()
     }

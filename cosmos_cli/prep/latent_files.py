@@ -1,33 +1,15 @@
-"""Load the video tokenizer, and read the latents that it made."""
+"""Read cached latents."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from cosmos_cli import archives, files
 from cosmos_cli.errors import ExitCode, UserError
-from cosmos_cli.model import weights
-from cosmos_cli.model.finite import require_finite
-from cosmos_cli.model.tokenizer import Tokenizer
 from cosmos_cli.recipe.keys import Recipe
-
-
-def load_tokenizer(r: Recipe, device: str, dtype: torch.dtype) -> Tokenizer:
-    """Load the video tokenizer of the recipe's model, ready to encode and decode.
-
-    Raises:
-        UserError: its file is missing or damaged, or has weights that are not finite.
-    """
-    path = r.model_files.tokenizer
-    tokenizer = Tokenizer(r.spec.tokenizer, r.spec.sigma_data)
-    weights.load_strict(tokenizer, weights.load_tokenizer_state(path), path)
-    tokenizer = tokenizer.to(device=device, dtype=dtype).eval()
-    require_finite(tokenizer.state_dict(), path)
-    return tokenizer
 
 
 def read_latent(path: Path) -> Tensor:

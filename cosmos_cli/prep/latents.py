@@ -14,8 +14,9 @@ from safetensors import SafetensorError, safe_open
 from cosmos_cli import archives, console, files
 from cosmos_cli.model import rgb, video, weights
 from cosmos_cli.model.device import why_not_compiled
+from cosmos_cli.model.tokenizer import load_tokenizer
 from cosmos_cli.paths import Dataset
-from cosmos_cli.prep import clip_statistics, damage, latent_files
+from cosmos_cli.prep import clip_statistics, damage
 from cosmos_cli.prep.sources import Source
 from cosmos_cli.prep.work_sharing import Workers
 from cosmos_cli.recipe.keys import Recipe
@@ -33,7 +34,7 @@ class Latents:
     def __init__(self, r: Recipe, dataset: Dataset, clips: int, device: str) -> None:
         self.recipe, self.dataset = r, dataset
         dtype = torch.float32 if device == "cpu" else torch.bfloat16
-        self.tokenizer = latent_files.load_tokenizer(r, device, dtype)
+        self.tokenizer = load_tokenizer(r.model_files.tokenizer, r.spec, device, dtype)
         # Count the clips that are already encoded too: a resumed run must write the same bits.
         worth_it = device != "cpu" and clips >= WORTH_COMPILING
         if r.compile == "on" or (r.compile == "auto" and worth_it):

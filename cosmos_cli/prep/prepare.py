@@ -20,6 +20,7 @@ from cosmos_cli.prep import (
     caption_choice,
     caption_notes,
     captioner,
+    embedding_files,
     holdout,
     latent_files,
     page,
@@ -188,7 +189,7 @@ def _write_embeddings(
                             raise text.no_embedding(caption, folder)
                         for path in stale[caption]:
                             with files.atomic_file(path) as temporary:
-                                text.write_pickle(temporary, embedding)
+                                embedding_files.write(temporary, embedding)
             bar.advance(count=len(batch))
 
 
@@ -211,4 +212,4 @@ def _check_embeddings(r: Recipe, dataset: Dataset, videos: list[Source]) -> None
     for source in videos:
         path = dataset.embeddings / f"{source.stem}.pickle"
         if not source.reason and not _stale(dataset, [path]):
-            text.read_pickle(path, r.spec.text)
+            embedding_files.read(path, r.spec.text)

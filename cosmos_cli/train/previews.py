@@ -26,9 +26,8 @@ from cosmos_cli import console, files
 from cosmos_cli.errors import UserError
 from cosmos_cli.model import edm, rgb, sampler, video
 from cosmos_cli.model.device import gpu_memory_errors, has_room, is_out_of_memory
-from cosmos_cli.model.tokenizer import Tokenizer
+from cosmos_cli.model.tokenizer import Tokenizer, load_tokenizer
 from cosmos_cli.paths import Dataset, Run
-from cosmos_cli.prep import latent_files
 from cosmos_cli.recipe import plan
 from cosmos_cli.recipe.keys import Recipe
 from cosmos_cli.spec import PREVIEW_SIGMAS
@@ -245,7 +244,7 @@ class Previews:
     def _tokenizer(self) -> Tokenizer:
         dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
         try:
-            return latent_files.load_tokenizer(self.r, "cpu", dtype)
+            return load_tokenizer(self.r.model_files.tokenizer, self.r.spec, "cpu", dtype)
         except UserError as error:
             # The preflight found the tokenizer, so it was lost since. Training does not need it.
             raise _Skipped(str(error)) from error
