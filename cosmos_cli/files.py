@@ -1,9 +1,10 @@
 """Open every file that a user can name: regular files only, within a size limit by kind. No torch.
 
-A link to /dev/zero would fill memory, a pipe would block for ever, and a 5 MB zip can inflate to
-5 GB. So each file is checked before it is opened and again through its descriptor. Text is read up
-to a limit, whatever size the file reports. An archive is checked before a library unpacks it.
-If a library opens a file by its name, the file is checked just before.
+A link to /dev/zero would fill memory, and a pipe would block for ever. So each file is checked
+before it is opened and again through its descriptor. Text is read up to a limit, whatever size the
+file reports. If a library opens a file by its name, the file is checked just before.
+
+Files are written to a temporary name and renamed, so that a kill leaves the old one or the new one.
 """
 
 from __future__ import annotations
@@ -16,13 +17,11 @@ import os
 import re
 import shutil
 import stat
-import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
-from cosmos_cli import pickles
 from cosmos_cli.errors import ExitCode, UserError
 
 MB = 10**6
@@ -71,11 +70,6 @@ WEIGHTS = Kind(
 HUB_TEXT = Kind("a text of the hub", 100 * MB, ExitCode.ASSET, "run `cosmos download RECIPE`")
 DATA = Kind("a file", 10**12, ExitCode.ASSET, "name a regular file")
 
-# Safetensors headers and tensor pickles hold only names and shapes: 0.2 MB for the 7B.
-HEADER_LIMIT = 8 * MB
-PICKLE_LIMIT = 4 * MB
-# The limit for the list of members of an archive.
-LISTING_LIMIT = 16 * MB
 # Parsed JSON takes up to 100 times the memory of its text, so the values are counted first. One of
 # these characters stands before each value.
 _BEFORE_VALUES = ",[{"
@@ -88,8 +82,6 @@ _NO_FILES = (
     (stat.S_ISCHR, "a device"),
     (stat.S_ISBLK, "a device"),
 )
-# The exceptions that checking a damaged archive or pickle may raise.
-_DAMAGE = (*pickles.DAMAGE, zipfile.BadZipFile, zipfile.LargeZipFile, OSError)
 
 
 class BadFile(UserError):
@@ -210,148 +202,13 @@ def read_json(path: Path, kind: Kind = JSON) -> Any:
         raise bad(path, kind, "is damaged: it is nested too deeply") from error
 
 
-# --- weights --------------------------------------------------------------------------------------
-
-
-def check_safetensors(path: Path) -> None:
-    """Check the header length of a safetensors file before the library reads it.
-
-    Raises:
-        NoSuchFile, BadFile: as of `open_regular`, or the header is too long.
-    """
-    length, left = _header(path)
-    # If the header is longer than the file, safetensors itself refuses it.
-    if HEADER_LIMIT < length <= left:
-        what = f"has a header of {length:,} bytes, more than the limit of {HEADER_LIMIT:,}"
-        raise bad(path, WEIGHTS, what)
-
-
-def check_weights(path: Path) -> None:
-    """Check a weights file of either format. Do so before hashing it, which may take minutes.
-
-    Raises:
-        NoSuchFile, BadFile: as of `check_safetensors` and `check_torch`.
-    """
-    if path.suffix != ".safetensors":
-        check_torch(path)
-        return
-    check_safetensors(path)
-    length, left = _header(path)
-    if not 0 < length <= left:
-        raise bad(path, WEIGHTS, "is damaged or not a safetensors file: it has no header")
-
-
-def _header(path: Path) -> tuple[int, int]:
-    """Return the header length that a safetensors file states, and the number of bytes after it."""
-    with open_regular(path, WEIGHTS) as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        return length, os.fstat(stream.fileno()).st_size - 8
-
-
-def check_torch(path: Path) -> bool:
-    """Check a torch file before it is unpacked. Return True if it is a zip archive.
-
-    torch stores the members of its archives uncompressed. A member that is larger than the file
-    would inflate. Files from before torch 1.6 are pickles, followed by the raw tensor data.
-
-    Raises:
-        NoSuchFile, BadFile: as of `open_regular`, or a member is compressed or too large, or a
-            pickle would expand far beyond its size.
-    """
-    with open_regular(path, WEIGHTS) as stream:
-        try:
-            size = os.fstat(stream.fileno()).st_size
-            bounded = pickles.Bounded(stream, LISTING_LIMIT)
-            is_zip = zipfile.is_zipfile(bounded)
-            if is_zip:
-                _check_archive(bounded, size)
-            else:
-                stream.seek(0)
-                pickles.scan_old_format(stream, PICKLE_LIMIT)
-        except _DAMAGE as error:
-            what = f"is damaged or holds more than tensors; nothing in it was run ({error})"
-            raise bad(path, WEIGHTS, what) from error
-    return is_zip
-
-
-def _check_archive(stream: Any, size: int) -> None:
-    """Check the members that torch reads. Raises ValueError and zipfile's exceptions."""
-    with zipfile.ZipFile(stream) as archive:
-        total = 0
-        for member in archive.infolist():
-            inner = member.filename.partition("/")[2]
-            if inner.startswith(("code/", "extra/")) or inner.endswith(".debug_pkl"):
-                # TorchScript compresses these members, but they are never read.
-                continue
-            total += member.file_size
-            if member.compress_type != zipfile.ZIP_STORED:
-                raise ValueError(f"{member.filename} is compressed, which can hide any size")
-            if member.file_size != member.compress_size or total > size:
-                raise ValueError(f"{member.filename} is larger than the file itself")
-            if inner.endswith(".pkl"):
-                pickles.scan(_member(archive, member, PICKLE_LIMIT), PICKLE_LIMIT)
-
-
-def read_member(path: Path, name: str, kind: Kind) -> str:
-    """Return the UTF-8 text of a member of a zip archive.
-
-    Raises:
-        NoSuchFile, BadFile: as of `open_regular`, or the member is missing, damaged or too large.
-    """
-    with open_regular(path, WEIGHTS) as stream:
-        try:
-            with zipfile.ZipFile(pickles.Bounded(stream, LISTING_LIMIT + kind.limit)) as archive:
-                return _member(archive, archive.getinfo(name), kind.limit).read().decode()
-        except _DAMAGE as error:
-            raise bad(path, kind, f"is damaged: {error}") from error
-
-
-def _member(archive: zipfile.ZipFile, member: zipfile.ZipInfo, limit: int) -> BinaryIO:
-    """Return the content of a member. The limit counts real bytes, not the size it states."""
-    with archive.open(member) as stream:
-        content = stream.read(limit + 1)
-    if len(content) > limit:
-        raise ValueError(f"{member.filename} is larger than {limit:,} bytes")
-    return io.BytesIO(content)
-
-
-# --- folders of models ----------------------------------------------------------------------------
-
-# Files other than weights that transformers and peft read in a folder.
-_SETTINGS = frozenset({".json", ".model", ".txt", ".jinja"})
-
-
-def check_model_folder(folder: Path) -> None:
-    """Check the files of a folder that transformers or peft will open by name.
-
-    Raises:
-        BadFile: a file is not a regular file, is too large, or cannot be read.
-    """
-    try:
-        paths = sorted(folder.iterdir())
-    except OSError:
-        # The library reports missing files: it knows which ones it needs.
-        return
-    safe = any(path.suffix == ".safetensors" for path in paths)
-    for path in paths:
-        try:
-            if path.suffix in _SETTINGS:
-                require_regular(path, MODEL_SETTINGS)
-            elif path.suffix == ".safetensors":
-                check_safetensors(path)
-            elif path.suffix == ".bin" and path.name.startswith("pytorch_model") and not safe:
-                check_torch(path)
-        except NoSuchFile:
-            continue
-
+# --- writing --------------------------------------------------------------------------------------
 
 _DISK_ERRORS = frozenset({
     errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOTDIR,
     errno.ENOENT, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG, errno.EFBIG, errno.ELOOP,
     errno.ENOTEMPTY,
 })  # fmt: skip
-
-
 _UMASK = os.umask(0)
 os.umask(_UMASK)
 
@@ -501,6 +358,9 @@ def file_id(file: Path | int) -> tuple[int, int] | None:
     except OSError:
         return None
     return status.st_dev, status.st_ino
+
+
+# --- hashes ---------------------------------------------------------------------------------------
 
 
 def sha256_file(path: Path) -> str:

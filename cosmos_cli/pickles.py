@@ -104,17 +104,6 @@ def _operations(stream: Bounded) -> Iterator[tuple[str, Any]]:
         yield name, argument
 
 
-def scan_old_format(stream: BinaryIO, limit: int) -> None:
-    """Scan the pickles at the start of a file that torch wrote before 1.6.
-
-    Raises:
-        ValueError: as for `scan`.
-    """
-    bounded = Bounded(stream, limit)
-    for _ in range(OLD_FORMAT_PICKLES):
-        scan(bounded, limit)
-
-
 class Restricted(pickle.Unpickler):
     """Unpickles objects that are made of admitted names only.
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cosmos_cli import __version__, console, exchange, files, paths
 from cosmos_cli.errors import ExitCode, UserError
-from cosmos_cli.model import lora, weights
+from cosmos_cli.model import lora, tensor_names, weights
 from cosmos_cli.model.dit import DiT
 from cosmos_cli.model.finite import require_finite
 from cosmos_cli.paths import Run
@@ -53,12 +53,12 @@ def promote(r: Recipe, step: int, kind: str, format: str, target: Path) -> dict[
     with torch.device("meta"):
         expected = {f"net.{k}": v.shape for k, v in DiT(r.spec.dit).state_dict().items()}
     net = {name: tensor for name, tensor in tuned.items() if name.startswith("net.")}
-    weights.check_keys(expected, net, source)
-    weights.check_keys(expected, {k: v for k, v in original.items() if k in net}, base)
+    tensor_names.check_keys(expected, net, source)
+    tensor_names.check_keys(expected, {k: v for k, v in original.items() if k in net}, base)
     changes = relative_changes(net, original)
     fix = "promote an earlier step"
-    require_finite(original, base, weights.name_in_file(base))
-    require_finite(tuned, source, weights.name_in_file(source), fix)
+    require_finite(original, base, tensor_names.name_in_file(base))
+    require_finite(tuned, source, tensor_names.name_in_file(source), fix)
     require_trained(changes, source)
     # The diffusers format has no place for the log-variance head, which only training needs.
     written = net if format == "diffusers" else tuned

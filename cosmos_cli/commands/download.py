@@ -11,8 +11,7 @@ import typer
 from cosmos_cli import console, paths
 from cosmos_cli.commands import options
 from cosmos_cli.console import Result
-from cosmos_cli.download import assets
-from cosmos_cli.download import fetch as hub
+from cosmos_cli.download import assets, fetch
 from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.paths import Dataset
 from cosmos_cli.prep import lerobot
@@ -55,11 +54,11 @@ def download(
     """
     r = options.open_recipe(recipe, set_, print_recipe, json_).recipe
     wanted = assets.of_recipe(r, for_)
-    listings = hub.survey(hub.damaged(wanted) if check else wanted)
+    listings = fetch.survey(fetch.damaged(wanted) if check else wanted)
     if not dry_run:
-        hub.require_room(listings)
+        fetch.require_room(listings)
         for listing in listings:
-            hub.fetch(listing)
+            fetch.fetch(listing)
     if check:
         next_ = options.command_line("prep", recipe, set_)
         console.emit(_check(r, next_, dry_run), as_json=json_)

@@ -28,18 +28,17 @@ def prep(
     dataset.video_files()
     from cosmos_cli.gpus import best_device
     from cosmos_cli.model.device import gpu_memory_errors
-    from cosmos_cli.prep import prepare as model_prep
-    from cosmos_cli.prep import sources
+    from cosmos_cli.prep import caption_choice, caption_notes, latent_files, prepare, sources
 
     if dry_run:
         videos = sources.inspect(r, dataset)
-        sources.find_captions(r, dataset, videos)
-        notes = model_prep.caption_notes(r, dataset, videos)
+        caption_choice.find_captions(r, dataset, videos)
+        notes = caption_notes.collect(r, dataset, videos)
         for line in notes.lines(r):
             console.warn(line)
         sources.require_usable(r, dataset, videos)
         clips = sum(len(source.clips) for source in videos)
-        bytes_needed = clips * model_prep.latent_bytes(r)
+        bytes_needed = clips * latent_files.latent_bytes(r)
         console.say(f"would cache {clips} clips in {console.size(bytes_needed)}")
         figures = {"dry_run": True, "clips": clips, "bytes": bytes_needed, **notes.figures()}
         rows = [sources.row(dataset, source, "") for source in videos]
@@ -48,7 +47,7 @@ def prep(
 
     with console.log_file(dataset.root / "prep.log"), gpu_memory_errors("use a smaller size"):
         try:
-            manifest = model_prep.prepare(r, best_device())
+            manifest = prepare.prepare(r, best_device())
         except UserError:
             console.unmute()
             raise

@@ -7,32 +7,25 @@ import math
 import os
 import shutil
 import threading
-import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass
 from fnmatch import filter as filter_names
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any
 
 from cosmos_cli import console, files, locks
-from cosmos_cli.download import assets, t5
+from cosmos_cli.download import assets, hub, t5
 from cosmos_cli.download.assets import Asset, RemoteFile
 from cosmos_cli.errors import ExitCode, UserError, together
-
-T = TypeVar("T")
 
 # The download threads share one progress bar.
 _COUNTING = threading.Lock()
 
-# HTTP statuses of a busy hub, and the seconds to wait before each retry.
-BUSY = frozenset({408, 429, 500, 502, 503, 504})
-WAITS = (1, 2, 4, 8, 16, 32, 60)
 # The number of files of a repository that are downloaded in parallel.
 AT_ONCE = 4
-UNREACHABLE = "cannot be reached"
 
 
 @dataclass(frozen=True)
@@ -88,7 +81,7 @@ def survey(wanted: Sequence[Asset]) -> list[Listing]:
         try:
             listing = _look(asset)
             if listing.missing:
-                require_access(asset)
+                hub.require_access(asset)
         except UserError as error:
             problems.append(error)
             continue
@@ -127,25 +120,6 @@ def require_room(listings: Sequence[Listing]) -> None:
         )
 
 
-def require_access(asset: Asset) -> None:
-    """Check with the hub that this account may read a repository.
-
-    Raises:
-        UserError: the account may not, or the hub cannot be reached.
-    """
-    from huggingface_hub import HfApi, errors
-
-    with _hub_errors(asset):
-        try:
-            HfApi().auth_check(asset.repo, repo_type=asset.kind)
-        except errors.RepositoryNotFoundError:
-            raise
-        except errors.HfHubHTTPError as error:
-            # A mirror may not support this request, and a busy hub will answer the download itself.
-            if error.response.status_code in (401, 403):
-                raise
-
-
 def is_recorded(asset: Asset) -> bool:
     """True if all files were downloaded and still have their sizes. Uses no network or hashes."""
     listed = _matching(asset, _recorded(asset)[1])
@@ -175,8 +149,8 @@ def _look(asset: Asset) -> Listing:
     revision, known = _recorded(asset)
     wanted = asset.revision or revision or None
     try:
-        with _hub_errors(asset):
-            info = _retrying(
+        with hub.user_errors(asset):
+            info = hub.retrying(
                 asset,
                 lambda: HfApi().repo_info(
                     asset.repo, repo_type=asset.kind, revision=wanted, files_metadata=True
@@ -185,12 +159,20 @@ def _look(asset: Asset) -> Listing:
     except UserError as error:
         # Without a network, an earlier and complete download is enough.
         listed = _matching(asset, known)
-        if not error.what.startswith(UNREACHABLE) or not listed or _missing(asset, listed):
+        if not error.what.startswith(hub.UNREACHABLE) or not listed or _missing(asset, listed):
             raise
         return Listing(asset, revision, listed, [])
     # Only kernel repositories have no attribute `siblings`. Ours are models and datasets.
     siblings: list[Any] = getattr(info, "siblings", None) or []
-    listed = _matching(asset, [_remote_file(sibling) for sibling in siblings])
+    listed = _matching(
+        asset,
+        [
+            RemoteFile(s.rfilename, s.lfs.size, s.lfs.sha256, is_git_hash=False)
+            if s.lfs
+            else RemoteFile(s.rfilename, s.size, s.blob_id, is_git_hash=True)
+            for s in siblings
+        ],
+    )
     names = [file.name for file in listed]
     weights = [pattern for pattern in asset.patterns if pattern.endswith(assets.WEIGHTS)]
     lacking = [pattern for pattern in weights if not filter_names(names, pattern)]
@@ -220,13 +202,6 @@ def _missing(asset: Asset, listed: Sequence[RemoteFile]) -> list[RemoteFile]:
     return [f for f in listed if not any(form.is_at(path) for path, form in _forms(asset, f))]
 
 
-def _remote_file(sibling: Any) -> RemoteFile:
-    lfs = sibling.lfs
-    if lfs:
-        return RemoteFile(sibling.rfilename, lfs.size, lfs.sha256, is_git_hash=False)
-    return RemoteFile(sibling.rfilename, sibling.size, sibling.blob_id, is_git_hash=True)
-
-
 # --- fetching -------------------------------------------------------------------------------------
 
 
@@ -242,7 +217,8 @@ def fetch(listing: Listing) -> None:
         with _alone_in(asset):
             # Another process may have downloaded them while we waited for the lock.
             missing = _missing(asset, listing.missing)
-            with console.progress(asset.repo, _megabytes(missing), "MB") as bar:
+            megabytes = math.ceil(sum(file.size for file in missing) / 1e6)
+            with console.progress(asset.repo, megabytes, "MB") as bar:
                 _fetch_files(listing, missing, bar)
             shutil.rmtree(asset.arrivals, ignore_errors=True)
             _write_record(listing)
@@ -295,8 +271,8 @@ def _fetch_file(listing: Listing, file: RemoteFile, counter: type) -> None:
             arrival.unlink(missing_ok=True)
             _take_from_cache(listing, file, arrival)
     if not arrival.exists():
-        with _hub_errors(asset), files.disk_errors(path):
-            _retrying(
+        with hub.user_errors(asset), files.disk_errors(path):
+            hub.retrying(
                 asset,
                 lambda: hf_hub_download(
                     asset.repo,
@@ -355,10 +331,6 @@ def _compare_published(asset: Asset, file: RemoteFile, path: Path) -> None:
             )
 
 
-def _megabytes(listed: Sequence[RemoteFile]) -> int:
-    return math.ceil(sum(file.size for file in listed) / 1e6)
-
-
 def _counter(bar: console.Progress, file: RemoteFile) -> type:
     """Return a progress bar class for huggingface_hub that adds its megabytes to our bar."""
     from huggingface_hub.utils.tqdm import tqdm
@@ -377,30 +349,6 @@ def _counter(bar: console.Progress, file: RemoteFile) -> type:
                 bar.advance(file.name, self.arrived // 10**6 - before)
 
     return Counting
-
-
-def _retrying(asset: Asset, call: Callable[[], T]) -> T:
-    """Return the result of a call. While the hub reports that it is busy, wait and retry."""
-    from huggingface_hub import errors
-
-    for seconds in WAITS:
-        try:
-            return call()
-        except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError) as error:
-            # The library reports a failed metadata request as "not in the cache". Its cause has the
-            # response.
-            response = getattr(error, "response", None) or getattr(
-                error.__cause__, "response", None
-            )
-            if response is None or response.status_code not in BUSY:
-                raise
-            wait = response.headers.get("Retry-After", "")
-            pause = min(max(seconds, int(wait) if wait.isdigit() else 0), WAITS[-1])
-            console.warn(
-                f"{asset.repo}: the hub answered {response.status_code}, next try in {pause} s"
-            )
-            time.sleep(pause)
-    return call()
 
 
 # --- download records -----------------------------------------------------------------------------
@@ -439,50 +387,3 @@ def _recorded(asset: Asset) -> tuple[str, list[RemoteFile]]:
     if asset.revision not in (record["asked_for"], record["revision"]):
         return "", []
     return record["revision"], [RemoteFile(*file) for file in record["files"]]
-
-
-# --- errors ---------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _hub_errors(asset: Asset) -> Iterator[None]:
-    """Turn errors of the hub into a UserError with a fix and the URL of the repository."""
-    from huggingface_hub import errors, get_token
-
-    # The base class comes from httpx or httpx2, depending on the version of huggingface_hub.
-    transport_error = cast(type[Exception], errors.HfHubHTTPError.__bases__[0])
-
-    def bad(what: str, fix: str) -> UserError:
-        return UserError(what, code=ExitCode.ASSET, where=asset.url, fix=fix)
-
-    def unreachable(error: Exception) -> UserError:
-        fix = "check the network, HF_ENDPOINT and HF_HUB_OFFLINE"
-        return bad(f"{UNREACHABLE}: {type(error).__name__}", fix)
-
-    try:
-        yield
-    except errors.GatedRepoError as error:
-        if get_token():
-            raise bad("your account has no access", "accept the licence on that page") from error
-        raise bad("needs a token", "accept the licence there and set HF_TOKEN") from error
-    except errors.RepositoryNotFoundError as error:
-        raise bad("does not exist, or is private", "check the name, set HF_TOKEN") from error
-    except errors.RevisionNotFoundError as error:
-        held = f"delete {asset.record} to take the newest"
-        fix = "check dataset_revision" if asset.revision else held
-        raise bad("has no such revision", fix) from error
-    except errors.LocalEntryNotFoundError as error:
-        raise unreachable(error) from error
-    except errors.EntryNotFoundError as error:
-        raise bad(f"has no such file: {error}", "check the revision") from error
-    except errors.HFValidationError as error:
-        raise bad("is not a valid repository name", "check dataset_repo") from error
-    except errors.HfHubHTTPError as error:
-        raise bad(f"the hub answered: {error}", "try again later") from error
-    except (transport_error, errors.OfflineModeIsEnabled, ConnectionError) as error:
-        raise unreachable(error) from error
-    except OSError as error:
-        if error.errno is not None:
-            raise
-        # huggingface_hub raises an OSError without errno if a file arrives incomplete.
-        raise bad("sent only a part of a file", "run the same command again") from error

@@ -18,7 +18,7 @@ from math import prod
 from pathlib import Path
 from typing import IO, Any
 
-from cosmos_cli import console, files, pickles
+from cosmos_cli import archives, console, files, pickles
 from cosmos_cli.download import assets
 from cosmos_cli.download.assets import Asset, RemoteFile
 from cosmos_cli.errors import ExitCode, UserError
@@ -54,9 +54,8 @@ def require_encoder(path: Path, asset: Asset) -> None:
     Raises:
         UserError: a tensor is missing or has another shape. The file is deleted.
     """
-    header = _safetensors_header(path)
     try:
-        _require_shapes({name: about.get("shape") for name, about in header.items()}, asset)
+        _require_shapes(_shapes_in(path), asset)
     except UserError:
         path.unlink()
         raise
@@ -135,18 +134,16 @@ def _shapes(config: dict[str, Any]) -> dict[str, list[int]]:
 # --- safetensors ----------------------------------------------------------------------------------
 
 
-def _safetensors_header(path: Path) -> dict[str, Any]:
-    """Return the header of a safetensors file, empty if it is not such a file.
+def _shapes_in(path: Path) -> dict[str, list[int]]:
+    """Return the shapes of the tensors in a safetensors file, empty if it is not such a file."""
+    from safetensors import SafetensorError, safe_open
 
-    Source: huggingface/safetensors, README.md, which also limits the header's length.
-    """
-    with files.open_regular(path, files.WEIGHTS) as stream:
-        try:
-            (length,) = struct.unpack("<Q", stream.read(8))
-            header: dict[str, Any] = json.loads(stream.read(min(length, files.HEADER_LIMIT)))
-        except (struct.error, ValueError, RecursionError):
-            return {}
-    return header
+    archives.check_safetensors(path)
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+    except SafetensorError:
+        return {}
 
 
 def _write_safetensors(path: Path, source: Path, tensors: dict[str, Stored]) -> str:
@@ -192,7 +189,7 @@ def _read_old_format(path: Path) -> dict[str, Stored]:
     Raises:
         UserError: the file is damaged, or holds more than tensors.
     """
-    files.check_torch(path)
+    archives.check_torch(path)
     with files.open_regular(path, files.WEIGHTS) as stream:
         try:
             return _tensors(stream, files.size_of(path))

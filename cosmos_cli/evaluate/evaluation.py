@@ -23,12 +23,13 @@ from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.generate.jobs import Job, Weights
 from cosmos_cli.generate.phases import Pipeline
 from cosmos_cli.generate.video_models import load_denoiser, sample_latents
-from cosmos_cli.model import edm, video
+from cosmos_cli.model import edm, rgb, video
 from cosmos_cli.model.device import number_format
 from cosmos_cli.model.tiny import scorer, world
 from cosmos_cli.model.tiny.scorer import Reading
 from cosmos_cli.model.tiny.world import Scene
-from cosmos_cli.prep import latent_files
+from cosmos_cli.model.tokenizer import load_tokenizer
+from cosmos_cli.prep import holdout
 from cosmos_cli.recipe.keys import Recipe
 from cosmos_cli.train import nearest, page
 from cosmos_cli.train.data import Clips
@@ -87,7 +88,9 @@ class PreparedClips:
         if not dataset.manifest.exists():
             return None
         manifest = dataset.read_manifest()
-        train, heldout = (Clips(dataset.root, rows, r.spec) for rows in paths.split_clips(manifest))
+        train, heldout = (
+            Clips(dataset.root, rows, r.spec) for rows in holdout.split_clips(manifest)
+        )
         used = (video["caption"] for video in manifest["videos"] if video["verdict"] == "used")
         return cls(train, heldout, tuple(dict.fromkeys(used)))
 
@@ -169,7 +172,7 @@ def sample_trials(
         raise next(failed[job] for job in jobs if job in failed)
     dtype = number_format(device)
     net = load_denoiser(r, weights.path, device, dtype, weights.loras)
-    tokenizer = latent_files.load_tokenizer(r, device, dtype)
+    tokenizer = load_tokenizer(r.model_files.tokenizer, r.spec, device, dtype)
     samples: list[Sample] = []
     batch = (16 if device == "cpu" else 64) if r.spec.embedded else 1
     for first in range(0, len(wanted), batch):
@@ -178,7 +181,7 @@ def sample_trials(
         label = f"videos {first + 1}-{first + len(trials)} of {len(wanted)}"
         x0 = sample_latents(r, net, text_embs, [trial.seed for trial in trials], label)
         for trial, latent in zip(trials, x0, strict=True):
-            pixels = video.to_uint8(tokenizer.decode(latent[None].to(dtype))[0]).cpu()
+            pixels = rgb.to_uint8(tokenizer.decode(latent[None].to(dtype))[0]).cpu()
             samples.append(Sample(trial, pixels, latent.cpu()))
     return samples
 
@@ -215,11 +218,11 @@ def consistency(reading: Reading) -> float:
 def reconstruction(r: Recipe, count: int, device: str) -> float:
     """Return the tokenizer's mean reconstruction PSNR in dB on held-out synthetic clips."""
     dtype = number_format(device)
-    tokenizer = latent_files.load_tokenizer(r, device, dtype)
+    tokenizer = load_tokenizer(r.model_files.tokenizer, r.spec, device, dtype)
     psnrs = []
     for seed in range(count):
         scene = world.sample_scene(seed, "heldout")
-        clip = video.to_model(world.render(scene, r.num_frames, r.height, r.width, r.fps))
+        clip = rgb.to_model(world.render(scene, r.num_frames, r.height, r.width, r.fps))
         x = clip[None].to(device, dtype)
         decoded = tokenizer.decode(tokenizer.encode(x)).clamp(-1, 1)
         psnrs.append(float(-10 * torch.log10((decoded - x).float().square().mean() / 4)))

@@ -26,12 +26,12 @@ from torch import Tensor, nn
 from cosmos_cli import console
 from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.generate.video_models import load_denoiser
-from cosmos_cli.model import edm, sampler, video
+from cosmos_cli.model import edm, rgb, sampler
 from cosmos_cli.model.device import number_format
 from cosmos_cli.model.dit import DiT, Prompt, Rope, patch_grid, rope_table
 from cosmos_cli.model.tiny import world
 from cosmos_cli.model.tiny.world import Scene, Thing
-from cosmos_cli.prep import latent_files
+from cosmos_cli.model.tokenizer import load_tokenizer
 from cosmos_cli.recipe.keys import Recipe
 
 FRAMES = 25
@@ -112,11 +112,11 @@ def check_tokenizer(
     Raises:
         UserError: the reconstruction loses the picture, or the latents have the wrong scale.
     """
-    tokenizer = latent_files.load_tokenizer(r, device, number_format(device))
+    tokenizer = load_tokenizer(r.model_files.tokenizer, r.spec, device, number_format(device))
     weight = next(tokenizer.parameters())
     latents, errors, variances = [], [], []
     for clip in clips:
-        x = video.to_model(clip)[None].to(weight)
+        x = rgb.to_model(clip)[None].to(weight)
         latents.append(tokenizer.encode(x))
         errors.append((tokenizer.decode(latents[-1]) - x).float().square().mean())
         variances.append(x.float().var(dim=(0, 2, 3, 4)).mean())

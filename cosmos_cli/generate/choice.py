@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cosmos_cli import console, exchange, files, paths
+from cosmos_cli import archives, console, exchange, files, paths
 from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.generate import promoted
 from cosmos_cli.generate.jobs import Lora, Weights
@@ -229,7 +229,7 @@ def read_weights(r: Recipe, folder: Path | None) -> Weights:
             where=str(path), fix="give a folder or file of weights",
         )  # fmt: skip
     if not path.is_dir():
-        files.check_weights(path)
+        archives.check_weights(path)
     before = files.file_id(path)
     found = Weights(path, files.sha256_path(path))
     named = path.name in paths.MODEL_FORMATS.values()
@@ -340,7 +340,7 @@ def read_lora(text: str) -> Lora:
         raise UserError("does not exist", code=ExitCode.ASSET, where=str(path), fix=fix)
     if not math.isfinite(share):
         raise UserError(f"{share} is not a strength", code=ExitCode.USAGE, where=text, fix=fix)
-    files.check_weights(path)
+    archives.check_weights(path)
     config = path.with_name(paths.ADAPTER_CONFIG_FILE)
     about = files.sha256_file(config) if config.is_file() else ""
     return Lora(path, share, files.sha256_file(path), about)

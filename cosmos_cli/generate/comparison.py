@@ -7,8 +7,9 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from cosmos_cli import files, html
+from cosmos_cli.generate import outputs
 from cosmos_cli.generate.jobs import Job
-from cosmos_cli.model import video
+from cosmos_cli.model import rgb, video
 
 LABEL_SHARE = 0.08
 
@@ -25,20 +26,15 @@ def compare(base: Job, tuned: Job, joined: Job) -> None:
         for name, job in sides.items()
     ]
     pixels = torch.cat(labelled, dim=3)
-    sidecar, prompt_file, sheet, mp4 = joined.files
-    record = {
+    about = {
         "prompt": joined.prompt,
         "seed": joined.r.sampling_seed,
         "key": joined.key,
         "compared": {name: files.read_json(job.files[0]) for name, job in sides.items()},
     }
-    with files.atomic_file(mp4) as temporary:
-        video.write_mp4(temporary, pixels, joined.r.fps, joined.r.video_crf)
-        files.write_json(sidecar, {**record, "mp4_sha256": files.sha256_file(temporary)})
-        files.write_text(prompt_file, joined.prompt + "\n")
-        with files.atomic_file(sheet) as image:
-            video.contact_sheet(pixels, columns=2, rows=4, width=640).save(image, quality=90)
-        files.write_text(mp4.with_suffix(".html"), _page(sides, joined))
+    files.write_text(joined.path.with_suffix(".html"), _page(sides, joined))
+    sheet = rgb.contact_sheet(pixels, columns=2, rows=4, width=640)
+    outputs.write(joined, joined.prompt, pixels, sheet, about)
 
 
 def _page(sides: dict[str, Job], joined: Job) -> str:

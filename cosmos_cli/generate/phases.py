@@ -5,25 +5,22 @@ The networks are loaded one after another, each once for all jobs, or all are ke
 
 from __future__ import annotations
 
-import json
-import platform
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
-from torch import Tensor
 
-from cosmos_cli import __version__, console, files, paths
+from cosmos_cli import console, files, paths
 from cosmos_cli.errors import ExitCode, UserError
+from cosmos_cli.generate import outputs
 from cosmos_cli.generate.guards import guardrail
 from cosmos_cli.generate.jobs import Job, Result, Weights
 from cosmos_cli.generate.text_models import Conditioning, TextModels, negative_prompt
 from cosmos_cli.generate.video_models import Pair, VideoModels
-from cosmos_cli.model import video
+from cosmos_cli.model import rgb
 from cosmos_cli.recipe.keys import Recipe
 
 # Peak memory of a pass of the denoiser without its weights, in units of one activation of all
@@ -47,28 +44,23 @@ def generate(jobs: list[Job], device: str, pair: Pair | None = None) -> Iterator
 
 
 def one_by_one(r: Recipe, weights: Weights, device: str) -> Callable[[Job], Result]:
-    """Return a function that generates one job; all networks stay in memory if they fit."""
-    if not keeps_all(r, device):
+    """Return a function that generates one job.
+
+    `memory: auto` keeps all networks in memory on a CPU, and on a GPU if they fit. A batch loads
+    each network once either way.
+    """
+    together = r.memory != "in_turn"
+    if r.memory == "auto" and device != "cpu":
+        needed, (free, _) = bytes_together(r), torch.cuda.mem_get_info()
+        sizes = f"{console.size(needed)} of GPU memory, {console.size(free)} are free"
+        console.say(f"all networks need {sizes}")
+        together = needed < free
+    if not together:
         return lambda job: next(generate([job], device))
     _say_networks(r, in_turn=False)
     pipeline = Pipeline(r, device, in_turn=False)
     pipeline.load(weights)
     return lambda job: next(pipeline.run([job]))
-
-
-def keeps_all(r: Recipe, device: str) -> bool:
-    """True if all networks stay in memory between prompts.
-
-    `memory: auto` keeps them on a CPU, and on a GPU if they fit. A batch loads each network once
-    either way.
-    """
-    if r.memory != "auto" or device == "cpu":
-        return r.memory != "in_turn"
-    needed, (free, _) = bytes_together(r), torch.cuda.mem_get_info()
-    console.say(
-        f"all networks need {console.size(needed)} of GPU memory, {console.size(free)} are free"
-    )
-    return needed < free
 
 
 def bytes_together(r: Recipe) -> int:
@@ -230,9 +222,14 @@ class Pipeline:
         if videos.frame_filter and (reason := videos.frame_filter.reason(pixels)):
             raise guardrail.blocked("frame filter", reason, job.prompt)
         faces = videos.face_blur.blur(pixels) if videos.face_blur else None
-        seconds = round(time.monotonic() - began, 2)
-        about = {"seconds": seconds, "attention": videos.attention, "compiled": compiled}
-        _write(job, text_emb, pixels, {**about, "blurred_faces": faces})
+        about = {
+            **outputs.provenance(job, text_emb.prompt),
+            "seconds": round(time.monotonic() - began, 2),
+            "attention": videos.attention,
+            "compiled": compiled,
+            "blurred_faces": faces,
+        }
+        outputs.write(job, text_emb.prompt, pixels, rgb.contact_sheet(pixels), about)
 
 
 def not_finite(what: str, job: Job) -> UserError:
@@ -245,40 +242,3 @@ def not_finite(what: str, job: Job) -> UserError:
         code=ExitCode.ASSET, where=job.path.stem,
         fix="use another checkpoint, or lower the strength of a LoRA: `--lora FILE:0.8`",
     )  # fmt: skip
-
-
-def _write(job: Job, text_emb: Conditioning, pixels: Tensor, about: dict[str, Any]) -> None:
-    """Write the files of a job, the sidecar first and the mp4 last.
-
-    The sidecar marks the files as ours if the process is killed halfway.
-    """
-    sidecar, words, sheet, mp4 = job.files
-    with files.atomic_file(mp4) as temporary:
-        video.write_mp4(temporary, pixels, job.r.fps, job.r.video_crf)
-        digest = files.sha256_file(temporary)
-        files.write_json(
-            sidecar, {**_provenance(job, text_emb.prompt), "mp4_sha256": digest, **about}
-        )
-        files.write_text(words, text_emb.prompt + "\n")
-        with files.atomic_file(sheet) as picture:
-            video.contact_sheet(pixels).save(picture, quality=90)
-
-
-def _provenance(job: Job, words: str) -> dict[str, Any]:
-    return {
-        "prompt": job.prompt,
-        "upsampled_prompt": None if words == job.prompt else words,
-        "guardrails": guardrail.names(job.r),
-        "seed": job.r.sampling_seed,
-        "key": job.key,
-        "model": job.r.model,
-        "weights": {"path": str(job.weights.path), "sha256": job.weights.sha256},
-        "loras": [{**asdict(used), "path": str(used.path)} for used in job.weights.loras],
-        "negative_prompt": negative_prompt(job.r),
-        "recipe": json.loads(job.r.model_dump_json()),
-        "versions": {
-            "cosmos": __version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        },
-    }

@@ -18,6 +18,7 @@ from cosmos_cli.generate.guards.aegis import Aegis
 from cosmos_cli.generate.upsampler import Upsampler
 from cosmos_cli.model import text
 from cosmos_cli.model.device import gpu_memory_errors, number_format
+from cosmos_cli.prep import embedding_files
 from cosmos_cli.recipe.keys import Recipe
 
 
@@ -107,7 +108,7 @@ class TextModels:
         if len(embedding) == spec.tokens and (cut := self.encoder.cut([words])):
             read = f"the text encoder reads only the first {spec.tokens} of {cut[words]} tokens"
             console.warn(f"{read} of this prompt: {words[:60]} ...")
-        return text.pad(embedding, spec)
+        return embedding_files.pad(embedding, spec)
 
     def conditioning(self, words: str, uncond: str, embeddings: dict[str, Tensor]) -> Conditioning:
         """Return the conditioning of a prompt and a negative prompt from their embeddings.

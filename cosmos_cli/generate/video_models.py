@@ -18,12 +18,12 @@ from cosmos_cli.generate.guards.faces import FaceBlur
 from cosmos_cli.generate.guards.guardrail import FrameFilter
 from cosmos_cli.generate.jobs import Job, Lora, Weights
 from cosmos_cli.generate.text_models import Conditioning
-from cosmos_cli.model import edm, kernels, lora, sampler, video, weights
+from cosmos_cli.model import edm, kernels, lora, rgb, sampler, tensor_names, weights
 from cosmos_cli.model.device import number_format, why_not_compiled
 from cosmos_cli.model.dit import DiT, Prompt, patch_grid
 from cosmos_cli.model.finite import require_finite
 from cosmos_cli.model.sequence import SequenceGroup
-from cosmos_cli.prep import latent_files
+from cosmos_cli.model.tokenizer import load_tokenizer
 from cosmos_cli.recipe.keys import Recipe
 
 # Passes x blocks x tokens x width of a video from which compiling pays. Compiling takes 10 s. At
@@ -70,7 +70,7 @@ class VideoModels:
             self.face_blur = FaceBlur(guards.faces, device)
         self.dtype = number_format(device)
         self.net = load_denoiser(r, weights_.path, device, self.dtype, weights_.loras)
-        self.tokenizer = latent_files.load_tokenizer(r, device, self.dtype)
+        self.tokenizer = load_tokenizer(r.model_files.tokenizer, r.spec, device, self.dtype)
         if pair:
             self.net.share(pair.sequence)
         self.attention = attention_backend(r, self.net)
@@ -92,7 +92,7 @@ class VideoModels:
     def decode(self, x0: Tensor) -> Tensor | None:
         """Return the pixels of a latent, uint8 CTHW on the CPU, or None if they are not finite."""
         decoded = self.tokenizer.decode(x0.to(self.dtype))[0]
-        return video.to_uint8(decoded).cpu() if decoded.isfinite().all() else None
+        return rgb.to_uint8(decoded).cpu() if decoded.isfinite().all() else None
 
 
 def load_denoiser(
@@ -110,7 +110,7 @@ def load_denoiser(
     net = net.to(dtype).to_empty(device=device)
     weights.load_strict(net, state, base)
     loaded = {f"net.{name}": tensor for name, tensor in net.state_dict().items()}
-    require_finite(loaded, base, weights.name_in_file(base))
+    require_finite(loaded, base, tensor_names.name_in_file(base))
     del loaded
     for about, remarks in lora.load_beside(net, ((used.path, used.strength) for used in loras)):
         console.say(about)

@@ -11,7 +11,14 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from cosmos_cli.model.kernels import _ATTENTION
+# The operators that scaled_dot_product_attention dispatches to, one per backend. Their first two
+# arguments are q and k, BNLK.
+_ATTENTION = (
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+)
 
 
 def is_self_attention(operator: Any, args: tuple[Any, ...]) -> bool:

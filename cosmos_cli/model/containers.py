@@ -150,11 +150,11 @@ def is_start(codec: str, packet: bytes, extradata: bytes) -> bool:
     ISO/IEC 14496-2, 6.2.5.
     """
     if codec == "h264":
-        return _is_h264_start(list(_nals(packet, extradata[4] if extradata[:1] == b"\1" else None)))
+        return _is_h264_start(list(nals(packet, extradata[4] if extradata[:1] == b"\1" else None)))
     if codec == "hevc":
         configured = len(extradata) > 22 and extradata[:1] == b"\1"
-        nals = _nals(packet, extradata[21] if configured else None)
-        pictures = [nal[0] >> 1 & 63 for nal in nals if nal[0] >> 1 & 63 < 32]
+        kinds = (nal[0] >> 1 & 63 for nal in nals(packet, extradata[21] if configured else None))
+        pictures = [kind for kind in kinds if kind < 32]
         return bool(pictures) and all(16 <= kind <= 23 for kind in pictures)
     if codec == "vp9":
         profile = packet[0] >> 5 & 1 | packet[0] >> 3 & 2
@@ -167,12 +167,12 @@ def is_start(codec: str, packet: bytes, extradata: bytes) -> bool:
     return True
 
 
-def _is_h264_start(nals: list[bytes]) -> bool:
+def _is_h264_start(units: list[bytes]) -> bool:
     """True for an IDR picture, or an I picture with an exact recovery point of 0 frames."""
-    if any(nal[0] & 31 == 5 for nal in nals):
+    if any(nal[0] & 31 == 5 for nal in units):
         return True
     exact = False
-    for nal in nals:
+    for nal in units:
         if nal[0] & 31 == 6:
             exact = exact or _recovers_at_once(nal[1:])
         elif nal[0] & 31 == 1:
@@ -210,7 +210,7 @@ def _golomb(data: bytes, at: int) -> tuple[int, int]:
     return (bits >> (192 - end) & (1 << zeros + 1) - 1) - 1, end
 
 
-def _nals(packet: bytes, sizes: int | None) -> Iterator[bytes]:
+def nals(packet: bytes, sizes: int | None) -> Iterator[bytes]:
     """Yield the NAL units of an H.264 or HEVC packet.
 
     `sizes` is the header byte with the width of their length fields, or None for start codes.

@@ -1,8 +1,7 @@
 """The few operations that can run on a faster kernel than plain PyTorch.
 
 The denoiser calls `attention` for every attention, and the functions that `fuse` compiles for the
-element-wise work between its linears. Selective activation checkpointing, `keep`, is here too: it
-recognises an output by the operator that computed it.
+element-wise work between its linears.
 
 Dimension letters: B batch, L queries, M keys, D width, N heads, K head width.
 """
@@ -16,15 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-
-# The operators that scaled_dot_product_attention dispatches to, one per backend. Their first two
-# arguments are q and k, BNLK.
-_ATTENTION = (
-    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
-    torch.ops.aten._scaled_dot_product_flash_attention.default,
-    torch.ops.aten._scaled_dot_product_efficient_attention.default,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
-)
 
 # Compute capabilities where cuDNN attention is twice as fast as FlashAttention 2: Hopper and
 # data-center Blackwell.

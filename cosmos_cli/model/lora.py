@@ -16,9 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cosmos_cli.model import edm, lora_files, weights
+from cosmos_cli.model import edm, lora_files
 from cosmos_cli.model.finite import require_finite
 from cosmos_cli.model.lora_files import Change
+from cosmos_cli.model.tensor_names import another_model, some
 from cosmos_cli.spec import LORA_TARGETS
 
 # The columns added to a weight are padded to a multiple of this, so that its rows stay aligned.
@@ -236,8 +237,8 @@ def check_fit(
         if name in shapes and (len(change.b), change.a.shape[1]) != tuple(shapes[name])
     ]
     found = {"unknown": unknown, "of another shape": other}
-    if problems := [weights.some(names, kind) for kind, names in found.items() if names]:
-        raise weights.another_model(problems, where)
+    if problems := [some(names, kind) for kind, names in found.items() if names]:
+        raise another_model(problems, where)
 
 
 @torch.no_grad()

@@ -24,10 +24,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from cosmos_cli import files
+from cosmos_cli import archives, files
 from cosmos_cli.errors import ExitCode, UserError
-from cosmos_cli.model import weights
+from cosmos_cli.model import tensor_names, weights
 from cosmos_cli.model.finite import require_finite
+from cosmos_cli.model.tensor_names import COLUMNS, DIFFUSERS, OURS, another_model, rename, some
 
 # The header entry in which diffusers stores the settings, peft's file with them, and diffusers'
 # prefix of settings and tensors.
@@ -154,7 +155,7 @@ def _compiled(pattern: str) -> re.Pattern[str]:
 
 def save(path: Path, state: Mapping[str, Tensor], scale: float) -> None:
     """Write the factors of a LoRA in the format of diffusers, which reads it through peft."""
-    renamed = weights.rename(state, weights.OURS, weights.DIFFUSERS, path)
+    renamed = rename(state, OURS, DIFFUSERS, path)
     rank = next(len(factor) for name, factor in state.items() if name.endswith("lora_A.weight"))
     linears = {re.sub(r"^\w+\.\d+\.|\.lora_[AB]\.weight$", "", key) for key in renamed}
     settings = {"r": rank, "lora_alpha": scale * rank, "target_modules": sorted(linears)}
@@ -183,8 +184,11 @@ def read(path: Path) -> dict[str, Change]:
     changes = {}
     for linear, found in parts.items():
         a, b, key = _pair(path, found)
+        # The patterns of settings match the name with or without the prefixes of wrappers.
+        plain = key.removeprefix("base_model.model.")
+        names = (plain, _PREFIXES.sub("", plain))
         try:
-            scale = settings.scale(_names(key), len(a)) if settings else 1.0
+            scale = settings.scale(names, len(a)) if settings else 1.0
         except ValueError as error:
             raise _refused(source, f"gives {error}") from error
         if "alpha" in found:
@@ -213,7 +217,7 @@ def _tensors(path: Path) -> dict[str, Tensor]:
     if path.suffix.lower() in _PICKLES:
         stored = weights.load_tensors(path)
     else:
-        files.check_safetensors(path)
+        archives.check_safetensors(path)
         with weights.reading(path):
             stored = load_file(path)
     for key, value in stored.items():
@@ -265,7 +269,7 @@ def _settings(path: Path) -> tuple[Settings | None, Path]:
 
 def _header(path: Path) -> dict[str, Any]:
     """Return the settings in the header of a safetensors file, {} if it has none."""
-    files.check_safetensors(path)
+    archives.check_safetensors(path)
     with weights.reading(path), safe_open(path, framework="pt") as stream:
         header = json.loads((stream.metadata() or {}).get(_SETTINGS, "{}"))
         # A diffusers header may also hold settings of other networks, with a dot in the name.
@@ -292,7 +296,7 @@ def _sorted_by_linear(path: Path, stored: Mapping[str, Tensor]) -> dict[str, dic
             raise _refused(path, f"has {part} of one linear twice: {parts[part][0]} and {key}")
         parts[part] = key, tensor
     if unknown:
-        raise weights.another_model([weights.some(unknown, "unknown")], path)
+        raise another_model([some(unknown, "unknown")], path)
     return found
 
 
@@ -305,15 +309,13 @@ def _pair(path: Path, parts: Mapping[str, Part]) -> tuple[Tensor, Tensor, str]:
     keys = [key for key, _ in parts.values()]
     if not {"A", "B"} <= parts.keys():
         missing = "A" if "A" not in parts else "B"
-        raise weights.another_model(
-            [f"no pair of factors, {missing} is missing for {keys[0]}"], path
-        )
+        raise another_model([f"no pair of factors, {missing} is missing for {keys[0]}"], path)
     (key_a, a), (key_b, b) = parts["A"], parts["B"]
     if a.ndim != 2 or b.ndim != 2 or len(a) != b.shape[1] or not len(a):
         shapes = f"{key_a} is {tuple(a.shape)} and {key_b} is {tuple(b.shape)}"
-        raise weights.another_model([f"no pair of factors: {shapes}"], path)
+        raise another_model([f"no pair of factors: {shapes}"], path)
     if "alpha" in parts and parts["alpha"][1].numel() != 1:
-        raise weights.another_model([f"{parts['alpha'][0]} is not one number"], path)
+        raise another_model([f"{parts['alpha'][0]} is not one number"], path)
     match = _PART.fullmatch(key_a)
     assert match
     return a, b, match["linear"]
@@ -331,19 +333,13 @@ def _our_name(linear: str) -> str | None:
     return found.replace("#", block[2] if block else "") if found else None
 
 
-def _names(key: str) -> tuple[str, ...]:
-    """Return the names under which settings may refer to a linear of a file."""
-    own = key.removeprefix("base_model.model.")
-    return tuple(dict.fromkeys((own, _PREFIXES.sub("", own))))
-
-
 @cache
 def _linears() -> tuple[dict[str, str], dict[str, str]]:
     """Map all other names of the linears to ours: a table of dotted ones, one with underscores.
 
     "#" stands for the number of the block.
     """
-    tables = [weights.names(column, weights.OURS) for column in weights.COLUMNS]
+    tables = [tensor_names.names(column, OURS) for column in COLUMNS]
     dotted = {
         _PREFIXES.sub("", theirs): ours
         for table in tables

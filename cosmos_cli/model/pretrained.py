@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from cosmos_cli import files
+from cosmos_cli import archives, files
 from cosmos_cli.errors import ExitCode, UserError
 
 
@@ -23,7 +23,7 @@ def load(kind: Any, source: Path | str, **options: Any) -> Any:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    files.check_model_folder(Path(source))
+    archives.check_model_folder(Path(source))
     return kind.from_pretrained(source, local_files_only=True, trust_remote_code=False, **options)
 
 

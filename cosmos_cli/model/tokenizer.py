@@ -15,13 +15,15 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import pairwise
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange, reduce, repeat
 from torch import Tensor, nn
 
-from cosmos_cli.model import kernels
+from cosmos_cli.model import kernels, weights
+from cosmos_cli.model.finite import require_finite
 from cosmos_cli.spec import ModelSpec, TokenizerSpec
 
 Extent = tuple[int, int, int]
@@ -31,6 +33,19 @@ COLORS = 3
 POINT: Extent = (1, 1, 1)
 SPACE: Extent = (1, 3, 3)
 TIME: Extent = (3, 1, 1)
+
+
+def load_tokenizer(path: Path, spec: ModelSpec, device: str, dtype: torch.dtype) -> Tokenizer:
+    """Load the video tokenizer of a model, ready to encode and decode.
+
+    Raises:
+        UserError: its file is missing or damaged, or has weights that are not finite.
+    """
+    tokenizer = Tokenizer(spec.tokenizer, spec.sigma_data)
+    weights.load_strict(tokenizer, weights.load_tokenizer_state(path), path)
+    tokenizer = tokenizer.to(device=device, dtype=dtype).eval()
+    require_finite(tokenizer.state_dict(), path)
+    return tokenizer
 
 
 class Tokenizer(nn.Module):

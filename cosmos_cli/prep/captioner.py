@@ -16,7 +16,7 @@ from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.model import pretrained, video
 from cosmos_cli.model.finite import require_finite
 from cosmos_cli.paths import Dataset
-from cosmos_cli.prep import captions, sources, work_sharing
+from cosmos_cli.prep import caption_choice, captions, work_sharing
 from cosmos_cli.prep.sources import Source
 from cosmos_cli.recipe.keys import Recipe
 
@@ -87,7 +87,7 @@ def describe(r: Recipe, dataset: Dataset, videos: list[Source], job: str, device
     """
     if r.caption != "vlm":
         return
-    unseen = sources.find_captions(r, dataset, videos)
+    unseen = caption_choice.find_captions(r, dataset, videos)
     if not unseen:
         return
     with work_sharing.workers(dataset.descriptions / "prep.lock", job) as workers:
@@ -104,13 +104,13 @@ def _share(
 ) -> None:
     """Describe the videos that no other process has described or is working on."""
     captioner: Captioner | None = None
-    unseen = {source.name for source in sources.find_captions(r, dataset, videos)}
+    unseen = {source.name for source in caption_choice.find_captions(r, dataset, videos)}
     with console.progress("describe", len(unseen), "videos") as bar:
         for number, source in enumerate(videos):
             if source.name not in unseen:
                 continue
             with workers.piece(number) as ours:
-                if ours and sources.read_description(r, dataset, source) is None:
+                if ours and caption_choice.read_description(r, dataset, source) is None:
                     captioner = captioner or _load(r, device)
                     _describe_one(r, dataset, source, captioner)
             bar.advance(source.name)
@@ -127,7 +127,11 @@ def _describe_one(r: Recipe, dataset: Dataset, source: Source, captioner: Captio
     except video.VideoError as error:
         console.warn(f"{source.path}: cannot be described: {error}")
         return
-    value = {"key": sources.description_key(r, source), "model": r.caption_model, "caption": words}
+    value = {
+        "key": caption_choice.description_key(r, source),
+        "model": r.caption_model,
+        "caption": words,
+    }
     files.write_json(dataset.descriptions / f"{source.stem}.json", value)
 
 

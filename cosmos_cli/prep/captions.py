@@ -12,7 +12,7 @@ import io
 import json
 import re
 import unicodedata
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -40,14 +40,6 @@ def key(name: str) -> str:
     """
     form = unicodedata.normalize("NFD", name.strip()).casefold()
     return unicodedata.normalize("NFD", form).strip()
-
-
-def by_key(names: Iterable[str]) -> dict[str, list[str]]:
-    """Group names by their key."""
-    found: dict[str, list[str]] = {}
-    for name in names:
-        found.setdefault(key(name), []).append(name)
-    return found
 
 
 @dataclass
@@ -163,7 +155,9 @@ def read(path: Path, videos: Collection[str]) -> tuple[dict[str, str], list[str]
         else:
             rows.append((number, _base_name(row["file"], videos), row["caption"]))
     exact = {name for _, name, _ in rows if name in videos}
-    alike = by_key(videos)
+    alike: dict[str, list[str]] = {}
+    for video in videos:
+        alike.setdefault(key(video), []).append(video)
     for number, name, caption in rows:
         found = [name] if name in videos else alike.get(key(name), [])
         if len(found) > 1:

@@ -3,7 +3,8 @@
 FFmpeg's decoders conceal damage, and torchcodec does not pass on their reports. So the frames that
 clips use are decoded a second time: with FFmpeg's native decoder for most codecs, and with libvpx
 for VP8 and VP9, for which the native decoders report nothing. For HEVC, FFmpeg reports only a third
-of the damage, so libde265 decodes the frames as well, if the system has it.
+of the damage, so libde265 decodes the frames as well, if the system has it. For H.264, h264.py
+makes the native decoder check where slices end.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from av.bitstream import BitStreamFilterContext
 from cosmos_cli import files
 from cosmos_cli.model import containers
 from cosmos_cli.model.containers import Packets
+from cosmos_cli.prep import h264
 
 if TYPE_CHECKING:
     from cosmos_cli.model.video import Clip
@@ -35,6 +37,7 @@ STRICTER = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
 # Warnings of libde265 that an undamaged file never causes: a slice that ends early, wrong entry
 # points, a block outside of the picture, invalid headers, a row without an end.
 HEVC_DAMAGE = {1002, 1003, 1004, 1005, 1006, 1007, 1017}
+HEVC_PARAMETER_SETS = (32, 33, 34)
 # Pixel formats for which libde265 gives no such warnings on undamaged files.
 HEVC_FORMATS = {"yuv420p", "yuvj420p", "yuv420p10le"}
 
@@ -113,10 +116,12 @@ def _decode(path: Path, stream: int, span: tuple[int, int]) -> Iterator[tuple[in
             if codec.codec.canonical_name in STRICTER:
                 codec = av.CodecContext.create(STRICTER[codec.codec.canonical_name], "r")
             codec.thread_count = 1
+            taller = h264.TallerStream(codec)
             for packet in _packets(file, video, span):
                 pts = packet.dts if packet.pts is None else packet.pts
-                yield pts, packet.is_corrupt or _fails(codec, packet) or _reported(logs)
-            yield pts, _fails(codec, None) or _reported(logs)
+                report = _reports(codec, logs, *taller.packet(packet))
+                yield pts, packet.is_corrupt or report
+            yield pts, _reports(codec, logs, *taller.packet(None))
     except av.FFmpegError:
         yield pts, True
     finally:
@@ -137,19 +142,26 @@ def _packets(
             yield packet
 
 
-def _fails(codec: av.VideoCodecContext, packet: av.Packet | None) -> bool:
-    """True if the decoder rejects a packet or marks a frame as corrupt."""
+def _reports(
+    codec: av.VideoCodecContext,
+    logs: list[tuple[int, str, str]],
+    packet: av.Packet | None,
+    expected: str | None,
+) -> bool:
+    """True if decoding a packet reports damage. Clears the log.
+
+    `expected` is what `TallerStream.packet` returns.
+    """
     try:
-        return any(frame.is_corrupt for frame in codec.decode(packet))
+        frames = codec.decode(packet)
+        failed = expected is None and any(frame.is_corrupt for frame in frames)
     except av.FFmpegError:
-        return True
-
-
-def _reported(logs: list[tuple[int, str, str]]) -> bool:
-    """True if the log has an error or a report of concealment. Clears the log."""
-    found = any(level <= av.logging.ERROR or "concealing" in text for level, _, text in logs)
+        failed = True
+    found = [text for level, _, text in logs if level <= av.logging.ERROR or "concealing" in text]
     logs.clear()
-    return found
+    if expected:
+        return failed or len(found) != 1 or not found[0].startswith(expected)
+    return failed or bool(found)
 
 
 def _spans(rows: Iterable[tuple[int, bool]], packets: Packets) -> Iterator[tuple[int, int]]:
@@ -195,12 +207,21 @@ def _decode_hevc(path: Path, stream: int, span: tuple[int, int]) -> Iterator[tup
         if video.codec_context.name != "hevc" or video.codec_context.pix_fmt not in HEVC_FORMATS:
             return
         unpack = BitStreamFilterContext("hevc_mp4toannexb", video)
-        units = []
+        units: list[tuple[int, bytes]] = []
+        sent: set[bytes] = set()
         try:
             for packet in _packets(file, video, span):
                 pts = packet.dts if packet.pts is None else packet.pts
                 data = b"".join(bytes(part) for part in unpack.filter(packet))
-                units.append((pts, data))
+                nals = list(containers.nals(data, None))
+                sets = {nal for nal in nals if nal[0] >> 1 & 63 in HEVC_PARAMETER_SETS}
+                # Trap: if parameter sets are repeated, libde265 1.0.11 loses reference pictures. It
+                # keeps only 20 warnings, so those about lost pictures then hide the others.
+                if sets <= sent:
+                    nals = [nal for nal in nals if nal not in sets]
+                else:
+                    sent = sets
+                units.append((pts, b"".join(b"\0\0\1" + nal for nal in nals)))
         except av.FFmpegError:
             yield units[-1][0] if units else span[0], True
     rows = [struct.pack("<I", len(data)) + data for _, data in units]

@@ -20,7 +20,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, Field, ValidationError
 
-from cosmos_cli import files
+from cosmos_cli import archives, files
 from cosmos_cli.errors import ExitCode, UserError
 
 INFO = Path("meta") / "info.json"
@@ -318,7 +318,7 @@ def _batches(parquet: Any, stream: Any, columns: list[str]) -> Iterator[Any]:
         ValueError: the file exceeds a limit.
     """
     limits = {
-        "thrift_string_size_limit": files.HEADER_LIMIT,
+        "thrift_string_size_limit": archives.HEADER_LIMIT,
         "thrift_container_size_limit": MOST_VALUES,
     }
     metadata = parquet.ParquetFile(stream, **limits).metadata

@@ -14,7 +14,7 @@ import torch
 
 from cosmos_cli import console, files, html
 from cosmos_cli.html import Html
-from cosmos_cli.model import video
+from cosmos_cli.model import rgb, video
 from cosmos_cli.model.tokenizer import Tokenizer
 from cosmos_cli.paths import Dataset
 from cosmos_cli.prep import clip_statistics
@@ -68,12 +68,10 @@ def write(
         ("Videos", _table(findings, pictures)),
         ("Time", _times(findings.seconds, next(tokenizer.parameters()).device.type)),
     ]
-    note = f"{dataset.videos} prepared for {r.model}: {_settings(findings.manifest['settings'])}."
+    settings = findings.manifest["settings"].items()
+    listed = ", ".join(f"{k} {v}" for k, v in settings if k != "model" and v is not None)
+    note = f"{dataset.videos} prepared for {r.model}: {listed}."
     files.write_text(dataset.report, html.page(f"Dataset {dataset.root.name}", sections, note))
-
-
-def _settings(settings: dict[str, Any]) -> str:
-    return ", ".join(f"{k} {v}" for k, v in settings.items() if k != "model" and v is not None)
 
 
 def _totals(dataset: Dataset, findings: Findings) -> Iterator[tuple[str, str]]:
@@ -139,21 +137,15 @@ def _table(findings: Findings, pictures: dict[str, Html]) -> str:
         clips = findings.statistics.get(v["file"], [])
         motion = f"{sum(clip.motion for clip in clips) / len(clips):.2f}" if clips else ""
         verdict = f"rejected: {v['reason']}" if v["reason"] else f"used ({v['split']})"
-        shape = (
-            v["frames"],
-            f"{v['fps']:.4g}",
-            f"{v['width']}x{v['height']}",
-            f"{v['seconds']:.2f}",
-        )
+        size = f"{v['width']}x{v['height']}"
+        shape = (v["frames"], f"{v['fps']:.4g}", size, f"{v['seconds']:.2f}")
         caption = (v["clips"], motion, v["caption"], v["caption_source"])
         picture = pictures.get(v["file"], "")
         rows.append((picture, v["file"], verdict, *(shape if v["frames"] else [""] * 4), *caption))
-    note = (
-        ""
-        if len(pictures) < MOST_PICTURES
-        else html.text(f"Pictures are of {MOST_PICTURES} videos, chosen at random.")
-    )
-    return note + html.table(rows, header)
+    table = html.table(rows, header)
+    if len(pictures) < MOST_PICTURES:
+        return table
+    return html.text(f"Pictures are of {MOST_PICTURES} videos, chosen at random.") + table
 
 
 def _pictures(r: Recipe, videos: list[Source], folder: Path) -> dict[str, Html]:
@@ -171,18 +163,14 @@ def _pictures(r: Recipe, videos: list[Source], folder: Path) -> dict[str, Html]:
                 frames = video.read_small(source.path, source.info, COLUMNS * ROWS, CELL)
             except video.VideoError:
                 continue
-            video.contact_sheet(frames, COLUMNS, ROWS, CELL).save(path, quality=75)
+            rgb.contact_sheet(frames, COLUMNS, ROWS, CELL).save(path, quality=75)
             pictures[source.name] = html.media(path)
     return pictures
 
 
 @torch.inference_mode()
 def _reconstructions(
-    r: Recipe,
-    dataset: Dataset,
-    videos: list[Source],
-    tokenizer: Tokenizer,
-    folder: Path,
+    r: Recipe, dataset: Dataset, videos: list[Source], tokenizer: Tokenizer, folder: Path
 ) -> str:
     """Return the HTML of some clips next to what the tokenizer decodes from their latents."""
     numbered = [(source, clip) for source in videos for clip in source.clips]
@@ -194,8 +182,8 @@ def _reconstructions(
             source, clip = numbered[i]
             pixels = video.read_clip(source.path, clip, r.height, r.width, r.resize)
             x0 = read_latent(dataset.latents / source.latent_name(clip)).to(parameter)
-            again = video.to_uint8(tokenizer.decode(x0[None])[0]).cpu()
-            found.append(video.psnr(pixels, again))
+            again = rgb.to_uint8(tokenizer.decode(x0[None])[0]).cpu()
+            found.append(rgb.psnr(pixels, again))
             path = folder / "check.mp4"
             video.write_mp4(path, _side_by_side(pixels, again), clip.fps, CHECK_CRF)
             what = f"{source.name} from frame {clip.start}: PSNR {found[-1]:.1f} dB"
@@ -211,7 +199,7 @@ def _reconstructions(
 
 def _side_by_side(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     height = max(2, round(left.shape[2] * CHECK_WIDTH / left.shape[3] / 2) * 2)
-    both = [video.resize_frames(part, height, CHECK_WIDTH, "stretch") for part in (left, right)]
+    both = [rgb.resize_frames(part, height, CHECK_WIDTH, "stretch") for part in (left, right)]
     return torch.cat(both, dim=3)
 
 

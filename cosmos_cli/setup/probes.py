@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cosmos_cli.download import fetch
+from cosmos_cli.download import hub
 from cosmos_cli.download.assets import Asset
 from cosmos_cli.errors import UserError
 
@@ -300,9 +300,9 @@ def probe_hub(*repositories: str) -> dict[str, Any]:
     def ask(repository: str) -> tuple[str, str, str]:
         kind, _, repo = repository.partition(":")
         try:
-            fetch.require_access(Asset(repo, kind, Path(), ()))
+            hub.require_access(Asset(repo, kind, Path(), ()))
         except UserError as error:
-            verdict = "unknown" if error.what.startswith(fetch.UNREACHABLE) else "refused"
+            verdict = "unknown" if error.what.startswith(hub.UNREACHABLE) else "refused"
             return repo, verdict, str(error)
         return repo, "open", ""
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from cosmos_cli import files
 from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.gpus import best_device
-from cosmos_cli.model import lora, lora_files, weights
+from cosmos_cli.model import lora, lora_files, tensor_names, weights
 from cosmos_cli.model.ema import PowerEMA
 from cosmos_cli.model.finite import require_finite
 from cosmos_cli.paths import MANIFEST_FILE, Run
@@ -92,7 +92,7 @@ def load_weights(module: nn.Module, state: dict[str, Tensor], where: Path) -> No
         buffers = {n: own[n] for n in buffers if not n.startswith("logvar.")}
     shapes = {name: full_shape(parameter) for name, parameter in parameters.items()}
     shapes |= {name: buffer.shape for name, buffer in buffers.items()}
-    weights.check_keys(shapes, state, where)
+    tensor_names.check_keys(shapes, state, where)
     for name, parameter in parameters.items():
         scatter(state[name], parameter, shard(parameter))
     for name, buffer in buffers.items():
@@ -100,7 +100,7 @@ def load_weights(module: nn.Module, state: dict[str, Tensor], where: Path) -> No
     require_finite(
         {n: own_part(p, shard(p)) for n, p in parameters.items()} | buffers,
         where,
-        weights.name_in_file(where),
+        tensor_names.name_in_file(where),
     )
     forget_copies(module)
 

@@ -13,8 +13,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cosmos_cli.errors import ExitCode, UserError
-from cosmos_cli.model import edm, text
-from cosmos_cli.prep import latent_files
+from cosmos_cli.model import edm
+from cosmos_cli.prep import embedding_files, latent_files
 from cosmos_cli.spec import ModelSpec
 
 
@@ -113,8 +113,8 @@ class Clips:
     def read(self, index: int) -> tuple[Tensor, Tensor, float]:
         """Return x0 (C, T, H, W) fp32, the padded text embedding (M, D) fp32, and frames/s."""
         clip = self.clips[index]
-        embedding = text.read_pickle(self.root / clip["text"], self.spec.text)
-        text_emb = text.pad(embedding.float(), self.spec.text)
+        embedding = embedding_files.read(self.root / clip["text"], self.spec.text)
+        text_emb = embedding_files.pad(embedding.float(), self.spec.text)
         return self.latent(index), text_emb, float(clip["fps"])
 
     def latent(self, index: int) -> Tensor:

@@ -15,6 +15,7 @@ from cosmos_cli import console, files, gpus, paths
 from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.gpus import gpu_names
 from cosmos_cli.paths import Dataset, Run
+from cosmos_cli.prep import holdout
 from cosmos_cli.ranks import under_launcher
 from cosmos_cli.recipe import plan
 from cosmos_cli.train import status, trackers
@@ -76,7 +77,7 @@ def check_dataset(r: Recipe) -> tuple[int, int]:
                 f"was prepared with {key} = {prepared}, the recipe says {wanted}",
                 code=ExitCode.DATASET,
                 where=where,
-                fix="run cosmos prep again",
+                fix="run `cosmos prep RECIPE` again",
             )
     listed = {video["path"]: video["bytes"] for video in manifest["videos"]}
     names = {*listed, *(path.name for path in dataset.video_files())}
@@ -86,9 +87,9 @@ def check_dataset(r: Recipe) -> tuple[int, int]:
             f"is older than the videos: {changed[0][0]} was added, removed or changed",
             code=ExitCode.DATASET,
             where=where,
-            fix="run cosmos prep again",
+            fix="run `cosmos prep RECIPE` again",
         )
-    clips, held_out = paths.split_clips(manifest)
+    clips, held_out = holdout.split_clips(manifest)
     return len(clips), len(held_out)
 
 

@@ -24,11 +24,10 @@ from torch import Tensor
 
 from cosmos_cli import console, files
 from cosmos_cli.errors import UserError
-from cosmos_cli.model import edm, sampler, video
+from cosmos_cli.model import edm, rgb, sampler, video
 from cosmos_cli.model.device import gpu_memory_errors, has_room, is_out_of_memory
-from cosmos_cli.model.tokenizer import Tokenizer
+from cosmos_cli.model.tokenizer import Tokenizer, load_tokenizer
 from cosmos_cli.paths import Dataset, Run
-from cosmos_cli.prep import latent_files
 from cosmos_cli.recipe import plan
 from cosmos_cli.recipe.keys import Recipe
 from cosmos_cli.spec import PREVIEW_SIGMAS
@@ -165,7 +164,7 @@ class Previews:
             frames = torch.cat([decode(cell)[:, -1:] for cell in cells], dim=1)
             size = (1 + len(PREVIEW_SIGMAS), len(self.shown.chosen), CELL_PIXELS)
             with files.atomic_file(self.run.preview(step)) as temporary:
-                video.contact_sheet(frames, *size).save(temporary, quality=90)
+                rgb.contact_sheet(frames, *size).save(temporary, quality=90)
 
     @torch.no_grad()
     def _sample(self, engine: Any, step: int) -> dict[str, float]:
@@ -230,7 +229,7 @@ class Previews:
         with files.atomic_file(path) as temporary:
             video.write_mp4(temporary, pixels, self.r.fps, self.r.video_crf)
         with files.atomic_file(path.with_suffix(".jpg")) as temporary:
-            sheet = video.contact_sheet(pixels, SHEET_COLUMNS, 1, CELL_PIXELS)
+            sheet = rgb.contact_sheet(pixels, SHEET_COLUMNS, 1, CELL_PIXELS)
             sheet.save(temporary, quality=90)
 
     def _caption(self, clip: int) -> str:
@@ -245,7 +244,7 @@ class Previews:
     def _tokenizer(self) -> Tokenizer:
         dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
         try:
-            return latent_files.load_tokenizer(self.r, "cpu", dtype)
+            return load_tokenizer(self.r.model_files.tokenizer, self.r.spec, "cpu", dtype)
         except UserError as error:
             # The preflight found the tokenizer, so it was lost since. Training does not need it.
             raise _Skipped(str(error)) from error
@@ -257,7 +256,7 @@ class Previews:
         dtype = next(tokenizer.parameters()).dtype
         try:
             tokenizer.to(device)
-            yield lambda x0: video.to_uint8(tokenizer.decode(x0.to(device, dtype))[0]).cpu()
+            yield lambda x0: rgb.to_uint8(tokenizer.decode(x0.to(device, dtype))[0]).cpu()
         finally:
             tokenizer.cpu()
 

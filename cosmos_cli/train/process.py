@@ -14,10 +14,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from cosmos_cli import console, files, paths, ranks
+from cosmos_cli import console, files, ranks
 from cosmos_cli.errors import UserError
 from cosmos_cli.model.device import gpu_memory_errors
 from cosmos_cli.paths import Dataset, Run
+from cosmos_cli.prep import holdout
 from cosmos_cli.recipe import loading
 from cosmos_cli.recipe.keys import Recipe
 from cosmos_cli.train import data, loop, page, requests, status
@@ -73,7 +74,7 @@ def open_dataset(r: Recipe) -> tuple[data.Clips, HeldOut | None, dict[str, Any]]
     dataset = Dataset.at(r.dataset_dir, r.videos_dir)
     clips, held_out = (
         data.Clips(dataset.root, rows, r.spec)
-        for rows in paths.split_clips(dataset.read_manifest())
+        for rows in holdout.split_clips(dataset.read_manifest())
     )
     about = {
         "recipe": json.loads(r.model_dump_json()),

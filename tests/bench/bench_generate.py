@@ -40,11 +40,12 @@ from transformers import AutoTokenizer, T5Config, T5EncoderModel
 from cosmos_cli import files, paths
 from cosmos_cli.generate import text_models, video_models, worker
 from cosmos_cli.gpus import best_device
-from cosmos_cli.model import lora, text, video, weights
+from cosmos_cli.model import lora, rgb, text, video, weights
 from cosmos_cli.model.device import number_format
 from cosmos_cli.model.dit import DiT
 from cosmos_cli.model.lora_files import Change
 from cosmos_cli.model.sequence import SequenceGroup, neighbours
+from cosmos_cli.model.tensor_names import DIFFUSERS, OURS, rename
 from cosmos_cli.model.tokenizer import Tokenizer
 from cosmos_cli.recipe import loading
 from cosmos_cli.recipe.keys import Recipe
@@ -176,7 +177,7 @@ def diffusers_twin(net: DiT) -> nn.Module:
     with torch.device("meta"):
         twin = diffusers_network(net.spec)
     state = {f"net.{name}": tensor for name, tensor in net.state_dict().items()}
-    renamed = weights.rename(state, weights.OURS, weights.DIFFUSERS, Path("diffusers"))
+    renamed = rename(state, OURS, DIFFUSERS, Path("diffusers"))
     twin.load_state_dict(renamed, assign=True)
     return twin.eval()
 
@@ -382,7 +383,7 @@ def bench_sample(bench: Bench, net: DiT) -> Row:
     tokenizer = tokenizer.to(device, bench.dtype).eval()
     for turn in ("first", "second"):
         with measured(f"decode, {turn} time", device, rows):
-            pixels = video.to_uint8(tokenizer.decode(x0.to(bench.dtype))[0]).cpu()
+            pixels = rgb.to_uint8(tokenizer.decode(x0.to(bench.dtype))[0]).cpu()
     path = bench.scratch / "bench.mp4"
     with measured("write mp4", device, rows):
         video.write_mp4(path, pixels, r.fps, r.video_crf)

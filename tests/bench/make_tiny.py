@@ -31,9 +31,10 @@ from cosmos_cli import files, paths
 from cosmos_cli.model import edm, weights
 from cosmos_cli.model.dit import DiT
 from cosmos_cli.model.ema import PowerEMA
-from cosmos_cli.model.text import TextEncoder, pad
+from cosmos_cli.model.text import TextEncoder
 from cosmos_cli.model.tiny import world
 from cosmos_cli.model.tokenizer import Tokenizer
+from cosmos_cli.prep.embedding_files import pad
 from cosmos_cli.spec import TINY
 
 CAPTIONS = 20_000

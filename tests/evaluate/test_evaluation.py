@@ -9,8 +9,8 @@ from safetensors.torch import save_file
 
 from cosmos_cli.evaluate import evaluation
 from cosmos_cli.evaluate.evaluation import Sample, Trial
-from cosmos_cli.model.text import write_pickle
 from cosmos_cli.model.tiny import scorer, world
+from cosmos_cli.prep import embedding_files
 from cosmos_cli.spec import TINY
 from cosmos_cli.train.data import Clips
 
@@ -73,7 +73,7 @@ def test_a_copy_of_a_training_clip_has_a_small_distance(tmp_path):
     generator = torch.Generator().manual_seed(0)
     latents = [torch.randn(16, 2, 8, 12, generator=generator) for _ in range(4)]
     rows = []
-    write_pickle(tmp_path / "text.pickle", torch.zeros(3, TINY.text.channels))
+    embedding_files.write(tmp_path / "text.pickle", torch.zeros(3, TINY.text.channels))
     for i, latent in enumerate(latents):
         save_file({"latent": latent}, tmp_path / f"{i}.safetensors")
         rows.append({"latent": f"{i}.safetensors", "text": "text.pickle", "fps": 16.0})

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchcodec.encoders import VideoEncoder
 
-from cosmos_cli.model import video
+from cosmos_cli.model import rgb, video
 from cosmos_cli.model.video import Clip, VideoError, VideoInfo
 
 
@@ -312,54 +312,54 @@ def test_resampling_survives_time_stamps_in_whole_milliseconds(tmp_path):
 
 def test_stretch_to_the_same_size_changes_nothing():
     frames = numbered_frames(2)
-    assert torch.equal(video.resize_frames(frames, 32, 48, "stretch"), frames)
+    assert torch.equal(rgb.resize_frames(frames, 32, 48, "stretch"), frames)
 
 
 @pytest.mark.parametrize(("height", "width"), [(8, 4), (30, 44), (60, 100), (300, 17)])
 def test_stretch_is_the_rounded_filter_of_the_reference(height, width):
     frames = numbered_frames(3)
-    resized = video.resize_frames(frames, height, width, "stretch")
+    resized = rgb.resize_frames(frames, height, width, "stretch")
     exact = F.interpolate(frames.double() / 255, (height, width), mode="bilinear", antialias=True)
     assert (resized - exact * 255).abs().max() < 1.1
     assert (resized - exact * 255).mean().abs() < 0.05
 
 
 @pytest.mark.parametrize("order", ["CTHW", "TCHW"])
-@pytest.mark.parametrize("mode", video.RESIZE_MODES)
+@pytest.mark.parametrize("mode", rgb.RESIZE_MODES)
 @pytest.mark.parametrize(("height", "width"), [(96, 160), (31, 17), (64, 64)])
 def test_resize_gives_the_size_asked_for_in_either_order(order, mode, height, width):
     frames = numbered_frames(2, 50, 90)
-    expected = video.resize_frames(frames, height, width, mode)
+    expected = rgb.resize_frames(frames, height, width, mode)
     assert expected.shape == (3, 2, height, width) and expected.dtype == torch.uint8
     if order == "TCHW":
-        swapped = video.resize_frames(frames.transpose(0, 1), height, width, mode)
+        swapped = rgb.resize_frames(frames.transpose(0, 1), height, width, mode)
         assert torch.equal(swapped.transpose(0, 1), expected)
 
 
 def test_crop_keeps_the_centre_and_pad_adds_even_black_bars():
     frames = torch.full((3, 1, 40, 80), 200).byte()
     frames[..., :20] = frames[..., 60:] = 50
-    assert video.resize_frames(frames, 40, 40, "crop").unique().tolist() == [200]
-    padded = video.resize_frames(frames, 80, 80, "pad")
+    assert rgb.resize_frames(frames, 40, 40, "crop").unique().tolist() == [200]
+    padded = rgb.resize_frames(frames, 80, 80, "pad")
     assert padded[..., :20, :].max() == 0 and padded[..., 60:, :].max() == 0
     assert padded[..., 20:60, :].min() == 50
 
 
 def test_an_unknown_resize_is_misuse():
     with pytest.raises(ValueError, match="squash"):
-        video.resize_frames(numbered_frames(1), 8, 8, "squash")
+        rgb.resize_frames(numbered_frames(1), 8, 8, "squash")
 
 
 def test_to_uint8_is_the_inverse_of_to_model_and_clamps():
     levels = torch.arange(256).byte()
-    assert torch.equal(video.to_uint8(video.to_model(levels)), levels)
-    assert video.to_model(levels).aminmax() == (-1, 1)
-    assert video.to_uint8(torch.tensor([-3.0, 3.0])).tolist() == [0, 255]
+    assert torch.equal(rgb.to_uint8(rgb.to_model(levels)), levels)
+    assert rgb.to_model(levels).aminmax() == (-1, 1)
+    assert rgb.to_uint8(torch.tensor([-3.0, 3.0])).tolist() == [0, 255]
 
 
 def test_contact_sheet_shows_first_and_last_frame():
     frames = torch.arange(25).byte()[None, :, None, None].expand(3, 25, 40, 80) * 10
-    sheet = video.contact_sheet(frames, columns=3, rows=2, width=20)
+    sheet = rgb.contact_sheet(frames, columns=3, rows=2, width=20)
     assert sheet.size == (60, 20)
     cells = [sheet.getpixel((x, y))[0] for y, x in itertools.product((5, 15), (10, 30, 50))]
     assert cells[0] == 0 and cells[-1] == 240 and cells == sorted(set(cells))
@@ -403,15 +403,15 @@ def test_resizing_on_a_gpu_gives_the_numbers_of_the_cpu(old_h, old_w, new_h, new
     frames = torch.randint(0, 256, (2, 3, old_h, old_w), generator=generator, dtype=torch.uint8)
     if last:
         frames = frames.contiguous(memory_format=torch.channels_last)
-    on_cpu = video.resize_frames(frames, new_h, new_w, "stretch")
-    assert torch.equal(video.interpolate_exactly(frames, new_h, new_w), on_cpu)
+    on_cpu = rgb.resize_frames(frames, new_h, new_w, "stretch")
+    assert torch.equal(rgb.interpolate_exactly(frames, new_h, new_w), on_cpu)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_a_clip_resized_on_a_gpu_equals_that_of_the_cpu(tmp_path):
     path = lossless(tmp_path / "a.mp4", numbered_frames(9, 144, 256))
-    for mode in video.RESIZE_MODES:
+    for mode in rgb.RESIZE_MODES:
         arguments = (path, Clip(0, 24, 9), 96, 160, mode)
         on_cpu = video.read_clip(*arguments)
         assert torch.equal(video.read_clip(*arguments, "cuda").cpu(), on_cpu)

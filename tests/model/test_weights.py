@@ -21,6 +21,7 @@ from cosmos_cli import files
 from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.model import edm, weights
 from cosmos_cli.model.dit import DiT
+from cosmos_cli.model.tensor_names import State
 from cosmos_cli.model.tokenizer import Tokenizer
 from cosmos_cli.spec import DiTSpec, ModelSpec, TokenizerSpec
 
@@ -37,7 +38,7 @@ def denoiser() -> edm.EDMLoss:
     return module
 
 
-def tokenizer_state() -> weights.State:
+def tokenizer_state() -> State:
     tok = Tokenizer(TOKENIZER)
     return {
         name: torch.randn(value.shape, generator=torch.Generator().manual_seed(i))
@@ -45,7 +46,7 @@ def tokenizer_state() -> weights.State:
     }
 
 
-def assert_same(left: weights.State, right: weights.State) -> None:
+def assert_same(left: State, right: State) -> None:
     assert left.keys() == right.keys()
     for name, value in left.items():
         assert value.dtype == right[name].dtype, name
@@ -53,7 +54,7 @@ def assert_same(left: weights.State, right: weights.State) -> None:
 
 
 @pytest.fixture(scope="module")
-def archives(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, weights.State]:
+def archives(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, State]:
     """A folder with encoder.jit, decoder.jit and mean_std.pt as released, and its weights."""
     folder = tmp_path_factory.mktemp("archives")
     state = {name: value.bfloat16() for name, value in tokenizer_state().items()}
@@ -79,7 +80,7 @@ def archives(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, weights.St
 
 
 @pytest.fixture
-def released(archives: tuple[Path, weights.State], tmp_path: Path) -> Path:
+def released(archives: tuple[Path, State], tmp_path: Path) -> Path:
     """A copy of that folder to spoil."""
     return Path(shutil.copytree(archives[0], tmp_path / "tokenizer"))
 
@@ -238,6 +239,7 @@ DYING = """
 import os, resource, signal, sys, torch
 from pathlib import Path
 from cosmos_cli.model import lora_files, weights
+from cosmos_cli.model.tensor_names import State
 signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
 resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))

@@ -11,6 +11,7 @@ import torch
 
 from cosmos_cli import paths
 from cosmos_cli.model import text, video
+from cosmos_cli.prep import embedding_files
 from cosmos_cli.spec import TINY
 from tests.helpers.command import Cosmos, settings
 from tests.helpers.stand_ins import moving_square
@@ -139,7 +140,7 @@ def test_the_references_embeddings_are_taken_under_the_same_rule(tmp_path):
     made = np.random.default_rng(0).normal(size=(5, TINY.text.channels)).astype(np.float16)
     (dataset / "t5_xxl" / f"{NFC}.pickle").write_bytes(pickle.dumps([made]))
     said = Cosmos(tmp_path)("prep", "tiny", *settings()).stderr
-    read = text.read_pickle(dataset / "t5_xxl" / f"{NFD}.pickle", TINY.text)
+    read = embedding_files.read(dataset / "t5_xxl" / f"{NFD}.pickle", TINY.text)
     assert np.array_equal(read.numpy(), made)
     assert "belong" not in said
     # Another caption makes another embedding, and the first does not come back.
@@ -147,7 +148,7 @@ def test_the_references_embeddings_are_taken_under_the_same_rule(tmp_path):
     os.utime(dataset / "metas" / f"{NFC}.txt", (0, 0))
     for _ in range(2):
         Cosmos(tmp_path)("prep", "tiny", *settings())
-        read = text.read_pickle(dataset / "t5_xxl" / f"{NFD}.pickle", TINY.text)
+        read = embedding_files.read(dataset / "t5_xxl" / f"{NFD}.pickle", TINY.text)
         assert not np.array_equal(read.numpy()[:1], made[:1])
 
 

@@ -59,7 +59,7 @@ def break_decode_on_the_host():
 
 
 def break_load():
-    previews.latent_files.load_tokenizer = python_memory
+    previews.load_tokenizer = python_memory
 
 
 def lose_tokenizer():

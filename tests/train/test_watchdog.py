@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from cosmos_cli.files import read_json
-from cosmos_cli.paths import split_clips
+from cosmos_cli.prep.holdout import split_clips
 from tests.helpers.command import Cosmos
 from tests.helpers.runs import find_run, start_training, wait_for_step
 

@@ -13,8 +13,9 @@ from cosmos_cli.errors import UserError
 from cosmos_cli.generate.jobs import Job, Weights
 from cosmos_cli.generate.phases import generate
 from cosmos_cli.generate.video_models import load_denoiser
-from cosmos_cli.model import text, weights
+from cosmos_cli.model import weights
 from cosmos_cli.model.finite import not_finite
+from cosmos_cli.prep import embedding_files
 from cosmos_cli.recipe import loading
 from cosmos_cli.spec import TINY as SPEC
 from cosmos_cli.train import metrics
@@ -140,9 +141,9 @@ def test_a_latent_that_is_not_finite_ends_its_video_and_not_the_batch(cosmos):
 def test_prep_and_train_refuse_an_embedding_that_is_not_finite(prepared, tmp_path):
     cosmos = copy_of(prepared, tmp_path)
     path = tmp_path / "datasets/tiny/t5_xxl/clip1.pickle"
-    embedding = text.read_pickle(path, SPEC.text)
+    embedding = embedding_files.read(path, SPEC.text)
     embedding[-1, -1] = float("nan")
-    text.write_pickle(path, embedding)
+    embedding_files.write(path, embedding)
     trained = train(cosmos, "nan", "max_steps=4", code=4)
     prepared = cosmos("prep", "tiny", *settings(), code=4)
     for done in (trained, prepared):

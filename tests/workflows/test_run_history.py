@@ -10,7 +10,8 @@ import psutil
 import pytest
 from safetensors.torch import load_file, save_file
 
-from cosmos_cli import files, paths
+from cosmos_cli import files
+from cosmos_cli.prep import holdout
 from cosmos_cli.train import page, status
 from tests.helpers.command import Cosmos
 from tests.helpers.runs import copy_of, find_run, losses, options, train, wait_for_step
@@ -59,7 +60,7 @@ def test_held_out_clips_are_measured_and_not_trained_on(cosmos, measured, tmp_pa
     shutil.copytree(cosmos.cwd / "datasets", tmp_path / "datasets")
     other = Cosmos(tmp_path)
     manifest = files.read_json(tmp_path / "datasets" / "tiny" / "manifest.json")
-    for clip in paths.split_clips(manifest)[1]:
+    for clip in holdout.split_clips(manifest)[1]:
         latent = tmp_path / "datasets" / "tiny" / clip["latent"]
         save_file({"latent": load_file(latent)["latent"] + 1}, latent)
     train(other, "one", *pairs, "num_processes=1")

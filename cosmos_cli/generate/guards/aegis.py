@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from cosmos_cli import files
+from cosmos_cli import archives
 from cosmos_cli.model import pretrained
 
 MAX_NEW_TOKENS = 100
@@ -65,7 +65,7 @@ class Aegis:
         # Without these files, peft would ask the hub.
         for name in ("adapter_config.json", "adapter_model.safetensors"):
             (adapter / name).stat()
-        files.check_model_folder(adapter)
+        archives.check_model_folder(adapter)
         # peft uses a deprecated transformers name, which warns.
         with warnings.catch_warnings(action="ignore", category=FutureWarning):
             warnings.filterwarnings("error", message=".*missing adapter keys")

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cosmos_cli import console, files, paths
+from cosmos_cli import archives, console, files, paths
 from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.generate.guards.aegis import Aegis
 from cosmos_cli.model import pretrained, weights
@@ -328,7 +328,7 @@ def _wordnet(nltk_data: Path, name: str) -> list[str]:
         if (corpora / "wordnet").is_dir():
             text = files.read_text(corpora / "wordnet" / name, files.WORDS)
         else:
-            text = files.read_member(corpora / "wordnet.zip", f"wordnet/{name}", files.WORDS)
+            text = archives.read_member(corpora / "wordnet.zip", f"wordnet/{name}", files.WORDS)
     # Indented lines are the licence at the top.
     return [line for line in text.splitlines() if line and not line.startswith(" ")]
 

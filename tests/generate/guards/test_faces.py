@@ -11,7 +11,7 @@ from cosmos_cli.errors import UserError
 from cosmos_cli.generate.guards import faces
 from cosmos_cli.generate.jobs import Job, Weights
 from cosmos_cli.generate.phases import Pipeline
-from cosmos_cli.model import video
+from cosmos_cli.model import rgb, video
 from cosmos_cli.recipe import loading
 from tests.helpers.command import settings
 
@@ -233,4 +233,4 @@ def test_a_video_is_written_with_pixelated_faces(tmp_path):
     as_made, blurred = (video.read_frames(job.path, range(r.num_frames)) for job in jobs)
     expected = as_made.clone()
     pipeline.videos.face_blur.blur(expected)
-    assert video.psnr(blurred, expected) > video.psnr(blurred, as_made) + 3
+    assert rgb.psnr(blurred, expected) > rgb.psnr(blurred, as_made) + 3

@@ -1,0 +1,230 @@
+"""Choose the caption of each video, and note in the dataset where it comes from."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cosmos_cli import files
+from cosmos_cli.paths import Dataset
+from cosmos_cli.prep import captions
+from cosmos_cli.prep.sources import Source
+from cosmos_cli.recipe.keys import Recipe
+
+# The origin of a caption in a file of `metas` that has another name than the one prep writes.
+OTHER_NAME = "metas, under another name"
+PICKLE = ".pickle"
+
+
+def known_captions(dataset: Dataset) -> dict[str, Any]:
+    """Return the captions that the last run used, even if it did not finish."""
+    if not dataset.captions.exists():
+        return {}
+    known: dict[str, Any] = files.read_json(dataset.captions, files.MANIFEST)
+    return known
+
+
+@dataclass(frozen=True)
+class CaptionFiles:
+    """The caption files of a dataset and the videos that they belong to.
+
+    Args:
+        metas: files in `metas` with another name than the one prep writes, `<stem>.txt`.
+        sidecars: files next to the videos.
+        listed: the captions in captions_file by video.
+        unknown: the rows of captions_file that name no video.
+    """
+
+    metas: captions.Owners
+    sidecars: captions.Owners
+    listed: dict[str, str]
+    unknown: list[str]
+
+    def unclear(self, source: Source) -> list[Path]:
+        """Return the files that may each be the video's caption, if nothing else decides it."""
+        if several := self.metas.unclear.get(source.name):
+            return several
+        known = source.name in self.metas.files or source.name in self.listed
+        return [] if known else self.sidecars.unclear.get(source.name, [])
+
+
+def caption_files(r: Recipe, dataset: Dataset, videos: list[Source]) -> CaptionFiles:
+    """Find the caption files of a dataset.
+
+    Raises:
+        UserError: captions_file or a folder cannot be used.
+    """
+    names = [source.name for source in videos]
+    in_own_file = [source.name for source in videos if source.span is None]
+    own = {f"{source.stem}{captions.SUFFIX}" for source in videos}
+    metas = captions.files_in(dataset.metas, captions.SUFFIX)
+    sidecars = captions.files_in(dataset.videos, *captions.BESIDE_SUFFIXES) if in_own_file else []
+    path = Path(r.captions_file).absolute() if r.captions_file else None
+    listed, unknown = captions.read(path, names) if path else ({}, [])
+    return CaptionFiles(
+        captions.owners([path for path in metas if path.name not in own], names),
+        captions.owners(sidecars, in_own_file, captions.BESIDE_SUFFIXES),
+        listed,
+        unknown,
+    )
+
+
+def find_captions(r: Recipe, dataset: Dataset, videos: list[Source]) -> list[Source]:
+    """Give every usable video its caption. Return those that a model must describe first.
+
+    The first of these wins: `metas`, captions_file, the text next to the video, the robot's task,
+    then the model's description or the recipe's prompt. Files that prep itself wrote into `metas`
+    do not count. A video without any of them is rejected.
+
+    Raises:
+        UserError: captions_file cannot be used.
+    """
+    known = known_captions(dataset).get("videos", {})
+    found = caption_files(r, dataset, videos)
+    unseen = []
+    for source in videos:
+        if source.reason:
+            continue
+        path = dataset.metas / f"{source.stem}.txt"
+        offered = _offered(r, dataset, source, found)
+        meta = read_caption(path, source)
+        best = next(filter(None, offered.values()), "")
+        # If prep wrote this file in an earlier run, the captions that were found now replace it.
+        ours = _is_ours(meta, known.get(source.name, {}))
+        if (several := found.unclear(source)) and (ours or not meta):
+            source.reject(f"its caption may be {' or '.join(p.name for p in several)}; rename one")
+            continue
+        source.caption = (best if ours else meta) or best or (meta if r.caption == "given" else "")
+        origins = [name for name, text in offered.items() if text == source.caption]
+        source.caption_source = origins[0] if origins else "metas"
+        if source.caption_source == OTHER_NAME:
+            source.caption_file = found.metas.files.get(source.name)
+        if source.caption or source.reason:
+            continue
+        if r.caption == "vlm" and read_description(r, dataset, source) is None:
+            source.caption_source = "vlm"
+            unseen.append(source)
+        else:
+            source.reject(f"no caption: write it to {path}, or use `--set prompt=TEXT`")
+    return unseen
+
+
+def _pickles(dataset: Dataset) -> list[Path]:
+    return captions.files_in(dataset.embeddings, PICKLE)
+
+
+def adopt_embeddings(dataset: Dataset, videos: list[Source]) -> None:
+    """Copy embeddings that came with the dataset to the names that prep uses.
+
+    Such a name differs from the video's in case, Unicode form or the suffix of the video.
+
+    Raises:
+        UserError: one cannot be read.
+    """
+    known = known_captions(dataset).get("videos", {})
+    found = captions.owners(_pickles(dataset), [s.name for s in videos], (PICKLE,)).files
+    for source in videos:
+        path = dataset.embeddings / f"{source.stem}{PICKLE}"
+        # After the first run, prep knows which embedding belongs to the caption of a known video.
+        if source.reason or source.name in known or source.name not in found or path.exists():
+            continue
+        content = files.read_bytes(found[source.name], files.EMBEDDING)
+        with files.atomic_file(path) as temporary:
+            temporary.write_bytes(content)
+            _copy_time(found[source.name], temporary)
+
+
+def _copy_time(source: Path, target: Path) -> None:
+    """Copy the modification time, which tells prep if an embedding is older than its caption."""
+    time = source.stat().st_mtime_ns
+    os.utime(target, ns=(time, time))
+
+
+def _offered(r: Recipe, dataset: Dataset, source: Source, found: CaptionFiles) -> dict[str, str]:
+    """Return the captions of a video by origin. The first one that is not empty wins."""
+    offered = {
+        OTHER_NAME: _caption_of(found.metas, source),
+        "captions_file": found.listed.get(source.name, ""),
+        "sidecar": _caption_of(found.sidecars, source),
+        "task": source.task,
+    }
+    prompt = captions.one_kind_of_line_end(r.prompt or "").strip()
+    if r.caption == "given":
+        return {**offered, "prompt": prompt}
+    words = read_description(r, dataset, source)
+    return {**offered, "vlm": "" if words is None else f"{prompt} {words}".strip()}
+
+
+def _caption_of(place: captions.Owners, source: Source) -> str:
+    path = place.files.get(source.name)
+    return read_caption(path, source) if path else ""
+
+
+def _is_ours(meta: str, known: Mapping[str, str]) -> bool:
+    """True if prep wrote the text `meta` in `metas`.
+
+    `known` is the last run's note: the caption, its source, and the text it replaced in `metas`.
+    """
+    texts = (known.get("caption"), known.get("replaced"))
+    return known.get("caption_source") != "metas" and meta in texts
+
+
+def description_key(r: Recipe, source: Source) -> str:
+    """Return a hash of all that decides a captioning model's description of a video."""
+    file = map(str, files.stamp_of(source.path))
+    return files.sha256_text(str(r.caption_model), str(source.span), *file)
+
+
+def read_description(r: Recipe, dataset: Dataset, source: Source) -> str | None:
+    """Return the captioning model's description, None if the video has changed or has none."""
+    path = dataset.descriptions / f"{source.stem}.json"
+    if not path.exists():
+        return None
+    value = files.read_json(path)
+    words: str = value["caption"]
+    return words if value["key"] == description_key(r, source) else None
+
+
+def read_caption(path: Path, source: Source) -> str:
+    """Return the text of a file, "" if it is missing. Reject the video if it cannot be read."""
+    try:
+        return files.read_text(path, files.CAPTION).strip()
+    except files.NoSuchFile:
+        return ""
+    except files.BadFile as error:
+        source.reject(f"the caption {path.name} {error.what}")
+        return ""
+
+
+def write_captions(r: Recipe, dataset: Dataset, videos: list[Source]) -> None:
+    """Note where every caption comes from, then write those that are not yet in `metas`.
+
+    Until they are written, the note also holds the texts that they replace. Otherwise, if prep is
+    killed in between, the next run would take an old caption of prep's for one that a person wrote.
+    """
+    used = [source for source in videos if not source.reason]
+    notes = {s.name: {"caption": s.caption, "caption_source": s.caption_source} for s in used}
+    metas = {s.name: dataset.metas / f"{s.stem}.txt" for s in used}
+    stale = {s.name: old for s in used if (old := read_caption(metas[s.name], s)) != s.caption}
+    known = known_captions(dataset)
+    for source in videos:
+        # A copied caption keeps its modification time, which may be before that of the embedding
+        # of the old caption. So the texts are compared too.
+        noted = known.get("videos", {}).get(source.name, {}).get("caption", source.caption)
+        if known.get("model", r.model) != r.model or noted != source.caption:
+            (dataset.embeddings / f"{source.stem}.pickle").unlink(missing_ok=True)
+    if any(stale.values()):
+        during = {n: {**note, "replaced": stale.get(n, "")} for n, note in notes.items()}
+        files.write_json(dataset.captions, {"model": r.model, "videos": during})
+    else:
+        files.write_json(dataset.captions, {"model": r.model, "videos": notes})
+    for source in used:
+        if source.name in stale:
+            files.write_text(metas[source.name], source.caption + "\n")
+            if source.caption_file:
+                _copy_time(source.caption_file, metas[source.name])
+    if any(stale.values()):
+        files.write_json(dataset.captions, {"model": r.model, "videos": notes})
