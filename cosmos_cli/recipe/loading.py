@@ -145,6 +145,8 @@ def key_reference() -> list[Key]:
 def json_schema() -> dict[str, Any]:
     """Return the JSON Schema of a recipe, for editors and other programs."""
     schema = Recipe.model_json_schema()
+    for part in schema["properties"].values():
+        del part["decides"]
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
 
 
