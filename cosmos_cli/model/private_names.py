@@ -66,7 +66,7 @@ NAMES = (
     (("deepspeed.runtime.engine:checkpoint_engine",), ("train.checkpoint",),
      "patch: its load and save are replaced, to run no code of a file and to sync each file",
      "test_a_run_goes_on_with_other_numbers_of_processes"),
-    (("deepspeed.ops:__compatible_ops__",), ("train.loop", "setup.probes"),
+    (("deepspeed.ops:__compatible_ops__",), ("train.process", "setup.probes"),
      "patch: turns off DeepSpeed's shared-memory all-reduce, which needs a compiler",
      "test_a_private_name_still_exists"),
     (("deepspeed.accelerator.real_accelerator:DS_ACCELERATOR",), ("gpus", "ranks"),
