@@ -2,6 +2,7 @@
 
     python tests/bench/bench_prep.py many [--videos 250,1000]     many small videos on the CPU
     python tests/bench/bench_prep.py decode [--threads 2]         compared with ffmpeg
+    python tests/bench/bench_prep.py check [--file a.mp4]         the second decoder, per codec
     python tests/bench/bench_prep.py latents [--model tiny]       compared with diffusers
     python tests/bench/bench_prep.py text [--model tiny]          compared with transformers
 
@@ -16,6 +17,7 @@ import sys
 import tempfile
 import time
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -29,6 +31,7 @@ from cosmos_cli.gpus import best_device
 from cosmos_cli.model import text as model_text
 from cosmos_cli.model import tokenizer as module
 from cosmos_cli.model import video
+from cosmos_cli.prep import damage
 from cosmos_cli.recipe import loading
 
 SOURCE = "testsrc2=s=1280x720:r=24"
@@ -91,6 +94,29 @@ def decode(threads, repeats=5):
         ffmpeg_frames_per_second=max(theirs),
         ratio=max(ours) / max(theirs),
     )
+
+
+ENCODERS = {
+    "h264": ("libx264",),
+    "hevc": ("libx265", "-x265-params", "log-level=0"),
+    "vp9": ("libvpx-vp9", "-deadline", "realtime", "-cpu-used", "8"),
+}
+
+
+def check(source, rounds=3):
+    """Seconds to read 121 frames of 1280x720, and to look for damage in them, for each codec."""
+    clip, device = video.Clip(0, 24, 121), best_device()
+    with tempfile.TemporaryDirectory(dir=Path.cwd()) as root:
+        for codec, encoder in ENCODERS.items():
+            path = Path(root) / f"{codec}.mp4"
+            given = ("-i", source) if source else ("-f", "lavfi", "-i", SOURCE)
+            ffmpeg(*given, "-frames:v", 121, "-c:v", *encoder, path)
+            runs = {
+                "read": partial(video.read_clip, path, clip, 704, 1280, "crop", device),
+                "check": partial(damage.find, path, [clip]),
+            }
+            seconds = {name: fastest(run, rounds, device) for name, run in runs.items()}
+            report(part="check", codec=codec, **seconds)
 
 
 def latents(model, rounds=3):
@@ -231,14 +257,17 @@ def report(**figures):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("many", "decode", "latents", "text"))
+    parser.add_argument("what", choices=("many", "decode", "check", "latents", "text"))
     parser.add_argument("--model", choices=sorted(SHIPPED), default="7b")
     parser.add_argument("--videos", default="250,1000")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--file", help="a video of at least 121 frames of 1280x720")
     options = parser.parse_args()
     if options.what == "many":
         many([int(count) for count in options.videos.split(",")])
     elif options.what == "decode":
         decode(options.threads)
+    elif options.what == "check":
+        check(options.file)
     else:
         {"latents": latents, "text": text}[options.what](options.model)
