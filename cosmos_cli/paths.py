@@ -143,6 +143,16 @@ class Dataset:
             ) from error
 
 
+def split_clips(manifest: dict[str, Any]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Return the training clips of a dataset and the clips of its held-out videos."""
+    held_out = {video["file"] for video in manifest["videos"] if video.get("split") == "heldout"}
+    clips = manifest["clips"]
+    return (
+        [clip for clip in clips if clip["video"] not in held_out],
+        [clip for clip in clips if clip["video"] in held_out],
+    )
+
+
 def _videos_in(folder: Path) -> Iterator[Path]:
     for path in folder.iterdir():
         if path.suffix.lower() in VIDEO_SUFFIXES and not path.name.startswith("."):

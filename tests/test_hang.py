@@ -13,7 +13,7 @@ from conftest import Cosmos
 from test_train import find_run, options, wait_for_step
 
 from cosmos_cli.files import read_json
-from cosmos_cli.prep.holdout import split_clips
+from cosmos_cli.paths import split_clips
 
 pytestmark = pytest.mark.workflow
 

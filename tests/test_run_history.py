@@ -11,8 +11,7 @@ from conftest import Cosmos
 from safetensors.torch import load_file, save_file
 from test_train import find_run, losses, options, wait_for_step
 
-from cosmos_cli import files
-from cosmos_cli.prep import holdout
+from cosmos_cli import files, paths
 from cosmos_cli.train import status
 
 pytestmark = pytest.mark.workflow
@@ -61,7 +60,7 @@ def test_held_out_clips_are_measured_and_not_trained_on(cosmos, measured, tmp_pa
     shutil.copytree(cosmos.cwd / "datasets", tmp_path / "datasets")
     other = Cosmos(tmp_path)
     manifest = files.read_json(tmp_path / "datasets" / "tiny" / "manifest.json")
-    for clip in holdout.split_clips(manifest)[1]:
+    for clip in paths.split_clips(manifest)[1]:
         latent = tmp_path / "datasets" / "tiny" / clip["latent"]
         save_file({"latent": load_file(latent)["latent"] + 1}, latent)
     other("train", "tiny", *options("one", *pairs, "num_processes=1"))

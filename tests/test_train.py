@@ -16,8 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from cosmos_cli.errors import UserError
 from cosmos_cli.files import read_json
-from cosmos_cli.paths import EMBEDDED_DIR, Run
-from cosmos_cli.prep.holdout import split_clips
+from cosmos_cli.paths import EMBEDDED_DIR, Run, split_clips
 from cosmos_cli.recipe.keys import Recipe
 from cosmos_cli.train import preflight
 

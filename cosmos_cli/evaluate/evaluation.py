@@ -26,7 +26,7 @@ from cosmos_cli.model import edm, video
 from cosmos_cli.model.tiny import scorer, world
 from cosmos_cli.model.tiny.scorer import Reading
 from cosmos_cli.model.tiny.world import Scene
-from cosmos_cli.prep import holdout, latent_files
+from cosmos_cli.prep import latent_files
 from cosmos_cli.recipe.keys import Recipe
 from cosmos_cli.train import nearest, status
 from cosmos_cli.train.data import Clips
@@ -85,9 +85,7 @@ class Dataset:
         if not dataset.manifest.exists():
             return None
         manifest = dataset.read_manifest()
-        train, heldout = (
-            Clips(dataset.root, rows, r.spec) for rows in holdout.split_clips(manifest)
-        )
+        train, heldout = (Clips(dataset.root, rows, r.spec) for rows in paths.split_clips(manifest))
         used = (video["caption"] for video in manifest["videos"] if video["verdict"] == "used")
         return cls(train, heldout, tuple(dict.fromkeys(used)))
 

@@ -20,7 +20,6 @@ from cosmos_cli.prep import (
     caption_choice,
     caption_notes,
     captioner,
-    holdout,
     latent_files,
     page,
     sources,
@@ -117,7 +116,7 @@ def _finish(
     rows = [sources.row(dataset, v, latents.digest(v)) for v in videos]
     # One file may hold many episodes, so the digest alone does not identify the content.
     content = {v.name: f"{latents.digest(v)} {v.span}" for v in videos if v.clips}
-    held_out = holdout.choose_held_out(content, r.holdout_share)
+    held_out = sources.choose_held_out(content, r.holdout_share)
     for row in rows:
         row["split"] = "heldout" if row["file"] in held_out else "train"
     manifest = {

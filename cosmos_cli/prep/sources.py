@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -101,6 +102,25 @@ def _choose_clips(r: Recipe, source: Source, info: video.VideoInfo) -> None:
         raise video.VideoError(
             f"its name is {excess} bytes too long to name its latents; shorten it"
         )
+
+
+def choose_held_out(content: Mapping[str, str], share: float) -> set[str]:
+    """Return the names of the held-out videos: about `share` of all videos.
+
+    With a `share` above 0, at least one video is held out, and at least one is left for training.
+    Videos are taken in the order of the hashes of their names, so a dataset that grows keeps most
+    of its held-out videos. Videos of the same `content` are held out
+    together: otherwise a run would be measured on clips that it was trained on.
+    """
+    copies: dict[str, list[str]] = {}
+    for name in sorted(content, key=files.sha256_text):
+        copies.setdefault(content[name], []).append(name)
+    wanted = max(round(share * len(content)), 1) if share else 0
+    chosen: set[str] = set()
+    for names in copies.values():
+        if len(chosen) < wanted and len(chosen) + len(names) < len(content):
+            chosen.update(names)
+    return chosen
 
 
 def require_usable(r: Recipe, dataset: Dataset, sources: list[Source]) -> None:

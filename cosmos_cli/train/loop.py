@@ -23,7 +23,6 @@ from cosmos_cli.model.device import gpu_memory_errors
 from cosmos_cli.model.ema import PowerEMA
 from cosmos_cli.model.sequence import neighbours
 from cosmos_cli.paths import Dataset, Run
-from cosmos_cli.prep import holdout
 from cosmos_cli.ranks import die_with_parent
 from cosmos_cli.recipe import loading, plan
 from cosmos_cli.recipe.keys import Recipe
@@ -162,7 +161,7 @@ def open_dataset(r: Recipe) -> tuple[data.Clips, HeldOut | None, dict[str, Any]]
     dataset = Dataset.at(r.dataset_dir, r.videos_dir)
     clips, held_out = (
         data.Clips(dataset.root, rows, r.spec)
-        for rows in holdout.split_clips(dataset.read_manifest())
+        for rows in paths.split_clips(dataset.read_manifest())
     )
     about = {
         "recipe": json.loads(r.model_dump_json()),

@@ -14,7 +14,6 @@ from cosmos_cli import console, files, gpus, paths
 from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.gpus import gpu_names
 from cosmos_cli.paths import Dataset, Run
-from cosmos_cli.prep import holdout
 from cosmos_cli.ranks import under_launcher
 from cosmos_cli.recipe import plan
 from cosmos_cli.train import status, trackers
@@ -63,7 +62,7 @@ def check_dataset(r: Recipe) -> tuple[int, int]:
             where=where,
             fix="run `cosmos prep RECIPE` again",
         )
-    clips, held_out = holdout.split_clips(manifest)
+    clips, held_out = paths.split_clips(manifest)
     return len(clips), len(held_out)
 
 

@@ -2,8 +2,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cosmos_cli import paths
 from cosmos_cli.model import edm
-from cosmos_cli.prep import holdout
+from cosmos_cli.prep import sources
 from cosmos_cli.train.heldout import HeldOut
 
 names = st.lists(st.from_regex(r"[a-z0-9]{1,8}\.mp4", fullmatch=True), min_size=1, unique=True)
@@ -11,26 +12,26 @@ names = st.lists(st.from_regex(r"[a-z0-9]{1,8}\.mp4", fullmatch=True), min_size=
 
 @given(names=names, share=st.floats(0.001, 0.5))
 def test_some_videos_are_held_out_and_never_all(names, share):
-    held_out = holdout.choose_held_out({name: name for name in names}, share)
+    held_out = sources.choose_held_out({name: name for name in names}, share)
     assert held_out <= set(names)
     assert len(held_out) < len(names)
     assert held_out or len(names) == 1
     assert abs(len(held_out) - share * len(names)) <= 1
-    assert held_out == holdout.choose_held_out({name: name for name in names[::-1]}, share)
+    assert held_out == sources.choose_held_out({name: name for name in names[::-1]}, share)
 
 
 def test_copies_of_a_video_are_held_out_together_or_not_at_all():
     content = {f"{name}{copy}.mp4": name for name in "abcdefgh" for copy in range(3)}
     for share in (0.1, 0.3, 0.5):
-        held_out = holdout.choose_held_out(content, share)
+        held_out = sources.choose_held_out(content, share)
         assert 0 < len(held_out) < len(content)
         left = content.keys() - held_out
         assert {content[name] for name in held_out}.isdisjoint(content[name] for name in left)
-    assert holdout.choose_held_out({"a.mp4": "x", "b.mp4": "x"}, 0.5) == set()
+    assert sources.choose_held_out({"a.mp4": "x", "b.mp4": "x"}, 0.5) == set()
 
 
 def test_a_share_of_zero_holds_nothing_out():
-    assert holdout.choose_held_out({"a.mp4": "x", "b.mp4": "y"}, 0.0) == set()
+    assert sources.choose_held_out({"a.mp4": "x", "b.mp4": "y"}, 0.0) == set()
 
 
 def test_a_video_is_held_out_with_all_of_its_clips():
@@ -38,7 +39,7 @@ def test_a_video_is_held_out_with_all_of_its_clips():
         "videos": [{"file": "a.mp4", "split": "train"}, {"file": "b.mp4", "split": "heldout"}],
         "clips": [{"video": v, "latent": f"{v}{i}"} for i in range(3) for v in ("a.mp4", "b.mp4")],
     }
-    train, held_out = holdout.split_clips(manifest)
+    train, held_out = paths.split_clips(manifest)
     assert {clip["video"] for clip in train} == {"a.mp4"}
     assert {clip["video"] for clip in held_out} == {"b.mp4"}
     assert len(train) == len(held_out) == 3
