@@ -255,6 +255,10 @@ TENSORS = {
     "a NaN": {f"{Q}.lora_B.weight": torch.full((64, 4), float("nan"))},
     "an infinity": {f"{Q}.alpha": torch.tensor(float("inf"))},
 }  # fmt: skip
+METHODS = {
+    "DoRA": "is DoRA", "DoRA of kohya": "is DoRA", "LoHa": "is LoHa", "LoKr": "is LoKr",
+    "biases": "is a LoRA with biases", "whole layers": "is a LoRA with whole layers",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", TENSORS)
@@ -268,6 +272,7 @@ def test_a_tensor_that_is_not_of_a_plain_lora_is_refused_by_name(tmp_path, name)
     assert message.startswith(f"{path}: ")
     stems = {key.partition(".lora_")[0].removesuffix(".alpha") for key in TENSORS[name]}
     assert any(stem in message for stem in stems)
+    assert METHODS.get(name, "") in message
 
 
 @pytest.mark.parametrize(
