@@ -14,6 +14,7 @@ from PIL import Image
 from cosmos_cli import console, files
 from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.model import pretrained, video
+from cosmos_cli.model.device import number_format
 from cosmos_cli.model.finite import require_finite
 from cosmos_cli.paths import Dataset
 from cosmos_cli.prep import caption_choice, captions, work_sharing
@@ -118,7 +119,7 @@ def _share(
 
 def _load(r: Recipe, device: str) -> Captioner:
     assert r.caption_model
-    return Captioner(r.caption_model, device, torch.float32 if device == "cpu" else torch.bfloat16)
+    return Captioner(r.caption_model, device, number_format(device))
 
 
 def _describe_one(r: Recipe, dataset: Dataset, source: Source, captioner: Captioner) -> None:

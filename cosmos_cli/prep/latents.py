@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from cosmos_cli import archives, console, files
 from cosmos_cli.model import rgb, video, weights
-from cosmos_cli.model.device import why_not_compiled
+from cosmos_cli.model.device import number_format, why_not_compiled
 from cosmos_cli.model.tokenizer import load_tokenizer
 from cosmos_cli.paths import Dataset
 from cosmos_cli.prep import clip_statistics, damage
@@ -33,7 +33,7 @@ class Latents:
 
     def __init__(self, r: Recipe, dataset: Dataset, clips: int, device: str) -> None:
         self.recipe, self.dataset = r, dataset
-        dtype = torch.float32 if device == "cpu" else torch.bfloat16
+        dtype = number_format(device)
         self.tokenizer = load_tokenizer(r.model_files.tokenizer, r.spec, device, dtype)
         # Count the clips that are already encoded too: a resumed run must write the same bits.
         worth_it = device != "cpu" and clips >= WORTH_COMPILING

@@ -10,11 +10,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from cosmos_cli import console, files
 from cosmos_cli.console import Stopwatch
 from cosmos_cli.model import text
+from cosmos_cli.model.device import number_format
 from cosmos_cli.paths import Dataset
 from cosmos_cli.prep import (
     caption_choice,
@@ -32,12 +31,6 @@ from cosmos_cli.prep.sources import Source
 from cosmos_cli.prep.work_sharing import Workers
 from cosmos_cli.recipe import loading
 from cosmos_cli.recipe.keys import Recipe
-
-# The recipe keys that decide the content of a prepared dataset.
-SETTINGS = (
-    "model", "num_frames", "height", "width", "fps", "fps_policy", "resize", "camera",
-    "clip_stride_frames", "max_clips_per_video", "holdout_share",
-)  # fmt: skip
 
 
 def prepare(r: Recipe, device: str) -> dict[str, Any]:
@@ -122,7 +115,7 @@ def _finish(
     for row in rows:
         row["split"] = "heldout" if row["file"] in held_out else "train"
     manifest = {
-        "settings": {key: getattr(r, key) for key in SETTINGS},
+        "settings": {key: getattr(r, key) for key in r.deciding("dataset")},
         "videos": rows,
         "clips": [clip for v in videos for clip in latents.rows.get(v.name, ())],
         **notes.figures(),
@@ -177,7 +170,7 @@ def _write_embeddings(
     if not any(_stale(dataset, waiting) for waiting in pickles.values()):
         return
     folder = r.model_files.text_encoder
-    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    dtype = number_format(device)
     encoder = text.TextEncoder(folder, r.spec.text, device, dtype)
     with console.progress("embed", len(pickles), "captions") as bar:
         for number, batch in enumerate(encoder.batches(list(pickles))):
