@@ -6,7 +6,7 @@ tokenizer  trains the video tokenizer on drawn scenes and moving colour noise.
 dit        trains the denoiser on drawn scenes and their captions with the package's own loss.
 
 Each part is deterministic by its seed on one machine. `tiny/training.json` keeps the
-settings, device, time and losses that made the shipped weights. The first three runs of the
+settings, device, time, first and last loss of the shipped weights. The first three runs of the
 tokenizer saw things of one colour only.
 """
 
@@ -217,7 +217,7 @@ def make_tokenizer(path: Path, device: str, options: argparse.Namespace) -> dict
     measure_latents(net, draw_videos(plain_scenes(range(10**6, 10**6 + 128)), device))
     state = {k: v.bfloat16() if v.ndim > 2 else v for k, v in net.state_dict().items()}
     weights.write_safetensors(path, state)
-    return {"seconds": seconds, "loss": losses}
+    return {"seconds": seconds, "first_loss": losses[0][1], "last_loss": losses[-1][1]}
 
 
 @torch.no_grad()
@@ -298,7 +298,8 @@ def make_dit(folder: Path, device: str, options: argparse.Namespace) -> dict[str
         for (name, _), shard in zip(loss_of.named_parameters(), ema.shards, strict=True)
     }
     weights.save_dit(folder / "model.safetensors", state, "safetensors")
-    return {"seconds": round(time.monotonic() - started), "loss": losses}
+    seconds = round(time.monotonic() - started)
+    return {"seconds": seconds, "first_loss": losses[0][1], "last_loss": losses[-1][1]}
 
 
 def main() -> None:
