@@ -5,6 +5,7 @@ import io
 import os
 import pickle
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -131,6 +132,10 @@ def test_a_link_is_read_like_its_target(tmp_path):
     assert files.read_text(tmp_path / "b", files.CAPTION) == "one\ntwo"
 
 
+def blocked(*_):
+    pytest.fail("opening a pipe blocks")
+
+
 def test_a_pipe_that_replaces_a_file_does_not_block(tmp_path):
     path = tmp_path / "changing"
     path.touch()
@@ -145,6 +150,8 @@ def test_a_pipe_that_replaces_a_file_does_not_block(tmp_path):
 
     thread = threading.Thread(target=swap)
     thread.start()
+    before = signal.signal(signal.SIGALRM, blocked)
+    signal.alarm(30)
     began, opened = time.monotonic(), 0
     try:
         while time.monotonic() - began < 1:
@@ -154,6 +161,8 @@ def test_a_pipe_that_replaces_a_file_does_not_block(tmp_path):
             except files.BadFile as error:
                 assert error.what == "is a pipe, not a file"
     finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
         stop.set()
         thread.join()
     assert opened
