@@ -1,3 +1,5 @@
+import shutil
+
 import pytest
 
 from cosmos_cli.model import video
@@ -14,9 +16,17 @@ def cosmos(tmp_path, tmp_path_factory):
     return Cosmos(tmp_path, tmp_path_factory.getbasetemp() / "cache")
 
 
-@pytest.fixture(scope="session")
-def prepared(tmp_path_factory):
+@pytest.fixture(scope="module")
+def prepared(prepared_once, tmp_path_factory):
     """A folder in which prep has run on four small captioned clips of different sizes."""
+    root = tmp_path_factory.mktemp("prepared") / "work"
+    shutil.copytree(prepared_once, root)
+    return root
+
+
+@pytest.fixture(scope="session")
+def prepared_once(tmp_path_factory):
+    """The one that each module copies: two modules may give their runs the same name."""
     root = tmp_path_factory.mktemp("prepared")
     folder = root / "datasets" / "tiny"
     (folder / "videos").mkdir(parents=True)

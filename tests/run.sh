@@ -3,7 +3,7 @@
 #
 #   bash tests/run.sh [fast|all]
 #
-#   fast   under 3 minutes on 2 cores: nothing that runs the six verbs
+#   fast   about 2 minutes on 2 cores: nothing that runs the six verbs
 #   all    also the long workflows, and on a GPU the tests that need one
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

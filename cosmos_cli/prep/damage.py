@@ -5,6 +5,9 @@ clips use are decoded a second time: with FFmpeg's native decoder for most codec
 for VP8 and VP9, for which the native decoders report nothing. For HEVC, FFmpeg reports only a third
 of the damage, so libde265 decodes the frames as well, if the system has it. For H.264, h264.py
 makes the native decoder check where slices end.
+
+Limit: damage that leaves a valid stream is not found. Of files with 1 to 16 flipped bits, 2 of 460
+in HEVC were not found, none of 160 in H.264 and none of 160 in VP9.
 """
 
 from __future__ import annotations

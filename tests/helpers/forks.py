@@ -19,7 +19,7 @@ import torch
 IMPORTED = (
     "cosmos_cli.app", "cosmos_cli.evaluate.evaluation", "cosmos_cli.generate.phases",
     "cosmos_cli.model.tiny.scorer", "cosmos_cli.prep.prepare", "cosmos_cli.promote",
-    "cosmos_cli.train.loop", "deepspeed.runtime.zero.muon.muon_optimizer", "torchcodec.decoders",
+    "cosmos_cli.train.process", "deepspeed.runtime.zero.muon.muon_optimizer", "torchcodec.decoders",
     "transformers.models.t5.modeling_t5",
 )  # fmt: skip
 # Libraries read these when they are imported.
