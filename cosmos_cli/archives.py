@@ -79,7 +79,7 @@ def check_torch(path: Path) -> bool:
                 stream.seek(0)
                 bounded = pickles.Bounded(stream, PICKLE_LIMIT)
                 for _ in range(pickles.OLD_FORMAT_PICKLES):
-                    pickles.scan(bounded, PICKLE_LIMIT)
+                    pickles.scan_pickle(bounded, PICKLE_LIMIT)
         except _DAMAGE as error:
             what = f"is damaged or holds more than tensors; nothing in it was run ({error})"
             raise files.bad(path, files.WEIGHTS, what) from error
@@ -101,7 +101,7 @@ def _check_archive(stream: Any, size: int) -> None:
             if member.file_size != member.compress_size or total > size:
                 raise ValueError(f"{member.filename} is larger than the file itself")
             if inner.endswith(".pkl"):
-                pickles.scan(_member(archive, member, PICKLE_LIMIT), PICKLE_LIMIT)
+                pickles.scan_pickle(_member(archive, member, PICKLE_LIMIT), PICKLE_LIMIT)
 
 
 def read_member(path: Path, name: str, kind: files.Kind) -> str:

@@ -63,7 +63,7 @@ class Bounded:
         return content
 
 
-def scan(stream: BinaryIO | Bounded, limit: int) -> None:
+def scan_pickle(stream: BinaryIO | Bounded, limit: int) -> None:
     """Scan one pickle of at most `limit` bytes without executing it.
 
     Raises:

@@ -10,6 +10,11 @@ from tests.helpers.command import Cosmos, settings  # noqa: E402 - rewritten for
 from tests.helpers.stand_ins import moving_square  # noqa: E402
 
 
+def pytest_collection_modifyitems(items):
+    """Start the long files first, so that short ones fill the gaps at the end."""
+    items.sort(key=lambda item: item.get_closest_marker("workflow") is None)
+
+
 @pytest.fixture
 def cosmos(tmp_path, tmp_path_factory):
     """With a cache that tests share: what one had encoded, another need not."""

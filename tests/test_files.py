@@ -77,7 +77,7 @@ READERS = {
     "batch": (jobs.read_batch, ExitCode.USAGE),
     "json": (files.read_json, ExitCode.ASSET),
     "hash": (files.sha256_file, ExitCode.ASSET),
-    "embedding": (lambda path: embedding_files.read(path, TINY.text), ExitCode.ASSET),
+    "embedding": (lambda path: embedding_files.read_embedding(path, TINY.text), ExitCode.ASSET),
     "weights": (weights.load_dit_state, ExitCode.ASSET),
     "manifest": (lambda path: paths.Dataset(path.parent, path.parent).read_manifest(), 5),
     "metrics": (lambda path: status.rows(Run(path.parent)), ExitCode.ASSET),
@@ -269,7 +269,7 @@ from cosmos_cli.spec import TINY
 readers = {
     ".pt": weights.load_dit_state, ".jit": weights._read_torchscript,
     ".safetensors": weights.load_dit_state, ".json": files.read_json,
-    ".pickle": lambda path: embedding_files.read(path, TINY.text),
+    ".pickle": lambda path: embedding_files.read_embedding(path, TINY.text),
     ".jsonl": lambda path: [request.read() for request in jobs.read_batch(path)],
     ".yaml": loading.load,
 }
@@ -327,8 +327,8 @@ def test_an_embedding_of_every_protocol_is_read(tmp_path, protocol, dtype):
     for value in ([array], array):
         path = tmp_path / "a.pickle"
         path.write_bytes(pickle.dumps(value, protocol=protocol))
-        pickles.scan(io.BytesIO(path.read_bytes()), files.EMBEDDING.limit)
-        read = embedding_files.read(path, TINY.text)
+        pickles.scan_pickle(io.BytesIO(path.read_bytes()), files.EMBEDDING.limit)
+        read = embedding_files.read_embedding(path, TINY.text)
         assert np.array_equal(read.numpy(), array.astype(array.dtype.newbyteorder("=")))
 
 

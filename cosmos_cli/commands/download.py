@@ -126,5 +126,5 @@ def _check(r: Recipe, next_: str, dry_run: bool) -> Result:
             fix="run the same command on a machine with a GPU",
         )
     with gpu_memory_errors("use a GPU with more memory"):
-        figures = first_contact.check_weights(r, device)
+        figures = first_contact.check_model(r, device)
     return Result("the weights work", figures=figures, next=next_)

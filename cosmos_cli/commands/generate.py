@@ -193,7 +193,7 @@ def _preview(settings: list[Settings], requests: list[Request]) -> console.Resul
     Raises:
         UserError: the gravest error of a request.
     """
-    results = [batch.plan(request, own) for own, request in product(settings, requests)]
+    results = [batch.plan_request(request, own) for own, request in product(settings, requests)]
     if errors := [result.error for result in results if result.error]:
         raise together(errors)
     text = "\n".join(str(result.job.path) for result in results if result.job)

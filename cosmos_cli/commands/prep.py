@@ -41,7 +41,7 @@ def prep(
         bytes_needed = clips * latent_files.latent_bytes(r)
         console.say(f"would cache {clips} clips in {console.size(bytes_needed)}")
         figures = {"dry_run": True, "clips": clips, "bytes": bytes_needed, **notes.figures()}
-        rows = [sources.row(dataset, source, "") for source in videos]
+        rows = [sources.manifest_row(dataset, source, "") for source in videos]
         console.emit(Result(sources.verdict_table(rows), figures=figures), as_json=json_)
         return
 

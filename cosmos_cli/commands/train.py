@@ -62,7 +62,7 @@ def train(
         figures = planner.check_memory(r, count, gpu)
         console.emit(Result(planner.describe(r, count, gpu), figures=figures), as_json=json_)
         return
-    ready = preflight.check(r, run, processes, None if overwrite else command)
+    ready = preflight.check_training(r, run, processes, None if overwrite else command)
     figures = {
         "run_dir": str(run.root), "clips": ready.clips, "heldout_clips": ready.held_out,
         "processes": processes, "from": ready.start,

@@ -69,7 +69,7 @@ class Losses:
 
 
 @torch.no_grad()
-def check_weights(r: Recipe, device: str) -> dict[str, Any]:
+def check_model(r: Recipe, device: str) -> dict[str, Any]:
     """Check a recipe's tokenizer and denoiser; return the figures.
 
     Raises:

@@ -34,7 +34,7 @@ def base_settings(settings: Settings) -> Settings:
     return replace(settings, weights=base)
 
 
-def plan(request: Request, settings: Settings) -> Result:
+def plan_request(request: Request, settings: Settings) -> Result:
     """Return the job of a request, made if its video exists already, or its error."""
     try:
         job = jobs.resolve(request, settings)
@@ -54,7 +54,7 @@ def batch(
     todo: list[Job] = []
     made: list[Job] = []
     for own, request in product(settings, requests):
-        result = plan(request, own)
+        result = plan_request(request, own)
         if result.job and not result.made:
             todo.append(result.job)
             continue
@@ -98,7 +98,7 @@ def _comparisons(base: Settings, tuned: Settings, made: list[Job]) -> Iterator[R
         other = of_tuned.get((job.prompt, job.r))
         if job.weights != base.weights or other is None:
             continue
-        result = plan(Request(job.prompt), replace(joined, r=job.r))
+        result = plan_request(Request(job.prompt), replace(joined, r=job.r))
         if result.job and not result.made:
             compare(job, other, result.job)
             result = replace(result, made=True)
@@ -116,5 +116,5 @@ def stream(settings: Settings) -> Iterator[Result]:
         # surrogateescape: a line that is not UTF-8 is refused and does not end the stream.
         sys.stdin.reconfigure(encoding="utf-8-sig", errors="surrogateescape")
     for request in jobs.read_lines(sys.stdin):
-        result = plan(request, settings)
+        result = plan_request(request, settings)
         yield make(result.job) if result.job and not result.made else result

@@ -34,7 +34,7 @@ def compare(base: Job, tuned: Job, joined: Job) -> None:
     }
     files.write_text(joined.path.with_suffix(".html"), _page(sides, joined))
     sheet = rgb.contact_sheet(pixels, columns=2, rows=4, width=640)
-    outputs.write(joined, joined.prompt, pixels, sheet, about)
+    outputs.write_outputs(joined, joined.prompt, pixels, sheet, about)
 
 
 def _page(sides: dict[str, Job], joined: Job) -> str:

@@ -18,7 +18,9 @@ from cosmos_cli.generate.text_models import negative_prompt
 from cosmos_cli.model import video
 
 
-def write(job: Job, words: str, pixels: Tensor, sheet: Image, about: dict[str, Any]) -> None:
+def write_outputs(
+    job: Job, words: str, pixels: Tensor, sheet: Image, about: dict[str, Any]
+) -> None:
     """Write the files of a job, the sidecar first and the mp4 last.
 
     The sidecar marks the files as ours if the process is killed halfway.
@@ -40,7 +42,7 @@ def provenance(job: Job, words: str) -> dict[str, Any]:
     return {
         "prompt": job.prompt,
         "upsampled_prompt": None if words == job.prompt else words,
-        "guardrails": guardrail.names(job.r),
+        "guardrails": guardrail.guard_names(job.r),
         "seed": job.r.sampling_seed,
         "key": job.key,
         "model": job.r.model,

@@ -214,11 +214,11 @@ class Pipeline:
         if self.pair and not self.pair.writes:
             return
         if not x0.isfinite().all():
-            raise not_finite("denoiser's latent", job)
+            raise not_finite_video("denoiser's latent", job)
         with phase(f"{name}: decoder", self.device):
             pixels = videos.decode(x0)
         if pixels is None:
-            raise not_finite("decoded video", job)
+            raise not_finite_video("decoded video", job)
         if videos.frame_filter and (reason := videos.frame_filter.reason(pixels)):
             raise guardrail.blocked("frame filter", reason, job.prompt)
         faces = videos.face_blur.blur(pixels) if videos.face_blur else None
@@ -229,10 +229,10 @@ class Pipeline:
             "compiled": compiled,
             "blurred_faces": faces,
         }
-        outputs.write(job, text_emb.prompt, pixels, rgb.contact_sheet(pixels), about)
+        outputs.write_outputs(job, text_emb.prompt, pixels, rgb.contact_sheet(pixels), about)
 
 
-def not_finite(what: str, job: Job) -> UserError:
+def not_finite_video(what: str, job: Job) -> UserError:
     """Return the error of a video whose values overflowed although all weights are finite.
 
     Its code is ASSET: the weights, or a LoRA's strength, are too large for this prompt.

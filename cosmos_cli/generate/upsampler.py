@@ -56,8 +56,8 @@ class Upsampler:
         self.device = device
         released = folder / paths.MODEL_FILE
         fix = "run cosmos download, or add `--set upsampler=off`"
-        with pretrained.reading(folder, "is not a complete prompt upsampler", fix):
-            self.tokenizer = pretrained.load(AutoTokenizer, folder)
+        with pretrained.reading_pretrained(folder, "is not a complete prompt upsampler", fix):
+            self.tokenizer = pretrained.load_pretrained(AutoTokenizer, folder)
             if released.is_file():
                 model = load_released(released)
             else:

@@ -73,7 +73,7 @@ class VideoModels:
         self.tokenizer = load_tokenizer(r.model_files.tokenizer, r.spec, device, self.dtype)
         if pair:
             self.net.share(pair.sequence)
-        self.attention = attention_backend(r, self.net)
+        self.attention = self_attention_backend(r, self.net)
 
     @cached_property
     def compiles(self) -> bool:
@@ -144,7 +144,7 @@ def compile_blocks(net: DiT) -> bool:
     return True
 
 
-def attention_backend(r: Recipe, net: DiT) -> str:
+def self_attention_backend(r: Recipe, net: DiT) -> str:
     """Return the backend of self-attention at the recipe's video size: cudnn, flash, ..."""
     size = r.spec.tokens(r.num_frames, r.height, r.width), net.spec.heads, net.spec.head_width
     q_BLNK = next(net.parameters()).new_empty(1, *size)

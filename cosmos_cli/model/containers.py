@@ -108,7 +108,7 @@ class Packets:
         return next((self.pts[n] for n in range(first, len(self.pts)) if self.keys[n]), None)
 
 
-def scan(path: Path, stream: int) -> Packets:
+def scan_packets(path: Path, stream: int) -> Packets:
     """Read the packets of a stream and sort them by time stamp.
 
     Raises:

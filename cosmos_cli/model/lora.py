@@ -136,7 +136,7 @@ def load_beside(net: nn.Module, files: Iterable[tuple[Path, float]]) -> list[tup
     """
     read, notes = [], []
     for path, strength in files:
-        changes = lora_files.read(path)
+        changes = lora_files.load_lora(path)
         linears = {f"net.{n}": m for n, m in net.named_modules() if isinstance(m, nn.Linear)}
         check_fit(changes, {name: linear.weight.shape for name, linear in linears.items()}, path)
         scaled = {
@@ -248,7 +248,7 @@ def merge(state: Mapping[str, Tensor], path: Path, strength: float) -> dict[str,
     Raises:
         UserError: the file is missing, damaged, or of another model.
     """
-    changes = lora_files.read(path)
+    changes = lora_files.load_lora(path)
     stems = {name.removesuffix(".weight"): tensor.shape for name, tensor in state.items()}
     check_fit(changes, stems, path)
     merged = dict(state)
@@ -267,7 +267,7 @@ def kept_share(before: Mapping[str, Tensor], after: Mapping[str, Tensor], path: 
     of the change that are below half a rounding step of their weight.
     """
     found = wanted = 0.0
-    for name, change in lora_files.read(path).items():
+    for name, change in lora_files.load_lora(path).items():
         delta = change.scale * (change.b @ change.a)
         difference = after[f"{name}.weight"].float() - before[f"{name}.weight"].float()
         found += (difference * delta).sum().item()

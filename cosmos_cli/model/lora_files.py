@@ -91,7 +91,7 @@ class Change:
     key: str
 
 
-class Settings(BaseModel):
+class LoraSettings(BaseModel):
     """The part of peft's adapter_config.json that determines the scale of each linear."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
@@ -153,7 +153,7 @@ def _compiled(pattern: str) -> re.Pattern[str]:
 # --- writing --------------------------------------------------------------------------------------
 
 
-def save(path: Path, state: Mapping[str, Tensor], scale: float) -> None:
+def save_lora(path: Path, state: Mapping[str, Tensor], scale: float) -> None:
     """Write the factors of a LoRA in the format of diffusers, which reads it through peft."""
     renamed = rename(state, OURS, DIFFUSERS, path)
     rank = next(len(factor) for name, factor in state.items() if name.endswith("lora_A.weight"))
@@ -167,7 +167,7 @@ def save(path: Path, state: Mapping[str, Tensor], scale: float) -> None:
 # --- reading --------------------------------------------------------------------------------------
 
 
-def read(path: Path) -> dict[str, Change]:
+def load_lora(path: Path) -> dict[str, Change]:
     """Load the changes of a LoRA file by our names of the linears, as net.blocks.0.self_attn.q.
 
     Raises:
@@ -203,7 +203,7 @@ def read(path: Path) -> dict[str, Change]:
 
 
 def unread_settings(path: Path) -> str:
-    """Return a warning about the settings of a LoRA file that `read` does not know, or ""."""
+    """Return a warning about the settings of a LoRA file that `load_lora` does not know, or ""."""
     settings, source = _settings(path)
     others = (settings.model_extra if settings else None) or {}
     known = {*_UNSUPPORTED, *_WITHOUT_EFFECT}
@@ -235,7 +235,7 @@ def _refuse_other_methods(path: Path, stored: Mapping[str, Tensor]) -> None:
             )
 
 
-def _settings(path: Path) -> tuple[Settings | None, Path]:
+def _settings(path: Path) -> tuple[LoraSettings | None, Path]:
     """Return the settings of a LoRA file, None if it has none, and the file that states them.
 
     Raises:
@@ -248,7 +248,7 @@ def _settings(path: Path) -> tuple[Settings | None, Path]:
     elif not content:
         return None, path
     try:
-        settings = Settings.model_validate(content)
+        settings = LoraSettings.model_validate(content)
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join(map(str, first["loc"])) or "its content"
@@ -339,7 +339,7 @@ def _linears() -> tuple[dict[str, str], dict[str, str]]:
 
     "#" stands for the number of the block.
     """
-    tables = [tensor_names.names(column, OURS) for column in COLUMNS]
+    tables = [tensor_names.name_table(column, OURS) for column in COLUMNS]
     dotted = {
         _PREFIXES.sub("", theirs): ours
         for table in tables

@@ -14,11 +14,11 @@ from cosmos_cli import archives, files
 from cosmos_cli.errors import ExitCode, UserError
 
 
-def load(kind: Any, source: Path | str, **options: Any) -> Any:
+def load_pretrained(kind: Any, source: Path | str, **options: Any) -> Any:
     """Load an object of the transformers class `kind` from a local folder.
 
     A name instead of a folder stands for a model in the hub's cache. Nothing is downloaded, and no
-    code of the folder is run. Call it inside `reading`.
+    code of the folder is run. Call it inside `reading_pretrained`.
     """
     from transformers.utils import logging
 
@@ -28,7 +28,7 @@ def load(kind: Any, source: Path | str, **options: Any) -> Any:
 
 
 def load_model(kind: Any, source: Path | str, dtype: torch.dtype) -> Any:
-    """Load a model as `load` does, with all of its weights.
+    """Load a model as `load_pretrained` does, with all of its weights.
 
     Raises:
         ValueError: a weight is missing, which transformers would initialise at random, or the
@@ -36,14 +36,14 @@ def load_model(kind: Any, source: Path | str, dtype: torch.dtype) -> Any:
     """
     if Path(source).is_dir() and not Path(source, "config.json").is_file():
         raise ValueError("it has no config.json")
-    model, about = load(kind, source, dtype=dtype, output_loading_info=True)
+    model, about = load_pretrained(kind, source, dtype=dtype, output_loading_info=True)
     if about["missing_keys"]:
         raise ValueError(f"it lacks weights, {min(about['missing_keys'])} among them")
     return model
 
 
 @contextmanager
-def reading(source: Path | str, what: str, fix: str) -> Iterator[None]:
+def reading_pretrained(source: Path | str, what: str, fix: str) -> Iterator[None]:
     """Turn the errors of a missing or damaged file into a UserError: `what`, the reason, `fix`."""
     try:
         yield

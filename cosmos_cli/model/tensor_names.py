@@ -63,7 +63,7 @@ OURS, RELEASED, DIFFUSERS = range(3)
 COLUMNS = (OURS, RELEASED, DIFFUSERS)
 
 
-def names(source: int, target: int) -> dict[str, str]:
+def name_table(source: int, target: int) -> dict[str, str]:
     """Map the names of one column to those of another; "#" stands for the number of the block."""
     prefixes = {
         _NET: ("net.", "net.", ""),
@@ -83,7 +83,7 @@ def rename(state: Mapping[str, Tensor], source: int, target: int, where: Path) -
     Raises:
         UserError: a name is not in the tables.
     """
-    known = names(source, target)
+    known = name_table(source, target)
     renamed, unknown = {}, []
     for key, value in state.items():
         stem = re.sub(r"(\.lora_[AB])?\.weight$", "", key)

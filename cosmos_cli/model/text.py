@@ -44,15 +44,15 @@ class TextEncoder:
                 fix="run `cosmos download RECIPE`",
             )
         self.folder, self.spec, self.device, self.dtype = folder, spec, device, dtype
-        with pretrained.reading(folder, *_INCOMPLETE):
-            self.tokenizer = pretrained.load(AutoTokenizer, folder)
+        with pretrained.reading_pretrained(folder, *_INCOMPLETE):
+            self.tokenizer = pretrained.load_pretrained(AutoTokenizer, folder)
 
     @cached_property
     def encoder(self) -> Any:
         """The network, loaded on first use."""
         from transformers import T5EncoderModel
 
-        with pretrained.reading(self.folder, *_INCOMPLETE):
+        with pretrained.reading_pretrained(self.folder, *_INCOMPLETE):
             encoder = pretrained.load_model(T5EncoderModel, self.folder, self.dtype)
             if encoder.config.feed_forward_proj != "relu":
                 raise ValueError(

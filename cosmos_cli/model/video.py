@@ -358,7 +358,7 @@ class _Reader:
     def __init__(self, path: Path) -> None:
         self.path, self.decoder = path, _open(path)
         try:
-            self.packets = containers.scan(path, self.decoder.stream_index)
+            self.packets = containers.scan_packets(path, self.decoder.stream_index)
         except ValueError as error:
             raise VideoError("damaged: its frames have no time stamps") from error
         found, counted = self.decoder.metadata.num_frames, len(self.packets.pts)

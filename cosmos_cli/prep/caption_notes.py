@@ -114,7 +114,7 @@ def _cut_captions(r: Recipe, dataset: Dataset, videos: list[Source]) -> dict[str
     # counts as cut if its embedding has the full length.
     pickles = {v.name: dataset.embeddings / f"{v.stem}.pickle" for v in long}
     lengths = {
-        name: len(embedding_files.read(path, r.spec.text))
+        name: len(embedding_files.read_embedding(path, r.spec.text))
         for name, path in pickles.items()
         if path.exists()
     }

@@ -43,8 +43,8 @@ class Captioner:
         what = "is not a readable vision-language model"
         fix = f"run `hf download {name}`, or use `--set caption_model=FOLDER`"
         try:
-            with pretrained.reading(source, what, fix):
-                self.processor = pretrained.load(AutoProcessor, source)
+            with pretrained.reading_pretrained(source, what, fix):
+                self.processor = pretrained.load_pretrained(AutoProcessor, source)
                 model = pretrained.load_model(AutoModelForImageTextToText, source, dtype)
         except ImportError as error:
             # Some models resize images with torchvision, which this project does not depend on.
@@ -56,7 +56,7 @@ class Captioner:
         require_finite(self.model.state_dict(), Path(source))
 
     @torch.inference_mode()
-    def describe(self, source: Source) -> str:
+    def describe_videos(self, source: Source) -> str:
         """Return the model's description of a video, cleaned. It may be empty.
 
         Raises:
@@ -78,7 +78,9 @@ class Captioner:
         return captions.clean(self.processor.decode(answer, skip_special_tokens=True))
 
 
-def describe(r: Recipe, dataset: Dataset, videos: list[Source], job: str, device: str) -> None:
+def describe_videos(
+    r: Recipe, dataset: Dataset, videos: list[Source], job: str, device: str
+) -> None:
     """Describe every video that has no other caption, with the recipe's captioning model.
 
     A video whose frames do not decode gets no description.

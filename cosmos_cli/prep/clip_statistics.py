@@ -37,7 +37,7 @@ class ClipStatistics(NamedTuple):
     fingerprint: int
 
 
-def measure(video_CTHW: Tensor) -> ClipStatistics:
+def measure_clip(video_CTHW: Tensor) -> ClipStatistics:
     """Measure the statistics of uint8 frames."""
     grey = torch.cat([part.float().mean(0) for part in video_CTHW.split(8, dim=1)])
     small = F.adaptive_avg_pool2d(grey[:, None], SIDE)[:, 0]

@@ -94,7 +94,7 @@ def _scan(path: Path, _version: tuple[int, int]) -> tuple[int, Packets | None]:
             if video is None or video.codec_context is None:
                 return 0, None
             index = video.index
-        return index, containers.scan(path, index)
+        return index, containers.scan_packets(path, index)
     except (av.FFmpegError, ValueError):
         return 0, None
 

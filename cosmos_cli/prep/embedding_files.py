@@ -26,13 +26,13 @@ def pad(embedding: Tensor, spec: TextSpec) -> Tensor:
     return torch.nn.functional.pad(embedding, (0, 0, 0, spec.tokens - len(embedding)))
 
 
-def write(path: Path, embedding: Tensor) -> None:
+def write_embedding(path: Path, embedding: Tensor) -> None:
     """Write an embedding in the reference's format; call it inside `atomic_file`."""
     with path.open("wb") as stream:
         pickle.dump([embedding.half().numpy()], stream)
 
 
-def read(path: Path, spec: TextSpec) -> Tensor:
+def read_embedding(path: Path, spec: TextSpec) -> Tensor:
     """Load the embedding (real tokens, channels) from a pickle that may hold only a numpy array.
 
     Raises:
@@ -41,7 +41,7 @@ def read(path: Path, spec: TextSpec) -> Tensor:
     """
     content = files.read_bytes(path, files.EMBEDDING)
     try:
-        pickles.scan(io.BytesIO(content), files.EMBEDDING.limit)
+        pickles.scan_pickle(io.BytesIO(content), files.EMBEDDING.limit)
         value = pickles.Restricted(io.BytesIO(content), _names_in_arrays()).load()
     except pickles.DAMAGE as error:
         raise _bad(path, f"is not an embedding: {error}") from error

@@ -101,7 +101,7 @@ class Latents:
         if about.get("key") != key:
             return {}
         if not about.get("checked"):
-            now = clip_statistics.measure(self._pixels(source, clip))
+            now = clip_statistics.measure_clip(self._pixels(source, clip))
             then = clip_statistics.ClipStatistics(*about["look"])
             if now.cut != then.cut or abs(now.motion - then.motion) > 1e-3 * (1 + then.motion):
                 return {}
@@ -145,7 +145,7 @@ class Latents:
             "fps": clip.fps,
             "video": source.name,
             "caption": source.stem,
-            "look": clip_statistics.measure(pixels),
+            "look": clip_statistics.measure_clip(pixels),
             # The frames were decoded without a report of damage. Earlier versions lack this entry.
             "checked": True,
         }

@@ -46,7 +46,7 @@ class Findings:
     notes: list[str]
 
 
-def write(
+def write_page(
     r: Recipe, dataset: Dataset, videos: list[Source], findings: Findings, tokenizer: Tokenizer
 ) -> None:
     """Write the dataset's `report.html`, and print the first warnings about its clips."""

@@ -46,7 +46,7 @@ def prepare(r: Recipe, device: str) -> dict[str, Any]:
     sources.require_usable(r, dataset, videos)
     job = _job(r, videos)
     with times("describe"):
-        captioner.describe(r, dataset, videos, job, device)
+        captioner.describe_videos(r, dataset, videos, job, device)
     with work_sharing.workers(dataset.lock, job) as workers:
         for source in caption_choice.find_captions(r, dataset, videos):
             source.reject("no caption: its frames do not decode")
@@ -108,7 +108,7 @@ def _finish(
     """Write the report, then the manifest, which marks the dataset as complete."""
     dataset = latents.dataset
     sources.require_usable(r, dataset, videos)
-    rows = [sources.row(dataset, v, latents.digest(v)) for v in videos]
+    rows = [sources.manifest_row(dataset, v, latents.digest(v)) for v in videos]
     # One file may hold many episodes, so the digest alone does not identify the content.
     content = {v.name: f"{latents.digest(v)} {v.span}" for v in videos if v.clips}
     held_out = holdout.choose_held_out(content, r.holdout_share)
@@ -130,7 +130,7 @@ def _finish(
         v.name: latents.statistics[v.name] for v in videos if v.name in latents.statistics
     }
     findings = page.Findings(manifest, statistics, times.seconds, notes.lines(r))
-    page.write(r, dataset, videos, findings, latents.tokenizer)
+    page.write_page(r, dataset, videos, findings, latents.tokenizer)
     # A process that was killed while this one waited may have left temporary files.
     _remove_stale(dataset)
     files.write_json(dataset.manifest, manifest)
@@ -182,7 +182,7 @@ def _write_embeddings(
                             raise text.no_embedding(caption, folder)
                         for path in stale[caption]:
                             with files.atomic_file(path) as temporary:
-                                embedding_files.write(temporary, embedding)
+                                embedding_files.write_embedding(temporary, embedding)
             bar.advance(count=len(batch))
 
 
@@ -205,4 +205,4 @@ def _check_embeddings(r: Recipe, dataset: Dataset, videos: list[Source]) -> None
     for source in videos:
         path = dataset.embeddings / f"{source.stem}.pickle"
         if not source.reason and not _stale(dataset, [path]):
-            embedding_files.read(path, r.spec.text)
+            embedding_files.read_embedding(path, r.spec.text)

@@ -152,7 +152,7 @@ def verdict_table(videos: list[dict[str, Any]]) -> str:
     return console.table(rows, ("video", "verdict", "frames", "size", "clips", "caption or reason"))
 
 
-def row(dataset: Dataset, source: Source, digest: str) -> dict[str, Any]:
+def manifest_row(dataset: Dataset, source: Source, digest: str) -> dict[str, Any]:
     """Return the row of the manifest for a video."""
     info = source.info or video.VideoInfo(0, 0.0, 0, 0, 0.0, "")
     facts = asdict(info)

@@ -188,7 +188,7 @@ def resume(engine: Any, ema: PowerEMA, run: Run, step: int) -> None:
     else:
         reshard.load_state(engine, folder / SHARDS, saved_by)
     forget_copies(module)
-    state = lora.factors(lora_files.read(path)) if adapted else weights.load_dit_state(path)
+    state = lora.factors(lora_files.load_lora(path)) if adapted else weights.load_dit_state(path)
     own = {}
     for (name, parameter), part in zip(trained(module).items(), ema.shards, strict=True):
         scatter(state[name], parameter, part)
@@ -255,7 +255,7 @@ def _gather_all(module: nn.Module, parts: list[Tensor], rank: int) -> dict[str, 
 def _save_model(module: nn.Module, state: dict[str, Tensor], path: Path) -> str:
     """Write the trained weights, and return the sha256 of their file."""
     if lora.attached(module):
-        lora_files.save(path, state, lora.scale(module))
+        lora_files.save_lora(path, state, lora.scale(module))
         return files.sha256_file(path)
     buffers = {name: buffer.cpu() for name, buffer in module.named_buffers()}
     return weights.save_released(path, {**buffers, **state})

@@ -113,7 +113,7 @@ class Clips:
     def read(self, index: int) -> tuple[Tensor, Tensor, float]:
         """Return x0 (C, T, H, W) fp32, the padded text embedding (M, D) fp32, and frames/s."""
         clip = self.clips[index]
-        embedding = embedding_files.read(self.root / clip["text"], self.spec.text)
+        embedding = embedding_files.read_embedding(self.root / clip["text"], self.spec.text)
         text_emb = embedding_files.pad(embedding.float(), self.spec.text)
         return self.latent(index), text_emb, float(clip["fps"])
 

@@ -43,7 +43,7 @@ class Ready:
     deletes: tuple[Path, ...]
 
 
-def check(r: Recipe, run: Run, ranks: int, command: CommandLine | None) -> Ready:
+def check_training(r: Recipe, run: Run, ranks: int, command: CommandLine | None) -> Ready:
     """Check everything that a training needs. `command` is None with --overwrite.
 
     Raises:

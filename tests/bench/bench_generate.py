@@ -389,7 +389,7 @@ def bench_sample(bench: Bench, net: DiT) -> Row:
         video.write_mp4(path, pixels, r.fps, r.video_crf)
     shape = video.probe(path)
     assert (shape.frames, shape.height, shape.width) == bench.size
-    backend = video_models.attention_backend(r, net)
+    backend = video_models.self_attention_backend(r, net)
     found = {"attention": backend, "compiled": compiled, "mp4_bytes": path.stat().st_size}
     return {**found, "rows": rows}
 
@@ -516,7 +516,7 @@ def main() -> None:
     bench = Bench(options.model, r, device, dtype, options.scratch, options.rounds)
     with torch.inference_mode():
         net = random_denoiser(r.spec.dit, device, dtype)
-        backend = video_models.attention_backend(r, net)
+        backend = video_models.self_attention_backend(r, net)
         if options.attention not in (None, backend):
             raise SystemExit(f"attention would run as {backend}, not {options.attention}")
         about = {

@@ -73,7 +73,7 @@ def test_a_copy_of_a_training_clip_has_a_small_distance(tmp_path):
     generator = torch.Generator().manual_seed(0)
     latents = [torch.randn(16, 2, 8, 12, generator=generator) for _ in range(4)]
     rows = []
-    embedding_files.write(tmp_path / "text.pickle", torch.zeros(3, TINY.text.channels))
+    embedding_files.write_embedding(tmp_path / "text.pickle", torch.zeros(3, TINY.text.channels))
     for i, latent in enumerate(latents):
         save_file({"latent": latent}, tmp_path / f"{i}.safetensors")
         rows.append({"latent": f"{i}.safetensors", "text": "text.pickle", "fps": 16.0})

@@ -64,7 +64,7 @@ def start_again(state):
 
 
 def test_correct_weights_pass_and_the_losses_are_printed(folder, capsys):
-    figures = first_contact.check_weights(R, "cpu")
+    figures = first_contact.check_model(R, "cpu")
     assert [row["sigma"] for row in figures["edm"]] == [0.1, 0.5, 2.0]
     for row in figures["edm"]:
         assert row["model"] < row["shuffled"]
@@ -91,7 +91,7 @@ def test_a_damaged_denoiser_is_an_error_that_names_the_damage(folder, damage, wo
     damage(state)
     weights.save_dit(path, state, "safetensors")
     with pytest.raises(UserError) as caught:
-        first_contact.check_weights(R, "cpu")
+        first_contact.check_model(R, "cpu")
     assert caught.value.code == ExitCode.ASSET
     assert word in str(caught.value)
     assert str(path) in str(caught.value)
@@ -105,7 +105,7 @@ def test_a_tokenizer_that_loses_the_picture_is_an_error(folder):
     state["decoder.conv_out.1.conv3d.weight"] = state["decoder.conv_out.1.conv3d.weight"].flip(0)
     weights.write_safetensors(path, state)
     with pytest.raises(UserError, match="the tokenizer loses the picture") as caught:
-        first_contact.check_weights(R, "cpu")
+        first_contact.check_model(R, "cpu")
     assert caught.value.code == ExitCode.ASSET
 
 
@@ -115,7 +115,7 @@ def test_exchanged_mean_and_std_are_an_error(folder):
     exchange(state, "mean", "std")
     weights.write_safetensors(path, state)
     with pytest.raises(UserError, match="mean and std") as caught:
-        first_contact.check_weights(R, "cpu")
+        first_contact.check_model(R, "cpu")
     assert caught.value.code == ExitCode.ASSET
 
 

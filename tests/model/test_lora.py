@@ -54,7 +54,7 @@ def test_fresh_factors_change_nothing_and_are_equal_in_every_process():
 def test_diffusers_and_the_merged_model_compute_what_training_computed(targets, tmp_path):
     module, state, factors = adapted(targets)
     path = tmp_path / "iter_000000001_ema_lora.safetensors"
-    lora_files.save(path, factors, 0.5)
+    lora_files.save_lora(path, factors, 0.5)
     with torch.no_grad():
         expected = module.net(**inputs())
         before = network()(**inputs())
@@ -97,11 +97,11 @@ def test_the_last_linear_of_a_block_is_not_recomputed(mode):
 
 def test_a_lora_saved_by_diffusers_is_read(tmp_path):
     _, _, factors = adapted("all")
-    lora_files.save(tmp_path / "ours.safetensors", factors, 0.5)
+    lora_files.save_lora(tmp_path / "ours.safetensors", factors, 0.5)
     twin = diffusers_twin(network(), tmp_path)
     twin.load_lora_adapter(tmp_path, weight_name="ours.safetensors", adapter_name="default")
     twin.save_lora_adapter(tmp_path / "theirs")
-    changes = lora_files.read(tmp_path / "theirs" / "pytorch_lora_weights.safetensors")
+    changes = lora_files.load_lora(tmp_path / "theirs" / "pytorch_lora_weights.safetensors")
     state = lora.factors(changes)
     assert {change.scale for change in changes.values()} == {0.5}
     assert state.keys() == factors.keys()
@@ -111,7 +111,7 @@ def test_a_lora_saved_by_diffusers_is_read(tmp_path):
 def test_strength_scales_the_change_and_each_weight_keeps_its_dtype(tmp_path):
     _, state, factors = adapted("attention")
     path = tmp_path / "lora.safetensors"
-    lora_files.save(path, factors, 0.5)
+    lora_files.save_lora(path, factors, 0.5)
     none, half, whole = (lora.merge(state, path, strength) for strength in (0.0, 0.5, 1.0))
     name = "net.blocks.0.self_attn.q.weight"
     assert torch.equal(none[name], state[name])
@@ -150,7 +150,7 @@ def test_strength_scales_the_change_and_each_weight_keeps_its_dtype(tmp_path):
 def test_a_lora_that_does_not_fit_is_refused(change, words, tmp_path):
     _, state, factors = adapted("attention")
     path = tmp_path / "lora.safetensors"
-    lora_files.save(path, factors, 1.0)
+    lora_files.save_lora(path, factors, 1.0)
     stored = load_file(path)
     change(stored)
     save_file(stored, path)
@@ -162,7 +162,7 @@ def test_a_file_that_is_not_a_lora_is_refused(tmp_path):
     path = tmp_path / "lora.safetensors"
     path.write_bytes(b"nothing of the kind")
     with pytest.raises(UserError, match="damaged"):
-        lora_files.read(path)
+        lora_files.load_lora(path)
 
 
 # --- beside the weights ---------------------------------------------------------------------------
@@ -317,7 +317,7 @@ def test_the_share_of_a_merged_lora_that_is_kept_is_measured(tmp_path):
     path, shares = tmp_path / "lora.safetensors", {}
     for size in (4e-3, 8e-4):
         changes = random_changes(net, size)
-        lora_files.save(path, lora.factors(changes), 1.0)
+        lora_files.save_lora(path, lora.factors(changes), 1.0)
         for dtype in (torch.float32, torch.bfloat16):
             state = {f"net.{name}": tensor.to(dtype) for name, tensor in net.state_dict().items()}
             shares[size, dtype] = lora.kept_share(state, lora.merge(state, path, 1.0), path)
@@ -330,7 +330,7 @@ def test_the_share_of_a_merged_lora_that_is_kept_is_measured(tmp_path):
 def test_a_strength_that_overflows_is_refused(tmp_path, strength):
     net = network()
     path = tmp_path / "lora.safetensors"
-    lora_files.save(path, lora.factors(random_changes(net, 0.1)), 1.0)
+    lora_files.save_lora(path, lora.factors(random_changes(net, 0.1)), 1.0)
     with pytest.raises(UserError, match="not finite") as caught:
         lora.load_beside(net, [(path, strength)])
     assert str(path) in str(caught.value)
@@ -340,7 +340,7 @@ def test_a_strength_that_overflows_is_refused(tmp_path, strength):
 def test_a_lora_without_strength_leaves_every_bit(tmp_path):
     net = network()
     path = tmp_path / "lora.safetensors"
-    lora_files.save(path, lora.factors(random_changes(net, 0.1)), 1.0)
+    lora_files.save_lora(path, lora.factors(random_changes(net, 0.1)), 1.0)
     expected = net(**inputs())
     lora.load_beside(net, [(path, 0.0)])
     assert torch.equal(net(**inputs()), expected)
@@ -349,7 +349,7 @@ def test_a_lora_without_strength_leaves_every_bit(tmp_path):
 def test_a_lora_that_changes_nothing_is_named(tmp_path):
     net = network()
     path = tmp_path / "lora.safetensors"
-    lora_files.save(path, lora.factors(random_changes(net, 0.0)), 1.0)
+    lora_files.save_lora(path, lora.factors(random_changes(net, 0.0)), 1.0)
     ((about, (remark,)),) = lora.load_beside(net, [(path, 1.0)])
     assert "changes nothing" in remark
     assert "rank 16, scale 1, strength 1" in about

@@ -18,7 +18,7 @@ def folder(tmp_path):
 
 
 def load(folder):
-    with pretrained.reading(folder, "is not whole", "download it"):
+    with pretrained.reading_pretrained(folder, "is not whole", "download it"):
         return pretrained.load_model(T5EncoderModel, folder, torch.float32)
 
 

@@ -248,7 +248,7 @@ stem = "net.blocks.0.mlp.up"
 if os.fork():
     os.wait()
     factors = {f"{stem}.lora_{side}.weight": torch.zeros(4, 9999) for side in "AB"}
-    lora_files.save(Path("lora.safetensors"), factors, 1.0)
+    lora_files.save_lora(Path("lora.safetensors"), factors, 1.0)
 weights.write_safetensors(Path("m.safetensors"), {"w": torch.zeros(99_999)})
 """
 

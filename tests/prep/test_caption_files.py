@@ -140,7 +140,7 @@ def test_the_references_embeddings_are_taken_under_the_same_rule(tmp_path):
     made = np.random.default_rng(0).normal(size=(5, TINY.text.channels)).astype(np.float16)
     (dataset / "t5_xxl" / f"{NFC}.pickle").write_bytes(pickle.dumps([made]))
     said = Cosmos(tmp_path)("prep", "tiny", *settings()).stderr
-    read = embedding_files.read(dataset / "t5_xxl" / f"{NFD}.pickle", TINY.text)
+    read = embedding_files.read_embedding(dataset / "t5_xxl" / f"{NFD}.pickle", TINY.text)
     assert np.array_equal(read.numpy(), made)
     assert "belong" not in said
     # Another caption makes another embedding, and the first does not come back.
@@ -148,7 +148,7 @@ def test_the_references_embeddings_are_taken_under_the_same_rule(tmp_path):
     os.utime(dataset / "metas" / f"{NFC}.txt", (0, 0))
     for _ in range(2):
         Cosmos(tmp_path)("prep", "tiny", *settings())
-        read = embedding_files.read(dataset / "t5_xxl" / f"{NFD}.pickle", TINY.text)
+        read = embedding_files.read_embedding(dataset / "t5_xxl" / f"{NFD}.pickle", TINY.text)
         assert not np.array_equal(read.numpy()[:1], made[:1])
 
 

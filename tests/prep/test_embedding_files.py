@@ -22,25 +22,25 @@ class Bomb:
 
 def test_pickle_is_the_reference_format_and_reads_back(tmp_path):
     embedding = torch.randn(5, 8).half()
-    embedding_files.write(tmp_path / "a.pickle", embedding)
+    embedding_files.write_embedding(tmp_path / "a.pickle", embedding)
     value = pickle.loads((tmp_path / "a.pickle").read_bytes())
     assert isinstance(value, list)
     assert [(a.dtype, a.shape) for a in value] == [(np.dtype("float16"), (5, 8))]
-    assert torch.equal(embedding_files.read(tmp_path / "a.pickle", SPEC), embedding)
+    assert torch.equal(embedding_files.read_embedding(tmp_path / "a.pickle", SPEC), embedding)
 
 
 def test_pickle_of_every_protocol_reads_back(tmp_path):
     array = np.arange(24, dtype=np.float16).reshape(3, 8)
     for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
         (tmp_path / "p").write_bytes(pickle.dumps([array], protocol=protocol))
-        assert np.array_equal(embedding_files.read(tmp_path / "p", SPEC).numpy(), array)
+        assert np.array_equal(embedding_files.read_embedding(tmp_path / "p", SPEC).numpy(), array)
 
 
 def test_hostile_pickle_is_refused_and_never_runs(tmp_path):
     trap = tmp_path / "executed"
     (tmp_path / "p").write_bytes(pickle.dumps([Bomb(trap)]))
     with pytest.raises(UserError, match="mkdir") as caught:
-        embedding_files.read(tmp_path / "p", SPEC)
+        embedding_files.read_embedding(tmp_path / "p", SPEC)
     assert caught.value.code == ExitCode.ASSET
     assert not trap.exists()
 
@@ -65,7 +65,7 @@ def test_hostile_pickle_is_refused_and_never_runs(tmp_path):
 def test_damaged_pickle_is_named(tmp_path, content):
     (tmp_path / "damaged.pickle").write_bytes(content)
     with pytest.raises(UserError, match=r"damaged\.pickle") as caught:
-        embedding_files.read(tmp_path / "damaged.pickle", SPEC)
+        embedding_files.read_embedding(tmp_path / "damaged.pickle", SPEC)
     assert caught.value.code == ExitCode.ASSET
 
 

@@ -64,8 +64,8 @@ def test_three_steps_a_stop_and_three_more_equal_six(cosmos, whole, processes, s
 
 def test_only_the_factors_are_saved_and_they_have_moved(whole):
     fresh = TINY.dit.lora_parameters(4, "all")
-    first, last = (lora.factors(lora_files.read(whole.lora(n, "reg"))) for n in (3, 6))
-    changes = lora_files.read(whole.lora(6, "reg"))
+    first, last = (lora.factors(lora_files.load_lora(whole.lora(n, "reg"))) for n in (3, 6))
+    changes = lora_files.load_lora(whole.lora(6, "reg"))
     assert {change.scale for change in changes.values()} == {1.5}
     assert sum(factor.numel() for factor in last.values()) == fresh
     assert not any(torch.equal(first[name], last[name]) for name in last)
@@ -174,7 +174,7 @@ def test_evaluate_measures_what_generate_uses(cosmos, promoted):
 def test_a_folder_of_peft_is_given_by_its_name(cosmos, whole, tmp_path):
     folder = tmp_path / "peft"
     folder.mkdir()
-    changes = lora_files.read(whole.lora(6, "reg"))
+    changes = lora_files.load_lora(whole.lora(6, "reg"))
     state = rename(lora.factors(changes), OURS, DIFFUSERS, folder)
     state = {f"base_model.model.{key}": value for key, value in state.items()}
     save_file(state, folder / "adapter_model.safetensors")

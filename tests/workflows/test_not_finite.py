@@ -141,9 +141,9 @@ def test_a_latent_that_is_not_finite_ends_its_video_and_not_the_batch(cosmos):
 def test_prep_and_train_refuse_an_embedding_that_is_not_finite(prepared, tmp_path):
     cosmos = copy_of(prepared, tmp_path)
     path = tmp_path / "datasets/tiny/t5_xxl/clip1.pickle"
-    embedding = embedding_files.read(path, SPEC.text)
+    embedding = embedding_files.read_embedding(path, SPEC.text)
     embedding[-1, -1] = float("nan")
-    embedding_files.write(path, embedding)
+    embedding_files.write_embedding(path, embedding)
     trained = train(cosmos, "nan", "max_steps=4", code=4)
     prepared = cosmos("prep", "tiny", *settings(), code=4)
     for done in (trained, prepared):

@@ -60,7 +60,7 @@ class Aegis:
         from peft import PeftModel
         from transformers import AutoTokenizer, LlamaForCausalLM
 
-        self.tokenizer = pretrained.load(AutoTokenizer, base)
+        self.tokenizer = pretrained.load_pretrained(AutoTokenizer, base)
         llama = pretrained.load_model(LlamaForCausalLM, base, dtype)
         # Without these files, peft would ask the hub.
         for name in ("adapter_config.json", "adapter_model.safetensors"):

@@ -85,7 +85,7 @@ def has_all(r: Recipe) -> bool:
     return r.guardrails == "on" and not r.spec.embedded
 
 
-def names(r: Recipe) -> list[str] | str:
+def guard_names(r: Recipe) -> list[str] | str:
     """Return the names of the active guards, for sidecars."""
     if r.guardrails == "off":
         return "off"
@@ -208,7 +208,7 @@ class FrameFilter:
         state = weights.load_tensors(classifier)
         state = {key.removeprefix("network.layers."): value for key, value in state.items()}
         with _reading(siglip):
-            self.processor = pretrained.load(SiglipImageProcessorPil, siglip)
+            self.processor = pretrained.load_pretrained(SiglipImageProcessorPil, siglip)
             vision = pretrained.load_model(SiglipVisionModel, siglip, torch.float32)
         with _reading(classifier):
             self.classifier = _classifier(state).to(device).eval()
@@ -335,4 +335,4 @@ def _wordnet(nltk_data: Path, name: str) -> list[str]:
 
 def _reading(path: Path) -> AbstractContextManager[None]:
     fix = "run cosmos download, or add `--set guardrails=off` to generate without guards"
-    return pretrained.reading(path, "the guardrail cannot be read", fix)
+    return pretrained.reading_pretrained(path, "the guardrail cannot be read", fix)
