@@ -107,7 +107,8 @@ def _by_id(found: tuple[Gpu, ...], entry: str) -> Gpu | None:
 
 def _enumerate(chosen: tuple[Gpu, ...]) -> Selection:
     """Return the chosen GPUs that CUDA enumerates: only the first MIG slice if there is any."""
-    slices = [each for gpu in chosen for each in (gpu, *gpu.slices) if _is_slice(each)]
+    shown = [each for gpu in chosen for each in (gpu, *gpu.slices)]
+    slices = [each for each in shown if any(name.startswith("MIG-") for name in each.ids)]
     if slices:
         remark = f"CUDA shows only one MIG slice: {slices[0].name}" if len(slices) > 1 else ""
         return Selection((slices[0],), remark)
@@ -115,10 +116,6 @@ def _enumerate(chosen: tuple[Gpu, ...]) -> Selection:
     idle = [str(gpu.index) for gpu in chosen if gpu.mig]
     remark = f"MIG is on and has no slices on GPU {', '.join(idle)}" if idle else ""
     return Selection(whole, remark)
-
-
-def _is_slice(gpu: Gpu) -> bool:
-    return any(name.startswith("MIG-") for name in gpu.ids)
 
 
 # --- NVML -----------------------------------------------------------------------------------------

@@ -112,10 +112,6 @@ def find_captions(r: Recipe, dataset: Dataset, videos: list[Source]) -> list[Sou
     return unseen
 
 
-def _pickles(dataset: Dataset) -> list[Path]:
-    return captions.files_in(dataset.embeddings, PICKLE)
-
-
 def adopt_embeddings(dataset: Dataset, videos: list[Source]) -> None:
     """Copy embeddings that came with the dataset to the names that prep uses.
 
@@ -125,7 +121,9 @@ def adopt_embeddings(dataset: Dataset, videos: list[Source]) -> None:
         UserError: one cannot be read.
     """
     known = known_captions(dataset).get("videos", {})
-    found = captions.owners(_pickles(dataset), [s.name for s in videos], (PICKLE,)).files
+    found = captions.owners(
+        captions.files_in(dataset.embeddings, PICKLE), [s.name for s in videos], (PICKLE,)
+    ).files
     for source in videos:
         path = dataset.embeddings / f"{source.stem}{PICKLE}"
         # After the first run, prep knows which embedding belongs to the caption of a known video.

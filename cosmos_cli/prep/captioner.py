@@ -56,7 +56,7 @@ class Captioner:
         require_finite(self.model.state_dict(), Path(source))
 
     @torch.inference_mode()
-    def describe_videos(self, source: Source) -> str:
+    def describe(self, source: Source) -> str:
         """Return the model's description of a video, cleaned. It may be empty.
 
         Raises:
