@@ -30,7 +30,7 @@ CommandLine = Callable[..., str]
 
 @dataclass(frozen=True)
 class Ready:
-    """What a training that may start works on.
+    """Describe a training that may start.
 
     `clips` and `held_out` are numbers of clips. `start` is the step it resumes from. `deletes` are
     the files that --overwrite deletes.
