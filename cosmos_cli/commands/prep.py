@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cosmos_cli import console, paths, ranks
 from cosmos_cli.commands import options
 from cosmos_cli.console import Result
 from cosmos_cli.errors import UserError
+
+if TYPE_CHECKING:
+    from cosmos_cli.recipe.keys import Recipe
 
 
 def prep(
@@ -28,23 +32,11 @@ def prep(
     dataset.video_files()
     from cosmos_cli.gpus import best_device
     from cosmos_cli.model.device import gpu_memory_errors
-    from cosmos_cli.prep import caption_choice, caption_notes, latent_files, prepare, sources
+    from cosmos_cli.prep import prepare, sources
 
     if dry_run:
-        videos = sources.inspect(r, dataset)
-        caption_choice.find_captions(r, dataset, videos)
-        notes = caption_notes.collect(r, dataset, videos)
-        for line in notes.lines(r):
-            console.warn(line)
-        sources.require_usable(r, dataset, videos)
-        clips = sum(len(source.clips) for source in videos)
-        bytes_needed = clips * latent_files.latent_bytes(r)
-        console.say(f"would cache {clips} clips in {console.size(bytes_needed)}")
-        figures = {"dry_run": True, "clips": clips, "bytes": bytes_needed, **notes.figures()}
-        rows = [sources.manifest_row(dataset, source, "") for source in videos]
-        console.emit(Result(sources.verdict_table(rows), figures=figures), as_json=json_)
+        console.emit(_dry_run(r, dataset), as_json=json_)
         return
-
     with console.log_file(dataset.root / "prep.log"), gpu_memory_errors("use a smaller size"):
         try:
             manifest = prepare.prepare(r, best_device())
@@ -78,3 +70,21 @@ def prep(
         ),
         as_json=json_,
     )
+
+
+def _dry_run(r: Recipe, dataset: paths.Dataset) -> Result:
+    """Inspect the videos and captions, and count the clips and bytes that prep would write."""
+    from cosmos_cli.prep import caption_choice, caption_notes, latent_files, sources
+
+    videos = sources.inspect(r, dataset)
+    caption_choice.find_captions(r, dataset, videos)
+    notes = caption_notes.collect(r, dataset, videos)
+    for line in notes.lines(r):
+        console.warn(line)
+    sources.require_usable(r, dataset, videos)
+    clips = sum(len(source.clips) for source in videos)
+    bytes_needed = clips * latent_files.latent_bytes(r)
+    console.say(f"would cache {clips} clips in {console.size(bytes_needed)}")
+    figures = {"dry_run": True, "clips": clips, "bytes": bytes_needed, **notes.figures()}
+    rows = [sources.manifest_row(dataset, source, "") for source in videos]
+    return Result(sources.verdict_table(rows), figures=figures)

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from cosmos_cli import console, gpus
+from cosmos_cli import console
 from cosmos_cli.errors import ExitCode, UserError
 
 if TYPE_CHECKING:
@@ -428,9 +428,3 @@ def check_memory(r: Recipe, ranks: int, gpu: GpuModel | None) -> dict[str, Any]:
         error.figures = figures
         raise error
     return figures
-
-
-def smallest_gpu() -> GpuModel | None:
-    """Return the kind of this machine's GPUs. If they differ, the smallest one that is known."""
-    kinds = filter(None, map(find_gpu, gpus.gpu_names()))
-    return min(kinds, key=lambda gpu: gpu.memory_gb, default=None)

@@ -55,13 +55,7 @@ def train(
 ) -> dict[str, Any]:
     """Train to max_steps or until a stop signal, and return the figures of the run's result.
 
-    Args:
-        r: the recipe.
-        device: the device of this rank.
-        clips: the training clips.
-        held_out: measures the error on held-out clips, if there are any.
-        previews: makes previews and samples.
-        about: the provenance that is saved with every checkpoint.
+    `device` is this rank's device. `about` is the provenance that every checkpoint records.
     """
     run = Run(r.run_dir)
     sequence = neighbours(r.sequence_parallel)

@@ -210,6 +210,12 @@ def check_gpus(r: Recipe, ranks: int) -> None:
         )  # fmt: skip
 
 
+def smallest_gpu() -> plan.GpuModel | None:
+    """Return the kind of this machine's GPUs. If they differ, the smallest one that is known."""
+    kinds = filter(None, map(plan.find_gpu, gpu_names()))
+    return min(kinds, key=lambda gpu: gpu.memory_gb, default=None)
+
+
 def warn_of_hidden_gpus() -> None:
     """Warn if CUDA_VISIBLE_DEVICES or MIG leaves other GPUs than the user may expect."""
     if remark := gpus.visible().remark:
