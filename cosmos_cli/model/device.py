@@ -63,6 +63,17 @@ def has_room(device: torch.device, needed: float) -> bool:
     return len(parts) == 8
 
 
+def free_bytes(device: torch.device) -> int:
+    """Return the bytes of a GPU that this process can still allocate.
+
+    This is below the free memory if the process is limited to a share of the GPU.
+    """
+    free, total = torch.cuda.mem_get_info(device)
+    held, used = torch.cuda.memory_reserved(device), torch.cuda.memory_allocated(device)
+    limit = torch.cuda.get_per_process_memory_fraction(device) * total
+    return int(min(free + held, limit) - used)
+
+
 @contextmanager
 def gpu_memory_errors(fix: str) -> Iterator[None]:
     """Turn running out of GPU memory into a `UserError` with the given fix.

@@ -295,10 +295,11 @@ class Recipe(BaseModel):
         ge=0,
         le=3,
     )
-    offload: Literal["none", "ema", "optimizer", "parameters"] = _training(
-        "State to keep in CPU memory instead of GPU memory; each level costs more time. none: "
-        "nothing. ema: the EMA. optimizer: the optimizer state and gradients too. parameters: the "
-        "weights too.",
+    offload: Literal["none", "ema", "optimizer", "parameters", "weights"] = _training(
+        "State to keep in CPU memory instead of GPU memory. none: nothing. ema: the EMA. "
+        "optimizer: the optimizer state and gradients too. parameters: the weights too. weights: "
+        "for a LoRA, those of the frozen weights and stored activations that do not fit on the "
+        "GPU; they are copied while other blocks compute.",
         "none",
     )
     precision: Literal["bf16", "fp32"] = _run(
@@ -392,10 +393,12 @@ class Recipe(BaseModel):
         "checks, which every sidecar file notes.",
         "on",
     )
-    memory: Literal["auto", "together", "in_turn"] = _sampling(
-        "Which networks generate holds in memory. auto: all, if they fit and prompts come one by "
-        "one; else one after another. together: all. in_turn: one after another, each loaded once "
-        "per batch.",
+    memory: Literal["auto", "together", "in_turn", "streamed"] = _sampling(
+        "Which networks generate holds in GPU memory. auto: all, if they fit and prompts come one "
+        "by one; else like in_turn. together: all. in_turn: one after another, each loaded once "
+        "per batch; if the denoiser does not fit, like streamed. streamed: like in_turn, and the "
+        "blocks of the denoiser that do not fit stay in CPU memory and are copied while others "
+        "compute.",
         "auto",
     )
     compile: Literal["auto", "on", "off"] = _sampling(

@@ -11,6 +11,8 @@ from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Any
 
+import psutil
+
 from cosmos_cli import console, files, gpus, paths
 from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.gpus import gpu_names
@@ -116,6 +118,7 @@ def check_recipe(r: Recipe, ranks: int) -> None:
         )
     trackers.check_tracker(r)
     check_kernels(r)
+    check_cpu_memory(r, ranks)
     base = r.model_files.dit
     if not base.exists():
         raise UserError(
@@ -153,6 +156,9 @@ def check_world(r: Recipe, ranks: int) -> None:
         if size != "auto" and ranks % size:
             what = f"{ranks} processes do not divide into groups of {size}"
             raise bad(key, what, "use a divisor of the number of processes")
+    if r.offload == "weights" and ranks > 1:
+        fix = "use `--set num_processes=1`, or `--set zero_stage=3 --set offload=none`"
+        raise bad("offload", f"weights are streamed to one GPU, found {ranks} processes", fix)
     at_once = ranks // r.sequence_parallel * r.micro_batch_size
     if r.global_batch_size % at_once:
         what = (
@@ -160,6 +166,28 @@ def check_world(r: Recipe, ranks: int) -> None:
             f"{r.micro_batch_size} on {ranks} processes"
         )
         raise bad("global_batch_size", what, f"use a multiple of {at_once}")
+
+
+def check_cpu_memory(r: Recipe, ranks: int) -> None:
+    """Refuse a run whose offloaded state does not fit in CPU memory.
+
+    Raises:
+        UserError: (ASSET) less CPU memory is available than the plan needs.
+    """
+    needed = 1e9 * plan.plan(r, ranks, smallest_gpu()).host_gb
+    available = psutil.virtual_memory().available
+    if needed > available:
+        raise UserError(
+            f"offload {r.offload} needs {console.size(needed)} of CPU memory, "
+            f"{console.size(available)} are available",
+            code=ExitCode.ASSET, where=r.name, fix=_less_cpu_memory(r),
+        )  # fmt: skip
+
+
+def _less_cpu_memory(r: Recipe) -> str:
+    if r.offload == "weights" and r.activation_checkpointing == "attention":
+        return "add `--set activation_checkpointing=all`, which stores half as many activations"
+    return "close other programs, or use smaller clips with `--set num_frames`, height and width"
 
 
 def check_kernels(r: Recipe) -> None:
