@@ -68,9 +68,10 @@ def free_bytes(device: torch.device) -> int:
 
     This is below the free memory if the process is limited to a share of the GPU.
     """
-    free, total = torch.cuda.mem_get_info(device)
-    held, used = torch.cuda.memory_reserved(device), torch.cuda.memory_allocated(device)
-    limit = torch.cuda.get_per_process_memory_fraction(device) * total
+    index = torch.cuda.current_device() if device.index is None else device.index
+    free, total = torch.cuda.mem_get_info(index)
+    held, used = torch.cuda.memory_reserved(index), torch.cuda.memory_allocated(index)
+    limit = torch.cuda.get_per_process_memory_fraction(index) * total
     return int(min(free + held, limit) - used)
 
 
