@@ -13,6 +13,8 @@ from cosmos_cli import files, paths
 if TYPE_CHECKING:
     from cosmos_cli.recipe.keys import Recipe
 
+# Where a person reads a licence and asks for access.
+HOME = "https://huggingface.co"
 DIT_PATTERNS = ("README.md", "LICENSE*", "model.pt", "config.json")
 GUARD_PATTERNS = (
     "guardrail/blocklist/*", "guardrail/video_content_safety_filter/safety_filter.pt",
@@ -78,9 +80,9 @@ class Asset:
 
     @property
     def url(self) -> str:
-        """The page where a person reads the licence and asks for access."""
+        """The repository's page on huggingface.co, whichever hub is asked."""
         middle = "datasets/" if self.kind == "dataset" else ""
-        return f"https://huggingface.co/{middle}{self.repo}"
+        return f"{HOME}/{middle}{self.repo}"
 
     @property
     def notes(self) -> Path:

@@ -299,11 +299,8 @@ def _hub(outcome: Outcome | None) -> list[Check]:
                 "model hub", "warn", closed[0][1], "files that are not on disk cannot be downloaded"
             )
         ]
-    return [
-        Check("model hub", "fail", *text.rsplit("; ", 1))
-        for what, text in closed
-        if what == "refused"
-    ]
+    refused = dict.fromkeys(text for what, text in closed if what == "refused")
+    return [Check("model hub", "fail", *text.rsplit("; ", 1)) for text in refused]
 
 
 def _clock() -> Check:
