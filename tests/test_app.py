@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.command import settings
+from tests.helpers.command import Cosmos, settings
 
 VERBS = ("setup", "download", "prep", "train", "promote", "generate")
 HEAVY = ("torch", "transformers", "deepspeed", "huggingface_hub", "torchcodec")
@@ -82,8 +82,6 @@ def test_print_recipe_names_the_origin_of_each_value(cosmos):
 
 
 def test_dry_run_of_every_verb_writes_nothing(prepared):
-    from tests.helpers.command import Cosmos
-
     cosmos = Cosmos(prepared)
     before = sorted(cosmos.cwd.rglob("*"))
     for verb in ("download", "prep", "train"):
@@ -123,6 +121,60 @@ def test_a_name_that_is_too_long_is_one_line_and_exit_code_four(cosmos):
     done = cosmos("recipes", "copy", "tiny", "x" * 300, code=4)
     assert "File name too long" in done.stderr
     assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("train", "tiny", "--dry-run", "--set", f"base={'x' * 400}"),
+        ("generate", "tiny", "--prompt", "x", "--dry-run", "--set", f"base={'x' * 400}"),
+        ("evaluate", "tiny", "--output", "x" * 400),
+        ("recipes", "new", "mine", "--videos", "x" * 400),
+    ],
+)
+def test_a_path_that_the_system_does_not_follow_is_one_line(prepared, words):
+    done = Cosmos(prepared)(*words, code=4)
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert "xxx" in line
+    assert "File name too long; " in line
+    assert "Traceback" not in done.stderr
+
+
+def test_options_expand_a_tilde_that_the_shell_left(cosmos, monkeypatch):
+    monkeypatch.setenv("HOME", str(cosmos.cwd))
+    cosmos("recipes", "copy", "tiny", "~/mine.yaml")
+    cosmos("recipes", "schema", "--output", "~/schema.json")
+    cosmos("recipes", "check", "~/mine.yaml")
+    assert {path.name for path in cosmos.cwd.iterdir()} == {"mine.yaml", "schema.json"}
+    (cosmos.cwd / "batch.jsonl").write_text('{"prompt": "a ball"}')
+    words = ("--batch", "~/batch.jsonl", "--output", "~/videos", "--dry-run")
+    (video,) = cosmos.json("generate", "tiny", *words)["videos"]
+    assert Path(video["path"]).parent == cosmos.cwd / "videos"
+    refused = cosmos("generate", "tiny", "--prompt", "a", "--lora", "~/none:0.5", code=4)
+    assert f"{cosmos.cwd}/none: does not exist" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"WORLD_SIZE": "x"}, "WORLD_SIZE: must be a whole number, at least 1, found 'x'; "),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE: must be a whole number, at least 1, found '0'; "),
+        ({"RANK": "5", "WORLD_SIZE": "1"}, "RANK: is 5, but WORLD_SIZE is 1; "),
+        ({"RANK": "1", "LOCAL_RANK": "y"}, "LOCAL_RANK: must be a whole number, at least 0, "),
+        ({"MASTER_PORT": "tcp://10.0.0.1:80"}, "MASTER_PORT: must be a whole number, "),
+        ({"DS_ACCELERATOR": "garbage"}, "DS_ACCELERATOR: must be cpu or cuda, found 'garbage'; "),
+        ({"HF_ENDPOINT": "http://127.0.0.1:99999"}, "HF_ENDPOINT: must be a URL such as "),
+    ],
+)
+def test_a_wrong_variable_is_one_line_that_names_it(cosmos, monkeypatch, variables, message):
+    launcher = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}
+    for name, value in {**launcher, **variables}.items():
+        monkeypatch.setenv(name, value)
+    done = cosmos("train", "tiny", code=3)
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"error: {message}")
+    (name,) = {*variables} & {line.split(":")[1].strip()}
+    assert f"run `unset {name}`" in line
 
 
 def test_no_colour_codes_reach_a_pipe(cosmos):

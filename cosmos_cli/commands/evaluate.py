@@ -56,6 +56,7 @@ def evaluate(
         )
         for name in names
     }
+    output = files.expand(output)
     output = (output / "evaluation.html" if output.is_dir() else output).absolute()
     count = prompts if prompts is not None else EMBEDDED_PROMPTS if r.spec.embedded else 0
     files.require_writable(output.parent)
