@@ -16,6 +16,8 @@ from cosmos_cli.errors import ExitCode
 from cosmos_cli.setup import checks, installs
 from cosmos_cli.setup.packages import Check
 
+OTHERS = "the 7B: `cosmos setup lora` for 1 GPU, `cosmos setup my_videos` for 8"
+
 
 class Extra(StrEnum):
     """The values of --with."""
@@ -24,6 +26,14 @@ class Extra(StrEnum):
     apex = "apex"
 
 
+RecipeArgument = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="RECIPE",
+        help="A recipe file, or the name of a shipped recipe. Default: tiny.",
+        autocompletion=options.shipped_names,
+    ),
+]
 InstallOption = Annotated[
     bool, typer.Option("--install", help="Install or repair what is missing or broken.")
 ]
@@ -37,7 +47,7 @@ WithOption = Annotated[
 
 
 def setup(
-    recipe: options.RecipeArgument = "tiny",
+    given: RecipeArgument = None,
     install: InstallOption = False,
     print_: PrintOption = False,
     with_: WithOption = None,
@@ -50,10 +60,12 @@ def setup(
 
     Example: cosmos setup nemo_assets --install
     """
+    recipe = given or "tiny"
     r = options.open_recipe(recipe, set_, print_recipe, json_).recipe
     wanted = [name.value for name in with_ or ()]
     install_options = " ".join(["--install", *(f"--with {name}" for name in wanted)])
-    console.say(f"checking this machine for {recipe}, about 10 s")
+    what = recipe if given else f"the recipe tiny, as none was named ({OTHERS})"
+    console.say(f"checking this machine for {what}, about 10 s")
     rows = checks.run_checks(r, wanted)
     if print_ or dry_run:
         following = options.command_line("setup", recipe, set_, install_options)
@@ -69,12 +81,13 @@ def setup(
     result = Result(
         _table(rows), artifacts, _figures(rows), options.command_line("download", recipe, set_)
     )
-    if failed := [row.name for row in rows if row.status == "fail"]:
+    if failed := [row for row in rows if row.status == "fail"]:
         result.code = ExitCode.ENVIRONMENT
-        result.error = f"this machine is not ready: {', '.join(failed)}"
-        can_install = checks.mending(rows) and not install
-        following = install_options if can_install else ""
-        result.next = options.command_line("setup", recipe, set_, following)
+        what = f"this machine is not ready: {', '.join(row.name for row in failed)}"
+        result.error = "\n".join([what, *(f"{row.name}: {row.fix}" for row in failed)])
+        result.next = ""
+        if checks.mending(rows) and not install:
+            result.next = options.command_line("setup", recipe, set_, install_options)
     console.emit(result, as_json=json_)
     raise typer.Exit(result.code)
 

@@ -75,7 +75,7 @@ def run_checks(r: Recipe, wanted: Iterable[str] = ()) -> list[Check]:
         _writable("output_root", r.output_root),
         _writable("dataset_dir", r.dataset_dir),
         _writable("checkpoints_dir", r.checkpoints_dir),
-        _writable(CACHE, str(cache_dir())),
+        _cache(),
         *_hub(outcomes.get("hub")),
         _clock(),
     ]
@@ -88,9 +88,10 @@ def mending(checks: Iterable[Check]) -> list[installs.Command]:
 
     If the cache folder is not writable, return none: pip and the log of the commands write to it.
     """
-    failed = [check for check in checks if check.status == "fail"]
-    if any(check.name == CACHE for check in failed):
+    rows = list(checks)
+    if any(row.name == CACHE and row.status != "ok" for row in rows):
         return []
+    failed = [row for row in rows if row.status == "fail"]
     return list(dict.fromkeys(command for check in failed for command in check.commands))
 
 
@@ -281,6 +282,15 @@ def _writable(key: str, folder: str) -> Check:
     except OSError as error:
         found = f"{path}: {os.strerror(error.errno or 0)}"
         return Check(key, "fail", found, f"make it writable, or set {key}")
+
+
+def _cache() -> Check:
+    """Warn if the cache folder is not writable: the other verbs work without it, only slower."""
+    row = _writable(CACHE, str(cache_dir()))
+    if row.status == "ok":
+        return row
+    fix = f"nothing is cached, and --install does not work: `export {CACHE}=FOLDER`"
+    return replace(row, status="warn", fix=fix)
 
 
 def _hub(outcome: Outcome | None) -> list[Check]:
