@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from cosmos_cli.paths import Run
 from tests.helpers.command import Cosmos, settings
+from tests.helpers.stand_ins import stand_in_weights
 
 VERBS = ("setup", "download", "prep", "train", "promote", "generate")
 HEAVY = ("torch", "transformers", "deepspeed", "huggingface_hub", "torchcodec")
@@ -87,7 +89,66 @@ def test_dry_run_of_every_verb_writes_nothing(prepared):
     for verb in ("download", "prep", "train"):
         cosmos(verb, "tiny", "--dry-run", *settings())
     cosmos("generate", "--prompt", "a ball", "--dry-run")
+    cosmos("evaluate", "tiny", "--dry-run", *settings())
     assert sorted(cosmos.cwd.rglob("*")) == before
+
+
+SEVEN = "Cosmos-Predict1-7B-Text2World"
+LACKING = {
+    "download": ("download", "tiny", "--check", "--set", "base=none.pt"),
+    "prep": ("prep", "seven.yaml"),
+    "train": ("train", "tiny", *settings("base=none.pt", "min_free_disk_gb=0.1")),
+    "promote": ("promote", "tiny", *settings("base=none.pt")),
+    "generate": ("generate", "seven.yaml", "--prompt", "A ball."),
+    "upsampler": ("generate", "tiny", "--prompt", "A ball.", "--set", "upsampler=/none"),
+    "guard": ("generate", "seven.yaml", "--prompt", "A ball.", "--set", "checkpoints_dir=two"),
+    "evaluate": ("evaluate", "seven.yaml"),
+    "evaluate's prompts": ("evaluate", "tiny", "--prompts", "1", "--set", "upsampler=/none"),
+    "evaluate's dataset": ("evaluate", "seven.yaml", "--set", "dataset_dir=none"),
+}
+
+
+@pytest.fixture(scope="module")
+def lacking(prepared):
+    """A folder with a dataset and weights, but without what the commands of LACKING read next."""
+    cosmos = Cosmos(prepared)
+    run = Run(prepared / "outputs/posttraining/diffusion_text2world/tiny")
+    stand_in_weights(run.model(1, "ema"))
+    lines = (f"model: {SEVEN}", "dataset_dir: datasets/tiny", "num_frames: 9", "height: 64")
+    lines += ("width: 96", "fps: 12", "upsampler: 'off'", "min_free_disk_gb: 0.1")
+    (prepared / "seven.yaml").write_text("\n".join(lines))
+    for root in ("checkpoints", "two"):
+        stand_in_weights(prepared / root / SEVEN / "model.pt")
+    # In `two`, only the guards are missing.
+    (prepared / "two/google-t5/t5-11b").mkdir(parents=True)
+    (prepared / "two/google-t5/t5-11b/config.json").write_text("{}")
+    (prepared / "two/Cosmos-Tokenize1-CV8x8x8-720p").mkdir()
+    return cosmos
+
+
+@pytest.mark.parametrize("words", LACKING.values(), ids=LACKING)
+def test_a_dry_run_ends_as_the_command_does_when_a_file_is_missing(lacking, words):
+    before = sorted(lacking.cwd.rglob("*"))
+    planned = lacking(*words, "--dry-run", code=4)
+    assert sorted(lacking.cwd.rglob("*")) == before
+    done = lacking(*words, code=4)
+    for said in (planned.stderr, done.stderr):
+        assert "Traceback" not in said
+        assert [line for line in said.splitlines() if line.startswith("error: ")]
+
+
+def test_a_dry_run_of_evaluate_measures_nothing(lacking):
+    planned = lacking.json("evaluate", "tiny", "--prompts", "3", "--dry-run", *settings())
+    assert planned["dry_run"]
+    assert planned["prompts"] == 3
+    assert list(planned["models"]) == ["base"]
+    assert not (lacking.cwd / "outputs" / "evaluation.html").exists()
+
+
+def test_a_dry_run_of_download_needs_the_videos_and_the_disk(cosmos):
+    (cosmos.cwd / "mine.yaml").write_text("model: Cosmos-Tiny-Text2World\ndataset_dir: data\n")
+    for more in ([], ["--dry-run"]):
+        cosmos("download", "mine.yaml", *more, code=5)
 
 
 def test_a_closed_pipe_is_not_an_error(cosmos):
@@ -180,3 +241,33 @@ def test_a_wrong_variable_is_one_line_that_names_it(cosmos, monkeypatch, variabl
 def test_no_colour_codes_reach_a_pipe(cosmos):
     done = cosmos("recipes", "list")
     assert "\x1b" not in done.stdout + done.stderr
+
+
+def run_script(folder, *words):
+    """Run recipes/run.sh with the command of this environment."""
+    script = Path(__file__).parents[1] / "recipes" / "run.sh"
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return subprocess.run(
+        ["bash", script, *words], cwd=folder, capture_output=True, text=True, check=False,
+        env={**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+    )  # fmt: skip
+
+
+def test_the_script_of_six_verbs_ends_with_the_code_of_the_first_that_fails(tmp_path):
+    for words in ((), ("tiny", "--max-steps", "4"), ("--set", "seed=1")):
+        done = run_script(tmp_path, *words)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert "bash recipes/run.sh RECIPE" in done.stderr
+    done = run_script(tmp_path, "tiny", "--set", "seed=no", "--prompt", "A ball.")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: --set seed=no: must be a whole number")
+    assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.slow
+def test_the_script_of_six_verbs_prints_only_the_path_of_a_video(tmp_path):
+    pairs = settings("max_steps=2", "save_every_steps=2", "warmup_steps=1", "num_steps=2")
+    done = run_script(tmp_path, "tiny", *pairs, "--set", "min_free_disk_gb=0.1")
+    assert done.returncode == 0, done.stderr
+    (path,) = done.stdout.splitlines()
+    assert Path(path).stat().st_size

@@ -37,6 +37,7 @@ def prep(
         for line in notes.lines(r):
             console.warn(line)
         sources.require_usable(r, dataset, videos)
+        prepare.require_ready(r, dataset, videos)
         clips = sum(len(source.clips) for source in videos)
         bytes_needed = clips * latent_files.latent_bytes(r)
         console.say(f"would cache {clips} clips in {console.size(bytes_needed)}")

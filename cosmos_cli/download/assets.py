@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cosmos_cli import files, paths
+from cosmos_cli.errors import ExitCode, UserError
 
 if TYPE_CHECKING:
     from cosmos_cli.recipe.keys import Recipe
@@ -124,6 +125,24 @@ class RemoteFile:
         content = files.read_bytes(path, files.HUB_TEXT)
         header = f"blob {len(content)}\0".encode()
         return hashlib.sha1(header + content, usedforsecurity=False).hexdigest() == self.digest
+
+
+def require_networks(r: Recipe, *networks: Path) -> None:
+    """Check, without reading them, that the files or folders of networks exist.
+
+    A dry run ends with the same code as the command, which finds out when it loads them.
+
+    Raises:
+        UserError: one is missing.
+    """
+    for path in networks:
+        if not path.exists():
+            raise UserError(
+                f"a file that {r.model} needs is missing",
+                code=ExitCode.ASSET,
+                where=str(path.absolute()),
+                fix="run `cosmos download RECIPE`",
+            )
 
 
 def of_recipe(r: Recipe, stage: str = "all") -> list[Asset]:
