@@ -140,19 +140,35 @@ def _gpus(outcome: Outcome, names: list[str], r: Recipe) -> Check:
     if usable:
         return _usable_gpus(usable)
     if names:
-        cuda = outcome.facts.get("cuda")
-        fix = (
-            f"install a driver for CUDA {cuda}, or a torch built for the driver"
-            if cuda
-            else "install a CUDA build: bash recipes/install.sh --torch cuda"
-        )
-        return Check("GPUs", missing, f"{len(names)} x {names[0]}, but torch cannot use it", fix)
+        found = f"{len(names)} x {names[0]}, but torch cannot use it"
+        cuda, driver = outcome.facts.get("cuda"), _driver_version()
+        return Check("GPUs", missing, f"{found} (driver {driver})", _fix_of_driver(cuda, driver))
     remark = selection.visible().remark
     found = f"none: {remark}" if remark else "none"
     if r.spec.embedded:
         return Check("GPUs", "warn", f"{found}; this model also trains on the CPU")
     fix = "use a machine with NVIDIA GPUs, or start with the recipe tiny"
     return Check("GPUs", "fail", found, f"unset {selection.VARIABLE}" if remark else fix)
+
+
+def _driver_version() -> str:
+    import pynvml
+
+    pynvml.nvmlInit()
+    try:
+        return str(pynvml.nvmlSystemGetDriverVersion())
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def _fix_of_driver(cuda: str | None, driver: str) -> str:
+    """Return how to make torch, built for CUDA `cuda`, use the GPUs of a driver."""
+    build = installs.torch_build(driver)
+    if not build:
+        return "update the NVIDIA driver to R580 or newer; torch needs R525 at least"
+    if cuda and cuda.replace(".", "") <= build.removeprefix("cu"):
+        return "see what `nvidia-smi` says; restart the machine if the driver was just updated"
+    return f"bash recipes/install.sh --torch {build}"
 
 
 def _usable_gpus(gpus: list[dict[str, Any]]) -> Check:
