@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from cosmos_cli import __version__, console, signals
+from cosmos_cli import __version__, console, files, signals
 from cosmos_cli.commands import (
     download,
     evaluate,
@@ -79,7 +79,8 @@ def main() -> None:
         # Print file names that are not UTF-8 unchanged, instead of failing.
         sys.stdout.reconfigure(errors="surrogateescape")
     try:
-        app()
+        with files.path_errors():
+            app()
     except UserError as error:
         if console.is_muted() and not error.told:
             _let_rank_0_explain()

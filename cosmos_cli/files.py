@@ -97,6 +97,37 @@ def bad(path: Path, kind: Kind, what: str) -> BadFile:
     return BadFile(what, code=kind.code, where=str(path), fix=kind.fix)
 
 
+# --- paths ----------------------------------------------------------------------------------------
+
+# The errors of a path that the system does not follow. `Path.exists` raises them, too.
+_PATH_ERRORS = frozenset({errno.ENAMETOOLONG, errno.EACCES, errno.EPERM})
+
+
+def expand(path: str | Path) -> Path:
+    """Return a path with ~ expanded, or unchanged if there is no such user or home folder.
+
+    The shell expands ~ only at the start of a word, so not in --output=~/videos.
+    """
+    # Path.expanduser raises a RuntimeError for an unknown user.
+    return Path(os.path.expanduser(path))  # noqa: PTH111
+
+
+@contextmanager
+def path_errors() -> Iterator[None]:
+    """Turn the error of a path that the system does not follow into a UserError that names it."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _PATH_ERRORS or error.filename is None:
+            raise
+        raise UserError(
+            f"cannot be used: {os.strerror(error.errno)}",
+            code=ExitCode.ASSET,
+            where=os.fsdecode(error.filename),
+            fix="name another path, or allow access to it",
+        ) from error
+
+
 # --- opening --------------------------------------------------------------------------------------
 
 

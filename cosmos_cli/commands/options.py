@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cosmos_cli import console
+from cosmos_cli import console, ranks
+from cosmos_cli.download import hub
 
 if TYPE_CHECKING:
     from cosmos_cli.recipe.loading import LoadedRecipe
@@ -64,6 +65,8 @@ def open_recipe(
     """
     from cosmos_cli.recipe import loading
 
+    ranks.check_environment()
+    hub.check_endpoint()
     loaded = loading.load(name, overrides or ())
     if print_recipe:
         figures = {"recipe": loaded.recipe.model_dump(), "origins": dict(loaded.origins)}

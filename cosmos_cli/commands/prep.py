@@ -74,7 +74,7 @@ def prep(
 
 def _dry_run(r: Recipe, dataset: paths.Dataset) -> Result:
     """Inspect the videos and captions, and count the clips and bytes that prep would write."""
-    from cosmos_cli.prep import caption_choice, caption_notes, latent_files, sources
+    from cosmos_cli.prep import caption_choice, caption_notes, latent_files, prepare, sources
 
     videos = sources.inspect(r, dataset)
     caption_choice.find_captions(r, dataset, videos)
@@ -82,6 +82,7 @@ def _dry_run(r: Recipe, dataset: paths.Dataset) -> Result:
     for line in notes.lines(r):
         console.warn(line)
     sources.require_usable(r, dataset, videos)
+    prepare.require_ready(r, dataset, videos)
     clips = sum(len(source.clips) for source in videos)
     bytes_needed = clips * latent_files.latent_bytes(r)
     console.say(f"would cache {clips} clips in {console.size(bytes_needed)}")

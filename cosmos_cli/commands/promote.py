@@ -13,6 +13,7 @@ import typer
 from cosmos_cli import console, exchange, files, paths
 from cosmos_cli.commands import options
 from cosmos_cli.console import Result
+from cosmos_cli.download import assets
 from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.generate import promoted
 from cosmos_cli.paths import Run
@@ -67,6 +68,7 @@ def promote(
     console.say(f"promoting step {number} ({weights}) of {r.run_dir} to {target}")
     if dry_run:
         require_own(target, run, yes, aside)
+        assets.require_networks(r, _base_of(r, run))
         figures = {"dry_run": True, "step": number, "path": str(target)}
         console.emit(Result(str(target), figures=figures), as_json=json_)
         return
@@ -97,6 +99,14 @@ def check_format(format_: str) -> None:
     if format_ not in paths.MODEL_FORMATS:
         known = ", ".join(paths.MODEL_FORMATS)
         raise UserError(f"{format_!r} is not one of {known}", code=ExitCode.USAGE, where="--format")
+
+
+def _base_of(r: Recipe, run: Run) -> Path:
+    """Return the base weights of a run, which promote compares its weights with."""
+    from cosmos_cli.recipe import loading
+
+    own = loading.load(run.resolved).recipe if run.resolved.exists() else r
+    return own.model_copy(update={"checkpoints_dir": r.checkpoints_dir}).model_files.dit
 
 
 def check_name(name: str) -> None:

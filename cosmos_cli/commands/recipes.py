@@ -82,7 +82,7 @@ def copy(
     from cosmos_cli.recipe import loading
 
     source = loading.find_recipe(name)
-    target = destination or Path()
+    target = files.expand(destination or "")
     with files.disk_errors(target):
         target = target / source.name if target.is_dir() else target
     _check_free(target, yes)
@@ -159,6 +159,7 @@ def schema(
     if output is None:
         console.emit(Result(text, figures={"schema": content}), as_json=json_)
         return
+    output = files.expand(output)
     _check_free(output, yes)
     files.write_text(output, text + "\n")
     console.emit(Result(str(output.absolute()), [output.absolute()]), as_json=json_)
@@ -178,7 +179,7 @@ def new(
     from cosmos_cli import gpus, new_recipe
     from cosmos_cli.recipe import keys, loading
 
-    name = name.removesuffix(".yaml")
+    name, videos = name.removesuffix(".yaml"), files.expand(videos)
     target = Path(f"{name}.yaml")
     if not re.fullmatch(keys.NAME, name):
         raise usage_error(f"NAME {name}", f"must be {keys.PATTERNS[keys.NAME]}")

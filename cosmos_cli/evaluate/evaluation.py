@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from cosmos_cli import console, files, html, paths
-from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.generate.jobs import Job, Weights
 from cosmos_cli.generate.phases import Pipeline
 from cosmos_cli.generate.video_models import load_denoiser, sample_latents
@@ -108,14 +107,9 @@ def evaluate(
         device: cpu or cuda.
 
     Raises:
-        UserError: there is no dataset to measure on, or a file is missing or damaged.
+        UserError: a file is missing or damaged.
     """
     dataset = PreparedClips.of(r)
-    if not r.spec.embedded and dataset is None:
-        raise UserError(
-            "there is no prepared dataset to measure on", code=ExitCode.ASSET,
-            where=str(Path(r.dataset_dir).absolute()), fix="run `cosmos prep RECIPE` first",
-        )  # fmt: skip
     figures: dict[str, Any] = {"model": r.model, "prompts": prompts, "models": {}}
     if r.spec.embedded:
         wanted = world_trials(prompts)

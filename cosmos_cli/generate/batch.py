@@ -7,11 +7,17 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import product
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cosmos_cli import console, files
+from cosmos_cli.download import assets
 from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.generate import choice, jobs, processes
 from cosmos_cli.generate.jobs import Job, Request, Result, Settings, Weights
+
+if TYPE_CHECKING:
+    from cosmos_cli.recipe.keys import Recipe
 
 
 def base_settings(settings: Settings) -> Settings:
@@ -32,6 +38,23 @@ def base_settings(settings: Settings) -> Settings:
             code=ExitCode.USAGE, where="--compare", fix="use `--output FOLDER`",
         )  # fmt: skip
     return replace(settings, weights=base)
+
+
+def require_networks(r: Recipe) -> None:
+    """Check that the networks around the denoiser exist, without loading them.
+
+    Raises:
+        UserError: one is missing.
+    """
+    if r.upsampler != "off":
+        assets.require_networks(r, Path(r.upsampler))
+    if not r.spec.embedded:
+        networks = r.model_files
+        assets.require_networks(r, networks.text_encoder / "config.json", networks.tokenizer)
+        if r.guardrails == "on":
+            from cosmos_cli.generate.guards import guardrail
+
+            guardrail.block_list(r)
 
 
 def plan_request(request: Request, settings: Settings) -> Result:

@@ -103,7 +103,7 @@ def _typed(overrides: list[str], key: str) -> str | None:
     with contextlib.suppress(UserError):
         values = dict(strict_yaml.parse_override(override) for override in overrides)
         value = values[key].value if key in values else None
-        return os.path.expanduser(value) if isinstance(value, str) else None  # noqa: PTH111
+        return str(files.expand(value)) if isinstance(value, str) else None
     return None
 
 
@@ -117,7 +117,7 @@ def _by_name(recipe: str | None, model: str, overrides: list[str]) -> Choice:
 
         r = load(recipe, overrides).recipe
         checkpoints_dir, spec = r.checkpoints_dir, r.spec
-    path = Path(os.path.expanduser(model)).absolute()  # noqa: PTH111
+    path = files.expand(model).absolute()
     folders = promoted.named(model, checkpoints_dir, spec)
     if promoted.is_promoted(path):
         exchange.restore(path)
@@ -330,9 +330,9 @@ def read_lora(text: str) -> Lora:
     """
     name, _, strength = text.rpartition(":")
     try:
-        path, share = Path(name).absolute(), float(strength)
+        path, share = files.expand(name).absolute(), float(strength)
     except ValueError:
-        path, share = Path(text).absolute(), 1.0
+        path, share = files.expand(text).absolute(), 1.0
     fix = "give a LoRA file or its folder, with a strength if not 1: `--lora FILE:0.8`"
     if os.path.isdir(path):  # noqa: PTH112 - as below
         path = _lora_in(path, fix)

@@ -208,6 +208,11 @@ def _problem(row: dict[Any, Any]) -> str:
     for column in COLUMNS:
         if not isinstance(row.get(column), str) or not row[column].strip():
             return f"has no {column}"
+    try:
+        row["caption"].encode()
+    except UnicodeEncodeError as error:
+        # JSON can name half of a character, such as "\ud800".
+        return f"has a caption with {row['caption'][error.start]!a}, which is not a character"
     # csv.DictReader stores surplus cells under the key None.
     return "has more cells than the header; quote a caption with commas" if None in row else ""
 

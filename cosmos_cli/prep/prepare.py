@@ -12,6 +12,7 @@ from typing import Any
 
 from cosmos_cli import console, files
 from cosmos_cli.console import Stopwatch
+from cosmos_cli.download.assets import require_networks
 from cosmos_cli.model import text
 from cosmos_cli.model.device import number_format
 from cosmos_cli.paths import Dataset
@@ -134,6 +135,23 @@ def _finish(
     # A process that was killed while this one waited may have left temporary files.
     _remove_stale(dataset)
     files.write_json(dataset.manifest, manifest)
+
+
+def require_ready(r: Recipe, dataset: Dataset, videos: list[Source]) -> None:
+    """Check what prep needs beyond usable videos: its networks and disk space.
+
+    Raises:
+        UserError: a network is missing, or the latents do not fit on the disk.
+    """
+    used = [source for source in videos if not source.reason]
+    networks = [r.model_files.tokenizer]
+    if not all((dataset.embeddings / f"{source.stem}.pickle").exists() for source in used):
+        networks.append(r.model_files.text_encoder / "config.json")
+    # A name that is not a path is one in the hub's cache.
+    if r.caption_model and any(source.caption_source == "vlm" for source in used):
+        networks += [Path(r.caption_model)] if Path(r.caption_model).is_absolute() else []
+    require_networks(r, *networks)
+    _check_disk(r, dataset, videos)
 
 
 def _check_disk(r: Recipe, dataset: Dataset, videos: list[Source]) -> None:

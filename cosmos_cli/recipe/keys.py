@@ -14,14 +14,18 @@ from cosmos_cli.spec import COSMOS_7B, LORA_TARGETS, MODELS, ModelSpec
 # cuBLAS needs rows of a multiple of 16 bytes in fp8. In the backward pass a row holds all tokens.
 FP8_MULTIPLE = 16
 TEXT = r"^[^\x00]+$"
+# pydantic checks that a text is Unicode only if it has a pattern.
+ANY_TEXT = r"^[^\x00]*$"
 NAME = r"^\w[\w.-]{0,99}$"
 REPO = r"^(embedded|[\w-][\w.-]*/[\w-][\w.-]*)$"
-# In these keys ~/ means the home folder, as in the shell.
+# In these keys ~ means the home folder, as in the shell.
 PATHS = (
-    "checkpoints_dir", "base", "dataset_dir", "videos_dir", "captions_file", "output_root",
+    "checkpoints_dir", "base", "dataset_dir", "videos_dir", "captions_file", "caption_model",
+    "upsampler", "output_root",
 )  # fmt: skip
 PATTERNS = {
     TEXT: "text that is not empty",
+    ANY_TEXT: "text",
     NAME: "text of letters, digits, '.', '_' and '-'",
     REPO: "a hub name like owner/name, or embedded",
 }
@@ -374,7 +378,9 @@ class Recipe(BaseModel):
         "Classifier-free guidance g in cond + g (cond - uncond); 0 turns it off.", 7.0, ge=0, le=100
     )
     negative_prompt: str | None = _video(
-        'Text to steer away from; null uses the model\'s own, "" uses none.', None
+        'Text to steer away from; null uses the model\'s own, "" uses none.',
+        None,
+        pattern=ANY_TEXT,
     )
     sampling_seed: int = _video(
         "Seed of a video's noise; the same seed and prompt give the same video.", 1, ge=0, lt=2**32

@@ -47,7 +47,7 @@ def saved_step(run: Run) -> int:
     count only if status.json is missing, damaged or from a version that did not record the step.
     """
     try:
-        return int(json.loads(files.read_text(run.status, files.JSON))["saved_step"])
+        return int(files.read_json(run.status)["saved_step"])
     except files.NoSuchFile:
         # Training writes status.json before its first row, so the rows show that it was deleted.
         steps = [row["step"] for row in rows(run)]

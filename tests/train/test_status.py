@@ -49,6 +49,11 @@ def test_the_best_step_is_one_that_was_saved(run):
     assert status.best_step(run) == 3
 
 
+def test_a_status_that_cannot_be_read_leaves_the_saved_step_to_the_files(run):
+    files.write_text(run.status, "[" * 200_000)
+    assert status.saved_step(run) == 2
+
+
 def test_a_running_run_has_a_pace_and_a_time_left(run):
     stands = status.state(run)
     assert (stands["state"], stands["step"], stands["max_steps"]) == ("running", 4, 10)
