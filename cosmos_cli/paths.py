@@ -285,7 +285,10 @@ class ModelFiles:
 
 
 def model_files(spec: ModelSpec, checkpoints_dir: str, base: str | None = None) -> ModelFiles:
-    """Return the paths of a downloaded or embedded model. `base` replaces the denoiser's."""
+    """Return the paths of a downloaded or embedded model.
+
+    `base` replaces the denoiser's: a file, or a folder that holds one in any format.
+    """
     if spec.embedded:
         found = ModelFiles(
             EMBEDDED_DIR / "model.safetensors",
@@ -301,7 +304,7 @@ def model_files(spec: ModelSpec, checkpoints_dir: str, base: str | None = None) 
             root / TEXT_ENCODER_DIR,
             root / spec.name / "guardrail",
         )
-    return replace(found, dit=Path(base).absolute()) if base else found
+    return replace(found, dit=weights_in(Path(base).absolute())) if base else found
 
 
 def promoted_dir(spec: ModelSpec, checkpoints_dir: str, name: str | None = None) -> Path:
