@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from cosmos_cli import console, paths, ranks
 from cosmos_cli.commands import options
 from cosmos_cli.console import Result
@@ -54,7 +52,10 @@ def prep(
         verdicts = manifest["videos"]
         rejected = [video for video in verdicts if video["verdict"] == "rejected"]
         for video in rejected:
-            console.warn(f"{Path(dataset.videos, video['file'])}: rejected: {video['reason']}")
+            # An episode has a name of its own; other videos are named by their path.
+            is_file = dataset.name_of(dataset.videos / video["path"]) == video["file"]
+            where = dataset.videos / video["path" if is_file else "file"]
+            console.warn(f"{where}: rejected: {video['reason']}")
         console.say(
             f"{len(verdicts) - len(rejected)} of {len(verdicts)} videos used, "
             f"{len(rejected)} rejected, {len(manifest['clips'])} clips"

@@ -21,10 +21,9 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, ValidationError
 
-from cosmos_cli import archives, files
+from cosmos_cli import archives, files, paths
 from cosmos_cli.errors import ExitCode, UserError
 
-INFO = Path("meta") / "info.json"
 VERSIONS = ("v2.0", "v2.1", "v3.0")
 # The largest published datasets have some 100,000 episodes.
 MOST_ROWS = 300_000
@@ -115,7 +114,7 @@ Found = tuple[Path, str, Any]
 
 def is_lerobot(folder: Path) -> bool:
     """True if a folder is a LeRobot dataset."""
-    return (folder / INFO).is_file()
+    return (folder / paths.LEROBOT_INFO).is_file()
 
 
 def episodes(folder: Path, camera: str | None) -> list[Episode]:
@@ -199,7 +198,7 @@ def _reason(error: ValueError) -> str:
 
 
 def _info(folder: Path) -> Info:
-    path = folder / INFO
+    path = folder / paths.LEROBOT_INFO
     content = files.read_json(path, files.LEROBOT)
     version = content.get("codebase_version") if isinstance(content, dict) else None
     if isinstance(version, str) and version not in VERSIONS:
@@ -238,9 +237,11 @@ def _check_path(folder: Path, info: Info, key: str) -> None:
             info.video_path.format(**{known[0]: key}, **dict.fromkeys(known[1:], 0))
         )
     except ValueError as error:
-        raise _damaged(folder / INFO, error) from error
+        raise _damaged(folder / paths.LEROBOT_INFO, error) from error
     if Path(path).is_absolute() or Path(path).parts[:1] == (os.pardir,):
-        raise _damaged(folder / INFO, f"video_path leads to {path[:200]}, outside of the dataset")
+        raise _damaged(
+            folder / paths.LEROBOT_INFO, f"video_path leads to {path[:200]}, outside of the dataset"
+        )
 
 
 def _choose(folder: Path, camera: str | None, names: list[str]) -> str:
@@ -300,10 +301,10 @@ def _v3_rows(folder: Path, key: str) -> Iterator[Found]:
     names = {f"videos/{key}/{name}": name for name in _PLACE}
     names |= {name: name for name in ("episode_index", "length", "tasks")}
     root = folder / "meta" / "episodes"
-    paths = sorted(root.glob("chunk-*/file-*.parquet"))
-    if not paths:
+    found = sorted(root.glob("chunk-*/file-*.parquet"))
+    if not found:
         raise _damaged(root, "there are no parquet files")
-    for path in paths:
+    for path in found:
         where = f"{path.parent.name} {path.name}"
         with files.open_regular(path, files.PARQUET) as stream:
             try:

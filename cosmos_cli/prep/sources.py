@@ -10,7 +10,7 @@ from typing import Any
 from cosmos_cli import console, files
 from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.model import video
-from cosmos_cli.paths import VIDEO_SUFFIXES, Dataset
+from cosmos_cli.paths import Dataset
 from cosmos_cli.prep import lerobot
 from cosmos_cli.recipe.keys import Recipe
 
@@ -23,7 +23,7 @@ class Source:
     """One video, which is a file or an episode in a file, and what prep decided about it.
 
     Args:
-        name: the unique name of the file or the episode.
+        name: the unique name of the file (with its folders, as `Dataset.name_of`) or the episode.
         span: the frames of the file that form the episode; None if the file is the video.
         task: the instruction that the robot was given.
         caption_file: the caption's file in `metas`, if its name is not the one that prep writes.
@@ -81,10 +81,7 @@ def inspect(r: Recipe, dataset: Dataset) -> list[Source]:
 
 def _find(r: Recipe, dataset: Dataset) -> list[Source]:
     if not lerobot.is_lerobot(dataset.videos):
-        below = (p for p in dataset.videos.glob("*/*") if p.suffix.lower() in VIDEO_SUFFIXES)
-        for folder in sorted({path.parent for path in below}):
-            console.warn(f"{folder}: the videos in this folder are not used; move them up")
-        return [Source(path.name, path) for path in dataset.video_files()]
+        return [Source(dataset.name_of(path), path) for path in dataset.video_files()]
     return [
         Source(e.name, e.path, range(e.first, e.first + e.frames), e.task, reason=e.reason)
         for e in lerobot.episodes(dataset.videos, r.camera)

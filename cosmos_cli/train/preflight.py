@@ -80,7 +80,10 @@ def check_dataset(r: Recipe) -> tuple[int, int]:
                 fix="run `cosmos prep RECIPE` again",
             )
     listed = {video["path"]: video["bytes"] for video in manifest["videos"]}
-    names = {*listed, *(path.name for path in dataset.video_files())}
+    names = {
+        *listed,
+        *(path.relative_to(dataset.videos).as_posix() for path in dataset.video_files()),
+    }
     present = {path: files.size_of(dataset.videos / path) for path in names}
     if changed := sorted(set(present.items()) ^ set(listed.items())):
         raise UserError(
