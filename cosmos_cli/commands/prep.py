@@ -32,7 +32,7 @@ def prep(
         videos = sources.inspect(r, dataset)
         caption_choice.find_captions(r, dataset, videos)
         notes = caption_notes.collect(r, dataset, videos)
-        for line in notes.lines(r):
+        for line in [*notes.lines(r), *sources.remarks(videos)]:
             console.warn(line)
         sources.require_usable(r, dataset, videos)
         clips = sum(len(source.clips) for source in videos)

@@ -14,6 +14,8 @@ from cosmos_cli.paths import Dataset
 from cosmos_cli.prep import lerobot
 from cosmos_cli.recipe.keys import Recipe
 
+# A warning names at most this many videos and counts the others.
+MOST_NAMED = 5
 # File systems allow no longer file names.
 MAX_NAME_BYTES = 255
 
@@ -133,6 +135,34 @@ def require_usable(r: Recipe, dataset: Dataset, sources: list[Source]) -> None:
         )
 
 
+# What may be wrong with the colours or the motion of a video, and FFmpeg's options that convert it.
+_MARKS = {
+    "hdr": (
+        "HDR (PQ or HLG), which is decoded without tone mapping: its colours are pale",
+        "-vf zscale=t=linear:npl=100,format=gbrpf32le,zscale=p=bt709,tonemap=hable,"
+        "zscale=t=bt709:m=bt709:r=tv -crf 12 -pix_fmt yuv420p",
+    ),
+    "interlaced": (
+        "marked as interlaced: moving edges may be combed",
+        "-vf bwdif=mode=send_frame -crf 12 -pix_fmt yuv420p",
+    ),
+}
+
+
+def remarks(sources: list[Source]) -> list[str]:
+    """Return a warning for each kind of video that is used as it is but should be converted."""
+    lines = []
+    for mark, (what, how) in _MARKS.items():
+        found = [v for v in sources if v.info and not v.reason and getattr(v.info, mark)]
+        if found:
+            names = ", ".join(v.name for v in found[:MOST_NAMED])
+            more = f" and {len(found) - MOST_NAMED} more" if len(found) > MOST_NAMED else ""
+            count = "1 video is" if len(found) == 1 else f"{len(found)} videos are"
+            fix = video.repair(found[0].path, how)
+            lines.append(f"{count} {what}: {names}{more}; {fix} converts {found[0].name}")
+    return lines
+
+
 def verdict_table(videos: list[dict[str, Any]]) -> str:
     """Return a table of the videos of a manifest."""
     rows = [
@@ -154,6 +184,9 @@ def manifest_row(dataset: Dataset, source: Source, digest: str) -> dict[str, Any
     info = source.info or video.VideoInfo(0, 0.0, 0, 0, 0.0, "")
     facts = asdict(info)
     del facts["begin"], facts["first"]
+    for mark in ("hdr", "interlaced"):
+        if not facts[mark]:
+            del facts[mark]
     return {
         "file": source.name,
         "path": source.path.relative_to(dataset.videos).as_posix(),
