@@ -9,6 +9,7 @@ Files are written to a temporary name and renamed, so that a kill leaves the old
 
 from __future__ import annotations
 
+import codecs
 import errno
 import hashlib
 import io
@@ -204,16 +205,25 @@ def read_bytes(path: Path, kind: Kind) -> bytes:
 
 
 def read_text(path: Path, kind: Kind, errors: str = "strict") -> str:
-    """Return the UTF-8 text of a file without its byte order mark, with LF line endings.
+    """Return the text of a file without its byte order mark, with LF line endings.
+
+    It is UTF-8, or UTF-16 with a byte order mark, as Windows PowerShell writes it.
 
     Raises:
-        NoSuchFile, BadFile: as of `read_bytes`, or the text is not UTF-8.
+        NoSuchFile, BadFile: as of `read_bytes`, or the text is neither.
     """
+    content = read_bytes(path, kind)
     try:
-        text = read_bytes(path, kind).decode("utf-8-sig", errors)
+        text = content.decode(encoding_of(content), errors)
     except UnicodeDecodeError as error:
         raise bad(path, kind, "is not UTF-8 text") from error
     return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def encoding_of(content: bytes) -> str:
+    """Return the encoding of a text that begins with these bytes."""
+    is_utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    return "utf-16" if is_utf16 else "utf-8-sig"
 
 
 def read_json(path: Path, kind: Kind = JSON) -> Any:

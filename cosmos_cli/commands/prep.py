@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cosmos_cli import console, paths, ranks
@@ -46,7 +45,10 @@ def prep(
         verdicts = manifest["videos"]
         rejected = [video for video in verdicts if video["verdict"] == "rejected"]
         for video in rejected:
-            console.warn(f"{Path(dataset.videos, video['file'])}: rejected: {video['reason']}")
+            # An episode has a name of its own; other videos are named by their path.
+            is_file = dataset.name_of(dataset.videos / video["path"]) == video["file"]
+            where = dataset.videos / video["path" if is_file else "file"]
+            console.warn(f"{where}: rejected: {video['reason']}")
         console.say(
             f"{len(verdicts) - len(rejected)} of {len(verdicts)} videos used, "
             f"{len(rejected)} rejected, {len(manifest['clips'])} clips"
@@ -79,7 +81,7 @@ def _dry_run(r: Recipe, dataset: paths.Dataset) -> Result:
     videos = sources.inspect(r, dataset)
     caption_choice.find_captions(r, dataset, videos)
     notes = caption_notes.collect(r, dataset, videos)
-    for line in notes.lines(r):
+    for line in [*notes.lines(r), *sources.remarks(videos)]:
         console.warn(line)
     sources.require_usable(r, dataset, videos)
     prepare.require_ready(r, dataset, videos)

@@ -164,9 +164,9 @@ def require_own(target: Path, run: Run, yes: bool, aside: str) -> None:
         there = any(target.glob("[!.]*")) if target.is_dir() else target.exists()
     if yes or not there:
         return
-    other = promoted.run_of(target)
-    if other == str(run.root):
+    if promoted.is_of(target, run.root):
         return
+    other = promoted.run_of(target)
     what = f"the model of another run, {other}" if other else "files that promote did not write"
     raise UserError(
         f"holds {what}", code=ExitCode.USAGE, where=str(target),

@@ -220,25 +220,24 @@ def _probe(dataset: paths.Dataset) -> tuple[dict[Path, VideoInfo], list[str]]:
             try:
                 usable[path] = video.probe(path)
             except video.VideoError as error:
-                bad.append(f"{path.name!r}: {error}")
+                bad.append(f"{path.relative_to(dataset.videos).as_posix()!r}: {error}")
             progress.advance()
     if not usable:
         found = f"none of {len(listed)} videos can be used" if listed else "no videos"
+        robot = next(filter(lerobot.is_lerobot, (dataset.root, dataset.videos)), None)
         raise UserError(
             f"{found} ({'; '.join(bad[:3])})" if bad else found,
             code=ExitCode.DATASET,
             where=str(dataset.videos),
-            fix=f"a LeRobot dataset needs a recipe by hand: set videos_dir to {dataset.videos}"
-            if lerobot.is_lerobot(dataset.videos)
-            else "name a folder of mp4 files; its subfolders are not read",
+            fix=f"a LeRobot dataset needs a recipe by hand: set videos_dir to {robot}"
+            if robot
+            else "name a folder of mp4 files",
         )
     return usable, bad
 
 
 def _captioned(dataset: paths.Dataset, videos: list[Path]) -> int:
     """Return the number of videos that have a caption."""
-    names = [path.name for path in videos]
+    named = {dataset.name_of(path): path for path in videos}
     texts = captions.files_in(dataset.metas, captions.SUFFIX)
-    beside = captions.files_in(dataset.videos, *captions.BESIDE_SUFFIXES)
-    in_metas = captions.owners(texts, names).files
-    return len({*in_metas, *captions.owners(beside, names, captions.BESIDE_SUFFIXES).files})
+    return len({*captions.owners(texts, list(named)).files, *captions.beside(named).files})

@@ -137,7 +137,8 @@ def stream(settings: Settings) -> Iterator[Result]:
     make = one_by_one(settings.r, settings.weights, best_device())
     if isinstance(sys.stdin, io.TextIOWrapper):
         # surrogateescape: a line that is not UTF-8 is refused and does not end the stream.
-        sys.stdin.reconfigure(encoding="utf-8-sig", errors="surrogateescape")
+        start = sys.stdin.buffer.peek(2)[:2]
+        sys.stdin.reconfigure(encoding=files.encoding_of(start), errors="surrogateescape")
     for request in jobs.read_lines(sys.stdin):
         result = plan_request(request, settings)
         yield make(result.job) if result.job and not result.made else result

@@ -44,6 +44,8 @@ def prepare(r: Recipe, device: str) -> dict[str, Any]:
     times = Stopwatch()
     with times("inspect"):
         videos = sources.inspect(r, dataset)
+    for line in sources.remarks(videos):
+        console.warn(line)
     sources.require_usable(r, dataset, videos)
     job = _job(r, videos)
     with times("describe"):
@@ -130,7 +132,9 @@ def _finish(
     statistics = {
         v.name: latents.statistics[v.name] for v in videos if v.name in latents.statistics
     }
-    findings = page.Findings(manifest, statistics, times.seconds, notes.lines(r))
+    findings = page.Findings(
+        manifest, statistics, times.seconds, [*notes.lines(r), *sources.remarks(videos)]
+    )
     page.write_page(r, dataset, videos, findings, latents.tokenizer)
     # A process that was killed while this one waited may have left temporary files.
     _remove_stale(dataset)

@@ -82,7 +82,10 @@ def check_dataset(r: Recipe) -> tuple[int, int]:
                 fix="run `cosmos prep RECIPE` again",
             )
     listed = {video["path"]: video["bytes"] for video in manifest["videos"]}
-    names = {*listed, *(path.name for path in dataset.video_files())}
+    names = {
+        *listed,
+        *(path.relative_to(dataset.videos).as_posix() for path in dataset.video_files()),
+    }
     present = {path: files.size_of(dataset.videos / path) for path in names}
     if changed := sorted(set(present.items()) ^ set(listed.items())):
         raise UserError(
@@ -268,8 +271,11 @@ def check_resume(r: Recipe, run: Run, ranks: int) -> int:
     changes = _changes(r, saved)
     for key in r.deciding("run"):
         before, now = changes.get(key, (None, None))
-        if before != now and not _are_equivalent(key, before, now):
-            raise _another_run(folder, f"{key} = {before}, the recipe says {now}")
+        if before != now and not _are_equivalent(key, before, now, "clips" not in changes):
+            if key == "base" and ("base" in saved or _is_moved(before, now)):
+                continue
+            clips = ", whose clips differ" if key == "dataset_dir" else ""
+            raise _another_run(folder, f"{key} = {before}, the recipe says {now}{clips}")
     if "base" in saved:
         base = r.model_files.dit
         if files.sha256_path(base) != saved["base"]:
@@ -378,11 +384,27 @@ def _suggestions(r: Recipe, run: Run, later: list[int], command: CommandLine) ->
     return "; ".join(ways)
 
 
-def _are_equivalent(key: str, before: Any, now: Any) -> bool:
-    """True if two values of a key mean the same."""
+def _are_equivalent(key: str, before: Any, now: Any, same_clips: bool) -> bool:
+    """True if two values of a key mean the same. A dataset with the same clips is the same."""
     if key == "optimizer":
         return {before, now} == {"auto", "torch"}
-    return key == "dataset_dir" and os.path.abspath(before) == os.path.abspath(now)  # noqa: PTH100
+    if key != "dataset_dir":
+        return False
+    return same_clips or os.path.abspath(before) == os.path.abspath(now)  # noqa: PTH100
+
+
+def _is_moved(before: str | None, now: str | None) -> bool:
+    """True if base weights, of which the run saved no hash, may be the same file at a new path.
+
+    A resumed run of all weights takes nothing from its base, so the file need not be known.
+    """
+    if not before or not now:
+        return False
+    old, new = (paths.weights_in(Path(path).absolute()) for path in (before, now))
+    if old.exists():
+        return files.sha256_path(old) == files.sha256_path(new)
+    console.warn(f"base was {before}, which is not there: the run continues from its own weights")
+    return True
 
 
 def _another_run(folder: Path, with_what: str) -> UserError:

@@ -45,7 +45,7 @@ from cosmos_cli.model.device import number_format
 from cosmos_cli.model.dit import DiT
 from cosmos_cli.model.lora_files import Change
 from cosmos_cli.model.sequence import SequenceGroup, neighbours
-from cosmos_cli.model.tensor_names import DIFFUSERS, OURS, rename
+from cosmos_cli.model.tensor_names import DIFFUSERS, rename
 from cosmos_cli.model.tokenizer import Tokenizer
 from cosmos_cli.recipe import loading
 from cosmos_cli.recipe.keys import Recipe
@@ -179,7 +179,7 @@ def diffusers_twin(net: DiT) -> nn.Module:
     with torch.device("meta"):
         twin = diffusers_network(net.spec)
     state = {f"net.{name}": tensor for name, tensor in net.state_dict().items()}
-    renamed = rename(state, OURS, DIFFUSERS, Path("diffusers"))
+    renamed = rename(state, DIFFUSERS, Path("diffusers"))
     twin.load_state_dict(renamed, assign=True)
     return twin.eval()
 

@@ -170,6 +170,27 @@ def test_checkpoints_dir_and_home_are_where_the_user_says(cosmos, monkeypatch):
     assert "tiny" in choose(cosmos)[0]
 
 
+def test_a_model_of_another_machine_uses_the_networks_of_this_one(cosmos, tmp_path_factory):
+    folder = promoted(cosmos, f"{SEVEN}_post-trained_robots")
+    with (folder / "recipe.yaml").open("a") as recipe:
+        recipe.write("checkpoints_dir: /there/checkpoints\n")
+    usual, far = cosmos.cwd / "checkpoints", tmp_path_factory.mktemp("far: away #1") / "checkpoints"
+    asked = ("--model", f"{SEVEN}_post-trained_robots")
+    assert f"/there/checkpoints, the checkpoints_dir of {folder}" in choose(cosmos, *asked)[1]
+    assert "/there" not in choose(cosmos, *asked, "--set", "checkpoints_dir=checkpoints")[1]
+    folder = shutil.copytree(folder, far / folder.name)
+    assert f"is not there: using {usual}" in choose(cosmos, "--model", folder)[1]
+    (far / paths.TEXT_ENCODER_DIR).mkdir(parents=True)
+    assert f"is not there: using {far}" in choose(cosmos, "--model", folder)[1]
+
+
+def test_a_run_that_was_moved_is_still_the_recipes_own(cosmos):
+    moved = "/there/outputs/posttraining/diffusion_text2world/tiny"
+    promoted(cosmos, f"{TINY}_post-trained_own", moved, changed=1e8)
+    promoted(cosmos, f"{TINY}_post-trained", changed=2e8)
+    assert choose(cosmos, "tiny")[0] == f"checkpoints/{TINY}_post-trained_own/model.pt"
+
+
 def test_a_path_wins_over_a_model_name_and_is_reported(cosmos):
     promoted(cosmos, f"{SEVEN}_post-trained_robots")
     (cosmos.cwd / "robots").mkdir()
