@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
-from cosmos_cli.errors import ExitCode, UserError
+from cosmos_cli.errors import ExitCode, UserError, fill_in
 from cosmos_cli.files import disk_errors
 
 PLAIN_SECONDS = 5.0
@@ -56,6 +56,7 @@ def unmute() -> None:
 
 def say(message: str) -> None:
     """Print a line on stderr and in the open logs."""
+    message = fill_in(message)
     if not _muted:
         with _ignore_write_errors(sys.stderr):
             print(message, file=sys.stderr, flush=True)
@@ -153,7 +154,7 @@ def _print(text: str) -> None:
         if not gone:
             raise UserError(
                 f"cannot be written: {error.strerror}", code=ExitCode.ASSET,
-                where="standard output", fix="free some space, or write it elsewhere",
+                where="standard output", fix="write it elsewhere: `> FILE`",
             ) from error  # fmt: skip
 
 

@@ -209,6 +209,15 @@ _DISK_ERRORS = frozenset({
     errno.ENOENT, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG, errno.EFBIG, errno.ELOOP,
     errno.ENOTEMPTY,
 })  # fmt: skip
+_DISK_FIXES = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free some space, or choose another folder"),
+    **dict.fromkeys(
+        (errno.EROFS, errno.EACCES, errno.EPERM), "choose a folder that you may write to"
+    ),
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.EFBIG: "choose a file system for large files",
+    errno.EIO: "check the disk",
+}
 _UMASK = os.umask(0)
 os.umask(_UMASK)
 
@@ -225,7 +234,7 @@ def disk_errors(path: Path) -> Iterator[None]:
             f"cannot be written: {os.strerror(error.errno or 0)}",
             code=ExitCode.ASSET,
             where=str(path),
-            fix="free some space or choose another folder",
+            fix=_DISK_FIXES.get(error.errno or 0, "choose another folder"),
         ) from error
 
 

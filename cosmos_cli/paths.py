@@ -139,7 +139,7 @@ class Dataset:
                 f"cannot be read: {os.strerror(error.errno or 0)}",
                 code=ExitCode.DATASET,
                 where=str(self.videos),
-                fix="put the videos there, or set videos_dir or dataset_dir in the recipe",
+                fix="put the videos there, or use `--set videos_dir=FOLDER`",
             ) from error
 
 

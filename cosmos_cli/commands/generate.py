@@ -103,7 +103,7 @@ def generate(
     if prompts is not None and (prompt or batch_ or compare or num_processes or prompts != "-"):
         raise UserError(
             "reads from standard input only", code=ExitCode.USAGE, where="--prompts",
-            fix="give --prompts - without --prompt, --batch, --compare and --num-processes",
+            fix="use `--prompts -` without --prompt, --batch, --compare and --num-processes",
         )  # fmt: skip
     requests = [] if prompts else _requests(prompt or [], batch_)
     if output.suffix.lower() == ".mp4" and (prompts or len(requests) > 1):
@@ -145,7 +145,7 @@ def _requests(prompts: list[str], file: Path | None) -> list[Request]:
     if not requests:
         raise UserError(
             "no prompt was given", code=ExitCode.USAGE, where="--prompt",
-            fix='give --prompt "...", --batch FILE or --prompts -',
+            fix='use `--prompt "A red ball moves left."`, `--batch FILE` or `--prompts -`',
         )  # fmt: skip
     return requests
 

@@ -6,12 +6,14 @@ they run.
 
 from __future__ import annotations
 
+import os
 import shlex
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from cosmos_cli import console
+from cosmos_cli.errors import TYPED_RECIPE
 
 if TYPE_CHECKING:
     from cosmos_cli.recipe.loading import LoadedRecipe
@@ -22,6 +24,13 @@ def shipped_names() -> list[str]:
     from cosmos_cli.recipe import loading
 
     return list(loading.shipped())
+
+
+def key_names() -> list[tuple[str, str]]:
+    """Return the keys of a recipe with their descriptions, for shell completion."""
+    from cosmos_cli.recipe import loading
+
+    return [(row.name, row.description) for row in loading.key_reference()]
 
 
 RecipeArgument = Annotated[
@@ -64,6 +73,7 @@ def open_recipe(
     """
     from cosmos_cli.recipe import loading
 
+    os.environ[TYPED_RECIPE] = recipe_words(name, overrides)
     loaded = loading.load(name, overrides or ())
     if print_recipe:
         figures = {"recipe": loaded.recipe.model_dump(), "origins": dict(loaded.origins)}
@@ -76,7 +86,12 @@ def open_recipe(
 
 def command_line(verb: str, recipe: str, overrides: list[str] | None, extra: str = "") -> str:
     """Return the command of another verb on the same recipe, to paste into a shell."""
-    words = ["cosmos", verb, recipe]
+    return " ".join(filter(None, ["cosmos", verb, recipe_words(recipe, overrides), extra]))
+
+
+def recipe_words(recipe: str, overrides: list[str] | None) -> str:
+    """Return a recipe and its --set options as words for the shell."""
+    words = [recipe]
     for override in overrides or ():
         words += ["--set", override]
-    return " ".join(filter(None, [shlex.join(words), extra]))
+    return shlex.join(words)

@@ -60,6 +60,7 @@ def promote(
             f"{format_!r} is not one of {', '.join(paths.MODEL_FORMATS)}",
             code=ExitCode.USAGE,
             where="--format",
+            fix="use `--format pt`",
         )
     number = choose_step(Run(r.run_dir), step, weights)
     if name is not None:
@@ -108,7 +109,7 @@ def check_name(name: str) -> None:
         what = f"{name[:LONGEST_NAME]!r} is not {PATTERNS[NAME]}, {LONGEST_NAME} bytes at most"
     else:
         return
-    fix = "choose another, such as --name robots"
+    fix = "choose another, such as `--name robots`"
     raise UserError(what, code=ExitCode.USAGE, where="--name", fix=fix)
 
 
@@ -149,7 +150,7 @@ def require_own(target: Path, run: Run, yes: bool, aside: str) -> None:
     what = f"the model of another run, {other}" if other else "files that promote did not write"
     raise UserError(
         f"holds {what}", code=ExitCode.USAGE, where=str(target),
-        fix=f"keep both with {aside}, or replace it with --yes",
+        fix=f"keep both with `{aside}`, or replace it with `--yes`",
     )  # fmt: skip
 
 
@@ -161,15 +162,16 @@ def choose_step(run: Run, step: str, weights: str) -> int:
     """
     if weights not in ("ema", "reg"):
         raise UserError(
-            f"{weights!r} is neither ema nor reg", code=ExitCode.USAGE, where="--weights"
-        )
+            f"{weights!r} is neither ema nor reg", code=ExitCode.USAGE, where="--weights",
+            fix="use `--weights ema`",
+        )  # fmt: skip
     saved = run.saved_steps(weights)
     if not saved:
         raise UserError(
             "the run has no checkpoint",
             code=ExitCode.ASSET,
             where=str(run.checkpoints.absolute()),
-            fix="run cosmos train first",
+            fix="run `cosmos train RECIPE` first",
         )
     if step == "latest":
         return saved[-1]
@@ -180,18 +182,19 @@ def choose_step(run: Run, step: str, weights: str) -> int:
                 "no saved step was measured on held-out clips",
                 code=ExitCode.ASSET,
                 where=str(run.metrics.absolute()),
-                fix="choose another --step; a run measures only if its dataset has a holdout_share",
+                fix="use `--step latest`; to measure, set holdout_share in the recipe before prep",
             )
         return best
     if not step.isdecimal():
         raise UserError(
-            f"{step!r} is neither latest, best nor a number", code=ExitCode.USAGE, where="--step"
-        )
+            f"{step!r} is neither latest, best nor a number", code=ExitCode.USAGE, where="--step",
+            fix="use `--step latest`",
+        )  # fmt: skip
     if int(step) not in saved:
         raise UserError(
             f"step {step} is not saved",
             code=ExitCode.ASSET,
             where=str(run.checkpoints.absolute()),
-            fix=f"choose a saved step: {', '.join(map(str, saved))}",
+            fix=f"use `--step {saved[-1]}`; saved: {', '.join(map(str, saved))}",
         )
     return int(step)

@@ -99,7 +99,7 @@ def _check_free(target: Path, yes: bool) -> None:
             "exists already",
             code=ExitCode.USAGE,
             where=str(target),
-            fix="choose another name, or replace it with --yes",
+            fix="choose another name, or replace it with `--yes`",
         )
 
 
@@ -121,14 +121,24 @@ def check(
 
 
 @app.command()
-def keys(json_: options.JsonOption = False) -> None:
-    """Explain every key of a recipe.
+def keys(
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[NAME]...",
+            help="Keys to explain. Default: all.",
+            autocompletion=options.key_names,
+        ),
+    ] = None,
+    json_: options.JsonOption = False,
+) -> None:
+    """Explain the keys of a recipe.
 
-    Example: cosmos recipes keys
+    Example: cosmos recipes keys offload lora_rank
     """
     from cosmos_cli.recipe import loading
 
-    rows = loading.key_reference()
+    rows = loading.key_reference(names or ())
     lines = []
     for group, members in groupby(rows, key=lambda row: row.group):
         lines += [f"{group}:", ""]
@@ -227,7 +237,7 @@ def _probe(dataset: paths.Dataset) -> tuple[dict[Path, VideoInfo], list[str]]:
             f"{found} ({'; '.join(bad[:3])})" if bad else found,
             code=ExitCode.DATASET,
             where=str(dataset.videos),
-            fix=f"a LeRobot dataset needs a recipe by hand: set videos_dir to {dataset.videos}"
+            fix=f"it is a LeRobot dataset: use a recipe with videos_dir: {dataset.videos}"
             if lerobot.is_lerobot(dataset.videos)
             else "name a folder of mp4 files; its subfolders are not read",
         )

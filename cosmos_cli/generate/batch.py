@@ -24,7 +24,7 @@ def base_settings(settings: Settings) -> Settings:
     if base.identity == settings.weights.identity:
         raise UserError(
             "needs a second model to compare with the base", code=ExitCode.USAGE, where="--compare",
-            fix="run `cosmos promote` first, or add `--model FOLDER`",
+            fix="run `cosmos promote RECIPE` first, or add `--model FOLDER`",
         )  # fmt: skip
     if settings.output.suffix.lower() == ".mp4":
         raise UserError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import re
 from collections.abc import Iterable, Iterator
@@ -78,12 +79,16 @@ class Request:
             entry = json.loads(self.text)
         except (ValueError, RecursionError):
             entry = None
-        if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str):
+        if not isinstance(entry, dict):
             raise self.error('is not an object like {"prompt": "...", "seed": 1}')
-        prompt = entry.pop("prompt")
-        if unknown := sorted(entry.keys() - LINE_KEYS.keys()):
-            fix = f"a line may have prompt, {', '.join(LINE_KEYS)}"
+        known = ["prompt", *LINE_KEYS]
+        if unknown := sorted(entry.keys() - set(known)):
+            close = difflib.get_close_matches(unknown[0].lower(), known, 1)
+            fix = f"did you mean {close[0]!r}?" if close else f"a line may have {', '.join(known)}"
             raise self.error(f"has the unknown key {unknown[0]!r}", fix)
+        if not isinstance(prompt := entry.pop("prompt", None), str):
+            what = "has no prompt" if prompt is None else f"has the prompt {json.dumps(prompt)}"
+            raise self.error(what, 'write it as in {"prompt": "...", "seed": 1}')
         return prompt, {LINE_KEYS[key]: value for key, value in entry.items()}
 
     @property
@@ -258,6 +263,6 @@ def is_made(wanted: Job) -> bool:
         raise UserError(
             "belongs to another video" if ours else "was not written by cosmos generate",
             code=ExitCode.USAGE, where=str(taken),
-            fix="choose another --output, or replace it with --overwrite",
+            fix="choose another --output, or replace it with `--overwrite`",
         )  # fmt: skip
     return False

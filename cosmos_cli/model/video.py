@@ -299,7 +299,7 @@ def _needs_ffmpeg(what: str) -> Iterator[None]:
     try:
         yield
     except (ImportError, OSError, RuntimeError) as error:
-        fix = "run `cosmos setup --install`"
+        fix = "run `cosmos setup RECIPE --install`"
         raise UserError(what, code=ExitCode.ENVIRONMENT, where="video", fix=fix) from error
 
 

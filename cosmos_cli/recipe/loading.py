@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,6 +95,14 @@ def find_recipe(name_or_path: str | Path) -> Path:
         return found.relative_to(here) if found.is_relative_to(here) else found
     if is_folder:
         raise usage_error(str(path), "a folder, not a recipe", "name the file inside it")
+    key, equals, _ = str(name_or_path).partition("=")
+    if equals and key in Recipe.model_fields:
+        setting = shlex.quote(str(name_or_path))
+        raise usage_error(setting, "a setting, not a recipe", f"use `--set {setting}`")
+    if " " in str(name_or_path) and not path.suffix:
+        prompt = shlex.quote(str(name_or_path))
+        fix = f"if it is a prompt: `cosmos generate --prompt {prompt}`"
+        raise usage_error(prompt, "no such recipe", fix)
     what = "no such file" if path.suffix or not is_name else "no such recipe"
     fix = f"{_nearest(path.stem, known)} shipped recipes: {', '.join(known)}"
     raise usage_error(str(name_or_path), what, fix.strip())
@@ -128,11 +137,21 @@ class Key(NamedTuple):
     description: str
 
 
-def key_reference() -> list[Key]:
-    """Return a row for every key, ordered by group."""
+def key_reference(names: Sequence[str] = ()) -> list[Key]:
+    """Return a row for each of the named keys, or for every key, ordered by group.
+
+    Raises:
+        UserError: (USAGE) if there is no such key.
+    """
     schema = json_schema()["properties"]
+    for name in names:
+        if name not in schema:
+            fix = _nearest(name.lower(), schema) or "`cosmos recipes keys` lists them all"
+            raise usage_error(name, "unknown key", fix)
     rows = []
     for name, info in Recipe.model_fields.items():
+        if names and name not in names:
+            continue
         if info.default_factory:
             default = "the model's"
         else:

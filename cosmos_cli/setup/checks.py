@@ -150,7 +150,7 @@ def _gpus(outcome: Outcome, names: list[str], r: Recipe) -> Check:
     found = f"none: {remark}" if remark else "none"
     if r.spec.embedded:
         return Check("GPUs", "warn", f"{found}; this model also trains on the CPU")
-    fix = "use a machine with NVIDIA GPUs, or start with the recipe tiny"
+    fix = "use a machine with NVIDIA GPUs, or start with the tiny model: `cosmos setup tiny`"
     return Check("GPUs", "fail", found, f"unset {selection.VARIABLE}" if remark else fix)
 
 
@@ -277,10 +277,10 @@ def _writable(key: str, folder: str) -> Check:
         with tempfile.TemporaryFile(dir=files.nearest_existing(path)):
             return Check(key, "ok", f"{path} is writable")
     except UserError as error:
-        return Check(key, "fail", str(error), f"make it writable, or set {key}")
+        return Check(key, "fail", str(error), f"make it writable, or use `--set {key}=FOLDER`")
     except OSError as error:
         found = f"{path}: {os.strerror(error.errno or 0)}"
-        return Check(key, "fail", found, f"make it writable, or set {key}")
+        return Check(key, "fail", found, f"make it writable, or use `--set {key}=FOLDER`")
 
 
 def _hub(outcome: Outcome | None) -> list[Check]:

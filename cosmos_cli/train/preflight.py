@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from cosmos_cli.paths import Dataset, Run
 from cosmos_cli.prep import holdout
 from cosmos_cli.ranks import under_launcher
 from cosmos_cli.recipe import plan
+from cosmos_cli.spec import COSMOS_7B
 from cosmos_cli.train import status, trackers
 
 if TYPE_CHECKING:
@@ -122,7 +124,7 @@ def check_recipe(r: Recipe, ranks: int) -> None:
             "the base weights are missing",
             code=ExitCode.ASSET,
             where=str(base),
-            fix="run `cosmos download RECIPE --for train`, or set base",
+            fix="run `cosmos download RECIPE --for train`, or use `--set base=FILE`",
         )
     tokenizer = r.model_files.tokenizer
     if (r.preview_every_steps or r.sample_every_saves) and not tokenizer.exists():
@@ -146,20 +148,24 @@ def check_world(r: Recipe, ranks: int) -> None:
         return UserError(what, code=ExitCode.USAGE, where=key, fix=fix)
 
     if not r.spec.trainable:
-        fix = "use Cosmos-Predict1-7B-Text2World"
+        fix = f"use `--set model={COSMOS_7B.name}`"
         raise bad("model", f"{r.model} is for generation only", fix)
     for key in ("hpz_partition_size", "sequence_parallel"):
         size = getattr(r, key)
         if size != "auto" and ranks % size:
             what = f"{ranks} processes do not divide into groups of {size}"
-            raise bad(key, what, "use a divisor of the number of processes")
+            raise bad(key, what, f"use `--set {key}={math.gcd(ranks, size)}`")
     at_once = ranks // r.sequence_parallel * r.micro_batch_size
     if r.global_batch_size % at_once:
         what = (
             f"{r.global_batch_size} clips do not divide into micro batches of "
             f"{r.micro_batch_size} on {ranks} processes"
         )
-        raise bad("global_batch_size", what, f"use a multiple of {at_once}")
+        raise bad(
+            "global_batch_size",
+            what,
+            f"use `--set global_batch_size={-(-r.global_batch_size // at_once) * at_once}`",
+        )
 
 
 def check_kernels(r: Recipe) -> None:
@@ -174,14 +180,14 @@ def check_kernels(r: Recipe) -> None:
 
     # PyPI has an unrelated package named apex, so look for a module that only NVIDIA's has.
     if r.optimizer == "apex" and importlib.util.find_spec("amp_C") is None:
-        fix = "run `cosmos setup --install --with apex`, or add `--set optimizer=auto`"
+        fix = "run `cosmos setup RECIPE --install --with apex`, or add `--set optimizer=auto`"
         raise missing("optimizer", "NVIDIA's Apex is not installed", fix)
     key = "transformer_engine"
     if r.transformer_engine == "off":
         return
     if importlib.util.find_spec("transformer_engine") is None:
         fix = (
-            "run `cosmos setup --install --with transformer-engine`, "
+            "run `cosmos setup RECIPE --install --with transformer-engine`, "
             "or add `--set transformer_engine=off`"
         )
         raise missing(key, "Transformer Engine is not installed", fix)
