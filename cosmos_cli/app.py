@@ -9,7 +9,7 @@ import signal
 import sys
 import time
 from types import FrameType
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
 
@@ -30,7 +30,7 @@ from cosmos_cli.errors import ExitCode, Interrupted, UserError, usage_error
 RANK_0_SECONDS = 10
 # Typer's errors about options. Their class comes from click or is vendored, depending on the
 # version of Typer.
-_TyperError = typer.BadParameter.__mro__[2]
+_TyperError = cast(type[Exception], typer.BadParameter.__mro__[2])
 
 app = typer.Typer(
     name="cosmos",

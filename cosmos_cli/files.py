@@ -324,7 +324,7 @@ def require_free(path: Path, needed: float, what: str, fix: str) -> None:
     free = free_bytes(path)
     if free < needed:
         raise UserError(
-            f"{what} need {round(needed / 1e6):,} MB, {round(free / 1e6):,} MB are free",
+            f"{what} need {needed / 1e9:,.2f} GB, {free / 1e9:,.2f} GB are free",
             code=ExitCode.ASSET,
             where=str(path),
             fix=fix,

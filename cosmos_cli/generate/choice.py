@@ -243,7 +243,7 @@ def read_weights(r: Recipe, folder: Path | None) -> Weights:
             f"is damaged: its sha256 is {found.sha256[:12]}, {name} says "
             f"{manifest['sha256'][:12]}",
             code=ExitCode.ASSET, where=str(path),
-            fix=f"run `cosmos promote RECIPE` again; if you put other weights there, delete its {name}",
+            fix=f"run `cosmos promote RECIPE` again; if the weights are yours, delete its {name}",
         )  # fmt: skip
     return found
 

@@ -25,6 +25,7 @@ from cosmos_cli.download import assets, fetch
 from cosmos_cli.errors import UserError
 from cosmos_cli.generate.answers import cache_dir
 from cosmos_cli.paths import Run
+from cosmos_cli.recipe import plan
 from cosmos_cli.setup import installs, packages, probes
 from cosmos_cli.setup.installs import last_line
 from cosmos_cli.setup.packages import Check, Status
@@ -239,8 +240,9 @@ def _disk(r: Recipe) -> Check:
         preflight.check_disk(r, run, run.last_step)
     except UserError as error:
         return Check("free disk", "fail", f"{error.what} at {error.where}", error.fix)
-    free = files.free_bytes(run.root)
-    return Check("free disk", "ok", f"{console.size(free)} for {run.root}")
+    free, needed = files.free_bytes(run.root), plan.disk(r, run.last_step).run_bytes
+    found = f"{console.size(free)} at {run.root}, the run needs {console.size(needed)}"
+    return Check("free disk", "ok", found)
 
 
 def _memory(r: Recipe) -> Check:

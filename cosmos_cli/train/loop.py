@@ -173,9 +173,8 @@ def save_step(
         UserError: the disk is too full, or a write fails.
     """
     if dist.get_rank() == 0:
-        sizes = plan.disk_bytes(r, step)
-        needed = sizes["model files of a save"] + sizes["a resume state"]
-        fix = "free some space and run the same command again; the last save is intact"
+        fix = "free some space, then `cosmos train RECIPE` resumes; the last save is intact"
+        needed = plan.disk(r, step).save_bytes
         files.require_free(run.checkpoints, needed, f"the files of step {step}", fix)
     checkpoint.save(engine, ema, run, step, about)
     if dist.get_rank() == 0:

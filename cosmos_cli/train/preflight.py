@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from cosmos_cli.recipe.keys import Recipe
 
 
+# The least that a run can keep on disk, next to its best save.
+FEWEST_FILES = {"keep_models": 1, "keep_last": 1, "keep_every_steps": 0}
 # Return the command line of a verb on the user's recipe, given the verb and `extra` arguments.
 CommandLine = Callable[..., str]
 
@@ -370,9 +372,18 @@ def check_disk(r: Recipe, run: Run, start: int, freed: int = 0) -> None:
     Raises:
         UserError: less space is free than the remaining saves plus min_free_disk_gb.
     """
-    files.require_free(
-        run.root,
-        plan.disk_bytes(r, start)["whole run"] + r.min_free_disk_gb * 1e9 - freed,
-        "the saves of the run",
-        "free some space, save less often, or set output_root",
-    )
+    needed, free = plan.disk(r, start).run_bytes, files.free_bytes(run.root) + freed
+    if free >= needed + r.min_free_disk_gb * 1e9:
+        return
+    ways = ["`--set output_root=FOLDER` on a larger disk"]
+    if spare := max(free - needed, 0) // 1e8 / 10:
+        ways.append(f"`--set min_free_disk_gb={spare:g}`")
+    elif plan.disk(r.model_copy(update=FEWEST_FILES), start).run_bytes < min(needed, free):
+        options = " ".join(f"--set {key}={value}" for key, value in FEWEST_FILES.items())
+        ways.append(f"`{options} --set min_free_disk_gb=0`")
+    raise UserError(
+        f"the run needs {needed / 1e9:,.1f} GB, and min_free_disk_gb keeps {r.min_free_disk_gb:g} "
+        f"GB free; {free / 1e9:,.1f} GB are free",
+        code=ExitCode.ASSET, where=str(run.root),
+        fix=f"free some space, or use {' or '.join(ways)}",
+    )  # fmt: skip

@@ -106,7 +106,7 @@ class Previews:
         if kind in self.warned:
             return
         self.warned.add(kind)
-        room = ", or free memory with `--set offload=optimizer`"
+        room = f", or {plan.relief(self.r, dist.get_world_size())}"
         console.warn(
             f"step {step}: {kind} are left out, now and whenever they fail again: {why}; "
             f"training continues; turn them off with `--set {OFF[kind]}=0`"

@@ -17,6 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from cosmos_cli.model import video
+from cosmos_cli.paths import Dataset
 from cosmos_cli.prep import page, prepare, sources, work_sharing
 from cosmos_cli.recipe import loading
 from tests.helpers.command import SMALL, Cosmos, settings
@@ -506,3 +507,8 @@ def test_an_old_latent_is_kept_only_if_it_shows_the_right_frames(tmp_path):
     cosmos("prep", "tiny", *settings(PROMPT))
     changed = [n for n, data in before.items() if (latents / n).read_bytes() != data]
     assert changed == ["wrong.000000.safetensors"]
+
+
+def test_min_free_disk_gb_is_not_asked_for_by_prep(tmp_path):
+    r = loading.load("tiny", [f"dataset_dir={tmp_path}", "min_free_disk_gb=1e9"]).recipe
+    prepare._check_disk(r, Dataset.at(r.dataset_dir, r.videos_dir), [])
