@@ -209,6 +209,13 @@ def size(count: float) -> str:
     return f"{count:.1f} TB"
 
 
+def rate(per_second: float, unit: str) -> str:
+    """Return a rate as text: 1.25 steps/s, or 14.30 s a step."""
+    if 0 < per_second < 1:
+        return f"{1 / per_second:.2f} s a {unit.removesuffix('s')}"
+    return f"{per_second:.2f} {unit}/s"
+
+
 class Progress:
     """Show progress: a live bar on a terminal, elsewhere a plain line every few seconds."""
 
@@ -222,7 +229,7 @@ class Progress:
         """Add `count` to the units done. `note` is shown next to the rate."""
         self.done += count
         if self.bar is not None:
-            shown = ", ".join(filter(None, [note, self.rate()]))
+            shown = ", ".join(filter(None, [note, self.rate(), self.left()]))
             self.bar.update(self.bar.task_ids[0], completed=self.done, note=shown)
         if time.monotonic() - self.printed >= PLAIN_SECONDS:
             self.printed = time.monotonic()
@@ -230,16 +237,32 @@ class Progress:
 
     def line(self, note: str = "") -> str:
         """Return the progress as one line with rate and time left."""
-        spent = time.monotonic() - self.started
-        counted = self.done - self.first
-        left = duration((self.total - self.done) / counted * spent) if counted else "?"
         head = f"{self.label} {self.done}/{self.total} {self.unit}"
-        return ", ".join(filter(None, [head, note, self.rate(), f"{left} left"]))
+        return ", ".join(filter(None, [head, note, self.rate(), self.left()]))
+
+    def seconds(self) -> float:
+        """Return the seconds since the start, without those that were paused."""
+        return max(time.monotonic() - self.started, 1e-9)
 
     def rate(self) -> str:
-        """Return the rate as text, e.g. 1.25 clips/s."""
-        spent = max(time.monotonic() - self.started, 1e-9)
-        return f"{(self.done - self.first) / spent:.2f} {self.unit}/s"
+        """Return the rate as text, as of `console.rate`."""
+        return rate((self.done - self.first) / self.seconds(), self.unit)
+
+    def left(self) -> str:
+        """Return the time left as text."""
+        counted = self.done - self.first
+        if not counted:
+            return "? left"
+        return f"{duration((self.total - self.done) / counted * self.seconds())} left"
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave the block out of the rate and the time left."""
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            self.started += time.monotonic() - began
 
 
 @contextmanager
@@ -250,7 +273,7 @@ def progress(label: str, total: int, unit: str, done: int = 0) -> Iterator[Progr
         yield counter
         return
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
     from rich.progress import Progress as Bar
 
     columns = (
@@ -258,7 +281,6 @@ def progress(label: str, total: int, unit: str, done: int = 0) -> Iterator[Progr
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("{task.fields[note]}", markup=False),
-        TimeRemainingColumn(),
     )
     terminal: Any = _Terminal(sys.stderr)
     with Bar(*columns, console=Console(file=terminal)) as bar:

@@ -51,7 +51,9 @@ PrintRecipeOption = Annotated[
 ]
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Print what would be done and exit.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
-YesOption = Annotated[bool, typer.Option("--yes", help="Replace existing files without asking.")]
+YesOption = Annotated[
+    bool, typer.Option("--yes", help="Replace existing files; without it, they are refused.")
+]
 
 
 def open_recipe(

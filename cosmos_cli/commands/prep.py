@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from cosmos_cli import console, paths, ranks
 from cosmos_cli.commands import options
 from cosmos_cli.console import Result
 from cosmos_cli.errors import UserError
+
+if TYPE_CHECKING:
+    from cosmos_cli.recipe.keys import Recipe
 
 
 def prep(
@@ -57,8 +61,9 @@ def prep(
             console.warn(f"{Path(dataset.videos, video['file'])}: rejected: {video['reason']}")
         console.say(
             f"{len(verdicts) - len(rejected)} of {len(verdicts)} videos used, "
-            f"{len(rejected)} rejected, {len(manifest['clips'])} clips"
+            f"{len(rejected)} rejected, {len(manifest['clips'])} clips{_held_out(r, verdicts)}"
         )
+    console.say(f"report: {dataset.report}")
     console.emit(
         Result(
             sources.verdict_table(verdicts),
@@ -78,3 +83,16 @@ def prep(
         ),
         as_json=json_,
     )
+
+
+def _held_out(r: Recipe, verdicts: list[dict[str, Any]]) -> str:
+    """Return how many videos are held out; warn if holdout_share asks for some and none are."""
+    if not r.holdout_share:
+        return ""
+    count = sum(video.get("split") == "heldout" for video in verdicts)
+    if not count:
+        console.warn(
+            f"holdout_share {r.holdout_share:g} holds out no video: it takes at least two "
+            "different ones; training has no held-out error, and `--step best` is impossible"
+        )
+    return f"; {count} held out, holdout_share {r.holdout_share:g} of the videos"

@@ -87,7 +87,9 @@ def train(
     else:
         preflight.check_gpus(r, processes)
         figures |= launch.start(loaded, processes, overwrite)
-    artifacts = [run.root] if run.root.exists() else []
+    artifacts = [path for path in (run.root, run.report) if path.exists()]
+    if run.report in artifacts:
+        console.say(f"report: {run.report}")
     best = "--step best" if figures.get("best_step") is not None else ""
     next_ = options.command_line(following, recipe, set_, best)
     console.emit(Result(str(run.root), artifacts, figures, next_), as_json=json_)

@@ -59,6 +59,7 @@ def batch(
             todo.append(result.job)
             continue
         if result.job:
+            _name_model(settings, result.job)
             made.append(result.job)
         yield result
     if todo:
@@ -66,11 +67,19 @@ def batch(
         for result in _generate(list(dict.fromkeys(todo)), processes):
             if result.job and result.made:
                 console.say(f"saved {result.job.path}")
+                _name_model(settings, result.job)
                 made.append(result.job)
             yield result
     if len(settings) > 1:
         base, tuned = settings
         yield from _comparisons(base, tuned, made)
+
+
+def _name_model(settings: Sequence[Settings], job: Job) -> None:
+    """Say with --compare which of the two models made a video."""
+    if len(settings) > 1:
+        whose = "base" if job.weights == settings[0].weights else "post-trained"
+        console.say(f"{whose} model: {job.path}")
 
 
 def _generate(todo: list[Job], wanted: int | None) -> Iterator[Result]:

@@ -159,6 +159,7 @@ class Result:
         about = {"status": "error" if code else "ok", "exit_code": int(code), "prompt": self.prompt}
         if self.job:
             about |= {"seed": self.job.r.sampling_seed, "path": str(self.job.path)}
+            about["weights"] = str(self.job.weights.path)
         return {**about, "error": str(self.error)} if self.error else about
 
 

@@ -73,6 +73,7 @@ def train(
     )
     settings = data.BatchSettings(r.seed, r.global_batch_size, r.text_dropout)
 
+    console.say(f"loading the base weights {r.model_files.dit}")
     engine = engines.build(r, share, device)
     engine.module.net.share(sequence)
     ema = PowerEMA(
@@ -81,6 +82,7 @@ def train(
     start = resume_run(r, run, engine, ema)
     record = metrics.Metrics(run, r, start, device)
     if held_out:
+        console.say(f"step {start}: measuring the error on {len(held_out.chosen)} held-out clips")
         record.write_held_out(start, held_out.measure(engine, device, start))
     record.write_samples(start, previews.make(engine, start, asked=False))
 
@@ -90,6 +92,7 @@ def train(
             stats, row = optimize(r, run, engine, ema, step, micro_batches)
             done, stop_code = step + 1, stats.stop_code
             bar.advance(metrics.words(row))
+            record.status["running_seconds"] = bar.seconds()
             if done % r.log_every_steps == 0 or done == r.max_steps:
                 record.write(row)
             saving = done % r.save_every_steps == 0 or done == r.max_steps or stats.save_asked
@@ -101,7 +104,8 @@ def train(
             if held_out and not stop_code and (saving or done % r.validate_every_steps == 0):
                 record.write_held_out(done, held_out.measure(engine, device, done))
             if not stop_code:
-                record.write_samples(done, previews.make(engine, done, stats.sample_asked))
+                with bar.paused():
+                    record.write_samples(done, previews.make(engine, done, stats.sample_asked))
             if saving:
                 record.write_page()
             if stop_code:
