@@ -81,7 +81,7 @@ def open_recipe(
         figures = {"recipe": loaded.recipe.model_dump(), "origins": dict(loaded.origins)}
         console.emit(console.Result(loading.explain(loaded), figures=figures), as_json=as_json)
         raise typer.Exit
-    for warning in loaded.warnings if trains else ():
+    for warning in loaded.unexpected if trains else ():
         console.warn(warning)
     return loaded
 

@@ -207,7 +207,7 @@ def new(
     ]
     files.write_text(target, new_recipe.to_yaml(choices, header))
     loaded = loading.load(target)
-    for warning in (*bad, *loaded.warnings):
+    for warning in (*bad, *loaded.unexpected):
         console.warn(warning)
     result = Result(
         str(target.absolute()),

@@ -12,20 +12,28 @@ from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
+from cosmos_cli import files
 from cosmos_cli.errors import UserError, usage_error
 from cosmos_cli.recipe import strict_yaml
 from cosmos_cli.recipe.keys import PATHS, PATTERNS, Recipe
 from cosmos_cli.recipe.rules import conflicts, oddities
 from cosmos_cli.recipe.strict_yaml import Entry
 
+# The first words of a recipe that `cosmos recipes new` wrote.
+WRITTEN_BY_US = "# Written by `cosmos recipes new "
+
 
 @dataclass(frozen=True)
 class LoadedRecipe:
-    """A recipe with the origin of each value and its warnings."""
+    """A recipe with the origin of each value and its warnings.
+
+    `unexpected` are the warnings that the text of a recipe which we ship or write does not cause.
+    """
 
     recipe: Recipe
     origins: Mapping[str, str]
     warnings: tuple[str, ...]
+    unexpected: tuple[str, ...]
     path: Path
 
 
@@ -57,7 +65,23 @@ def load(name_or_path: str | Path, overrides: Sequence[str] = ()) -> LoadedRecip
         first.also = tuple(rest)
         raise first
     origins = {key: _origin(key, entries.get(key)) for key in Recipe.model_fields}
-    return LoadedRecipe(recipe, origins, (*warnings, *oddities(recipe)), path)
+    warnings += oddities(recipe)
+    known = _expected(path)
+    unexpected = tuple(warning for warning in warnings if warning not in known)
+    return LoadedRecipe(recipe, origins, tuple(warnings), unexpected, path)
+
+
+def _expected(path: Path) -> set[str]:
+    """Return the warnings that a recipe which we ship or write causes by itself."""
+    text = files.read_text(path, files.RECIPE)
+    ours = text.startswith(WRITTEN_BY_US) or any(
+        text == files.read_text(shipped_path, files.RECIPE) for shipped_path in shipped().values()
+    )
+    if not ours:
+        return set()
+    own, _ = strict_yaml.parse(text, str(path))
+    recipe, _ = _validate(own, path)
+    return set(oddities(recipe))
 
 
 def _origin(key: str, entry: Entry | None) -> str:

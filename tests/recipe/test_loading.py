@@ -404,3 +404,17 @@ def test_a_tilde_is_the_home_folder_only_in_paths(file: Path) -> None:
     loaded = load(file, "output_root: ~/runs\nprompt: ~/runs").recipe
     assert loaded.output_root == str(Path.home() / "runs")
     assert loaded.prompt == "~/runs"
+
+
+def test_a_recipe_of_ours_warns_only_of_what_the_user_changes(tmp_path: Path) -> None:
+    copied = tmp_path / "copied.yaml"
+    text = loading.find_recipe("nemo_assets").read_text()
+    copied.write_text(text)
+    for name in ("nemo_assets", copied):
+        loaded = loading.load(name)
+        assert len(loaded.warnings) == 2
+        assert loaded.unexpected == ()
+        (changed,) = loading.load(name, ["keep_last=1"]).unexpected
+        assert changed.startswith("keep_last 1")
+    copied.write_text(text.replace("warmup_steps: 2500", "warmup_steps: 2600"))
+    assert len(loading.load(copied).unexpected) == 2
