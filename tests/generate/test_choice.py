@@ -252,3 +252,16 @@ def test_a_model_that_a_killed_promote_moved_is_restored(cosmos, asked):
     assert f"warning: {folder} was missing: put back" in said
     assert contents(folder) == whole
     assert "warning" not in choose(cosmos, *asked)[1]
+
+
+def test_a_short_prompt_without_the_upsampler_of_nvidias_command_is_said(cosmos):
+    put(cosmos, SEVEN)
+    option = "--set upsampler=checkpoints/Cosmos-UpsamplePrompt1-12B-Text2World"
+    _, said = choose(cosmos, "my_videos", "--model", "base")
+    (line,) = [line for line in said.splitlines() if "NVIDIA's command" in line]
+    assert line.startswith("the prompt has 2 words:")
+    assert f"`cosmos download my_videos {option} --for generate`" in line
+    (cosmos.cwd / option.partition("=")[2]).mkdir()
+    assert f"to turn it on, add `{option}`" in choose(cosmos, "my_videos", "--model", "base")[1]
+    quiet = ("--model", "base", "--set", "upsampler_word_limit=1")
+    assert "NVIDIA's command" not in choose(cosmos, "my_videos", *quiet)[1]
