@@ -115,7 +115,7 @@ def main() -> None:
         # Print file names that are not UTF-8 unchanged, instead of failing.
         sys.stdout.reconfigure(errors="surrogateescape")
     try:
-        sys.exit(app(standalone_mode=False))
+        sys.exit(app(prog_name="cosmos", standalone_mode=False))
     except UserError as error:
         if console.is_muted() and not error.told:
             _let_rank_0_explain()

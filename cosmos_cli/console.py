@@ -6,6 +6,8 @@ import contextlib
 import errno
 import json
 import os
+import re
+import shutil
 import stat
 import sys
 import time
@@ -21,6 +23,8 @@ from cosmos_cli.files import disk_errors
 PLAIN_SECONDS = 5.0
 SCHEMA_VERSION = 1
 
+# All but newlines and tabs.
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 _logs: list[TextIO] = []
 _muted = False
 
@@ -56,11 +60,45 @@ def unmute() -> None:
 
 def say(message: str) -> None:
     """Print a line on stderr and in the open logs."""
-    message = fill_in(message)
+    message = printable(fill_in(message))
     if not _muted:
         with _ignore_write_errors(sys.stderr):
-            print(message, file=sys.stderr, flush=True)
+            print(fold(message, sys.stderr), file=sys.stderr, flush=True)
         _log(message)
+
+
+def printable(text: str) -> str:
+    """Return text with its control characters as escapes, so that it cannot steer a terminal."""
+    return _CONTROL.sub(lambda found: repr(found[0])[1:-1], text)
+
+
+def fold(text: str, stream: TextIO) -> str:
+    """Return text with lines broken between words if the stream is a terminal that is narrower.
+
+    A command in backticks stays in one piece, so that it can be copied. The last column of a table
+    keeps its indentation.
+    """
+    if not stream.isatty():
+        return text
+    width = max(shutil.get_terminal_size().columns, 40)
+    return "\n".join(
+        # The next command is to be copied.
+        line if len(line) <= width or line.startswith("next: ") else _fold_line(line, width)
+        for line in text.splitlines()
+    )
+
+
+def _fold_line(line: str, width: int) -> str:
+    columns = [found.end() for found in re.finditer(r"\S {2,}|^ +", line[: width * 2 // 3])]
+    indent = max(columns, default=0)
+    rows = [line[:indent]]
+    for word in re.findall(r"(?:`[^`]*`|\S)+", line[indent:]):
+        space = " " if rows[-1][indent:] else ""
+        if space and len(rows[-1]) + 1 + len(word) > width:
+            rows.append(" " * indent + word)
+        else:
+            rows[-1] += space + word
+    return "\n".join(rows)
 
 
 def warn(message: str) -> None:
@@ -229,7 +267,7 @@ class Progress:
         """Add `count` to the units done. `note` is shown next to the rate."""
         self.done += count
         if self.bar is not None:
-            shown = ", ".join(filter(None, [note, self.rate(), self.left()]))
+            shown = ", ".join(filter(None, [self.rate(), self.left(), printable(note)]))
             self.bar.update(self.bar.task_ids[0], completed=self.done, note=shown)
         if time.monotonic() - self.printed >= PLAIN_SECONDS:
             self.printed = time.monotonic()
@@ -278,7 +316,7 @@ def progress(label: str, total: int, unit: str, done: int = 0) -> Iterator[Progr
 
     columns = (
         TextColumn("{task.description}", markup=False),
-        BarColumn(),
+        BarColumn(bar_width=16),
         MofNCompleteColumn(),
         TextColumn("{task.fields[note]}", markup=False),
     )
@@ -307,9 +345,10 @@ class Stopwatch:
 
 def table(rows: Sequence[tuple[str, ...]], header: tuple[str, ...]) -> str:
     """Return rows under a header as text, with columns aligned by spaces."""
+    header, *rows = [tuple(map(printable, row)) for row in [header, *rows]]
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
     lines = [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
         for row in [header, *rows]
     ]
-    return "\n".join(lines)
+    return fold("\n".join(lines), sys.stdout)

@@ -222,7 +222,7 @@ pipeline_tag: text-to-video
 # {r.model}, post-trained as {r.name}
 
 {manifest["weights"].upper()} weights of step {manifest["step"]} of the run `{r.name}`, trained on
-`{r.dataset_dir}` at {r.num_frames} frames of {r.height}x{r.width}.
+`{r.dataset_dir}` at {r.num_frames} frames of {r.width}x{r.height}.
 
     cosmos generate --prompt "{(r.prompt or "...").replace('"', "'")}"
 

@@ -166,3 +166,22 @@ def test_a_mistyped_key_of_a_batch_is_answered_with_the_nearest(cosmos):
     (cosmos.cwd / "batch.jsonl").write_text('{"promt": "a ball"}\n')
     done = cosmos("generate", "--batch", "batch.jsonl", "--dry-run", code=2)
     assert "batch.jsonl:1: has the unknown key 'promt'; did you mean 'prompt'?" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "choice"),
+    [
+        ("cosmos train tiny --set offl", "offload="),
+        ("cosmos train tiny --set offload=opt", "offload=optimizer"),
+        ("cosmos train tiny --gpus 8xH1", "8xH100-80GB"),
+        ("cosmos promote tiny --step b", "best"),
+        ("cosmos promote tiny --weights r", "reg"),
+        ("cosmos recipes keys lora_r", "lora_rank"),
+    ],
+)
+def test_the_shell_completes_values(cosmos, words, choice):
+    count = len(words.split()) - 1
+    asked = {"_COSMOS_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(count)}
+    process = cosmos.start(env={**cosmos.environment(), **asked})
+    shown, _ = process.communicate()
+    assert choice in shown.split()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterator
-from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -31,7 +30,7 @@ BatchOption = Annotated[
     typer.Option(
         "--batch",
         help="JSONL file. Each line is an object with prompt and, optionally, seed, "
-        "negative_prompt, num_steps and guidance.",
+        "negative_prompt, num_steps, guidance and output, a file inside --output.",
     ),
 ]
 PromptsOption = Annotated[
@@ -213,7 +212,7 @@ def _preview(settings: list[Settings], requests: list[Request]) -> console.Resul
     Raises:
         UserError: the gravest error of a request.
     """
-    results = [batch.plan_request(request, own) for own, request in product(settings, requests)]
+    results = list(batch.plan_all(settings, requests))
     if errors := [result.error for result in results if result.error]:
         raise together(errors)
     text = "\n".join(str(result.job.path) for result in results if result.job)

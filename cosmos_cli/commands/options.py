@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shlex
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -41,9 +42,36 @@ RecipeArgument = Annotated[
         autocompletion=shipped_names,
     ),
 ]
+
+
+def settings(incomplete: str) -> list[str]:
+    """Return what may follow --set: KEY= for each key, KEY=VALUE for one that takes few values."""
+    from cosmos_cli.recipe import loading
+
+    key, equals, _ = incomplete.partition("=")
+    rows = loading.key_reference()
+    if not equals:
+        return [f"{row.name}=" for row in rows if row.name.startswith(incomplete)]
+    takes = next((row.takes for row in rows if row.name == key), "")
+    values = takes.removeprefix("one of ") if takes.startswith("one of ") else ""
+    values = "true, false" if takes == "true or false" else values
+    choices = (f"{key}={value}" for value in values.split(", ") if value)
+    return [choice for choice in choices if choice.startswith(incomplete)]
+
+
+def one_of(*values: str) -> Callable[[str], list[str]]:
+    """Return the shell completion of an option that takes one of some values."""
+    return lambda incomplete: [value for value in values if value.startswith(incomplete)]
+
+
 SetOption = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Override one key of the recipe; repeatable."),
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Override one key of the recipe; repeatable.",
+        autocompletion=settings,
+    ),
 ]
 PrintRecipeOption = Annotated[
     bool,

@@ -57,8 +57,10 @@ def prep(
             raise
         verdicts = manifest["videos"]
         rejected = [video for video in verdicts if video["verdict"] == "rejected"]
-        for video in rejected:
+        for video in rejected[: sources.MOST_LINES]:
             console.warn(f"{Path(dataset.videos, video['file'])}: rejected: {video['reason']}")
+        if len(rejected) > sources.MOST_LINES:
+            console.warn(f"{len(rejected) - sources.MOST_LINES} more videos are rejected")
         console.say(
             f"{len(verdicts) - len(rejected)} of {len(verdicts)} videos used, "
             f"{len(rejected)} rejected, {len(manifest['clips'])} clips{_held_out(r, verdicts)}"

@@ -28,13 +28,21 @@ LONGEST_NAME = 100
 def promote(
     recipe: options.RecipeArgument = "tiny",
     step: Annotated[
-        str, typer.Option(help="latest, best (on held-out clips), or the number of a saved step.")
+        str,
+        typer.Option(
+            help="latest, best (on held-out clips), or the number of a saved step.",
+            autocompletion=options.one_of("latest", "best"),
+        ),
     ] = "latest",
-    weights: Annotated[str, typer.Option(help="ema or reg.")] = "ema",
+    weights: Annotated[
+        str, typer.Option(help="ema or reg.", autocompletion=options.one_of("ema", "reg"))
+    ] = "ema",
     format_: Annotated[
         str,
         typer.Option(
-            "--format", help="pt (NVIDIA's scripts read it too), safetensors or diffusers."
+            "--format",
+            help="pt (NVIDIA's scripts read it too), safetensors or diffusers.",
+            autocompletion=options.one_of(*paths.MODEL_FORMATS),
         ),
     ] = "pt",
     name: Annotated[

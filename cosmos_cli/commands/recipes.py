@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -147,7 +148,8 @@ def keys(
             lines += [f"  {row.name} ({default})", f"      {row.description}"]
             lines += [f"      Takes {row.takes}.", ""]
     figures = {"keys": [row._asdict() for row in rows]}
-    console.emit(Result("\n".join(lines).rstrip(), figures=figures), as_json=json_)
+    text = console.fold("\n".join(lines).rstrip(), sys.stdout)
+    console.emit(Result(text, figures=figures), as_json=json_)
 
 
 @app.command()

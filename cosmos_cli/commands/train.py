@@ -28,7 +28,11 @@ def train(
     ] = False,
     gpus: Annotated[
         str | None,
-        typer.Option(metavar="8xH100-80GB", help="Plan for other GPUs than this machine's."),
+        typer.Option(
+            metavar="8xH100-80GB",
+            help="Plan for other GPUs than this machine's.",
+            autocompletion=planner.gpu_choices,
+        ),
     ] = None,
     overwrite: Annotated[
         bool,

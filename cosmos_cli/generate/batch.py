@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import product
+from pathlib import Path
 
 from cosmos_cli import console, files
 from cosmos_cli.errors import ExitCode, UserError
@@ -47,14 +48,27 @@ def plan_request(request: Request, settings: Settings) -> Result:
     return Result(job.prompt, job, made=made)
 
 
+def plan_all(settings: Sequence[Settings], requests: Sequence[Request]) -> Iterator[Result]:
+    """Yield the result of `plan_request` of each request; two videos cannot share a file."""
+    taken: dict[Path, Job] = {}
+    for own, request in product(settings, requests):
+        result = plan_request(request, own)
+        if result.job and taken.setdefault(result.job.path, result.job) != result.job:
+            error = request.error(
+                f"another video of this command has the output {result.job.path.name}",
+                "give each line its own output, and none with --compare",
+            )
+            result = Result(request.prompt, error=error)
+        yield result
+
+
 def batch(
     settings: Sequence[Settings], requests: Sequence[Request], processes: int | None
 ) -> Iterator[Result]:
     """Yield videos that exist and refused requests first, then new videos, then comparisons."""
     todo: list[Job] = []
     made: list[Job] = []
-    for own, request in product(settings, requests):
-        result = plan_request(request, own)
+    for result in plan_all(settings, requests):
         if result.job and not result.made:
             todo.append(result.job)
             continue
@@ -63,7 +77,8 @@ def batch(
             made.append(result.job)
         yield result
     if todo:
-        files.require_writable(todo[0].path.parent)
+        for folder in dict.fromkeys(job.path.parent for job in todo):
+            files.require_writable(folder)
         for result in _generate(list(dict.fromkeys(todo)), processes):
             if result.job and result.made:
                 console.say(f"saved {result.job.path}")

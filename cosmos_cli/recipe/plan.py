@@ -152,6 +152,13 @@ def parse_gpus(text: str) -> tuple[int, GpuModel]:
     )  # fmt: skip
 
 
+def gpu_choices(incomplete: str) -> list[str]:
+    """Return the completions of --gpus: each known GPU with the count that was typed."""
+    count = re.match(r"\d+", incomplete)
+    choices = (f"{count[0] if count else 1}x{gpu.name}" for gpu in GPUS)
+    return [choice for choice in choices if choice.startswith(incomplete)]
+
+
 def _words(name: str) -> list[str]:
     """Return the words of a GPU's name in capitals, such as 4090 and 24GB of "RTX4090-24GB"."""
     parted = re.sub(r"\b(NVIDIA|GEFORCE|RTX)(?=\w)", r"\1 ", name.upper())
@@ -514,7 +521,7 @@ def describe(r: Recipe, ranks: int, gpu: GpuModel | None) -> str:
         for words, less in remedies(r, ranks, gpu):
             assert less.step_seconds is not None
             figures = f"{_gb(less.total_gb)}, {_gb(less.cpu_gb)} of CPU memory"
-            lines += ["", words, f"    fits: {figures}, {less.step_seconds:.1f} s a step"]
+            lines += ["", f"`{words}`", f"    fits: {figures}, {less.step_seconds:.1f} s a step"]
     return "\n".join(lines)
 
 

@@ -99,9 +99,9 @@ def oddities(recipe: Recipe) -> Iterator[str]:
             f"learning rate never exceeds {share:.1%} of learning_rate"
         )
     if (recipe.height, recipe.width) not in spec.sizes:
-        sizes = ", ".join(f"{height}x{width}" for height, width in spec.sizes)
+        sizes = ", ".join(f"{width}x{height}" for height, width in spec.sizes)
         yield (
-            f"{recipe.height}x{recipe.width} is not a size that {spec.name} was trained at "
+            f"{recipe.width}x{recipe.height} is not a size that {spec.name} was trained at "
             f"({sizes}): it may need more steps"
         )
     if recipe.num_frames != spec.num_frames:

@@ -235,7 +235,7 @@ def test_numbers_words_and_dates_are_not_converted_as_in_yaml_1_1(file: Path) ->
     [
         ("warmup_steps: 1250", "the learning rate never exceeds 79.9% of learning_rate"),
         ("warmup_steps: 1000", "the learning rate never exceeds 99.9% of learning_rate"),
-        ("height: 480", "480x1280 is not a size that"),
+        ("height: 480", "1280x480 is not a size that"),
         ("num_frames: 57", "num_frames 57 is not the 121 that"),
         ("clip_stride_frames: 1", "clips overlap by 120 frames"),
         ("save_every_steps: 1001", "a killed run starts again from step 0"),
