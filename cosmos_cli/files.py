@@ -250,6 +250,15 @@ _DISK_ERRORS = frozenset({
     errno.ENOENT, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG, errno.EFBIG, errno.ELOOP,
     errno.ENOTEMPTY,
 })  # fmt: skip
+_DISK_FIXES = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free some space, or choose another folder"),
+    **dict.fromkeys(
+        (errno.EROFS, errno.EACCES, errno.EPERM), "choose a folder that you may write to"
+    ),
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.EFBIG: "choose a file system for large files",
+    errno.EIO: "check the disk",
+}
 _UMASK = os.umask(0)
 os.umask(_UMASK)
 
@@ -266,7 +275,7 @@ def disk_errors(path: Path) -> Iterator[None]:
             f"cannot be written: {os.strerror(error.errno or 0)}",
             code=ExitCode.ASSET,
             where=str(path),
-            fix="free some space or choose another folder",
+            fix=_DISK_FIXES.get(error.errno or 0, "choose another folder"),
         ) from error
 
 
@@ -356,7 +365,7 @@ def require_free(path: Path, needed: float, what: str, fix: str) -> None:
     free = free_bytes(path)
     if free < needed:
         raise UserError(
-            f"{what} need {round(needed / 1e6):,} MB, {round(free / 1e6):,} MB are free",
+            f"{what} need {needed / 1e9:,.2f} GB, {free / 1e9:,.2f} GB are free",
             code=ExitCode.ASSET,
             where=str(path),
             fix=fix,

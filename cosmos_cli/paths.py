@@ -147,7 +147,7 @@ class Dataset:
                 f"cannot be read: {os.strerror(error.errno or 0)}",
                 code=ExitCode.DATASET,
                 where=error.filename or str(self.videos),
-                fix="put the videos there, or set videos_dir or dataset_dir in the recipe",
+                fix="put the videos there, or use `--set videos_dir=FOLDER`",
             ) from error
 
     def name_of(self, video: Path) -> str:

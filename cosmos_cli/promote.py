@@ -61,7 +61,7 @@ def promote(r: Recipe, step: int, kind: str, format: str, target: Path) -> dict[
     tensor_names.check_keys(expected, net, source)
     tensor_names.check_keys(expected, {k: v for k, v in original.items() if k in net}, base)
     changes = relative_changes(net, original)
-    fix = "promote an earlier step"
+    fix = "promote an earlier step: `--step N`"
     require_finite(original, base, tensor_names.name_in_file(base))
     require_finite(tuned, source, tensor_names.name_in_file(source), fix)
     require_trained(changes, source)
@@ -124,7 +124,7 @@ def require_trained(changes: dict[str, float], source: Path) -> None:
             f"holds numbers that are not finite in {', '.join(bad)}",
             code=ExitCode.ASSET,
             where=str(source),
-            fix="promote an earlier step",
+            fix="promote an earlier step: `--step N`",
         )
     if not any(changes.values()):
         raise UserError(
@@ -182,7 +182,7 @@ def _fill_folder(
             "does not read back as it was written",
             code=ExitCode.ASSET,
             where=str(path),
-            fix="check the disk and promote again",
+            fix="check the disk, then run `cosmos promote RECIPE` again",
         )
     del written
     if "lora" in manifest:
@@ -204,7 +204,7 @@ def _copy_lora(source: Path, folder: Path, sha256: str) -> None:
     if files.sha256_file(target) != sha256:
         raise UserError(
             "was copied with errors", code=ExitCode.ASSET, where=str(source),
-            fix="check the disk and promote again",
+            fix="check the disk, then run `cosmos promote RECIPE` again",
         )  # fmt: skip
 
 
@@ -244,7 +244,7 @@ pipeline_tag: text-to-video
 # {r.model}, post-trained as {r.name}
 
 {manifest["weights"].upper()} weights of step {manifest["step"]} of the run `{r.name}`, trained on
-`{r.dataset_dir}` at {r.num_frames} frames of {r.height}x{r.width}.
+`{r.dataset_dir}` at {r.num_frames} frames of {r.width}x{r.height}.
 
     cosmos generate --prompt "{(r.prompt or "...").replace('"', "'")}"
 

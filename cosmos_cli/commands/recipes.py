@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -99,7 +100,7 @@ def _check_free(target: Path, yes: bool) -> None:
             "exists already",
             code=ExitCode.USAGE,
             where=str(target),
-            fix="choose another name, or replace it with --yes",
+            fix="choose another name, or replace it with `--yes`",
         )
 
 
@@ -121,14 +122,24 @@ def check(
 
 
 @app.command()
-def keys(json_: options.JsonOption = False) -> None:
-    """Explain every key of a recipe.
+def keys(
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[NAME]...",
+            help="Keys to explain. Default: all.",
+            autocompletion=options.key_names,
+        ),
+    ] = None,
+    json_: options.JsonOption = False,
+) -> None:
+    """Explain the keys of a recipe.
 
-    Example: cosmos recipes keys
+    Example: cosmos recipes keys offload lora_rank
     """
     from cosmos_cli.recipe import loading
 
-    rows = loading.key_reference()
+    rows = loading.key_reference(names or ())
     lines = []
     for group, members in groupby(rows, key=lambda row: row.group):
         lines += [f"{group}:", ""]
@@ -137,7 +148,8 @@ def keys(json_: options.JsonOption = False) -> None:
             lines += [f"  {row.name} ({default})", f"      {row.description}"]
             lines += [f"      Takes {row.takes}.", ""]
     figures = {"keys": [row._asdict() for row in rows]}
-    console.emit(Result("\n".join(lines).rstrip(), figures=figures), as_json=json_)
+    text = console.fold("\n".join(lines).rstrip(), sys.stdout)
+    console.emit(Result(text, figures=figures), as_json=json_)
 
 
 @app.command()
@@ -198,7 +210,7 @@ def new(
     ]
     files.write_text(target, new_recipe.to_yaml(choices, header))
     loaded = loading.load(target)
-    for warning in (*bad, *loaded.warnings):
+    for warning in (*bad, *loaded.unexpected):
         console.warn(warning)
     result = Result(
         str(target.absolute()),

@@ -9,6 +9,9 @@ Dimension letters: C channels, T frames, H height, W width.
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -227,8 +230,11 @@ def reconstruction(r: Recipe, count: int, device: str) -> float:
 
 
 @torch.inference_mode()
-def clip_errors(r: Recipe, weights: Weights, clips: Clips, device: str) -> dict[float, float]:
-    """Return the mean EDM error of clips at each of `edm.FIXED_SIGMAS`, with fixed noise."""
+def clip_errors(r: Recipe, weights: Weights, clips: Clips, device: str) -> dict[str, float]:
+    """Return the mean EDM error of clips at each of `edm.FIXED_SIGMAS`, with fixed noise.
+
+    The keys are like sigma_0.32.
+    """
     dtype = number_format(device)
     net = load_denoiser(r, weights.path, device, dtype, weights.loras)
     loss = edm.EDMLoss(net, r.spec).to(device)
@@ -239,7 +245,7 @@ def clip_errors(r: Recipe, weights: Weights, clips: Clips, device: str) -> dict[
             _, edm_B = loss(*measured.batch(i).to(torch.device(device)))
             errors[edm.FIXED_SIGMAS[level]] += edm_B.tolist()
             bar.advance()
-    return {sigma: fmean(values) for sigma, values in errors.items()}
+    return {f"sigma_{sigma:.2g}": fmean(values) for sigma, values in errors.items()}
 
 
 def nearest_clips(samples: Sequence[Sample], clips: Clips) -> tuple[float, float] | None:
@@ -269,8 +275,12 @@ def figure_rows(figures: dict[str, Any]) -> list[tuple[str, ...]]:
         table.append(("reconstruction", "", *[f"{figures['psnr']:.1f} dB"] * len(models)))
     if all("edm" in model for model in models):
         table += [
-            (f"EDM error, sigma {s:.2g}", "", *(f"{model['edm'][s]:.4f}" for model in models))
-            for s in edm.FIXED_SIGMAS
+            (
+                f"EDM error, sigma {sigma:.2g}",
+                "",
+                *(f"{m['edm'][f'sigma_{sigma:.2g}']:.4f}" for m in models),
+            )
+            for sigma in edm.FIXED_SIGMAS
         ]
     if all("nearest_clip" in model for model in models):
         apart = f"{figures['clips_apart']:.3f} between clips"
@@ -278,6 +288,39 @@ def figure_rows(figures: dict[str, Any]) -> list[tuple[str, ...]]:
             ("nearest training clip", apart, *(f"{model['nearest_clip']:.3f}" for model in models))
         )
     return table
+
+
+def keep_larger(page: Path, figures: dict[str, Any]) -> None:
+    """Rename an earlier evaluation at `page` if it has more videos or other models than this one.
+
+    Raises:
+        UserError: a file cannot be renamed.
+    """
+    if not page.exists():
+        return
+    record = page.with_suffix(".json")
+    earlier = _record(record)
+    has_fewer = earlier["prompts"] <= figures["prompts"]
+    if has_fewer and earlier["models"].keys() <= figures["models"].keys():
+        return
+    count = "earlier" if earlier["prompts"] == math.inf else earlier["prompts"]
+    names = (f"{page.stem}_{count}{'-' * n}" for n in itertools.count())
+    stem = next(name for name in names if not page.with_name(f"{name}{page.suffix}").exists())
+    with files.disk_errors(page):
+        for path in (page, record, *map(page.with_name, earlier["files"])):
+            if path.is_file():
+                path.rename(path.with_name(stem + path.name[len(page.stem) :]))
+    console.say(f"the earlier evaluation is kept as {page.with_name(stem + page.suffix)}")
+
+
+def _record(path: Path) -> dict[str, Any]:
+    """Return what an evaluation recorded. Without a record it may have been larger than any."""
+    record = None
+    with contextlib.suppress(files.BadFile):
+        record = files.read_json(path)
+    if isinstance(record, dict) and {"prompts", "models", "files"} <= record.keys():
+        return record
+    return {"prompts": math.inf, "models": {}, "files": []}
 
 
 def write_page(
@@ -307,7 +350,9 @@ def write_page(
     hashes = ((name, model["weights"]) for name, model in figures["models"].items())
     sections.append(("Weights", html.table(hashes, ("", "sha256"))))
     files.write_text(path, html.page(f"Evaluation of {r.model}", sections))
-    return written
+    record = path.with_suffix(".json")
+    files.write_json(record, {**figures, "files": [mosaic.name for mosaic in written[1:]]})
+    return [*written, record]
 
 
 def write_mosaic(path: Path, samples: Iterable[Sample], r: Recipe) -> None:

@@ -155,7 +155,7 @@ def _no_model(model: str, what: str, fix: str) -> UserError:
 
 def _none_promoted() -> UserError:
     return _no_model(
-        "promoted", "nothing was promoted yet", "run cosmos promote, or add `--model base`"
+        "promoted", "nothing was promoted yet", "run `cosmos promote RECIPE`, or add `--model base`"
     )
 
 
@@ -234,12 +234,12 @@ def read_weights(r: Recipe, folder: Path | None) -> Weights:
         UserError: they are missing or damaged.
     """
     path = folder or r.model_files.dit
-    again = "promote again" if folder and promoted.is_promoted(folder) else "download"
+    again = "promote RECIPE" if folder and promoted.is_promoted(folder) else "download RECIPE"
     path = paths.weights_in(path)
     if not path.exists():
         raise UserError(
             "the weights are missing", code=ExitCode.ASSET, where=str(path),
-            fix=f"run cosmos {again}, or choose a --model",
+            fix=f"run `cosmos {again}`, or choose a --model",
         )  # fmt: skip
     # Weights may be a folder only in diffusers' format, which has a config.json. Hashing any other
     # folder would read all of it.
@@ -263,7 +263,7 @@ def read_weights(r: Recipe, folder: Path | None) -> Weights:
             f"is damaged: its sha256 is {found.sha256[:12]}, {name} says "
             f"{manifest['sha256'][:12]}",
             code=ExitCode.ASSET, where=str(path),
-            fix=f"run cosmos promote again; if you put other weights there, delete its {name}",
+            fix=f"run `cosmos promote RECIPE` again; if the weights are yours, delete its {name}",
         )  # fmt: skip
     return found
 
@@ -306,7 +306,7 @@ def _not_promoted(path: Path, merged: str) -> UserError:
     return UserError(
         "is missing or differs from what cosmos promote wrote",
         code=ExitCode.ASSET, where=str(path),
-        fix=f"run cosmos promote again, or use the merged weights with --model {merged}",
+        fix=f"run `cosmos promote RECIPE` again, or use the merged weights: `--model {merged}`",
     )  # fmt: skip
 
 
@@ -331,7 +331,7 @@ def add_loras(weights: Weights, loras: tuple[Lora, ...]) -> Weights:
             raise UserError(
                 "is in the promoted model already and would be applied twice", code=ExitCode.USAGE,
                 where=f"--lora {lora.path}",
-                fix="leave it out, or choose its strength with --model base --lora FILE:0.8",
+                fix="leave it out, or choose its strength: `--model base --lora FILE:0.8`",
             )  # fmt: skip
         if any(lora.path.is_relative_to(run) for run in runs):
             console.warn(

@@ -52,7 +52,7 @@ def manifest_of(folder: Path) -> dict[str, Any]:
     try:
         manifest = files.read_json(path) if path.is_file() else {}
     except UserError as error:
-        error.fix = "run cosmos promote again, or delete it to use the weights unverified"
+        error.fix = "run `cosmos promote RECIPE` again, or delete it to use the weights unverified"
         raise
     ours = isinstance(manifest, dict) and isinstance(manifest.get("sha256"), str)
     return manifest if ours else {}

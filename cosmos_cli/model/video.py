@@ -300,7 +300,7 @@ def write_mp4(path: Path, video_CTHW: Tensor, fps: float, crf: float) -> None:
     if video_CTHW.dtype != torch.uint8 or frames == 0:
         raise ValueError(f"video must be uint8 with frames, got {video_CTHW.dtype}, {frames}")
     if height % 2 or width % 2:
-        raise ValueError(f"height and width must be even for yuv420p, got {height}x{width}")
+        raise ValueError(f"height and width must be even for yuv420p, got {width}x{height}")
     with _needs_ffmpeg("FFmpeg is missing"):
         from torchcodec.encoders import VideoEncoder
     frames_TCHW = video_CTHW.transpose(0, 1).contiguous().cpu()
@@ -332,7 +332,7 @@ def _needs_ffmpeg(what: str) -> Iterator[None]:
     try:
         yield
     except (ImportError, OSError, RuntimeError) as error:
-        fix = "run `cosmos setup --install`"
+        fix = "run `cosmos setup RECIPE --install`"
         raise UserError(what, code=ExitCode.ENVIRONMENT, where="video", fix=fix) from error
 
 

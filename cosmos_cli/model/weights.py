@@ -275,7 +275,7 @@ def reading(path: Path) -> Iterator[None]:
         kind = type(error).__name__
         raise UserError(
             f"is damaged or holds more than tensors; nothing in it was run ({kind})",
-            code=ExitCode.ASSET, where=str(path), fix="download it again",
+            code=ExitCode.ASSET, where=str(path), fix="run `cosmos download RECIPE --check`",
         ) from error  # fmt: skip
 
 

@@ -256,7 +256,7 @@ def _choose(folder: Path, camera: str | None, names: list[str]) -> str:
         what,
         code=ExitCode.DATASET,
         where=str(folder),
-        fix=f"use `--set camera=NAME`, with one of {', '.join(sorted(names)[:20])}"
+        fix=f"use `--set camera={min(names)}`, or another of {', '.join(sorted(names)[:20])}"
         if names
         else "it has no videos",
     )
@@ -296,7 +296,7 @@ def _v3_rows(folder: Path, key: str) -> Iterator[Found]:
             "reading a LeRobot dataset of version v3.0 needs pyarrow",
             code=ExitCode.ENVIRONMENT,
             where=str(folder),
-            fix='run pip install -e ".[lerobot]" in the clone',
+            fix='run `pip install -e ".[lerobot]"` in the clone',
         ) from error
     names = {f"videos/{key}/{name}": name for name in _PLACE}
     names |= {name: name for name in ("episode_index", "length", "tasks")}

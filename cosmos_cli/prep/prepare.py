@@ -166,7 +166,7 @@ def _check_disk(r: Recipe, dataset: Dataset, videos: list[Source]) -> None:
     )
     files.require_free(
         dataset.root,
-        missing * latent_files.latent_bytes(r) + r.min_free_disk_gb * 1e9,
+        missing * latent_files.latent_bytes(r),
         f"{missing} latents",
         "free some space, or make fewer clips: `--set max_clips_per_video=N` or "
         "`--set clip_stride_frames=N`",

@@ -16,6 +16,8 @@ from cosmos_cli.recipe.keys import Recipe
 
 # A warning names at most this many videos and counts the others.
 MOST_NAMED = 5
+# A message names at most this many videos, one on a line, and counts the others.
+MOST_LINES = 50
 # File systems allow no longer file names.
 MAX_NAME_BYTES = 255
 
@@ -111,7 +113,7 @@ def require_usable(r: Recipe, dataset: Dataset, sources: list[Source]) -> None:
     rejected = [source for source in sources if source.reason]
     also = tuple(
         UserError(source.reason, code=ExitCode.DATASET, where=str(source.path))
-        for source in rejected
+        for source in rejected[:MOST_LINES]
     )
     if len(rejected) == len(sources):
         found = f"none of {len(sources)} videos can be used" if sources else "holds no videos"
@@ -164,7 +166,9 @@ def remarks(sources: list[Source]) -> list[str]:
 
 
 def verdict_table(videos: list[dict[str, Any]]) -> str:
-    """Return a table of the videos of a manifest."""
+    """Return a table of the videos of a manifest, of the rejected ones first if there are many."""
+    if len(videos) > MOST_LINES:
+        videos = sorted(videos, key=lambda video: video["verdict"] != "rejected")
     rows = [
         (
             row["file"],
@@ -174,9 +178,11 @@ def verdict_table(videos: list[dict[str, Any]]) -> str:
             str(row["clips"]),
             " ".join((row["reason"] or row["caption"]).split())[:90],
         )
-        for row in videos
+        for row in videos[:MOST_LINES]
     ]
-    return console.table(rows, ("video", "verdict", "frames", "size", "clips", "caption or reason"))
+    header = ("video", "verdict", "frames", "size", "clips", "caption or reason")
+    more = f"\n... and {len(videos) - MOST_LINES} more" if len(videos) > MOST_LINES else ""
+    return console.table(rows, header) + more
 
 
 def manifest_row(dataset: Dataset, source: Source, digest: str) -> dict[str, Any]:

@@ -279,6 +279,12 @@ class Recipe(BaseModel):
         0,
         ge=0,
     )
+    keep_models: int = _training(
+        "Number of newest saves whose model files are kept, besides those of the best save and of "
+        "the resume states; 0 keeps all.",
+        0,
+        ge=0,
+    )
     global_batch_size: int = _run("Clips per optimizer step over all processes.", 8, ge=1)
     micro_batch_size: int = _training(
         "Clips that one process computes in one forward and backward pass.", 1, ge=1
@@ -425,8 +431,8 @@ class Recipe(BaseModel):
     )
     name: str = _output("Folder of the run itself.", "my_run", pattern=NAME)
     min_free_disk_gb: float = _output(
-        "Disk space in GB that must remain free after all that prep or train will write; otherwise "
-        "they refuse to start.",
+        "Disk space in GB that must remain free after all that train will save; otherwise it "
+        "refuses to start.",
         10.0,
         ge=0,
     )

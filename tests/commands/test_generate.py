@@ -444,7 +444,9 @@ def test_compare_shows_base_and_promoted_side_by_side(trained):
     assert all(digest in page for digest in hashes)
     assert page.count("data:video/mp4;base64,") == 2
     assert "http" not in page
-    assert "not again" in trained(*ask).stderr
+    again = trained(*ask).stderr
+    assert "not again" in again
+    assert f"base model: {base}" in again
     assert "--compare" in trained(*ask, "--model", "base", code=2).stderr
 
 

@@ -203,8 +203,10 @@ def test_a_killed_rank_is_named_and_nothing_is_left_behind(cosmos):
 
 def test_the_newest_and_every_nth_resume_states_are_kept(cosmos):
     pairs = ("num_processes=1", "save_every_steps=1", "max_steps=5", "keep_last=2")
-    train(cosmos, "pruned", *pairs, "keep_every_steps=2")
+    done = train(cosmos, "pruned", *pairs, "keep_every_steps=2")
     run = find_run(cosmos, "pruned")
+    for said in ("loading the base weights", f"report: {run.report}"):
+        assert said in done.stderr
     assert run.resumable_steps() == [2, 4, 5]
     assert run.saved_steps("reg") == run.saved_steps("ema") == [1, 2, 3, 4, 5]
 

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from cosmos_cli import files
+from cosmos_cli import console, files
 from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.paths import Run
 from cosmos_cli.train import page, status
@@ -62,6 +62,20 @@ def test_a_running_run_has_a_pace_and_a_time_left(run):
     assert stands["last"]["edm"] == 0.3
     assert (stands["heldout_base"]["heldout"], stands["heldout"]["heldout"]) == (0.9, 0.5)
     assert "0.5000 at step 4, 0.9000 before training" in status.state_table(stands)
+
+
+def test_the_pace_leaves_pictures_out_as_the_bar_does(run):
+    bar = console.Progress("train", 10, "steps")
+    bar.started -= 8
+    with bar.paused():
+        time.sleep(0.2)
+    bar.advance(count=4)
+    files.write_json(run.status, {**files.read_json(run.status), "running_seconds": bar.seconds()})
+    stands = status.state(run)
+    assert stands["seconds_per_step"] == pytest.approx(2, abs=0.02)
+    assert f"pace       {bar.rate()}\n" in f"{status.state_table(stands)}\n"
+    assert bar.rate() == "2.00 s a step"
+    assert bar.left() == "12 s left"
 
 
 def test_a_run_whose_process_is_gone_without_a_result_has_failed(run):
