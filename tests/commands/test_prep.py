@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 import torch
 from safetensors import safe_open
@@ -438,6 +439,49 @@ def test_the_ranks_of_a_launcher_share_the_work_and_one_prints(undisturbed, tmp_
     )
     assert json.loads(done.stdout)["used"] == 8
     assert snapshot(dataset) == undisturbed[1]
+
+
+@pytest.mark.parametrize("victim", ["command", "helper"])
+def test_a_helper_process_and_the_command_do_the_work_of_each_other(undisturbed, tmp_path, victim):
+    cosmos, dataset = fresh(undisturbed, tmp_path)
+    process = cosmos.start("prep", "tiny", *settings(PROMPT, "num_processes=2"))
+    while not list(dataset.glob("latents/*.safetensors")):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    (helper,) = psutil.Process(process.pid).children()
+    if victim == "helper":
+        helper.kill()
+    else:
+        # While the command sleeps, its helper does all but the video that the command has begun.
+        process.send_signal(signal.SIGSTOP)
+        deadline = time.monotonic() + 60
+        while len({path.name[0] for path in dataset.glob("latents/*")}) < 7:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        process.send_signal(signal.SIGCONT)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert "2 processes share 8 videos" in err
+    assert ("process 1 stopped with code -9" in err) == (victim == "helper")
+    ours, theirs = snapshot(dataset), dict(undisturbed[1])
+    # The recipes differ in num_processes.
+    assert ours.pop("resolved.yaml") != theirs.pop("resolved.yaml")
+    assert ours == theirs
+    assert not helper.is_running()
+
+
+def test_helpers_end_with_the_command(undisturbed, tmp_path):
+    cosmos, dataset = fresh(undisturbed, tmp_path)
+    for number, code in ((signal.SIGINT, 130), (signal.SIGKILL, -9)):
+        process = cosmos.start("prep", "tiny", *settings(PROMPT, "num_processes=2"))
+        wait_for(dataset / "prep.lock", process)
+        while not (helpers := psutil.Process(process.pid).children()):
+            time.sleep(0.01)
+        process.send_signal(number)
+        process.communicate(timeout=30)
+        assert process.returncode == code
+        gone, alive = psutil.wait_procs(helpers, timeout=10)
+        assert gone and not alive
 
 
 def test_a_process_with_another_recipe_is_refused_while_one_is_at_work(undisturbed, tmp_path):
