@@ -523,8 +523,9 @@ def test_flipped_bits_in_a_video_are_rejected_with_their_times(tmp_path):
     videos = tmp_path / "datasets" / "tiny" / "videos"
     write(videos, "good.mp4", 60)
     data = bytearray((videos / "good.mp4").read_bytes())
-    # In the middle of the frames, which stand in front of the index.
-    for place in range(data.index(b"moov") // 2, data.index(b"moov") // 2 + 4):
+    # In the middle of the frames, which stand behind the index.
+    middle = (data.index(b"mdat") + len(data)) // 2
+    for place in range(middle, middle + 4):
         data[place] ^= 0x5A
     (videos / "flipped.mp4").write_bytes(data)
     found = verdicts(Cosmos(tmp_path).json("prep", "tiny", *settings(PROMPT)))
