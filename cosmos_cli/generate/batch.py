@@ -63,6 +63,7 @@ def batch(
         yield result
     if todo:
         files.require_writable(todo[0].path.parent)
+        files.remove_own_stale(todo[0].path.parent)
         for result in _generate(list(dict.fromkeys(todo)), processes):
             if result.job and result.made:
                 console.say(f"saved {result.job.path}")
@@ -93,6 +94,7 @@ def _comparisons(base: Settings, tuned: Settings, made: list[Job]) -> Iterator[R
     joined = replace(
         tuned, weights=Weights(tuned.weights.path, both), output=tuned.output / "compare"
     )
+    files.remove_own_stale(joined.output.absolute())
     of_tuned = {(job.prompt, job.r): job for job in made if job.weights == tuned.weights}
     for job in made:
         other = of_tuned.get((job.prompt, job.r))
@@ -108,6 +110,7 @@ def _comparisons(base: Settings, tuned: Settings, made: list[Job]) -> Iterator[R
 def stream(settings: Settings) -> Iterator[Result]:
     """Generate a video for each line of stdin; keep all networks in memory if they fit."""
     files.require_writable(settings.output.absolute())
+    files.remove_own_stale(settings.output.absolute())
     from cosmos_cli.generate.phases import one_by_one
     from cosmos_cli.gpus import best_device
 
