@@ -60,14 +60,14 @@ class Previews:
     """
 
     def __init__(
-        self, r: Recipe, run: Run, clips: Clips, shown: Clips, stopping: Callable[[], bool]
+        self, r: Recipe, run: Run, clips: Clips, shown: Clips, stop_code: Callable[[], int]
     ) -> None:
         """Choose some of the clips in `shown`. Samples are compared with the training set, `clips`.
 
-        `stopping` returns the same on all ranks: True if the run is to stop. Unfinished samples are
-        then abandoned.
+        `stop_code` returns the same on all ranks: not 0 if the run is to stop. Unfinished samples
+        are then abandoned.
         """
-        self.r, self.run, self.clips, self.stopping = r, run, clips, stopping
+        self.r, self.run, self.clips, self.stop_code = r, run, clips, stop_code
         self.shown = HeldOut(shown, r.preview_clips, PREVIEW_SIGMAS)
         self.budget = TimeBudget(r.preview_share)
         self.warned: set[str] = set()
@@ -218,7 +218,7 @@ class Previews:
             return [self._denoise(net, missing, xt, sigma_B, text, fps_B) for text in text_embs]
 
         def stop_if_asked(_step: int) -> None:
-            if self.stopping():
+            if self.stop_code():
                 raise _Stopping
 
         shape = (1, *r.spec.latent_shape(r.num_frames, r.height, r.width))
