@@ -68,6 +68,15 @@ def best_step(run: Run) -> int | None:
     return min((pair for pair in errors if pair[1] in saved), default=(0.0, None))[1]
 
 
+def least_step(run: Run) -> int | None:
+    """Return the step with the lowest held-out error, saved or not, or None if none was measured.
+
+    Step 0 is the base model.
+    """
+    errors = [(row[HELD_OUT], row["step"]) for row in rows(run) if HELD_OUT in row]
+    return min(errors, default=(0.0, None))[1]
+
+
 def state(run: Run) -> Row:
     """Return the state, progress, latest figures and saved steps of a run.
 
@@ -96,6 +105,7 @@ def state(run: Run) -> Row:
         "saved_steps": run.saved_steps("ema"),
         "resumable_steps": run.resumable_steps(),
         "best_step": best_step(run),
+        "least_step": least_step(run),
         "seconds_since_news": round(time.time() - status["time"], 1),
     }
     if figures["state"] != "running":
@@ -153,5 +163,14 @@ def state_rows(figures: Row) -> list[tuple[str, str]]:
         words.append(("held out", f"{measured[HELD_OUT]:.4f} at step {measured['step']}{against}"))
     words.append(("saved", ", ".join(map(str, figures["saved_steps"])) or "nothing yet"))
     if figures["best_step"] is not None:
-        words.append(("best", f"step {figures['best_step']}"))
+        words.append(("best", f"step {figures['best_step']}{_better(figures)}"))
     return words
+
+
+def _better(figures: Row) -> str:
+    """Return a remark if a step with a lower held-out error than the best saved one exists."""
+    best, least = figures["best_step"], figures["least_step"]
+    if least == best:
+        return ""
+    name = f"step {least}" if least else "the base model"
+    return f", of the saved steps; {name} had a lower held-out error"

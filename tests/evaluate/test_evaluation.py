@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 
 from cosmos_cli.evaluate import evaluation
 from cosmos_cli.evaluate.evaluation import Sample, Trial
+from cosmos_cli.model import edm
 from cosmos_cli.model.tiny import scorer, world
 from cosmos_cli.prep import embedding_files
 from cosmos_cli.spec import TINY
@@ -87,3 +88,14 @@ def test_a_copy_of_a_training_clip_has_a_small_distance(tmp_path):
     assert evaluation.nearest_clips([new, copy], clips)[0] == pytest.approx(0.01, rel=1e-3)
     other_size = replace(new, latent=torch.zeros(16, 3, 8, 12))
     assert evaluation.nearest_clips([other_size], clips) is None
+
+
+def test_every_figure_of_the_page_is_explained():
+    model = {"scores": dict.fromkeys(evaluation.CHANCE, 0.5), "nearest_clip": 0.2, "edm": {}}
+    model["edm"] = dict.fromkeys(edm.FIXED_SIGMAS, 0.1)
+    figures = {"models": {"base": model}, "psnr": 30.0, "clips_apart": 0.4, "prompts": 2}
+    page = evaluation._figures(figures | {"clips": "held-out"})
+    rows = evaluation.figure_rows(figures)
+    assert page.count(">lower</td>") == len(edm.FIXED_SIGMAS)
+    assert page.count(">higher</td>") == len(rows) - len(edm.FIXED_SIGMAS) - 1
+    assert "of the dataset" in page and "held-out clips" in page
