@@ -19,14 +19,15 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from cosmos_cli import console, files
 from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.paths import Run
-from cosmos_cli.recipe import loading
-from cosmos_cli.recipe.keys import Recipe
 from cosmos_cli.train import status
+
+if TYPE_CHECKING:
+    from cosmos_cli.recipe.keys import Recipe
 
 # The pause between two reads of the run's files, and the time limit for the last read at the end.
 PAUSE_SECONDS, END_SECONDS = 2.0, 60.0
@@ -194,6 +195,8 @@ def main(root: str) -> None:
     # Slurm signals every process of a job, but a run that was told to stop still writes rows.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    from cosmos_cli.recipe import loading
+
     run = Run(Path(root))
     r = loading.load(str(run.resolved)).recipe
     unread, ended = UnreadRows(run), threading.Event()
