@@ -25,13 +25,35 @@ NEAREST = "nearest_clip"
 
 def rows(run: Run) -> list[Row]:
     """Return the rows of metrics.jsonl, without a last line that was cut short by a kill."""
-    if not run.metrics.exists():
-        return []
-    lines = files.read_text(run.metrics, files.FIGURES).splitlines(keepends=True)
-    try:
-        return [json.loads(line) for line in lines if line.endswith("\n")]
-    except (ValueError, RecursionError) as error:
-        raise files.bad(run.metrics, files.FIGURES, f"is damaged: {error}") from error
+    return RowReader(run).read()
+
+
+class RowReader:
+    """Reads metrics.jsonl while it grows, each byte once, unless the file is replaced."""
+
+    def __init__(self, run: Run) -> None:
+        self.path = run.metrics
+        self.file: tuple[int, int] | None = None
+        self.offset = 0
+
+    def read(self) -> list[Row]:
+        """Return the whole rows since the last call, or all of them if the file is a new one."""
+        try:
+            stream = files.open_regular(self.path, files.FIGURES)
+        except files.NoSuchFile:
+            return []
+        with stream:
+            file = files.file_id(stream.fileno())
+            if file != self.file or stream.seek(0, os.SEEK_END) < self.offset:
+                self.file, self.offset = file, 0
+            stream.seek(self.offset)
+            content = stream.read(files.FIGURES.limit)
+        whole = content[: content.rfind(b"\n") + 1]
+        self.offset += len(whole)
+        try:
+            return [json.loads(line) for line in whole.splitlines()]
+        except (ValueError, RecursionError) as error:
+            raise files.bad(self.path, files.FIGURES, f"is damaged: {error}") from error
 
 
 def note(run: Run, figures: Row) -> None:

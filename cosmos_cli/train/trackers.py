@@ -160,7 +160,7 @@ class UnreadRows:
     """Reads the rows and pictures of a run, each of them once."""
 
     def __init__(self, run: Run) -> None:
-        self.run = run
+        self.run, self.rows = run, status.RowReader(run)
         self.known: set[tuple[Any, ...]] = set()
 
     def read(self) -> list[tuple[int, dict[str, float | Path]]]:
@@ -170,7 +170,7 @@ class UnreadRows:
         """
         found: list[tuple[int, dict[str, Any]]] = [
             (row["step"], {k: v for k, v in row.items() if k != "step" and v is not None})
-            for row in status.rows(self.run)
+            for row in self.rows.read()
         ]
         for path in self.run.samples.glob("step_*.jpg"):
             _, step, name = path.stem.split("_")

@@ -98,6 +98,24 @@ def test_a_metrics_line_cut_short_by_a_kill_is_ignored(run):
     assert [row["step"] for row in status.rows(run)] == [0, 2, 2, 3, 4, 4]
 
 
+def test_a_reader_of_growing_metrics_returns_each_row_once(run):
+    reader = status.RowReader(run)
+    assert reader.read() == status.rows(run)
+    with run.metrics.open("a") as stream:
+        stream.write('{"step": 5}\n{"step": 6, "lo')
+    assert reader.read() == [{"step": 5}]
+    with run.metrics.open("a") as stream:
+        stream.write('ss": 1}\n')
+    # Only what is new is read.
+    content = run.metrics.read_bytes()
+    with run.metrics.open("r+b") as stream:
+        stream.write(b"?" * 100)
+    assert reader.read() == [{"step": 6, "loss": 1}]
+    # A start replaces the file by a shorter or changed one.
+    files.write_text(run.metrics, content.decode().replace("6", "7"))
+    assert reader.read()[-1] == {"step": 7, "loss": 1}
+
+
 def test_the_page_draws_each_curve_and_escapes_the_recipe(run):
     page.write_page(run)
     text = run.report.read_text()
