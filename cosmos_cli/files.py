@@ -10,16 +10,19 @@ Files are written to a temporary name and renamed, so that a kill leaves the old
 from __future__ import annotations
 
 import codecs
+import contextlib
 import errno
 import hashlib
 import io
 import json
 import os
+import platform
 import re
 import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -259,8 +262,6 @@ _DISK_FIXES = {
     errno.EFBIG: "choose a file system for large files",
     errno.EIO: "check the disk",
 }
-_UMASK = os.umask(0)
-os.umask(_UMASK)
 
 
 @contextmanager
@@ -290,18 +291,45 @@ def atomic_file(path: Path) -> Iterator[Path]:
     """
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        # A hash is shorter than most names, so the temporary name stays within the length limit.
-        mark = hashlib.sha256(os.fsencode(path.name)).hexdigest()[:8]
-        temporary = path.with_name(f".{os.getpid()}.{mark}.tmp{path.suffix}")
+        temporary = temporary_beside(path)
         try:
+            temporary.touch()
+            mode = stat.S_IMODE(temporary.stat().st_mode)
             yield temporary
-            # Some writers create private files. Make ours as readable as the umask allows.
-            temporary.chmod(0o666 & ~_UMASK)
+            # Some writers replace it with a private file. Make it as readable as the umask allows.
+            temporary.chmod(mode)
             sync(temporary)
             temporary.replace(path)
             sync(path.parent)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def temporary_beside(path: Path) -> Path:
+    """Return a name for this process to write to before the file is renamed to `path`."""
+    # A hash is shorter than most names, so the temporary name stays within the length limit.
+    mark = hashlib.sha256(os.fsencode(path.name)).hexdigest()[:8]
+    return path.with_name(f".{os.getpid()}.{_machine()}.{mark}.tmp{path.suffix}")
+
+
+@cache
+def _machine() -> str:
+    """Return eight digits that identify this machine and, in a container, its process numbers."""
+    processes = Path("/proc/self/ns/pid").stat().st_ino
+    return sha256_text(platform.node(), str(processes))[:8]
+
+
+def remove_own_stale(folder: Path) -> None:
+    """Remove the temporary files of killed processes of this machine from a user's folder.
+
+    Unlike `remove_stale`, it may run while other machines write to the folder.
+    """
+    for path in folder.glob(f".*.{_machine()}.*.tmp*"):
+        owner = re.fullmatch(r"\.(\d+)\.[0-9a-f]{8}\.[0-9a-f]{8}\.tmp(\.\w+)?", path.name)
+        if owner and not Path("/proc", owner[1]).exists():
+            # In a shared folder, it may belong to another user.
+            with contextlib.suppress(PermissionError):
+                path.unlink(missing_ok=True)
 
 
 def sync(path: Path) -> None:

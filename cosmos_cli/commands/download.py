@@ -14,7 +14,6 @@ from cosmos_cli.console import Result
 from cosmos_cli.download import assets, fetch
 from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.paths import Dataset
-from cosmos_cli.prep import lerobot
 
 if TYPE_CHECKING:
     from cosmos_cli.recipe.keys import Recipe
@@ -93,6 +92,8 @@ def _count_videos(r: Recipe) -> int:
     Raises:
         UserError: there are none.
     """
+    from cosmos_cli.prep import lerobot
+
     dataset = Dataset.at(r.dataset_dir, r.videos_dir)
     if lerobot.is_lerobot(dataset.videos):
         return len(lerobot.episodes(dataset.videos, r.camera))

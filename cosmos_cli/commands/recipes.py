@@ -15,7 +15,7 @@ from cosmos_cli import console, files, paths
 from cosmos_cli.commands import options
 from cosmos_cli.console import Result
 from cosmos_cli.errors import ExitCode, UserError, usage_error
-from cosmos_cli.prep import captions, lerobot
+from cosmos_cli.prep import captions
 
 if TYPE_CHECKING:
     from cosmos_cli.model.video import VideoInfo
@@ -225,6 +225,7 @@ def _probe(dataset: paths.Dataset) -> tuple[dict[Path, VideoInfo], list[str]]:
     """Return the properties of every usable video, and an error line for every other video."""
     listed = dataset.video_files()
     from cosmos_cli.model import video
+    from cosmos_cli.prep import lerobot
 
     usable, bad = {}, []
     with console.progress("probing", len(listed), "videos") as progress:

@@ -101,6 +101,7 @@ def batch(
     if todo:
         for folder in dict.fromkeys(job.path.parent for job in todo):
             files.require_writable(folder)
+            files.remove_own_stale(folder)
         for result in _generate(list(dict.fromkeys(todo)), processes):
             if result.job and result.made:
                 console.say(f"saved {result.job.path}")
@@ -139,6 +140,7 @@ def _comparisons(base: Settings, tuned: Settings, made: list[Job]) -> Iterator[R
     joined = replace(
         tuned, weights=Weights(tuned.weights.path, both), output=tuned.output / "compare"
     )
+    files.remove_own_stale(joined.output.absolute())
     of_tuned = {(job.prompt, job.r): job for job in made if job.weights == tuned.weights}
     for job in made:
         other = of_tuned.get((job.prompt, job.r))
@@ -154,6 +156,7 @@ def _comparisons(base: Settings, tuned: Settings, made: list[Job]) -> Iterator[R
 def stream(settings: Settings) -> Iterator[Result]:
     """Generate a video for each line of stdin; keep all networks in memory if they fit."""
     files.require_writable(settings.output.absolute())
+    files.remove_own_stale(settings.output.absolute())
     from cosmos_cli.generate.phases import one_by_one
     from cosmos_cli.gpus import best_device
 

@@ -43,6 +43,9 @@ CHUNK_BYTES = 2**24
 # Makes the same frames give the same bytes. With AVX-512, the macroblock tree of x264 (build 164)
 # depends on memory addresses, and every stream depends on the number of threads.
 X264_REPRODUCIBLE = {"threads": 4, "x264-params": "cpu-independent=1"}
+# The index of an mp4 has at most five numbers of 4 to 8 bytes per frame: its size, its times, and a
+# chunk and a keyframe of its own.
+INDEX_BYTES_PER_FRAME = 40
 
 
 class VideoError(Exception):
@@ -113,6 +116,10 @@ def probe(path: Path) -> VideoInfo:
     """
     decoder = _open(path)
     meta = decoder.metadata
+    if containers.lacks(path) > 0:
+        count, wanted = meta.num_frames or 0, meta.num_frames_from_header
+        found = f"{count} of {wanted}" if wanted else f"only {count}"
+        raise VideoError(f"truncated: {found} frames are in the file")
     if not meta.num_frames or not meta.average_fps:
         raise VideoError("0 frames")
     if not meta.duration_seconds:
@@ -123,10 +130,6 @@ def probe(path: Path) -> VideoInfo:
     # The header has the exact rate, but with a variable rate it has that of the time base.
     if header_fps and _same_rate(fps, header_fps):
         fps = header_fps
-    if containers.lacks(path) > 0:
-        wanted = meta.num_frames_from_header
-        found = f"{meta.num_frames} of {wanted}" if wanted else f"only {meta.num_frames}"
-        raise VideoError(f"truncated: {found} frames are in the file")
     _check_first_frame(path, decoder)
     return VideoInfo(
         frames=meta.num_frames,
@@ -291,7 +294,8 @@ def read_small(path: Path, info: VideoInfo, count: int, width: int) -> Tensor:
 def write_mp4(path: Path, video_CTHW: Tensor, fps: float, crf: float) -> None:
     """Write H.264 yuv420p in an mp4 container, whatever the suffix of `path`.
 
-    The same frames give the same bytes in every run.
+    The index is in front of the frames, so a browser plays the file while it loads. The same frames
+    give the same bytes in every run.
 
     Raises:
         UserError: FFmpeg is missing or has no H.264 encoder.
@@ -313,6 +317,8 @@ def write_mp4(path: Path, video_CTHW: Tensor, fps: float, crf: float) -> None:
             # The encoder uses the BT.601 matrix; without tags, players assume BT.709 for HD.
             extra_options={
                 **X264_REPRODUCIBLE,
+                # Space for the index in front. FFmpeg's faststart cannot move it in memory.
+                "moov_size": str(2048 + INDEX_BYTES_PER_FRAME * frames),
                 "colorspace": "smpte170m",
                 "color_primaries": "bt709",
                 "color_trc": "bt709",

@@ -290,7 +290,7 @@ class Recipe(BaseModel):
         "Clips that one process computes in one forward and backward pass.", 1, ge=1
     )
     num_processes: Processes | Literal["auto"] = _training(
-        "Training processes; auto is one per GPU, or one on a CPU.", "auto"
+        "Processes of prep and train; auto is one per GPU, or one on a CPU.", "auto"
     )
     sequence_parallel: int = _training(
         "Processes in a sequence-parallel group, which splits the tokens of one clip to save "

@@ -80,9 +80,11 @@ def train(
         record.write_held_out(start, held_out.measure(engine, device, start))
     record.write_samples(start, previews.make(engine, start, asked=False))
 
-    saved, stop_code = start, 0
+    # A stop among these pictures leaves them to the next start, which begins at the same step.
+    saved, stop_code = start, requests.stop_code(device)
+    steps = range(start, start if stop_code else r.max_steps)
     with console.progress("train", r.max_steps, "steps", done=start) as bar:
-        for step, micro_batches in data.batches(clips, share, settings, range(start, r.max_steps)):
+        for step, micro_batches in data.batches(clips, share, settings, steps):
             stats, row = optimize(r, run, engine, ema, step, micro_batches)
             done, stop_code = step + 1, stats.stop_code
             bar.advance(metrics.words(row))
@@ -100,6 +102,7 @@ def train(
             if not stop_code:
                 with bar.paused():
                     record.write_samples(done, previews.make(engine, done, stats.sample_asked))
+                stop_code = requests.stop_code(device) if saving else 0
             if saving:
                 record.write_page()
             if stop_code:

@@ -137,6 +137,10 @@ def test_an_output_that_cannot_be_written_is_exit_code_four(cosmos):
 def test_an_interrupted_batch_has_only_whole_videos(cosmos):
     lines = [json.dumps({"prompt": "A ball.", "seed": seed}) for seed in range(500)]
     (cosmos.cwd / "batch.jsonl").write_text("\n".join(lines))
+    # As a killed process leaves it.
+    name = files.temporary_beside(cosmos.cwd / "a.mp4").name
+    (cosmos.cwd / "outputs").mkdir()
+    (cosmos.cwd / "outputs" / name.replace(f".{os.getpid()}.", ".99999999.")).touch()
     process = cosmos.start("generate", "--batch", "batch.jsonl", *QUICK)
     deadline = time.monotonic() + 90
     while len(list(cosmos.cwd.glob("outputs/[!.]*.mp4"))) < 2 and time.monotonic() < deadline:

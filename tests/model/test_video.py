@@ -59,6 +59,8 @@ def test_the_same_frames_give_the_same_bytes_in_an_mp4_container(tmp_path):
         elsewhere.append(torch.rand(1000 + 777 * i))  # the next encoder's memory lies elsewhere
     (data,) = written
     assert data[4:8] == b"ftyp"
+    # A browser can play it while it loads.
+    assert data.index(b"moov") < data.index(b"mdat")
 
 
 def test_flat_colours_survive_the_round_trip(tmp_path):
@@ -146,11 +148,10 @@ def faststart(tmp_path_factory):
     """60 frames with the index before the data."""
     folder = tmp_path_factory.mktemp("faststart")
     video.write_mp4(folder / "a.mp4", numbered_frames(60), 30, 18)
-    ffmpeg("-i", folder / "a.mp4", "-c", "copy", "-movflags", "+faststart", folder / "b.mp4")
-    return (folder / "b.mp4").read_bytes()
+    return (folder / "a.mp4").read_bytes()
 
 
-@pytest.mark.parametrize("part", [0.5, 0.9, 0.99])
+@pytest.mark.parametrize("part", [0.1, 0.5, 0.9, 0.99])
 def test_a_truncated_file_names_its_frames(tmp_path, faststart, part):
     (tmp_path / "a.mp4").write_bytes(faststart[: int(part * len(faststart))])
     with pytest.raises(VideoError, match=r"truncated: \d+ of 60 frames"):
@@ -158,7 +159,9 @@ def test_a_truncated_file_names_its_frames(tmp_path, faststart, part):
 
 
 def test_a_file_without_its_index_is_truncated(tmp_path):
-    video.write_mp4(tmp_path / "a.mp4", numbered_frames(30), 30, 18)
+    video.write_mp4(tmp_path / "b.mp4", numbered_frames(30), 30, 18)
+    # FFmpeg writes the index at the end.
+    ffmpeg("-i", tmp_path / "b.mp4", "-c", "copy", tmp_path / "a.mp4")
     data = (tmp_path / "a.mp4").read_bytes()
     (tmp_path / "a.mp4").write_bytes(data[:-100])
     with pytest.raises(VideoError, match="index of the mp4 is missing"):
