@@ -33,6 +33,7 @@ def prep(
     from cosmos_cli.gpus import best_device
     from cosmos_cli.model.device import gpu_memory_errors
     from cosmos_cli.prep import caption_choice, caption_notes, latent_files, prepare, sources
+    from cosmos_cli.recipe import plan
 
     if dry_run:
         videos = sources.inspect(r, dataset)
@@ -49,7 +50,10 @@ def prep(
         console.emit(Result(sources.verdict_table(rows), figures=figures), as_json=json_)
         return
 
-    with console.log_file(dataset.root / "prep.log"), gpu_memory_errors("use a smaller size"):
+    with (
+        console.log_file(dataset.root / "prep.log"),
+        gpu_memory_errors(f"use {plan.smaller_clip(r)}"),
+    ):
         try:
             manifest = prepare.prepare(r, best_device())
         except UserError:

@@ -237,6 +237,12 @@ def remedies(r: Recipe, ranks: int, gpu: GpuModel) -> list[tuple[str, Plan]]:
     return sorted(found.items(), key=lambda way: way[0] in smaller and way[1].cpu_gb)
 
 
+def smaller_clip(r: Recipe) -> str:
+    """Return the --set options of the next smaller clip."""
+    smaller = _clips(r)[1]
+    return f"`{' '.join(f'--set {key}={value}' for key, value in smaller.items())}`"
+
+
 def relief(r: Recipe, ranks: int) -> str:
     """Return what to change when a GPU's memory ran out in spite of the plan."""
     ways = []
@@ -245,14 +251,13 @@ def relief(r: Recipe, ranks: int) -> str:
     if _saves(r, {"offload": "optimizer"}, ranks):
         cpu_gb = plan(r.model_copy(update={"offload": "optimizer"}), ranks, None).cpu_gb
         ways.append(f"`--set offload=optimizer` (it takes {cpu_gb:.0f} GB of CPU memory)")
-    ways += [f"`--set num_frames={n}`" for n in SHORTER if n < r.num_frames][:1]
-    return f"use {' or '.join(ways)}" if ways else "use a GPU with more memory"
+    return f"use {' or '.join([*ways, smaller_clip(r)])}"
 
 
 def _clips(r: Recipe) -> list[dict[str, int]]:
     """Return the changes of the clips to try, from none to the smallest clip."""
     step = r.spec.size_multiple
-    half = {"height": r.height // 2 // step * step, "width": r.width // 2 // step * step}
+    half = {key: max(getattr(r, key) // 2 // step, 1) * step for key in ("height", "width")}
     lengths = [{}, *({"num_frames": n} for n in SHORTER if n < r.num_frames)]
     clips: list[dict[str, int]] = [{**length, **size} for length in lengths for size in ({}, half)]
     return sorted(clips, key=lambda clip: -_activation(r.model_copy(update=clip)))
