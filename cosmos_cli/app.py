@@ -13,7 +13,7 @@ from typing import Annotated, Any, cast
 
 import typer
 
-from cosmos_cli import __version__, console, signals
+from cosmos_cli import __version__, console, files, signals
 from cosmos_cli.commands import (
     download,
     evaluate,
@@ -115,7 +115,8 @@ def main() -> None:
         # Print file names that are not UTF-8 unchanged, instead of failing.
         sys.stdout.reconfigure(errors="surrogateescape")
     try:
-        sys.exit(app(prog_name="cosmos", standalone_mode=False))
+        with files.path_errors():
+            sys.exit(app(prog_name="cosmos", standalone_mode=False))
     except UserError as error:
         if console.is_muted() and not error.told:
             _let_rank_0_explain()

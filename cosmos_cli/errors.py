@@ -85,9 +85,10 @@ def usage_error(where: str, what: str, fix: str = "") -> UserError:
 
 
 def together(errors: Sequence[UserError]) -> UserError:
-    """Return one error for several: the one with the largest exit code, followed by the others."""
-    first = max(errors, key=lambda error: error.code)
-    others = (*first.also, *(error for error in errors if error is not first))
+    """Return one error for several, without repeats: the largest exit code first."""
+    different = {str(error): error for error in errors}.values()
+    first = max(different, key=lambda error: error.code)
+    others = (*first.also, *(error for error in different if error is not first))
     return UserError(first.what, code=first.code, where=first.where, fix=first.fix, also=others)
 
 

@@ -9,16 +9,20 @@ Files are written to a temporary name and renamed, so that a kill leaves the old
 
 from __future__ import annotations
 
+import codecs
+import contextlib
 import errno
 import hashlib
 import io
 import json
 import os
+import platform
 import re
 import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -97,6 +101,37 @@ def bad(path: Path, kind: Kind, what: str) -> BadFile:
     return BadFile(what, code=kind.code, where=str(path), fix=kind.fix)
 
 
+# --- paths ----------------------------------------------------------------------------------------
+
+# The errors of a path that the system does not follow. `Path.exists` raises them, too.
+_PATH_ERRORS = frozenset({errno.ENAMETOOLONG, errno.EACCES, errno.EPERM})
+
+
+def expand(path: str | Path) -> Path:
+    """Return a path with ~ expanded, or unchanged if there is no such user or home folder.
+
+    The shell expands ~ only at the start of a word, so not in --output=~/videos.
+    """
+    # Path.expanduser raises a RuntimeError for an unknown user.
+    return Path(os.path.expanduser(path))  # noqa: PTH111
+
+
+@contextmanager
+def path_errors() -> Iterator[None]:
+    """Turn the error of a path that the system does not follow into a UserError that names it."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _PATH_ERRORS or error.filename is None:
+            raise
+        raise UserError(
+            f"cannot be used: {os.strerror(error.errno)}",
+            code=ExitCode.ASSET,
+            where=os.fsdecode(error.filename),
+            fix="name another path, or allow access to it",
+        ) from error
+
+
 # --- opening --------------------------------------------------------------------------------------
 
 
@@ -173,16 +208,25 @@ def read_bytes(path: Path, kind: Kind) -> bytes:
 
 
 def read_text(path: Path, kind: Kind, errors: str = "strict") -> str:
-    """Return the UTF-8 text of a file without its byte order mark, with LF line endings.
+    """Return the text of a file without its byte order mark, with LF line endings.
+
+    It is UTF-8, or UTF-16 with a byte order mark, as Windows PowerShell writes it.
 
     Raises:
-        NoSuchFile, BadFile: as of `read_bytes`, or the text is not UTF-8.
+        NoSuchFile, BadFile: as of `read_bytes`, or the text is neither.
     """
+    content = read_bytes(path, kind)
     try:
-        text = read_bytes(path, kind).decode("utf-8-sig", errors)
+        text = content.decode(encoding_of(content), errors)
     except UnicodeDecodeError as error:
         raise bad(path, kind, "is not UTF-8 text") from error
     return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def encoding_of(content: bytes) -> str:
+    """Return the encoding of a text that begins with these bytes."""
+    is_utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    return "utf-16" if is_utf16 else "utf-8-sig"
 
 
 def read_json(path: Path, kind: Kind = JSON) -> Any:
@@ -218,8 +262,6 @@ _DISK_FIXES = {
     errno.EFBIG: "choose a file system for large files",
     errno.EIO: "check the disk",
 }
-_UMASK = os.umask(0)
-os.umask(_UMASK)
 
 
 @contextmanager
@@ -249,18 +291,45 @@ def atomic_file(path: Path) -> Iterator[Path]:
     """
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        # A hash is shorter than most names, so the temporary name stays within the length limit.
-        mark = hashlib.sha256(os.fsencode(path.name)).hexdigest()[:8]
-        temporary = path.with_name(f".{os.getpid()}.{mark}.tmp{path.suffix}")
+        temporary = temporary_beside(path)
         try:
+            temporary.touch()
+            mode = stat.S_IMODE(temporary.stat().st_mode)
             yield temporary
-            # Some writers create private files. Make ours as readable as the umask allows.
-            temporary.chmod(0o666 & ~_UMASK)
+            # Some writers replace it with a private file. Make it as readable as the umask allows.
+            temporary.chmod(mode)
             sync(temporary)
             temporary.replace(path)
             sync(path.parent)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def temporary_beside(path: Path) -> Path:
+    """Return a name for this process to write to before the file is renamed to `path`."""
+    # A hash is shorter than most names, so the temporary name stays within the length limit.
+    mark = hashlib.sha256(os.fsencode(path.name)).hexdigest()[:8]
+    return path.with_name(f".{os.getpid()}.{_machine()}.{mark}.tmp{path.suffix}")
+
+
+@cache
+def _machine() -> str:
+    """Return eight digits that identify this machine and, in a container, its process numbers."""
+    processes = Path("/proc/self/ns/pid").stat().st_ino
+    return sha256_text(platform.node(), str(processes))[:8]
+
+
+def remove_own_stale(folder: Path) -> None:
+    """Remove the temporary files of killed processes of this machine from a user's folder.
+
+    Unlike `remove_stale`, it may run while other machines write to the folder.
+    """
+    for path in folder.glob(f".*.{_machine()}.*.tmp*"):
+        owner = re.fullmatch(r"\.(\d+)\.[0-9a-f]{8}\.[0-9a-f]{8}\.tmp(\.\w+)?", path.name)
+        if owner and not Path("/proc", owner[1]).exists():
+            # In a shared folder, it may belong to another user.
+            with contextlib.suppress(PermissionError):
+                path.unlink(missing_ok=True)
 
 
 def sync(path: Path) -> None:

@@ -43,11 +43,16 @@ def promote(r: Recipe, step: int, kind: str, format: str, target: Path) -> dict[
     """
     run = Run(r.run_dir)
     if run.resolved.exists():
-        r = loading.load(run.resolved).recipe
+        trained = loading.load(run.resolved).recipe
+        # The base may have been moved since.
+        base_moved = trained.base and not trained.model_files.dit.exists()
+        r = trained.model_copy(update={"base": r.base if base_moved else trained.base})
     r = r.model_copy(update={"checkpoints_dir": str(target.parent)})
     source = run.lora(step, kind) if r.lora_rank else run.model(step, kind)
     console.say(f"reading {source}")
     base = r.model_files.dit
+    base_sha256 = files.sha256_path(base) if base.exists() else ""
+    require_base(run, base, base_sha256)
     original = weights.load_dit_state(base)
     tuned = lora.merge(original, source, 1.0) if r.lora_rank else weights.load_dit_state(source)
     with torch.device("meta"):
@@ -71,7 +76,7 @@ def promote(r: Recipe, step: int, kind: str, format: str, target: Path) -> dict[
         "step": step,
         "run": str(run.root),
         "checkpoint": {"path": str(source), "sha256": files.sha256_path(source)},
-        "base": {"path": str(base), "sha256": files.sha256_path(base)},
+        "base": {"path": str(base), "sha256": base_sha256},
         "dataset_manifest_sha256": _dataset_hash(run, step),
         "relative_change": changes,
         "recipe": json.loads(r.model_dump_json()),
@@ -89,6 +94,23 @@ def _lora(base: dict[str, Tensor], merged: dict[str, Tensor], source: Path) -> d
         f"{paths.LORA_FILE} keeps all of it, and generate uses that file if it finds the base"
     )
     return {"file": paths.LORA_FILE, "sha256": files.sha256_file(source), "kept": kept}
+
+
+def require_base(run: Run, base: Path, sha256: str) -> None:
+    """Refuse a base other than the one that a LoRA was trained on; resume states hold its hash.
+
+    Raises:
+        UserError: it is another file.
+    """
+    for step in run.resumable_steps()[-1:]:
+        known = files.read_json(run.resume_state(step) / paths.MANIFEST_FILE).get("base", sha256)
+        if sha256 and known != sha256:
+            raise UserError(
+                f"is not the base that the run was trained on: its sha256 is {sha256[:12]}, the "
+                f"run says {known[:12]}",
+                code=ExitCode.ASSET, where=str(base),
+                fix="name that file with `--set base=FILE`",
+            )  # fmt: skip
 
 
 def require_trained(changes: dict[str, float], source: Path) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cosmos_cli import console, paths
+from cosmos_cli import console, files, paths
 from cosmos_cli.commands import options
 from cosmos_cli.errors import ExitCode, Interrupted, UserError, together
 from cosmos_cli.generate import batch, choice, jobs
@@ -99,6 +99,7 @@ def generate(
     Existing videos are not generated again, so the same command resumes where it stopped.
     Example: cosmos generate --prompt "A video of sks teal robot." --set num_steps=20
     """
+    output = files.expand(output)
     if recipe is not None:
         options.name_recipe(recipe, set_)
     overrides = [*(set_ or ()), *([] if seed is None else [f"sampling_seed={seed}"])]
@@ -163,7 +164,7 @@ def _requests(prompts: list[str], file: Path | None) -> list[Request]:
     Raises:
         UserError: there are none, or the batch cannot be read.
     """
-    requests = [*map(Request, prompts), *(jobs.read_batch(file) if file else ())]
+    requests = [*map(Request, prompts), *(jobs.read_batch(files.expand(file)) if file else ())]
     if not requests:
         raise UserError(
             "no prompt was given", code=ExitCode.USAGE, where="--prompt",
@@ -214,11 +215,13 @@ def _preview(settings: list[Settings], requests: list[Request]) -> console.Resul
     """Return the videos that would be generated.
 
     Raises:
-        UserError: the gravest error of a request.
+        UserError: the gravest error of a request, or a network is missing.
     """
     results = list(batch.plan_all(settings, requests))
     if errors := [result.error for result in results if result.error]:
         raise together(errors)
+    if todo := [result.job for result in results if result.job and not result.made]:
+        batch.require_networks(todo[0].r)
     text = "\n".join(str(result.job.path) for result in results if result.job)
     figures = {"videos": [result.record() for result in results], "dry_run": True}
     return console.Result(text, figures=figures)

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cosmos_cli import console
+from cosmos_cli import console, ranks
+from cosmos_cli.download import hub
 from cosmos_cli.errors import TYPED_RECIPE
 
 if TYPE_CHECKING:
@@ -103,6 +104,8 @@ def open_recipe(
     """
     from cosmos_cli.recipe import loading
 
+    ranks.check_environment()
+    hub.check_endpoint()
     name_recipe(name, overrides)
     loaded = loading.load(name, overrides or ())
     if print_recipe:

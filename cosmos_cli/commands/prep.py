@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cosmos_cli import console, paths, ranks
@@ -32,22 +31,11 @@ def prep(
     dataset.video_files()
     from cosmos_cli.gpus import best_device
     from cosmos_cli.model.device import gpu_memory_errors
-    from cosmos_cli.prep import caption_choice, caption_notes, latent_files, prepare, sources
+    from cosmos_cli.prep import prepare, sources
     from cosmos_cli.recipe import plan
 
     if dry_run:
-        videos = sources.inspect(r, dataset)
-        caption_choice.find_captions(r, dataset, videos)
-        notes = caption_notes.collect(r, dataset, videos)
-        for line in notes.lines(r):
-            console.warn(line)
-        sources.require_usable(r, dataset, videos)
-        clips = sum(len(source.clips) for source in videos)
-        bytes_needed = clips * latent_files.latent_bytes(r)
-        console.say(f"would cache {clips} clips in {console.size(bytes_needed)}")
-        figures = {"dry_run": True, "clips": clips, "bytes": bytes_needed, **notes.figures()}
-        rows = [sources.manifest_row(dataset, source, "") for source in videos]
-        console.emit(Result(sources.verdict_table(rows), figures=figures), as_json=json_)
+        console.emit(_dry_run(r, dataset), as_json=json_)
         return
 
     with (
@@ -62,7 +50,10 @@ def prep(
         verdicts = manifest["videos"]
         rejected = [video for video in verdicts if video["verdict"] == "rejected"]
         for video in rejected[: sources.MOST_LINES]:
-            console.warn(f"{Path(dataset.videos, video['file'])}: rejected: {video['reason']}")
+            # An episode has a name of its own; other videos are named by their path.
+            is_file = dataset.name_of(dataset.videos / video["path"]) == video["file"]
+            where = dataset.videos / video["path" if is_file else "file"]
+            console.warn(f"{where}: rejected: {video['reason']}")
         if len(rejected) > sources.MOST_LINES:
             console.warn(f"{len(rejected) - sources.MOST_LINES} more videos are rejected")
         console.say(
@@ -89,6 +80,25 @@ def prep(
         ),
         as_json=json_,
     )
+
+
+def _dry_run(r: Recipe, dataset: paths.Dataset) -> Result:
+    """Inspect the videos and captions, and count the clips and bytes that prep would write."""
+    from cosmos_cli.prep import caption_choice, caption_notes, latent_files, prepare, sources
+
+    videos = sources.inspect(r, dataset)
+    caption_choice.find_captions(r, dataset, videos)
+    notes = caption_notes.collect(r, dataset, videos)
+    for line in [*notes.lines(r), *sources.remarks(videos)]:
+        console.warn(line)
+    sources.require_usable(r, dataset, videos)
+    prepare.require_ready(r, dataset, videos)
+    clips = sum(len(source.clips) for source in videos)
+    bytes_needed = clips * latent_files.latent_bytes(r)
+    console.say(f"would cache {clips} clips in {console.size(bytes_needed)}")
+    figures = {"dry_run": True, "clips": clips, "bytes": bytes_needed, **notes.figures()}
+    rows = [sources.manifest_row(dataset, source, "") for source in videos]
+    return Result(sources.verdict_table(rows), figures=figures)
 
 
 def _held_out(r: Recipe, verdicts: list[dict[str, Any]]) -> str:

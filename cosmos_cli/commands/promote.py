@@ -13,6 +13,7 @@ import typer
 from cosmos_cli import console, exchange, files, paths
 from cosmos_cli.commands import options
 from cosmos_cli.console import Result
+from cosmos_cli.download import assets
 from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.generate import promoted
 from cosmos_cli.paths import Run
@@ -63,25 +64,19 @@ def promote(
     Example: cosmos promote nemo_assets --step 2000
     """
     r = options.open_recipe(recipe, set_, print_recipe, json_, trains=False).recipe
-    if format_ not in paths.MODEL_FORMATS:
-        raise UserError(
-            f"{format_!r} is not one of {', '.join(paths.MODEL_FORMATS)}",
-            code=ExitCode.USAGE,
-            where="--format",
-            fix="use `--format pt`",
-        )
+    check_format(format_)
     number = choose_step(Run(r.run_dir), step, weights)
     if name is not None:
         check_name(name)
     target = paths.promoted_dir(r.spec, r.checkpoints_dir, name)
     run = Run(r.run_dir)
-    asked = {"step": (step, "latest"), "weights": (weights, "ema"), "format": (format_, "pt")}
-    words = [f"--{option} {value}" for option, (value, usual) in asked.items() if value != usual]
-    words.append(f"--name {r.name if name != r.name else f'{r.name}_2'}")
-    aside = options.command_line("promote", recipe, set_, " ".join(words))
+    other_name = r.name if name != r.name else f"{r.name}_2"
+    words = f"{_chosen_options(step, weights, format_)} --name {other_name}"
+    aside = options.command_line("promote", recipe, set_, words.strip())
     console.say(f"promoting step {number} ({weights}) of {r.run_dir} to {target}")
     if dry_run:
         require_own(target, run, yes, aside)
+        assets.require_networks(r, _base_of(r, run))
         figures = {"dry_run": True, "step": number, "path": str(target)}
         console.emit(Result(str(target), figures=figures), as_json=json_)
         return
@@ -103,6 +98,30 @@ def promote(
     )
 
 
+def check_format(format_: str) -> None:
+    """Refuse a --format that does not exist.
+
+    Raises:
+        UserError: the format is refused.
+    """
+    if format_ not in paths.MODEL_FORMATS:
+        known = ", ".join(paths.MODEL_FORMATS)
+        raise UserError(
+            f"{format_!r} is not one of {known}",
+            code=ExitCode.USAGE,
+            where="--format",
+            fix="use `--format pt`",
+        )
+
+
+def _base_of(r: Recipe, run: Run) -> Path:
+    """Return the base weights of a run, which promote compares its weights with."""
+    from cosmos_cli.recipe import loading
+
+    own = loading.load(run.resolved).recipe if run.resolved.exists() else r
+    return own.model_copy(update={"checkpoints_dir": r.checkpoints_dir}).model_files.dit
+
+
 def check_name(name: str) -> None:
     """Refuse a --name that cannot be part of a folder's name, or that --model reserves.
 
@@ -119,6 +138,12 @@ def check_name(name: str) -> None:
         return
     fix = "choose another, such as `--name robots`"
     raise UserError(what, code=ExitCode.USAGE, where="--name", fix=fix)
+
+
+def _chosen_options(step: str, weights: str, format_: str) -> str:
+    """Return the options that differ from their defaults, as they are typed."""
+    chosen = {"step": (step, "latest"), "weights": (weights, "ema"), "format": (format_, "pt")}
+    return " ".join(f"--{key} {value}" for key, (value, usual) in chosen.items() if value != usual)
 
 
 def _generate_command(r: Recipe, target: Path, name: str | None) -> list[str]:
@@ -152,9 +177,9 @@ def require_own(target: Path, run: Run, yes: bool, aside: str) -> None:
         there = any(target.glob("[!.]*")) if target.is_dir() else target.exists()
     if yes or not there:
         return
-    other = promoted.run_of(target)
-    if other == str(run.root):
+    if promoted.is_of(target, run.root):
         return
+    other = promoted.run_of(target)
     what = f"the model of another run, {other}" if other else "files that promote did not write"
     raise UserError(
         f"holds {what}", code=ExitCode.USAGE, where=str(target),

@@ -15,7 +15,7 @@ from cosmos_cli import console, files, paths
 from cosmos_cli.commands import options
 from cosmos_cli.console import Result
 from cosmos_cli.errors import ExitCode, UserError, usage_error
-from cosmos_cli.prep import captions, lerobot
+from cosmos_cli.prep import captions
 
 if TYPE_CHECKING:
     from cosmos_cli.model.video import VideoInfo
@@ -86,7 +86,7 @@ def copy(
     from cosmos_cli.recipe import loading
 
     source = loading.find_recipe(name)
-    target = destination or Path()
+    target = files.expand(destination or "")
     with files.disk_errors(target):
         target = target / source.name if target.is_dir() else target
     _check_free(target, yes)
@@ -174,6 +174,7 @@ def schema(
     if output is None:
         console.emit(Result(text, figures={"schema": content}), as_json=json_)
         return
+    output = files.expand(output)
     _check_free(output, yes)
     files.write_text(output, text + "\n")
     console.emit(Result(str(output.absolute()), [output.absolute()]), as_json=json_)
@@ -193,7 +194,7 @@ def new(
     from cosmos_cli import gpus, new_recipe
     from cosmos_cli.recipe import keys, loading
 
-    name = name.removesuffix(".yaml")
+    name, videos = name.removesuffix(".yaml"), files.expand(videos)
     target = Path(f"{name}.yaml")
     if not re.fullmatch(keys.NAME, name):
         raise usage_error(f"NAME {name}", f"must be {keys.PATTERNS[keys.NAME]}")
@@ -227,6 +228,7 @@ def _probe(dataset: paths.Dataset) -> tuple[dict[Path, VideoInfo], list[str]]:
     """Return the properties of every usable video, and an error line for every other video."""
     listed = dataset.video_files()
     from cosmos_cli.model import video
+    from cosmos_cli.prep import lerobot
 
     usable, bad = {}, []
     with console.progress("probing", len(listed), "videos") as progress:
@@ -234,27 +236,26 @@ def _probe(dataset: paths.Dataset) -> tuple[dict[Path, VideoInfo], list[str]]:
             try:
                 usable[path] = video.probe(path)
             except video.VideoError as error:
-                bad.append(f"{path.name!r}: {error}")
+                bad.append(f"{path.relative_to(dataset.videos).as_posix()!r}: {error}")
             progress.advance()
     if len(bad) > MOST_LINES:
         bad = [*bad[:MOST_LINES], f"and {len(bad) - MOST_LINES} more"]
     if not usable:
         found = f"none of {len(listed)} videos can be used" if listed else "no videos"
+        robot = next(filter(lerobot.is_lerobot, (dataset.root, dataset.videos)), None)
         raise UserError(
             f"{found} ({'; '.join(bad[:3])})" if bad else found,
             code=ExitCode.DATASET,
             where=str(dataset.videos),
-            fix=f"it is a LeRobot dataset: use a recipe with videos_dir: {dataset.videos}"
-            if lerobot.is_lerobot(dataset.videos)
-            else "name a folder of mp4 files; its subfolders are not read",
+            fix=f"a LeRobot dataset needs a recipe by hand: set videos_dir to {robot}"
+            if robot
+            else "name a folder of mp4 files",
         )
     return usable, bad
 
 
 def _captioned(dataset: paths.Dataset, videos: list[Path]) -> int:
     """Return the number of videos that have a caption."""
-    names = [path.name for path in videos]
+    named = {dataset.name_of(path): path for path in videos}
     texts = captions.files_in(dataset.metas, captions.SUFFIX)
-    beside = captions.files_in(dataset.videos, *captions.BESIDE_SUFFIXES)
-    in_metas = captions.owners(texts, names).files
-    return len({*in_metas, *captions.owners(beside, names, captions.BESIDE_SUFFIXES).files})
+    return len({*captions.owners(texts, list(named)).files, *captions.beside(named).files})

@@ -8,11 +8,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cosmos_cli import console, files
+from cosmos_cli.download import assets
 from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.generate import choice, jobs, processes
 from cosmos_cli.generate.jobs import Job, Request, Result, Settings, Weights
+
+if TYPE_CHECKING:
+    from cosmos_cli.recipe.keys import Recipe
 
 
 def base_settings(settings: Settings) -> Settings:
@@ -33,6 +38,23 @@ def base_settings(settings: Settings) -> Settings:
             code=ExitCode.USAGE, where="--compare", fix="use `--output FOLDER`",
         )  # fmt: skip
     return replace(settings, weights=base)
+
+
+def require_networks(r: Recipe) -> None:
+    """Check that the networks around the denoiser exist, without loading them.
+
+    Raises:
+        UserError: one is missing.
+    """
+    if r.upsampler != "off":
+        assets.require_networks(r, Path(r.upsampler))
+    if not r.spec.embedded:
+        networks = r.model_files
+        assets.require_networks(r, networks.text_encoder / "config.json", networks.tokenizer)
+        if r.guardrails == "on":
+            from cosmos_cli.generate.guards import guardrail
+
+            guardrail.block_list(r)
 
 
 def plan_request(request: Request, settings: Settings) -> Result:
@@ -79,6 +101,7 @@ def batch(
     if todo:
         for folder in dict.fromkeys(job.path.parent for job in todo):
             files.require_writable(folder)
+            files.remove_own_stale(folder)
         for result in _generate(list(dict.fromkeys(todo)), processes):
             if result.job and result.made:
                 console.say(f"saved {result.job.path}")
@@ -117,6 +140,7 @@ def _comparisons(base: Settings, tuned: Settings, made: list[Job]) -> Iterator[R
     joined = replace(
         tuned, weights=Weights(tuned.weights.path, both), output=tuned.output / "compare"
     )
+    files.remove_own_stale(joined.output.absolute())
     of_tuned = {(job.prompt, job.r): job for job in made if job.weights == tuned.weights}
     for job in made:
         other = of_tuned.get((job.prompt, job.r))
@@ -132,13 +156,15 @@ def _comparisons(base: Settings, tuned: Settings, made: list[Job]) -> Iterator[R
 def stream(settings: Settings) -> Iterator[Result]:
     """Generate a video for each line of stdin; keep all networks in memory if they fit."""
     files.require_writable(settings.output.absolute())
+    files.remove_own_stale(settings.output.absolute())
     from cosmos_cli.generate.phases import one_by_one
     from cosmos_cli.gpus import best_device
 
     make = one_by_one(settings.r, settings.weights, best_device())
     if isinstance(sys.stdin, io.TextIOWrapper):
         # surrogateescape: a line that is not UTF-8 is refused and does not end the stream.
-        sys.stdin.reconfigure(encoding="utf-8-sig", errors="surrogateescape")
+        start = sys.stdin.buffer.peek(2)[:2]
+        sys.stdin.reconfigure(encoding=files.encoding_of(start), errors="surrogateescape")
     for request in jobs.read_lines(sys.stdin):
         result = plan_request(request, settings)
         yield make(result.job) if result.job and not result.made else result

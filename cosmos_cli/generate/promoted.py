@@ -66,6 +66,16 @@ def run_of(folder: Path) -> str | None:
     return None
 
 
+def is_of(folder: Path, run: Path) -> bool:
+    """True if a promoted model comes from this run, which may have been moved since."""
+    known = run_of(folder)
+    if known is None or known == str(run):
+        return known is not None
+    # A run is named by the last folders of its path: project, group and name.
+    same_name = Path(known).parts[-3:] == run.parts[-3:]
+    return same_name and not os.path.exists(known)  # noqa: PTH110 - False if unreachable
+
+
 def found(checkpoints_dir: str, spec: ModelSpec | None = None) -> list[Promoted]:
     """Return the promoted models, of `spec` if given, the newest first.
 

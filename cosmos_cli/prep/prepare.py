@@ -2,7 +2,8 @@
 
 Every file is written atomically and kept as long as its inputs stay the same, so prep can be killed
 at any point and run again. Several processes can prepare one dataset at once: each takes the next
-video that no other process works on, and the last one writes the manifest.
+video that no other process works on, and the last one writes the manifest. On a machine with
+several GPUs, helper processes describe and encode videos on the others.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any
 
 from cosmos_cli import console, files
 from cosmos_cli.console import Stopwatch
+from cosmos_cli.download.assets import require_networks
 from cosmos_cli.model import text
 from cosmos_cli.model.device import number_format
 from cosmos_cli.paths import Dataset
@@ -20,6 +22,7 @@ from cosmos_cli.prep import (
     caption_notes,
     captioner,
     embedding_files,
+    helpers,
     holdout,
     latent_files,
     page,
@@ -43,6 +46,8 @@ def prepare(r: Recipe, device: str) -> dict[str, Any]:
     times = Stopwatch()
     with times("inspect"):
         videos = sources.inspect(r, dataset)
+    for line in sources.remarks(videos):
+        console.warn(line)
     sources.require_usable(r, dataset, videos)
     job = _job(r, videos)
     with times("describe"):
@@ -65,14 +70,15 @@ def prepare(r: Recipe, device: str) -> dict[str, Any]:
             caption_choice.write_captions(r, dataset, videos)
             _check_embeddings(r, dataset, videos)
         workers.start()
-        with times("embed"):
-            _write_embeddings(r, dataset, videos, workers, device)
-        clips = sum(len(source.clips) for source in videos if not source.reason)
-        latents = Latents(r, dataset, clips, device)
-        with times("encode"):
-            latents.make(videos, workers)
-        with times("wait for other processes"):
-            finished = workers.wait_for_others()
+        usable = sum(not source.reason for source in videos)
+        with helpers.helping(r, usable, _help_to_encode, (r, dataset, videos, job)):
+            with times("embed"):
+                _write_embeddings(r, dataset, videos, workers, device)
+            latents = Latents(r, dataset, videos, device)
+            with times("encode"):
+                latents.make(videos, workers)
+            with times("wait for other processes"):
+                finished = workers.wait_for_others()
         if not finished:
             # Another process may have been killed before it finished its videos.
             _write_embeddings(r, dataset, videos, workers, device)
@@ -80,6 +86,19 @@ def prepare(r: Recipe, device: str) -> dict[str, Any]:
             _finish(r, latents, videos, notes, times)
             workers.finished()
         return dataset.read_manifest()
+
+
+def _help_to_encode(
+    r: Recipe, dataset: Dataset, videos: list[Source], job: str, device: str
+) -> None:
+    """Encode videos in a helper process until another process works on each that is left.
+
+    Captions are not shared: loading the text encoder takes longer than embedding a thousand.
+    """
+    with work_sharing.workers(dataset.lock, job) as workers:
+        # If it is the first, `prepare` has ended.
+        if not workers.first:
+            Latents(r, dataset, videos, device).make(videos, workers)
 
 
 def _job(r: Recipe, videos: list[Source]) -> str:
@@ -93,7 +112,8 @@ def _job(r: Recipe, videos: list[Source]) -> str:
 
 def _remove_stale(dataset: Dataset) -> None:
     """Remove the temporary files of processes that were killed."""
-    for folder in (dataset.root, dataset.metas, dataset.embeddings, dataset.latents):
+    folders = (dataset.metas, dataset.embeddings, dataset.latents, dataset.descriptions)
+    for folder in (dataset.root, *folders):
         if folder.is_dir():
             files.remove_stale(folder)
 
@@ -129,11 +149,30 @@ def _finish(
     statistics = {
         v.name: latents.statistics[v.name] for v in videos if v.name in latents.statistics
     }
-    findings = page.Findings(manifest, statistics, times.seconds, notes.lines(r))
+    findings = page.Findings(
+        manifest, statistics, times.seconds, [*notes.lines(r), *sources.remarks(videos)]
+    )
     page.write_page(r, dataset, videos, findings, latents.tokenizer)
     # A process that was killed while this one waited may have left temporary files.
     _remove_stale(dataset)
     files.write_json(dataset.manifest, manifest)
+
+
+def require_ready(r: Recipe, dataset: Dataset, videos: list[Source]) -> None:
+    """Check what prep needs beyond usable videos: its networks and disk space.
+
+    Raises:
+        UserError: a network is missing, or the latents do not fit on the disk.
+    """
+    used = [source for source in videos if not source.reason]
+    networks = [r.model_files.tokenizer]
+    if not all((dataset.embeddings / f"{source.stem}.pickle").exists() for source in used):
+        networks.append(r.model_files.text_encoder / "config.json")
+    # A name that is not a path is one in the hub's cache.
+    if r.caption_model and any(source.caption_source == "vlm" for source in used):
+        networks += [Path(r.caption_model)] if Path(r.caption_model).is_absolute() else []
+    require_networks(r, *networks)
+    _check_disk(r, dataset, videos)
 
 
 def _check_disk(r: Recipe, dataset: Dataset, videos: list[Source]) -> None:

@@ -104,7 +104,7 @@ def find_recipe(name_or_path: str | Path) -> Path:
     Raises:
         UserError: (USAGE) if there is no such file and no such name.
     """
-    path, known = Path(name_or_path), shipped()
+    path, known = files.expand(name_or_path), shipped()
     try:
         is_folder = path.is_dir()
         # A broken link counts as found, so that opening it names the real problem.
@@ -197,8 +197,8 @@ def _validate(entries: dict[str, Entry], path: Path) -> tuple[Recipe, list[UserE
     """Return the recipe and its problems. Wrong values are replaced by their defaults."""
     values = {key: entry.value for key, entry in entries.items()}
     for key in PATHS:
-        if isinstance(values.get(key), str) and values[key].startswith("~/"):
-            values[key] = str(Path(values[key]).expanduser())
+        if isinstance(values.get(key), str) and values[key].startswith("~"):
+            values[key] = str(files.expand(values[key]))
     wrong: dict[str, UserError] = {}
     try:
         recipe = Recipe.model_validate(values)
@@ -229,6 +229,11 @@ def _wrong_value(kind: str, key: str, entry: Entry | None, path: Path) -> UserEr
     if kind == "extra_forbidden":
         fix = _nearest(key.lower(), Recipe.model_fields) or "`cosmos recipes keys` lists them all"
         return usage_error(_where(key, entry), "unknown key", fix)
+    if kind == "string_unicode":
+        # The text of a command line that is not UTF-8, or an escape such as "\ud800".
+        bad = next(letter for letter in str(entry.value) if "\ud800" <= letter <= "\udfff")
+        what = f"holds {bad!a}, which is not a character"
+        return usage_error(_where(key, entry), what, "write it as UTF-8 text")
     schema = json_schema()["properties"][key]
     quoted = isinstance(entry.value, str)
     found = repr(entry.text) if quoted else entry.text or "nothing"

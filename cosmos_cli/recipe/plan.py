@@ -13,8 +13,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from cosmos_cli import console, gpus
+from cosmos_cli import console
 from cosmos_cli.errors import ExitCode, UserError
+from cosmos_cli.recipe import residence
+from cosmos_cli.recipe.residence import Residence
 
 if TYPE_CHECKING:
     from cosmos_cli.recipe.keys import Recipe
@@ -74,6 +76,7 @@ OFFLOADED = {
     "ema": ("EMA",),
     "optimizer": ("EMA", "optimizer", "gradients"),
     "parameters": ("EMA", "optimizer", "gradients", "weights"),
+    "weights": (),
 }
 # GB/s at which each GPU's offloaded state is updated and transferred, about the rate of PCIe.
 HOST_RATE = 20
@@ -193,6 +196,7 @@ def plan(r: Recipe, ranks: int, gpu: GpuModel | None) -> Plan:
     """Return the memory, time and disk that the recipe needs on `ranks` GPUs."""
     memory = {part: size / 1e9 for part, size in _memory(r, ranks, gpu).items()}
     host = ranks * sum(memory.pop(part) for part in OFFLOADED[r.offload])
+    host += _streamed_bytes(r, streamed_parts(r, gpu)) / 1e9
     seconds = None if gpu is None else step_seconds(r, ranks, gpu)
     element_size = 2 if r.precision == "bf16" else 4
     # A save gathers the weights and the EMA; a start reads the base weights.
@@ -337,13 +341,13 @@ def _memory(r: Recipe, ranks: int, gpu: GpuModel | None) -> dict[str, float]:
     whole, trained, stage = r.spec.dit.parameters, r.trained_parameters, r.zero_stage
     element_size = 2 if r.precision == "bf16" else 4
     frozen = whole if r.lora_rank else 0
-    held = (whole if not r.lora_rank else frozen + trained) * element_size
+    held = float((whole if not r.lora_rank else frozen + trained) * element_size)
     # fp32 master weights if the weights have 16 bits, and two moments.
     optimizer = trained * (12 if element_size == 2 else 8)
     gradients = trained * element_size
     activation = _activation(r)
     blocks = r.spec.dit.blocks
-    kept = blocks * {"none": BLOCK_KEPT, "all": 1}.get(r.activation_checkpointing, 2)
+    kept: float = blocks * {"none": BLOCK_KEPT, "all": 1}.get(r.activation_checkpointing, 2)
     mlps, whole_blocks = blocks_kept(r, ranks, gpu)
     kept += mlps + whole_blocks * (LINEARS_KEPT - 1)
     work: float = LORA_BLOCK_WORK if r.lora_rank else BLOCK_WORK
@@ -356,6 +360,12 @@ def _memory(r: Recipe, ranks: int, gpu: GpuModel | None) -> dict[str, float]:
         buffers += 3 * whole / blocks * element_size
         if node := second_copy(r, ranks):
             buffers += held / node
+    resident = streamed_parts(r, gpu)
+    if resident.streamed:
+        held -= blocks * r.spec.dit.block_parameters * element_size
+        held += residence.block_weights(r.spec.dit, element_size, resident.streamed)
+    if resident.stored:
+        kept -= resident.stored * kept / blocks - residence.IN_TRANSIT
     return {
         "weights": held / (ranks if stage == 3 else 1),
         "optimizer": optimizer / ranks,
@@ -364,6 +374,32 @@ def _memory(r: Recipe, ranks: int, gpu: GpuModel | None) -> dict[str, float]:
         "activations": activation * (kept + work),
         "buffers": buffers,
     }
+
+
+def streamed_parts(r: Recipe, gpu: GpuModel | None) -> Residence:
+    """Return what a training with `offload: weights` streams on a GPU; all of it if unknown."""
+    blocks = r.spec.dit.blocks
+    if r.offload != "weights":
+        return Residence()
+    if gpu is None:
+        return Residence(blocks, blocks)
+    resident = r.model_copy(update={"offload": "none"})
+    parts = _memory(resident, 1, gpu)
+    element_size = 2 if r.precision == "bf16" else 4
+    in_blocks = blocks * r.spec.dit.block_parameters * element_size
+    stored = _activation(r) * blocks * (1 if r.activation_checkpointing == "all" else 2)
+    room = gpu.memory_gb * 1e9 * COMFORTABLE - (sum(parts.values()) - in_blocks - stored)
+    return residence.of_training(r, _activation(r), room)
+
+
+def _streamed_bytes(r: Recipe, parts: Residence) -> float:
+    """Return the pinned CPU memory of streamed weights and stored activations."""
+    element_size = 2 if r.precision == "bf16" else 4
+    weights = residence.pinned_bytes(r.spec.dit.block_parameters * element_size)
+    per_block = 1 if r.activation_checkpointing == "all" else 2
+    return float(
+        parts.streamed * weights + parts.stored * per_block * residence.pinned_bytes(_activation(r))
+    )
 
 
 def forward_bytes(r: Recipe, ranks: int) -> float:
@@ -562,9 +598,3 @@ def check_memory(r: Recipe, ranks: int, gpu: GpuModel | None) -> dict[str, Any]:
         error.figures = figures
         raise error
     return figures
-
-
-def smallest_gpu() -> GpuModel | None:
-    """Return the kind of this machine's GPUs. If they differ, the smallest one that is known."""
-    kinds = filter(None, map(find_gpu, gpus.gpu_names()))
-    return min(kinds, key=lambda gpu: gpu.memory_gb, default=None)

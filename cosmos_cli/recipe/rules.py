@@ -25,7 +25,9 @@ def conflicts(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str, str]]:
             rule = f"must be a multiple of {spec.size_multiple} and at most {spec.max_size}"
             fix = _nearest(key, size, spec.size_multiple, spec.max_size)
             yield (key,), f"{rule}, found {size}", fix
-    least_stage = {"none": 0, "ema": 0, "optimizer": 1, "parameters": 3}[recipe.offload]
+    if recipe.offload == "weights":
+        yield from _streaming_conflicts(recipe)
+    least_stage = {"optimizer": 1, "parameters": 3}.get(recipe.offload, 0)
     if recipe.zero_stage < least_stage:
         what = f"offload {recipe.offload} needs zero_stage {least_stage} or above, "
         what += f"found {recipe.zero_stage}"
@@ -60,6 +62,29 @@ def conflicts(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str, str]]:
         what += f"{micro} x {groups} = {clips_at_once}"
         keys = ("global_batch_size", "num_processes", "micro_batch_size", "sequence_parallel")
         yield keys, what, _nearest("global_batch_size", total, clips_at_once)
+
+
+def _streaming_conflicts(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str, str]]:
+    """Yield the conflicts of `offload: weights`, like `conflicts`."""
+    if not recipe.lora_rank:
+        what = "offload weights streams frozen weights, but lora_rank 0 trains all weights"
+        yield (
+            ("offload", "lora_rank"),
+            what,
+            "use `--set lora_rank=16` or `--set offload=parameters`",
+        )
+    if recipe.activation_checkpointing not in ("attention", "all"):
+        what = "offload weights needs activation_checkpointing attention or all, found "
+        what += recipe.activation_checkpointing
+        fix = "use `--set activation_checkpointing=attention`"
+        yield ("offload", "activation_checkpointing"), what, fix
+    if recipe.zero_stage == 3:
+        what = "offload weights keeps whole blocks and needs zero_stage 0 to 2, found 3"
+        yield ("offload", "zero_stage"), what, "use `--set zero_stage=1`"
+    if recipe.num_processes not in ("auto", 1):
+        what = f"offload weights works in one process, found num_processes {recipe.num_processes}"
+        fix = "use `--set num_processes=1`, or `--set zero_stage=3 --set offload=none`"
+        yield ("offload", "num_processes"), what, fix
 
 
 def engine_conflicts(recipe: Recipe, tokens: int) -> Iterator[tuple[tuple[str, ...], str, str]]:

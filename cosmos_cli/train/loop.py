@@ -55,13 +55,7 @@ def train(
 ) -> dict[str, Any]:
     """Train to max_steps or until a stop signal, and return the figures of the run's result.
 
-    Args:
-        r: the recipe.
-        device: the device of this rank.
-        clips: the training clips.
-        held_out: measures the error on held-out clips, if there are any.
-        previews: makes previews and samples.
-        about: the provenance that is saved with every checkpoint.
+    `device` is this rank's device. `about` is the provenance that every checkpoint records.
     """
     run = Run(r.run_dir)
     sequence = neighbours(r.sequence_parallel)
@@ -86,9 +80,11 @@ def train(
         record.write_held_out(start, held_out.measure(engine, device, start))
     record.write_samples(start, previews.make(engine, start, asked=False))
 
-    saved, stop_code = start, 0
+    # A stop among these pictures leaves them to the next start, which begins at the same step.
+    saved, stop_code = start, requests.stop_code(device)
+    steps = range(start, start if stop_code else r.max_steps)
     with console.progress("train", r.max_steps, "steps", done=start) as bar:
-        for step, micro_batches in data.batches(clips, share, settings, range(start, r.max_steps)):
+        for step, micro_batches in data.batches(clips, share, settings, steps):
             stats, row = optimize(r, run, engine, ema, step, micro_batches)
             done, stop_code = step + 1, stats.stop_code
             bar.advance(metrics.words(row))
@@ -106,6 +102,7 @@ def train(
             if not stop_code:
                 with bar.paused():
                     record.write_samples(done, previews.make(engine, done, stats.sample_asked))
+                stop_code = requests.stop_code(device) if saving else 0
             if saving:
                 record.write_page()
             if stop_code:

@@ -12,6 +12,8 @@ from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Any
 
+import psutil
+
 from cosmos_cli import console, files, gpus, paths
 from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.gpus import gpu_names
@@ -84,7 +86,10 @@ def check_dataset(r: Recipe) -> tuple[int, int]:
                 fix="run `cosmos prep RECIPE` again",
             )
     listed = {video["path"]: video["bytes"] for video in manifest["videos"]}
-    names = {*listed, *(path.name for path in dataset.video_files())}
+    names = {
+        *listed,
+        *(path.relative_to(dataset.videos).as_posix() for path in dataset.video_files()),
+    }
     present = {path: files.size_of(dataset.videos / path) for path in names}
     if changed := sorted(set(present.items()) ^ set(listed.items())):
         raise UserError(
@@ -120,6 +125,7 @@ def check_recipe(r: Recipe, ranks: int) -> None:
         )
     trackers.check_tracker(r)
     check_kernels(r)
+    check_cpu_memory(r, ranks)
     base = r.model_files.dit
     if not base.exists():
         raise UserError(
@@ -159,6 +165,9 @@ def check_world(r: Recipe, ranks: int) -> None:
         if size != "auto" and ranks % size:
             what = f"{ranks} processes do not divide into groups of {size}"
             raise bad(key, what, f"use `--set {key}={math.gcd(ranks, size)}`")
+    if r.offload == "weights" and ranks > 1:
+        fix = "use `--set num_processes=1`, or `--set zero_stage=3 --set offload=none`"
+        raise bad("offload", f"weights are streamed to one GPU, found {ranks} processes", fix)
     at_once = ranks // r.sequence_parallel * r.micro_batch_size
     if r.global_batch_size % at_once:
         what = (
@@ -170,6 +179,28 @@ def check_world(r: Recipe, ranks: int) -> None:
             what,
             f"use `--set global_batch_size={-(-r.global_batch_size // at_once) * at_once}`",
         )
+
+
+def check_cpu_memory(r: Recipe, ranks: int) -> None:
+    """Refuse a run whose offloaded state does not fit in CPU memory.
+
+    Raises:
+        UserError: (ASSET) less CPU memory is available than the plan needs.
+    """
+    needed = 1e9 * plan.plan(r, ranks, smallest_gpu()).host_gb
+    available = psutil.virtual_memory().available
+    if needed > available:
+        raise UserError(
+            f"offload {r.offload} needs {console.size(needed)} of CPU memory, "
+            f"{console.size(available)} are available",
+            code=ExitCode.ASSET, where=r.name, fix=_less_cpu_memory(r),
+        )  # fmt: skip
+
+
+def _less_cpu_memory(r: Recipe) -> str:
+    if r.offload == "weights" and r.activation_checkpointing == "attention":
+        return "add `--set activation_checkpointing=all`, which stores half as many activations"
+    return "close other programs, or use smaller clips with `--set num_frames`, height and width"
 
 
 def check_kernels(r: Recipe) -> None:
@@ -220,6 +251,12 @@ def check_gpus(r: Recipe, ranks: int) -> None:
         )  # fmt: skip
 
 
+def smallest_gpu() -> plan.GpuModel | None:
+    """Return the kind of this machine's GPUs. If they differ, the smallest one that is known."""
+    kinds = filter(None, map(plan.find_gpu, gpu_names()))
+    return min(kinds, key=lambda gpu: gpu.memory_gb, default=None)
+
+
 def warn_of_hidden_gpus() -> None:
     """Warn if CUDA_VISIBLE_DEVICES or MIG leaves other GPUs than the user may expect."""
     if remark := gpus.visible().remark:
@@ -244,8 +281,11 @@ def check_resume(r: Recipe, run: Run, ranks: int) -> int:
     changes = _changes(r, saved)
     for key in r.deciding("run"):
         before, now = changes.get(key, (None, None))
-        if before != now and not _are_equivalent(key, before, now):
-            raise _another_run(folder, f"{key} = {before}, the recipe says {now}")
+        if before != now and not _are_equivalent(key, before, now, "clips" not in changes):
+            if key == "base" and ("base" in saved or _is_moved(before, now)):
+                continue
+            clips = ", whose clips differ" if key == "dataset_dir" else ""
+            raise _another_run(folder, f"{key} = {before}, the recipe says {now}{clips}")
     if "base" in saved:
         base = r.model_files.dit
         if files.sha256_path(base) != saved["base"]:
@@ -358,11 +398,27 @@ def _suggestions(r: Recipe, run: Run, later: list[int], command: CommandLine) ->
     return "; ".join(ways)
 
 
-def _are_equivalent(key: str, before: Any, now: Any) -> bool:
-    """True if two values of a key mean the same."""
+def _are_equivalent(key: str, before: Any, now: Any, same_clips: bool) -> bool:
+    """True if two values of a key mean the same. A dataset with the same clips is the same."""
     if key == "optimizer":
         return {before, now} == {"auto", "torch"}
-    return key == "dataset_dir" and os.path.abspath(before) == os.path.abspath(now)  # noqa: PTH100
+    if key != "dataset_dir":
+        return False
+    return same_clips or os.path.abspath(before) == os.path.abspath(now)  # noqa: PTH100
+
+
+def _is_moved(before: str | None, now: str | None) -> bool:
+    """True if base weights, of which the run saved no hash, may be the same file at a new path.
+
+    A resumed run of all weights takes nothing from its base, so the file need not be known.
+    """
+    if not before or not now:
+        return False
+    old, new = (paths.weights_in(Path(path).absolute()) for path in (before, now))
+    if old.exists():
+        return files.sha256_path(old) == files.sha256_path(new)
+    console.warn(f"base was {before}, which is not there: the run continues from its own weights")
+    return True
 
 
 def _another_run(folder: Path, with_what: str) -> UserError:

@@ -60,14 +60,14 @@ class Previews:
     """
 
     def __init__(
-        self, r: Recipe, run: Run, clips: Clips, shown: Clips, stopping: Callable[[], bool]
+        self, r: Recipe, run: Run, clips: Clips, shown: Clips, stop_code: Callable[[], int]
     ) -> None:
         """Choose some of the clips in `shown`. Samples are compared with the training set, `clips`.
 
-        `stopping` returns the same on all ranks: True if the run is to stop. Unfinished samples are
-        then abandoned.
+        `stop_code` returns the same on all ranks: not 0 if the run is to stop. Unfinished samples
+        are then abandoned.
         """
-        self.r, self.run, self.clips, self.stopping = r, run, clips, stopping
+        self.r, self.run, self.clips, self.stop_code = r, run, clips, stop_code
         self.shown = HeldOut(shown, r.preview_clips, PREVIEW_SIGMAS)
         self.budget = TimeBudget(r.preview_share)
         self.warned: set[str] = set()
@@ -220,7 +220,7 @@ class Previews:
         began, first = time.monotonic(), i == 0 and "samples" not in self.budget.cost
 
         def stop_if_asked(done: int) -> None:
-            if self.stopping():
+            if self.stop_code():
                 raise _Stopping
             if first and done == 0:
                 groups = dist.get_world_size() // net.sequence.size

@@ -64,8 +64,8 @@ def train_on_dataset(r: Recipe, device: torch.device) -> dict[str, Any]:
     """Open the recipe's dataset and train on it; return the figures of the run's result."""
     clips, held_out, about = open_dataset(r)
     shown = held_out.clips if held_out else clips
-    stopping = partial(requests.is_stopping, device)
-    previews = Previews(r, Run(r.run_dir), clips, shown, stopping)
+    stop_code = partial(requests.stop_code, device)
+    previews = Previews(r, Run(r.run_dir), clips, shown, stop_code)
     return loop.train(r, device, clips, held_out, previews, about)
 
 

@@ -25,13 +25,35 @@ NEAREST = "nearest_clip"
 
 def rows(run: Run) -> list[Row]:
     """Return the rows of metrics.jsonl, without a last line that was cut short by a kill."""
-    if not run.metrics.exists():
-        return []
-    lines = files.read_text(run.metrics, files.FIGURES).splitlines(keepends=True)
-    try:
-        return [json.loads(line) for line in lines if line.endswith("\n")]
-    except (ValueError, RecursionError) as error:
-        raise files.bad(run.metrics, files.FIGURES, f"is damaged: {error}") from error
+    return RowReader(run).read()
+
+
+class RowReader:
+    """Reads metrics.jsonl while it grows, each byte once, unless the file is replaced."""
+
+    def __init__(self, run: Run) -> None:
+        self.path = run.metrics
+        self.file: tuple[int, int] | None = None
+        self.offset = 0
+
+    def read(self) -> list[Row]:
+        """Return the whole rows since the last call, or all of them if the file is a new one."""
+        try:
+            stream = files.open_regular(self.path, files.FIGURES)
+        except files.NoSuchFile:
+            return []
+        with stream:
+            file = files.file_id(stream.fileno())
+            if file != self.file or stream.seek(0, os.SEEK_END) < self.offset:
+                self.file, self.offset = file, 0
+            stream.seek(self.offset)
+            content = stream.read(files.FIGURES.limit)
+        whole = content[: content.rfind(b"\n") + 1]
+        self.offset += len(whole)
+        try:
+            return [json.loads(line) for line in whole.splitlines()]
+        except (ValueError, RecursionError) as error:
+            raise files.bad(self.path, files.FIGURES, f"is damaged: {error}") from error
 
 
 def note(run: Run, figures: Row) -> None:
@@ -47,7 +69,7 @@ def saved_step(run: Run) -> int:
     count only if status.json is missing, damaged or from a version that did not record the step.
     """
     try:
-        return int(json.loads(files.read_text(run.status, files.JSON))["saved_step"])
+        return int(files.read_json(run.status)["saved_step"])
     except files.NoSuchFile:
         # Training writes status.json before its first row, so the rows show that it was deleted.
         steps = [row["step"] for row in rows(run)]
@@ -66,6 +88,15 @@ def best_step(run: Run) -> int | None:
     saved = set(run.saved_steps("ema"))
     errors = [(row[HELD_OUT], row["step"]) for row in rows(run) if HELD_OUT in row]
     return min((pair for pair in errors if pair[1] in saved), default=(0.0, None))[1]
+
+
+def least_step(run: Run) -> int | None:
+    """Return the step with the lowest held-out error, saved or not, or None if none was measured.
+
+    Step 0 is the base model.
+    """
+    errors = [(row[HELD_OUT], row["step"]) for row in rows(run) if HELD_OUT in row]
+    return min(errors, default=(0.0, None))[1]
 
 
 def state(run: Run) -> Row:
@@ -96,6 +127,7 @@ def state(run: Run) -> Row:
         "saved_steps": run.saved_steps("ema"),
         "resumable_steps": run.resumable_steps(),
         "best_step": best_step(run),
+        "least_step": least_step(run),
         "seconds_since_news": round(time.time() - status["time"], 1),
     }
     if figures["state"] != "running":
@@ -155,5 +187,14 @@ def state_rows(figures: Row) -> list[tuple[str, str]]:
         words.append(("held out", f"{measured[HELD_OUT]:.4f} at step {measured['step']}{against}"))
     words.append(("saved", ", ".join(map(str, figures["saved_steps"])) or "nothing yet"))
     if figures["best_step"] is not None:
-        words.append(("best", f"step {figures['best_step']}"))
+        words.append(("best", f"step {figures['best_step']}{_better(figures)}"))
     return words
+
+
+def _better(figures: Row) -> str:
+    """Return a remark if a step with a lower held-out error than the best saved one exists."""
+    best, least = figures["best_step"], figures["least_step"]
+    if least == best:
+        return ""
+    name = f"step {least}" if least else "the base model"
+    return f", of the saved steps; {name} had a lower held-out error"

@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 
 from cosmos_cli.evaluate import evaluation
 from cosmos_cli.evaluate.evaluation import Sample, Trial
+from cosmos_cli.model import edm
 from cosmos_cli.model.tiny import scorer, world
 from cosmos_cli.prep import embedding_files
 from cosmos_cli.spec import TINY
@@ -116,3 +117,14 @@ def test_a_larger_earlier_evaluation_is_kept_under_another_name(tmp_path, capsys
     page.with_suffix(".json").unlink()
     write(12, "base")
     assert (tmp_path / "e_earlier.html").is_file()
+
+
+def test_every_figure_of_the_page_is_explained():
+    model = {"scores": dict.fromkeys(evaluation.CHANCE, 0.5), "nearest_clip": 0.2, "edm": {}}
+    model["edm"] = {f"sigma_{sigma:.2g}": 0.1 for sigma in edm.FIXED_SIGMAS}
+    figures = {"models": {"base": model}, "psnr": 30.0, "clips_apart": 0.4, "prompts": 2}
+    page = evaluation._figures(figures | {"clips": "held-out"})
+    rows = evaluation.figure_rows(figures)
+    assert page.count(">lower</td>") == len(edm.FIXED_SIGMAS)
+    assert page.count(">higher</td>") == len(rows) - len(edm.FIXED_SIGMAS) - 1
+    assert "of the dataset" in page and "held-out clips" in page

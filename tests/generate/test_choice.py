@@ -15,10 +15,24 @@ SEVEN, FOURTEEN = "Cosmos-Predict1-7B-Text2World", "Cosmos-Predict1-14B-Text2Wor
 TINY = "Cosmos-Tiny-Text2World"
 
 
+@pytest.fixture(autouse=True)
+def networks(cosmos):
+    put_networks(cosmos.cwd / "checkpoints")
+    put_networks(cosmos.cwd)
+
+
+def put_networks(root):
+    """Put the networks around the denoiser there, as far as a dry run looks at them."""
+    (root / "google-t5/t5-11b").mkdir(parents=True)
+    (root / "google-t5/t5-11b/config.json").write_text("{}")
+    (root / paths.TOKENIZER_DIR).mkdir()
+
+
 def choose(cosmos, *arguments, code=0):
     """Return the weights that a command would use, relative to its folder, and its stderr."""
     done = cosmos(
-        "generate", *arguments, "--prompt", "A ball.", "--dry-run", "--json", code=code
+        "generate", *arguments, "--prompt", "A ball.", "--set", "guardrails=off", "--dry-run",
+        "--json", code=code,
     )  # fmt: skip
     assert "Traceback" not in done.stderr
     if code:
@@ -142,6 +156,7 @@ def test_checkpoints_dir_and_home_are_where_the_user_says(cosmos, monkeypatch):
     monkeypatch.setenv("HOME", str(cosmos.cwd / "home"))
     promoted(cosmos, f"{SEVEN}_post-trained_robots")
     (cosmos.cwd / "checkpoints").rename(cosmos.cwd / "home")
+    put_networks(cosmos.cwd / "checkpoints")
     elsewhere = ["--set", "checkpoints_dir=~/"]
     expected = f"home/{SEVEN}_post-trained_robots/model.pt"
     for asked in (
@@ -153,6 +168,27 @@ def test_checkpoints_dir_and_home_are_where_the_user_says(cosmos, monkeypatch):
     ):
         assert choose(cosmos, *asked)[0] == expected
     assert "tiny" in choose(cosmos)[0]
+
+
+def test_a_model_of_another_machine_uses_the_networks_of_this_one(cosmos, tmp_path_factory):
+    folder = promoted(cosmos, f"{SEVEN}_post-trained_robots")
+    with (folder / "recipe.yaml").open("a") as recipe:
+        recipe.write("checkpoints_dir: /there/checkpoints\n")
+    usual, far = cosmos.cwd / "checkpoints", tmp_path_factory.mktemp("far: away #1") / "checkpoints"
+    asked = ("--model", f"{SEVEN}_post-trained_robots")
+    assert f"/there/checkpoints, the checkpoints_dir of {folder}" in choose(cosmos, *asked)[1]
+    assert "/there" not in choose(cosmos, *asked, "--set", "checkpoints_dir=checkpoints")[1]
+    folder = shutil.copytree(folder, far / folder.name)
+    assert f"is not there: using {usual}" in choose(cosmos, "--model", folder)[1]
+    (far / paths.TEXT_ENCODER_DIR).mkdir(parents=True)
+    assert f"is not there: using {far}" in choose(cosmos, "--model", folder)[1]
+
+
+def test_a_run_that_was_moved_is_still_the_recipes_own(cosmos):
+    moved = "/there/outputs/posttraining/diffusion_text2world/tiny"
+    promoted(cosmos, f"{TINY}_post-trained_own", moved, changed=1e8)
+    promoted(cosmos, f"{TINY}_post-trained", changed=2e8)
+    assert choose(cosmos, "tiny")[0] == f"checkpoints/{TINY}_post-trained_own/model.pt"
 
 
 def test_a_path_wins_over_a_model_name_and_is_reported(cosmos):

@@ -83,6 +83,9 @@ WRONG = [
     ("prompt: 5", "must be text that is not empty, or null, found 5; put it in quotes"),
     ("prompt: ''", "must be text that is not empty, or null, found ''"),
     ('videos_dir: "a\\0b"', "must be text that is not empty, or null"),
+    ('prompt: "a \\ud800"', r"holds '\ud800', which is not a character; write it as UTF-8 text"),
+    ('negative_prompt: "\\udfff"', r"holds '\udfff', which is not a character"),
+    ("negative_prompt: 5", "must be text, or null, found 5; put it in quotes"),
     ("dataset_revision: 12e4567", "found 12e4567; put it in quotes"),
     ("dataset_repo: https://hub/x", "must be a hub name like owner/name, or embedded, or null"),
     ("name: ../x", "must be text of letters, digits, '.', '_' and '-', found '../x'"),
@@ -404,6 +407,11 @@ def test_a_tilde_is_the_home_folder_only_in_paths(file: Path) -> None:
     loaded = load(file, "output_root: ~/runs\nprompt: ~/runs").recipe
     assert loaded.output_root == str(Path.home() / "runs")
     assert loaded.prompt == "~/runs"
+    lines = ("upsampler: ~/chat", "caption: vlm", "caption_model: ~/eyes", "base: ~nobody-here/b")
+    loaded = load(file, *lines).recipe
+    assert loaded.upsampler == str(Path.home() / "chat")
+    assert loaded.caption_model == str(Path.home() / "eyes")
+    assert loaded.base == "~nobody-here/b"
 
 
 def test_a_recipe_of_ours_warns_only_of_what_the_user_changes(tmp_path: Path) -> None:
