@@ -61,6 +61,7 @@ GPU_SAVERS = (
 )
 SAVERS = (
     *GPU_SAVERS,
+    {"offload": "weights", "zero_stage": 1},
     {"offload": "ema"},
     {"offload": "optimizer"},
     {"offload": "parameters", "zero_stage": 3},
@@ -225,12 +226,12 @@ def remedies(r: Recipe, ranks: int, gpu: GpuModel) -> list[tuple[str, Plan]]:
     memory alone and with state in CPU memory.
     """
     found: dict[str, Plan] = {}
+    # A recipe for another machine than the one that is planned for.
+    count = {} if r.num_processes in ("auto", ranks) else {"num_processes": ranks}
     for method in ({},) if r.lora_rank else ({}, LORA):
         for savers in (GPU_SAVERS, SAVERS):
             for clip in _clips(r):
-                # With smaller clips there is a choice, so leave a margin for the error of the plan.
-                limit = gpu.memory_gb * (COMFORTABLE if clip else USABLE)
-                changes = _fit(r, {**method, **clip}, savers, ranks, limit)
+                changes = _fit(r, {**count, **method, **clip}, savers, ranks, gpu)
                 if changes is not None:
                     less = plan(r.model_copy(update=changes), ranks, gpu)
                     options = (f"--set {k}={v}" for k, v in changes.items() if v != getattr(r, k))
@@ -272,20 +273,23 @@ def _fit(
     changes: dict[str, Any],
     savers: Sequence[dict[str, Any]],
     ranks: int,
-    limit_gb: float,
+    gpu: GpuModel,
 ) -> dict[str, Any] | None:
-    """Return `changes` with the fewest savers that keep below the limit, or None if none do."""
+    """Return `changes` with the fewest savers that make the recipe fit, or None if none do."""
+    # With smaller clips there is a choice, so leave a margin for the error of the plan.
+    margin = COMFORTABLE if {"num_frames", "height"} & changes.keys() else USABLE
 
     def joined(chosen: Sequence[dict[str, Any]]) -> dict[str, Any]:
         return {**changes, **{key: saver[key] for saver in chosen for key in saver}}
 
     def fits(chosen: Sequence[dict[str, Any]]) -> bool:
         changed = r.model_copy(update=joined(chosen))
-        return _is_valid(changed, ranks) and plan(changed, ranks, None).total_gb <= limit_gb
+        total_gb = plan(changed, ranks, gpu).total_gb
+        return _is_valid(changed, ranks) and total_gb <= gpu.memory_gb * margin
 
     used: list[dict[str, Any]] = []
     for saver in savers:
-        if not fits(used) and _saves(r.model_copy(update=joined(used)), saver, ranks):
+        if not fits(used) and _saves(r.model_copy(update=joined(used)), saver, ranks, gpu):
             used.append(saver)
     for saver in tuple(used):
         fewer = [other for other in used if other is not saver]
@@ -294,10 +298,10 @@ def _fit(
     return joined(used) if fits(used) else None
 
 
-def _saves(r: Recipe, change: dict[str, Any], ranks: int) -> bool:
+def _saves(r: Recipe, change: dict[str, Any], ranks: int, gpu: GpuModel | None = None) -> bool:
     """True if a change is valid and saves GPU memory."""
     less = r.model_copy(update=change)
-    before, after = (plan(one, ranks, None).total_gb for one in (r, less))
+    before, after = (plan(one, ranks, gpu).total_gb for one in (r, less))
     return after < before and _is_valid(less, ranks)
 
 
@@ -306,7 +310,9 @@ def _is_valid(r: Recipe, ranks: int) -> bool:
 
     # The plan is for `ranks` processes, whatever the recipe says.
     asked = r.model_copy(update={"num_processes": "auto"})
-    return ranks % r.sequence_parallel == 0 and not any(rules.conflicts(asked))
+    if ranks % r.sequence_parallel or (r.offload == "weights" and ranks > 1):
+        return False
+    return not any(rules.conflicts(asked))
 
 
 # --- memory ---------------------------------------------------------------------------------------

@@ -200,7 +200,7 @@ def check_cpu_memory(r: Recipe, ranks: int) -> None:
 def _less_cpu_memory(r: Recipe) -> str:
     if r.offload == "weights" and r.activation_checkpointing == "attention":
         return "add `--set activation_checkpointing=all`, which stores half as many activations"
-    return "close other programs, or use smaller clips with `--set num_frames`, height and width"
+    return f"close other programs, or use {plan.smaller_clip(r)}"
 
 
 def check_kernels(r: Recipe) -> None:
