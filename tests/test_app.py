@@ -286,6 +286,10 @@ def test_the_script_of_six_verbs_prints_only_the_path_of_a_video(tmp_path):
         ("train tiny --set height=100", "`--set height=96` or `--set height=112`"),
         ("promote tiny --set seed=3", "run `cosmos train tiny --set seed=3` first"),
         ("train my_videos", "run `cosmos download my_videos --for train`"),
+        ("download my_videos --check", "run `cosmos download my_videos` first"),
+        ("train my_videos --plan --gpus 8xH100", "`--gpus 8xH100-80GB`"),
+        ("train my_videos --plan --gpus 1xH100-80GB", "add `--set offload=optimizer`"),
+        ("generate my_videos --model promoted --prompt x", "run `cosmos promote my_videos`"),
     ],
 )
 def test_a_wrong_command_is_one_line_with_a_command_to_paste(cosmos, command, fix):

@@ -117,6 +117,12 @@ def _check(r: Recipe, next_: str, dry_run: bool) -> Result:
             # The other files are downloaded first.
             assets.require_networks(r, files.dit)
         return Result(figures={"dry_run": True})
+    for path in (files.tokenizer, files.dit):
+        if not path.exists():
+            raise UserError(
+                "is missing", code=ExitCode.ASSET, where=str(path),
+                fix="run `cosmos download RECIPE` first",
+            )  # fmt: skip
     from cosmos_cli.evaluate import first_contact
     from cosmos_cli.gpus import best_device
     from cosmos_cli.model.device import gpu_memory_errors

@@ -14,6 +14,7 @@ from cosmos_cli.commands import options
 from cosmos_cli.errors import ExitCode, Interrupted, UserError, together
 from cosmos_cli.generate import batch, choice, jobs
 from cosmos_cli.generate.jobs import Request, Result, Settings
+from cosmos_cli.recipe import plan
 
 if TYPE_CHECKING:
     from cosmos_cli.recipe.keys import Recipe
@@ -99,6 +100,8 @@ def generate(
     Example: cosmos generate --prompt "A video of sks teal robot." --set num_steps=20
     """
     output = files.expand(output)
+    if recipe is not None:
+        options.name_recipe(recipe, set_)
     overrides = [*(set_ or ()), *([] if seed is None else [f"sampling_seed={seed}"])]
     chosen = choice.choose_model(recipe, model, overrides)
     overrides = [*chosen.overrides, *overrides]
@@ -132,9 +135,9 @@ def generate(
     if dry_run:
         result = _preview(both, requests)
     elif prompts is None:
-        result = _finish(batch.batch(both, requests, num_processes), streaming=False)
+        result = _finish(batch.batch(both, requests, num_processes), r, streaming=False)
     else:
-        result = _finish(batch.stream(settings), streaming=True)
+        result = _finish(batch.stream(settings), r, streaming=True)
     result.figures["weights"] = {"path": str(weights.path), "sha256": weights.sha256}
     console.emit(result, as_json=json_)
 
@@ -170,7 +173,7 @@ def _requests(prompts: list[str], file: Path | None) -> list[Request]:
     return requests
 
 
-def _finish(results: Iterator[Result], *, streaming: bool) -> console.Result:
+def _finish(results: Iterator[Result], r: Recipe, *, streaming: bool) -> console.Result:
     """Run all jobs; return the result of the command if none failed.
 
     Raises:
@@ -179,9 +182,10 @@ def _finish(results: Iterator[Result], *, streaming: bool) -> console.Result:
     """
     from cosmos_cli.model.device import gpu_memory_errors
 
+    fix = f"use `--set memory=in_turn` or {plan.smaller_clip(r)}"
     seen: list[Result] = []
     try:
-        with gpu_memory_errors("set a smaller height, width or num_frames"):
+        with gpu_memory_errors(fix):
             for result in results:
                 seen.append(result)
                 if streaming:

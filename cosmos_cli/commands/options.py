@@ -106,7 +106,7 @@ def open_recipe(
 
     ranks.check_environment()
     hub.check_endpoint()
-    os.environ[TYPED_RECIPE] = recipe_words(name, overrides)
+    name_recipe(name, overrides)
     loaded = loading.load(name, overrides or ())
     if print_recipe:
         figures = {"recipe": loaded.recipe.model_dump(), "origins": dict(loaded.origins)}
@@ -115,6 +115,11 @@ def open_recipe(
     for warning in loaded.unexpected if trains else ():
         console.warn(warning)
     return loaded
+
+
+def name_recipe(name: str, overrides: list[str] | None) -> None:
+    """Make messages name this recipe in their commands, see `errors.fill_in`."""
+    os.environ[TYPED_RECIPE] = recipe_words(name, overrides)
 
 
 def command_line(verb: str, recipe: str, overrides: list[str] | None, extra: str = "") -> str:

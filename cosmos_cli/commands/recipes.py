@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 app = typer.Typer(no_args_is_help=True, help="Find, read, check and write recipes.")
 
+# A message names at most this many videos and counts the others.
+MOST_LINES = 50
+
 NameArgument = Annotated[
     str,
     typer.Argument(
@@ -235,6 +238,8 @@ def _probe(dataset: paths.Dataset) -> tuple[dict[Path, VideoInfo], list[str]]:
             except video.VideoError as error:
                 bad.append(f"{path.relative_to(dataset.videos).as_posix()!r}: {error}")
             progress.advance()
+    if len(bad) > MOST_LINES:
+        bad = [*bad[:MOST_LINES], f"and {len(bad) - MOST_LINES} more"]
     if not usable:
         found = f"none of {len(listed)} videos can be used" if listed else "no videos"
         robot = next(filter(lerobot.is_lerobot, (dataset.root, dataset.videos)), None)

@@ -61,6 +61,7 @@ GPU_SAVERS = (
 )
 SAVERS = (
     *GPU_SAVERS,
+    {"offload": "weights", "zero_stage": 1},
     {"offload": "ema"},
     {"offload": "optimizer"},
     {"offload": "parameters", "zero_stage": 3},
@@ -225,12 +226,12 @@ def remedies(r: Recipe, ranks: int, gpu: GpuModel) -> list[tuple[str, Plan]]:
     memory alone and with state in CPU memory.
     """
     found: dict[str, Plan] = {}
+    # A recipe for another machine than the one that is planned for.
+    count = {} if r.num_processes in ("auto", ranks) else {"num_processes": ranks}
     for method in ({},) if r.lora_rank else ({}, LORA):
         for savers in (GPU_SAVERS, SAVERS):
             for clip in _clips(r):
-                # With smaller clips there is a choice, so leave a margin for the error of the plan.
-                limit = gpu.memory_gb * (COMFORTABLE if clip else USABLE)
-                changes = _fit(r, {**method, **clip}, savers, ranks, limit)
+                changes = _fit(r, {**count, **method, **clip}, savers, ranks, gpu)
                 if changes is not None:
                     less = plan(r.model_copy(update=changes), ranks, gpu)
                     options = (f"--set {k}={v}" for k, v in changes.items() if v != getattr(r, k))
@@ -241,6 +242,12 @@ def remedies(r: Recipe, ranks: int, gpu: GpuModel) -> list[tuple[str, Plan]]:
     return sorted(found.items(), key=lambda way: way[0] in smaller and way[1].cpu_gb)
 
 
+def smaller_clip(r: Recipe) -> str:
+    """Return the --set options of the next smaller clip."""
+    smaller = _clips(r)[1]
+    return f"`{' '.join(f'--set {key}={value}' for key, value in smaller.items())}`"
+
+
 def relief(r: Recipe, ranks: int) -> str:
     """Return what to change when a GPU's memory ran out in spite of the plan."""
     ways = []
@@ -249,14 +256,13 @@ def relief(r: Recipe, ranks: int) -> str:
     if _saves(r, {"offload": "optimizer"}, ranks):
         cpu_gb = plan(r.model_copy(update={"offload": "optimizer"}), ranks, None).cpu_gb
         ways.append(f"`--set offload=optimizer` (it takes {cpu_gb:.0f} GB of CPU memory)")
-    ways += [f"`--set num_frames={n}`" for n in SHORTER if n < r.num_frames][:1]
-    return f"use {' or '.join(ways)}" if ways else "use a GPU with more memory"
+    return f"use {' or '.join([*ways, smaller_clip(r)])}"
 
 
 def _clips(r: Recipe) -> list[dict[str, int]]:
     """Return the changes of the clips to try, from none to the smallest clip."""
     step = r.spec.size_multiple
-    half = {"height": r.height // 2 // step * step, "width": r.width // 2 // step * step}
+    half = {key: max(getattr(r, key) // 2 // step, 1) * step for key in ("height", "width")}
     lengths = [{}, *({"num_frames": n} for n in SHORTER if n < r.num_frames)]
     clips: list[dict[str, int]] = [{**length, **size} for length in lengths for size in ({}, half)]
     return sorted(clips, key=lambda clip: -_activation(r.model_copy(update=clip)))
@@ -267,20 +273,23 @@ def _fit(
     changes: dict[str, Any],
     savers: Sequence[dict[str, Any]],
     ranks: int,
-    limit_gb: float,
+    gpu: GpuModel,
 ) -> dict[str, Any] | None:
-    """Return `changes` with the fewest savers that keep below the limit, or None if none do."""
+    """Return `changes` with the fewest savers that make the recipe fit, or None if none do."""
+    # With smaller clips there is a choice, so leave a margin for the error of the plan.
+    margin = COMFORTABLE if {"num_frames", "height"} & changes.keys() else USABLE
 
     def joined(chosen: Sequence[dict[str, Any]]) -> dict[str, Any]:
         return {**changes, **{key: saver[key] for saver in chosen for key in saver}}
 
     def fits(chosen: Sequence[dict[str, Any]]) -> bool:
         changed = r.model_copy(update=joined(chosen))
-        return _is_valid(changed, ranks) and plan(changed, ranks, None).total_gb <= limit_gb
+        total_gb = plan(changed, ranks, gpu).total_gb
+        return _is_valid(changed, ranks) and total_gb <= gpu.memory_gb * margin
 
     used: list[dict[str, Any]] = []
     for saver in savers:
-        if not fits(used) and _saves(r.model_copy(update=joined(used)), saver, ranks):
+        if not fits(used) and _saves(r.model_copy(update=joined(used)), saver, ranks, gpu):
             used.append(saver)
     for saver in tuple(used):
         fewer = [other for other in used if other is not saver]
@@ -289,10 +298,10 @@ def _fit(
     return joined(used) if fits(used) else None
 
 
-def _saves(r: Recipe, change: dict[str, Any], ranks: int) -> bool:
+def _saves(r: Recipe, change: dict[str, Any], ranks: int, gpu: GpuModel | None = None) -> bool:
     """True if a change is valid and saves GPU memory."""
     less = r.model_copy(update=change)
-    before, after = (plan(one, ranks, None).total_gb for one in (r, less))
+    before, after = (plan(one, ranks, gpu).total_gb for one in (r, less))
     return after < before and _is_valid(less, ranks)
 
 
@@ -301,7 +310,9 @@ def _is_valid(r: Recipe, ranks: int) -> bool:
 
     # The plan is for `ranks` processes, whatever the recipe says.
     asked = r.model_copy(update={"num_processes": "auto"})
-    return ranks % r.sequence_parallel == 0 and not any(rules.conflicts(asked))
+    if ranks % r.sequence_parallel or (r.offload == "weights" and ranks > 1):
+        return False
+    return not any(rules.conflicts(asked))
 
 
 # --- memory ---------------------------------------------------------------------------------------

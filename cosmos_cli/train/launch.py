@@ -21,7 +21,7 @@ import psutil
 from cosmos_cli import __version__, console, files, gpus, locks, ranks, signals
 from cosmos_cli.errors import ExitCode, Interrupted, UserError
 from cosmos_cli.paths import Run
-from cosmos_cli.train import status, trackers
+from cosmos_cli.train import preflight, status, trackers
 
 if TYPE_CHECKING:
     from cosmos_cli.recipe.keys import Recipe
@@ -242,7 +242,8 @@ def _locked(run: Run) -> Iterator[int]:
                 "another process is training this run",
                 code=ExitCode.USAGE,
                 where=str(run.root),
-                fix="wait for it, or start another run with `--set name=NAME`",
+                fix="wait for it, or start another run: "
+                f"`cosmos train RECIPE --set name={preflight.free_name(run)}`",
             )
         yield lock
 

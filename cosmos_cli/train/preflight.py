@@ -132,7 +132,9 @@ def check_recipe(r: Recipe, ranks: int) -> None:
             "the base weights are missing",
             code=ExitCode.ASSET,
             where=str(base),
-            fix="run `cosmos download RECIPE --for train`, or use `--set base=FILE`",
+            fix="give a file of weights: `--set base=FILE`"
+            if r.base
+            else "run `cosmos download RECIPE --for train`, or use `--set base=FILE`",
         )
     tokenizer = r.model_files.tokenizer
     if (r.preview_every_steps or r.sample_every_saves) and not tokenizer.exists():
@@ -198,7 +200,7 @@ def check_cpu_memory(r: Recipe, ranks: int) -> None:
 def _less_cpu_memory(r: Recipe) -> str:
     if r.offload == "weights" and r.activation_checkpointing == "attention":
         return "add `--set activation_checkpointing=all`, which stores half as many activations"
-    return "close other programs, or use smaller clips with `--set num_frames`, height and width"
+    return f"close other programs, or use {plan.smaller_clip(r)}"
 
 
 def check_kernels(r: Recipe) -> None:
@@ -373,11 +375,15 @@ def _steps(steps: list[int]) -> str:
     return f"{len(steps)} saves, steps {steps[0]} to {steps[-1]}"
 
 
+def free_name(run: Run) -> str:
+    """Return a name for another run next to this one."""
+    names = (f"{run.root.name[:90]}-{number}" for number in itertools.count(2))
+    return next(name for name in names if not run.root.with_name(name).exists())
+
+
 def _suggestions(r: Recipe, run: Run, later: list[int], command: CommandLine) -> str:
     """Return the commands to choose from: a new run, a run from these weights, or --overwrite."""
-    names = (f"{r.name[:90]}-{number}" for number in itertools.count(2))
-    name = next(name for name in names if not run.root.with_name(name).exists())
-    another = command("train", extra=f"--set name={name}")
+    another = command("train", extra=f"--set name={free_name(run)}")
     ways = [f"another run: `{another}`"]
     if later:
         newest = run.weight_files()[later[-1]][0]
@@ -418,7 +424,7 @@ def _is_moved(before: str | None, now: str | None) -> bool:
 def _another_run(folder: Path, with_what: str) -> UserError:
     return UserError(
         f"this run was started with {with_what}", code=ExitCode.USAGE, where=str(folder),
-        fix="start another run with `--set name=NAME`",
+        fix=f"start another: `cosmos train RECIPE --set name={free_name(Run(folder.parents[1]))}`",
     )  # fmt: skip
 
 

@@ -109,7 +109,7 @@ def test_offloaded_state_takes_cpu_memory_instead_of_gpu_memory():
 def test_one_h200_is_enough_with_the_ema_in_cpu_memory():
     with pytest.raises(UserError) as caught:
         plan.check_memory(changed(global_batch_size=1), 1, FAST)
-    assert caught.value.fix == "add `--set offload=ema`"
+    assert caught.value.fix == "add `--set num_processes=1 --set offload=ema`"
 
 
 @pytest.mark.parametrize("words", ["", "8x", "8xGTX-1080", "0xH200", "0xH100", "x", "9" * 5000])
