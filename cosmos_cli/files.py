@@ -9,6 +9,7 @@ Files are written to a temporary name and renamed, so that a kill leaves the old
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import errno
 import hashlib
@@ -100,6 +101,37 @@ def bad(path: Path, kind: Kind, what: str) -> BadFile:
     return BadFile(what, code=kind.code, where=str(path), fix=kind.fix)
 
 
+# --- paths ----------------------------------------------------------------------------------------
+
+# The errors of a path that the system does not follow. `Path.exists` raises them, too.
+_PATH_ERRORS = frozenset({errno.ENAMETOOLONG, errno.EACCES, errno.EPERM})
+
+
+def expand(path: str | Path) -> Path:
+    """Return a path with ~ expanded, or unchanged if there is no such user or home folder.
+
+    The shell expands ~ only at the start of a word, so not in --output=~/videos.
+    """
+    # Path.expanduser raises a RuntimeError for an unknown user.
+    return Path(os.path.expanduser(path))  # noqa: PTH111
+
+
+@contextmanager
+def path_errors() -> Iterator[None]:
+    """Turn the error of a path that the system does not follow into a UserError that names it."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _PATH_ERRORS or error.filename is None:
+            raise
+        raise UserError(
+            f"cannot be used: {os.strerror(error.errno)}",
+            code=ExitCode.ASSET,
+            where=os.fsdecode(error.filename),
+            fix="name another path, or allow access to it",
+        ) from error
+
+
 # --- opening --------------------------------------------------------------------------------------
 
 
@@ -176,16 +208,25 @@ def read_bytes(path: Path, kind: Kind) -> bytes:
 
 
 def read_text(path: Path, kind: Kind, errors: str = "strict") -> str:
-    """Return the UTF-8 text of a file without its byte order mark, with LF line endings.
+    """Return the text of a file without its byte order mark, with LF line endings.
+
+    It is UTF-8, or UTF-16 with a byte order mark, as Windows PowerShell writes it.
 
     Raises:
-        NoSuchFile, BadFile: as of `read_bytes`, or the text is not UTF-8.
+        NoSuchFile, BadFile: as of `read_bytes`, or the text is neither.
     """
+    content = read_bytes(path, kind)
     try:
-        text = read_bytes(path, kind).decode("utf-8-sig", errors)
+        text = content.decode(encoding_of(content), errors)
     except UnicodeDecodeError as error:
         raise bad(path, kind, "is not UTF-8 text") from error
     return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def encoding_of(content: bytes) -> str:
+    """Return the encoding of a text that begins with these bytes."""
+    is_utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    return "utf-16" if is_utf16 else "utf-8-sig"
 
 
 def read_json(path: Path, kind: Kind = JSON) -> Any:
@@ -212,6 +253,15 @@ _DISK_ERRORS = frozenset({
     errno.ENOENT, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG, errno.EFBIG, errno.ELOOP,
     errno.ENOTEMPTY,
 })  # fmt: skip
+_DISK_FIXES = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free some space, or choose another folder"),
+    **dict.fromkeys(
+        (errno.EROFS, errno.EACCES, errno.EPERM), "choose a folder that you may write to"
+    ),
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.EFBIG: "choose a file system for large files",
+    errno.EIO: "check the disk",
+}
 
 
 @contextmanager
@@ -226,7 +276,7 @@ def disk_errors(path: Path) -> Iterator[None]:
             f"cannot be written: {os.strerror(error.errno or 0)}",
             code=ExitCode.ASSET,
             where=str(path),
-            fix="free some space or choose another folder",
+            fix=_DISK_FIXES.get(error.errno or 0, "choose another folder"),
         ) from error
 
 
@@ -343,7 +393,7 @@ def require_free(path: Path, needed: float, what: str, fix: str) -> None:
     free = free_bytes(path)
     if free < needed:
         raise UserError(
-            f"{what} need {round(needed / 1e6):,} MB, {round(free / 1e6):,} MB are free",
+            f"{what} need {needed / 1e9:,.2f} GB, {free / 1e9:,.2f} GB are free",
             code=ExitCode.ASSET,
             where=str(path),
             fix=fix,

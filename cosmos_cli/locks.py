@@ -7,9 +7,9 @@ cannot do:
   keeps the lock of a `cosmos train` that was killed, until its ranks have saved.
 - `lockf` locks single bytes, so that one file holds a lock for each piece of a shared job.
 
-Some shared disks have no locks, for example Lustre mounted without flock. There every lock is
-granted, with one warning that names the folder. One process alone is safe without it, and refusing
-would shut out the clusters that have only such disks.
+Some shared disks have no locks, for example Lustre mounted without flock. There a command that
+works alone gets every lock, with one warning that names the folder: it is safe without. A command
+that a launcher started as one of several ranks is refused.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from functools import cache, partial
 from pathlib import Path
 
 from cosmos_cli import console, files
+from cosmos_cli.errors import ExitCode, UserError
 
 
 @contextmanager
@@ -32,7 +33,7 @@ def held(path: Path, command: str, waiting: str = "") -> Iterator[int | None]:
     If another process holds the lock, say `waiting` and wait for it. Without `waiting`, yield None.
 
     Raises:
-        UserError: the file cannot be created.
+        UserError: the file cannot be created, or the disk has no locks and there are several ranks.
     """
     while True:
         with files.disk_errors(path.parent):
@@ -53,7 +54,11 @@ def held(path: Path, command: str, waiting: str = "") -> Iterator[int | None]:
 
 
 def lock_byte(file: int, byte: int, how: int, folder: Path, command: str) -> bool:
-    """Lock or unlock a byte of an open file as `how` says; False if another process holds it."""
+    """Lock or unlock a byte of an open file as `how` says; False if another process holds it.
+
+    Raises:
+        UserError: the disk has no locks, and there are several ranks.
+    """
     return _granted(partial(fcntl.lockf, file, how, 1, byte), folder, command)
 
 
@@ -63,11 +68,17 @@ def _granted(lock: Callable[[], None], folder: Path, command: str) -> bool:
     except OSError as error:
         if error.errno in (errno.EAGAIN, errno.EACCES):
             return False
-        _warn(folder, command, os.strerror(error.errno or 0))
+        _go_without(folder, command, f"cannot be locked ({os.strerror(error.errno or 0)})")
     return True
 
 
 @cache
-def _warn(folder: Path, command: str, why: str) -> None:
-    what = f"cannot be locked ({why}): make sure that only one `{command}` runs there"
-    console.warn(f"{folder}: {what}")
+def _go_without(folder: Path, command: str, what: str) -> None:
+    ranks = os.environ.get("WORLD_SIZE", "1")
+    if ranks != "1":
+        raise UserError(
+            f"{what}, and WORLD_SIZE is {ranks}", code=ExitCode.ENVIRONMENT, where=str(folder),
+            fix="use a disk with locks (Lustre: mount it with -o flock), or start "
+            f"`{command} RECIPE` without a launcher",
+        )  # fmt: skip
+    console.warn(f"{folder}: {what}: make sure that only one `{command}` runs there")

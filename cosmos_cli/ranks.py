@@ -11,13 +11,14 @@ import ctypes
 import json
 import logging
 import os
+import re
 import signal
 import socket
 import sys
 from typing import Any
 
 from cosmos_cli import console
-from cosmos_cli.errors import ExitCode
+from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.gpus import gpu_names
 
 ADDRESS = "COSMOS_MAILBOX"
@@ -100,8 +101,46 @@ def under_launcher() -> bool:
     return {"RANK", "LOCAL_RANK", "WORLD_SIZE"} <= os.environ.keys()
 
 
+# What a launcher sets for each rank, with the least value of each.
+_LEAST = {"WORLD_SIZE": 1, "RANK": 0, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1, "MASTER_PORT": 1}
+_ACCELERATORS = ("cpu", "cuda")
+
+
+def check_environment() -> None:
+    """Check the variables that a launcher sets for each rank, and DeepSpeed's accelerator.
+
+    Raises:
+        UserError: a value cannot be used. Every rank prints it, because it may concern only one.
+    """
+    for name in _LEAST if under_launcher() else ("LOCAL_RANK",):
+        text = os.environ.get(name, "1")
+        if not re.fullmatch(r"\d{1,9}", text, re.ASCII) or int(text) < _LEAST[name]:
+            what = f"must be a whole number, at least {_LEAST[name]}, found {text!r}"
+            raise _wrong_variable(name, what)
+    if under_launcher() and int(os.environ["RANK"]) >= int(os.environ["WORLD_SIZE"]):
+        what = f"is {os.environ['RANK']}, but WORLD_SIZE is {os.environ['WORLD_SIZE']}"
+        raise _wrong_variable("RANK", what)
+    accelerator = os.environ.get("DS_ACCELERATOR", "cpu")
+    if accelerator not in _ACCELERATORS:
+        fix = "run `unset DS_ACCELERATOR`"
+        raise UserError(
+            f"must be {' or '.join(_ACCELERATORS)}, found {accelerator!r}",
+            code=ExitCode.ENVIRONMENT, where="DS_ACCELERATOR", fix=fix,
+        )  # fmt: skip
+
+
+def _wrong_variable(name: str, what: str) -> UserError:
+    fix = f"start the command with torchrun, or run `unset {name}`"
+    return UserError(what, code=ExitCode.ENVIRONMENT, where=name, fix=fix)
+
+
 def mute_all_but_first() -> None:
-    """Mute every rank except rank 0 when a launcher started this process."""
+    """Mute every rank except rank 0 when a launcher started this process.
+
+    Raises:
+        UserError: as of `check_environment`.
+    """
+    check_environment()
     if under_launcher() and os.environ["RANK"] != "0":
         console.mute()
 

@@ -4,8 +4,7 @@
 #
 #   bash recipes/quickstart.sh [PROMPT]
 #
-# Use it as a pattern for your own scripts: every verb ends with 0 or a documented exit code, so
-# `set -e` stops at the first failure, and stdout carries only the result.
+# For your own videos, run the verbs with recipes/run.sh.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -17,12 +16,7 @@ echo "It needs Linux and Python 3.11 to 3.13, and writes into $PWD."
 bash recipes/install.sh
 PATH=$PWD/.venv/bin:$PATH
 
-cosmos setup tiny
-cosmos download tiny
-cosmos prep tiny
-cosmos train tiny
-cosmos promote tiny
-video=$(cosmos generate tiny --prompt "$prompt")
+video=$(bash recipes/run.sh tiny --prompt "$prompt")
 cosmos evaluate tiny --prompts 12
 
 echo "Your video: $video"

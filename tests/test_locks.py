@@ -1,6 +1,7 @@
 """Locks against other processes, and the one answer to a disk that has none."""
 
 import fcntl
+import os
 import shutil
 import subprocess
 import sys
@@ -44,16 +45,30 @@ def test_a_process_that_may_wait_says_so_and_then_gets_the_lock(tmp_path, capsys
     assert capsys.readouterr().err == "waiting for it\n"
 
 
-def test_a_disk_without_locks_gets_one_warning_for_each_command(tmp_path):
+def run_without_locks(tmp_path, world_size):
     if shutil.which("strace") is None:
         pytest.skip("strace is not installed (apt-get install strace)")
     lacking = ("-P", tmp_path / "here" / "lock", "-e", "inject=flock,fcntl:error=ENOLCK")
     done = subprocess.run(
         ["strace", "-f", "-qq", "-o", "log", *lacking, sys.executable, "-c", BOTH],
         cwd=tmp_path, capture_output=True, text=True, check=False, timeout=60,
+        env={**os.environ, "WORLD_SIZE": world_size},
     )  # fmt: skip
     if "ptrace" in done.stderr:
         pytest.skip(f"strace may not trace here: {done.stderr.strip()}")
+    return done
+
+
+def test_a_disk_without_locks_gets_one_warning_for_each_command(tmp_path):
+    done = run_without_locks(tmp_path, "1")
     why = "cannot be locked (No locks available): make sure that only one"
     expected = [f"warning: here: {why} `cosmos {verb}` runs there" for verb in ("train", "prep")]
     assert done.stderr.splitlines() == expected
+
+
+def test_several_ranks_are_refused_on_a_disk_without_locks(tmp_path):
+    done = run_without_locks(tmp_path, "2")
+    said = done.stderr.splitlines()[-1]
+    assert said.startswith("cosmos_cli.errors.UserError: here: cannot be locked (No locks availab")
+    assert "and WORLD_SIZE is 2; use a disk with locks" in said
+    assert "`cosmos train RECIPE` without a launcher" in said

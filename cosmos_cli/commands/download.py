@@ -54,8 +54,8 @@ def download(
     r = options.open_recipe(recipe, set_, print_recipe, json_).recipe
     wanted = assets.of_recipe(r, for_)
     listings = fetch.survey(fetch.damaged(wanted) if check else wanted)
+    fetch.require_room(listings)
     if not dry_run:
-        fetch.require_room(listings)
         for listing in listings:
             fetch.fetch(listing)
     if check:
@@ -68,7 +68,7 @@ def download(
     figures = {"assets": [listing.figures for listing in listings], "dry_run": dry_run}
     if for_ in (Stage.all, Stage.prep):
         _render_clips(r, root, dry_run)
-        if not dry_run:
+        if not dry_run or r.dataset_repo is None:
             figures["videos"] = _count_videos(r)
             console.say(f"{figures['videos']} videos in {root}")
     following = "prep" if for_ == Stage.all else for_.value
@@ -113,6 +113,9 @@ def _check(r: Recipe, next_: str, dry_run: bool) -> Result:
     files = r.model_files
     console.say(f"checking {files.tokenizer} and {files.dit}")
     if dry_run:
+        if r.base:
+            # The other files are downloaded first.
+            assets.require_networks(r, files.dit)
         return Result(figures={"dry_run": True})
     from cosmos_cli.evaluate import first_contact
     from cosmos_cli.gpus import best_device

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cosmos_cli import console, files
+from cosmos_cli import console, files, paths
 from cosmos_cli.commands import options
 from cosmos_cli.console import Result
-from cosmos_cli.generate import promoted
+from cosmos_cli.errors import ExitCode, UserError
+from cosmos_cli.generate import batch, promoted
 from cosmos_cli.generate.choice import choose_model, find_weights
+from cosmos_cli.generate.jobs import Weights
+
+if TYPE_CHECKING:
+    from cosmos_cli.recipe.keys import Recipe
 
 EMBEDDED_PROMPTS = 24
 
@@ -39,6 +44,7 @@ def evaluate(
     ),
     set_: options.SetOption = None,
     print_recipe: options.PrintRecipeOption = False,
+    dry_run: options.DryRunOption = False,
     json_: options.JsonOption = False,
 ) -> None:
     """Measure models by the content of their videos and their error on held-out clips.
@@ -56,14 +62,20 @@ def evaluate(
         )
         for name in names
     }
+    output = files.expand(output)
     output = (output / "evaluation.html" if output.is_dir() else output).absolute()
     count = prompts if prompts is not None else EMBEDDED_PROMPTS if r.spec.embedded else 0
+    _check_dataset(r)
+    if dry_run:
+        console.emit(_preview(r, weights, count, output), as_json=json_)
+        return
     files.require_writable(output.parent)
 
     from cosmos_cli.evaluate import evaluation as measure
     from cosmos_cli.gpus import best_device
 
     figures, samples = measure.evaluate(r, weights, count, best_device())
+    measure.keep_larger(output, figures)
     written = measure.write_page(output, r, figures, samples)
     console.emit(
         Result(
@@ -74,3 +86,33 @@ def evaluate(
         ),
         as_json=json_,
     )
+
+
+def _check_dataset(r: Recipe) -> None:
+    """Check the dataset that models are measured on; the tiny model can do without.
+
+    Raises:
+        UserError: prep has not run, or its manifest is damaged.
+    """
+    dataset = paths.Dataset.at(r.dataset_dir, r.videos_dir)
+    if dataset.manifest.exists():
+        dataset.read_manifest()
+    elif not r.spec.embedded:
+        raise UserError(
+            "there is no prepared dataset to measure on", code=ExitCode.ASSET,
+            where=str(dataset.root), fix="run `cosmos prep RECIPE` first",
+        )  # fmt: skip
+
+
+def _preview(r: Recipe, weights: dict[str, Weights], count: int, output: Path) -> Result:
+    """Return what would be measured.
+
+    Raises:
+        UserError: a network is missing.
+    """
+    if count:
+        batch.require_networks(r)
+    for name, own in weights.items():
+        console.say(f"would measure {name} with {count} videos: {own.path}")
+    models = {name: {"path": str(own.path), "sha256": own.sha256} for name, own in weights.items()}
+    return Result(str(output), figures={"dry_run": True, "prompts": count, "models": models})

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterator
-from itertools import product
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cosmos_cli import console, paths
+from cosmos_cli import console, files, paths
 from cosmos_cli.commands import options
 from cosmos_cli.errors import ExitCode, Interrupted, UserError, together
 from cosmos_cli.generate import batch, choice, jobs
 from cosmos_cli.generate.jobs import Request, Result, Settings
+
+if TYPE_CHECKING:
+    from cosmos_cli.recipe.keys import Recipe
 
 RecipeArgument = Annotated[
     str | None,
@@ -28,7 +30,7 @@ BatchOption = Annotated[
     typer.Option(
         "--batch",
         help="JSONL file. Each line is an object with prompt and, optionally, seed, "
-        "negative_prompt, num_steps and guidance.",
+        "negative_prompt, num_steps, guidance and output, a file inside --output.",
     ),
 ]
 PromptsOption = Annotated[
@@ -96,6 +98,7 @@ def generate(
     Existing videos are not generated again, so the same command resumes where it stopped.
     Example: cosmos generate --prompt "A video of sks teal robot." --set num_steps=20
     """
+    output = files.expand(output)
     overrides = [*(set_ or ()), *([] if seed is None else [f"sampling_seed={seed}"])]
     chosen = choice.choose_model(recipe, model, overrides)
     overrides = [*chosen.overrides, *overrides]
@@ -103,7 +106,7 @@ def generate(
     if prompts is not None and (prompt or batch_ or compare or num_processes or prompts != "-"):
         raise UserError(
             "reads from standard input only", code=ExitCode.USAGE, where="--prompts",
-            fix="give --prompts - without --prompt, --batch, --compare and --num-processes",
+            fix="use `--prompts -` without --prompt, --batch, --compare and --num-processes",
         )  # fmt: skip
     requests = [] if prompts else _requests(prompt or [], batch_)
     if output.suffix.lower() == ".mp4" and (prompts or len(requests) > 1):
@@ -125,6 +128,7 @@ def generate(
         f"{r.model} ({weights.path}): {r.num_frames} frames, {r.width}x{r.height} at "
         f"{r.fps:g} fps, {r.num_steps} steps, guidance {r.guidance:g}"
     )
+    _say_what_is_short(r, requests)
     if dry_run:
         result = _preview(both, requests)
     elif prompts is None:
@@ -135,17 +139,33 @@ def generate(
     console.emit(result, as_json=json_)
 
 
+def _say_what_is_short(r: Recipe, requests: list[Request]) -> None:
+    """Say if NVIDIA's command would lengthen a prompt that is used here as it is."""
+    words = [len(request.prompt.split()) for request in requests if request.prompt]
+    short = [count for count in words if count <= r.upsampler_word_limit]
+    if r.spec.embedded or r.upsampler != "off" or not short:
+        return
+    folder = Path(r.checkpoints_dir, paths.UPSAMPLER_DIR)
+    option = f"--set {shlex.quote(f'upsampler={folder}')}"
+    fetch = f"run `cosmos download RECIPE {option} --for generate`, then "
+    first = "the prompt has" if len(short) == 1 else f"{len(short)} prompts have at most"
+    console.say(
+        f"{first} {max(short)} words: NVIDIA's command lengthens such prompts by default, here the "
+        f"upsampler is off; to turn it on, {'' if folder.is_dir() else fetch}add `{option}`"
+    )
+
+
 def _requests(prompts: list[str], file: Path | None) -> list[Request]:
     """Return the requests of --prompt and --batch.
 
     Raises:
         UserError: there are none, or the batch cannot be read.
     """
-    requests = [*map(Request, prompts), *(jobs.read_batch(file) if file else ())]
+    requests = [*map(Request, prompts), *(jobs.read_batch(files.expand(file)) if file else ())]
     if not requests:
         raise UserError(
             "no prompt was given", code=ExitCode.USAGE, where="--prompt",
-            fix='give --prompt "...", --batch FILE or --prompts -',
+            fix='use `--prompt "A red ball moves left."`, `--batch FILE` or `--prompts -`',
         )  # fmt: skip
     return requests
 
@@ -191,11 +211,13 @@ def _preview(settings: list[Settings], requests: list[Request]) -> console.Resul
     """Return the videos that would be generated.
 
     Raises:
-        UserError: the gravest error of a request.
+        UserError: the gravest error of a request, or a network is missing.
     """
-    results = [batch.plan_request(request, own) for own, request in product(settings, requests)]
+    results = list(batch.plan_all(settings, requests))
     if errors := [result.error for result in results if result.error]:
         raise together(errors)
+    if todo := [result.job for result in results if result.job and not result.made]:
+        batch.require_networks(todo[0].r)
     text = "\n".join(str(result.job.path) for result in results if result.job)
     figures = {"videos": [result.record() for result in results], "dry_run": True}
     return console.Result(text, figures=figures)

@@ -13,6 +13,7 @@ import typer
 from cosmos_cli import console, exchange, files, paths
 from cosmos_cli.commands import options
 from cosmos_cli.console import Result
+from cosmos_cli.download import assets
 from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.generate import promoted
 from cosmos_cli.paths import Run
@@ -28,13 +29,21 @@ LONGEST_NAME = 100
 def promote(
     recipe: options.RecipeArgument = "tiny",
     step: Annotated[
-        str, typer.Option(help="latest, best (on held-out clips), or the number of a saved step.")
+        str,
+        typer.Option(
+            help="latest, best (on held-out clips), or the number of a saved step.",
+            autocompletion=options.one_of("latest", "best"),
+        ),
     ] = "latest",
-    weights: Annotated[str, typer.Option(help="ema or reg.")] = "ema",
+    weights: Annotated[
+        str, typer.Option(help="ema or reg.", autocompletion=options.one_of("ema", "reg"))
+    ] = "ema",
     format_: Annotated[
         str,
         typer.Option(
-            "--format", help="pt (NVIDIA's scripts read it too), safetensors or diffusers."
+            "--format",
+            help="pt (NVIDIA's scripts read it too), safetensors or diffusers.",
+            autocompletion=options.one_of(*paths.MODEL_FORMATS),
         ),
     ] = "pt",
     name: Annotated[
@@ -67,6 +76,7 @@ def promote(
     console.say(f"promoting step {number} ({weights}) of {r.run_dir} to {target}")
     if dry_run:
         require_own(target, run, yes, aside)
+        assets.require_networks(r, _base_of(r, run))
         figures = {"dry_run": True, "step": number, "path": str(target)}
         console.emit(Result(str(target), figures=figures), as_json=json_)
         return
@@ -96,7 +106,20 @@ def check_format(format_: str) -> None:
     """
     if format_ not in paths.MODEL_FORMATS:
         known = ", ".join(paths.MODEL_FORMATS)
-        raise UserError(f"{format_!r} is not one of {known}", code=ExitCode.USAGE, where="--format")
+        raise UserError(
+            f"{format_!r} is not one of {known}",
+            code=ExitCode.USAGE,
+            where="--format",
+            fix="use `--format pt`",
+        )
+
+
+def _base_of(r: Recipe, run: Run) -> Path:
+    """Return the base weights of a run, which promote compares its weights with."""
+    from cosmos_cli.recipe import loading
+
+    own = loading.load(run.resolved).recipe if run.resolved.exists() else r
+    return own.model_copy(update={"checkpoints_dir": r.checkpoints_dir}).model_files.dit
 
 
 def check_name(name: str) -> None:
@@ -113,7 +136,7 @@ def check_name(name: str) -> None:
         what = f"{name[:LONGEST_NAME]!r} is not {PATTERNS[NAME]}, {LONGEST_NAME} bytes at most"
     else:
         return
-    fix = "choose another, such as --name robots"
+    fix = "choose another, such as `--name robots`"
     raise UserError(what, code=ExitCode.USAGE, where="--name", fix=fix)
 
 
@@ -154,13 +177,13 @@ def require_own(target: Path, run: Run, yes: bool, aside: str) -> None:
         there = any(target.glob("[!.]*")) if target.is_dir() else target.exists()
     if yes or not there:
         return
-    other = promoted.run_of(target)
-    if other == str(run.root):
+    if promoted.is_of(target, run.root):
         return
+    other = promoted.run_of(target)
     what = f"the model of another run, {other}" if other else "files that promote did not write"
     raise UserError(
         f"holds {what}", code=ExitCode.USAGE, where=str(target),
-        fix=f"keep both with {aside}, or replace it with --yes",
+        fix=f"keep both with `{aside}`, or replace it with `--yes`",
     )  # fmt: skip
 
 
@@ -172,15 +195,16 @@ def choose_step(run: Run, step: str, weights: str) -> int:
     """
     if weights not in ("ema", "reg"):
         raise UserError(
-            f"{weights!r} is neither ema nor reg", code=ExitCode.USAGE, where="--weights"
-        )
+            f"{weights!r} is neither ema nor reg", code=ExitCode.USAGE, where="--weights",
+            fix="use `--weights ema`",
+        )  # fmt: skip
     saved = run.saved_steps(weights)
     if not saved:
         raise UserError(
             "the run has no checkpoint",
             code=ExitCode.ASSET,
             where=str(run.checkpoints.absolute()),
-            fix="run cosmos train first",
+            fix="run `cosmos train RECIPE` first",
         )
     if step == "latest":
         return saved[-1]
@@ -191,18 +215,19 @@ def choose_step(run: Run, step: str, weights: str) -> int:
                 "no saved step was measured on held-out clips",
                 code=ExitCode.ASSET,
                 where=str(run.metrics.absolute()),
-                fix="choose another --step; a run measures only if its dataset has a holdout_share",
+                fix="use `--step latest`; to measure, set holdout_share in the recipe before prep",
             )
         return best
     if not step.isdecimal():
         raise UserError(
-            f"{step!r} is neither latest, best nor a number", code=ExitCode.USAGE, where="--step"
-        )
+            f"{step!r} is neither latest, best nor a number", code=ExitCode.USAGE, where="--step",
+            fix="use `--step latest`",
+        )  # fmt: skip
     if int(step) not in saved:
         raise UserError(
             f"step {step} is not saved",
             code=ExitCode.ASSET,
             where=str(run.checkpoints.absolute()),
-            fix=f"choose a saved step: {', '.join(map(str, saved))}",
+            fix=f"use `--step {saved[-1]}`; saved: {', '.join(map(str, saved))}",
         )
     return int(step)

@@ -31,7 +31,11 @@ def train(
     ] = False,
     gpus: Annotated[
         str | None,
-        typer.Option(metavar="8xH100-80GB", help="Plan for other GPUs than this machine's."),
+        typer.Option(
+            metavar="8xH100-80GB",
+            help="Plan for other GPUs than this machine's.",
+            autocompletion=planner.gpu_choices,
+        ),
     ] = None,
     overwrite: Annotated[
         bool,
@@ -76,7 +80,9 @@ def train(
         "run_dir": str(run.root), "clips": ready.clips, "heldout_clips": ready.held_out,
         "processes": processes, "from": ready.start, **_outcome(loaded, ready, dry_run, overwrite),
     }  # fmt: skip
-    artifacts = [run.root] if run.root.exists() else []
+    artifacts = [path for path in (run.root, run.report) if path.exists()]
+    if run.report in artifacts:
+        console.say(f"report: {run.report}")
     best = "--step best" if figures.get("best_step") is not None else ""
     following = "train" if dry_run and not ready.finished else "promote"
     next_ = options.command_line(following, recipe, set_, best)

@@ -9,10 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cosmos_cli import files, paths
+from cosmos_cli.errors import ExitCode, UserError
 
 if TYPE_CHECKING:
     from cosmos_cli.recipe.keys import Recipe
 
+# Where a person reads a licence and asks for access.
+HOME = "https://huggingface.co"
 DIT_PATTERNS = ("README.md", "LICENSE*", "model.pt", "config.json")
 GUARD_PATTERNS = (
     "guardrail/blocklist/*", "guardrail/video_content_safety_filter/safety_filter.pt",
@@ -78,9 +81,9 @@ class Asset:
 
     @property
     def url(self) -> str:
-        """The page where a person reads the licence and asks for access."""
+        """The repository's page on huggingface.co, whichever hub is asked."""
         middle = "datasets/" if self.kind == "dataset" else ""
-        return f"https://huggingface.co/{middle}{self.repo}"
+        return f"{HOME}/{middle}{self.repo}"
 
     @property
     def notes(self) -> Path:
@@ -122,6 +125,24 @@ class RemoteFile:
         content = files.read_bytes(path, files.HUB_TEXT)
         header = f"blob {len(content)}\0".encode()
         return hashlib.sha1(header + content, usedforsecurity=False).hexdigest() == self.digest
+
+
+def require_networks(r: Recipe, *networks: Path) -> None:
+    """Check, without reading them, that the files or folders of networks exist.
+
+    A dry run ends with the same code as the command, which finds out when it loads them.
+
+    Raises:
+        UserError: one is missing.
+    """
+    for path in networks:
+        if not path.exists():
+            raise UserError(
+                f"a file that {r.model} needs is missing",
+                code=ExitCode.ASSET,
+                where=str(path.absolute()),
+                fix="run `cosmos download RECIPE`",
+            )
 
 
 def of_recipe(r: Recipe, stage: str = "all") -> list[Asset]:

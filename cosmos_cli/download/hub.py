@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar, cast
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 from cosmos_cli import console
-from cosmos_cli.download.assets import Asset
+from cosmos_cli.download.assets import HOME, Asset
 from cosmos_cli.errors import ExitCode, UserError
 
 T = TypeVar("T")
@@ -17,6 +22,87 @@ T = TypeVar("T")
 BUSY = frozenset({408, 429, 500, 502, 503, 504})
 WAITS = (1, 2, 4, 8, 16, 32, 60)
 UNREACHABLE = "cannot be reached"
+PROXY_SCHEMES = ("http", "https", "socks5", "socks5h")
+
+
+# --- the environment ------------------------------------------------------------------------------
+
+
+def check_endpoint() -> None:
+    """Check HF_ENDPOINT, which huggingface_hub and transformers read when they are imported.
+
+    Raises:
+        UserError: it is not a URL.
+    """
+    found = os.environ.get("HF_ENDPOINT")
+    if found is not None and not _is_url(found, ("http", "https")):
+        what = f"must be a URL such as https://huggingface.co, found {found!r}"
+        raise _wrong_variable("HF_ENDPOINT", what, "correct it, or run `unset HF_ENDPOINT`")
+
+
+def _check_token() -> None:
+    """Check that the token fits into an HTTP header. The error does not show the token."""
+    from huggingface_hub import constants, get_token
+
+    for letter in get_token() or "":
+        if not "!" <= letter <= "~" or letter in "\"'":
+            names = [n for n in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN") if os.environ.get(n)]
+            what = f"holds {letter!a}, which no token has"
+            fix = "copy the token again: `export HF_TOKEN=hf_...`"
+            raise _wrong_variable([*names, constants.HF_TOKEN_PATH][0], what, fix)
+
+
+def _proxies() -> dict[str, tuple[str, str]]:
+    """Return the variable and the value of each proxy, by "http", "https" and "all".
+
+    Raises:
+        UserError: a value is not the URL of a proxy, or its kind is not supported.
+    """
+    given = getproxies()
+    found = {}
+    for scheme in ("http", "https", "all"):
+        if url := given.get(scheme):
+            lower = f"{scheme}_proxy"
+            name = lower if os.environ.get(lower) else lower.upper()
+            if not _is_url(url if "://" in url else f"http://{url}", PROXY_SCHEMES):
+                what = f"must be a URL of {', '.join(PROXY_SCHEMES)}, found {_masked(url)!r}"
+                raise _wrong_variable(name, what, f"correct it, or run `unset {name}`")
+            if url.startswith("socks") and importlib.util.find_spec("socksio") is None:
+                what = "a SOCKS proxy needs the package socksio, which is not installed"
+                raise _wrong_variable(name, what, "run `pip install socksio`")
+            found[scheme] = name, url
+    return found
+
+
+def _proxy_of(address: str) -> tuple[str, str] | None:
+    """Return the variable and the value of the proxy that an address is asked through, if any."""
+    parts = urlsplit(address)
+    if proxy_bypass(parts.netloc):
+        return None
+    found = _proxies()
+    return found.get(parts.scheme) or found.get("all")
+
+
+def _is_url(text: str, schemes: tuple[str, ...]) -> bool:
+    try:
+        parts = urlsplit(text)
+        valid = parts.scheme in schemes and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        return False
+    # urlsplit ignores line breaks.
+    return valid and re.fullmatch("[!-~]+", text) is not None
+
+
+def _masked(url: str) -> str:
+    """Return a URL without its user name and password."""
+    return re.sub(r"[^/]*@", "***@", url)
+
+
+def _wrong_variable(name: str, what: str, fix: str) -> UserError:
+    return UserError(what, code=ExitCode.ENVIRONMENT, where=name, fix=fix)
+
+
+# --- requests -------------------------------------------------------------------------------------
 
 
 def require_access(asset: Asset) -> None:
@@ -64,37 +150,60 @@ def retrying(asset: Asset, call: Callable[[], T]) -> T:
 
 @contextmanager
 def user_errors(asset: Asset) -> Iterator[None]:
-    """Turn errors of the hub into a UserError with a fix and the URL of the repository."""
-    from huggingface_hub import errors, get_token
+    """Turn errors of the hub into a UserError with a fix and the URL of the repository.
+
+    Raises:
+        UserError: a request failed, or the environment has a wrong token or proxy.
+    """
+    from huggingface_hub import constants, errors, get_token
 
     # The base class comes from httpx or httpx2, depending on the version of huggingface_hub.
     transport_error = cast(type[Exception], errors.HfHubHTTPError.__bases__[0])
 
-    def bad(what: str, fix: str) -> UserError:
-        return UserError(what, code=ExitCode.ASSET, where=asset.url, fix=fix)
+    # A mirror may be asked, but licences are accepted on huggingface.co.
+    asked = asset.url.replace(HOME, constants.ENDPOINT, 1)
+
+    def bad(what: str, fix: str, where: str = asked) -> UserError:
+        return UserError(what, code=ExitCode.ASSET, where=where, fix=fix)
 
     def unreachable(error: Exception) -> UserError:
-        fix = "check the network, HF_ENDPOINT and HF_HUB_OFFLINE"
-        return bad(f"{UNREACHABLE}: {type(error).__name__}", fix)
+        if isinstance(error, errors.OfflineModeIsEnabled):
+            return bad(f"{UNREACHABLE}: HF_HUB_OFFLINE is set", "run `unset HF_HUB_OFFLINE`")
+        cause = error.__cause__ if isinstance(error, errors.LocalEntryNotFoundError) else error
+        why = str(cause or error) or type(error).__name__
+        if proxy := _proxy_of(asked):
+            what = f"{UNREACHABLE} through the proxy {_masked(proxy[1])} ({proxy[0]}): {why}"
+            return bad(what, f"check the proxy, or run `unset {proxy[0]}`")
+        mirror = "" if asked == asset.url else " and HF_ENDPOINT"
+        return bad(f"{UNREACHABLE}: {why}", f"check the network{mirror}")
 
+    _check_token()
+    _proxies()
     try:
         yield
     except errors.GatedRepoError as error:
+        page = asset.url
         if get_token():
-            raise bad("your account has no access", "accept the licence on that page") from error
-        raise bad("needs a token", "accept the licence there and set HF_TOKEN") from error
+            fix = "accept the licence on that page"
+            raise bad("your account has no access", fix, page) from error
+        fix = "accept the licence there, then `export HF_TOKEN=hf_...`"
+        raise bad("needs a token", fix, page) from error
     except errors.RepositoryNotFoundError as error:
-        raise bad("does not exist, or is private", "check the name, set HF_TOKEN") from error
+        raise bad(
+            "does not exist, or is private", "check the name, or `export HF_TOKEN=hf_...`"
+        ) from error
     except errors.RevisionNotFoundError as error:
         held = f"delete {asset.record} to take the newest"
-        fix = "check dataset_revision" if asset.revision else held
+        fix = "use `--set dataset_revision=main`" if asset.revision else held
         raise bad("has no such revision", fix) from error
     except errors.LocalEntryNotFoundError as error:
         raise unreachable(error) from error
     except errors.EntryNotFoundError as error:
         raise bad(f"has no such file: {error}", "check the revision") from error
     except errors.HFValidationError as error:
-        raise bad("is not a valid repository name", "check dataset_repo") from error
+        raise bad(
+            "is not a valid repository name", "use `--set dataset_repo=OWNER/NAME`"
+        ) from error
     except errors.HfHubHTTPError as error:
         raise bad(f"the hub answered: {error}", "try again later") from error
     except (transport_error, errors.OfflineModeIsEnabled, ConnectionError) as error:

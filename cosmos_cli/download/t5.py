@@ -98,7 +98,7 @@ def _note(asset: Asset) -> Path:
 
 def _require_shapes(found: dict[str, Any], asset: Asset) -> dict[str, list[int]]:
     """Check the shapes `found` against the encoder's, and return the encoder's."""
-    wanted = _shapes(files.read_json(asset.folder / "config.json"))
+    wanted = _shapes(asset.folder / "config.json")
     for name, shape in wanted.items():
         if found.get(name) != shape:
             raise UserError(
@@ -110,8 +110,23 @@ def _require_shapes(found: dict[str, Any], asset: Asset) -> dict[str, list[int]]
     return wanted
 
 
-def _shapes(config: dict[str, Any]) -> dict[str, list[int]]:
-    """Return the names and shapes of the encoder's tensors, as in transformers for T5 1.0."""
+def _shapes(path: Path) -> dict[str, list[int]]:
+    """Return the names and shapes of the encoder's tensors, as in transformers for T5 1.0.
+
+    Raises:
+        UserError: the configuration at `path` is not one of a T5.
+    """
+    config = files.read_json(path)
+    needed = ("d_model", "d_kv", "num_heads", "d_ff", "vocab_size", "num_layers",
+              "relative_attention_num_buckets")  # fmt: skip
+    config = config if isinstance(config, dict) else {}
+    if wrong := [key for key in needed if type(config.get(key)) is not int]:
+        raise UserError(
+            f"is not the configuration of a T5 encoder: {wrong[0]} is {config.get(wrong[0])!r}",
+            code=ExitCode.ASSET,
+            where=str(path),
+            fix="delete it and run `cosmos download RECIPE` again",
+        )
     width, inner, hidden = config["d_model"], config["d_kv"] * config["num_heads"], config["d_ff"]
     shapes = {
         "shared.weight": [config["vocab_size"], width],

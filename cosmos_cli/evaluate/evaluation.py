@@ -9,6 +9,9 @@ Dimension letters: C channels, T frames, H height, W width.
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +22,6 @@ import torch
 from torch import Tensor
 
 from cosmos_cli import console, files, html, paths
-from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.generate.jobs import Job, Weights
 from cosmos_cli.generate.phases import Pipeline
 from cosmos_cli.generate.text_models import Conditioning
@@ -129,14 +131,9 @@ def evaluate(
         device: cpu or cuda.
 
     Raises:
-        UserError: there is no dataset to measure on, or a file is missing or damaged.
+        UserError: a file is missing or damaged.
     """
     dataset = PreparedClips.of(r)
-    if not r.spec.embedded and dataset is None:
-        raise UserError(
-            "there is no prepared dataset to measure on", code=ExitCode.ASSET,
-            where=str(Path(r.dataset_dir).absolute()), fix="run `cosmos prep RECIPE` first",
-        )  # fmt: skip
     figures: dict[str, Any] = {"model": r.model, "prompts": prompts, "models": {}}
     if r.spec.embedded:
         wanted = world_trials(prompts)
@@ -264,8 +261,11 @@ def reconstruction(r: Recipe, count: int, device: str) -> float:
 
 
 @torch.inference_mode()
-def clip_errors(r: Recipe, net: DiT, clips: Clips) -> dict[float, float]:
-    """Return the mean EDM error of clips at each of `edm.FIXED_SIGMAS`, with fixed noise."""
+def clip_errors(r: Recipe, net: DiT, clips: Clips) -> dict[str, float]:
+    """Return the mean EDM error of clips at each of `edm.FIXED_SIGMAS`, with fixed noise.
+
+    The keys are like sigma_0.32.
+    """
     device = next(net.parameters()).device
     loss = edm.EDMLoss(net, r.spec).to(device)
     measured = HeldOut(clips, r.validate_clips)
@@ -275,7 +275,7 @@ def clip_errors(r: Recipe, net: DiT, clips: Clips) -> dict[float, float]:
             _, edm_B = loss(*measured.batch(i).to(device))
             errors[edm.FIXED_SIGMAS[level]] += edm_B.tolist()
             bar.advance()
-    return {sigma: fmean(values) for sigma, values in errors.items()}
+    return {f"sigma_{sigma:.2g}": fmean(values) for sigma, values in errors.items()}
 
 
 def nearest_clips(samples: Sequence[Sample], clips: Clips) -> tuple[float, float] | None:
@@ -305,8 +305,12 @@ def figure_rows(figures: dict[str, Any]) -> list[tuple[str, ...]]:
         table.append(("reconstruction", "", *[f"{figures['psnr']:.1f} dB"] * len(models)))
     if all("edm" in model for model in models):
         table += [
-            (f"EDM error, sigma {s:.2g}", "", *(f"{model['edm'][s]:.4f}" for model in models))
-            for s in edm.FIXED_SIGMAS
+            (
+                f"EDM error, sigma {sigma:.2g}",
+                "",
+                *(f"{m['edm'][f'sigma_{sigma:.2g}']:.4f}" for m in models),
+            )
+            for sigma in edm.FIXED_SIGMAS
         ]
     if all("nearest_clip" in model for model in models):
         apart = f"{figures['clips_apart']:.3f} between clips"
@@ -314,6 +318,39 @@ def figure_rows(figures: dict[str, Any]) -> list[tuple[str, ...]]:
             ("nearest training clip", apart, *(f"{model['nearest_clip']:.3f}" for model in models))
         )
     return table
+
+
+def keep_larger(page: Path, figures: dict[str, Any]) -> None:
+    """Rename an earlier evaluation at `page` if it has more videos or other models than this one.
+
+    Raises:
+        UserError: a file cannot be renamed.
+    """
+    if not page.exists():
+        return
+    record = page.with_suffix(".json")
+    earlier = _record(record)
+    has_fewer = earlier["prompts"] <= figures["prompts"]
+    if has_fewer and earlier["models"].keys() <= figures["models"].keys():
+        return
+    count = "earlier" if earlier["prompts"] == math.inf else earlier["prompts"]
+    names = (f"{page.stem}_{count}{'-' * n}" for n in itertools.count())
+    stem = next(name for name in names if not page.with_name(f"{name}{page.suffix}").exists())
+    with files.disk_errors(page):
+        for path in (page, record, *map(page.with_name, earlier["files"])):
+            if path.is_file():
+                path.rename(path.with_name(stem + path.name[len(page.stem) :]))
+    console.say(f"the earlier evaluation is kept as {page.with_name(stem + page.suffix)}")
+
+
+def _record(path: Path) -> dict[str, Any]:
+    """Return what an evaluation recorded. Without a record it may have been larger than any."""
+    record = None
+    with contextlib.suppress(files.BadFile):
+        record = files.read_json(path)
+    if isinstance(record, dict) and {"prompts", "models", "files"} <= record.keys():
+        return record
+    return {"prompts": math.inf, "models": {}, "files": []}
 
 
 def _figures(figures: dict[str, Any]) -> str:
@@ -365,7 +402,9 @@ def write_page(
     hashes = ((name, model["weights"]) for name, model in figures["models"].items())
     sections.append(("Weights", html.table(hashes, ("", "sha256"))))
     files.write_text(path, html.page(f"Evaluation of {r.model}", sections))
-    return written
+    record = path.with_suffix(".json")
+    files.write_json(record, {**figures, "files": [mosaic.name for mosaic in written[1:]]})
+    return [*written, record]
 
 
 def write_mosaic(path: Path, samples: Iterable[Sample], r: Recipe) -> None:

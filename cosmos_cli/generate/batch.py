@@ -7,11 +7,17 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import product
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cosmos_cli import console, files
+from cosmos_cli.download import assets
 from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.generate import choice, jobs, processes
 from cosmos_cli.generate.jobs import Job, Request, Result, Settings, Weights
+
+if TYPE_CHECKING:
+    from cosmos_cli.recipe.keys import Recipe
 
 
 def base_settings(settings: Settings) -> Settings:
@@ -24,7 +30,7 @@ def base_settings(settings: Settings) -> Settings:
     if base.identity == settings.weights.identity:
         raise UserError(
             "needs a second model to compare with the base", code=ExitCode.USAGE, where="--compare",
-            fix="run `cosmos promote` first, or add `--model FOLDER`",
+            fix="run `cosmos promote RECIPE` first, or add `--model FOLDER`",
         )  # fmt: skip
     if settings.output.suffix.lower() == ".mp4":
         raise UserError(
@@ -32,6 +38,23 @@ def base_settings(settings: Settings) -> Settings:
             code=ExitCode.USAGE, where="--compare", fix="use `--output FOLDER`",
         )  # fmt: skip
     return replace(settings, weights=base)
+
+
+def require_networks(r: Recipe) -> None:
+    """Check that the networks around the denoiser exist, without loading them.
+
+    Raises:
+        UserError: one is missing.
+    """
+    if r.upsampler != "off":
+        assets.require_networks(r, Path(r.upsampler))
+    if not r.spec.embedded:
+        networks = r.model_files
+        assets.require_networks(r, networks.text_encoder / "config.json", networks.tokenizer)
+        if r.guardrails == "on":
+            from cosmos_cli.generate.guards import guardrail
+
+            guardrail.block_list(r)
 
 
 def plan_request(request: Request, settings: Settings) -> Result:
@@ -47,31 +70,54 @@ def plan_request(request: Request, settings: Settings) -> Result:
     return Result(job.prompt, job, made=made)
 
 
+def plan_all(settings: Sequence[Settings], requests: Sequence[Request]) -> Iterator[Result]:
+    """Yield the result of `plan_request` of each request; two videos cannot share a file."""
+    taken: dict[Path, Job] = {}
+    for own, request in product(settings, requests):
+        result = plan_request(request, own)
+        if result.job and taken.setdefault(result.job.path, result.job) != result.job:
+            error = request.error(
+                f"another video of this command has the output {result.job.path.name}",
+                "give each line its own output, and none with --compare",
+            )
+            result = Result(request.prompt, error=error)
+        yield result
+
+
 def batch(
     settings: Sequence[Settings], requests: Sequence[Request], processes: int | None
 ) -> Iterator[Result]:
     """Yield videos that exist and refused requests first, then new videos, then comparisons."""
     todo: list[Job] = []
     made: list[Job] = []
-    for own, request in product(settings, requests):
-        result = plan_request(request, own)
+    for result in plan_all(settings, requests):
         if result.job and not result.made:
             todo.append(result.job)
             continue
         if result.job:
+            _name_model(settings, result.job)
             made.append(result.job)
         yield result
     if todo:
-        files.require_writable(todo[0].path.parent)
-        files.remove_own_stale(todo[0].path.parent)
+        for folder in dict.fromkeys(job.path.parent for job in todo):
+            files.require_writable(folder)
+            files.remove_own_stale(folder)
         for result in _generate(list(dict.fromkeys(todo)), processes):
             if result.job and result.made:
                 console.say(f"saved {result.job.path}")
+                _name_model(settings, result.job)
                 made.append(result.job)
             yield result
     if len(settings) > 1:
         base, tuned = settings
         yield from _comparisons(base, tuned, made)
+
+
+def _name_model(settings: Sequence[Settings], job: Job) -> None:
+    """Say with --compare which of the two models made a video."""
+    if len(settings) > 1:
+        whose = "base" if job.weights == settings[0].weights else "post-trained"
+        console.say(f"{whose} model: {job.path}")
 
 
 def _generate(todo: list[Job], wanted: int | None) -> Iterator[Result]:
@@ -117,7 +163,8 @@ def stream(settings: Settings) -> Iterator[Result]:
     make = one_by_one(settings.r, settings.weights, best_device())
     if isinstance(sys.stdin, io.TextIOWrapper):
         # surrogateescape: a line that is not UTF-8 is refused and does not end the stream.
-        sys.stdin.reconfigure(encoding="utf-8-sig", errors="surrogateescape")
+        start = sys.stdin.buffer.peek(2)[:2]
+        sys.stdin.reconfigure(encoding=files.encoding_of(start), errors="surrogateescape")
     for request in jobs.read_lines(sys.stdin):
         result = plan_request(request, settings)
         yield make(result.job) if result.job and not result.made else result

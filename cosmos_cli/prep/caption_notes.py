@@ -21,7 +21,7 @@ from cosmos_cli.recipe.keys import Recipe
 # What prep may leave unused: its singular, its plural and the fix.
 _UNUSED = {
     "caption_files": ("caption file", "caption files", "the caption of x.mp4 must be named x.txt"),
-    "rows": ("row of captions_file", "rows of captions_file", "each `file` must name a video"),
+    "rows": ("row of captions_file", "rows of captions_file", "each must name a video"),
     "embeddings": ("embedding", "embeddings", "the embedding of x.mp4 must be named x.pickle"),
 }
 # A line names at most this many files or videos and counts the others.

@@ -38,7 +38,7 @@ class Captioner:
         from transformers import AutoModelForImageTextToText, AutoProcessor
 
         self.device, self.dtype = device, dtype
-        folder = Path(name).expanduser()
+        folder = Path(name)
         source = str(folder.absolute()) if folder.is_dir() else name
         what = "is not a readable vision-language model"
         fix = f"run `hf download {name}`, or use `--set caption_model=FOLDER`"

@@ -183,7 +183,7 @@ def _about(path: Path) -> dict[str, Any]:
     try:
         archives.check_safetensors(path)
         with safe_open(path, framework="pt") as stream:
-            about: dict[str, Any] = json.loads((stream.metadata() or {}).get("about", "{}"))
-    except (files.BadFile, OSError, SafetensorError):
+            about = json.loads((stream.metadata() or {}).get("about", "{}"))
+    except (files.BadFile, OSError, SafetensorError, ValueError, RecursionError):
         return {}
-    return about
+    return about if isinstance(about, dict) else {}

@@ -102,7 +102,7 @@ def _warnings(findings: Findings) -> Iterator[str]:
         for start, measured in zip(starts[name], clips, strict=True):
             if measured.cut is not None:
                 yield f"{name}: the clip from frame {start} seems to have a cut at {measured.cut}"
-    first = {name: clips[0].fingerprint for name, clips in findings.statistics.items() if clips}
+    first = {name: clips[0] for name, clips in findings.statistics.items() if clips}
     digests = {video["file"]: video["sha256"] for video in findings.manifest["videos"]}
     for earlier, name in clip_statistics.near_duplicates(first):
         how = "has the same bytes as" if digests[earlier] == digests[name] else "looks like"

@@ -13,6 +13,7 @@ from typing import Any
 
 from cosmos_cli import console, files
 from cosmos_cli.console import Stopwatch
+from cosmos_cli.download.assets import require_networks
 from cosmos_cli.model import text
 from cosmos_cli.model.device import number_format
 from cosmos_cli.paths import Dataset
@@ -45,6 +46,8 @@ def prepare(r: Recipe, device: str) -> dict[str, Any]:
     times = Stopwatch()
     with times("inspect"):
         videos = sources.inspect(r, dataset)
+    for line in sources.remarks(videos):
+        console.warn(line)
     sources.require_usable(r, dataset, videos)
     job = _job(r, videos)
     with times("describe"):
@@ -146,11 +149,30 @@ def _finish(
     statistics = {
         v.name: latents.statistics[v.name] for v in videos if v.name in latents.statistics
     }
-    findings = page.Findings(manifest, statistics, times.seconds, notes.lines(r))
+    findings = page.Findings(
+        manifest, statistics, times.seconds, [*notes.lines(r), *sources.remarks(videos)]
+    )
     page.write_page(r, dataset, videos, findings, latents.tokenizer)
     # A process that was killed while this one waited may have left temporary files.
     _remove_stale(dataset)
     files.write_json(dataset.manifest, manifest)
+
+
+def require_ready(r: Recipe, dataset: Dataset, videos: list[Source]) -> None:
+    """Check what prep needs beyond usable videos: its networks and disk space.
+
+    Raises:
+        UserError: a network is missing, or the latents do not fit on the disk.
+    """
+    used = [source for source in videos if not source.reason]
+    networks = [r.model_files.tokenizer]
+    if not all((dataset.embeddings / f"{source.stem}.pickle").exists() for source in used):
+        networks.append(r.model_files.text_encoder / "config.json")
+    # A name that is not a path is one in the hub's cache.
+    if r.caption_model and any(source.caption_source == "vlm" for source in used):
+        networks += [Path(r.caption_model)] if Path(r.caption_model).is_absolute() else []
+    require_networks(r, *networks)
+    _check_disk(r, dataset, videos)
 
 
 def _check_disk(r: Recipe, dataset: Dataset, videos: list[Source]) -> None:
@@ -161,7 +183,7 @@ def _check_disk(r: Recipe, dataset: Dataset, videos: list[Source]) -> None:
     )
     files.require_free(
         dataset.root,
-        missing * latent_files.latent_bytes(r) + r.min_free_disk_gb * 1e9,
+        missing * latent_files.latent_bytes(r),
         f"{missing} latents",
         "free some space, or make fewer clips: `--set max_clips_per_video=N` or "
         "`--set clip_stride_frames=N`",

@@ -25,6 +25,7 @@ from cosmos_cli.download import assets, fetch
 from cosmos_cli.errors import UserError
 from cosmos_cli.generate.answers import cache_dir
 from cosmos_cli.paths import Run
+from cosmos_cli.recipe import plan
 from cosmos_cli.setup import installs, packages, probes
 from cosmos_cli.setup.installs import last_line
 from cosmos_cli.setup.packages import Check, Status
@@ -75,7 +76,7 @@ def run_checks(r: Recipe, wanted: Iterable[str] = ()) -> list[Check]:
         _writable("output_root", r.output_root),
         _writable("dataset_dir", r.dataset_dir),
         _writable("checkpoints_dir", r.checkpoints_dir),
-        _writable(CACHE, str(cache_dir())),
+        _cache(),
         *_hub(outcomes.get("hub")),
         _clock(),
     ]
@@ -88,9 +89,10 @@ def mending(checks: Iterable[Check]) -> list[installs.Command]:
 
     If the cache folder is not writable, return none: pip and the log of the commands write to it.
     """
-    failed = [check for check in checks if check.status == "fail"]
-    if any(check.name == CACHE for check in failed):
+    rows = list(checks)
+    if any(row.name == CACHE and row.status != "ok" for row in rows):
         return []
+    failed = [row for row in rows if row.status == "fail"]
     return list(dict.fromkeys(command for check in failed for command in check.commands))
 
 
@@ -139,19 +141,35 @@ def _gpus(outcome: Outcome, names: list[str], r: Recipe) -> Check:
     if usable:
         return _usable_gpus(usable)
     if names:
-        cuda = outcome.facts.get("cuda")
-        fix = (
-            f"install a driver for CUDA {cuda}, or a torch built for the driver"
-            if cuda
-            else "install a CUDA build: bash recipes/install.sh --torch cuda"
-        )
-        return Check("GPUs", missing, f"{len(names)} x {names[0]}, but torch cannot use it", fix)
+        found = f"{len(names)} x {names[0]}, but torch cannot use it"
+        cuda, driver = outcome.facts.get("cuda"), _driver_version()
+        return Check("GPUs", missing, f"{found} (driver {driver})", _fix_of_driver(cuda, driver))
     remark = selection.visible().remark
     found = f"none: {remark}" if remark else "none"
     if r.spec.embedded:
         return Check("GPUs", "warn", f"{found}; this model also trains on the CPU")
-    fix = "use a machine with NVIDIA GPUs, or start with the recipe tiny"
+    fix = "use a machine with NVIDIA GPUs, or start with the tiny model: `cosmos setup tiny`"
     return Check("GPUs", "fail", found, f"unset {selection.VARIABLE}" if remark else fix)
+
+
+def _driver_version() -> str:
+    import pynvml
+
+    pynvml.nvmlInit()
+    try:
+        return str(pynvml.nvmlSystemGetDriverVersion())
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def _fix_of_driver(cuda: str | None, driver: str) -> str:
+    """Return how to make torch, built for CUDA `cuda`, use the GPUs of a driver."""
+    build = installs.torch_build(driver)
+    if not build:
+        return "update the NVIDIA driver to R580 or newer; torch needs R525 at least"
+    if cuda and cuda.replace(".", "") <= build.removeprefix("cu"):
+        return "see what `nvidia-smi` says; restart the machine if the driver was just updated"
+    return f"bash recipes/install.sh --torch {build}"
 
 
 def _usable_gpus(gpus: list[dict[str, Any]]) -> Check:
@@ -239,8 +257,9 @@ def _disk(r: Recipe) -> Check:
         preflight.check_disk(r, run, run.last_step)
     except UserError as error:
         return Check("free disk", "fail", f"{error.what} at {error.where}", error.fix)
-    free = files.free_bytes(run.root)
-    return Check("free disk", "ok", f"{console.size(free)} for {run.root}")
+    free, needed = files.free_bytes(run.root), plan.disk(r, run.last_step).run_bytes
+    found = f"{console.size(free)} at {run.root}, the run needs {console.size(needed)}"
+    return Check("free disk", "ok", found)
 
 
 def _memory(r: Recipe) -> Check:
@@ -277,10 +296,19 @@ def _writable(key: str, folder: str) -> Check:
         with tempfile.TemporaryFile(dir=files.nearest_existing(path)):
             return Check(key, "ok", f"{path} is writable")
     except UserError as error:
-        return Check(key, "fail", str(error), f"make it writable, or set {key}")
+        return Check(key, "fail", str(error), f"make it writable, or use `--set {key}=FOLDER`")
     except OSError as error:
         found = f"{path}: {os.strerror(error.errno or 0)}"
-        return Check(key, "fail", found, f"make it writable, or set {key}")
+        return Check(key, "fail", found, f"make it writable, or use `--set {key}=FOLDER`")
+
+
+def _cache() -> Check:
+    """Warn if the cache folder is not writable: the other verbs work without it, only slower."""
+    row = _writable(CACHE, str(cache_dir()))
+    if row.status == "ok":
+        return row
+    fix = f"nothing is cached, and --install does not work: `export {CACHE}=FOLDER`"
+    return replace(row, status="warn", fix=fix)
 
 
 def _hub(outcome: Outcome | None) -> list[Check]:
@@ -299,11 +327,8 @@ def _hub(outcome: Outcome | None) -> list[Check]:
                 "model hub", "warn", closed[0][1], "files that are not on disk cannot be downloaded"
             )
         ]
-    return [
-        Check("model hub", "fail", *text.rsplit("; ", 1))
-        for what, text in closed
-        if what == "refused"
-    ]
+    refused = dict.fromkeys(text for what, text in closed if what == "refused")
+    return [Check("model hub", "fail", *text.rsplit("; ", 1)) for text in refused]
 
 
 def _clock() -> Check:

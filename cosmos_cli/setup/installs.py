@@ -42,6 +42,17 @@ def apt(package: str) -> tuple[Command, ...]:
     )
 
 
+def torch_build(driver: str) -> str:
+    """Return the newest build of torch that an NVIDIA driver such as 535.183.01 runs, or "".
+
+    Source: NVIDIA's CUDA Toolkit Release Notes, "CUDA Toolkit and Corresponding Driver Versions". A
+    driver of R525 or newer runs every CUDA 12, by minor version compatibility.
+    """
+    release = int(driver.partition(".")[0])
+    builds = {580: "cu130", 570: "cu128", 525: "cu126"}
+    return next((build for least, build in builds.items() if release >= least), "")
+
+
 def pip(*requirements: str) -> tuple[Command, ...]:
     """Return the command that installs packages into this environment."""
     return ((sys.executable, "-m", "pip", "install", *requirements),)
@@ -110,7 +121,7 @@ def install(commands: Sequence[Command]) -> Path:
                     f"`{shown}` failed with code {done.returncode}: {last_line(output)}",
                     code=ExitCode.ENVIRONMENT,
                     where=str(log),
-                    fix="run that command yourself, then `cosmos setup` again",
+                    fix="run that command yourself, then `cosmos setup RECIPE` again",
                 )
     return log
 

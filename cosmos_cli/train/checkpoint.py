@@ -20,7 +20,7 @@ from cosmos_cli.model.ema import PowerEMA
 from cosmos_cli.model.finite import require_finite
 from cosmos_cli.paths import MANIFEST_FILE, Run
 from cosmos_cli.recipe.keys import Recipe
-from cosmos_cli.train import reshard
+from cosmos_cli.train import reshard, status
 
 # The folder inside a resume state that holds DeepSpeed's files.
 SHARDS = "zero"
@@ -147,7 +147,11 @@ def save(engine: Any, ema: PowerEMA, run: Run, step: int, about: dict[str, Any])
 
 
 def prune(run: Run, r: Recipe) -> None:
-    """Delete the resume states that the recipe does not keep. Call it after a complete save."""
+    """Delete the resume states and model files that the recipe does not keep.
+
+    Call it after a complete save. A resume reads the model file of the EMA, so those of the resume
+    states stay.
+    """
     with files.disk_errors(run.checkpoints):
         for step in run.resumable_steps()[: -r.keep_last]:
             if r.keep_every_steps and step % r.keep_every_steps == 0:
@@ -157,6 +161,11 @@ def prune(run: Run, r: Recipe) -> None:
             condemned = old.with_name(f".{old.name}.tmp")
             old.rename(condemned)
             shutil.rmtree(condemned)
+        written = run.weight_files()
+        kept = {*[*written][-r.keep_models :], *run.resumable_steps(), status.best_step(run)}
+        for step in written.keys() - kept if r.keep_models else ():
+            for path in written[step]:
+                path.unlink()
 
 
 def resume(engine: Any, ema: PowerEMA, run: Run, step: int) -> None:

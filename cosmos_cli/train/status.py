@@ -69,7 +69,7 @@ def saved_step(run: Run) -> int:
     count only if status.json is missing, damaged or from a version that did not record the step.
     """
     try:
-        return int(json.loads(files.read_text(run.status, files.JSON))["saved_step"])
+        return int(files.read_json(run.status)["saved_step"])
     except files.NoSuchFile:
         # Training writes status.json before its first row, so the rows show that it was deleted.
         steps = [row["step"] for row in rows(run)]
@@ -149,11 +149,13 @@ def _state_name(status: Row, result: Row | None) -> str:
 
 
 def _pace(status: Row) -> Row:
-    """Return the seconds per step since this start, including saves and measurements."""
+    """Return the seconds per step since this start: saves are included, pictures are not."""
     steps = status["step"] - status.get("from", status["step"])
     if not steps:
         return {"seconds_per_step": None, "seconds_left": None}
-    pace = (status["time"] - status["started"]) / steps
+    # An earlier version did not record this.
+    running = status.get("running_seconds", status["time"] - status["started"])
+    pace = running / steps
     left = (status["max_steps"] - status["step"]) * pace
     return {"seconds_per_step": round(pace, 3), "seconds_left": round(left, 1)}
 
@@ -175,7 +177,7 @@ def state_rows(figures: Row) -> list[tuple[str, str]]:
         ("step", f"{figures['step']} of {figures['max_steps']}"),
     ]
     if figures["seconds_per_step"]:
-        words.append(("pace", f"{figures['seconds_per_step']:.2f} s a step"))
+        words.append(("pace", console.rate(1 / figures["seconds_per_step"], "steps")))
     if figures["seconds_left"] is not None:
         words.append(("left", console.duration(figures["seconds_left"])))
     if last:

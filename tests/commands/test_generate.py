@@ -213,6 +213,17 @@ def test_files_of_other_programs_are_not_overwritten(cosmos, suffix):
         assert "another video" in cosmos("generate", *ask, "--seed", 9, *QUICK, code=2).stderr
 
 
+def test_a_batch_in_utf_16_is_read_from_a_file_and_from_standard_input(cosmos):
+    path = cosmos.cwd / "b.jsonl"
+    path.write_text('{"prompt": "A réd ball."}\r\n', encoding="utf-16")
+    cosmos("generate", "--batch", path, *QUICK)
+    with path.open("rb") as stream:
+        out, _ = cosmos.start("generate", "--prompts", "-", *QUICK, stdin=stream).communicate()
+    assert json.loads(out)["prompt"] == "A réd ball."
+    # The second found the video of the first.
+    assert len(list(cosmos.cwd.rglob("*.mp4"))) == 1
+
+
 def test_prompts_from_standard_input_become_videos_as_they_come(cosmos):
     process = cosmos.start("generate", "--prompts", "-", *QUICK, stdin=subprocess.PIPE)
 
@@ -437,7 +448,9 @@ def test_compare_shows_base_and_promoted_side_by_side(trained):
     assert all(digest in page for digest in hashes)
     assert page.count("data:video/mp4;base64,") == 2
     assert "http" not in page
-    assert "not again" in trained(*ask).stderr
+    again = trained(*ask).stderr
+    assert "not again" in again
+    assert f"base model: {base}" in again
     assert "--compare" in trained(*ask, "--model", "base", code=2).stderr
 
 

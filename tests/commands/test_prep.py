@@ -17,7 +17,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from cosmos_cli.commands import prep
 from cosmos_cli.model import video
+from cosmos_cli.paths import Dataset
 from cosmos_cli.prep import page, prepare, sources, work_sharing
 from cosmos_cli.recipe import loading
 from tests.helpers.command import SMALL, Cosmos, settings
@@ -334,6 +336,7 @@ def test_captions_come_from_the_documented_place_also_after_a_change(tmp_path):
     done = cosmos("prep", "tiny", *arguments)
     assert "1 row of captions_file belongs to no video" in done.stderr
     assert "line 4 'z.mp4'" in done.stderr
+    assert f"report: {videos.parent / 'report.html'}" in done.stderr
     first = [("From metas.", "metas"), ("Listed.", "captions_file"), ("Beside.", "sidecar")]
     assert found() == [*first, ("A video of a square.", "prompt")]
     listed.write_text("file,caption\nc.mp4,Now listed.\n")
@@ -551,3 +554,16 @@ def test_an_old_latent_is_kept_only_if_it_shows_the_right_frames(tmp_path):
     cosmos("prep", "tiny", *settings(PROMPT))
     changed = [n for n, data in before.items() if (latents / n).read_bytes() != data]
     assert changed == ["wrong.000000.safetensors"]
+
+
+def test_min_free_disk_gb_is_not_asked_for_by_prep(tmp_path):
+    r = loading.load("tiny", [f"dataset_dir={tmp_path}", "min_free_disk_gb=1e9"]).recipe
+    prepare._check_disk(r, Dataset.at(r.dataset_dir, r.videos_dir), [])
+
+
+def test_a_holdout_share_that_holds_out_nothing_is_said(capsys):
+    r = loading.load("tiny", ["holdout_share=0.1"]).recipe
+    assert "1 held out" in prep._held_out(r, [{"split": "heldout"}, {"split": "train"}])
+    assert not capsys.readouterr().err
+    prep._held_out(r, [{"split": "train"}])
+    assert "holdout_share 0.1 holds out no video" in capsys.readouterr().err

@@ -19,7 +19,7 @@ from transformers import T5Config, T5EncoderModel
 from cosmos_cli import files, paths
 from cosmos_cli.model import video
 from tests.helpers.command import Cosmos
-from tests.helpers.hub import commit_of, serve
+from tests.helpers.hub import commit_of, serve, socks_proxy
 from tests.helpers.stand_ins import moving_square
 
 pytestmark = pytest.mark.workflow
@@ -350,6 +350,18 @@ def test_without_a_network_whole_files_pass_and_damaged_ones_are_named(online, r
     assert "HF_HUB_OFFLINE" in line
 
 
+def test_a_socks_proxy_is_used(online, repos):
+    with serve(repos) as online.hub, socks_proxy() as proxy:
+        port = online.hub.server_address[1]
+        address = f"socks5h://127.0.0.1:{proxy.server_address[1]}"
+        online.variables = {"HF_ENDPOINT": f"http://hub.invalid:{port}", "ALL_PROXY": address}
+        online.variables |= {"NO_PROXY": "", "no_proxy": ""}
+        online("download", "nemo_assets", "--for", "train")
+    assert set(proxy.log) == {"hub.invalid"}
+    found = content(online.cwd / "checkpoints")
+    assert found["Cosmos-Predict1-7B-Text2World/model.pt"] == repos[MODEL]["model.pt"]
+
+
 def test_a_pinned_revision_is_downloaded_or_refused(online, repos):
     words = ("download", "nemo_assets", "--for", "prep", "--set")
     with serve(repos) as online.hub:
@@ -510,6 +522,16 @@ def test_an_encoder_with_wrong_shapes_is_never_moved_into_place(online, repos):
             refused = online("download", "nemo_assets", "--for", "prep", code=4)
         assert f"has the shape {shape}, T5's encoder has [" in refused.stderr
     assert not list((online.cwd / "checkpoints").rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize("config", [b"{}", b"[]", b'{"d_model": "x"}'])
+def test_settings_that_are_not_those_of_a_t5_are_one_line(online, repos, config):
+    repos[TEXT]["config.json"] = config
+    with serve(repos) as online.hub:
+        refused = online("download", "nemo_assets", "--for", "prep", code=4)
+    (line,) = [line for line in refused.stderr.splitlines() if line.startswith("error: ")]
+    assert "config.json: is not the configuration of a T5 encoder: d_model is" in line
+    assert "Traceback" not in refused.stderr
 
 
 @pytest.mark.slow

@@ -3,6 +3,10 @@
 import hashlib
 import json
 import re
+import select
+import socket
+import socketserver
+import struct
 import threading
 import time
 from contextlib import contextmanager
@@ -192,3 +196,36 @@ def serve(repos, **options):
         hub.shutdown()
         hub.server_close()
         thread.join()
+
+
+class _Socks(socketserver.StreamRequestHandler):
+    """A SOCKS5 proxy without passwords (RFC 1928)."""
+
+    def handle(self):
+        _, methods = self.rfile.read(2)
+        self.rfile.read(methods)
+        self.wfile.write(b"\x05\x00")
+        *_, kind = self.rfile.read(4)
+        host = self.rfile.read(4 if kind == 1 else self.rfile.read(1)[0])
+        name = socket.inet_ntoa(host) if kind == 1 else host.decode()
+        (port,) = struct.unpack(">H", self.rfile.read(2))
+        self.server.log.append(name)
+        with socket.create_connection(("127.0.0.1", port)) as hub:
+            self.wfile.write(b"\x05\x00\x00\x01" + bytes(6))
+            ends = {self.connection: hub, hub: self.connection}
+            while True:
+                for end in select.select(list(ends), [], [])[0]:
+                    if not (piece := end.recv(PIECE)):
+                        return
+                    ends[end].sendall(piece)
+
+
+@contextmanager
+def socks_proxy():
+    """A running SOCKS5 proxy that connects to this machine, whatever host is asked for."""
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), _Socks) as proxy:
+        proxy.daemon_threads, proxy.log = True, []
+        thread = threading.Thread(target=proxy.serve_forever, daemon=True)
+        thread.start()
+        yield proxy
+        proxy.shutdown()

@@ -193,10 +193,46 @@ def test_a_cut_at_a_key_frame_is_read_exactly(tmp_path):
     assert torch.equal(video.read_frames(path, range(30)), frames[:, 30:])
 
 
-def test_a_cut_with_a_hidden_key_frame_is_refused(tmp_path):
-    path = cut(tmp_path / "a.mp4", numbered_frames(60), gop=20)
-    with pytest.raises(VideoError, match="re-encode"):
+@pytest.mark.parametrize("name", ["a.mp4", "a.mov"])
+def test_a_cut_with_a_hidden_key_frame_is_read_exactly(tmp_path, name):
+    frames = numbered_frames(60)
+    path = cut(tmp_path / name, frames, gop=20)
+    assert video.probe(path).frames == 30
+    for first in (0, 9, 10, 29):
+        indices = range(first, 30)
+        assert torch.equal(video.read_frames(path, indices), frames[:, 30 + first :])
+    (clip,) = clips(video.probe(path), "resample", 30, 30)
+    assert torch.equal(video.read_clip(path, clip, 32, 48, "stretch"), frames[:, 30:])
+
+
+def run_its_command(error: Exception) -> None:
+    """Paste the command of a message into a shell."""
+    command = str(error).partition("`")[2].rpartition("`")[0]
+    subprocess.run(command, shell=True, check=True, capture_output=True)
+
+
+def test_a_cut_without_any_key_frame_names_a_command_that_repairs_it(tmp_path):
+    lossless(tmp_path / "whole.mp4", numbered_frames(60), 30)
+    path = tmp_path / "it's cut.mkv"
+    ffmpeg("-i", tmp_path / "whole.mp4", "-ss", 1, "-c", "copy", "-copyinkf", path)
+    with pytest.raises(VideoError, match="its first frames do not decode") as caught:
         video.probe(path)
+    run_its_command(caught.value)
+    repaired = video.probe(tmp_path / "it's cut.mp4")
+    assert len(video.read_frames(tmp_path / "it's cut.mp4", range(repaired.frames))[0]) > 9
+    assert (tmp_path / "it's cut.mkv.orig").exists() and not path.exists()
+
+
+def test_frames_of_two_sizes_name_the_time_and_a_command_that_makes_one(tmp_path):
+    for name, size in (("a.ts", "96x64"), ("b.ts", "160x96")):
+        ffmpeg("-f", "lavfi", "-i", f"testsrc2=s={size}:r=24", "-frames:v", 24, tmp_path / name)
+    path = tmp_path / "call.mp4"
+    ffmpeg("-i", f"concat:{tmp_path}/a.ts|{tmp_path}/b.ts", "-c", "copy", path)
+    with pytest.raises(VideoError, match=r"change from 96x64 to 160x96 at 1\.00 s") as caught:
+        video.read_frames(path, range(20, 40))
+    assert video.read_frames(path, range(20)).shape == (3, 20, 64, 96)
+    run_its_command(caught.value)
+    assert video.read_frames(path, range(20, 40)).shape == (3, 20, 64, 96)
 
 
 def test_files_that_are_not_videos_say_so(tmp_path):
@@ -371,7 +407,7 @@ def test_contact_sheet_shows_first_and_last_frame():
 def test_missing_ffmpeg_is_a_user_error_with_a_fix(tmp_path, monkeypatch):
     # The import system answers None with ImportError, as the RuntimeError of missing libraries.
     monkeypatch.setitem(sys.modules, "torchcodec.decoders", None)
-    with pytest.raises(video.UserError, match="cosmos setup --install") as error:
+    with pytest.raises(video.UserError, match="cosmos setup RECIPE --install") as error:
         video.probe(tmp_path / "a.mp4")
     assert error.value.code == video.ExitCode.ENVIRONMENT
 

@@ -54,12 +54,13 @@ def test_all_wrong_lines_are_named_at_once(tmp_path):
     path.write_text(
         '{"file": "a.mp4"}\n{"file": "a.mp4", "caption": 3}\nnot json\n[1]\n'
         '{"file": "a.mp4", "caption": "A."}\n{"file": "x/a.mp4", "caption": "B."}\n'
+        r'{"file": "a.mp4", "caption": "half \ud800"}'
     )
     with pytest.raises(UserError) as caught:
         captions.read(path, VIDEOS)
     assert caught.value.code == ExitCode.DATASET
     lines = str(caught.value).splitlines()
-    assert "5 lines cannot be used" in lines[0]
+    assert "6 lines cannot be used" in lines[0]
     for line, (number, what) in zip(
         lines[1:],
         [
@@ -68,6 +69,7 @@ def test_all_wrong_lines_are_named_at_once(tmp_path):
             (3, "is not valid JSON"),
             (4, "is not a JSON object"),
             (6, "names 'a.mp4' again, after line 5"),
+            (7, r"has a caption with '\ud800', which is not a character"),
         ],
         strict=True,
     ):
@@ -91,7 +93,8 @@ def test_csv_line_numbers_stay_right_after_a_caption_of_two_lines(tmp_path):
         ("c.csv", "", ExitCode.DATASET, "has no column 'file'"),
         ("c.txt", "a.mp4: A.", ExitCode.DATASET, "neither .csv nor .jsonl"),
         ("c.csv", None, ExitCode.ASSET, "does not exist"),
-        ("c.csv", b"\xff\xfe", ExitCode.ASSET, "not UTF-8"),
+        ("c.csv", b"\xff", ExitCode.ASSET, "not UTF-8"),
+        ("c.csv", b"\xff\xfea", ExitCode.ASSET, "not UTF-8"),
     ],
 )
 def test_a_file_that_cannot_be_used_says_so(tmp_path, name, content, code, what):

@@ -91,7 +91,12 @@ def test_a_bare_environment_fails_row_by_row_in_one_json_object(tmp_path, enviro
     assert done.returncode == ExitCode.ENVIRONMENT
     answer = json.loads(done.stdout)
     assert (answer["status"], answer["exit_code"]) == ("error", 3)
-    assert answer["next"] == "cosmos setup tiny --set output_root=/proc/x"
+    # What --install cannot repair is named with what to do, and setup is not called next.
+    assert answer["next"] == ""
+    head, *to_do = answer["error"].splitlines()
+    assert head.startswith("this machine is not ready: torch, ")
+    assert "torch: bash recipes/install.sh" in to_do
+    assert "the recipe tiny, as none was named" in done.stderr.splitlines()[0]
     found = rows(done.stdout)
     assert found["torch"]["found"] == "ModuleNotFoundError: No module named 'torch'"
     failed = {name for name, row in found.items() if row["status"] == "fail"}
@@ -194,7 +199,7 @@ def test_install_uses_the_versions_of_pyproject_which_match_the_pins():
         assert wanted.specifier.contains(pin), f"{text}, pinned {pin}"
 
 
-def install_script(folder: Path, *words: str, path: str):
+def install_script(folder: Path, *words: str, path: str, release: Path = Path("/dev/null")):
     """Runs recipes/install.sh of a clone in `folder`, with another PATH."""
     for name in ("recipes", ".ci"):
         shutil.copytree(ROOT / name, folder / name)
@@ -202,7 +207,7 @@ def install_script(folder: Path, *words: str, path: str):
     done = subprocess.run(
         ["bash", "recipes/install.sh", *words],
         cwd=folder,
-        env={"PATH": path},
+        env={"PATH": path, "HOME": str(folder), "OS_RELEASE": str(release)},
         capture_output=True,
         text=True,
         check=False,
@@ -217,14 +222,79 @@ def fake(program: Path, script: str) -> None:
     program.chmod(0o755)
 
 
-def test_the_install_script_names_the_python_it_needs(tmp_path):
+@pytest.fixture
+def old_python(tmp_path):
+    """A folder for PATH whose only Python is too old."""
     tools = tmp_path / "bin"
     tools.mkdir()
     for name in ("bash", "cat", "cut", "dirname", "sed", "sha256sum"):
         (tools / name).symlink_to(shutil.which(name))
-    fake(tools / "python3", '[ "$1" = --version ] && echo Python 3.9.18 || exit 1')
-    said = install_script(tmp_path, path=str(tools))
-    assert said == "error: Python 3.11, 3.12 or 3.13 is needed, found Python 3.9.18\n"
+    fake(tools / "python3", '[ "$1" = --version ] && echo Python 3.10.12 || exit 1')
+    return tools
+
+
+@pytest.mark.parametrize(
+    ("system", "commands"),
+    [
+        ("ID=ubuntu\nID_LIKE=debian", ["apt-get install -y software-properties-common && ",
+                                       "apt-get install -y python3.12 python3.12-venv"]),
+        ('ID="rocky"\nID_LIKE="rhel centos fedora"', ["dnf install -y python3.12"]),
+        ("ID=debian", ["curl -LsSf https://astral.sh/uv/install.sh | sh",
+                       "~/.local/bin/uv python install 3.12"]),
+    ],
+)  # fmt: skip
+def test_the_install_script_prints_how_to_get_a_python(tmp_path, old_python, system, commands):
+    (tmp_path / "os-release").write_text(system)
+    fake(old_python / "sudo", "")
+    said = install_script(tmp_path, path=str(old_python), release=tmp_path / "os-release")
+    first, *printed = said.splitlines()
+    assert first == "error: Python 3.11, 3.12 or 3.13 is needed, found Python 3.10.12. Run:"
+    assert printed[-1] == "  bash recipes/install.sh"
+    for line, command in zip(printed[:-1], commands, strict=True):
+        assert line.strip().removeprefix("sudo ").startswith(command)
+
+
+@pytest.mark.parametrize("where", [".pyenv/versions/3.12.1", "miniconda3/envs/x", "uv"])
+def test_the_install_script_finds_a_python_that_is_not_on_the_path(tmp_path, old_python, where):
+    python = tmp_path / where / "bin" / "python3"
+    python.parent.mkdir(parents=True)
+    fake(python, '[ "$1" = --version ] && echo Python 3.12.1 || exit 0')
+    if where == "uv":
+        fake(old_python / "uv", f"[ $1 = python ] && [ $2 = find ] && echo {python}")
+    for name in ("grep", "tail"):
+        (old_python / name).symlink_to(shutil.which(name))
+    fake(old_python / "df", "echo Avail; echo '  105'")
+    said = install_script(tmp_path, "--torch", "cpu", path=str(old_python))
+    assert said.startswith("error: 1300 MB of disk space are needed")
+
+
+@pytest.mark.parametrize(
+    ("driver", "build"),
+    [("580.65.06", "cu130"), ("610.1", "cu130"), ("570.124.06", "cu128"), ("560.35", "cu126"),
+     ("535.183.01", "cu126"), ("470.256.02", "")],
+)  # fmt: skip
+def test_the_build_of_torch_is_the_newest_that_the_driver_runs(tmp_path, driver, build):
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    smi = '[ "$1" = -L ] && echo "GPU 0: NVIDIA H100" && exit'
+    fake(tools / "nvidia-smi", f"{smi}\necho {driver}\necho {driver}")
+    fake(tools / "df", "echo Avail; echo '  105'")
+    said = install_script(tmp_path, path=f"{tools}{os.pathsep}{os.environ['PATH']}")
+    assert installs.torch_build(driver) == build
+    if not build:
+        assert "driver 470.256.02 is too old: torch needs R525 or newer" in said
+        assert "install.sh --torch cpu" in said
+        assert "update the NVIDIA driver" in checks._fix_of_driver("13.0", driver)
+        return
+    assert said.splitlines()[0] == f"NVIDIA driver {driver}: {build}"
+    assert "7000 MB" in said
+    fix = f"bash recipes/install.sh --torch {build}"
+    assert checks._fix_of_driver(None, driver) == fix
+    assert (checks._fix_of_driver("13.0", driver) == fix) == (build != "cu130")
+    constraints = (ROOT / "recipes" / f"constraints-{build}.txt").read_text()
+    assert "-c ../.ci/constraints.txt\n" in constraints
+    pinned = re.search(r"^torch==.*$", (ROOT / ".ci/constraints.txt").read_text(), re.MULTILINE)[0]
+    assert build == "cu130" or f"{pinned}+{build}\n" in constraints
 
 
 def test_the_install_script_names_the_disk_space_it_needs(tmp_path):
@@ -360,9 +430,11 @@ def test_install_does_not_start_with_a_read_only_home_or_a_full_disk(tmp_path, e
     assert done.returncode == ExitCode.ENVIRONMENT, done.stderr
     assert "-m pip" not in done.stderr
     found = rows(done.stdout)
-    assert found["free disk"]["status"] == found["XDG_CACHE_HOME"]["status"] == "fail"
+    assert found["free disk"]["status"] == "fail"
+    # The other verbs work without a cache.
+    assert found["XDG_CACHE_HOME"]["status"] == "warn"
     assert "/proc/.cache/cosmos" in found["XDG_CACHE_HOME"]["found"]
-    assert "set XDG_CACHE_HOME" in found["XDG_CACHE_HOME"]["fix"]
+    assert "`export XDG_CACHE_HOME=FOLDER`" in found["XDG_CACHE_HOME"]["fix"]
 
 
 @pytest.mark.parametrize("system", ["win32", "darwin"])

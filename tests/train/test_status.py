@@ -10,7 +10,7 @@ import time
 import pytest
 from PIL import Image
 
-from cosmos_cli import files, html
+from cosmos_cli import console, files, html
 from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.paths import Run
 from cosmos_cli.train import page, status
@@ -61,6 +61,11 @@ def test_a_base_model_that_no_saved_step_improves_is_named(run):
     assert "the base model had a lower held-out" in status.state_table(status.state(run))
 
 
+def test_a_status_that_cannot_be_read_leaves_the_saved_step_to_the_files(run):
+    files.write_text(run.status, "[" * 200_000)
+    assert status.saved_step(run) == 2
+
+
 def test_a_running_run_has_a_pace_and_a_time_left(run):
     stands = status.state(run)
     assert (stands["state"], stands["step"], stands["max_steps"]) == ("running", 4, 10)
@@ -69,6 +74,20 @@ def test_a_running_run_has_a_pace_and_a_time_left(run):
     assert stands["last"]["edm"] == 0.3
     assert (stands["heldout_base"]["heldout"], stands["heldout"]["heldout"]) == (0.9, 0.5)
     assert "0.5000 at step 4, 0.9000 before training" in status.state_table(stands)
+
+
+def test_the_pace_leaves_pictures_out_as_the_bar_does(run):
+    bar = console.Progress("train", 10, "steps")
+    bar.started -= 8
+    with bar.paused():
+        time.sleep(0.2)
+    bar.advance(count=4)
+    files.write_json(run.status, {**files.read_json(run.status), "running_seconds": bar.seconds()})
+    stands = status.state(run)
+    assert stands["seconds_per_step"] == pytest.approx(2, abs=0.02)
+    assert f"pace       {bar.rate()}\n" in f"{status.state_table(stands)}\n"
+    assert bar.rate() == "2.00 s a step"
+    assert bar.left() == "12 s left"
 
 
 def test_a_run_whose_process_is_gone_without_a_result_has_failed(run):
