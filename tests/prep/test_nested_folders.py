@@ -6,7 +6,8 @@ import pytest
 
 from cosmos_cli.model import video
 from cosmos_cli.paths import Dataset
-from cosmos_cli.prep import captions
+from cosmos_cli.prep import captions, sources
+from cosmos_cli.recipe.keys import Recipe
 from tests.helpers.command import Cosmos, settings
 from tests.helpers.stand_ins import moving_square
 
@@ -96,6 +97,17 @@ def test_a_metadata_file_about_something_else_is_not_a_table(tmp_path):
     assert captions.table_in(tmp_path) is None
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.mp4", "text": "One."}\n')
     assert captions.table_in(tmp_path) == tmp_path / "metadata.jsonl"
+
+
+def test_a_flat_video_wins_over_one_in_a_folder_of_the_same_name(tmp_path):
+    touch(tmp_path, "videos/a/b.mp4", "videos/a__b.mp4", "videos/b.mp4")
+    r = Recipe(dataset_dir=str(tmp_path))
+    found = sources.inspect(r, Dataset.at(r.dataset_dir, None))
+    assert {source.name: source.reason for source in found} == {
+        "a/b.mp4": "shares its name with a__b.mp4; rename one",
+        "a__b.mp4": "the file is empty",
+        "b.mp4": "the file is empty",
+    }
 
 
 @pytest.mark.workflow
