@@ -119,10 +119,12 @@ def test_nested_videos_are_prepared_and_train_finds_them_unchanged(tmp_path):
         video.write_mp4(videos / f"{name}.mp4", clip, 12, 18)
     (videos / "metadata.csv").write_text("file_name,text\n2024/cam2/a.mp4,A table.\n")
     (videos / "2024" / "cam1" / "a.txt").write_text("Beside it.")
+    (videos / "flat.json").write_text('{"caption": "Cut o')
     cosmos = Cosmos(tmp_path)
     options = settings("dataset_dir=data", "prompt=Other.", "min_free_disk_gb=0.1")
     done = cosmos("prep", "tiny", *options)
     assert f"{videos}/2024/cam2/bad.mp4: rejected: too short" in done.stderr
+    assert "1 JSON file next to a video cannot be read and is not used: videos/flat" in done.stderr
     rows = json.loads((tmp_path / "data" / "manifest.json").read_text())["videos"]
     assert {row["file"]: (row["path"], row["caption"]) for row in rows} == {
         "2024__cam1__a.mp4": ("2024/cam1/a.mp4", "Beside it."),
