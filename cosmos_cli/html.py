@@ -24,7 +24,8 @@ table { border-collapse: collapse; display: block; overflow-x: auto }
 td, th { text-align: left; padding: .25rem .8rem .25rem 0; border-bottom: 1px solid var(--line);
   vertical-align: top; font-variant-numeric: tabular-nums }
 .short, .name { white-space: nowrap }
-td.long { min-width: 14rem; overflow-wrap: anywhere } td figure, td > a { min-width: 12rem }
+td { min-width: 8rem; overflow-wrap: anywhere } td.short { min-width: 0 }
+td.long { min-width: 11rem } td figure, td > a { min-width: 12rem }
 td > a { display: inline-block } table + table { margin-top: 1.5rem }
 img, video { max-width: 100%; border-radius: 4px } figure { margin: 0 0 1rem }
 figcaption, .soft { color: var(--soft); font-size: .9rem }
@@ -39,8 +40,8 @@ pre { overflow-x: auto; font-size: .85rem }
 # A palette that colour-blind readers can tell apart. Source: Okabe and Ito 2008.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 MOST_TICKS = 6
-# Cells of a table with more characters may break anywhere, as a hash or a path must. Those with
-# fewer do not break.
+# Cells of a table break anywhere, as a hash or a path must. Those with more characters than LONG are
+# wider, and those with at most SHORT do not break.
 LONG, SHORT = 40, 12
 # Size of a plot and its margins: left, top, right, bottom. In a column of `row`, a unit is a pixel.
 WIDTH, HEIGHT, MARGINS = 400, 220, (52, 14, 14, 26)
@@ -226,7 +227,8 @@ def histogram(values: Sequence[float], name: str, bins: int = 10) -> Html:
         )
         if count:
             parts.append(_label(x + width / 2, y - 4, str(count)))
-    for share, anchor in ((0.0, "start"), (0.5, "middle"), (1.0, "end")):
+    ticks = ((0.0, "start"), (0.5, "middle"), (1.0, "end"))
+    for share, anchor in ticks if min(values) < max(values) else ticks[1:2]:
         x, value = left + width * bins * share, low + (high - low) * share
         parts.append(_label(x, HEIGHT - 8, f"{value:.3g}", anchor))
     label = html.escape(f"{name}; {len(values)} in total")

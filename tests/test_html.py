@@ -13,6 +13,7 @@ def test_a_histogram_shows_the_count_of_each_bar_and_the_range():
     plot = html.histogram([1, 1, 1, 2, 5], "length", bins=4)
     assert re.findall(r">([^<>\n]+)</text>", plot) == ["3", "1", "1", "1", "3", "5"]
     assert "5 in total" in plot
+    assert re.findall(r">([^<>\n]+)</text>", html.histogram([0.5, 0.5], "size")) == ["2", "0.5"]
 
 
 def test_a_smoothed_curve_keeps_a_constant_and_calms_noise():

@@ -241,9 +241,9 @@ def read_weights(r: Recipe, folder: Path | None) -> Weights:
             "the weights are missing", code=ExitCode.ASSET, where=str(path),
             fix=f"run `cosmos {again}`, or choose a --model",
         )  # fmt: skip
-    # Weights may be a folder only in diffusers' format, which has a config.json. Hashing any other
+    # A folder of weights has diffusers' config.json or an index of its files. Hashing any other
     # folder would read all of it.
-    if path.is_dir() and not (path / "config.json").is_file():
+    if path.is_dir() and not [*path.glob("config.json"), *path.glob("*.index*.json")]:
         raise UserError(
             f"holds no {', '.join(paths.MODEL_FORMATS.values())}", code=ExitCode.ASSET,
             where=str(path), fix="give a folder or file of weights",

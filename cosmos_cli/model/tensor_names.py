@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from cosmos_cli.errors import ExitCode, UserError
+from cosmos_cli.spec import MODELS
 
 State = dict[str, Tensor]
 
@@ -192,8 +193,19 @@ def check_keys(
     found = {"missing": missing, "unknown": unknown, "of another shape": other}
     problems = [some(names, kind) for kind, names in found.items() if names]
     if problems:
+        if other and (name := _known_model(state)):
+            fix = f"use a recipe whose model is {name}"
+            raise another_model([f"it has the shapes of {name}"], where, fix)
         fits = len(shapes) > len(missing) and not other
         raise another_model(problems, where, (_WHOLE if missing else _CLEAN) if fits else _OTHER)
+
+
+def _known_model(state: Mapping[str, Tensor]) -> str:
+    """Return the name of the model whose denoiser has the width and blocks of `state`, or ""."""
+    width = len(state.get("net.t_norm.weight", ()))
+    blocks = len({name.split(".")[2] for name in state if name.startswith("net.blocks.")})
+    found = (m.name for m in MODELS.values() if (m.dit.width, m.dit.blocks) == (width, blocks))
+    return next(found, "")
 
 
 _OTHER = "check that the file belongs to this model"

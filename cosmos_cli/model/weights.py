@@ -54,9 +54,11 @@ _STORAGES = {
     "torch.IntStorage": torch.int32,
 }
 _DIFFUSERS_FILE = "diffusion_pytorch_model.safetensors"
-# The files of a diffusers folder, best first. A variant such as fp16 stands before the last suffix.
-_DIFFUSERS_FILES = tuple(
-    f"diffusion_pytorch_model{name}"
+# The files of a folder of diffusers or accelerate, best first. A variant such as fp16 stands before
+# the last suffix.
+_FOLDER_FILES = tuple(
+    f"{stem}{name}"
+    for stem in ("diffusion_pytorch_model", "model", "pytorch_model")
     for suffix in (".safetensors", ".bin")
     for name in (f"{suffix}.index.json", suffix, f"{suffix}.index.*.json", f".*{suffix}")
 )
@@ -353,7 +355,7 @@ def write_safetensors(
 
 def _read_diffusers(folder: Path) -> State:
     """Load all tensors of a diffusers model folder, from one file or from shards with an index."""
-    found = (path for name in _DIFFUSERS_FILES for path in sorted(folder.glob(name)))
+    found = (path for name in _FOLDER_FILES for path in sorted(folder.glob(name)))
     first = next(found, folder / _DIFFUSERS_FILE)
     shards = [first]
     if first.suffix == ".json":

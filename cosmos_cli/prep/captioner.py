@@ -95,7 +95,8 @@ def describe_videos(
         return
     with work_sharing.workers(_lock(dataset), job) as workers:
         workers.start()
-        with helpers.helping(r, len(unseen), _help_to_describe, (r, dataset, videos, job)):
+        pieces = len(unseen) if workers.can_share else 1
+        with helpers.helping(r, pieces, _help_to_describe, (r, dataset, videos, job)):
             _share(r, dataset, videos, workers, device)
             finished = workers.wait_for_others()
         if not finished:

@@ -159,6 +159,17 @@ def files_in(folder: Path, *suffixes: str) -> list[Path]:
         ) from error  # fmt: skip
 
 
+def is_damaged_json(path: Path) -> bool:
+    """True if a JSON file cannot be read, so that a caption in it would be missed."""
+    if path.suffix.lower() != JSON_SUFFIX:
+        return False
+    try:
+        files.read_json(path)
+    except files.BadFile:
+        return True
+    return False
+
+
 def caption_in(path: Path) -> str:
     """Return the caption in the JSON file of a video, "" if it holds something else."""
     try:

@@ -129,19 +129,24 @@ def _histograms(findings: Findings) -> str:
 
 def _table(findings: Findings, pictures: dict[str, Html]) -> str:
     header = (
-        "contact sheet", "video", "verdict", "frames", "fps", "size", "seconds", "clips",
-        "motion", "caption", "from",
-    )  # fmt: skip
+        "contact sheet",
+        "video",
+        "verdict",
+        "frames, size, length",
+        "clips",
+        "motion",
+        "caption",
+        "from",
+    )
     rows = []
     for v in findings.manifest["videos"]:
         clips = findings.statistics.get(v["file"], [])
         motion = f"{sum(clip.motion for clip in clips) / len(clips):.2f}" if clips else ""
         verdict = f"rejected: {v['reason']}" if v["reason"] else f"used ({v['split']})"
-        size = f"{v['width']}x{v['height']}"
-        shape = (v["frames"], f"{v['fps']:.4g}", size, f"{v['seconds']:.2f}")
-        caption = (v["clips"], motion, v["caption"], v["caption_source"])
-        picture = pictures.get(v["file"], "")
-        rows.append((picture, v["file"], verdict, *(shape if v["frames"] else [""] * 4), *caption))
+        rate, size = f"{v['frames']} at {v['fps']:.4g} fps", f"{v['width']}x{v['height']}"
+        shape = f"{rate}, {size}, {v['seconds']:.2f} s" if v["frames"] else ""
+        picture, caption = pictures.get(v["file"], ""), (v["caption"], v["caption_source"])
+        rows.append((picture, v["file"], verdict, shape, v["clips"], motion, *caption))
     table = html.table(rows, header)
     if len(pictures) < MOST_PICTURES:
         return table

@@ -70,8 +70,8 @@ def prepare(r: Recipe, device: str) -> dict[str, Any]:
             caption_choice.write_captions(r, dataset, videos)
             _check_embeddings(r, dataset, videos)
         workers.start()
-        usable = sum(not source.reason for source in videos)
-        with helpers.helping(r, usable, _help_to_encode, (r, dataset, videos, job)):
+        pieces = sum(not source.reason for source in videos) if workers.can_share else 1
+        with helpers.helping(r, pieces, _help_to_encode, (r, dataset, videos, job)):
             with times("embed"):
                 _write_embeddings(r, dataset, videos, workers, device)
             latents = Latents(r, dataset, videos, device)

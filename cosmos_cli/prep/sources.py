@@ -85,11 +85,29 @@ def inspect(r: Recipe, dataset: Dataset) -> list[Source]:
 
 def _find(r: Recipe, dataset: Dataset) -> list[Source]:
     if not lerobot.is_lerobot(dataset.videos):
-        return [Source(dataset.name_of(path), path) for path in dataset.video_files()]
+        return _name(dataset, dataset.video_files())
     return [
         Source(e.name, e.path, range(e.first, e.first + e.frames), e.task, reason=e.reason)
         for e in lerobot.episodes(dataset.videos, r.camera)
     ]
+
+
+def _name(dataset: Dataset, paths: list[Path]) -> list[Source]:
+    """Return the videos with their names. Of `a__b.mp4` and `a/b.mp4`, the second is rejected."""
+    named: dict[str, Path] = {}
+    for path in sorted(paths, key=lambda path: len(path.parts)):
+        named.setdefault(dataset.name_of(path), path)
+    kept = {path: Source(name, path) for name, path in named.items()}
+    # The rejected ones come last: where a stem is shared, the first video has it.
+    found = [kept[path] for path in paths if path in kept]
+    for path in paths:
+        if path not in kept:
+            name, first = (
+                one.relative_to(dataset.videos).as_posix()
+                for one in (path, named[dataset.name_of(path)])
+            )
+            found.append(Source(name, path, reason=f"shares its name with {first}; rename one"))
+    return found
 
 
 def _choose_clips(r: Recipe, source: Source, info: video.VideoInfo) -> None:

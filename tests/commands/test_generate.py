@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from cosmos_cli import files, paths
-from cosmos_cli.generate.phases import bytes_together
+from cosmos_cli.generate.memory import bytes_together
 from cosmos_cli.generate.text_models import Conditioning
 from cosmos_cli.generate.video_models import load_denoiser, sample_latents, worth_compiling
 from cosmos_cli.model import edm, sampler, video, weights

@@ -205,7 +205,7 @@ def test_released_names_in_safetensors_load(tmp_path, prefix):
     assert_same(weights.load_dit_state(path), state)
 
 
-def test_variants_of_a_diffusers_folder_load(tmp_path):
+def test_variants_of_a_diffusers_folder_and_others_shards_load(tmp_path):
     state = {k: v for k, v in denoiser().state_dict().items() if k.startswith("net.")}
     weights.save_diffusers(tmp_path, state, SPEC.dit)
     tensors = load_file(tmp_path / "diffusion_pytorch_model.safetensors")
@@ -220,6 +220,10 @@ def test_variants_of_a_diffusers_folder_load(tmp_path):
     index = {"weight_map": dict.fromkeys(half, "part.safetensors")}
     index_file = tmp_path / "diffusion_pytorch_model.safetensors.index.fp16.json"
     index_file.write_text(json.dumps(index))
+    assert_same(weights.load_dit_state(tmp_path), expected)
+    for path in tmp_path.glob("diffusion_pytorch_model*"):
+        path.unlink()
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     assert_same(weights.load_dit_state(tmp_path), expected)
 
 
@@ -341,7 +345,8 @@ weights.write_safetensors(Path("m.safetensors"), {"w": torch.zeros(99_999)})
 def test_temporary_files_of_a_killed_process_are_removed(tmp_path):
     done = subprocess.run([sys.executable, "-c", DYING], cwd=tmp_path, check=False)
     assert done.returncode == -signal.SIGXFSZ
-    assert len([path for path in tmp_path.rglob("*") if path.is_file()]) == 2
+    # Each process leaves a file under our temporary name and one under that of safetensors.
+    assert len([path for path in tmp_path.rglob("*") if path.is_file()]) == 4
     files.remove_stale(tmp_path)
     assert list(tmp_path.iterdir()) == []
 
@@ -351,6 +356,12 @@ def test_file_of_another_model_is_refused(tmp_path):
     assert "2 unknown (weight, bias)" in refusal(weights.load_dit_state, tmp_path / "model.pt")
     save_file({"weight": torch.zeros(1)}, tmp_path / "m.safetensors")
     assert "1 unknown (weight)" in refusal(weights.load_dit_state, tmp_path / "m.safetensors")
+
+
+def test_another_model_that_we_know_is_named(tmp_path):
+    state = weights.load_dit_state(paths.EMBEDDED_DIR / "model.safetensors")
+    message = refusal(weights.load_strict, denoiser(), state, tmp_path / "model.pt")
+    assert f"it has the shapes of {TINY.name}; use a recipe whose model is {TINY.name}" in message
 
 
 def test_missing_file_is_named(tmp_path):

@@ -6,7 +6,8 @@ import pytest
 
 from cosmos_cli.model import video
 from cosmos_cli.paths import Dataset
-from cosmos_cli.prep import captions
+from cosmos_cli.prep import captions, sources
+from cosmos_cli.recipe.keys import Recipe
 from tests.helpers.command import Cosmos, settings
 from tests.helpers.stand_ins import moving_square
 
@@ -98,6 +99,17 @@ def test_a_metadata_file_about_something_else_is_not_a_table(tmp_path):
     assert captions.table_in(tmp_path) == tmp_path / "metadata.jsonl"
 
 
+def test_a_flat_video_wins_over_one_in_a_folder_of_the_same_name(tmp_path):
+    touch(tmp_path, "videos/a/b.mp4", "videos/a__b.mp4", "videos/b.mp4")
+    r = Recipe(dataset_dir=str(tmp_path))
+    found = sources.inspect(r, Dataset.at(r.dataset_dir, None))
+    assert {source.name: source.reason for source in found} == {
+        "a/b.mp4": "shares its name with a__b.mp4; rename one",
+        "a__b.mp4": "the file is empty",
+        "b.mp4": "the file is empty",
+    }
+
+
 @pytest.mark.workflow
 def test_nested_videos_are_prepared_and_train_finds_them_unchanged(tmp_path):
     videos = tmp_path / "data" / "videos"
@@ -107,10 +119,12 @@ def test_nested_videos_are_prepared_and_train_finds_them_unchanged(tmp_path):
         video.write_mp4(videos / f"{name}.mp4", clip, 12, 18)
     (videos / "metadata.csv").write_text("file_name,text\n2024/cam2/a.mp4,A table.\n")
     (videos / "2024" / "cam1" / "a.txt").write_text("Beside it.")
+    (videos / "flat.json").write_text('{"caption": "Cut o')
     cosmos = Cosmos(tmp_path)
     options = settings("dataset_dir=data", "prompt=Other.", "min_free_disk_gb=0.1")
     done = cosmos("prep", "tiny", *options)
     assert f"{videos}/2024/cam2/bad.mp4: rejected: too short" in done.stderr
+    assert "1 JSON file next to a video cannot be read and is not used: videos/flat" in done.stderr
     rows = json.loads((tmp_path / "data" / "manifest.json").read_text())["videos"]
     assert {row["file"]: (row["path"], row["caption"]) for row in rows} == {
         "2024__cam1__a.mp4": ("2024/cam1/a.mp4", "Beside it."),
