@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import sys
 from itertools import groupby
 from pathlib import Path
@@ -93,7 +94,8 @@ def copy(
         target = target / source.name if target.is_dir() else target
     _check_free(target, yes)
     files.write_text(target, files.read_text(source, files.RECIPE))
-    following = f"edit {target}, then cosmos recipes check {target}"
+    console.say(f"edit {target}, its lines with CHANGE first")
+    following = f"cosmos recipes check {shlex.quote(str(target))}"
     console.emit(Result(str(target.absolute()), [target.absolute()], next=following), as_json=json_)
 
 
@@ -240,7 +242,7 @@ def new(
             "needs": needs,
             "choices": [row._asdict() for row in choices],
         },
-        f"cosmos setup {target}",
+        f"cosmos setup {shlex.quote(str(target))}",
     )
     console.emit(result, as_json=json_)
 

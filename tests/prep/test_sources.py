@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from cosmos_cli.model import video
+from cosmos_cli.prep import sources
 from tests.helpers.command import Cosmos
 
 pytestmark = pytest.mark.workflow
@@ -270,3 +271,17 @@ def test_every_frame_is_what_an_independent_decoder_shows(folder):
         assert torch.equal(frames, independent_frames(path, *frames.shape[-2:])), path.name
         compared += 1
     assert compared >= 40
+
+
+def test_a_table_of_many_videos_shows_the_rejected_ones_and_counts_the_others():
+    facts = {"frames": 9, "fps": 24, "width": 96, "height": 64, "clips": 1}
+    rows = [
+        {"file": f"{n}.mp4", "verdict": "rejected" if n == 70 else "used", "reason": "",
+         "caption": "\x1b[31mred", **facts}
+        for n in range(80)
+    ]  # fmt: skip
+    _, first, *_, last = sources.verdict_table(rows).splitlines()
+    assert first.startswith("70.mp4")
+    assert "96x64" in first
+    assert last == "... and 30 more"
+    assert "\x1b" not in first
