@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import io
+import shlex
 import signal
 import sys
 import time
 from types import FrameType
-from typing import Annotated
+from typing import Annotated, Any, cast
 
 import typer
 
@@ -23,10 +24,13 @@ from cosmos_cli.commands import (
     setup,
     train,
 )
-from cosmos_cli.errors import ExitCode, Interrupted, UserError
+from cosmos_cli.errors import ExitCode, Interrupted, UserError, usage_error
 
 # More than rank 0 needs to print its error on a busy machine.
 RANK_0_SECONDS = 10
+# Typer's errors about options. Their class comes from click or is vendored, depending on the
+# version of Typer.
+_TyperError = cast(type[Exception], typer.BadParameter.__mro__[2])
 
 app = typer.Typer(
     name="cosmos",
@@ -70,6 +74,38 @@ def _let_rank_0_explain() -> None:
         time.sleep(RANK_0_SECONDS)
 
 
+def _usage_error(error: Any) -> UserError:
+    """Return Typer's error about options, with the corrected command where it can be guessed."""
+    where = error.ctx.command_path if error.ctx else "cosmos"
+    message = error.format_message().strip().rstrip(".")
+    what, fix = message[:1].lower() + message[1:], f"see `{where} --help`"
+    if error.ctx and (corrected := _with_settings(error.ctx.command, sys.argv[1:])):
+        fix = f"use `{shlex.join(['cosmos', *corrected])}`"
+    return usage_error(where, what, fix)
+
+
+def _with_settings(command: Any, words: list[str]) -> list[str]:
+    """Return the words of a command with `--max-steps 4` and `max_steps=4` as --set options.
+
+    Return [] if there are no such words, or if the command has no --set.
+    """
+    from cosmos_cli.recipe.keys import Recipe
+
+    options = {name: param for param in command.params for name in param.opts if "-" in name[:1]}
+    takes_value = {name for name, param in options.items() if not param.is_flag}
+    corrected: list[str] = []
+    left = iter(words)
+    for word in left:
+        name, equals, value = word.partition("=")
+        key = name.removeprefix("--").replace("-", "_")
+        is_value = bool(corrected) and corrected[-1] in takes_value
+        if is_value or name in options or key not in Recipe.model_fields or name + equals == key:
+            corrected.append(word)
+        else:
+            corrected += ["--set", f"{key}={value if equals else next(left, 'VALUE')}"]
+    return corrected if "--set" in options and corrected != words else []
+
+
 def main() -> None:
     """Run the command line and exit with a documented exit code."""
     for number in signals.ending():
@@ -80,18 +116,17 @@ def main() -> None:
         sys.stdout.reconfigure(errors="surrogateescape")
     try:
         with files.path_errors():
-            app()
+            sys.exit(app(prog_name="cosmos", standalone_mode=False))
     except UserError as error:
         if console.is_muted() and not error.told:
             _let_rank_0_explain()
         console.emit(console.failure(error), as_json=as_json)
         sys.exit(error.code)
-    except SystemExit as end:
-        if as_json and end.code == ExitCode.USAGE:
-            console.emit(
-                console.Result(code=ExitCode.USAGE, error="wrong options; see --help"), as_json=True
-            )
-        raise
+    except _TyperError as error:
+        # Typer has printed the help already if the error is that nothing was typed.
+        if type(error).__name__ != "NoArgsIsHelpError":
+            console.emit(console.failure(_usage_error(error)), as_json=as_json)
+        sys.exit(ExitCode.USAGE)
     except Interrupted as interruption:
         result = console.Result(
             artifacts=list(interruption.artifacts),

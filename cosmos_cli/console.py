@@ -6,6 +6,8 @@ import contextlib
 import errno
 import json
 import os
+import re
+import shutil
 import stat
 import sys
 import time
@@ -15,12 +17,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
-from cosmos_cli.errors import ExitCode, UserError
+from cosmos_cli.errors import ExitCode, UserError, fill_in
 from cosmos_cli.files import disk_errors
 
 PLAIN_SECONDS = 5.0
 SCHEMA_VERSION = 1
 
+# All but newlines and tabs.
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 _logs: list[TextIO] = []
 _muted = False
 
@@ -56,10 +60,45 @@ def unmute() -> None:
 
 def say(message: str) -> None:
     """Print a line on stderr and in the open logs."""
+    message = printable(fill_in(message))
     if not _muted:
         with _ignore_write_errors(sys.stderr):
-            print(message, file=sys.stderr, flush=True)
+            print(fold(message, sys.stderr), file=sys.stderr, flush=True)
         _log(message)
+
+
+def printable(text: str) -> str:
+    """Return text with its control characters as escapes, so that it cannot steer a terminal."""
+    return _CONTROL.sub(lambda found: repr(found[0])[1:-1], text)
+
+
+def fold(text: str, stream: TextIO) -> str:
+    """Return text with lines broken between words if the stream is a terminal that is narrower.
+
+    A command in backticks stays in one piece, so that it can be copied. The last column of a table
+    keeps its indentation.
+    """
+    if not stream.isatty():
+        return text
+    width = max(shutil.get_terminal_size().columns, 40)
+    return "\n".join(
+        # The next command is to be copied.
+        line if len(line) <= width or line.startswith("next: ") else _fold_line(line, width)
+        for line in text.splitlines()
+    )
+
+
+def _fold_line(line: str, width: int) -> str:
+    columns = [found.end() for found in re.finditer(r"\S {2,}|^ +", line[: width * 2 // 3])]
+    indent = max(columns, default=0)
+    rows = [line[:indent]]
+    for word in re.findall(r"(?:`[^`]*`|\S)+", line[indent:]):
+        space = " " if rows[-1][indent:] else ""
+        if space and len(rows[-1]) + 1 + len(word) > width:
+            rows.append(" " * indent + word)
+        else:
+            rows[-1] += space + word
+    return "\n".join(rows)
 
 
 def warn(message: str) -> None:
@@ -153,7 +192,7 @@ def _print(text: str) -> None:
         if not gone:
             raise UserError(
                 f"cannot be written: {error.strerror}", code=ExitCode.ASSET,
-                where="standard output", fix="free some space, or write it elsewhere",
+                where="standard output", fix="write it elsewhere: `> FILE`",
             ) from error  # fmt: skip
 
 
@@ -208,6 +247,13 @@ def size(count: float) -> str:
     return f"{count:.1f} TB"
 
 
+def rate(per_second: float, unit: str) -> str:
+    """Return a rate as text: 1.25 steps/s, or 14.30 s a step."""
+    if 0 < per_second < 1:
+        return f"{1 / per_second:.2f} s a {unit.removesuffix('s')}"
+    return f"{per_second:.2f} {unit}/s"
+
+
 class Progress:
     """Show progress: a live bar on a terminal, elsewhere a plain line every few seconds."""
 
@@ -221,7 +267,7 @@ class Progress:
         """Add `count` to the units done. `note` is shown next to the rate."""
         self.done += count
         if self.bar is not None:
-            shown = ", ".join(filter(None, [note, self.rate()]))
+            shown = ", ".join(filter(None, [self.rate(), self.left(), printable(note)]))
             self.bar.update(self.bar.task_ids[0], completed=self.done, note=shown)
         if time.monotonic() - self.printed >= PLAIN_SECONDS:
             self.printed = time.monotonic()
@@ -229,16 +275,32 @@ class Progress:
 
     def line(self, note: str = "") -> str:
         """Return the progress as one line with rate and time left."""
-        spent = time.monotonic() - self.started
-        counted = self.done - self.first
-        left = duration((self.total - self.done) / counted * spent) if counted else "?"
         head = f"{self.label} {self.done}/{self.total} {self.unit}"
-        return ", ".join(filter(None, [head, note, self.rate(), f"{left} left"]))
+        return ", ".join(filter(None, [head, note, self.rate(), self.left()]))
+
+    def seconds(self) -> float:
+        """Return the seconds since the start, without those that were paused."""
+        return max(time.monotonic() - self.started, 1e-9)
 
     def rate(self) -> str:
-        """Return the rate as text, e.g. 1.25 clips/s."""
-        spent = max(time.monotonic() - self.started, 1e-9)
-        return f"{(self.done - self.first) / spent:.2f} {self.unit}/s"
+        """Return the rate as text, as of `console.rate`."""
+        return rate((self.done - self.first) / self.seconds(), self.unit)
+
+    def left(self) -> str:
+        """Return the time left as text."""
+        counted = self.done - self.first
+        if not counted:
+            return "? left"
+        return f"{duration((self.total - self.done) / counted * self.seconds())} left"
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave the block out of the rate and the time left."""
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            self.started += time.monotonic() - began
 
 
 @contextmanager
@@ -249,15 +311,14 @@ def progress(label: str, total: int, unit: str, done: int = 0) -> Iterator[Progr
         yield counter
         return
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
     from rich.progress import Progress as Bar
 
     columns = (
         TextColumn("{task.description}", markup=False),
-        BarColumn(),
+        BarColumn(bar_width=16),
         MofNCompleteColumn(),
         TextColumn("{task.fields[note]}", markup=False),
-        TimeRemainingColumn(),
     )
     terminal: Any = _Terminal(sys.stderr)
     with Bar(*columns, console=Console(file=terminal)) as bar:
@@ -284,9 +345,10 @@ class Stopwatch:
 
 def table(rows: Sequence[tuple[str, ...]], header: tuple[str, ...]) -> str:
     """Return rows under a header as text, with columns aligned by spaces."""
+    header, *rows = [tuple(map(printable, row)) for row in [header, *rows]]
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
     lines = [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
         for row in [header, *rows]
     ]
-    return "\n".join(lines)
+    return fold("\n".join(lines), sys.stdout)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Sequence
 from enum import IntEnum
 from pathlib import Path
@@ -23,8 +25,23 @@ class ExitCode(IntEnum):
     SIGTERM = 143
 
 
+# The environment variable with the recipe of this command, as words for the shell. The ranks that
+# the command starts inherit it.
+TYPED_RECIPE = "COSMOS_TYPED_RECIPE"
+
+
+def fill_in(text: str) -> str:
+    """Replace the word RECIPE in the `commands` of a message, so that they can be pasted."""
+    words = os.environ.get(TYPED_RECIPE, "RECIPE")
+    return re.sub(
+        r"`[^`]+`", lambda command: re.sub(r"\bRECIPE\b", lambda _: words, command[0]), text
+    )
+
+
 class UserError(Exception):
     """A failure that the user can fix: one line with where, what was found and what to do.
+
+    In the commands between backticks, RECIPE stands for the recipe that the user typed.
 
     Args:
         what: what was found, e.g. "unknown key".
@@ -59,7 +76,7 @@ class UserError(Exception):
         head = f"{self.where}: " if self.where else ""
         tail = f"; {self.fix}" if self.fix else ""
         line = " ".join(f"{head}{self.what}{tail}".split())
-        return "\n".join([line, *map(str, self.also)])
+        return "\n".join([fill_in(line), *map(str, self.also)])
 
 
 def usage_error(where: str, what: str, fix: str = "") -> UserError:

@@ -70,7 +70,7 @@ def _not_restored(folder: Path, old: Path) -> UserError:
     return UserError(
         f"is missing: a cosmos promote that was stopped left the model in {old}",
         code=ExitCode.ASSET, where=str(folder),
-        fix=f"once no cosmos promote is running, mv '{old}' '{true_path(folder)}'",
+        fix=f"once no cosmos promote is running: `mv '{old}' '{true_path(folder)}'`",
     )  # fmt: skip
 
 

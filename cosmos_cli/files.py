@@ -9,16 +9,20 @@ Files are written to a temporary name and renamed, so that a kill leaves the old
 
 from __future__ import annotations
 
+import codecs
+import contextlib
 import errno
 import hashlib
 import io
 import json
 import os
+import platform
 import re
 import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -204,16 +208,25 @@ def read_bytes(path: Path, kind: Kind) -> bytes:
 
 
 def read_text(path: Path, kind: Kind, errors: str = "strict") -> str:
-    """Return the UTF-8 text of a file without its byte order mark, with LF line endings.
+    """Return the text of a file without its byte order mark, with LF line endings.
+
+    It is UTF-8, or UTF-16 with a byte order mark, as Windows PowerShell writes it.
 
     Raises:
-        NoSuchFile, BadFile: as of `read_bytes`, or the text is not UTF-8.
+        NoSuchFile, BadFile: as of `read_bytes`, or the text is neither.
     """
+    content = read_bytes(path, kind)
     try:
-        text = read_bytes(path, kind).decode("utf-8-sig", errors)
+        text = content.decode(encoding_of(content), errors)
     except UnicodeDecodeError as error:
         raise bad(path, kind, "is not UTF-8 text") from error
     return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def encoding_of(content: bytes) -> str:
+    """Return the encoding of a text that begins with these bytes."""
+    is_utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    return "utf-16" if is_utf16 else "utf-8-sig"
 
 
 def read_json(path: Path, kind: Kind = JSON) -> Any:
@@ -240,8 +253,15 @@ _DISK_ERRORS = frozenset({
     errno.ENOENT, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG, errno.EFBIG, errno.ELOOP,
     errno.ENOTEMPTY,
 })  # fmt: skip
-_UMASK = os.umask(0)
-os.umask(_UMASK)
+_DISK_FIXES = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free some space, or choose another folder"),
+    **dict.fromkeys(
+        (errno.EROFS, errno.EACCES, errno.EPERM), "choose a folder that you may write to"
+    ),
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.EFBIG: "choose a file system for large files",
+    errno.EIO: "check the disk",
+}
 
 
 @contextmanager
@@ -256,7 +276,7 @@ def disk_errors(path: Path) -> Iterator[None]:
             f"cannot be written: {os.strerror(error.errno or 0)}",
             code=ExitCode.ASSET,
             where=str(path),
-            fix="free some space or choose another folder",
+            fix=_DISK_FIXES.get(error.errno or 0, "choose another folder"),
         ) from error
 
 
@@ -271,18 +291,45 @@ def atomic_file(path: Path) -> Iterator[Path]:
     """
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        # A hash is shorter than most names, so the temporary name stays within the length limit.
-        mark = hashlib.sha256(os.fsencode(path.name)).hexdigest()[:8]
-        temporary = path.with_name(f".{os.getpid()}.{mark}.tmp{path.suffix}")
+        temporary = temporary_beside(path)
         try:
+            temporary.touch()
+            mode = stat.S_IMODE(temporary.stat().st_mode)
             yield temporary
-            # Some writers create private files. Make ours as readable as the umask allows.
-            temporary.chmod(0o666 & ~_UMASK)
+            # Some writers replace it with a private file. Make it as readable as the umask allows.
+            temporary.chmod(mode)
             sync(temporary)
             temporary.replace(path)
             sync(path.parent)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def temporary_beside(path: Path) -> Path:
+    """Return a name for this process to write to before the file is renamed to `path`."""
+    # A hash is shorter than most names, so the temporary name stays within the length limit.
+    mark = hashlib.sha256(os.fsencode(path.name)).hexdigest()[:8]
+    return path.with_name(f".{os.getpid()}.{_machine()}.{mark}.tmp{path.suffix}")
+
+
+@cache
+def _machine() -> str:
+    """Return eight digits that identify this machine and, in a container, its process numbers."""
+    processes = Path("/proc/self/ns/pid").stat().st_ino
+    return sha256_text(platform.node(), str(processes))[:8]
+
+
+def remove_own_stale(folder: Path) -> None:
+    """Remove the temporary files of killed processes of this machine from a user's folder.
+
+    Unlike `remove_stale`, it may run while other machines write to the folder.
+    """
+    for path in folder.glob(f".*.{_machine()}.*.tmp*"):
+        owner = re.fullmatch(r"\.(\d+)\.[0-9a-f]{8}\.[0-9a-f]{8}\.tmp(\.\w+)?", path.name)
+        if owner and not Path("/proc", owner[1]).exists():
+            # In a shared folder, it may belong to another user.
+            with contextlib.suppress(PermissionError):
+                path.unlink(missing_ok=True)
 
 
 def sync(path: Path) -> None:
@@ -346,7 +393,7 @@ def require_free(path: Path, needed: float, what: str, fix: str) -> None:
     free = free_bytes(path)
     if free < needed:
         raise UserError(
-            f"{what} need {round(needed / 1e6):,} MB, {round(free / 1e6):,} MB are free",
+            f"{what} need {needed / 1e9:,.2f} GB, {free / 1e9:,.2f} GB are free",
             code=ExitCode.ASSET,
             where=str(path),
             fix=fix,

@@ -192,6 +192,9 @@ def best_device() -> str:
     """Return "cuda" if torch finds a GPU, else "cpu". A rank of a launcher selects its own GPU."""
     import torch
 
+    # Fragmented memory would not hold a pass that the estimate promises. PyTorch reads this when it
+    # first allocates.
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
         return "cuda"

@@ -62,12 +62,21 @@ def lock_byte(file: int, byte: int, how: int, folder: Path, command: str) -> boo
     return _granted(partial(fcntl.lockf, file, how, 1, byte), folder, command)
 
 
+def missing(folder: Path) -> bool:
+    """True if a lock in the folder was granted because its disk has none."""
+    return folder in _without
+
+
+_without: set[Path] = set()
+
+
 def _granted(lock: Callable[[], None], folder: Path, command: str) -> bool:
     try:
         lock()
     except OSError as error:
         if error.errno in (errno.EAGAIN, errno.EACCES):
             return False
+        _without.add(folder)
         _go_without(folder, command, f"cannot be locked ({os.strerror(error.errno or 0)})")
     return True
 

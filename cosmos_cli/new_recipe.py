@@ -124,7 +124,7 @@ def _num_frames(lengths: list[int], fps: float) -> Line:
 def _shape(videos: Sequence[VideoInfo]) -> list[Line]:
     (height, width), count = Counter((info.height, info.width) for info in videos).most_common(1)[0]
     size = (SPEC.height, SPEC.width)
-    trained = f"the model was trained at {SPEC.height}x{SPEC.width}"
+    trained = f"the model was trained at {SPEC.width}x{SPEC.height}"
     if sum(info.height > info.width for info in videos) * 2 > len(videos):
         size, trained = size[::-1], f"most videos are in portrait format ({trained})"
     shape = size[1] / size[0]
@@ -140,7 +140,7 @@ def _shape(videos: Sequence[VideoInfo]) -> list[Line]:
         )
     return [
         Line("height", size[0], trained),
-        Line("width", size[1], f"{count} of {len(videos)} videos are {height}x{width}"),
+        Line("width", size[1], f"{count} of {len(videos)} videos are {width}x{height}"),
         resize,
     ]
 

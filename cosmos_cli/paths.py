@@ -18,6 +18,10 @@ VIDEO_SUFFIXES = frozenset({
     ".mp4", ".m4v", ".mov", ".3gp", ".mkv", ".webm", ".avi", ".flv", ".wmv", ".ogv", ".mxf", ".gif",
     ".y4m", ".ts", ".mts", ".m2ts", ".mpg", ".mpeg", ".vob",
 })  # fmt: skip
+# Folders that hold no videos of the user: macOS puts one into its archives, ext4 into each disk.
+_NO_VIDEOS = frozenset({"__MACOSX", "lost+found"})
+# The file by which a LeRobot dataset is known. `prep.lerobot` finds its episodes.
+LEROBOT_INFO = Path("meta") / "info.json"
 MODEL_FILE = "model.pt"
 # The denoiser's file name in a model folder, by format.
 MODEL_FORMATS = {"pt": MODEL_FILE, "safetensors": "model.safetensors", "diffusers": "transformer"}
@@ -127,26 +131,44 @@ class Dataset:
         return manifest
 
     def video_files(self) -> list[Path]:
-        """Return every file with a video suffix, sorted by name.
+        """Return every file with a video suffix in the folder and below it, sorted by path.
+
+        A LeRobot dataset has none, since a file in it may be many episodes or a part of one.
 
         Raises:
-            UserError: the folder does not exist or cannot be read.
+            UserError: the folder or one in it does not exist or cannot be read.
         """
+        if any((folder / LEROBOT_INFO).is_file() for folder in (self.root, self.videos)):
+            return []
         try:
             return sorted(_videos_in(self.videos))
         except OSError as error:
             raise UserError(
                 f"cannot be read: {os.strerror(error.errno or 0)}",
                 code=ExitCode.DATASET,
-                where=str(self.videos),
-                fix="put the videos there, or set videos_dir or dataset_dir in the recipe",
+                where=error.filename or str(self.videos),
+                fix="put the videos there, or use `--set videos_dir=FOLDER`",
             ) from error
 
+    def name_of(self, video: Path) -> str:
+        """Return the name of a video: its path in the folder, with "__" for each slash."""
+        return "__".join(video.relative_to(self.videos).parts)
 
-def _videos_in(folder: Path) -> Iterator[Path]:
-    for path in folder.iterdir():
-        if path.suffix.lower() in VIDEO_SUFFIXES and not path.name.startswith("."):
+
+def _videos_in(folder: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
+    """Yield the videos in a folder and below it, except hidden ones."""
+    real = folder.resolve()
+    if real in above:
+        # A link leads back to a folder above it.
+        return
+    with os.scandir(folder) as entries:
+        shown = [entry for entry in entries if not entry.name.startswith(".")]
+    for entry in shown:
+        path = folder / entry.name
+        if path.suffix.lower() in VIDEO_SUFFIXES:
             yield path
+        elif entry.name not in _NO_VIDEOS and entry.is_dir():
+            yield from _videos_in(path, (*above, real))
 
 
 # --- a run ----------------------------------------------------------------------------------------
@@ -285,7 +307,10 @@ class ModelFiles:
 
 
 def model_files(spec: ModelSpec, checkpoints_dir: str, base: str | None = None) -> ModelFiles:
-    """Return the paths of a downloaded or embedded model. `base` replaces the denoiser's."""
+    """Return the paths of a downloaded or embedded model.
+
+    `base` replaces the denoiser's: a file, or a folder that holds one in any format.
+    """
     if spec.embedded:
         found = ModelFiles(
             EMBEDDED_DIR / "model.safetensors",
@@ -301,7 +326,7 @@ def model_files(spec: ModelSpec, checkpoints_dir: str, base: str | None = None) 
             root / TEXT_ENCODER_DIR,
             root / spec.name / "guardrail",
         )
-    return replace(found, dit=Path(base).absolute()) if base else found
+    return replace(found, dit=weights_in(Path(base).absolute())) if base else found
 
 
 def promoted_dir(spec: ModelSpec, checkpoints_dir: str, name: str | None = None) -> Path:

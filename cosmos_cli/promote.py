@@ -43,11 +43,16 @@ def promote(r: Recipe, step: int, kind: str, format: str, target: Path) -> dict[
     """
     run = Run(r.run_dir)
     if run.resolved.exists():
-        r = loading.load(run.resolved).recipe
+        trained = loading.load(run.resolved).recipe
+        # The base may have been moved since.
+        base_moved = trained.base and not trained.model_files.dit.exists()
+        r = trained.model_copy(update={"base": r.base if base_moved else trained.base})
     r = r.model_copy(update={"checkpoints_dir": str(target.parent)})
     source = run.lora(step, kind) if r.lora_rank else run.model(step, kind)
     console.say(f"reading {source}")
     base = r.model_files.dit
+    base_sha256 = files.sha256_path(base) if base.exists() else ""
+    require_base(run, base, base_sha256)
     original = weights.load_dit_state(base)
     tuned = lora.merge(original, source, 1.0) if r.lora_rank else weights.load_dit_state(source)
     with torch.device("meta"):
@@ -56,7 +61,7 @@ def promote(r: Recipe, step: int, kind: str, format: str, target: Path) -> dict[
     tensor_names.check_keys(expected, net, source)
     tensor_names.check_keys(expected, {k: v for k, v in original.items() if k in net}, base)
     changes = relative_changes(net, original)
-    fix = "promote an earlier step"
+    fix = "promote an earlier step: `--step N`"
     require_finite(original, base, tensor_names.name_in_file(base))
     require_finite(tuned, source, tensor_names.name_in_file(source), fix)
     require_trained(changes, source)
@@ -71,7 +76,7 @@ def promote(r: Recipe, step: int, kind: str, format: str, target: Path) -> dict[
         "step": step,
         "run": str(run.root),
         "checkpoint": {"path": str(source), "sha256": files.sha256_path(source)},
-        "base": {"path": str(base), "sha256": files.sha256_path(base)},
+        "base": {"path": str(base), "sha256": base_sha256},
         "dataset_manifest_sha256": _dataset_hash(run, step),
         "relative_change": changes,
         "recipe": json.loads(r.model_dump_json()),
@@ -91,6 +96,23 @@ def _lora(base: dict[str, Tensor], merged: dict[str, Tensor], source: Path) -> d
     return {"file": paths.LORA_FILE, "sha256": files.sha256_file(source), "kept": kept}
 
 
+def require_base(run: Run, base: Path, sha256: str) -> None:
+    """Refuse a base other than the one that a LoRA was trained on; resume states hold its hash.
+
+    Raises:
+        UserError: it is another file.
+    """
+    for step in run.resumable_steps()[-1:]:
+        known = files.read_json(run.resume_state(step) / paths.MANIFEST_FILE).get("base", sha256)
+        if sha256 and known != sha256:
+            raise UserError(
+                f"is not the base that the run was trained on: its sha256 is {sha256[:12]}, the "
+                f"run says {known[:12]}",
+                code=ExitCode.ASSET, where=str(base),
+                fix="name that file with `--set base=FILE`",
+            )  # fmt: skip
+
+
 def require_trained(changes: dict[str, float], source: Path) -> None:
     """Refuse weights that diverged or did not change in training.
 
@@ -102,7 +124,7 @@ def require_trained(changes: dict[str, float], source: Path) -> None:
             f"holds numbers that are not finite in {', '.join(bad)}",
             code=ExitCode.ASSET,
             where=str(source),
-            fix="promote an earlier step",
+            fix="promote an earlier step: `--step N`",
         )
     if not any(changes.values()):
         raise UserError(
@@ -160,7 +182,7 @@ def _fill_folder(
             "does not read back as it was written",
             code=ExitCode.ASSET,
             where=str(path),
-            fix="check the disk and promote again",
+            fix="check the disk, then run `cosmos promote RECIPE` again",
         )
     del written
     if "lora" in manifest:
@@ -182,7 +204,7 @@ def _copy_lora(source: Path, folder: Path, sha256: str) -> None:
     if files.sha256_file(target) != sha256:
         raise UserError(
             "was copied with errors", code=ExitCode.ASSET, where=str(source),
-            fix="check the disk and promote again",
+            fix="check the disk, then run `cosmos promote RECIPE` again",
         )  # fmt: skip
 
 
@@ -222,7 +244,7 @@ pipeline_tag: text-to-video
 # {r.model}, post-trained as {r.name}
 
 {manifest["weights"].upper()} weights of step {manifest["step"]} of the run `{r.name}`, trained on
-`{r.dataset_dir}` at {r.num_frames} frames of {r.height}x{r.width}.
+`{r.dataset_dir}` at {r.num_frames} frames of {r.width}x{r.height}.
 
     cosmos generate --prompt "{(r.prompt or "...").replace('"', "'")}"
 

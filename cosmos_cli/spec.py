@@ -51,17 +51,22 @@ class DiTSpec:
         return self.width // self.heads
 
     @property
-    def parameters(self) -> int:
-        """Return the number of weights of the network, without the log-variance head."""
+    def block_parameters(self) -> int:
+        """Return the number of weights of one block."""
         d, text, rank = self.width, self.text_channels, self.adaln_rank
         attention = 4 * d * d + 2 * self.head_width
         cross_attention = 2 * d * d + 2 * d * text + 2 * self.head_width
-        block = attention + cross_attention + 2 * self.mlp_ratio * d * d + 3 * (rank * 4 * d)
+        return attention + cross_attention + 2 * self.mlp_ratio * d * d + 3 * (rank * 4 * d)
+
+    @property
+    def parameters(self) -> int:
+        """Return the number of weights of the network, without the log-variance head."""
+        d, rank = self.width, self.adaln_rank
         patch = self.patch_t * self.patch_hw**2
         embedders = (self.latent_channels + 1) * patch * d + 4 * d * d + d
         tables = (self.max_t + self.max_hw) * d
         final = rank * 3 * d + d * self.patch_channels
-        return self.blocks * block + embedders + tables + final
+        return self.blocks * self.block_parameters + embedders + tables + final
 
     def lora_parameters(self, rank: int, targets: str) -> int:
         """Return the number of weights a LoRA trains: rank * (inputs + outputs) per linear."""

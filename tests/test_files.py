@@ -479,3 +479,34 @@ def test_a_library_that_opens_by_name_is_behind_a_check(name):
         ("load_file(", "check_safetensors("),
     ):
         assert library not in source or check in source
+
+
+# --- temporary files ------------------------------------------------------------------------------
+
+
+def test_only_temporary_files_of_killed_processes_are_removed_from_a_users_folder(tmp_path):
+    begin = "from pathlib import Path; from cosmos_cli import files; import os\n"
+    kill = "with files.atomic_file(Path('killed.mp4')): os.kill(os.getpid(), 9)"
+    subprocess.run([sys.executable, "-c", begin + kill], cwd=tmp_path, check=False)
+    (left,) = tmp_path.iterdir()
+    theirs = {".mine.tmp", ".99999999.tmp", f".99999999.00000000.{left.name.split('.')[3]}.tmp.mp4"}
+    for name in theirs:
+        (tmp_path / name).touch()
+    with files.atomic_file(tmp_path / "living.mp4"):
+        files.remove_own_stale(tmp_path)
+        assert len(list(tmp_path.iterdir())) == len(theirs) + 1
+    assert {path.name for path in tmp_path.iterdir()} == theirs | {"living.mp4"}
+    assert not left.exists()
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_files_are_as_readable_as_the_umask_allows(tmp_path, umask):
+    # torch and tempfile write private files.
+    script = f"import os; os.umask({umask}); from pathlib import Path; from cosmos_cli import files"
+    script += """
+with files.atomic_file(Path('a')) as temporary:
+    temporary.unlink()
+    os.close(os.open(temporary, os.O_CREAT, 0o600))
+"""
+    subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=True)
+    assert (tmp_path / "a").stat().st_mode & 0o777 == 0o666 & ~umask

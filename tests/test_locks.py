@@ -25,6 +25,15 @@ for _ in range(2):
     assert locks.lock_byte(file, 3, fcntl.LOCK_EX | fcntl.LOCK_NB, here, "cosmos prep")
 """
 
+SHARED = """
+from pathlib import Path
+from cosmos_cli.prep import work_sharing
+
+for folder in ("here", "there"):
+    with work_sharing.workers(Path(folder, "lock"), "job") as workers:
+        print(workers.can_share)
+"""
+
 
 def test_a_lock_is_refused_while_another_open_file_holds_it(tmp_path):
     with locks.held(tmp_path / "lock", "x") as first, locks.held(tmp_path / "lock", "x") as second:
@@ -45,12 +54,12 @@ def test_a_process_that_may_wait_says_so_and_then_gets_the_lock(tmp_path, capsys
     assert capsys.readouterr().err == "waiting for it\n"
 
 
-def run_without_locks(tmp_path, world_size):
+def run_without_locks(tmp_path, world_size, script=BOTH):
     if shutil.which("strace") is None:
         pytest.skip("strace is not installed (apt-get install strace)")
     lacking = ("-P", tmp_path / "here" / "lock", "-e", "inject=flock,fcntl:error=ENOLCK")
     done = subprocess.run(
-        ["strace", "-f", "-qq", "-o", "log", *lacking, sys.executable, "-c", BOTH],
+        ["strace", "-f", "-qq", "-o", "log", *lacking, sys.executable, "-c", script],
         cwd=tmp_path, capture_output=True, text=True, check=False, timeout=60,
         env={**os.environ, "WORLD_SIZE": world_size},
     )  # fmt: skip
@@ -72,3 +81,8 @@ def test_several_ranks_are_refused_on_a_disk_without_locks(tmp_path):
     assert said.startswith("cosmos_cli.errors.UserError: here: cannot be locked (No locks availab")
     assert "and WORLD_SIZE is 2; use a disk with locks" in said
     assert "`cosmos train RECIPE` without a launcher" in said
+
+
+def test_no_process_helps_prep_on_a_disk_without_locks(tmp_path):
+    done = run_without_locks(tmp_path, "1", SHARED)
+    assert done.stdout.split() == ["False", "True"]

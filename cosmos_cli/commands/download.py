@@ -14,7 +14,6 @@ from cosmos_cli.console import Result
 from cosmos_cli.download import assets, fetch
 from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.paths import Dataset
-from cosmos_cli.prep import lerobot
 
 if TYPE_CHECKING:
     from cosmos_cli.recipe.keys import Recipe
@@ -93,6 +92,8 @@ def _count_videos(r: Recipe) -> int:
     Raises:
         UserError: there are none.
     """
+    from cosmos_cli.prep import lerobot
+
     dataset = Dataset.at(r.dataset_dir, r.videos_dir)
     if lerobot.is_lerobot(dataset.videos):
         return len(lerobot.episodes(dataset.videos, r.camera))
@@ -116,6 +117,12 @@ def _check(r: Recipe, next_: str, dry_run: bool) -> Result:
             # The other files are downloaded first.
             assets.require_networks(r, files.dit)
         return Result(figures={"dry_run": True})
+    for path in (files.tokenizer, files.dit):
+        if not path.exists():
+            raise UserError(
+                "is missing", code=ExitCode.ASSET, where=str(path),
+                fix="run `cosmos download RECIPE` first",
+            )  # fmt: skip
     from cosmos_cli.evaluate import first_contact
     from cosmos_cli.gpus import best_device
     from cosmos_cli.model.device import gpu_memory_errors

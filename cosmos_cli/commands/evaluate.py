@@ -75,6 +75,7 @@ def evaluate(
     from cosmos_cli.gpus import best_device
 
     figures, samples = measure.evaluate(r, weights, count, best_device())
+    measure.keep_larger(output, figures)
     written = measure.write_page(output, r, figures, samples)
     console.emit(
         Result(

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterator
-from itertools import product
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -15,6 +14,10 @@ from cosmos_cli.commands import options
 from cosmos_cli.errors import ExitCode, Interrupted, UserError, together
 from cosmos_cli.generate import batch, choice, jobs
 from cosmos_cli.generate.jobs import Request, Result, Settings
+from cosmos_cli.recipe import plan
+
+if TYPE_CHECKING:
+    from cosmos_cli.recipe.keys import Recipe
 
 RecipeArgument = Annotated[
     str | None,
@@ -28,7 +31,7 @@ BatchOption = Annotated[
     typer.Option(
         "--batch",
         help="JSONL file. Each line is an object with prompt and, optionally, seed, "
-        "negative_prompt, num_steps and guidance.",
+        "negative_prompt, num_steps, guidance and output, a file inside --output.",
     ),
 ]
 PromptsOption = Annotated[
@@ -97,6 +100,8 @@ def generate(
     Example: cosmos generate --prompt "A video of sks teal robot." --set num_steps=20
     """
     output = files.expand(output)
+    if recipe is not None:
+        options.name_recipe(recipe, set_)
     overrides = [*(set_ or ()), *([] if seed is None else [f"sampling_seed={seed}"])]
     chosen = choice.choose_model(recipe, model, overrides)
     overrides = [*chosen.overrides, *overrides]
@@ -104,7 +109,7 @@ def generate(
     if prompts is not None and (prompt or batch_ or compare or num_processes or prompts != "-"):
         raise UserError(
             "reads from standard input only", code=ExitCode.USAGE, where="--prompts",
-            fix="give --prompts - without --prompt, --batch, --compare and --num-processes",
+            fix="use `--prompts -` without --prompt, --batch, --compare and --num-processes",
         )  # fmt: skip
     requests = [] if prompts else _requests(prompt or [], batch_)
     if output.suffix.lower() == ".mp4" and (prompts or len(requests) > 1):
@@ -126,14 +131,31 @@ def generate(
         f"{r.model} ({weights.path}): {r.num_frames} frames, {r.width}x{r.height} at "
         f"{r.fps:g} fps, {r.num_steps} steps, guidance {r.guidance:g}"
     )
+    _say_what_is_short(r, requests)
     if dry_run:
         result = _preview(both, requests)
     elif prompts is None:
-        result = _finish(batch.batch(both, requests, num_processes), streaming=False)
+        result = _finish(batch.batch(both, requests, num_processes), r, streaming=False)
     else:
-        result = _finish(batch.stream(settings), streaming=True)
+        result = _finish(batch.stream(settings), r, streaming=True)
     result.figures["weights"] = {"path": str(weights.path), "sha256": weights.sha256}
     console.emit(result, as_json=json_)
+
+
+def _say_what_is_short(r: Recipe, requests: list[Request]) -> None:
+    """Say if NVIDIA's command would lengthen a prompt that is used here as it is."""
+    words = [len(request.prompt.split()) for request in requests if request.prompt]
+    short = [count for count in words if count <= r.upsampler_word_limit]
+    if r.spec.embedded or r.upsampler != "off" or not short:
+        return
+    folder = Path(r.checkpoints_dir, paths.UPSAMPLER_DIR)
+    option = f"--set {shlex.quote(f'upsampler={folder}')}"
+    fetch = f"run `cosmos download RECIPE {option} --for generate`, then "
+    first = "the prompt has" if len(short) == 1 else f"{len(short)} prompts have at most"
+    console.say(
+        f"{first} {max(short)} words: NVIDIA's command lengthens such prompts by default, here the "
+        f"upsampler is off; to turn it on, {'' if folder.is_dir() else fetch}add `{option}`"
+    )
 
 
 def _requests(prompts: list[str], file: Path | None) -> list[Request]:
@@ -146,12 +168,12 @@ def _requests(prompts: list[str], file: Path | None) -> list[Request]:
     if not requests:
         raise UserError(
             "no prompt was given", code=ExitCode.USAGE, where="--prompt",
-            fix='give --prompt "...", --batch FILE or --prompts -',
+            fix='use `--prompt "A red ball moves left."`, `--batch FILE` or `--prompts -`',
         )  # fmt: skip
     return requests
 
 
-def _finish(results: Iterator[Result], *, streaming: bool) -> console.Result:
+def _finish(results: Iterator[Result], r: Recipe, *, streaming: bool) -> console.Result:
     """Run all jobs; return the result of the command if none failed.
 
     Raises:
@@ -160,9 +182,10 @@ def _finish(results: Iterator[Result], *, streaming: bool) -> console.Result:
     """
     from cosmos_cli.model.device import gpu_memory_errors
 
+    fix = f"use `--set memory=in_turn` or {plan.smaller_clip(r)}"
     seen: list[Result] = []
     try:
-        with gpu_memory_errors("set a smaller height, width or num_frames"):
+        with gpu_memory_errors(fix):
             for result in results:
                 seen.append(result)
                 if streaming:
@@ -194,7 +217,7 @@ def _preview(settings: list[Settings], requests: list[Request]) -> console.Resul
     Raises:
         UserError: the gravest error of a request, or a network is missing.
     """
-    results = [batch.plan_request(request, own) for own, request in product(settings, requests)]
+    results = list(batch.plan_all(settings, requests))
     if errors := [result.error for result in results if result.error]:
         raise together(errors)
     if todo := [result.job for result in results if result.job and not result.made]:

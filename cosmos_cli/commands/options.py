@@ -6,13 +6,16 @@ they run.
 
 from __future__ import annotations
 
+import os
 import shlex
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from cosmos_cli import console, ranks
 from cosmos_cli.download import hub
+from cosmos_cli.errors import TYPED_RECIPE
 
 if TYPE_CHECKING:
     from cosmos_cli.recipe.loading import LoadedRecipe
@@ -25,6 +28,13 @@ def shipped_names() -> list[str]:
     return list(loading.shipped())
 
 
+def key_names() -> list[tuple[str, str]]:
+    """Return the keys of a recipe with their descriptions, for shell completion."""
+    from cosmos_cli.recipe import loading
+
+    return [(row.name, row.description) for row in loading.key_reference()]
+
+
 RecipeArgument = Annotated[
     str,
     typer.Argument(
@@ -33,9 +43,36 @@ RecipeArgument = Annotated[
         autocompletion=shipped_names,
     ),
 ]
+
+
+def settings(incomplete: str) -> list[str]:
+    """Return what may follow --set: KEY= for each key, KEY=VALUE for one that takes few values."""
+    from cosmos_cli.recipe import loading
+
+    key, equals, _ = incomplete.partition("=")
+    rows = loading.key_reference()
+    if not equals:
+        return [f"{row.name}=" for row in rows if row.name.startswith(incomplete)]
+    takes = next((row.takes for row in rows if row.name == key), "")
+    values = takes.removeprefix("one of ") if takes.startswith("one of ") else ""
+    values = "true, false" if takes == "true or false" else values
+    choices = (f"{key}={value}" for value in values.split(", ") if value)
+    return [choice for choice in choices if choice.startswith(incomplete)]
+
+
+def one_of(*values: str) -> Callable[[str], list[str]]:
+    """Return the shell completion of an option that takes one of some values."""
+    return lambda incomplete: [value for value in values if value.startswith(incomplete)]
+
+
 SetOption = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Override one key of the recipe; repeatable."),
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Override one key of the recipe; repeatable.",
+        autocompletion=settings,
+    ),
 ]
 PrintRecipeOption = Annotated[
     bool,
@@ -43,7 +80,9 @@ PrintRecipeOption = Annotated[
 ]
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Print what would be done and exit.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
-YesOption = Annotated[bool, typer.Option("--yes", help="Replace existing files without asking.")]
+YesOption = Annotated[
+    bool, typer.Option("--yes", help="Replace existing files; without it, they are refused.")
+]
 
 
 def open_recipe(
@@ -67,19 +106,30 @@ def open_recipe(
 
     ranks.check_environment()
     hub.check_endpoint()
+    name_recipe(name, overrides)
     loaded = loading.load(name, overrides or ())
     if print_recipe:
         figures = {"recipe": loaded.recipe.model_dump(), "origins": dict(loaded.origins)}
         console.emit(console.Result(loading.explain(loaded), figures=figures), as_json=as_json)
         raise typer.Exit
-    for warning in loaded.warnings if trains else ():
+    for warning in loaded.unexpected if trains else ():
         console.warn(warning)
     return loaded
 
 
+def name_recipe(name: str, overrides: list[str] | None) -> None:
+    """Make messages name this recipe in their commands, see `errors.fill_in`."""
+    os.environ[TYPED_RECIPE] = recipe_words(name, overrides)
+
+
 def command_line(verb: str, recipe: str, overrides: list[str] | None, extra: str = "") -> str:
     """Return the command of another verb on the same recipe, to paste into a shell."""
-    words = ["cosmos", verb, recipe]
+    return " ".join(filter(None, ["cosmos", verb, recipe_words(recipe, overrides), extra]))
+
+
+def recipe_words(recipe: str, overrides: list[str] | None) -> str:
+    """Return a recipe and its --set options as words for the shell."""
+    words = [recipe]
     for override in overrides or ():
         words += ["--set", override]
-    return " ".join(filter(None, [shlex.join(words), extra]))
+    return shlex.join(words)

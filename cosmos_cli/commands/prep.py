@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from cosmos_cli import console, paths, ranks
 from cosmos_cli.commands import options
 from cosmos_cli.console import Result
 from cosmos_cli.errors import UserError
+
+if TYPE_CHECKING:
+    from cosmos_cli.recipe.keys import Recipe
 
 
 def prep(
@@ -28,25 +31,17 @@ def prep(
     dataset.video_files()
     from cosmos_cli.gpus import best_device
     from cosmos_cli.model.device import gpu_memory_errors
-    from cosmos_cli.prep import caption_choice, caption_notes, latent_files, prepare, sources
+    from cosmos_cli.prep import prepare, sources
+    from cosmos_cli.recipe import plan
 
     if dry_run:
-        videos = sources.inspect(r, dataset)
-        caption_choice.find_captions(r, dataset, videos)
-        notes = caption_notes.collect(r, dataset, videos)
-        for line in notes.lines(r):
-            console.warn(line)
-        sources.require_usable(r, dataset, videos)
-        prepare.require_ready(r, dataset, videos)
-        clips = sum(len(source.clips) for source in videos)
-        bytes_needed = clips * latent_files.latent_bytes(r)
-        console.say(f"would cache {clips} clips in {console.size(bytes_needed)}")
-        figures = {"dry_run": True, "clips": clips, "bytes": bytes_needed, **notes.figures()}
-        rows = [sources.manifest_row(dataset, source, "") for source in videos]
-        console.emit(Result(sources.verdict_table(rows), figures=figures), as_json=json_)
+        console.emit(_dry_run(r, dataset), as_json=json_)
         return
 
-    with console.log_file(dataset.root / "prep.log"), gpu_memory_errors("use a smaller size"):
+    with (
+        console.log_file(dataset.root / "prep.log"),
+        gpu_memory_errors(f"use {plan.smaller_clip(r)}"),
+    ):
         try:
             manifest = prepare.prepare(r, best_device())
         except UserError:
@@ -54,12 +49,18 @@ def prep(
             raise
         verdicts = manifest["videos"]
         rejected = [video for video in verdicts if video["verdict"] == "rejected"]
-        for video in rejected:
-            console.warn(f"{Path(dataset.videos, video['file'])}: rejected: {video['reason']}")
+        for video in rejected[: sources.MOST_LINES]:
+            # An episode has a name of its own; other videos are named by their path.
+            is_file = dataset.name_of(dataset.videos / video["path"]) == video["file"]
+            where = dataset.videos / video["path" if is_file else "file"]
+            console.warn(f"{where}: rejected: {video['reason']}")
+        if len(rejected) > sources.MOST_LINES:
+            console.warn(f"{len(rejected) - sources.MOST_LINES} more videos are rejected")
         console.say(
             f"{len(verdicts) - len(rejected)} of {len(verdicts)} videos used, "
-            f"{len(rejected)} rejected, {len(manifest['clips'])} clips"
+            f"{len(rejected)} rejected, {len(manifest['clips'])} clips{_held_out(r, verdicts)}"
         )
+    console.say(f"report: {dataset.report}")
     console.emit(
         Result(
             sources.verdict_table(verdicts),
@@ -79,3 +80,35 @@ def prep(
         ),
         as_json=json_,
     )
+
+
+def _dry_run(r: Recipe, dataset: paths.Dataset) -> Result:
+    """Inspect the videos and captions, and count the clips and bytes that prep would write."""
+    from cosmos_cli.prep import caption_choice, caption_notes, latent_files, prepare, sources
+
+    videos = sources.inspect(r, dataset)
+    caption_choice.find_captions(r, dataset, videos)
+    notes = caption_notes.collect(r, dataset, videos)
+    for line in [*notes.lines(r), *sources.remarks(videos)]:
+        console.warn(line)
+    sources.require_usable(r, dataset, videos)
+    prepare.require_ready(r, dataset, videos)
+    clips = sum(len(source.clips) for source in videos)
+    bytes_needed = clips * latent_files.latent_bytes(r)
+    console.say(f"would cache {clips} clips in {console.size(bytes_needed)}")
+    figures = {"dry_run": True, "clips": clips, "bytes": bytes_needed, **notes.figures()}
+    rows = [sources.manifest_row(dataset, source, "") for source in videos]
+    return Result(sources.verdict_table(rows), figures=figures)
+
+
+def _held_out(r: Recipe, verdicts: list[dict[str, Any]]) -> str:
+    """Return how many videos are held out; warn if holdout_share asks for some and none are."""
+    if not r.holdout_share:
+        return ""
+    count = sum(video.get("split") == "heldout" for video in verdicts)
+    if not count:
+        console.warn(
+            f"holdout_share {r.holdout_share:g} holds out no video: it takes at least two "
+            "different ones; training has no held-out error, and `--step best` is impossible"
+        )
+    return f"; {count} held out, holdout_share {r.holdout_share:g} of the videos"

@@ -29,13 +29,21 @@ LONGEST_NAME = 100
 def promote(
     recipe: options.RecipeArgument = "tiny",
     step: Annotated[
-        str, typer.Option(help="latest, best (on held-out clips), or the number of a saved step.")
+        str,
+        typer.Option(
+            help="latest, best (on held-out clips), or the number of a saved step.",
+            autocompletion=options.one_of("latest", "best"),
+        ),
     ] = "latest",
-    weights: Annotated[str, typer.Option(help="ema or reg.")] = "ema",
+    weights: Annotated[
+        str, typer.Option(help="ema or reg.", autocompletion=options.one_of("ema", "reg"))
+    ] = "ema",
     format_: Annotated[
         str,
         typer.Option(
-            "--format", help="pt (NVIDIA's scripts read it too), safetensors or diffusers."
+            "--format",
+            help="pt (NVIDIA's scripts read it too), safetensors or diffusers.",
+            autocompletion=options.one_of(*paths.MODEL_FORMATS),
         ),
     ] = "pt",
     name: Annotated[
@@ -56,21 +64,15 @@ def promote(
     Example: cosmos promote nemo_assets --step 2000
     """
     r = options.open_recipe(recipe, set_, print_recipe, json_, trains=False).recipe
-    if format_ not in paths.MODEL_FORMATS:
-        raise UserError(
-            f"{format_!r} is not one of {', '.join(paths.MODEL_FORMATS)}",
-            code=ExitCode.USAGE,
-            where="--format",
-        )
+    check_format(format_)
     number = choose_step(Run(r.run_dir), step, weights)
     if name is not None:
         check_name(name)
     target = paths.promoted_dir(r.spec, r.checkpoints_dir, name)
     run = Run(r.run_dir)
-    asked = {"step": (step, "latest"), "weights": (weights, "ema"), "format": (format_, "pt")}
-    words = [f"--{option} {value}" for option, (value, usual) in asked.items() if value != usual]
-    words.append(f"--name {r.name if name != r.name else f'{r.name}_2'}")
-    aside = options.command_line("promote", recipe, set_, " ".join(words))
+    other_name = r.name if name != r.name else f"{r.name}_2"
+    words = f"{_chosen_options(step, weights, format_)} --name {other_name}"
+    aside = options.command_line("promote", recipe, set_, words.strip())
     console.say(f"promoting step {number} ({weights}) of {r.run_dir} to {target}")
     if dry_run:
         require_own(target, run, yes, aside)
@@ -96,6 +98,22 @@ def promote(
     )
 
 
+def check_format(format_: str) -> None:
+    """Refuse a --format that does not exist.
+
+    Raises:
+        UserError: the format is refused.
+    """
+    if format_ not in paths.MODEL_FORMATS:
+        known = ", ".join(paths.MODEL_FORMATS)
+        raise UserError(
+            f"{format_!r} is not one of {known}",
+            code=ExitCode.USAGE,
+            where="--format",
+            fix="use `--format pt`",
+        )
+
+
 def _base_of(r: Recipe, run: Run) -> Path:
     """Return the base weights of a run, which promote compares its weights with."""
     from cosmos_cli.recipe import loading
@@ -118,8 +136,14 @@ def check_name(name: str) -> None:
         what = f"{name[:LONGEST_NAME]!r} is not {PATTERNS[NAME]}, {LONGEST_NAME} bytes at most"
     else:
         return
-    fix = "choose another, such as --name robots"
+    fix = "choose another, such as `--name robots`"
     raise UserError(what, code=ExitCode.USAGE, where="--name", fix=fix)
+
+
+def _chosen_options(step: str, weights: str, format_: str) -> str:
+    """Return the options that differ from their defaults, as they are typed."""
+    chosen = {"step": (step, "latest"), "weights": (weights, "ema"), "format": (format_, "pt")}
+    return " ".join(f"--{key} {value}" for key, (value, usual) in chosen.items() if value != usual)
 
 
 def _generate_command(r: Recipe, target: Path, name: str | None) -> list[str]:
@@ -153,13 +177,13 @@ def require_own(target: Path, run: Run, yes: bool, aside: str) -> None:
         there = any(target.glob("[!.]*")) if target.is_dir() else target.exists()
     if yes or not there:
         return
-    other = promoted.run_of(target)
-    if other == str(run.root):
+    if promoted.is_of(target, run.root):
         return
+    other = promoted.run_of(target)
     what = f"the model of another run, {other}" if other else "files that promote did not write"
     raise UserError(
         f"holds {what}", code=ExitCode.USAGE, where=str(target),
-        fix=f"keep both with {aside}, or replace it with --yes",
+        fix=f"keep both with `{aside}`, or replace it with `--yes`",
     )  # fmt: skip
 
 
@@ -171,15 +195,16 @@ def choose_step(run: Run, step: str, weights: str) -> int:
     """
     if weights not in ("ema", "reg"):
         raise UserError(
-            f"{weights!r} is neither ema nor reg", code=ExitCode.USAGE, where="--weights"
-        )
+            f"{weights!r} is neither ema nor reg", code=ExitCode.USAGE, where="--weights",
+            fix="use `--weights ema`",
+        )  # fmt: skip
     saved = run.saved_steps(weights)
     if not saved:
         raise UserError(
             "the run has no checkpoint",
             code=ExitCode.ASSET,
             where=str(run.checkpoints.absolute()),
-            fix="run cosmos train first",
+            fix="run `cosmos train RECIPE` first",
         )
     if step == "latest":
         return saved[-1]
@@ -190,18 +215,19 @@ def choose_step(run: Run, step: str, weights: str) -> int:
                 "no saved step was measured on held-out clips",
                 code=ExitCode.ASSET,
                 where=str(run.metrics.absolute()),
-                fix="choose another --step; a run measures only if its dataset has a holdout_share",
+                fix="use `--step latest`; to measure, set holdout_share in the recipe before prep",
             )
         return best
     if not step.isdecimal():
         raise UserError(
-            f"{step!r} is neither latest, best nor a number", code=ExitCode.USAGE, where="--step"
-        )
+            f"{step!r} is neither latest, best nor a number", code=ExitCode.USAGE, where="--step",
+            fix="use `--step latest`",
+        )  # fmt: skip
     if int(step) not in saved:
         raise UserError(
             f"step {step} is not saved",
             code=ExitCode.ASSET,
             where=str(run.checkpoints.absolute()),
-            fix=f"choose a saved step: {', '.join(map(str, saved))}",
+            fix=f"use `--step {saved[-1]}`; saved: {', '.join(map(str, saved))}",
         )
     return int(step)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -14,12 +15,15 @@ from cosmos_cli import console, files, paths
 from cosmos_cli.commands import options
 from cosmos_cli.console import Result
 from cosmos_cli.errors import ExitCode, UserError, usage_error
-from cosmos_cli.prep import captions, lerobot
+from cosmos_cli.prep import captions
 
 if TYPE_CHECKING:
     from cosmos_cli.model.video import VideoInfo
 
 app = typer.Typer(no_args_is_help=True, help="Find, read, check and write recipes.")
+
+# A message names at most this many videos and counts the others.
+MOST_LINES = 50
 
 NameArgument = Annotated[
     str,
@@ -99,7 +103,7 @@ def _check_free(target: Path, yes: bool) -> None:
             "exists already",
             code=ExitCode.USAGE,
             where=str(target),
-            fix="choose another name, or replace it with --yes",
+            fix="choose another name, or replace it with `--yes`",
         )
 
 
@@ -121,14 +125,24 @@ def check(
 
 
 @app.command()
-def keys(json_: options.JsonOption = False) -> None:
-    """Explain every key of a recipe.
+def keys(
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[NAME]...",
+            help="Keys to explain. Default: all.",
+            autocompletion=options.key_names,
+        ),
+    ] = None,
+    json_: options.JsonOption = False,
+) -> None:
+    """Explain the keys of a recipe.
 
-    Example: cosmos recipes keys
+    Example: cosmos recipes keys offload lora_rank
     """
     from cosmos_cli.recipe import loading
 
-    rows = loading.key_reference()
+    rows = loading.key_reference(names or ())
     lines = []
     for group, members in groupby(rows, key=lambda row: row.group):
         lines += [f"{group}:", ""]
@@ -137,7 +151,8 @@ def keys(json_: options.JsonOption = False) -> None:
             lines += [f"  {row.name} ({default})", f"      {row.description}"]
             lines += [f"      Takes {row.takes}.", ""]
     figures = {"keys": [row._asdict() for row in rows]}
-    console.emit(Result("\n".join(lines).rstrip(), figures=figures), as_json=json_)
+    text = console.fold("\n".join(lines).rstrip(), sys.stdout)
+    console.emit(Result(text, figures=figures), as_json=json_)
 
 
 @app.command()
@@ -198,7 +213,7 @@ def new(
     ]
     files.write_text(target, new_recipe.to_yaml(choices, header))
     loaded = loading.load(target)
-    for warning in (*bad, *loaded.warnings):
+    for warning in (*bad, *loaded.unexpected):
         console.warn(warning)
     result = Result(
         str(target.absolute()),
@@ -213,6 +228,7 @@ def _probe(dataset: paths.Dataset) -> tuple[dict[Path, VideoInfo], list[str]]:
     """Return the properties of every usable video, and an error line for every other video."""
     listed = dataset.video_files()
     from cosmos_cli.model import video
+    from cosmos_cli.prep import lerobot
 
     usable, bad = {}, []
     with console.progress("probing", len(listed), "videos") as progress:
@@ -220,25 +236,26 @@ def _probe(dataset: paths.Dataset) -> tuple[dict[Path, VideoInfo], list[str]]:
             try:
                 usable[path] = video.probe(path)
             except video.VideoError as error:
-                bad.append(f"{path.name!r}: {error}")
+                bad.append(f"{path.relative_to(dataset.videos).as_posix()!r}: {error}")
             progress.advance()
+    if len(bad) > MOST_LINES:
+        bad = [*bad[:MOST_LINES], f"and {len(bad) - MOST_LINES} more"]
     if not usable:
         found = f"none of {len(listed)} videos can be used" if listed else "no videos"
+        robot = next(filter(lerobot.is_lerobot, (dataset.root, dataset.videos)), None)
         raise UserError(
             f"{found} ({'; '.join(bad[:3])})" if bad else found,
             code=ExitCode.DATASET,
             where=str(dataset.videos),
-            fix=f"a LeRobot dataset needs a recipe by hand: set videos_dir to {dataset.videos}"
-            if lerobot.is_lerobot(dataset.videos)
-            else "name a folder of mp4 files; its subfolders are not read",
+            fix=f"a LeRobot dataset needs a recipe by hand: set videos_dir to {robot}"
+            if robot
+            else "name a folder of mp4 files",
         )
     return usable, bad
 
 
 def _captioned(dataset: paths.Dataset, videos: list[Path]) -> int:
     """Return the number of videos that have a caption."""
-    names = [path.name for path in videos]
+    named = {dataset.name_of(path): path for path in videos}
     texts = captions.files_in(dataset.metas, captions.SUFFIX)
-    beside = captions.files_in(dataset.videos, *captions.BESIDE_SUFFIXES)
-    in_metas = captions.owners(texts, names).files
-    return len({*in_metas, *captions.owners(beside, names, captions.BESIDE_SUFFIXES).files})
+    return len({*captions.owners(texts, list(named)).files, *captions.beside(named).files})

@@ -12,7 +12,7 @@ import typer
 from cosmos_cli import console
 from cosmos_cli.commands import options
 from cosmos_cli.console import Result
-from cosmos_cli.errors import ExitCode
+from cosmos_cli.errors import ExitCode, fill_in
 from cosmos_cli.setup import checks, installs
 from cosmos_cli.setup.packages import Check
 
@@ -113,7 +113,7 @@ def _plan(rows: list[Check], repair: str, *, as_script: bool) -> Result:
 
 def _figures(rows: list[Check]) -> dict[str, list[dict[str, str]]]:
     keys = ("name", "status", "found", "fix")
-    return {"checks": [{key: getattr(row, key) for key in keys} for row in rows]}
+    return {"checks": [{key: fill_in(getattr(row, key)) for key in keys} for row in rows]}
 
 
 def _table(rows: list[Check]) -> str:
@@ -121,5 +121,5 @@ def _table(rows: list[Check]) -> str:
     for row in rows:
         cells.append((row.name, row.status, row.found))
         if row.fix:
-            cells.append(("", "", f"fix: {row.fix}"))
+            cells.append(("", "", f"fix: {fill_in(row.fix)}"))
     return console.table(cells, ("check", "status", "found"))

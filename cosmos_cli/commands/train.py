@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -13,6 +13,9 @@ from cosmos_cli.console import Result
 from cosmos_cli.paths import Run
 from cosmos_cli.recipe import plan as planner
 from cosmos_cli.train import launch, preflight, status
+
+if TYPE_CHECKING:
+    from cosmos_cli.recipe.loading import LoadedRecipe
 
 
 def train(
@@ -28,7 +31,11 @@ def train(
     ] = False,
     gpus: Annotated[
         str | None,
-        typer.Option(metavar="8xH100-80GB", help="Plan for other GPUs than this machine's."),
+        typer.Option(
+            metavar="8xH100-80GB",
+            help="Plan for other GPUs than this machine's.",
+            autocompletion=planner.gpu_choices,
+        ),
     ] = None,
     overwrite: Annotated[
         bool,
@@ -55,7 +62,7 @@ def train(
     if not gpus:
         preflight.warn_of_hidden_gpus()
     if plan or gpus:
-        count, gpu = planner.parse_gpus(gpus) if gpus else (processes, planner.smallest_gpu())
+        count, gpu = planner.parse_gpus(gpus) if gpus else (processes, preflight.smallest_gpu())
         preflight.check_world(r, count)
         if not overwrite:
             preflight.warn_of_overwriting(r, run, command)
@@ -63,31 +70,40 @@ def train(
         console.emit(Result(planner.describe(r, count, gpu), figures=figures), as_json=json_)
         return
     ready = preflight.check_training(r, run, processes, None if overwrite else command)
-    figures = {
-        "run_dir": str(run.root), "clips": ready.clips, "heldout_clips": ready.held_out,
-        "processes": processes, "from": ready.start,
-    }  # fmt: skip
     what = f"LoRA of rank {r.lora_rank} on {r.model}" if r.lora_rank else r.model
     console.say(
         f"{what}: {ready.clips} clips, {ready.held_out} more held out, "
         f"{r.global_batch_size} a step, {processes} processes, ZeRO-{r.zero_stage}, {r.precision}, "
         f"steps {ready.start} to {r.max_steps}; run {run.root}"
     )
-    following = "promote"
-    if ready.finished:
-        console.say(f"nothing to do: step {ready.start} is saved; raise max_steps to continue")
-        figures |= {"step": ready.start, "best_step": status.best_step(run)}
-    elif dry_run:
-        following = "train"
-        figures["deletes"] = [str(path) for path in ready.deletes]
-        figures["plan"] = planner.check_memory(r, processes, planner.smallest_gpu())
-        console.say(planner.describe(r, processes, planner.smallest_gpu()))
-    elif ranks.under_launcher():
-        figures |= launch.join(loaded, overwrite)
-    else:
-        preflight.check_gpus(r, processes)
-        figures |= launch.start(loaded, processes, overwrite)
-    artifacts = [run.root] if run.root.exists() else []
+    figures = {
+        "run_dir": str(run.root), "clips": ready.clips, "heldout_clips": ready.held_out,
+        "processes": processes, "from": ready.start, **_outcome(loaded, ready, dry_run, overwrite),
+    }  # fmt: skip
+    artifacts = [path for path in (run.root, run.report) if path.exists()]
+    if run.report in artifacts:
+        console.say(f"report: {run.report}")
     best = "--step best" if figures.get("best_step") is not None else ""
+    following = "train" if dry_run and not ready.finished else "promote"
     next_ = options.command_line(following, recipe, set_, best)
     console.emit(Result(str(run.root), artifacts, figures, next_), as_json=json_)
+
+
+def _outcome(
+    loaded: LoadedRecipe, ready: preflight.Ready, dry_run: bool, overwrite: bool
+) -> dict[str, Any]:
+    """Train, or print the plan of a dry run, and return the figures of the result."""
+    r = loaded.recipe
+    run, processes = Run(r.run_dir), launch.world_size(r)
+    if ready.finished:
+        console.say(f"nothing to do: step {ready.start} is saved; raise max_steps to continue")
+        return {"step": ready.start, "best_step": status.best_step(run)}
+    if dry_run:
+        gpu = preflight.smallest_gpu()
+        figures = planner.check_memory(r, processes, gpu)
+        console.say(planner.describe(r, processes, gpu))
+        return {"deletes": [str(path) for path in ready.deletes], "plan": figures}
+    if ranks.under_launcher():
+        return launch.join(loaded, overwrite)
+    preflight.check_gpus(r, processes)
+    return launch.start(loaded, processes, overwrite)

@@ -94,11 +94,21 @@ def survey(wanted: Sequence[Asset]) -> list[Listing]:
             f"to {asset.folder}{note}"
         )
     if problems:
-        raise together(problems)
+        raise together(_merged(problems))
     if listings:
         total, needed = (sum(getattr(x, key) for x in listings) for key in ("total", "needed"))
         console.say(f"in all {console.size(total)}, {console.size(needed)} to download")
     return listings
+
+
+def _merged(problems: list[UserError]) -> list[UserError]:
+    """Return the problems, with one line for all that the hub cannot be reached for."""
+    unreachable = [error for error in problems if error.what.startswith(hub.UNREACHABLE)]
+    if len(unreachable) < 2:
+        return problems
+    first, *rest = unreachable
+    first.what += f" ({len(rest)} more likewise)"
+    return [first, *(error for error in problems if error not in unreachable)]
 
 
 def require_room(listings: Sequence[Listing]) -> None:
@@ -116,7 +126,7 @@ def require_room(listings: Sequence[Listing]) -> None:
             group[0].asset.folder,
             sum(listing.room for listing in group),
             f"{sum(len(listing.missing) for listing in group)} files",
-            "free some space, or set checkpoints_dir or dataset_dir",
+            "free some space, or use `--set checkpoints_dir=FOLDER` or `--set dataset_dir=FOLDER`",
         )
 
 
@@ -189,7 +199,7 @@ def _look(asset: Asset) -> Listing:
             f"has several files named {twice[0]}, but all videos go to one folder",
             code=ExitCode.ASSET,
             where=asset.url,
-            fix="set dataset_include so that it matches only one of them",
+            fix="match only one of them with `--set dataset_include=PATTERN`",
         )
     return Listing(asset, str(info.sha), listed, _missing(asset, listed))
 
@@ -256,7 +266,7 @@ def _fetch_files(listing: Listing, listed: Sequence[RemoteFile], bar: console.Pr
     for thread in threads:
         thread.join()
     if problems:
-        raise together(problems)
+        raise together(_merged(problems))
     # If this fails, a thread has already printed the traceback of its error.
     assert len(done) == len(listed)
 

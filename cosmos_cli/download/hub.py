@@ -186,19 +186,24 @@ def user_errors(asset: Asset) -> Iterator[None]:
         if get_token():
             fix = "accept the licence on that page"
             raise bad("your account has no access", fix, page) from error
-        raise bad("needs a token", "accept the licence there and set HF_TOKEN", page) from error
+        fix = "accept the licence there, then `export HF_TOKEN=hf_...`"
+        raise bad("needs a token", fix, page) from error
     except errors.RepositoryNotFoundError as error:
-        raise bad("does not exist, or is private", "check the name, set HF_TOKEN") from error
+        raise bad(
+            "does not exist, or is private", "check the name, or `export HF_TOKEN=hf_...`"
+        ) from error
     except errors.RevisionNotFoundError as error:
         held = f"delete {asset.record} to take the newest"
-        fix = "check dataset_revision" if asset.revision else held
+        fix = "use `--set dataset_revision=main`" if asset.revision else held
         raise bad("has no such revision", fix) from error
     except errors.LocalEntryNotFoundError as error:
         raise unreachable(error) from error
     except errors.EntryNotFoundError as error:
         raise bad(f"has no such file: {error}", "check the revision") from error
     except errors.HFValidationError as error:
-        raise bad("is not a valid repository name", "check dataset_repo") from error
+        raise bad(
+            "is not a valid repository name", "use `--set dataset_repo=OWNER/NAME`"
+        ) from error
     except errors.HfHubHTTPError as error:
         raise bad(f"the hub answered: {error}", "try again later") from error
     except (transport_error, errors.OfflineModeIsEnabled, ConnectionError) as error:

@@ -9,6 +9,9 @@ Dimension letters: C channels, T frames, H height, W width.
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,9 +24,11 @@ from torch import Tensor
 from cosmos_cli import console, files, html, paths
 from cosmos_cli.generate.jobs import Job, Weights
 from cosmos_cli.generate.phases import Pipeline
+from cosmos_cli.generate.text_models import Conditioning
 from cosmos_cli.generate.video_models import load_denoiser, sample_latents
 from cosmos_cli.model import edm, rgb, video
 from cosmos_cli.model.device import number_format
+from cosmos_cli.model.dit import DiT
 from cosmos_cli.model.tiny import scorer, world
 from cosmos_cli.model.tiny.scorer import Reading
 from cosmos_cli.model.tiny.world import Scene
@@ -41,6 +46,25 @@ CHANCE = {
     "concept": 0.0,
     "consistency": 0.0,
 }
+# What the first part of a figure's name means, and which direction is better.
+MEANINGS = {
+    "colour": ("share of videos that show the colour in the prompt", "higher"),
+    "shape": ("share of videos that show the shape in the prompt", "higher"),
+    "motion": ("share of videos with the motion in the prompt", "higher"),
+    "concept": ("share of videos that show the new concept when asked to", "higher"),
+    "consistency": ("share of frames after which the thing has moved by a small step", "higher"),
+    "reconstruction": (
+        "PSNR of clips that the tokenizer encoded and decoded; it is not trained", "higher",
+    ),
+    "EDM error": (
+        "error of the denoised clip with noise of standard deviation sigma, about 1 for an "
+        "untrained network", "lower",
+    ),
+    "nearest training clip": (
+        "smallest distance from a video to a training clip; far below the typical distance between "
+        "clips means memorised", "",
+    ),
+}  # fmt: skip
 # In picture heights per frame. The fastest thing of the synthetic world moves by 0.05.
 LARGEST_MOVE = 0.1
 # This seed differs from that of the dataset that teaches the mascot, so its scenes do too.
@@ -118,20 +142,25 @@ def evaluate(
         captions = dataset.captions[:prompts] if dataset else ()
         wanted = [Trial(caption, seed) for seed, caption in enumerate(captions)]
     samples = {}
+    # The text encoder does not fit next to a denoiser, so it is loaded once, before them.
+    text_embs = read_prompts(r, wanted, device)
     for name, weights in models.items():
         console.say(f"measuring {name}: {weights.path}")
         measured: dict[str, Any] = {"weights": weights.identity}
+        net = load_denoiser(r, weights.path, device, number_format(device), weights.loras)
         if dataset:
             clips = dataset.heldout if len(dataset.heldout) else dataset.train
             figures["clips"] = "held-out" if len(dataset.heldout) else "training"
-            measured["edm"] = clip_errors(r, weights, clips, device)
+            measured["edm"] = clip_errors(r, net, clips)
         if wanted:
-            samples[name] = sample_trials(r, weights, wanted, device)
+            samples[name] = sample_trials(r, net, wanted, text_embs)
             if r.spec.embedded:
                 measured["scores"] = scores(samples[name])
             if dataset and (distances := nearest_clips(samples[name], dataset.train)):
                 measured["nearest_clip"], figures["clips_apart"] = distances
         figures["models"][name] = measured
+        # Free its memory before the next one is loaded.
+        del net
     return figures, samples
 
 
@@ -148,32 +177,37 @@ def world_trials(count: int) -> list[Trial]:
     ]
 
 
-@torch.inference_mode()
-def sample_trials(
-    r: Recipe, weights: Weights, wanted: Sequence[Trial], device: str
-) -> list[Sample]:
-    """Generate a video of each trial with one model.
+def read_prompts(r: Recipe, wanted: Sequence[Trial], device: str) -> list[Conditioning]:
+    """Return the conditioning of each trial's prompt.
 
     Raises:
-        UserError: the weights are missing or damaged, or a prompt is blocked.
+        UserError: a prompt is blocked, or a model of the text is missing or damaged.
     """
-    jobs = [
-        Job(t.prompt, r.model_copy(update={"sampling_seed": t.seed}), weights, Path())
-        for t in wanted
-    ]
+    if not wanted:
+        return []
+    # The text does not depend on the weights.
+    jobs = [Job(t.prompt, r, Weights(Path(), ""), Path(str(i))) for i, t in enumerate(wanted)]
     prepared, failed = Pipeline(r, device, in_turn=True).prepare(jobs)
     if failed:
         raise next(failed[job] for job in jobs if job in failed)
-    dtype = number_format(device)
-    net = load_denoiser(r, weights.path, device, dtype, weights.loras)
+    return [prepared[job] for job in jobs]
+
+
+@torch.inference_mode()
+def sample_trials(
+    r: Recipe, net: DiT, wanted: Sequence[Trial], text_embs: Sequence[Conditioning]
+) -> list[Sample]:
+    """Generate a video of each trial with one model."""
+    weight = next(net.parameters())
+    device, dtype = weight.device.type, weight.dtype
     tokenizer = load_tokenizer(r.model_files.tokenizer, r.spec, device, dtype)
     samples: list[Sample] = []
     batch = (16 if device == "cpu" else 64) if r.spec.embedded else 1
     for first in range(0, len(wanted), batch):
         trials = wanted[first : first + batch]
-        text_embs = [prepared[job] for job in jobs[first : first + batch]]
+        texts = text_embs[first : first + batch]
         label = f"videos {first + 1}-{first + len(trials)} of {len(wanted)}"
-        x0 = sample_latents(r, net, text_embs, [trial.seed for trial in trials], label)
+        x0 = sample_latents(r, net, texts, [trial.seed for trial in trials], label)
         for trial, latent in zip(trials, x0, strict=True):
             pixels = rgb.to_uint8(tokenizer.decode(latent[None].to(dtype))[0]).cpu()
             samples.append(Sample(trial, pixels, latent.cpu()))
@@ -227,19 +261,21 @@ def reconstruction(r: Recipe, count: int, device: str) -> float:
 
 
 @torch.inference_mode()
-def clip_errors(r: Recipe, weights: Weights, clips: Clips, device: str) -> dict[float, float]:
-    """Return the mean EDM error of clips at each of `edm.FIXED_SIGMAS`, with fixed noise."""
-    dtype = number_format(device)
-    net = load_denoiser(r, weights.path, device, dtype, weights.loras)
+def clip_errors(r: Recipe, net: DiT, clips: Clips) -> dict[str, float]:
+    """Return the mean EDM error of clips at each of `edm.FIXED_SIGMAS`, with fixed noise.
+
+    The keys are like sigma_0.32.
+    """
+    device = next(net.parameters()).device
     loss = edm.EDMLoss(net, r.spec).to(device)
     measured = HeldOut(clips, r.validate_clips)
     errors: dict[float, list[float]] = {sigma: [] for sigma in edm.FIXED_SIGMAS}
     with console.progress("clips", len(measured.samples), "samples") as bar:
         for i, (_, level) in enumerate(measured.samples):
-            _, edm_B = loss(*measured.batch(i).to(torch.device(device)))
+            _, edm_B = loss(*measured.batch(i).to(device))
             errors[edm.FIXED_SIGMAS[level]] += edm_B.tolist()
             bar.advance()
-    return {sigma: fmean(values) for sigma, values in errors.items()}
+    return {f"sigma_{sigma:.2g}": fmean(values) for sigma, values in errors.items()}
 
 
 def nearest_clips(samples: Sequence[Sample], clips: Clips) -> tuple[float, float] | None:
@@ -269,8 +305,12 @@ def figure_rows(figures: dict[str, Any]) -> list[tuple[str, ...]]:
         table.append(("reconstruction", "", *[f"{figures['psnr']:.1f} dB"] * len(models)))
     if all("edm" in model for model in models):
         table += [
-            (f"EDM error, sigma {s:.2g}", "", *(f"{model['edm'][s]:.4f}" for model in models))
-            for s in edm.FIXED_SIGMAS
+            (
+                f"EDM error, sigma {sigma:.2g}",
+                "",
+                *(f"{m['edm'][f'sigma_{sigma:.2g}']:.4f}" for m in models),
+            )
+            for sigma in edm.FIXED_SIGMAS
         ]
     if all("nearest_clip" in model for model in models):
         apart = f"{figures['clips_apart']:.3f} between clips"
@@ -280,11 +320,65 @@ def figure_rows(figures: dict[str, Any]) -> list[tuple[str, ...]]:
     return table
 
 
+def keep_larger(page: Path, figures: dict[str, Any]) -> None:
+    """Rename an earlier evaluation at `page` if it has more videos or other models than this one.
+
+    Raises:
+        UserError: a file cannot be renamed.
+    """
+    if not page.exists():
+        return
+    record = page.with_suffix(".json")
+    earlier = _record(record)
+    has_fewer = earlier["prompts"] <= figures["prompts"]
+    if has_fewer and earlier["models"].keys() <= figures["models"].keys():
+        return
+    count = "earlier" if earlier["prompts"] == math.inf else earlier["prompts"]
+    names = (f"{page.stem}_{count}{'-' * n}" for n in itertools.count())
+    stem = next(name for name in names if not page.with_name(f"{name}{page.suffix}").exists())
+    with files.disk_errors(page):
+        for path in (page, record, *map(page.with_name, earlier["files"])):
+            if path.is_file():
+                path.rename(path.with_name(stem + path.name[len(page.stem) :]))
+    console.say(f"the earlier evaluation is kept as {page.with_name(stem + page.suffix)}")
+
+
+def _record(path: Path) -> dict[str, Any]:
+    """Return what an evaluation recorded. Without a record it may have been larger than any."""
+    record = None
+    with contextlib.suppress(files.BadFile):
+        record = files.read_json(path)
+    if isinstance(record, dict) and {"prompts", "models", "files"} <= record.keys():
+        return record
+    return {"prompts": math.inf, "models": {}, "files": []}
+
+
+def _figures(figures: dict[str, Any]) -> str:
+    """Return the table of the figures and what each of them means."""
+    notes = []
+    if "clips" in figures:
+        notes.append(f"The EDM error is measured on the {figures['clips']} clips of the dataset.")
+    if figures["prompts"]:
+        notes.append("Every model generated videos of the same prompts with the same seeds.")
+    if "psnr" in figures:
+        notes.append(
+            "The tiny model draws a synthetic world, so the content of its videos can be read from "
+            "their pixels. The new concept is what the demo dataset teaches: a teal robot with a "
+            "yellow head."
+        )
+    rows = figure_rows(figures)
+    names = [row[0].partition(",")[0] for row in rows]
+    better = [(*row, MEANINGS[name][1]) for row, name in zip(rows, names, strict=True)]
+    meanings = [(name, MEANINGS[name][0]) for name in dict.fromkeys(names)]
+    table = html.table(better, ("", "by chance", *figures["models"], "better"))
+    return html.text(" ".join(notes)) + table + html.table(meanings, ("figure", "meaning"))
+
+
 def write_page(
     path: Path, r: Recipe, figures: dict[str, Any], samples: dict[str, list[Sample]]
 ) -> list[Path]:
     """Write one self-contained page and, next to it, its videos; return all paths."""
-    sections = [("Figures", html.table(figure_rows(figures), ("", "chance", *figures["models"])))]
+    sections = [("Figures", _figures(figures))]
     written = [path]
     for heading, mascot in (("The new concept", True), ("Other prompts", False)):
         shown = {
@@ -300,14 +394,17 @@ def write_page(
             written.append(mosaic)
             parts.append(html.media(mosaic, name))
         prompts = ((s.trial.prompt,) for s in next(iter(shown.values())))
-        sections.append((heading, html.row(*parts) + html.table(prompts, ("row by row",))))
+        listed = html.table(prompts, ("prompts of these videos, row by row",))
+        sections.append((heading, html.row(*parts) + listed))
     run = paths.Run(r.run_dir)
     if run.metrics.exists():
-        sections += page.sections(run)
+        sections += page.sections(run, path.parent)
     hashes = ((name, model["weights"]) for name, model in figures["models"].items())
     sections.append(("Weights", html.table(hashes, ("", "sha256"))))
     files.write_text(path, html.page(f"Evaluation of {r.model}", sections))
-    return written
+    record = path.with_suffix(".json")
+    files.write_json(record, {**figures, "files": [mosaic.name for mosaic in written[1:]]})
+    return [*written, record]
 
 
 def write_mosaic(path: Path, samples: Iterable[Sample], r: Recipe) -> None:

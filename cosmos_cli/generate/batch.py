@@ -30,7 +30,7 @@ def base_settings(settings: Settings) -> Settings:
     if base.identity == settings.weights.identity:
         raise UserError(
             "needs a second model to compare with the base", code=ExitCode.USAGE, where="--compare",
-            fix="run `cosmos promote` first, or add `--model FOLDER`",
+            fix="run `cosmos promote RECIPE` first, or add `--model FOLDER`",
         )  # fmt: skip
     if settings.output.suffix.lower() == ".mp4":
         raise UserError(
@@ -70,30 +70,54 @@ def plan_request(request: Request, settings: Settings) -> Result:
     return Result(job.prompt, job, made=made)
 
 
+def plan_all(settings: Sequence[Settings], requests: Sequence[Request]) -> Iterator[Result]:
+    """Yield the result of `plan_request` of each request; two videos cannot share a file."""
+    taken: dict[Path, Job] = {}
+    for own, request in product(settings, requests):
+        result = plan_request(request, own)
+        if result.job and taken.setdefault(result.job.path, result.job) != result.job:
+            error = request.error(
+                f"another video of this command has the output {result.job.path.name}",
+                "give each line its own output, and none with --compare",
+            )
+            result = Result(request.prompt, error=error)
+        yield result
+
+
 def batch(
     settings: Sequence[Settings], requests: Sequence[Request], processes: int | None
 ) -> Iterator[Result]:
     """Yield videos that exist and refused requests first, then new videos, then comparisons."""
     todo: list[Job] = []
     made: list[Job] = []
-    for own, request in product(settings, requests):
-        result = plan_request(request, own)
+    for result in plan_all(settings, requests):
         if result.job and not result.made:
             todo.append(result.job)
             continue
         if result.job:
+            _name_model(settings, result.job)
             made.append(result.job)
         yield result
     if todo:
-        files.require_writable(todo[0].path.parent)
+        for folder in dict.fromkeys(job.path.parent for job in todo):
+            files.require_writable(folder)
+            files.remove_own_stale(folder)
         for result in _generate(list(dict.fromkeys(todo)), processes):
             if result.job and result.made:
                 console.say(f"saved {result.job.path}")
+                _name_model(settings, result.job)
                 made.append(result.job)
             yield result
     if len(settings) > 1:
         base, tuned = settings
         yield from _comparisons(base, tuned, made)
+
+
+def _name_model(settings: Sequence[Settings], job: Job) -> None:
+    """Say with --compare which of the two models made a video."""
+    if len(settings) > 1:
+        whose = "base" if job.weights == settings[0].weights else "post-trained"
+        console.say(f"{whose} model: {job.path}")
 
 
 def _generate(todo: list[Job], wanted: int | None) -> Iterator[Result]:
@@ -116,6 +140,7 @@ def _comparisons(base: Settings, tuned: Settings, made: list[Job]) -> Iterator[R
     joined = replace(
         tuned, weights=Weights(tuned.weights.path, both), output=tuned.output / "compare"
     )
+    files.remove_own_stale(joined.output.absolute())
     of_tuned = {(job.prompt, job.r): job for job in made if job.weights == tuned.weights}
     for job in made:
         other = of_tuned.get((job.prompt, job.r))
@@ -131,13 +156,15 @@ def _comparisons(base: Settings, tuned: Settings, made: list[Job]) -> Iterator[R
 def stream(settings: Settings) -> Iterator[Result]:
     """Generate a video for each line of stdin; keep all networks in memory if they fit."""
     files.require_writable(settings.output.absolute())
+    files.remove_own_stale(settings.output.absolute())
     from cosmos_cli.generate.phases import one_by_one
     from cosmos_cli.gpus import best_device
 
     make = one_by_one(settings.r, settings.weights, best_device())
     if isinstance(sys.stdin, io.TextIOWrapper):
         # surrogateescape: a line that is not UTF-8 is refused and does not end the stream.
-        sys.stdin.reconfigure(encoding="utf-8-sig", errors="surrogateescape")
+        start = sys.stdin.buffer.peek(2)[:2]
+        sys.stdin.reconfigure(encoding=files.encoding_of(start), errors="surrogateescape")
     for request in jobs.read_lines(sys.stdin):
         result = plan_request(request, settings)
         yield make(result.job) if result.job and not result.made else result

@@ -56,7 +56,7 @@ def choose_model(recipe: str | None, model: str | None, overrides: list[str]) ->
 
     r = load(recipe, overrides).recipe
     models = promoted.found(r.checkpoints_dir, r.spec)
-    own = [one for one in models if promoted.run_of(one.folder) == str(r.run_dir)]
+    own = [one for one in models if promoted.is_of(one.folder, r.run_dir)]
     if chosen := next(iter(own or models), None):
         _say_promoted(chosen, models, recipe)
         if (run := promoted.run_of(chosen.folder)) and not own:
@@ -78,7 +78,7 @@ def _newest(model: str | None, overrides: list[str]) -> Choice:
     spec = MODELS.get(_typed(overrides, "model") or "")
     if models := promoted.found(checkpoints_dir, spec):
         folder = models[0].folder
-        choice = _with_own_recipe(folder)
+        choice = _with_own_recipe(folder, overrides)
         if model == "base":
             return Choice(choice.recipe, None, choice.overrides)
         _say_promoted(models[0], models, choice.recipe)
@@ -140,7 +140,7 @@ def _by_name(recipe: str | None, model: str, overrides: list[str]) -> Choice:
     inside = path.name in paths.MODEL_FORMATS.values() or not path.is_dir()
     folder = path.parent if inside else path
     if recipe is None:
-        choice = _with_own_recipe(folder)
+        choice = _with_own_recipe(folder, overrides)
         recipe, own = choice.recipe, choice.overrides
     else:
         own = ()
@@ -155,18 +155,19 @@ def _no_model(model: str, what: str, fix: str) -> UserError:
 
 def _none_promoted() -> UserError:
     return _no_model(
-        "promoted", "nothing was promoted yet", "run cosmos promote, or add `--model base`"
+        "promoted", "nothing was promoted yet", "run `cosmos promote RECIPE`, or add `--model base`"
     )
 
 
 # --- the recipe of a folder -----------------------------------------------------------------------
 
 
-def _with_own_recipe(folder: Path) -> Choice:
+def _with_own_recipe(folder: Path, overrides: list[str]) -> Choice:
     """Return a folder with its recipe.yaml, else with the shipped recipe for its model."""
     own = folder / "recipe.yaml"
     if own.is_file():
-        return Choice(str(own), folder)
+        named = _typed(overrides, "checkpoints_dir")
+        return Choice(str(own), folder, () if named else _where_checkpoints_are(own))
     if spec := promoted.model_of(folder):
         return _of_spec(spec, folder)
     console.say(
@@ -174,6 +175,25 @@ def _with_own_recipe(folder: Path) -> Choice:
         "name a RECIPE to use others"
     )
     return Choice("tiny", folder)
+
+
+def _where_checkpoints_are(recipe: Path) -> tuple[str, ...]:
+    """Return an override of checkpoints_dir if a model folder was moved, as to another machine.
+
+    The other networks are then taken from next to the model or, if none are there, from
+    `checkpoints`.
+    """
+    entries, _ = strict_yaml.read_entries(recipe)
+    values = {key: str(entry.value) for key, entry in entries.items()}
+    known, spec = values.get("checkpoints_dir"), MODELS.get(values.get("model", ""))
+    is_there = known is None or os.path.isdir(known)  # noqa: PTH112 - False if unreachable
+    if is_there or (spec and spec.embedded):
+        return ()
+    beside, usual = recipe.absolute().parent.parent, Path("checkpoints").absolute()
+    networks = (paths.TOKENIZER_DIR, paths.TEXT_ENCODER_DIR)
+    place = beside if any((beside / name).is_dir() for name in networks) else usual
+    console.say(f"{known}, the checkpoints_dir of {recipe}, is not there: using {place}")
+    return (f"checkpoints_dir={strict_yaml.dump_value(str(place))}",)
 
 
 def _of_spec(spec: ModelSpec, weights: Path | None) -> Choice:
@@ -214,16 +234,16 @@ def read_weights(r: Recipe, folder: Path | None) -> Weights:
         UserError: they are missing or damaged.
     """
     path = folder or r.model_files.dit
-    again = "promote again" if folder and promoted.is_promoted(folder) else "download"
+    again = "promote RECIPE" if folder and promoted.is_promoted(folder) else "download RECIPE"
     path = paths.weights_in(path)
     if not path.exists():
         raise UserError(
             "the weights are missing", code=ExitCode.ASSET, where=str(path),
-            fix=f"run cosmos {again}, or choose a --model",
+            fix=f"run `cosmos {again}`, or choose a --model",
         )  # fmt: skip
-    # Weights may be a folder only in diffusers' format, which has a config.json. Hashing any other
+    # A folder of weights has diffusers' config.json or an index of its files. Hashing any other
     # folder would read all of it.
-    if path.is_dir() and not (path / "config.json").is_file():
+    if path.is_dir() and not [*path.glob("config.json"), *path.glob("*.index*.json")]:
         raise UserError(
             f"holds no {', '.join(paths.MODEL_FORMATS.values())}", code=ExitCode.ASSET,
             where=str(path), fix="give a folder or file of weights",
@@ -243,7 +263,7 @@ def read_weights(r: Recipe, folder: Path | None) -> Weights:
             f"is damaged: its sha256 is {found.sha256[:12]}, {name} says "
             f"{manifest['sha256'][:12]}",
             code=ExitCode.ASSET, where=str(path),
-            fix=f"run cosmos promote again; if you put other weights there, delete its {name}",
+            fix=f"run `cosmos promote RECIPE` again; if the weights are yours, delete its {name}",
         )  # fmt: skip
     return found
 
@@ -286,7 +306,7 @@ def _not_promoted(path: Path, merged: str) -> UserError:
     return UserError(
         "is missing or differs from what cosmos promote wrote",
         code=ExitCode.ASSET, where=str(path),
-        fix=f"run cosmos promote again, or use the merged weights with --model {merged}",
+        fix=f"run `cosmos promote RECIPE` again, or use the merged weights: `--model {merged}`",
     )  # fmt: skip
 
 
@@ -311,7 +331,7 @@ def add_loras(weights: Weights, loras: tuple[Lora, ...]) -> Weights:
             raise UserError(
                 "is in the promoted model already and would be applied twice", code=ExitCode.USAGE,
                 where=f"--lora {lora.path}",
-                fix="leave it out, or choose its strength with --model base --lora FILE:0.8",
+                fix="leave it out, or choose its strength: `--model base --lora FILE:0.8`",
             )  # fmt: skip
         if any(lora.path.is_relative_to(run) for run in runs):
             console.warn(

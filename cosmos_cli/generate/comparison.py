@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
@@ -38,8 +40,15 @@ def compare(base: Job, tuned: Job, joined: Job) -> None:
 
 
 def _page(sides: dict[str, Job], joined: Job) -> str:
+    folder = joined.path.parent
     facts = [
-        (name, job.weights.path, job.weights.identity, job.path.name) for name, job in sides.items()
+        (
+            name,
+            html.link(os.path.relpath(job.path, folder), job.path.name),
+            " + ".join(str(used.path) for used in (job.weights, *job.weights.loras)),
+            job.weights.identity,
+        )
+        for name, job in sides.items()
     ]
     r = joined.r
     note = (
@@ -50,7 +59,7 @@ def _page(sides: dict[str, Job], joined: Job) -> str:
         joined.prompt,
         [
             ("Side by side", html.row(*(html.media(j.path, n) for n, j in sides.items()))),
-            ("Weights", html.table(facts, ("", "file", "sha256", "video"))),
+            ("Files", html.table(facts, ("", "video", "weights", "sha256 of the weights"))),
         ],
         note,
     )

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from cosmos_cli import files
 from cosmos_cli.errors import ExitCode, UserError
+from cosmos_cli.paths import VIDEO_SUFFIXES
 
 if TYPE_CHECKING:
     from cosmos_cli.recipe.keys import Recipe
@@ -66,25 +68,50 @@ class Request:
     where: str = "--prompt"
     is_object: bool = False
 
-    def read(self) -> tuple[str, dict[str, Any]]:
-        """Return the prompt and the recipe keys that the request changes.
+    def read(self) -> tuple[str, dict[str, Any], str]:
+        """Return the prompt, the recipe keys that the request changes, and the name of its file.
+
+        The name is "" if the request has none.
 
         Raises:
             UserError: the text is not an object like {"prompt": "...", "seed": 1}.
         """
         if not self.is_object:
-            return self.text, {}
+            return self.text, {}, ""
         try:
             entry = json.loads(self.text)
         except (ValueError, RecursionError):
             entry = None
-        if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str):
+        if not isinstance(entry, dict):
             raise self.error('is not an object like {"prompt": "...", "seed": 1}')
-        prompt = entry.pop("prompt")
-        if unknown := sorted(entry.keys() - LINE_KEYS.keys()):
-            fix = f"a line may have prompt, {', '.join(LINE_KEYS)}"
+        known = ["prompt", "output", *LINE_KEYS]
+        if unknown := sorted(entry.keys() - set(known)):
+            close = difflib.get_close_matches(unknown[0].lower(), known, 1)
+            fix = f"did you mean {close[0]!r}?" if close else f"a line may have {', '.join(known)}"
             raise self.error(f"has the unknown key {unknown[0]!r}", fix)
-        return prompt, {LINE_KEYS[key]: value for key, value in entry.items()}
+        if not isinstance(prompt := entry.pop("prompt", None), str):
+            what = "has no prompt" if prompt is None else f"has the prompt {json.dumps(prompt)}"
+            raise self.error(what, 'write it as in {"prompt": "...", "seed": 1}')
+        output = entry.pop("output", "")
+        return prompt, {LINE_KEYS[key]: value for key, value in entry.items()}, self._name(output)
+
+    def _name(self, output: Any) -> str:
+        """Return the name of the file that a line asks for.
+
+        Raises:
+            UserError: it is not the name of an mp4 file inside the folder of --output.
+        """
+        name = output if isinstance(output, str) else "/"
+        path = PurePosixPath(name)
+        if path.is_absolute() or ".." in path.parts or not name.isprintable():
+            shown = json.dumps(output)
+            fix = 'write it as in {"prompt": "...", "output": "robot/pour.mp4"}'
+            raise self.error(f"output {shown[:60]} is not a file inside --output", fix)
+        if path.suffix.lower() == ".mp4":
+            path = path.with_suffix("")
+        elif path.suffix.lower() in VIDEO_SUFFIXES:
+            raise self.error(f"{path.suffix} files are not written", "name an .mp4 file")
+        return f"{path}.mp4" if path.name else ""
 
     @property
     def prompt(self) -> str:
@@ -154,6 +181,7 @@ class Result:
         about = {"status": "error" if code else "ok", "exit_code": int(code), "prompt": self.prompt}
         if self.job:
             about |= {"seed": self.job.r.sampling_seed, "path": str(self.job.path)}
+            about["weights"] = str(self.job.weights.path)
         return {**about, "error": str(self.error)} if self.error else about
 
 
@@ -209,7 +237,7 @@ def resolve(request: Request, settings: Settings) -> Job:
         UserError: the request cannot be read, its prompt is empty, not UTF-8 or too long, or a
             value is out of range.
     """
-    prompt, changes = request.read()
+    prompt, changes, name = request.read()
     try:
         (prompt + str(changes.get("negative_prompt"))).encode()
     except UnicodeEncodeError as error:
@@ -222,8 +250,11 @@ def resolve(request: Request, settings: Settings) -> Job:
     r = _with_changes(request, settings.r, changes)
     job = Job(prompt, r, settings.weights, settings.output.absolute())
     if job.path.suffix.lower() == ".mp4":
+        if name:
+            what = "names a file, and so does --output"
+            raise request.error(what, "use `--output FOLDER`")
         return replace(job, path=job.path.with_suffix(".mp4"))
-    return replace(job, path=job.path / f"{job.stem}.mp4")
+    return replace(job, path=job.path / (name or f"{job.stem}.mp4"))
 
 
 def _with_changes(request: Request, r: Recipe, changes: dict[str, Any]) -> Recipe:
@@ -258,6 +289,6 @@ def is_made(wanted: Job) -> bool:
         raise UserError(
             "belongs to another video" if ours else "was not written by cosmos generate",
             code=ExitCode.USAGE, where=str(taken),
-            fix="choose another --output, or replace it with --overwrite",
+            fix="choose another --output, or replace it with `--overwrite`",
         )  # fmt: skip
     return False

@@ -8,24 +8,19 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TypeVar
 
 import torch
 
-from cosmos_cli import console, files, paths
+from cosmos_cli import console
 from cosmos_cli.errors import ExitCode, UserError
-from cosmos_cli.generate import outputs
+from cosmos_cli.generate import memory, outputs
 from cosmos_cli.generate.guards import guardrail
 from cosmos_cli.generate.jobs import Job, Result, Weights
 from cosmos_cli.generate.text_models import Conditioning, TextModels, negative_prompt
 from cosmos_cli.generate.video_models import Pair, VideoModels
 from cosmos_cli.model import rgb
 from cosmos_cli.recipe.keys import Recipe
-
-# Peak memory of a pass of the denoiser without its weights, in units of one activation of all
-# tokens. Measured: 14.2, and 10.3 with compiled blocks. The two passes of guidance share one more.
-PASS_ACTIVATIONS = 16
 
 T = TypeVar("T")
 
@@ -37,6 +32,9 @@ def generate(jobs: list[Job], device: str, pair: Pair | None = None) -> Iterator
     """
     r = jobs[0].r
     in_turn = r.memory != "together"
+    if in_turn:
+        # Refuse before anything is loaded.
+        memory.streamed_blocks(r, device)
     _say_networks(r, in_turn)
     pipeline = Pipeline(r, device, pair, in_turn=in_turn)
     for part in [jobs] if in_turn else [[job] for job in jobs]:
@@ -49,9 +47,9 @@ def one_by_one(r: Recipe, weights: Weights, device: str) -> Callable[[Job], Resu
     `memory: auto` keeps all networks in memory on a CPU, and on a GPU if they fit. A batch loads
     each network once either way.
     """
-    together = r.memory != "in_turn"
+    together = r.memory in ("auto", "together")
     if r.memory == "auto" and device != "cpu":
-        needed, (free, _) = bytes_together(r), torch.cuda.mem_get_info()
+        needed, (free, _) = memory.bytes_together(r), torch.cuda.mem_get_info()
         sizes = f"{console.size(needed)} of GPU memory, {console.size(free)} are free"
         console.say(f"all networks need {sizes}")
         together = needed < free
@@ -61,28 +59,6 @@ def one_by_one(r: Recipe, weights: Weights, device: str) -> Callable[[Job], Resu
     pipeline = Pipeline(r, device, in_turn=False)
     pipeline.load(weights)
     return lambda job: next(pipeline.run([job]))
-
-
-def bytes_together(r: Recipe) -> int:
-    """Estimate the GPU memory of all networks at once and of a pass of the denoiser, in bytes.
-
-    The denoiser counts in bf16, the other networks by the size of their files.
-    """
-    root = Path(r.checkpoints_dir)
-    folders = [r.model_files.text_encoder]
-    if r.upsampler != "off":
-        folders.append(Path(r.upsampler))
-    if guardrail.has_all(r):
-        folders += [root / paths.LLAMA_GUARD_DIR, root / paths.SIGLIP_DIR]
-    others = sum(
-        files.size_of(path)
-        for folder in folders
-        for path in folder.rglob("*")
-        if path.suffix == ".safetensors" or path.name == paths.MODEL_FILE
-    )
-    tokens = r.spec.tokens(r.num_frames, r.height, r.width)
-    activations = PASS_ACTIVATIONS * tokens * r.spec.dit.width
-    return others + torch.bfloat16.itemsize * (r.spec.dit.parameters + activations)
 
 
 def _say_networks(r: Recipe, in_turn: bool) -> None:
@@ -227,6 +203,7 @@ class Pipeline:
             "seconds": round(time.monotonic() - began, 2),
             "attention": videos.attention,
             "compiled": compiled,
+            "streamed_blocks": videos.streamed,
             "blurred_faces": faces,
         }
         outputs.write_outputs(job, text_emb.prompt, pixels, rgb.contact_sheet(pixels), about)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -47,7 +46,7 @@ def run(todo: list[Job], processes: int) -> Iterator[Result]:
     Raises:
         UserError: a process ended with an error.
     """
-    listed = todo[0].path.parent / f".{os.getpid()}.jobs.tmp.json"
+    listed = files.temporary_beside(todo[0].path.with_name("jobs.json"))
     command = [
         sys.executable, "-m", "cosmos_cli.ranks", "--nproc-per-node", str(processes),
         "-m", "cosmos_cli.generate.worker", str(listed),

@@ -52,7 +52,7 @@ def manifest_of(folder: Path) -> dict[str, Any]:
     try:
         manifest = files.read_json(path) if path.is_file() else {}
     except UserError as error:
-        error.fix = "run cosmos promote again, or delete it to use the weights unverified"
+        error.fix = "run `cosmos promote RECIPE` again, or delete it to use the weights unverified"
         raise
     ours = isinstance(manifest, dict) and isinstance(manifest.get("sha256"), str)
     return manifest if ours else {}
@@ -64,6 +64,16 @@ def run_of(folder: Path) -> str | None:
         run = manifest_of(folder).get("run")
         return run if isinstance(run, str) else None
     return None
+
+
+def is_of(folder: Path, run: Path) -> bool:
+    """True if a promoted model comes from this run, which may have been moved since."""
+    known = run_of(folder)
+    if known is None or known == str(run):
+        return known is not None
+    # A run is named by the last folders of its path: project, group and name.
+    same_name = Path(known).parts[-3:] == run.parts[-3:]
+    return same_name and not os.path.exists(known)  # noqa: PTH110 - False if unreachable
 
 
 def found(checkpoints_dir: str, spec: ModelSpec | None = None) -> list[Promoted]:

@@ -55,7 +55,7 @@ class Upsampler:
 
         self.device = device
         released = folder / paths.MODEL_FILE
-        fix = "run cosmos download, or add `--set upsampler=off`"
+        fix = "download it again, or add `--set upsampler=off`"
         with pretrained.reading_pretrained(folder, "is not a complete prompt upsampler", fix):
             self.tokenizer = pretrained.load_pretrained(AutoTokenizer, folder)
             if released.is_file():

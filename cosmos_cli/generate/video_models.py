@@ -13,18 +13,20 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cosmos_cli import console
+from cosmos_cli.generate import memory
 from cosmos_cli.generate.guards import guardrail
 from cosmos_cli.generate.guards.faces import FaceBlur
 from cosmos_cli.generate.guards.guardrail import FrameFilter
 from cosmos_cli.generate.jobs import Job, Lora, Weights
 from cosmos_cli.generate.text_models import Conditioning
-from cosmos_cli.model import edm, kernels, lora, rgb, sampler, tensor_names, weights
+from cosmos_cli.model import edm, kernels, lora, rgb, sampler, streaming, tensor_names, weights
 from cosmos_cli.model.device import number_format, why_not_compiled
 from cosmos_cli.model.dit import DiT, Prompt, patch_grid
 from cosmos_cli.model.finite import require_finite
 from cosmos_cli.model.sequence import SequenceGroup
 from cosmos_cli.model.tokenizer import load_tokenizer
 from cosmos_cli.recipe.keys import Recipe
+from cosmos_cli.recipe.residence import Residence
 
 # Passes x blocks x tokens x width of a video from which compiling pays. Compiling takes 10 s. At
 # 121 frames of 704x1280 the 7B has 6.5e9 values per pass, and compiled blocks save 0.34 s of it.
@@ -69,7 +71,11 @@ class VideoModels:
             self.frame_filter = FrameFilter(guards.classifier, guards.siglip, device)
             self.face_blur = FaceBlur(guards.faces, device)
         self.dtype = number_format(device)
-        self.net = load_denoiser(r, weights_.path, device, self.dtype, weights_.loras)
+        self.streamed = memory.streamed_blocks(r, device) if r.memory != "together" else 0
+        console.say(memory.describe(r, self.streamed))
+        self.net = load_denoiser(
+            r, weights_.path, device, self.dtype, weights_.loras, self.streamed
+        )
         self.tokenizer = load_tokenizer(r.model_files.tokenizer, r.spec, device, self.dtype)
         if pair:
             self.net.share(pair.sequence)
@@ -96,9 +102,16 @@ class VideoModels:
 
 
 def load_denoiser(
-    r: Recipe, base: Path, device: str, dtype: torch.dtype, loras: tuple[Lora, ...] = ()
+    r: Recipe,
+    base: Path,
+    device: str,
+    dtype: torch.dtype,
+    loras: tuple[Lora, ...] = (),
+    streamed: int = 0,
 ) -> DiT:
     """Load the denoiser from a model file, with unmerged LoRAs, in `dtype` on `device`.
+
+    The weights of `streamed` blocks stay in CPU memory.
 
     Raises:
         UserError: a file is missing, damaged or of another model, or holds NaN or infinity.
@@ -107,7 +120,9 @@ def load_denoiser(
         net = DiT(r.spec.dit)
     state = weights.load_dit_state(base)
     state = {k.removeprefix("net."): v for k, v in state.items() if k.startswith("net.")}
-    net = net.to(dtype).to_empty(device=device)
+    net = net.to(dtype).requires_grad_(False)
+    on_cpu = Residence(streamed).streamed_blocks(r.spec.dit.blocks)
+    streaming.allocate(net, net.blocks, on_cpu, torch.device(device))
     weights.load_strict(net, state, base)
     loaded = {f"net.{name}": tensor for name, tensor in net.state_dict().items()}
     require_finite(loaded, base, tensor_names.name_in_file(base))
@@ -116,6 +131,10 @@ def load_denoiser(
         console.say(about)
         for remark in remarks:
             console.warn(remark)
+    if on_cpu:
+        net.weights = streaming.WeightStream(net.blocks, on_cpu, torch.device(device))
+        if net.weights.pageable:
+            console.warn(streaming.PAGEABLE)
     kernels.put_cudnn_first()
     return net.eval()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -44,17 +44,26 @@ def is_costly_for_its_size(operator: Any, args: tuple[Any, ...]) -> bool:
 
 
 def keep(
-    chosen: Callable[[Any, tuple[Any, ...]], bool],
+    chosen: Callable[[Any, tuple[Any, ...]], bool], queue: Queue | None = None
 ) -> tuple[SelectiveCheckpoint, SelectiveCheckpoint]:
     """Return the contexts in which `checkpoint` stores the outputs of the chosen operators.
 
-    The backward pass recomputes everything else.
+    The backward pass recomputes everything else. The outputs wait in `queue`, by default on the
+    GPU.
     """
-    stored: deque[Any] = deque()
+    stored = deque() if queue is None else queue
     return (
         SelectiveCheckpoint(chosen, stored, recomputing=False),
         SelectiveCheckpoint(chosen, stored, recomputing=True),
     )
+
+
+class Queue(Protocol):
+    """Keeps outputs until the backward pass; they leave in the order in which they came."""
+
+    def append(self, result: Any, /) -> None: ...
+
+    def popleft(self) -> Any: ...
 
 
 class SelectiveCheckpoint(TorchDispatchMode):
@@ -67,7 +76,7 @@ class SelectiveCheckpoint(TorchDispatchMode):
     def __init__(
         self,
         chosen: Callable[[Any, tuple[Any, ...]], bool],
-        stored: deque[Any],
+        stored: Queue,
         *,
         recomputing: bool,
     ) -> None:

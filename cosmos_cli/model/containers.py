@@ -6,6 +6,7 @@ import struct
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import av
@@ -74,6 +75,16 @@ def _matroska_lacks(path: Path) -> int:
         position += length
     unknown = size == (1 << 7 * length) - 1
     return 0 if unknown else position + size - path.stat().st_size
+
+
+def is_interlaced(path: Path, stream: int) -> bool:
+    """True if the first frame that decodes is marked as interlaced."""
+    try:
+        with av.open(str(path), metadata_errors="replace") as file:
+            video = file.streams[stream]
+            return any(frame.interlaced_frame for frame in islice(file.decode(video), 1))
+    except (av.FFmpegError, IndexError):
+        return False
 
 
 # --- packets --------------------------------------------------------------------------------------

@@ -63,6 +63,18 @@ def has_room(device: torch.device, needed: float) -> bool:
     return len(parts) == 8
 
 
+def free_bytes(device: torch.device) -> int:
+    """Return the bytes of a GPU that this process can still allocate.
+
+    This is below the free memory if the process is limited to a share of the GPU.
+    """
+    index = torch.cuda.current_device() if device.index is None else device.index
+    free, total = torch.cuda.mem_get_info(index)
+    held, used = torch.cuda.memory_reserved(index), torch.cuda.memory_allocated(index)
+    limit = torch.cuda.get_per_process_memory_fraction(index) * total
+    return int(min(free + held, limit) - used)
+
+
 @contextmanager
 def gpu_memory_errors(fix: str) -> Iterator[None]:
     """Turn running out of GPU memory into a `UserError` with the given fix.

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,9 @@ from torch.utils.checkpoint import checkpoint
 from cosmos_cli.model import checkpointing, kernels
 from cosmos_cli.model.sequence import SequenceGroup
 from cosmos_cli.spec import DiTSpec
+
+if TYPE_CHECKING:
+    from cosmos_cli.model.streaming import ActivationStream, WeightStream
 
 # Cosine and sine of the rotary angles, each (B, L, K/2) in fp32.
 Rope = tuple[Tensor, Tensor]
@@ -60,6 +63,9 @@ class DiT(nn.Module):
         self.activation_checkpointing: Literal["none", "most", "attention", "all"] = "none"
         self.mlps_kept = self.blocks_kept = 0
         self.sequence = SequenceGroup()
+        # Set where the GPU cannot hold all weights or activations.
+        self.weights: WeightStream | None = None
+        self.activations: ActivationStream | None = None
         mask_channels = spec.patch_t * spec.patch_hw**2
         self.x_embedder = linear(spec.patch_channels + mask_channels, spec.width)
         self.pos_embedder = PositionTables(spec)
@@ -107,8 +113,8 @@ class DiT(nn.Module):
 
         # 4. The blocks.
         for i, text in enumerate(prompt.texts):
-            inputs = (x_BLD, prompt.pos_LD, prompt.rope, level, text)
-            x_BLD = self.run(i, *inputs, None if i else prompt.first_BLD)
+            inputs = (prompt.pos_LD, prompt.rope, level, text, None if i else prompt.first_BLD)
+            x_BLD = self.run(i, x_BLD, *inputs)
 
         # 5. Tokens become a latent. This is not the inverse of step 1: the model was trained with
         # the channel slowest on the way in and fastest on the way out.
@@ -134,20 +140,36 @@ class DiT(nn.Module):
         wave_BD = sinusoid(c_noise_B, self.spec.width).to(self.t_norm.weight.dtype)
         return self.t_norm(wave_BD), self.t_embedder(wave_BD)
 
-    def run(self, i: int, *inputs: Any) -> Tensor:
+    def block(self, i: int) -> Block:
+        """Return block `i`, with its weights on the device."""
+        if self.weights:
+            self.weights.bring(i)
+        return cast(Block, self.blocks[i])
+
+    def call(self, i: int, *inputs: Any) -> Tensor:
+        """Return the output of block `i`."""
+        return self.block(i)(*inputs)
+
+    def run(self, i: int, x_BLD: Tensor, *inputs: Any) -> Tensor:
         """Return the output of block `i`, run under the activation checkpointing mode."""
-        mode, block = self.activation_checkpointing, self.blocks[i]
+        mode, store = self.activation_checkpointing, self.activations
         if mode == "none":
-            return block(*inputs)
+            return self.call(i, x_BLD, *inputs)
         options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+        on_cpu = store is not None and store.holds(i)
         if mode != "all":
             chosen = checkpointing.is_self_attention
             if mode == "most" and i < self.mlps_kept:
                 chosen = checkpointing.is_costly_for_its_size
             if mode == "most" and i < self.blocks_kept:
                 chosen = checkpointing.is_costly
-            options["context_fn"] = partial(checkpointing.keep, chosen)
-        return checkpoint(block, *inputs, **options)
+            queue = store.queue(i) if on_cpu else None
+            options["context_fn"] = partial(checkpointing.keep, chosen, queue)
+        if not on_cpu:
+            return checkpoint(partial(self.call, i), x_BLD, *inputs, **options)
+        # checkpoint would hold x itself on the GPU.
+        lent = store.lend(i, x_BLD)
+        return checkpoint(lambda *rest: self.call(i, lent(), *rest), *inputs, **options)
 
     def locate(self, grid: tuple[int, int, int], fps_B: Tensor) -> tuple[Tensor, Rope]:
         """Return the position embedding (LD) and rotary table of a grid of (t, h, w) patches.
@@ -169,12 +191,12 @@ class DiT(nn.Module):
     def first_attention(self, x_BCTHW: Tensor, c_noise_B: Tensor, prompt: Prompt) -> Tensor:
         """Return the output of the first block's self-attention, BLD, the same for every text."""
         x_BLD, level = self.tokens(x_BCTHW), self.noise_level(c_noise_B)
-        attended: Tensor = self.blocks[0].attend(x_BLD, prompt.pos_LD, prompt.rope, level)
+        attended: Tensor = self.block(0).attend(x_BLD, prompt.pos_LD, prompt.rope, level)
         return attended
 
     def read(self, text_emb_BMD: Tensor) -> list[Text]:
         """Return the cross-attention keys and values of a text for each block."""
-        return [block.cross_attn.keys_values(text_emb_BMD) for block in self.blocks]
+        return [self.block(i).cross_attn.keys_values(text_emb_BMD) for i in range(len(self.blocks))]
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None = None) -> None:

@@ -144,7 +144,7 @@ def load_beside(net: nn.Module, files: Iterable[tuple[Path, float]]) -> list[tup
             for name, change in changes.items()
         }
         of_keys = {change.key: change.b for change in scaled.values()}
-        fix = "lower its strength, as in --lora FILE:0.8"
+        fix = "lower its strength, as in `--lora FILE:0.8`"
         require_finite(of_keys, path, fix=fix)
         ranks = sorted({len(change.a) for change in changes.values()})
         scales = sorted({round(change.scale, 6) for change in changes.values()})

@@ -155,7 +155,7 @@ def _compiled(pattern: str) -> re.Pattern[str]:
 
 def save_lora(path: Path, state: Mapping[str, Tensor], scale: float) -> None:
     """Write the factors of a LoRA in the format of diffusers, which reads it through peft."""
-    renamed = rename(state, OURS, DIFFUSERS, path)
+    renamed = rename(state, DIFFUSERS, path)
     rank = next(len(factor) for name, factor in state.items() if name.endswith("lora_A.weight"))
     linears = {re.sub(r"^\w+\.\d+\.|\.lora_[AB]\.weight$", "", key) for key in renamed}
     settings = {"r": rank, "lora_alpha": scale * rank, "target_modules": sorted(linears)}

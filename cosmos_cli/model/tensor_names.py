@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from cosmos_cli.errors import ExitCode, UserError
+from cosmos_cli.spec import MODELS
 
 State = dict[str, Tensor]
 
@@ -77,32 +80,70 @@ def name_table(source: int, target: int) -> dict[str, str]:
     }
 
 
-def rename(state: Mapping[str, Tensor], source: int, target: int, where: Path) -> State:
-    """Rename the tensors of a denoiser, or of a LoRA for it, from one column to another.
+# The parts of a name that torch's wrappers insert: compile, DistributedDataParallel, FSDP.
+_WRAPPERS = re.compile(
+    r"(?:^|(?<=\.))(?:_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
+)
+# The attributes of a trainer that hold the network, as prefixes.
+_HOLDERS = re.compile(r"^(?:(?:model|diffusion_model|transformer|dit|ema|net)\.)+")
+
+
+def plain(key: str) -> str:
+    """Return the name of a tensor without the prefixes of wrappers and trainers."""
+    # NVIDIA's EMA has hyphens where the network has dots.
+    dotted = key if "." in key else key.replace("-", ".")
+    return _HOLDERS.sub("", _WRAPPERS.sub("", dotted))
+
+
+def _in_table(key: str) -> tuple[str, str, str]:
+    """Return the row of a tensor with "#" for its block, the number of the block, the suffix."""
+    name = plain(key)
+    stem = re.sub(r"(\.lora_[AB])?\.weight$", "", name)
+    block = re.search(r"blocks\.(?:block)?(\d+)", stem)
+    general = f"{stem[: block.start(1)]}#{stem[block.end(1) :]}" if block else stem
+    return general, block[1] if block else "", name[len(stem) :]
+
+
+@cache
+def _known(target: int) -> dict[str, str]:
+    """Map the names of all columns, without prefixes, to those of one."""
+    tables = [name_table(column, target) for column in COLUMNS]
+    return {plain(theirs): ours for table in tables for theirs, ours in table.items()}
+
+
+def is_denoiser(state: Mapping[Any, Any]) -> bool:
+    """True if a dict has a tensor of a denoiser, under any name."""
+    return any(isinstance(key, str) and _in_table(key)[0] in _known(OURS) for key in state)
+
+
+def rename(state: Mapping[str, Tensor], target: int, where: Path) -> State:
+    """Rename the tensors of a denoiser, or of a LoRA for it, to the names of one column.
 
     Raises:
-        UserError: a name is not in the tables.
+        UserError: a name is not in the tables, or two names stand for one tensor.
     """
-    known = name_table(source, target)
-    renamed, unknown = {}, []
+    known = _known(target)
+    renamed: State = {}
+    found: dict[str, str] = {}
+    unknown = []
     for key, value in state.items():
-        stem = re.sub(r"(\.lora_[AB])?\.weight$", "", key)
-        block = re.search(r"blocks\.(?:block)?(\d+)", stem)
-        number = block[1] if block else ""
-        general = f"{stem[: block.start(1)]}#{stem[block.end(1) :]}" if block else stem
-        if general in known:
-            renamed[known[general].replace("#", number) + key[len(stem) :]] = value
-        else:
+        general, number, suffix = _in_table(key)
+        if general not in known:
             unknown.append(key)
+            continue
+        name = known[general].replace("#", number) + suffix
+        if name in renamed:
+            raise another_model([f"{found[name]} and {key} are the same tensor"], where, _CLEAN)
+        renamed[name], found[name] = value, key
     if unknown:
-        raise another_model([some(unknown, "unknown")], where)
+        raise another_model([some(unknown, "unknown")], where, _CLEAN if renamed else _OTHER)
     return renamed
 
 
 def name_in_file(path: Path) -> Callable[[str], str]:
     """Return a function from our name of a tensor to its name in a denoiser's file or folder."""
     column = DIFFUSERS if path.is_dir() else OURS if path.suffix == ".safetensors" else RELEASED
-    return lambda name: next(iter(rename({name: torch.empty(0)}, OURS, column, path)))
+    return lambda name: next(iter(rename({name: torch.empty(0)}, column, path)))
 
 
 # Substitutions, applied in this order, that turn diffusers names into released ones.
@@ -152,14 +193,31 @@ def check_keys(
     found = {"missing": missing, "unknown": unknown, "of another shape": other}
     problems = [some(names, kind) for kind, names in found.items() if names]
     if problems:
-        raise another_model(problems, where)
+        if other and (name := _known_model(state)):
+            fix = f"use a recipe whose model is {name}"
+            raise another_model([f"it has the shapes of {name}"], where, fix)
+        fits = len(shapes) > len(missing) and not other
+        raise another_model(problems, where, (_WHOLE if missing else _CLEAN) if fits else _OTHER)
 
 
-def another_model(problems: list[str], where: Path) -> UserError:
+def _known_model(state: Mapping[str, Tensor]) -> str:
+    """Return the name of the model whose denoiser has the width and blocks of `state`, or ""."""
+    width = len(state.get("net.t_norm.weight", ()))
+    blocks = len({name.split(".")[2] for name in state if name.startswith("net.blocks.")})
+    found = (m.name for m in MODELS.values() if (m.dit.width, m.dit.blocks) == (width, blocks))
+    return next(found, "")
+
+
+_OTHER = "check that the file belongs to this model"
+_CLEAN = "save the file again with the tensors of this model only"
+_WHOLE = "the file is incomplete: save all of the model, or name the folder with all its parts"
+
+
+def another_model(problems: list[str], where: Path, fix: str = _OTHER) -> UserError:
     """Return the error for a file that does not fit the model; it lists the problems."""
     return UserError(
         f"does not fit the model: {'; '.join(problems)}", code=ExitCode.ASSET, where=str(where),
-        fix="check that the file belongs to this model",
+        fix=fix,
     )  # fmt: skip
 
 

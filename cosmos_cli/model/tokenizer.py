@@ -104,7 +104,7 @@ class Tokenizer(nn.Module):
         spec = self.spec
         if frames % spec.temporal != 1 or height % spec.spatial or width % spec.spatial:
             raise ValueError(
-                f"{frames} frames of {height}x{width} are not {spec.temporal}k + 1 frames "
+                f"{frames} frames of {width}x{height} are not {spec.temporal}k + 1 frames "
                 f"with sides that are multiples of {spec.spatial}"
             )
         return self.quant_conv(self.encoder(video_BCTHW))

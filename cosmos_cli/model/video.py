@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING
 
 import torch
@@ -26,6 +27,8 @@ from cosmos_cli.model import containers, rgb
 if TYPE_CHECKING:
     from torchcodec.decoders import VideoDecoder, VideoStreamMetadata
 
+# FFmpeg's names of the transfer functions PQ and HLG.
+HDR = ("smpte2084", "arib-std-b67")
 FPS_POLICIES = ("keep", "resample", "reject")
 
 # Containers round time stamps to their time base; that of Matroska is a millisecond.
@@ -40,6 +43,9 @@ CHUNK_BYTES = 2**24
 # Makes the same frames give the same bytes. With AVX-512, the macroblock tree of x264 (build 164)
 # depends on memory addresses, and every stream depends on the number of threads.
 X264_REPRODUCIBLE = {"threads": 4, "x264-params": "cpu-independent=1"}
+# The index of an mp4 has at most five numbers of 4 to 8 bytes per frame: its size, its times, and a
+# chunk and a keyframe of its own.
+INDEX_BYTES_PER_FRAME = 40
 
 
 class VideoError(Exception):
@@ -51,6 +57,8 @@ class VideoInfo:
     """Describes a video stream or a part of one. Sizes are in pixels as displayed, after rotation.
 
     `begin` is the time stamp of its first frame in seconds, `first` the frame's number in the file.
+    `hdr` is True for PQ and HLG, which are decoded without tone mapping. `interlaced` is True if
+    its first frame is marked as interlaced.
     """
 
     frames: int
@@ -61,6 +69,8 @@ class VideoInfo:
     codec: str
     begin: float = 0.0
     first: int = 0
+    hdr: bool = False
+    interlaced: bool = False
 
 
 @dataclass(frozen=True)
@@ -106,6 +116,10 @@ def probe(path: Path) -> VideoInfo:
     """
     decoder = _open(path)
     meta = decoder.metadata
+    if containers.lacks(path) > 0:
+        count, wanted = meta.num_frames or 0, meta.num_frames_from_header
+        found = f"{count} of {wanted}" if wanted else f"only {count}"
+        raise VideoError(f"truncated: {found} frames are in the file")
     if not meta.num_frames or not meta.average_fps:
         raise VideoError("0 frames")
     if not meta.duration_seconds:
@@ -116,10 +130,6 @@ def probe(path: Path) -> VideoInfo:
     # The header has the exact rate, but with a variable rate it has that of the time base.
     if header_fps and _same_rate(fps, header_fps):
         fps = header_fps
-    if containers.lacks(path) > 0:
-        wanted = meta.num_frames_from_header
-        found = f"{meta.num_frames} of {wanted}" if wanted else f"only {meta.num_frames}"
-        raise VideoError(f"truncated: {found} frames are in the file")
     _check_first_frame(path, decoder)
     return VideoInfo(
         frames=meta.num_frames,
@@ -129,6 +139,8 @@ def probe(path: Path) -> VideoInfo:
         seconds=float(meta.duration_seconds),
         codec=meta.codec or "unknown",
         begin=meta.begin_stream_seconds or 0.0,
+        hdr=meta.color_transfer_characteristic in HDR,
+        interlaced=containers.is_interlaced(path, decoder.stream_index),
     )
 
 
@@ -142,11 +154,12 @@ def _pixel_aspect(meta: VideoStreamMetadata) -> float:
 
 
 def _check_first_frame(path: Path, decoder: VideoDecoder) -> None:
-    """Refuse files in which torchcodec 0.13 cannot seek to the first frame.
+    """Refuse files whose first frame can neither be sought nor be decoded from the start.
 
-    Traps: MPEG program and transport streams have no index, and it finds no frame or a later one.
-    If an edit list hides the first key frame, it silently returns frames from the next key frame.
-    In an AVI, B-frames are stored in decoding order.
+    Traps: MPEG program and transport streams have no index, and torchcodec 0.13 finds no frame or a
+    later one. If an edit list hides the first key frame, it silently returns frames from the next
+    key frame; `_Reader` then decodes from the start. In an AVI, B-frames are stored in decoding
+    order.
     """
     try:
         late = decoder.get_frame_at(0).pts_seconds - (decoder.metadata.begin_stream_seconds or 0)
@@ -155,13 +168,36 @@ def _check_first_frame(path: Path, decoder: VideoDecoder) -> None:
     if abs(late) <= CLOCK_SECONDS:
         return
     if containers.is_mpeg_stream(path):
-        raise VideoError("an MPEG stream has no index: `ffmpeg -i IN -c copy OUT.mp4` makes one")
+        raise VideoError(f"an MPEG stream has no index: {repair(path, '-c copy')} makes one")
     if containers.is_avi(path) and late < math.inf:
-        fix = "`ffmpeg -fflags +genpts -i IN -c copy OUT.mp4` makes them"
+        fix = f"{repair(path, '-c copy', '-fflags +genpts')} makes them"
         raise VideoError(f"an AVI with B-frames has no time stamps: {fix}")
     if late == math.inf:
         raise VideoError("damaged: the first frame does not decode")
-    raise VideoError("cut without re-encoding, its first key frame is hidden: re-encode it")
+    reader = _open_again(path, files.stamp_of(path))
+    try:
+        reader.read([0])
+    except (RuntimeError, VideoError) as error:
+        what = (
+            "its first frames do not decode: their key frame was cut off, or time stamps are wrong"
+        )
+        raise VideoError(f"{what}: {repair(path)} keeps what can be decoded") from error
+
+
+# Re-encodes with hardly any loss.
+_ENCODE = "-crf 12 -pix_fmt yuv420p"
+
+
+def repair(path: Path, how: str = _ENCODE, before: str = "") -> str:
+    """Return the command that replaces a video by a readable one and keeps the old file.
+
+    The old file gets a suffix that is not a video's, so captions keep matching the new one.
+    """
+    if not str(path).isprintable():
+        return f"`ffmpeg {before} -i IN {how} OUT.mp4`".replace("  ", " ")
+    old, kept, new = map(quote, (str(path), f"{path}.orig", str(path.with_suffix(".mp4"))))
+    command = f"ffmpeg {before} -i {kept} {how} {new}"
+    return f"`mv {old} {kept} && {command.replace('  ', ' ')}`"
 
 
 def part(info: VideoInfo, span: range) -> VideoInfo:
@@ -258,7 +294,8 @@ def read_small(path: Path, info: VideoInfo, count: int, width: int) -> Tensor:
 def write_mp4(path: Path, video_CTHW: Tensor, fps: float, crf: float) -> None:
     """Write H.264 yuv420p in an mp4 container, whatever the suffix of `path`.
 
-    The same frames give the same bytes in every run.
+    The index is in front of the frames, so a browser plays the file while it loads. The same frames
+    give the same bytes in every run.
 
     Raises:
         UserError: FFmpeg is missing or has no H.264 encoder.
@@ -267,7 +304,7 @@ def write_mp4(path: Path, video_CTHW: Tensor, fps: float, crf: float) -> None:
     if video_CTHW.dtype != torch.uint8 or frames == 0:
         raise ValueError(f"video must be uint8 with frames, got {video_CTHW.dtype}, {frames}")
     if height % 2 or width % 2:
-        raise ValueError(f"height and width must be even for yuv420p, got {height}x{width}")
+        raise ValueError(f"height and width must be even for yuv420p, got {width}x{height}")
     with _needs_ffmpeg("FFmpeg is missing"):
         from torchcodec.encoders import VideoEncoder
     frames_TCHW = video_CTHW.transpose(0, 1).contiguous().cpu()
@@ -280,6 +317,8 @@ def write_mp4(path: Path, video_CTHW: Tensor, fps: float, crf: float) -> None:
             # The encoder uses the BT.601 matrix; without tags, players assume BT.709 for HD.
             extra_options={
                 **X264_REPRODUCIBLE,
+                # Space for the index in front. FFmpeg's faststart cannot move it in memory.
+                "moov_size": str(2048 + INDEX_BYTES_PER_FRAME * frames),
                 "colorspace": "smpte170m",
                 "color_primaries": "bt709",
                 "color_trc": "bt709",
@@ -299,7 +338,7 @@ def _needs_ffmpeg(what: str) -> Iterator[None]:
     try:
         yield
     except (ImportError, OSError, RuntimeError) as error:
-        fix = "run `cosmos setup --install`"
+        fix = "run `cosmos setup RECIPE --install`"
         raise UserError(what, code=ExitCode.ENVIRONMENT, where="video", fix=fix) from error
 
 
@@ -343,6 +382,7 @@ def _decode(path: Path, indices: Sequence[int], seconds: Sequence[float]) -> Ite
         try:
             yield reader.read(numbers[first : first + size])
         except (RuntimeError, IndexError) as error:
+            reader.require_one_size(numbers[first : first + size])
             at = f"frame {indices[first]}" if indices else f"{seconds[first]:.2f} s"
             reason = f"damaged: decoding fails after {at} ({meta.num_frames} frames in the file)"
             raise VideoError(reason) from error
@@ -360,7 +400,9 @@ class _Reader:
         try:
             self.packets = containers.scan_packets(path, self.decoder.stream_index)
         except ValueError as error:
-            raise VideoError("damaged: its frames have no time stamps") from error
+            raise VideoError(
+                f"some frames have no time stamps: {repair(path)} makes them"
+            ) from error
         found, counted = self.decoder.metadata.num_frames, len(self.packets.pts)
         if found != counted:
             raise VideoError(f"damaged: torchcodec finds {found} frames in it, PyAV {counted}")
@@ -393,8 +435,30 @@ class _Reader:
         frames, self.last = self._shown(numbers), max(numbers)
         if frames is None:
             at = self.packets.pts[first] * self.packets.tick
-            raise VideoError(f"the decoder skips frames after {at:.2f} s: re-encode it")
+            raise VideoError(
+                f"the decoder skips frames after {at:.2f} s: {repair(self.path)} makes it readable"
+            )
         return frames
+
+    def require_one_size(self, numbers: list[int]) -> None:
+        """Refuse frames of several sizes, as in a recording whose resolution changes on the way.
+
+        Call it after these frames failed to decode together.
+        """
+        meta, first = self.decoder.metadata, ""
+        for number in numbers:
+            try:
+                frame = self.decoder.get_frame_at(number)
+            except (RuntimeError, IndexError):
+                return
+            size = "x".join(map(str, reversed(frame.data.shape[1:])))
+            first = first or f"{meta.width}x{meta.height}"
+            if size != first:
+                fix = repair(self.path, f"-vf scale={meta.width}:{meta.height},setsar=1 {_ENCODE}")
+                raise VideoError(
+                    f"its frames change from {first} to {size} at {frame.pts_seconds:.2f} s: "
+                    f"{fix} makes one size"
+                )
 
     def _shown(self, numbers: list[int]) -> Tensor | None:
         """Return the frames, or None if the decoder returns others."""

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import os
 import re
+import shlex
 import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -32,6 +34,8 @@ from cosmos_cli.model.tensor_names import (
     State,
     another_model,
     check_keys,
+    is_denoiser,
+    plain,
     rename,
     rename_tokenizer,
     some,
@@ -40,7 +44,8 @@ from cosmos_cli.spec import DiTSpec
 
 # Keys of a released file that are not weights: positions 0, 1, 2 ... and Transformer Engine's fp8
 # state.
-_NOT_WEIGHTS = re.compile(r"net\.pos_embedder\.seq|.*\._extra_state")
+_NOT_WEIGHTS = re.compile(r"(?:^|\.)(?:pos_embedder\.seq|_extra_state)$")
+_LORA = re.compile(r"\.lora[._](?:A|B|up|down)\b")
 _STORAGES = {
     "torch.FloatStorage": torch.float32,
     "torch.BFloat16Storage": torch.bfloat16,
@@ -49,6 +54,16 @@ _STORAGES = {
     "torch.IntStorage": torch.int32,
 }
 _DIFFUSERS_FILE = "diffusion_pytorch_model.safetensors"
+# The files of a folder of diffusers or accelerate, best first. A variant such as fp16 stands before
+# the last suffix.
+_FOLDER_FILES = tuple(
+    f"{stem}{name}"
+    for stem in ("diffusion_pytorch_model", "model", "pytorch_model")
+    for suffix in (".safetensors", ".bin")
+    for name in (f"{suffix}.index.json", suffix, f"{suffix}.index.*.json", f".*{suffix}")
+)
+# The depth of dicts in which a training checkpoint keeps the weights.
+_DEEPEST = 3
 
 # The errors with which torch's zip writer and safetensors report a failed write.
 _WRITE_FAILED = re.compile(r"PytorchStreamWriter|inline_container|I/O error|IoError|os error")
@@ -63,19 +78,62 @@ def load_dit_state(path: Path) -> State:
     """Load the denoiser's weights under our keys, memory-mapped where the file allows it.
 
     Args:
-        path: a released or post-trained `.pt`, our `.safetensors`, or a diffusers folder.
+        path: a torch or safetensors file, or a diffusers folder. The names may be released ones,
+            ours or those of diffusers, with the prefixes of wrappers. The state dict may lie inside
+            a training checkpoint.
 
     Raises:
         UserError: the file is missing, damaged, of another model, or holds more than tensors.
     """
     if path.is_dir():
-        return rename(_read_diffusers(path), DIFFUSERS, OURS, path)
-    if path.suffix == ".safetensors":
-        return rename(_read_safetensors(path), OURS, OURS, path)
+        content = _read_diffusers(path)
+    elif path.suffix == ".safetensors":
+        content = _read_safetensors(path)
+    else:
+        content = _state_dict(path)
     with reading(path):
-        content = dict(_read_pt(path))
-        state = {key: v for key, v in content.items() if not _NOT_WEIGHTS.fullmatch(key)}
-    return rename(_check_tensors(state, path), RELEASED, OURS, path)
+        state = {k: v for k, v in content.items() if not _NOT_WEIGHTS.search(plain(k))}
+        is_lora = any(_LORA.search(key) for key in state)
+    if is_lora:
+        raise UserError(
+            "is a LoRA, not a whole model", code=ExitCode.ASSET, where=str(path),
+            fix=f"`cosmos generate --model base --lora {shlex.quote(str(path))} --prompt TEXT`",
+        )  # fmt: skip
+    return rename(_check_tensors(state, path), OURS, path)
+
+
+def _state_dict(path: Path) -> dict[str, Any]:
+    """Load a torch file and return its state dict, which a training checkpoint holds in a key.
+
+    Raises:
+        UserError: the file is damaged, or several keys hold one.
+    """
+    content = _read_pt(path)
+    with reading(path):
+        found = list(_denoisers(content, ())) or [((), dict(content))]
+    if len(found) > 1:
+        names = [".".join(map(str, place)) for place, _ in found]
+        place = "".join(f"[{json.dumps(name)}]" for name in found[-1][0])
+        load = f"torch.load({json.dumps(str(path))}, weights_only=True){place}"
+        new = json.dumps(str(path.with_name(f"{path.stem}_{names[-1]}.pt")))
+        script = f"import torch; torch.save({load}, {new})"
+        raise UserError(
+            f"holds {len(found)} sets of weights: {', '.join(names)}", code=ExitCode.ASSET,
+            where=str(path), fix=f"save the one to use: `python -c {shlex.quote(script)}`",
+        )  # fmt: skip
+    return found[0][1]
+
+
+def _denoisers(content: Any, place: tuple[Any, ...]) -> Iterator[tuple[tuple[Any, ...], Any]]:
+    """Yield each state dict of a denoiser in nested dicts, with the keys that lead to it."""
+    if not isinstance(content, Mapping):
+        return
+    if is_denoiser(content):
+        yield place, dict(content)
+        return
+    for key, value in content.items():
+        if len(place) < _DEEPEST:
+            yield from _denoisers(value, (*place, key))
 
 
 def save_dit(path: Path, state: Mapping[str, Tensor], format: Literal["pt", "safetensors"]) -> None:
@@ -85,7 +143,7 @@ def save_dit(path: Path, state: Mapping[str, Tensor], format: Literal["pt", "saf
 
 def save_released(path: Path, state: Mapping[str, Tensor]) -> str:
     """Write the denoiser's weights in the reference's format and return the sha256 of the file."""
-    released = rename(state, OURS, RELEASED, path)
+    released = rename(state, RELEASED, path)
     tables = [state[f"net.pos_embedder.{axis}"] for axis in "thw"]
     seq = torch.arange(max(map(len, tables)), dtype=tables[0].dtype)
     with writing(path), files.atomic_file(path) as temporary:
@@ -95,10 +153,7 @@ def save_released(path: Path, state: Mapping[str, Tensor]) -> str:
 def save_diffusers(folder: Path, state: Mapping[str, Tensor], spec: DiTSpec) -> None:
     """Write the denoiser as a diffusers model folder, without the log-variance head."""
     net = {key: value for key, value in state.items() if key.startswith("net.")}
-    write_safetensors(
-        folder / _DIFFUSERS_FILE,
-        rename(net, OURS, DIFFUSERS, folder),
-    )
+    write_safetensors(folder / _DIFFUSERS_FILE, rename(net, DIFFUSERS, folder))
     files.write_json(folder / "config.json", diffusers_config(spec))
 
 
@@ -212,10 +267,17 @@ def reading(path: Path) -> Iterator[None]:
             fix="run `cosmos download RECIPE`",
         ) from error
     except _DAMAGE as error:
+        if refused := re.search(r"GLOBAL (\S+) was not an allowed", str(error)):
+            # Loading it might run code, so only the user can decide.
+            raise UserError(
+                f"holds more than tensors, an object of {refused[1]}; nothing in it was run",
+                code=ExitCode.ASSET, where=str(path),
+                fix="save its state dict alone: `torch.save(model.state_dict(), FILE)`",
+            ) from error  # fmt: skip
         kind = type(error).__name__
         raise UserError(
             f"is damaged or holds more than tensors; nothing in it was run ({kind})",
-            code=ExitCode.ASSET, where=str(path), fix="download it again",
+            code=ExitCode.ASSET, where=str(path), fix="run `cosmos download RECIPE --check`",
         ) from error  # fmt: skip
 
 
@@ -293,15 +355,17 @@ def write_safetensors(
 
 def _read_diffusers(folder: Path) -> State:
     """Load all tensors of a diffusers model folder, from one file or from shards with an index."""
-    index = folder / f"{_DIFFUSERS_FILE}.index.json"
-    if not index.exists():
-        return _read_safetensors(folder / _DIFFUSERS_FILE)
-    with reading(index):
-        names = files.read_json(index)["weight_map"].values()
-        shards = sorted({Path(name).name for name in names})
+    found = (path for name in _FOLDER_FILES for path in sorted(folder.glob(name)))
+    first = next(found, folder / _DIFFUSERS_FILE)
+    shards = [first]
+    if first.suffix == ".json":
+        with reading(first):
+            names = files.read_json(first)["weight_map"].values()
+            shards = [folder / name for name in sorted({Path(name).name for name in names})]
     state: State = {}
     for shard in shards:
-        state |= _read_safetensors(folder / shard)
+        safe = shard.suffix == ".safetensors"
+        state |= _read_safetensors(shard) if safe else load_tensors(shard)
     return state
 
 

@@ -34,8 +34,8 @@ class CaptionFiles:
     Args:
         metas: files in `metas` with another name than the one prep writes, `<stem>.txt`.
         sidecars: files next to the videos.
-        listed: the captions in captions_file by video.
-        unknown: the rows of captions_file that name no video.
+        listed: the captions in captions_file, or the metadata.csv or .jsonl found, by video.
+        unknown: the rows of that file that name no video.
     """
 
     metas: captions.Owners
@@ -58,15 +58,15 @@ def caption_files(r: Recipe, dataset: Dataset, videos: list[Source]) -> CaptionF
         UserError: captions_file or a folder cannot be used.
     """
     names = [source.name for source in videos]
-    in_own_file = [source.name for source in videos if source.span is None]
+    in_own_file = {source.name: source.path for source in videos if source.span is None}
     own = {f"{source.stem}{captions.SUFFIX}" for source in videos}
     metas = captions.files_in(dataset.metas, captions.SUFFIX)
-    sidecars = captions.files_in(dataset.videos, *captions.BESIDE_SUFFIXES) if in_own_file else []
     path = Path(r.captions_file).absolute() if r.captions_file else None
+    path = path or captions.table_in(dataset.videos) or captions.table_in(dataset.root)
     listed, unknown = captions.read(path, names) if path else ({}, [])
     return CaptionFiles(
         captions.owners([path for path in metas if path.name not in own], names),
-        captions.owners(sidecars, in_own_file, captions.BESIDE_SUFFIXES),
+        captions.beside(in_own_file),
         listed,
         unknown,
     )
@@ -75,9 +75,9 @@ def caption_files(r: Recipe, dataset: Dataset, videos: list[Source]) -> CaptionF
 def find_captions(r: Recipe, dataset: Dataset, videos: list[Source]) -> list[Source]:
     """Give every usable video its caption. Return those that a model must describe first.
 
-    The first of these wins: `metas`, captions_file, the text next to the video, the robot's task,
-    then the model's description or the recipe's prompt. Files that prep itself wrote into `metas`
-    do not count. A video without any of them is rejected.
+    The first of these wins: `metas`, captions_file, the text next to the video, metadata.csv or
+    metadata.jsonl, the robot's task, then the model's description or the recipe's prompt. Files
+    that prep itself wrote into `metas` do not count. A video without any of them is rejected.
 
     Raises:
         UserError: captions_file cannot be used.
@@ -143,10 +143,12 @@ def _copy_time(source: Path, target: Path) -> None:
 
 def _offered(r: Recipe, dataset: Dataset, source: Source, found: CaptionFiles) -> dict[str, str]:
     """Return the captions of a video by origin. The first one that is not empty wins."""
+    listed = {"captions_file": found.listed.get(source.name, "")}
+    beside = {"sidecar": _caption_of(found.sidecars, source)}
     offered = {
         OTHER_NAME: _caption_of(found.metas, source),
-        "captions_file": found.listed.get(source.name, ""),
-        "sidecar": _caption_of(found.sidecars, source),
+        # A table that was found, not named, comes after the file next to the video.
+        **(listed | beside if r.captions_file else beside | listed),
         "task": source.task,
     }
     prompt = captions.one_kind_of_line_end(r.prompt or "").strip()
@@ -188,6 +190,8 @@ def read_description(r: Recipe, dataset: Dataset, source: Source) -> str | None:
 
 def read_caption(path: Path, source: Source) -> str:
     """Return the text of a file, "" if it is missing. Reject the video if it cannot be read."""
+    if path.suffix.lower() == captions.JSON_SUFFIX:
+        return captions.caption_in(path)
     try:
         return files.read_text(path, files.CAPTION).strip()
     except files.NoSuchFile:

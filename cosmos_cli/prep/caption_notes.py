@@ -18,11 +18,28 @@ from cosmos_cli.prep import caption_choice, captions, embedding_files
 from cosmos_cli.prep.sources import Source
 from cosmos_cli.recipe.keys import Recipe
 
-# What prep may leave unused: its singular, its plural and the fix.
+# What prep may leave unused: its singular and its plural, each with the reason, and the fix.
 _UNUSED = {
-    "caption_files": ("caption file", "caption files", "the caption of x.mp4 must be named x.txt"),
-    "rows": ("row of captions_file", "rows of captions_file", "each `file` must name a video"),
-    "embeddings": ("embedding", "embeddings", "the embedding of x.mp4 must be named x.pickle"),
+    "caption_files": (
+        "caption file belongs to no video",
+        "caption files belong to no video",
+        "the caption of x.mp4 must be named x.txt",
+    ),
+    "rows": (
+        "row of captions_file belongs to no video",
+        "rows of captions_file belong to no video",
+        "each must name a video",
+    ),
+    "embeddings": (
+        "embedding belongs to no video",
+        "embeddings belong to no video",
+        "the embedding of x.mp4 must be named x.pickle",
+    ),
+    "damaged_json": (
+        "JSON file next to a video cannot be read",
+        "JSON files next to videos cannot be read",
+        'a caption looks like {"caption": "..."}',
+    ),
 }
 # A line names at most this many files or videos and counts the others.
 MOST_NAMED = 5
@@ -51,9 +68,8 @@ class CaptionNotes:
         lines = []
         for kind, names in self.unused.items():
             one, several, fix = _UNUSED[kind]
-            what = f"{one} belongs" if len(names) == 1 else f"{several} belong"
-            use = "is" if len(names) == 1 else "are"
-            text = f"{len(names)} {what} to no video and {use} not used: {_shown(names)}; {fix}"
+            what = f"{one} and is" if len(names) == 1 else f"{several} and are"
+            text = f"{len(names)} {what} not used: {_shown(names)}; {fix}"
             lines.append(text)
         if self.cut:
             named = [f"{name} ({tokens} tokens)" for name, tokens in self.cut.items()]
@@ -95,6 +111,7 @@ def _unused(r: Recipe, dataset: Dataset, videos: list[Source]) -> dict[str, list
         "caption_files": names([*found.metas.unused, *hidden, *beside]),
         "rows": found.unknown,
         "embeddings": names([*embeddings.unused, *unclear]),
+        "damaged_json": names(filter(captions.is_damaged_json, found.sidecars.files.values())),
     }
     return {kind: unused for kind, unused in kinds.items() if unused}
 

@@ -17,7 +17,7 @@ from cosmos_cli.model import pretrained, video
 from cosmos_cli.model.device import number_format
 from cosmos_cli.model.finite import require_finite
 from cosmos_cli.paths import Dataset
-from cosmos_cli.prep import caption_choice, captions, work_sharing
+from cosmos_cli.prep import caption_choice, captions, helpers, work_sharing
 from cosmos_cli.prep.sources import Source
 from cosmos_cli.recipe.keys import Recipe
 
@@ -93,13 +93,30 @@ def describe_videos(
     unseen = caption_choice.find_captions(r, dataset, videos)
     if not unseen:
         return
-    with work_sharing.workers(dataset.descriptions / "prep.lock", job) as workers:
+    with work_sharing.workers(_lock(dataset), job) as workers:
         workers.start()
-        _share(r, dataset, videos, workers, device)
-        if not workers.wait_for_others():
+        pieces = len(unseen) if workers.can_share else 1
+        with helpers.helping(r, pieces, _help_to_describe, (r, dataset, videos, job)):
+            _share(r, dataset, videos, workers, device)
+            finished = workers.wait_for_others()
+        if not finished:
             # Another process may have been killed before it finished its videos.
             _share(r, dataset, videos, workers, device)
             workers.finished()
+
+
+def _help_to_describe(
+    r: Recipe, dataset: Dataset, videos: list[Source], job: str, device: str
+) -> None:
+    """Describe videos in a helper process until another process works on each that is left."""
+    with work_sharing.workers(_lock(dataset), job) as workers:
+        # If it is the first, `describe_videos` has ended.
+        if not workers.first:
+            _share(r, dataset, videos, workers, device)
+
+
+def _lock(dataset: Dataset) -> Path:
+    return dataset.descriptions / "prep.lock"
 
 
 def _share(

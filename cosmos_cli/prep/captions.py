@@ -12,7 +12,7 @@ import io
 import json
 import re
 import unicodedata
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -21,9 +21,17 @@ from cosmos_cli import files
 from cosmos_cli.errors import ExitCode, UserError
 
 COLUMNS = ("file", "caption")
-SUFFIX = ".txt"
-# Captions next to videos may also have the suffix that other trainers use.
-BESIDE_SUFFIXES = (SUFFIX, ".caption")
+# Other names of the two columns, in datasets for diffusers, musubi-tuner and other trainers.
+_OTHER_COLUMNS = {
+    "file": ("file_name", "video", "video_path", "path", "filename"),
+    "caption": ("text", "prompt"),
+}
+# The table of captions that the hub's "videofolder" datasets keep next to the videos.
+_TABLES = ("metadata.csv", "metadata.jsonl")
+_SEPARATORS = ",;\t"
+SUFFIX, JSON_SUFFIX = ".txt", ".json"
+# Captions next to videos may also have the suffixes that other trainers use.
+BESIDE_SUFFIXES = (SUFFIX, ".caption", JSON_SUFFIX)
 # Text files with these names often lie next to videos, but are not captions.
 _OTHER_TEXTS = frozenset({
     "readme", "license", "licence", "copying", "notice", "changelog", "requirements",
@@ -104,6 +112,26 @@ def owners(
     return found
 
 
+def beside(videos: Mapping[str, Path]) -> Owners:
+    """Match the caption files in the folders of videos, given by name, to these videos.
+
+    A .json file that belongs to no video is not mentioned, since it may be anything.
+
+    Raises:
+        UserError: a folder cannot be read.
+    """
+    folders: dict[Path, dict[str, str]] = {}
+    for name, path in videos.items():
+        folders.setdefault(path.parent, {})[path.name] = name
+    found = Owners()
+    for folder, names in folders.items():
+        here = owners(files_in(folder, *BESIDE_SUFFIXES), names, BESIDE_SUFFIXES)
+        found.files |= {names[video]: file for video, file in here.files.items()}
+        found.unclear |= {names[video]: several for video, several in here.unclear.items()}
+        found.unused += [file for file in here.unused if file.suffix.lower() != JSON_SUFFIX]
+    return found
+
+
 def _without_suffix(name: str) -> str:
     return name[: len(name.rstrip()) - len(PurePosixPath(name.rstrip()).suffix)]
 
@@ -131,14 +159,51 @@ def files_in(folder: Path, *suffixes: str) -> list[Path]:
         ) from error  # fmt: skip
 
 
+def is_damaged_json(path: Path) -> bool:
+    """True if a JSON file cannot be read, so that a caption in it would be missed."""
+    if path.suffix.lower() != JSON_SUFFIX:
+        return False
+    try:
+        files.read_json(path)
+    except files.BadFile:
+        return True
+    return False
+
+
+def caption_in(path: Path) -> str:
+    """Return the caption in the JSON file of a video, "" if it holds something else."""
+    try:
+        content = files.read_json(path)
+    except files.BadFile:
+        return ""
+    caption = _renamed(content).get("caption") if isinstance(content, dict) else None
+    return one_kind_of_line_end(caption).strip() if isinstance(caption, str) else ""
+
+
 # --- captions_file --------------------------------------------------------------------------------
+
+
+def table_in(folder: Path) -> Path | None:
+    """Return the metadata.csv or metadata.jsonl of a folder if it is a table of captions."""
+    for name in _TABLES:
+        path = folder / name
+        if path.is_file():
+            try:
+                row = next(_rows(path), (1, {}))[1]
+            except UserError:
+                continue
+            # A row that cannot be read is reported by `read`.
+            if isinstance(row, str) or row.keys() >= set(COLUMNS):
+                return path
+    return None
 
 
 def read(path: Path, videos: Collection[str]) -> tuple[dict[str, str], list[str]]:
     """Read captions_file. Return the captions by video, and the rows that name no video.
 
-    A row names a video by its file name. Folders in front of it are ignored, with slashes or
-    backslashes. An exact name wins over one that differs in case or Unicode form.
+    A row names a video by its file name or its path, with slashes or backslashes. Folders that the
+    dataset does not have are ignored. An exact name wins over one that differs in case or Unicode
+    form.
 
     Raises:
         UserError: the file is missing, or rows are unusable; the error lists all of them.
@@ -148,16 +213,17 @@ def read(path: Path, videos: Collection[str]) -> tuple[dict[str, str], list[str]
     problems: list[UserError] = []
     unknown: list[str] = []
     rows: list[tuple[int, str, str]] = []
+    videos = set(videos)
+    alike: dict[str, list[str]] = {}
+    for video in videos:
+        alike.setdefault(key(video), []).append(video)
     for number, row in _rows(path):
         problem = row if isinstance(row, str) else _problem(row)
         if problem or isinstance(row, str):
             problems.append(_wrong_row(path, number, problem))
         else:
-            rows.append((number, _base_name(row["file"], videos), row["caption"]))
+            rows.append((number, _video_named(row["file"], videos, alike), row["caption"]))
     exact = {name for _, name, _ in rows if name in videos}
-    alike: dict[str, list[str]] = {}
-    for video in videos:
-        alike.setdefault(key(video), []).append(video)
     for number, name, caption in rows:
         found = [name] if name in videos else alike.get(key(name), [])
         if len(found) > 1:
@@ -192,10 +258,14 @@ def _wrong_row(path: Path, number: int, what: str) -> UserError:
     return UserError(what, code=ExitCode.DATASET, where=f"{path}:{number}")
 
 
-def _base_name(text: str, videos: Collection[str]) -> str:
-    name = PurePosixPath(text.strip()).name
+def _video_named(text: str, videos: Collection[str], alike: Collection[str]) -> str:
+    """Return the name of a video that a path stands for, with as many of its folders as exist."""
     # A backslash may be part of a file name on Linux, but separates folders on Windows.
-    return name if name in videos else PurePosixPath(name.replace("\\", "/")).name
+    paths = [PurePosixPath(form).parts for form in (text.strip(), text.strip().replace("\\", "/"))]
+    names = ["__".join(parts[first:]) for parts in paths for first in range(len(parts))]
+    exact = (name for name in names if name in videos)
+    near = (name for name in names if key(name) in alike)
+    return next(exact, next(near, names[-1] if names else ""))
 
 
 def one_kind_of_line_end(text: str) -> str:
@@ -214,7 +284,18 @@ def _problem(row: dict[Any, Any]) -> str:
         # JSON can name half of a character, such as "\ud800".
         return f"has a caption with {row['caption'][error.start]!a}, which is not a character"
     # csv.DictReader stores surplus cells under the key None.
-    return "has more cells than the header; quote a caption with commas" if None in row else ""
+    fix = "quote a caption that contains the separator"
+    return f"has more cells than the header; {fix}" if None in row else ""
+
+
+def _renamed(row: dict[Any, Any]) -> dict[Any, Any]:
+    """Return a row with the two columns under the names of `COLUMNS`."""
+    plain = {k.strip().lower() if isinstance(k, str) else k: value for k, value in row.items()}
+    for column, others in _OTHER_COLUMNS.items():
+        found = next((name for name in (column, *others) if name in plain), column)
+        if found in plain:
+            plain[column] = plain[found]
+    return plain
 
 
 def _rows(path: Path) -> Iterator[tuple[int, dict[Any, Any] | str]]:
@@ -234,8 +315,13 @@ def _rows(path: Path) -> Iterator[tuple[int, dict[Any, Any] | str]]:
 
 
 def _csv(path: Path, text: str) -> Iterator[tuple[int, dict[Any, Any] | str]]:
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
-    if missing := [column for column in COLUMNS if column not in (reader.fieldnames or ())]:
+    readers = [
+        csv.DictReader(io.StringIO(text, newline=""), strict=True, delimiter=separator)
+        for separator in _SEPARATORS
+    ]
+    lacks = [[c for c in COLUMNS if c not in _columns(reader)] for reader in readers]
+    reader = readers[lacks.index(min(lacks, key=len))]
+    if missing := min(lacks, key=len):
         raise UserError(
             f"has no column {missing[0]!r} in its first line",
             code=ExitCode.DATASET,
@@ -245,10 +331,17 @@ def _csv(path: Path, text: str) -> Iterator[tuple[int, dict[Any, Any] | str]]:
     line = reader.line_num + 1
     try:
         for row in reader:
-            yield line, row
+            yield line, _renamed(row)
             line = reader.line_num + 1
     except csv.Error as error:
         yield line, f"is not valid CSV: {error}"
+
+
+def _columns(reader: csv.DictReader[str]) -> Collection[str]:
+    try:
+        return _renamed(dict.fromkeys(reader.fieldnames or ()))
+    except csv.Error:
+        return ()
 
 
 def _jsonl(text: str) -> Iterator[tuple[int, dict[Any, Any] | str]]:
@@ -264,7 +357,7 @@ def _jsonl(text: str) -> Iterator[tuple[int, dict[Any, Any] | str]]:
         except (ValueError, RecursionError) as error:
             yield number, f"is not valid JSON: {error}"
             continue
-        yield number, row if isinstance(row, dict) else "is not a JSON object"
+        yield number, _renamed(row) if isinstance(row, dict) else "is not a JSON object"
 
 
 # These are removed from the start of a model's answer, in this order.

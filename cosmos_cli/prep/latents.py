@@ -31,11 +31,12 @@ TRIM_EVERY_VIDEOS = 50
 class Latents:
     """Encodes the clips of a dataset, video by video, and collects their rows of the manifest."""
 
-    def __init__(self, r: Recipe, dataset: Dataset, clips: int, device: str) -> None:
+    def __init__(self, r: Recipe, dataset: Dataset, videos: list[Source], device: str) -> None:
         self.recipe, self.dataset = r, dataset
         dtype = number_format(device)
         self.tokenizer = load_tokenizer(r.model_files.tokenizer, r.spec, device, dtype)
         # Count the clips that are already encoded too: a resumed run must write the same bits.
+        clips = sum(len(source.clips) for source in videos if not source.reason)
         worth_it = device != "cpu" and clips >= WORTH_COMPILING
         if r.compile == "on" or (r.compile == "auto" and worth_it):
             if reason := why_not_compiled(torch.device(device)):

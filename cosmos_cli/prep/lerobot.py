@@ -1,9 +1,10 @@
-"""Read LeRobot datasets v2.1 and v3.0: the video file and the frames of each episode. No torch.
+"""Read LeRobot datasets v2 and v3.0: the video file and the frames of each episode. No torch.
 
-v2.1 has one mp4 per episode and camera. v3.0 puts many episodes into one mp4 and their positions
-into parquet files. The metadata is untrusted: each value has a range, and the path of a video, as
-written, must lie inside the dataset. A video may be a link to any place, because the hub's cache
-consists of such links. An episode with an invalid row is rejected by name; the others are used.
+v2.0 and v2.1 differ in statistics only; they have one mp4 per episode and camera. v3.0 puts many
+episodes into one mp4 and their positions into parquet files. The metadata is untrusted: each value
+has a range, and the path of a video, as written, must lie inside the dataset. A video may be a link
+to any place, because the hub's cache consists of such links. An episode with an invalid row is
+rejected by name; the others are used.
 Source: huggingface/lerobot, docs/source/lerobot-dataset-v3.mdx.
 """
 
@@ -18,13 +19,12 @@ from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, ValidationError
 
-from cosmos_cli import archives, files
+from cosmos_cli import archives, files, paths
 from cosmos_cli.errors import ExitCode, UserError
 
-INFO = Path("meta") / "info.json"
-VERSIONS = ("v2.1", "v3.0")
+VERSIONS = ("v2.0", "v2.1", "v3.0")
 # The largest published datasets have some 100,000 episodes.
 MOST_ROWS = 300_000
 MOST_FRAMES = 10**7
@@ -35,11 +35,9 @@ LONGEST_TASK, MOST_TASKS = 10_000, 100
 # Limits for one row group of a parquet file, over the columns that are read.
 MOST_VALUES, MOST_BYTES = 5_000_000, 256 * files.MB
 ROWS_AT_ONCE = 500
-# The fields that video_path may contain, by version. Only v2.1 has episode_chunk.
-FIELDS = {
-    "v2.1": ("video_key", "episode_index", "episode_chunk"),
-    "v3.0": ("video_key", "episode_index", "chunk_index", "file_index"),
-}
+# The fields that video_path may contain.
+V2_FIELDS = ("video_key", "episode_index", "episode_chunk")
+V3_FIELDS = ("video_key", "episode_index", "chunk_index", "file_index")
 # The format of an integer with leading zeros, such as 06d.
 _FORMAT = re.compile(r"(0?([1-9]|1[0-2]))?d?")
 _PLACE = ("chunk_index", "file_index", "from_timestamp")
@@ -96,7 +94,9 @@ class Row(BaseModel):
     episode_index: Index
     length: Annotated[int, Field(ge=1, le=MOST_FRAMES)]
     tasks: Annotated[
-        list[Annotated[Text, Field(max_length=LONGEST_TASK)]], Field(max_length=MOST_TASKS)
+        list[Annotated[Text, Field(max_length=LONGEST_TASK)]],
+        Field(max_length=MOST_TASKS),
+        BeforeValidator(lambda tasks: [tasks] if isinstance(tasks, str) else tasks),
     ]
 
 
@@ -114,7 +114,7 @@ Found = tuple[Path, str, Any]
 
 def is_lerobot(folder: Path) -> bool:
     """True if a folder is a LeRobot dataset."""
-    return (folder / INFO).is_file()
+    return (folder / paths.LEROBOT_INFO).is_file()
 
 
 def episodes(folder: Path, camera: str | None) -> list[Episode]:
@@ -167,6 +167,9 @@ def _episode(folder: Path, info: Info, key: str, content: Any) -> Episode:
     """
     if isinstance(content, str):
         raise ValueError(content)
+    for name, value in content.items():
+        if isinstance(value, Exception):
+            raise ValueError(f"{name} cannot be read: {value}")
     placed = info.codebase_version == "v3.0"
     row = (PlacedRow if placed else Row).model_validate(content)
     names: dict[str, Any] = {"video_key": key, "episode_index": row.episode_index}
@@ -190,16 +193,17 @@ def _reason(error: ValueError) -> str:
     if not isinstance(error, ValidationError):
         return str(error)
     first = error.errors(include_url=False, include_input=False)[0]
-    return f"{'.'.join(map(str, first['loc'])) or 'it'}: {first['msg']}"
+    found = "it is missing" if first["type"] == "missing" else first["msg"]
+    return f"{'.'.join(map(str, first['loc'])) or 'it'}: {found}"
 
 
 def _info(folder: Path) -> Info:
-    path = folder / INFO
+    path = folder / paths.LEROBOT_INFO
     content = files.read_json(path, files.LEROBOT)
     version = content.get("codebase_version") if isinstance(content, dict) else None
     if isinstance(version, str) and version not in VERSIONS:
         raise UserError(
-            f"is a LeRobot dataset of version {version}, {' and '.join(VERSIONS)} are read",
+            f"is a LeRobot dataset of version {version[:60]!r}, not one of {', '.join(VERSIONS)}",
             code=ExitCode.DATASET,
             where=str(folder),
             fix="convert it with LeRobot's conversion scripts",
@@ -218,7 +222,7 @@ def _check_path(folder: Path, info: Info, key: str) -> None:
     Raises:
         UserError: video_path contains another field or leads out of the dataset.
     """
-    known = FIELDS[info.codebase_version]
+    known = V3_FIELDS if info.codebase_version == "v3.0" else V2_FIELDS
     try:
         for _, name, form, conversion in string.Formatter().parse(info.video_path):
             if name is None:
@@ -233,9 +237,11 @@ def _check_path(folder: Path, info: Info, key: str) -> None:
             info.video_path.format(**{known[0]: key}, **dict.fromkeys(known[1:], 0))
         )
     except ValueError as error:
-        raise _damaged(folder / INFO, error) from error
+        raise _damaged(folder / paths.LEROBOT_INFO, error) from error
     if Path(path).is_absolute() or Path(path).parts[:1] == (os.pardir,):
-        raise _damaged(folder / INFO, f"video_path leads to {path[:200]}, outside of the dataset")
+        raise _damaged(
+            folder / paths.LEROBOT_INFO, f"video_path leads to {path[:200]}, outside of the dataset"
+        )
 
 
 def _choose(folder: Path, camera: str | None, names: list[str]) -> str:
@@ -250,7 +256,7 @@ def _choose(folder: Path, camera: str | None, names: list[str]) -> str:
         what,
         code=ExitCode.DATASET,
         where=str(folder),
-        fix=f"use `--set camera=NAME`, with one of {', '.join(sorted(names)[:20])}"
+        fix=f"use `--set camera={min(names)}`, or another of {', '.join(sorted(names)[:20])}"
         if names
         else "it has no videos",
     )
@@ -290,15 +296,15 @@ def _v3_rows(folder: Path, key: str) -> Iterator[Found]:
             "reading a LeRobot dataset of version v3.0 needs pyarrow",
             code=ExitCode.ENVIRONMENT,
             where=str(folder),
-            fix='run pip install -e ".[lerobot]" in the clone',
+            fix='run `pip install -e ".[lerobot]"` in the clone',
         ) from error
     names = {f"videos/{key}/{name}": name for name in _PLACE}
     names |= {name: name for name in ("episode_index", "length", "tasks")}
     root = folder / "meta" / "episodes"
-    paths = sorted(root.glob("chunk-*/file-*.parquet"))
-    if not paths:
+    found = sorted(root.glob("chunk-*/file-*.parquet"))
+    if not found:
         raise _damaged(root, "there are no parquet files")
-    for path in paths:
+    for path in found:
         where = f"{path.parent.name} {path.name}"
         with files.open_regular(path, files.PARQUET) as stream:
             try:
@@ -307,7 +313,8 @@ def _v3_rows(folder: Path, key: str) -> Iterator[Found]:
                     for content in _contents(batch, names):
                         number += 1
                         yield path, f"{where} row {number}", content
-            except (pyarrow.ArrowException, OSError, ValueError) as error:
+            except (pyarrow.ArrowException, OSError, ValueError, KeyError) as error:
+                # KeyError: two columns have the same name.
                 raise _damaged(path, error) from error
 
 
@@ -344,7 +351,10 @@ def _batches(parquet: Any, stream: Any, columns: list[str]) -> Iterator[Any]:
 
 
 def _contents(batch: Any, names: dict[str, str]) -> Iterator[Any]:
-    """Yield each row as a dict of its values, or its problem as a string."""
+    """Yield each row as a dict of its values, or its problem as a string.
+
+    The value of a cell that cannot be read is the exception.
+    """
     import pyarrow
     from pyarrow import compute
 
@@ -364,7 +374,14 @@ def _contents(batch: Any, names: dict[str, str]) -> Iterator[Any]:
             if (compute.max(bytes_of.take(texts.indices)).as_py() or 0) > 4 * LONGEST_TASK:
                 yield f"tasks: one is longer than {LONGEST_TASK:,} characters"
                 continue
-        yield {name: value.as_py() for name, value in row.items()}
+        content: dict[str, Any] = {}
+        for name, value in row.items():
+            try:
+                content[name] = value.as_py()
+            except (ValueError, OverflowError) as error:
+                # A text that is not UTF-8, or a date that Python cannot hold.
+                content[name] = error
+        yield content
 
 
 def _damaged(path: Path, why: object) -> UserError:

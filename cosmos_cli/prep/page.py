@@ -102,7 +102,7 @@ def _warnings(findings: Findings) -> Iterator[str]:
         for start, measured in zip(starts[name], clips, strict=True):
             if measured.cut is not None:
                 yield f"{name}: the clip from frame {start} seems to have a cut at {measured.cut}"
-    first = {name: clips[0].fingerprint for name, clips in findings.statistics.items() if clips}
+    first = {name: clips[0] for name, clips in findings.statistics.items() if clips}
     digests = {video["file"]: video["sha256"] for video in findings.manifest["videos"]}
     for earlier, name in clip_statistics.near_duplicates(first):
         how = "has the same bytes as" if digests[earlier] == digests[name] else "looks like"
@@ -129,19 +129,24 @@ def _histograms(findings: Findings) -> str:
 
 def _table(findings: Findings, pictures: dict[str, Html]) -> str:
     header = (
-        "contact sheet", "video", "verdict", "frames", "fps", "size", "seconds", "clips",
-        "motion", "caption", "from",
-    )  # fmt: skip
+        "contact sheet",
+        "video",
+        "verdict",
+        "frames, size, length",
+        "clips",
+        "motion",
+        "caption",
+        "from",
+    )
     rows = []
     for v in findings.manifest["videos"]:
         clips = findings.statistics.get(v["file"], [])
         motion = f"{sum(clip.motion for clip in clips) / len(clips):.2f}" if clips else ""
         verdict = f"rejected: {v['reason']}" if v["reason"] else f"used ({v['split']})"
-        size = f"{v['width']}x{v['height']}"
-        shape = (v["frames"], f"{v['fps']:.4g}", size, f"{v['seconds']:.2f}")
-        caption = (v["clips"], motion, v["caption"], v["caption_source"])
-        picture = pictures.get(v["file"], "")
-        rows.append((picture, v["file"], verdict, *(shape if v["frames"] else [""] * 4), *caption))
+        rate, size = f"{v['frames']} at {v['fps']:.4g} fps", f"{v['width']}x{v['height']}"
+        shape = f"{rate}, {size}, {v['seconds']:.2f} s" if v["frames"] else ""
+        picture, caption = pictures.get(v["file"], ""), (v["caption"], v["caption_source"])
+        rows.append((picture, v["file"], verdict, shape, v["clips"], motion, *caption))
     table = html.table(rows, header)
     if len(pictures) < MOST_PICTURES:
         return table

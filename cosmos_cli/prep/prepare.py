@@ -2,7 +2,8 @@
 
 Every file is written atomically and kept as long as its inputs stay the same, so prep can be killed
 at any point and run again. Several processes can prepare one dataset at once: each takes the next
-video that no other process works on, and the last one writes the manifest.
+video that no other process works on, and the last one writes the manifest. On a machine with
+several GPUs, helper processes describe and encode videos on the others.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from cosmos_cli.prep import (
     caption_notes,
     captioner,
     embedding_files,
+    helpers,
     holdout,
     latent_files,
     page,
@@ -44,6 +46,8 @@ def prepare(r: Recipe, device: str) -> dict[str, Any]:
     times = Stopwatch()
     with times("inspect"):
         videos = sources.inspect(r, dataset)
+    for line in sources.remarks(videos):
+        console.warn(line)
     sources.require_usable(r, dataset, videos)
     job = _job(r, videos)
     with times("describe"):
@@ -66,14 +70,15 @@ def prepare(r: Recipe, device: str) -> dict[str, Any]:
             caption_choice.write_captions(r, dataset, videos)
             _check_embeddings(r, dataset, videos)
         workers.start()
-        with times("embed"):
-            _write_embeddings(r, dataset, videos, workers, device)
-        clips = sum(len(source.clips) for source in videos if not source.reason)
-        latents = Latents(r, dataset, clips, device)
-        with times("encode"):
-            latents.make(videos, workers)
-        with times("wait for other processes"):
-            finished = workers.wait_for_others()
+        pieces = sum(not source.reason for source in videos) if workers.can_share else 1
+        with helpers.helping(r, pieces, _help_to_encode, (r, dataset, videos, job)):
+            with times("embed"):
+                _write_embeddings(r, dataset, videos, workers, device)
+            latents = Latents(r, dataset, videos, device)
+            with times("encode"):
+                latents.make(videos, workers)
+            with times("wait for other processes"):
+                finished = workers.wait_for_others()
         if not finished:
             # Another process may have been killed before it finished its videos.
             _write_embeddings(r, dataset, videos, workers, device)
@@ -81,6 +86,19 @@ def prepare(r: Recipe, device: str) -> dict[str, Any]:
             _finish(r, latents, videos, notes, times)
             workers.finished()
         return dataset.read_manifest()
+
+
+def _help_to_encode(
+    r: Recipe, dataset: Dataset, videos: list[Source], job: str, device: str
+) -> None:
+    """Encode videos in a helper process until another process works on each that is left.
+
+    Captions are not shared: loading the text encoder takes longer than embedding a thousand.
+    """
+    with work_sharing.workers(dataset.lock, job) as workers:
+        # If it is the first, `prepare` has ended.
+        if not workers.first:
+            Latents(r, dataset, videos, device).make(videos, workers)
 
 
 def _job(r: Recipe, videos: list[Source]) -> str:
@@ -94,7 +112,8 @@ def _job(r: Recipe, videos: list[Source]) -> str:
 
 def _remove_stale(dataset: Dataset) -> None:
     """Remove the temporary files of processes that were killed."""
-    for folder in (dataset.root, dataset.metas, dataset.embeddings, dataset.latents):
+    folders = (dataset.metas, dataset.embeddings, dataset.latents, dataset.descriptions)
+    for folder in (dataset.root, *folders):
         if folder.is_dir():
             files.remove_stale(folder)
 
@@ -130,7 +149,9 @@ def _finish(
     statistics = {
         v.name: latents.statistics[v.name] for v in videos if v.name in latents.statistics
     }
-    findings = page.Findings(manifest, statistics, times.seconds, notes.lines(r))
+    findings = page.Findings(
+        manifest, statistics, times.seconds, [*notes.lines(r), *sources.remarks(videos)]
+    )
     page.write_page(r, dataset, videos, findings, latents.tokenizer)
     # A process that was killed while this one waited may have left temporary files.
     _remove_stale(dataset)
@@ -162,7 +183,7 @@ def _check_disk(r: Recipe, dataset: Dataset, videos: list[Source]) -> None:
     )
     files.require_free(
         dataset.root,
-        missing * latent_files.latent_bytes(r) + r.min_free_disk_gb * 1e9,
+        missing * latent_files.latent_bytes(r),
         f"{missing} latents",
         "free some space, or make fewer clips: `--set max_clips_per_video=N` or "
         "`--set clip_stride_frames=N`",

@@ -10,10 +10,14 @@ from typing import Any
 from cosmos_cli import console, files
 from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.model import video
-from cosmos_cli.paths import VIDEO_SUFFIXES, Dataset
+from cosmos_cli.paths import Dataset
 from cosmos_cli.prep import lerobot
 from cosmos_cli.recipe.keys import Recipe
 
+# A warning names at most this many videos and counts the others.
+MOST_NAMED = 5
+# A message names at most this many videos, one on a line, and counts the others.
+MOST_LINES = 50
 # File systems allow no longer file names.
 MAX_NAME_BYTES = 255
 
@@ -23,7 +27,7 @@ class Source:
     """One video, which is a file or an episode in a file, and what prep decided about it.
 
     Args:
-        name: the unique name of the file or the episode.
+        name: the unique name of the file (with its folders, as `Dataset.name_of`) or the episode.
         span: the frames of the file that form the episode; None if the file is the video.
         task: the instruction that the robot was given.
         caption_file: the caption's file in `metas`, if its name is not the one that prep writes.
@@ -81,14 +85,29 @@ def inspect(r: Recipe, dataset: Dataset) -> list[Source]:
 
 def _find(r: Recipe, dataset: Dataset) -> list[Source]:
     if not lerobot.is_lerobot(dataset.videos):
-        below = (p for p in dataset.videos.glob("*/*") if p.suffix.lower() in VIDEO_SUFFIXES)
-        for folder in sorted({path.parent for path in below}):
-            console.warn(f"{folder}: the videos in this folder are not used; move them up")
-        return [Source(path.name, path) for path in dataset.video_files()]
+        return _name(dataset, dataset.video_files())
     return [
         Source(e.name, e.path, range(e.first, e.first + e.frames), e.task, reason=e.reason)
         for e in lerobot.episodes(dataset.videos, r.camera)
     ]
+
+
+def _name(dataset: Dataset, paths: list[Path]) -> list[Source]:
+    """Return the videos with their names. Of `a__b.mp4` and `a/b.mp4`, the second is rejected."""
+    named: dict[str, Path] = {}
+    for path in sorted(paths, key=lambda path: len(path.parts)):
+        named.setdefault(dataset.name_of(path), path)
+    kept = {path: Source(name, path) for name, path in named.items()}
+    # The rejected ones come last: where a stem is shared, the first video has it.
+    found = [kept[path] for path in paths if path in kept]
+    for path in paths:
+        if path not in kept:
+            name, first = (
+                one.relative_to(dataset.videos).as_posix()
+                for one in (path, named[dataset.name_of(path)])
+            )
+            found.append(Source(name, path, reason=f"shares its name with {first}; rename one"))
+    return found
 
 
 def _choose_clips(r: Recipe, source: Source, info: video.VideoInfo) -> None:
@@ -112,7 +131,7 @@ def require_usable(r: Recipe, dataset: Dataset, sources: list[Source]) -> None:
     rejected = [source for source in sources if source.reason]
     also = tuple(
         UserError(source.reason, code=ExitCode.DATASET, where=str(source.path))
-        for source in rejected
+        for source in rejected[:MOST_LINES]
     )
     if len(rejected) == len(sources):
         found = f"none of {len(sources)} videos can be used" if sources else "holds no videos"
@@ -136,8 +155,38 @@ def require_usable(r: Recipe, dataset: Dataset, sources: list[Source]) -> None:
         )
 
 
+# What may be wrong with the colours or the motion of a video, and FFmpeg's options that convert it.
+_MARKS = {
+    "hdr": (
+        "HDR (PQ or HLG), which is decoded without tone mapping: its colours are pale",
+        "-vf zscale=t=linear:npl=100,format=gbrpf32le,zscale=p=bt709,tonemap=hable,"
+        "zscale=t=bt709:m=bt709:r=tv -crf 12 -pix_fmt yuv420p",
+    ),
+    "interlaced": (
+        "marked as interlaced: moving edges may be combed",
+        "-vf bwdif=mode=send_frame -crf 12 -pix_fmt yuv420p",
+    ),
+}
+
+
+def remarks(sources: list[Source]) -> list[str]:
+    """Return a warning for each kind of video that is used as it is but should be converted."""
+    lines = []
+    for mark, (what, how) in _MARKS.items():
+        found = [v for v in sources if v.info and not v.reason and getattr(v.info, mark)]
+        if found:
+            names = ", ".join(v.name for v in found[:MOST_NAMED])
+            more = f" and {len(found) - MOST_NAMED} more" if len(found) > MOST_NAMED else ""
+            count = "1 video is" if len(found) == 1 else f"{len(found)} videos are"
+            fix = video.repair(found[0].path, how)
+            lines.append(f"{count} {what}: {names}{more}; {fix} converts {found[0].name}")
+    return lines
+
+
 def verdict_table(videos: list[dict[str, Any]]) -> str:
-    """Return a table of the videos of a manifest."""
+    """Return a table of the videos of a manifest, of the rejected ones first if there are many."""
+    if len(videos) > MOST_LINES:
+        videos = sorted(videos, key=lambda video: video["verdict"] != "rejected")
     rows = [
         (
             row["file"],
@@ -147,9 +196,11 @@ def verdict_table(videos: list[dict[str, Any]]) -> str:
             str(row["clips"]),
             " ".join((row["reason"] or row["caption"]).split())[:90],
         )
-        for row in videos
+        for row in videos[:MOST_LINES]
     ]
-    return console.table(rows, ("video", "verdict", "frames", "size", "clips", "caption or reason"))
+    header = ("video", "verdict", "frames", "size", "clips", "caption or reason")
+    more = f"\n... and {len(videos) - MOST_LINES} more" if len(videos) > MOST_LINES else ""
+    return console.table(rows, header) + more
 
 
 def manifest_row(dataset: Dataset, source: Source, digest: str) -> dict[str, Any]:
@@ -157,6 +208,9 @@ def manifest_row(dataset: Dataset, source: Source, digest: str) -> dict[str, Any
     info = source.info or video.VideoInfo(0, 0.0, 0, 0, 0.0, "")
     facts = asdict(info)
     del facts["begin"], facts["first"]
+    for mark in ("hdr", "interlaced"):
+        if not facts[mark]:
+            del facts[mark]
     return {
         "file": source.name,
         "path": source.path.relative_to(dataset.videos).as_posix(),

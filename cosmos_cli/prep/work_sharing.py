@@ -34,6 +34,8 @@ class Workers:
                     raise self._another()
         if self.first:
             os.ftruncate(file, 0)
+        self.can_share = not locks.missing(where)
+        """False if the disk has no locks, so every process would do all the work."""
 
     def start(self) -> None:
         """Let other processes join."""

@@ -279,12 +279,18 @@ class Recipe(BaseModel):
         0,
         ge=0,
     )
+    keep_models: int = _training(
+        "Number of newest saves whose model files are kept, besides those of the best save and of "
+        "the resume states; 0 keeps all.",
+        0,
+        ge=0,
+    )
     global_batch_size: int = _run("Clips per optimizer step over all processes.", 8, ge=1)
     micro_batch_size: int = _training(
         "Clips that one process computes in one forward and backward pass.", 1, ge=1
     )
     num_processes: Processes | Literal["auto"] = _training(
-        "Training processes; auto is one per GPU, or one on a CPU.", "auto"
+        "Processes of prep and train; auto is one per GPU, or one on a CPU.", "auto"
     )
     sequence_parallel: int = _training(
         "Processes in a sequence-parallel group, which splits the tokens of one clip to save "
@@ -299,10 +305,11 @@ class Recipe(BaseModel):
         ge=0,
         le=3,
     )
-    offload: Literal["none", "ema", "optimizer", "parameters"] = _training(
-        "State to keep in CPU memory instead of GPU memory; each level costs more time. none: "
-        "nothing. ema: the EMA. optimizer: the optimizer state and gradients too. parameters: the "
-        "weights too.",
+    offload: Literal["none", "ema", "optimizer", "parameters", "weights"] = _training(
+        "State to keep in CPU memory instead of GPU memory. none: nothing. ema: the EMA. "
+        "optimizer: the optimizer state and gradients too. parameters: the weights too. weights: "
+        "for a LoRA, those of the frozen weights and stored activations that do not fit on the "
+        "GPU; they are copied while other blocks compute.",
         "none",
     )
     precision: Literal["bf16", "fp32"] = _run(
@@ -398,10 +405,12 @@ class Recipe(BaseModel):
         "checks, which every sidecar file notes.",
         "on",
     )
-    memory: Literal["auto", "together", "in_turn"] = _sampling(
-        "Which networks generate holds in memory. auto: all, if they fit and prompts come one by "
-        "one; else one after another. together: all. in_turn: one after another, each loaded once "
-        "per batch.",
+    memory: Literal["auto", "together", "in_turn", "streamed"] = _sampling(
+        "Which networks generate holds in GPU memory. auto: all, if they fit and prompts come one "
+        "by one; else like in_turn. together: all. in_turn: one after another, each loaded once "
+        "per batch; if the denoiser does not fit, like streamed. streamed: like in_turn, and the "
+        "blocks of the denoiser that do not fit stay in CPU memory and are copied while others "
+        "compute.",
         "auto",
     )
     compile: Literal["auto", "on", "off"] = _sampling(
@@ -422,8 +431,8 @@ class Recipe(BaseModel):
     )
     name: str = _output("Folder of the run itself.", "my_run", pattern=NAME)
     min_free_disk_gb: float = _output(
-        "Disk space in GB that must remain free after all that prep or train will write; otherwise "
-        "they refuse to start.",
+        "Disk space in GB that must remain free after all that train will save; otherwise it "
+        "refuses to start.",
         10.0,
         ge=0,
     )

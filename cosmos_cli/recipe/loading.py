@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,14 +19,21 @@ from cosmos_cli.recipe.keys import PATHS, PATTERNS, Recipe
 from cosmos_cli.recipe.rules import conflicts, oddities
 from cosmos_cli.recipe.strict_yaml import Entry
 
+# The first words of a recipe that `cosmos recipes new` wrote.
+WRITTEN_BY_US = "# Written by `cosmos recipes new "
+
 
 @dataclass(frozen=True)
 class LoadedRecipe:
-    """A recipe with the origin of each value and its warnings."""
+    """A recipe with the origin of each value and its warnings.
+
+    `unexpected` are the warnings that the text of a recipe which we ship or write does not cause.
+    """
 
     recipe: Recipe
     origins: Mapping[str, str]
     warnings: tuple[str, ...]
+    unexpected: tuple[str, ...]
     path: Path
 
 
@@ -57,7 +65,23 @@ def load(name_or_path: str | Path, overrides: Sequence[str] = ()) -> LoadedRecip
         first.also = tuple(rest)
         raise first
     origins = {key: _origin(key, entries.get(key)) for key in Recipe.model_fields}
-    return LoadedRecipe(recipe, origins, (*warnings, *oddities(recipe)), path)
+    warnings += oddities(recipe)
+    known = _expected(path)
+    unexpected = tuple(warning for warning in warnings if warning not in known)
+    return LoadedRecipe(recipe, origins, tuple(warnings), unexpected, path)
+
+
+def _expected(path: Path) -> set[str]:
+    """Return the warnings that a recipe which we ship or write causes by itself."""
+    text = files.read_text(path, files.RECIPE)
+    ours = text.startswith(WRITTEN_BY_US) or any(
+        text == files.read_text(shipped_path, files.RECIPE) for shipped_path in shipped().values()
+    )
+    if not ours:
+        return set()
+    own, _ = strict_yaml.parse(text, str(path))
+    recipe, _ = _validate(own, path)
+    return set(oddities(recipe))
 
 
 def _origin(key: str, entry: Entry | None) -> str:
@@ -95,6 +119,14 @@ def find_recipe(name_or_path: str | Path) -> Path:
         return found.relative_to(here) if found.is_relative_to(here) else found
     if is_folder:
         raise usage_error(str(path), "a folder, not a recipe", "name the file inside it")
+    key, equals, _ = str(name_or_path).partition("=")
+    if equals and key in Recipe.model_fields:
+        setting = shlex.quote(str(name_or_path))
+        raise usage_error(setting, "a setting, not a recipe", f"use `--set {setting}`")
+    if " " in str(name_or_path) and not path.suffix:
+        prompt = shlex.quote(str(name_or_path))
+        fix = f"if it is a prompt: `cosmos generate --prompt {prompt}`"
+        raise usage_error(prompt, "no such recipe", fix)
     what = "no such file" if path.suffix or not is_name else "no such recipe"
     fix = f"{_nearest(path.stem, known)} shipped recipes: {', '.join(known)}"
     raise usage_error(str(name_or_path), what, fix.strip())
@@ -129,11 +161,21 @@ class Key(NamedTuple):
     description: str
 
 
-def key_reference() -> list[Key]:
-    """Return a row for every key, ordered by group."""
+def key_reference(names: Sequence[str] = ()) -> list[Key]:
+    """Return a row for each of the named keys, or for every key, ordered by group.
+
+    Raises:
+        UserError: (USAGE) if there is no such key.
+    """
     schema = json_schema()["properties"]
+    for name in names:
+        if name not in schema:
+            fix = _nearest(name.lower(), schema) or "`cosmos recipes keys` lists them all"
+            raise usage_error(name, "unknown key", fix)
     rows = []
     for name, info in Recipe.model_fields.items():
+        if names and name not in names:
+            continue
         if info.default_factory:
             default = "the model's"
         else:

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from cosmos_cli import console, gpus
+from cosmos_cli import console
 from cosmos_cli.errors import ExitCode, UserError
+from cosmos_cli.recipe import residence
+from cosmos_cli.recipe.residence import Residence
 
 if TYPE_CHECKING:
     from cosmos_cli.recipe.keys import Recipe
@@ -49,23 +51,33 @@ NODE, NODE_RATE = 8, 360
 # Elements in DeepSpeed's gradient reduction bucket, and in the parameter group whose fp32 gradients
 # exist at the same time during an optimizer step. DeepSpeed's defaults are 5e8 and 1e9.
 REDUCE_BUCKET, STEP_GROUP = 200_000_000, 200_000_000
-KNOBS = (
+# Changes that save memory, in the order to try them.
+GPU_SAVERS = (
     {"zero_stage": 3},
     {"activation_checkpointing": "attention"},
     {"activation_checkpointing": "all"},
     {"micro_batch_size": 1},
     {"sequence_parallel": 2},
+)
+SAVERS = (
+    *GPU_SAVERS,
+    {"offload": "weights", "zero_stage": 1},
     {"offload": "ema"},
     {"offload": "optimizer"},
-    {"offload": "parameters"},
-    {"lora_rank": 16},
+    {"offload": "parameters", "zero_stage": 3},
 )
+LORA = {"lora_rank": 16, "learning_rate": 2e-4}
+# Shorter clips to try. Their length must be 8k + 1.
+SHORTER = (57, 33)
+# The CPU memory of one process: Python, torch, CUDA and their buffers. An estimate.
+PROCESS_BYTES = 3e9
 # The parts that move to CPU memory, by the value of the recipe key `offload`.
 OFFLOADED = {
     "none": (),
     "ema": ("EMA",),
     "optimizer": ("EMA", "optimizer", "gradients"),
     "parameters": ("EMA", "optimizer", "gradients", "weights"),
+    "weights": (),
 }
 # GB/s at which each GPU's offloaded state is updated and transferred, about the rate of PCIe.
 HOST_RATE = 20
@@ -103,13 +115,15 @@ GPUS = (
 class Plan:
     """The predicted needs of a run. Times are None if the GPU is not known.
 
-    `host_gb` is the CPU memory of all processes together.
+    `host_gb` is the offloaded state in CPU memory, `cpu_gb` an estimate of all CPU memory; both are
+    of all processes together.
     """
 
     memory_gb: dict[str, float]
     total_gb: float
     available_gb: float | None
     host_gb: float
+    cpu_gb: float
     step_seconds: float | None
     run_hours: float | None
     disk_gb: dict[str, float]
@@ -121,19 +135,40 @@ class Plan:
 
 
 def parse_gpus(text: str) -> tuple[int, GpuModel]:
-    """Return the count and kind of "8xH100-80GB", or of a driver's name such as "2xNVIDIA H200".
+    """Return the count and kind of "8xH100-80GB", "1xRTX4090-24GB" or "2xNVIDIA H200".
 
     Raises:
-        UserError: the text has another form, or the GPU is not known.
+        UserError: the text has another form, or may mean none or several of the known GPUs.
     """
-    count, _, name = text.partition("x")
+    counted = re.fullmatch(r"(?:(\d+)\s*[x*]\s*)?(.*)", text.strip(), re.IGNORECASE)
+    count, name = (counted[1] or "1", counted[2]) if counted else ("0", "")
     gpu = find_gpu(name)
-    if not count.isdecimal() or int(count) < 1 or gpu is None:
-        raise UserError(
-            f"{text!r} is not a count of known GPUs", code=ExitCode.USAGE, where="--gpus",
-            fix=f"write e.g. 8xH100-80GB; known GPUs: {', '.join(gpu.name for gpu in GPUS)}",
-        )  # fmt: skip
-    return int(count), gpu
+    if int(count[:9]) and gpu:
+        return int(count[:9]), gpu
+    words = _words(name)
+    alike = [gpu.name for gpu in GPUS if _words(gpu.name)[0] in words] if int(count[:9]) else []
+    known = ", ".join(gpu.name for gpu in GPUS)
+    ways = " or ".join(f"`--gpus {count}x{name}`" for name in alike)
+    raise UserError(
+        f"{text!r} may be several GPUs" if alike else f"{text!r} is not a count of known GPUs",
+        code=ExitCode.USAGE, where="--gpus",
+        fix=f"which one? {ways}" if alike else f"write e.g. 8xH100-80GB; known GPUs: {known}",
+    )  # fmt: skip
+
+
+def gpu_choices(incomplete: str) -> list[str]:
+    """Return the completions of --gpus: each known GPU with the count that was typed."""
+    count = re.match(r"\d+", incomplete)
+    choices = (f"{count[0] if count else 1}x{gpu.name}" for gpu in GPUS)
+    return [choice for choice in choices if choice.startswith(incomplete)]
+
+
+def _words(name: str) -> list[str]:
+    """Return the words of a GPU's name in capitals, such as 4090 and 24GB of "RTX4090-24GB"."""
+    parted = re.sub(r"\b(NVIDIA|GEFORCE|RTX)(?=\w)", r"\1 ", name.upper())
+    return [
+        word for word in re.split(r"[\W_]+", parted) if word not in ("NVIDIA", "GEFORCE", "RTX")
+    ]
 
 
 def find_gpu(name: str) -> GpuModel | None:
@@ -142,8 +177,8 @@ def find_gpu(name: str) -> GpuModel | None:
     A MIG slice, such as "NVIDIA H100 80GB HBM3 MIG 3g.40gb", has its own memory. Its rates are as
     many sevenths of the whole GPU's as its profile says.
     """
-    words = set(name.upper().replace("-", " ").split())
-    found = (gpu for gpu in GPUS if set(gpu.name.upper().split("-")) <= words)
+    words = set(_words(name))
+    found = (gpu for gpu in GPUS if set(_words(gpu.name)) <= words)
     whole = max(found, key=lambda gpu: len(gpu.name), default=None)
     profile = re.search(r"\bMIG (?:\dc\.)?((\d)g\.(\d+)gb)", name, re.IGNORECASE)
     if whole is None or profile is None:
@@ -162,49 +197,122 @@ def plan(r: Recipe, ranks: int, gpu: GpuModel | None) -> Plan:
     """Return the memory, time and disk that the recipe needs on `ranks` GPUs."""
     memory = {part: size / 1e9 for part, size in _memory(r, ranks, gpu).items()}
     host = ranks * sum(memory.pop(part) for part in OFFLOADED[r.offload])
+    host += _streamed_bytes(r, streamed_parts(r, gpu)) / 1e9
     seconds = None if gpu is None else step_seconds(r, ranks, gpu)
-    disk = {part: size / 1e9 for part, size in disk_bytes(r, 0).items()}
+    element_size = 2 if r.precision == "bf16" else 4
+    # A save gathers the weights and the EMA; a start reads the base weights.
+    whole = max(r.trained_parameters * (element_size + 4), r.spec.dit.parameters * element_size)
+    space = disk(r, 0)
     return Plan(
         memory_gb=memory,
         total_gb=sum(memory.values()),
         available_gb=None if gpu is None else gpu.memory_gb * USABLE,
         host_gb=host,
+        cpu_gb=host + (ranks * PROCESS_BYTES + whole) / 1e9,
         step_seconds=seconds,
         run_hours=None if seconds is None else seconds * r.max_steps / 3600,
-        disk_gb=disk,
+        disk_gb={
+            "model files of a save": space.model_bytes / 1e9,
+            "a resume state": space.state_bytes / 1e9,
+            "whole run": space.run_bytes / 1e9,
+        },
     )
 
 
-def remedies(r: Recipe, ranks: int, gpu: GpuModel) -> Iterator[tuple[str, float]]:
-    """Yield changes in the order to try them, each including the previous ones, with total GB."""
-    changes: dict[str, Any] = {}
-    for change in KNOBS:
-        key, value = next(iter(change.items()))
-        if not _helps(r, ranks, key, value):
-            continue
-        changes |= change
-        r = r.model_copy(update=change)
-        found = plan(r, ranks, gpu)
-        yield " ".join(f"--set {key}={value}" for key, value in changes.items()), found.total_gb
-        if found.fits:
-            return
+def remedies(r: Recipe, ranks: int, gpu: GpuModel) -> list[tuple[str, Plan]]:
+    """Return the --set options that make the recipe fit, with their plans, the best first.
+
+    Each keeps the clips as large as possible: with all weights trained and with a LoRA, in GPU
+    memory alone and with state in CPU memory.
+    """
+    found: dict[str, Plan] = {}
+    # A recipe for another machine than the one that is planned for.
+    count = {} if r.num_processes in ("auto", ranks) else {"num_processes": ranks}
+    for method in ({},) if r.lora_rank else ({}, LORA):
+        for savers in (GPU_SAVERS, SAVERS):
+            for clip in _clips(r):
+                changes = _fit(r, {**count, **method, **clip}, savers, ranks, gpu)
+                if changes is not None:
+                    less = plan(r.model_copy(update=changes), ranks, gpu)
+                    options = (f"--set {k}={v}" for k, v in changes.items() if v != getattr(r, k))
+                    found.setdefault(" ".join(options), less)
+                    break
+    # The same clips first; else what needs the least CPU memory.
+    smaller = {words for words in found if "num_frames" in words or "height" in words}
+    return sorted(found.items(), key=lambda way: way[0] in smaller and way[1].cpu_gb)
 
 
-def _helps(r: Recipe, ranks: int, key: str, value: Any) -> bool:
-    """True if the recipe does not yet save as much memory with this key, and can."""
-    if key == "activation_checkpointing":
-        order = ["none", "most", "attention", "all"]
-        # most keeps only what fits. If nothing fits, it is the same as attention.
-        current = max(
-            order.index(r.activation_checkpointing), 2 * (r.activation_checkpointing == "most")
-        )
-        return order.index(value) > current
-    if key == "offload":
-        order = list(OFFLOADED)
-        return order.index(value) > order.index(r.offload)
-    if key == "sequence_parallel":
-        return r.sequence_parallel == 1 and ranks % value == 0
-    return not getattr(r, key) if key == "lora_rank" else getattr(r, key) != value
+def smaller_clip(r: Recipe) -> str:
+    """Return the --set options of the next smaller clip."""
+    smaller = _clips(r)[1]
+    return f"`{' '.join(f'--set {key}={value}' for key, value in smaller.items())}`"
+
+
+def relief(r: Recipe, ranks: int) -> str:
+    """Return what to change when a GPU's memory ran out in spite of the plan."""
+    ways = []
+    if _saves(r, {"activation_checkpointing": "all"}, ranks):
+        ways.append("`--set activation_checkpointing=all`")
+    if _saves(r, {"offload": "optimizer"}, ranks):
+        cpu_gb = plan(r.model_copy(update={"offload": "optimizer"}), ranks, None).cpu_gb
+        ways.append(f"`--set offload=optimizer` (it takes {cpu_gb:.0f} GB of CPU memory)")
+    return f"use {' or '.join([*ways, smaller_clip(r)])}"
+
+
+def _clips(r: Recipe) -> list[dict[str, int]]:
+    """Return the changes of the clips to try, from none to the smallest clip."""
+    step = r.spec.size_multiple
+    half = {key: max(getattr(r, key) // 2 // step, 1) * step for key in ("height", "width")}
+    lengths = [{}, *({"num_frames": n} for n in SHORTER if n < r.num_frames)]
+    clips: list[dict[str, int]] = [{**length, **size} for length in lengths for size in ({}, half)]
+    return sorted(clips, key=lambda clip: -_activation(r.model_copy(update=clip)))
+
+
+def _fit(
+    r: Recipe,
+    changes: dict[str, Any],
+    savers: Sequence[dict[str, Any]],
+    ranks: int,
+    gpu: GpuModel,
+) -> dict[str, Any] | None:
+    """Return `changes` with the fewest savers that make the recipe fit, or None if none do."""
+    # With smaller clips there is a choice, so leave a margin for the error of the plan.
+    margin = COMFORTABLE if {"num_frames", "height"} & changes.keys() else USABLE
+
+    def joined(chosen: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        return {**changes, **{key: saver[key] for saver in chosen for key in saver}}
+
+    def fits(chosen: Sequence[dict[str, Any]]) -> bool:
+        changed = r.model_copy(update=joined(chosen))
+        total_gb = plan(changed, ranks, gpu).total_gb
+        return _is_valid(changed, ranks) and total_gb <= gpu.memory_gb * margin
+
+    used: list[dict[str, Any]] = []
+    for saver in savers:
+        if not fits(used) and _saves(r.model_copy(update=joined(used)), saver, ranks, gpu):
+            used.append(saver)
+    for saver in tuple(used):
+        fewer = [other for other in used if other is not saver]
+        if fits(fewer):
+            used = fewer
+    return joined(used) if fits(used) else None
+
+
+def _saves(r: Recipe, change: dict[str, Any], ranks: int, gpu: GpuModel | None = None) -> bool:
+    """True if a change is valid and saves GPU memory."""
+    less = r.model_copy(update=change)
+    before, after = (plan(one, ranks, gpu).total_gb for one in (r, less))
+    return after < before and _is_valid(less, ranks)
+
+
+def _is_valid(r: Recipe, ranks: int) -> bool:
+    from cosmos_cli.recipe import rules
+
+    # The plan is for `ranks` processes, whatever the recipe says.
+    asked = r.model_copy(update={"num_processes": "auto"})
+    if ranks % r.sequence_parallel or (r.offload == "weights" and ranks > 1):
+        return False
+    return not any(rules.conflicts(asked))
 
 
 # --- memory ---------------------------------------------------------------------------------------
@@ -239,13 +347,13 @@ def _memory(r: Recipe, ranks: int, gpu: GpuModel | None) -> dict[str, float]:
     whole, trained, stage = r.spec.dit.parameters, r.trained_parameters, r.zero_stage
     element_size = 2 if r.precision == "bf16" else 4
     frozen = whole if r.lora_rank else 0
-    held = (whole if not r.lora_rank else frozen + trained) * element_size
+    held = float((whole if not r.lora_rank else frozen + trained) * element_size)
     # fp32 master weights if the weights have 16 bits, and two moments.
     optimizer = trained * (12 if element_size == 2 else 8)
     gradients = trained * element_size
     activation = _activation(r)
     blocks = r.spec.dit.blocks
-    kept = blocks * {"none": BLOCK_KEPT, "all": 1}.get(r.activation_checkpointing, 2)
+    kept: float = blocks * {"none": BLOCK_KEPT, "all": 1}.get(r.activation_checkpointing, 2)
     mlps, whole_blocks = blocks_kept(r, ranks, gpu)
     kept += mlps + whole_blocks * (LINEARS_KEPT - 1)
     work: float = LORA_BLOCK_WORK if r.lora_rank else BLOCK_WORK
@@ -258,6 +366,12 @@ def _memory(r: Recipe, ranks: int, gpu: GpuModel | None) -> dict[str, float]:
         buffers += 3 * whole / blocks * element_size
         if node := second_copy(r, ranks):
             buffers += held / node
+    resident = streamed_parts(r, gpu)
+    if resident.streamed:
+        held -= blocks * r.spec.dit.block_parameters * element_size
+        held += residence.block_weights(r.spec.dit, element_size, resident.streamed)
+    if resident.stored:
+        kept -= resident.stored * kept / blocks - residence.IN_TRANSIT
     return {
         "weights": held / (ranks if stage == 3 else 1),
         "optimizer": optimizer / ranks,
@@ -266,6 +380,32 @@ def _memory(r: Recipe, ranks: int, gpu: GpuModel | None) -> dict[str, float]:
         "activations": activation * (kept + work),
         "buffers": buffers,
     }
+
+
+def streamed_parts(r: Recipe, gpu: GpuModel | None) -> Residence:
+    """Return what a training with `offload: weights` streams on a GPU; all of it if unknown."""
+    blocks = r.spec.dit.blocks
+    if r.offload != "weights":
+        return Residence()
+    if gpu is None:
+        return Residence(blocks, blocks)
+    resident = r.model_copy(update={"offload": "none"})
+    parts = _memory(resident, 1, gpu)
+    element_size = 2 if r.precision == "bf16" else 4
+    in_blocks = blocks * r.spec.dit.block_parameters * element_size
+    stored = _activation(r) * blocks * (1 if r.activation_checkpointing == "all" else 2)
+    room = gpu.memory_gb * 1e9 * COMFORTABLE - (sum(parts.values()) - in_blocks - stored)
+    return residence.of_training(r, _activation(r), room)
+
+
+def _streamed_bytes(r: Recipe, parts: Residence) -> float:
+    """Return the pinned CPU memory of streamed weights and stored activations."""
+    element_size = 2 if r.precision == "bf16" else 4
+    weights = residence.pinned_bytes(r.spec.dit.block_parameters * element_size)
+    per_block = 1 if r.activation_checkpointing == "all" else 2
+    return float(
+        parts.streamed * weights + parts.stored * per_block * residence.pinned_bytes(_activation(r))
+    )
 
 
 def forward_bytes(r: Recipe, ranks: int) -> float:
@@ -355,19 +495,40 @@ def traffic_seconds(r: Recipe, ranks: int, gpu: GpuModel) -> float:
 # --- disk -----------------------------------------------------------------------------------------
 
 
-def disk_bytes(r: Recipe, start: int) -> dict[str, float]:
-    """Return the bytes of a save's model files, of a resume state and of a run from `start`."""
+@dataclass(frozen=True)
+class Disk:
+    """The predicted disk space of a run, in bytes and in numbers of files that exist at once."""
+
+    models: int
+    model_bytes: float
+    states: int
+    state_bytes: float
+
+    @property
+    def run_bytes(self) -> float:
+        """Bytes of the whole run."""
+        return self.models * self.model_bytes + self.states * self.state_bytes
+
+    @property
+    def save_bytes(self) -> float:
+        """Bytes of one save."""
+        return self.model_bytes + self.state_bytes
+
+
+def disk(r: Recipe, start: int) -> Disk:
+    """Return the disk space that a run needs from step `start` to its end."""
     saves = max(-(-(r.max_steps - start) // r.save_every_steps), 1)
-    # Model files: one in the recipe's precision, one in fp32. Resume state: fp32 master weights and
-    # two moments.
-    files = r.trained_parameters * ((2 if r.precision == "bf16" else 4) + 4)
-    state = r.trained_parameters * 12
     # The new state is complete before the oldest one is deleted.
     states = min(saves, r.keep_last + 1)
     if r.keep_every_steps:
         states = min(saves, states + (r.max_steps - start) // r.keep_every_steps)
-    whole = saves * files + states * state
-    return {"model files of a save": files, "a resume state": state, "whole run": whole}
+    # The best save is kept too, and the new one is complete before an older one is deleted.
+    models = min(saves, max(r.keep_models + 1, states) + 1) if r.keep_models else saves
+    # Model files: one in the recipe's precision, one in fp32. Resume state: fp32 master weights and
+    # two moments.
+    element_size = 2 if r.precision == "bf16" else 4
+    weights = r.trained_parameters
+    return Disk(models, weights * (element_size + 4), states, weights * 12)
 
 
 # --- words ----------------------------------------------------------------------------------------
@@ -375,31 +536,51 @@ def disk_bytes(r: Recipe, start: int) -> dict[str, float]:
 
 def describe(r: Recipe, ranks: int, gpu: GpuModel | None) -> str:
     """Return the plan as text."""
-    found = plan(r, ranks, gpu)
-    rows = [(part, f"{size:.1f} GB") for part, size in found.memory_gb.items()]
-    if gpu is None:
-        rows.append(("total", f"{found.total_gb:.1f} GB"))
+    found, space = plan(r, ranks, gpu), disk(r, 0)
+    rows = [(part, _gb(size)) for part, size in found.memory_gb.items()]
+    if gpu is None or found.available_gb is None:
+        rows.append(("total", _gb(found.total_gb)))
     else:
+        total, usable = _apart(found.total_gb, found.available_gb)
         verdict = "fits" if found.fits else "does not fit"
         if gpu.memory_gb * COMFORTABLE < found.total_gb and found.fits:
             verdict = "fits, with less than 5 % of the memory to spare"
-        usable = f"{found.available_gb:.0f} GB that PyTorch can use"
-        rows.append(("total", f"{found.total_gb:.1f} GB of {usable}: {verdict}"))
-    if found.host_gb:
-        rows.append(("CPU memory", f"{found.host_gb:.1f} GB for all processes together"))
-    rows += [(part, f"{size:.1f} GB on disk") for part, size in found.disk_gb.items()]
+        rows.append(("total", f"{total}: {verdict}"))
+        whole = f"{gpu.memory_gb:.1f} GB ({gpu.memory_gb * 1e9 / 2**30:.1f} GiB)"
+        rows.append(("usable", f"{usable} of the GPU's {whole}"))
+    rows.append(("CPU memory", f"{_gb(found.cpu_gb)} for all processes together, an estimate"))
+    rows.append(("disk of the run", _gb(space.run_bytes / 1e9)))
+    saves = f"{space.models} x {_gb(space.model_bytes / 1e9)} of model files"
+    states = f"{space.states} x {_gb(space.state_bytes / 1e9)} of resume states"
+    rows.append(("", f"{saves}, {states}"))
     if gpu is None or found.step_seconds is None:
-        rows.append(("time", "not predicted, because the GPU is not known"))
+        rows.append(("time", "not predicted without a GPU: add `--gpus 1xH100-80GB`"))
+        rows.append(("", f"known: {', '.join(known.name for known in GPUS[:6])},"))
+        rows.append(("", ", ".join(known.name for known in GPUS[6:])))
     else:
         share = model_tflop(r) / (found.step_seconds * ranks * gpu.tflops)
         rows.append(("step", f"{found.step_seconds:.1f} s predicted, {share:.0%} MFU"))
         rows.append(("run", f"{found.run_hours:.1f} h for {r.max_steps} steps"))
-    name = f"{ranks} x {gpu.name}" if gpu else f"{ranks} process(es) without a known GPU"
+    count = "1 process" if ranks == 1 else f"{ranks} processes"
+    name = f"{ranks} x {gpu.name}" if gpu else f"{count}, no GPU"
     lines = [console.table(rows, (name, ""))]
     if gpu and not found.fits:
-        tried = list(remedies(r, ranks, gpu))
-        lines += [f"with {words}: {total:.1f} GB" for words, total in tried]
+        for words, less in remedies(r, ranks, gpu):
+            assert less.step_seconds is not None
+            figures = f"{_gb(less.total_gb)}, {_gb(less.cpu_gb)} of CPU memory"
+            lines += ["", f"`{words}`", f"    fits: {figures}, {less.step_seconds:.1f} s a step"]
     return "\n".join(lines)
+
+
+def _gb(size: float) -> str:
+    """Return gigabytes as text, in a smaller unit below one."""
+    return f"{size:.1f} GB" if size >= 1 else console.size(size * 1e9)
+
+
+def _apart(size: float, limit: float) -> tuple[str, str]:
+    """Return two sizes in GB with as many decimals as show which one is larger."""
+    digits = next((n for n in (1, 2) if f"{size:.{n}f}" != f"{limit:.{n}f}"), 3)
+    return f"{size:.{digits}f} GB", f"{limit:.{digits}f} GB"
 
 
 def check_memory(r: Recipe, ranks: int, gpu: GpuModel | None) -> dict[str, Any]:
@@ -411,26 +592,15 @@ def check_memory(r: Recipe, ranks: int, gpu: GpuModel | None) -> dict[str, Any]:
     """
     found = plan(r, ranks, gpu)
     figures = {"processes": ranks, "gpu": gpu and gpu.name, "fits": found.fits, **asdict(found)}
-    if gpu and not found.fits:
+    if gpu and found.available_gb is not None and not found.fits:
         console.say(describe(r, ranks, gpu))
-        tried = list(remedies(r, ranks, gpu))
-        enough = bool(tried) and tried[-1][1] <= gpu.memory_gb * USABLE
-        fix = (
-            f"add {tried[-1][0]}"
-            if enough
-            else "use more or larger GPUs, or lower num_frames, height or width"
-        )
+        ways = remedies(r, ranks, gpu)
+        needed, usable = _apart(found.total_gb, found.available_gb)
         error = UserError(
-            f"needs {found.total_gb:.1f} GB on each of {ranks} x {gpu.name}, "
-            f"{found.available_gb:.1f} GB are usable",
-            code=ExitCode.GPU_MEMORY, where=r.name, fix=fix,
+            f"needs {needed} on each of {ranks} x {gpu.name}, {usable} are usable",
+            code=ExitCode.GPU_MEMORY, where=r.name,
+            fix=f"add `{ways[0][0]}`" if ways else "use more or larger GPUs",
         )  # fmt: skip
         error.figures = figures
         raise error
     return figures
-
-
-def smallest_gpu() -> GpuModel | None:
-    """Return the kind of this machine's GPUs. If they differ, the smallest one that is known."""
-    kinds = filter(None, map(find_gpu, gpus.gpu_names()))
-    return min(kinds, key=lambda gpu: gpu.memory_gb, default=None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 from cosmos_cli.recipe.keys import FP8_MULTIPLE, Recipe
@@ -15,14 +16,18 @@ def conflicts(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str, str]]:
         yield ("caption", "caption_model"), "caption vlm needs caption_model", fix
     if (recipe.num_frames - 1) % tok.temporal or recipe.num_frames > tok.chunk_frames:
         rule = f"must be {tok.temporal}k + 1 and at most {tok.chunk_frames}"
-        fix = _try_nearest(recipe.num_frames - 1, tok.temporal, tok.chunk_frames - 1, add=1)
+        fix = _nearest(
+            "num_frames", recipe.num_frames - 1, tok.temporal, tok.chunk_frames - 1, add=1
+        )
         yield ("num_frames",), f"{rule}, found {recipe.num_frames}", fix
     for key, size in (("height", recipe.height), ("width", recipe.width)):
         if size % spec.size_multiple or size > spec.max_size:
             rule = f"must be a multiple of {spec.size_multiple} and at most {spec.max_size}"
-            fix = _try_nearest(size, spec.size_multiple, spec.max_size)
+            fix = _nearest(key, size, spec.size_multiple, spec.max_size)
             yield (key,), f"{rule}, found {size}", fix
-    least_stage = {"none": 0, "ema": 0, "optimizer": 1, "parameters": 3}[recipe.offload]
+    if recipe.offload == "weights":
+        yield from _streaming_conflicts(recipe)
+    least_stage = {"optimizer": 1, "parameters": 3}.get(recipe.offload, 0)
     if recipe.zero_stage < least_stage:
         what = f"offload {recipe.offload} needs zero_stage {least_stage} or above, "
         what += f"found {recipe.zero_stage}"
@@ -35,14 +40,18 @@ def conflicts(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str, str]]:
     tokens = spec.tokens(recipe.num_frames, recipe.height, recipe.width)
     if spec.dit.heads % group_size or tokens % group_size:
         what = f"must divide {spec.dit.heads} heads and {tokens} tokens, found {group_size}"
-        yield ("sequence_parallel",), what, "use a power of two"
+        yield (
+            ("sequence_parallel",),
+            what,
+            f"use `--set sequence_parallel={math.gcd(group_size, spec.dit.heads, tokens)}`",
+        )
     if recipe.transformer_engine != "off":
         yield from engine_conflicts(recipe, recipe.micro_batch_size * tokens // group_size)
     if recipe.num_processes == "auto":
         return
     if recipe.num_processes % group_size:
         what = f"must be a multiple of sequence_parallel {group_size}, found {recipe.num_processes}"
-        fix = _try_nearest(recipe.num_processes, group_size)
+        fix = _nearest("num_processes", recipe.num_processes, group_size)
         yield ("num_processes", "sequence_parallel"), what, fix
         return
     micro, total = recipe.micro_batch_size, recipe.global_batch_size
@@ -52,7 +61,30 @@ def conflicts(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str, str]]:
         what = f"global_batch_size {total} is not a multiple of micro_batch_size x {counted} = "
         what += f"{micro} x {groups} = {clips_at_once}"
         keys = ("global_batch_size", "num_processes", "micro_batch_size", "sequence_parallel")
-        yield keys, what, f"{_try_nearest(total, clips_at_once)} for global_batch_size"
+        yield keys, what, _nearest("global_batch_size", total, clips_at_once)
+
+
+def _streaming_conflicts(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str, str]]:
+    """Yield the conflicts of `offload: weights`, like `conflicts`."""
+    if not recipe.lora_rank:
+        what = "offload weights streams frozen weights, but lora_rank 0 trains all weights"
+        yield (
+            ("offload", "lora_rank"),
+            what,
+            "use `--set lora_rank=16` or `--set offload=parameters`",
+        )
+    if recipe.activation_checkpointing not in ("attention", "all"):
+        what = "offload weights needs activation_checkpointing attention or all, found "
+        what += recipe.activation_checkpointing
+        fix = "use `--set activation_checkpointing=attention`"
+        yield ("offload", "activation_checkpointing"), what, fix
+    if recipe.zero_stage == 3:
+        what = "offload weights keeps whole blocks and needs zero_stage 0 to 2, found 3"
+        yield ("offload", "zero_stage"), what, "use `--set zero_stage=1`"
+    if recipe.num_processes not in ("auto", 1):
+        what = f"offload weights works in one process, found num_processes {recipe.num_processes}"
+        fix = "use `--set num_processes=1`, or `--set zero_stage=3 --set offload=none`"
+        yield ("offload", "num_processes"), what, fix
 
 
 def engine_conflicts(recipe: Recipe, tokens: int) -> Iterator[tuple[tuple[str, ...], str, str]]:
@@ -71,13 +103,14 @@ def engine_conflicts(recipe: Recipe, tokens: int) -> Iterator[tuple[tuple[str, .
         yield ("activation_checkpointing", key), what, f"use `--set {key}=linears`"
     if tokens % FP8_MULTIPLE:
         what = f"needs a multiple of {FP8_MULTIPLE} tokens in each process, found {tokens}"
-        yield (key,), what, f"change num_frames, height or width, or use `--set {key}=off`"
+        yield (key,), what, f"use `--set {key}=off`, or change num_frames, height or width"
 
 
-def _try_nearest(value: int, step: int, limit: float = float("inf"), add: int = 0) -> str:
+def _nearest(key: str, value: int, step: int, limit: float = float("inf"), add: int = 0) -> str:
     below = value // step * step
     near = [n + add for n in (below, below + step) if n <= limit and n + add > 0]
-    return f"try {' or '.join(map(str, near or [int(limit) + add]))}"
+    ways = [f"`--set {key}={n}`" for n in near or [int(limit) + add]]
+    return f"use {' or '.join(ways)}"
 
 
 def oddities(recipe: Recipe) -> Iterator[str]:
@@ -91,9 +124,9 @@ def oddities(recipe: Recipe) -> Iterator[str]:
             f"learning rate never exceeds {share:.1%} of learning_rate"
         )
     if (recipe.height, recipe.width) not in spec.sizes:
-        sizes = ", ".join(f"{height}x{width}" for height, width in spec.sizes)
+        sizes = ", ".join(f"{width}x{height}" for height, width in spec.sizes)
         yield (
-            f"{recipe.height}x{recipe.width} is not a size that {spec.name} was trained at "
+            f"{recipe.width}x{recipe.height} is not a size that {spec.name} was trained at "
             f"({sizes}): it may need more steps"
         )
     if recipe.num_frames != spec.num_frames:

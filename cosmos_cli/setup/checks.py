@@ -25,6 +25,7 @@ from cosmos_cli.download import assets, fetch
 from cosmos_cli.errors import UserError
 from cosmos_cli.generate.answers import cache_dir
 from cosmos_cli.paths import Run
+from cosmos_cli.recipe import plan
 from cosmos_cli.setup import installs, packages, probes
 from cosmos_cli.setup.installs import last_line
 from cosmos_cli.setup.packages import Check, Status
@@ -147,7 +148,7 @@ def _gpus(outcome: Outcome, names: list[str], r: Recipe) -> Check:
     found = f"none: {remark}" if remark else "none"
     if r.spec.embedded:
         return Check("GPUs", "warn", f"{found}; this model also trains on the CPU")
-    fix = "use a machine with NVIDIA GPUs, or start with the recipe tiny"
+    fix = "use a machine with NVIDIA GPUs, or start with the tiny model: `cosmos setup tiny`"
     return Check("GPUs", "fail", found, f"unset {selection.VARIABLE}" if remark else fix)
 
 
@@ -256,8 +257,9 @@ def _disk(r: Recipe) -> Check:
         preflight.check_disk(r, run, run.last_step)
     except UserError as error:
         return Check("free disk", "fail", f"{error.what} at {error.where}", error.fix)
-    free = files.free_bytes(run.root)
-    return Check("free disk", "ok", f"{console.size(free)} for {run.root}")
+    free, needed = files.free_bytes(run.root), plan.disk(r, run.last_step).run_bytes
+    found = f"{console.size(free)} at {run.root}, the run needs {console.size(needed)}"
+    return Check("free disk", "ok", found)
 
 
 def _memory(r: Recipe) -> Check:
@@ -294,10 +296,10 @@ def _writable(key: str, folder: str) -> Check:
         with tempfile.TemporaryFile(dir=files.nearest_existing(path)):
             return Check(key, "ok", f"{path} is writable")
     except UserError as error:
-        return Check(key, "fail", str(error), f"make it writable, or set {key}")
+        return Check(key, "fail", str(error), f"make it writable, or use `--set {key}=FOLDER`")
     except OSError as error:
         found = f"{path}: {os.strerror(error.errno or 0)}"
-        return Check(key, "fail", found, f"make it writable, or set {key}")
+        return Check(key, "fail", found, f"make it writable, or use `--set {key}=FOLDER`")
 
 
 def _cache() -> Check:

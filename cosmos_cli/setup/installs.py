@@ -121,7 +121,7 @@ def install(commands: Sequence[Command]) -> Path:
                     f"`{shown}` failed with code {done.returncode}: {last_line(output)}",
                     code=ExitCode.ENVIRONMENT,
                     where=str(log),
-                    fix="run that command yourself, then `cosmos setup` again",
+                    fix="run that command yourself, then `cosmos setup RECIPE` again",
                 )
     return log
 

@@ -73,7 +73,7 @@ def _video(outcome: Outcome) -> Check:
     if reasons and not others:
         commands = installs.apt("ffmpeg")
         fix = (
-            "cosmos setup --install"
+            "`cosmos setup RECIPE --install`"
             if commands
             else "install FFmpeg 4 to 8: apt-get install ffmpeg"
         )
@@ -83,10 +83,14 @@ def _video(outcome: Outcome) -> Check:
     if others:
         found = f"torchcodec does not match torch: {others[0][:100]}"
         return Check(
-            name, "fail", found, "cosmos setup --install", installs.pip(installs.TORCHCODEC)
+            name,
+            "fail",
+            found,
+            "`cosmos setup RECIPE --install`",
+            installs.pip(installs.TORCHCODEC),
         )
     if "No module named 'torchcodec'" in outcome.error:
-        fix = "cosmos setup --install"
+        fix = "`cosmos setup RECIPE --install`"
         return Check(name, "fail", "torchcodec is missing", fix, installs.pip(installs.TORCHCODEC))
     return Check(name, "fail", last_line(outcome.error), "fix the problem named here")
 
@@ -100,7 +104,9 @@ def _shared_python(name: str) -> Check:
     commands = (
         installs.apt(f"libpython3.{sys.version_info.minor}") if sys.base_prefix == "/usr" else ()
     )
-    fix = "cosmos setup --install" if commands else "use a Python built with --enable-shared"
+    fix = (
+        "`cosmos setup RECIPE --install`" if commands else "use a Python built with --enable-shared"
+    )
     return Check(name, "fail", found, fix, commands)
 
 
@@ -112,7 +118,7 @@ def _deepspeed(alone: Outcome, in_two: Outcome) -> Check:
         )
         return Check("DeepSpeed", "ok", found)
     if "No module named 'deepspeed'" in alone.error:
-        fix = "cosmos setup --install"
+        fix = "`cosmos setup RECIPE --install`"
         return Check("DeepSpeed", "fail", "missing", fix, installs.pip(installs.DEEPSPEED))
     found = last_line(alone.error) if alone.error else f"in 2 processes: {last_line(in_two.error)}"
     fix = f"pip install --force-reinstall --no-deps '{installs.DEEPSPEED}'"
@@ -132,7 +138,7 @@ def _transformer_engine(
     if not torch.facts.get("gpus"):
         fix = "use a machine with NVIDIA GPUs, or leave out --with transformer-engine"
         return [Check(name, status, "no GPU to test it on", fix)] if asked else []
-    fix = "cosmos setup --install --with transformer-engine"
+    fix = "`cosmos setup RECIPE --install --with transformer-engine`"
     found = "missing; cosmos runs without it"
     return [Check(name, status, found, fix, installs.transformer_engine(torch.facts["cuda"]))]
 
@@ -158,7 +164,7 @@ def _apex(outcome: Outcome | None, torch: Outcome, wanted: Iterable[str]) -> lis
             f"install CUDA's toolkit and a CUDA build of torch ({torch.facts.get('cuda') or 'CPU'})"
         )
         return [Check("Apex", "fail", found, fix)]
-    fix = "cosmos setup --install --with apex"
+    fix = "`cosmos setup RECIPE --install --with apex`"
     return [Check("Apex", "fail", "NVIDIA's Apex is missing", fix, installs.apex())]
 
 

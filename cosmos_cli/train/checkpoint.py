@@ -15,13 +15,12 @@ from torch import Tensor, nn
 
 from cosmos_cli import files
 from cosmos_cli.errors import ExitCode, UserError
-from cosmos_cli.gpus import best_device
 from cosmos_cli.model import lora, lora_files, tensor_names, weights
 from cosmos_cli.model.ema import PowerEMA
 from cosmos_cli.model.finite import require_finite
 from cosmos_cli.paths import MANIFEST_FILE, Run
 from cosmos_cli.recipe.keys import Recipe
-from cosmos_cli.train import reshard
+from cosmos_cli.train import reshard, status
 
 # The folder inside a resume state that holds DeepSpeed's files.
 SHARDS = "zero"
@@ -58,12 +57,12 @@ def scatter(full: Tensor, parameter: nn.Parameter, target: Tensor) -> None:
     target[: part.numel()].copy_(part)
 
 
-def gather(parameter: nn.Parameter, part: Tensor) -> Tensor:
-    """Return the full tensor. Each rank passes its shard as `part`; every rank must call this."""
+def gather(parameter: nn.Parameter, part: Tensor, device: torch.device) -> Tensor:
+    """Return the full tensor on `device`. Every rank must call this, with its shard as `part`."""
     if not hasattr(parameter, "ds_tensor"):
         return part
-    # Ranks exchange tensors on this device. Offloaded shards are kept elsewhere.
-    part = part.to(best_device())
+    # Offloaded shards lie in CPU memory, where NCCL cannot exchange them.
+    part = part.to(device)
     joined = part.new_empty(dist.get_world_size() * part.numel())
     dist.all_gather_into_tensor(joined, part.contiguous())
     return joined[: parameter.ds_numel].view(full_shape(parameter))
@@ -122,7 +121,7 @@ def save(engine: Any, ema: PowerEMA, run: Run, step: int, about: dict[str, Any])
     if dist.get_rank() == 0:
         shutil.rmtree(building, ignore_errors=True)
     dist.barrier()
-    sha256 = _save_models(engine.module, ema, run, step)
+    sha256 = _save_models(engine, ema, run, step)
     try:
         with weights.writing(final):
             written = _save_state(engine, building)
@@ -148,7 +147,11 @@ def save(engine: Any, ema: PowerEMA, run: Run, step: int, about: dict[str, Any])
 
 
 def prune(run: Run, r: Recipe) -> None:
-    """Delete the resume states that the recipe does not keep. Call it after a complete save."""
+    """Delete the resume states and model files that the recipe does not keep.
+
+    Call it after a complete save. A resume reads the model file of the EMA, so those of the resume
+    states stay.
+    """
     with files.disk_errors(run.checkpoints):
         for step in run.resumable_steps()[: -r.keep_last]:
             if r.keep_every_steps and step % r.keep_every_steps == 0:
@@ -158,6 +161,11 @@ def prune(run: Run, r: Recipe) -> None:
             condemned = old.with_name(f".{old.name}.tmp")
             old.rename(condemned)
             shutil.rmtree(condemned)
+        written = run.weight_files()
+        kept = {*[*written][-r.keep_models :], *run.resumable_steps(), status.best_step(run)}
+        for step in written.keys() - kept if r.keep_models else ():
+            for path in written[step]:
+                path.unlink()
 
 
 def resume(engine: Any, ema: PowerEMA, run: Run, step: int) -> None:
@@ -225,14 +233,15 @@ def _save_state(engine: Any, folder: Path) -> dict[str, dict[str, Any]]:
     return _merge_ranks(written)
 
 
-def _save_models(module: nn.Module, ema: PowerEMA, run: Run, step: int) -> dict[str, str]:
+def _save_models(engine: Any, ema: PowerEMA, run: Run, step: int) -> dict[str, str]:
     """Write both model files, on two ranks at once if possible.
 
     Return the sha256 of the files that this rank wrote, by kind.
     """
+    module, second = engine.module, 1 % dist.get_world_size()
     states = {
-        "reg": _gather_all(module, shards(module), 0),
-        "ema": _gather_all(module, ema.shards, 1 % dist.get_world_size()),
+        "reg": _gather_all(module, shards(module), 0, engine.device),
+        "ema": _gather_all(module, ema.shards, second, engine.device),
     }
     # Pop each state so that its memory is freed once it is written: 14 and 29 GB for the 7B.
     return {
@@ -242,11 +251,13 @@ def _save_models(module: nn.Module, ema: PowerEMA, run: Run, step: int) -> dict[
     }
 
 
-def _gather_all(module: nn.Module, parts: list[Tensor], rank: int) -> dict[str, Tensor]:
+def _gather_all(
+    module: nn.Module, parts: list[Tensor], rank: int, device: torch.device
+) -> dict[str, Tensor]:
     """Gather the trained weights into CPU memory on one rank. Other ranks return an empty dict."""
     state = {}
     for (name, parameter), part in zip(trained(module).items(), parts, strict=True):
-        full = gather(parameter, part)
+        full = gather(parameter, part, device)
         if dist.get_rank() == rank:
             state[name] = full.detach().to("cpu", copy=True)
     return state

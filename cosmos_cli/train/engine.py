@@ -10,11 +10,12 @@ import torch.distributed as dist
 
 from cosmos_cli import console
 from cosmos_cli.errors import ExitCode, UserError
-from cosmos_cli.model import edm, fp8, kernels, lora, weights
-from cosmos_cli.model.device import why_not_compiled
+from cosmos_cli.model import edm, fp8, kernels, lora, streaming, weights
+from cosmos_cli.model.device import free_bytes, why_not_compiled
 from cosmos_cli.model.dit import DiT
 from cosmos_cli.recipe import plan
 from cosmos_cli.recipe.keys import Recipe
+from cosmos_cli.recipe.residence import Residence
 from cosmos_cli.train import checkpoint, data
 
 
@@ -23,6 +24,8 @@ def build(r: Recipe, share: data.Share, device: torch.device) -> Any:
     import deepspeed
 
     config = deepspeed_config(r, share, device)
+    streamed = streamed_parts(r, device)
+    on_cpu = streamed.streamed_blocks(r.spec.dit.blocks)
     if r.zero_stage == 3:
         with deepspeed.zero.Init(config_dict_or_path=config):
             module = empty_module(r)
@@ -31,7 +34,7 @@ def build(r: Recipe, share: data.Share, device: torch.device) -> Any:
         with torch.device("meta"):
             module = empty_module(r)
         dtype = torch.bfloat16 if r.precision == "bf16" else torch.float32
-        module.to(dtype).to_empty(device=device)
+        streaming.allocate(module.to(dtype), module.net.blocks, on_cpu, device)
         module.logvar.reset()
     net = module.net
     net.activation_checkpointing = r.activation_checkpointing
@@ -50,11 +53,37 @@ def build(r: Recipe, share: data.Share, device: torch.device) -> Any:
     shapes = {name: checkpoint.full_shape(p) for name, p in module.named_parameters()}
     state = {**weights.load_dit_state(base), **lora.fresh_factors(shapes, r.seed)}
     checkpoint.load_weights(module, state, base)
+    if on_cpu:
+        net.weights = streaming.WeightStream(net.blocks, on_cpu, device)
+        if net.weights.pageable:
+            console.warn(streaming.PAGEABLE)
+    if streamed.stored:
+        net.activations = streaming.ActivationStream(streamed.stored, device)
     optimizer = build_optimizer(r, list(checkpoint.trained(module).values()), device)
     kind = type(optimizer)
     console.say(f"optimizer: {kind.__name__} from {kind.__module__.partition('.')[0]}")
     engine, *_ = deepspeed.initialize(model=module, config=config, optimizer=optimizer)
     return engine
+
+
+def streamed_parts(r: Recipe, device: torch.device) -> Residence:
+    """Return what `offload: weights` streams, given the free memory of the GPU.
+
+    Raises:
+        UserError: (ASSET) there is not enough CPU memory.
+    """
+    if r.offload != "weights":
+        return Residence()
+    gpu = None
+    if device.type == "cuda":
+        # Only the memory of this entry matters here.
+        gpu = plan.GpuModel("", free_bytes(device) / 1e9, 1, 1, 1)
+    parts, blocks = plan.streamed_parts(r, gpu), r.spec.dit.blocks
+    console.say(
+        f"streamed from CPU memory: the weights of {parts.streamed} of {blocks} blocks, "
+        f"the stored activations of {parts.stored}"
+    )
+    return parts
 
 
 def empty_module(r: Recipe) -> edm.EDMLoss:

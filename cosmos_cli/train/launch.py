@@ -21,7 +21,7 @@ import psutil
 from cosmos_cli import __version__, console, files, gpus, locks, ranks, signals
 from cosmos_cli.errors import ExitCode, Interrupted, UserError
 from cosmos_cli.paths import Run
-from cosmos_cli.train import status, trackers
+from cosmos_cli.train import preflight, status, trackers
 
 if TYPE_CHECKING:
     from cosmos_cli.recipe.keys import Recipe
@@ -106,6 +106,8 @@ def start(loaded: LoadedRecipe, processes: int, overwrite: bool) -> dict[str, An
             _discard(run)
         while True:
             _prepare(loaded, run)
+            count = "a process" if processes == 1 else f"{processes} processes"
+            console.say(f"starting {count}, which first import PyTorch and DeepSpeed")
             with trackers.following(loaded.recipe, run):
                 code, signal_seen = _run_command(
                     command,
@@ -242,7 +244,8 @@ def _locked(run: Run) -> Iterator[int]:
                 "another process is training this run",
                 code=ExitCode.USAGE,
                 where=str(run.root),
-                fix="wait for it, or start another run with `--set name=NAME`",
+                fix="wait for it, or start another run: "
+                f"`cosmos train RECIPE --set name={preflight.free_name(run)}`",
             )
         yield lock
 

@@ -55,13 +55,7 @@ def train(
 ) -> dict[str, Any]:
     """Train to max_steps or until a stop signal, and return the figures of the run's result.
 
-    Args:
-        r: the recipe.
-        device: the device of this rank.
-        clips: the training clips.
-        held_out: measures the error on held-out clips, if there are any.
-        previews: makes previews and samples.
-        about: the provenance that is saved with every checkpoint.
+    `device` is this rank's device. `about` is the provenance that every checkpoint records.
     """
     run = Run(r.run_dir)
     sequence = neighbours(r.sequence_parallel)
@@ -73,6 +67,7 @@ def train(
     )
     settings = data.BatchSettings(r.seed, r.global_batch_size, r.text_dropout)
 
+    console.say(f"loading the base weights {r.model_files.dit}")
     engine = engines.build(r, share, device)
     engine.module.net.share(sequence)
     ema = PowerEMA(
@@ -81,15 +76,19 @@ def train(
     start = resume_run(r, run, engine, ema)
     record = metrics.Metrics(run, r, start, device)
     if held_out:
+        console.say(f"step {start}: measuring the error on {len(held_out.chosen)} held-out clips")
         record.write_held_out(start, held_out.measure(engine, device, start))
     record.write_samples(start, previews.make(engine, start, asked=False))
 
-    saved, stop_code = start, 0
+    # A stop among these pictures leaves them to the next start, which begins at the same step.
+    saved, stop_code = start, requests.stop_code(device)
+    steps = range(start, start if stop_code else r.max_steps)
     with console.progress("train", r.max_steps, "steps", done=start) as bar:
-        for step, micro_batches in data.batches(clips, share, settings, range(start, r.max_steps)):
+        for step, micro_batches in data.batches(clips, share, settings, steps):
             stats, row = optimize(r, run, engine, ema, step, micro_batches)
             done, stop_code = step + 1, stats.stop_code
             bar.advance(metrics.words(row))
+            record.status["running_seconds"] = bar.seconds()
             if done % r.log_every_steps == 0 or done == r.max_steps:
                 record.write(row)
             saving = done % r.save_every_steps == 0 or done == r.max_steps or stats.save_asked
@@ -101,7 +100,9 @@ def train(
             if held_out and not stop_code and (saving or done % r.validate_every_steps == 0):
                 record.write_held_out(done, held_out.measure(engine, device, done))
             if not stop_code:
-                record.write_samples(done, previews.make(engine, done, stats.sample_asked))
+                with bar.paused():
+                    record.write_samples(done, previews.make(engine, done, stats.sample_asked))
+                stop_code = requests.stop_code(device) if saving else 0
             if saving:
                 record.write_page()
             if stop_code:
@@ -173,9 +174,8 @@ def save_step(
         UserError: the disk is too full, or a write fails.
     """
     if dist.get_rank() == 0:
-        sizes = plan.disk_bytes(r, step)
-        needed = sizes["model files of a save"] + sizes["a resume state"]
-        fix = "free some space and run the same command again; the last save is intact"
+        fix = "free some space, then `cosmos train RECIPE` resumes; the last save is intact"
+        needed = plan.disk(r, step).save_bytes
         files.require_free(run.checkpoints, needed, f"the files of step {step}", fix)
     checkpoint.save(engine, ema, run, step, about)
     if dist.get_rank() == 0:

@@ -113,6 +113,8 @@ class Metrics:
 
     def write_saved(self, step: int) -> None:
         """Record in status.json that the save of a step is complete."""
+        # A stop saves a step that log_every_steps may leave out.
+        self.status["step"] = step
         self.status["saved_step"] = max(step, self.status["saved_step"])
         if dist.get_rank() == 0:
             status.note(self.run, self.status)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
 
 from cosmos_cli import files, html, paths
 from cosmos_cli.paths import Run
@@ -12,33 +15,39 @@ from cosmos_cli.train.status import HELD_OUT, NEAREST, Row
 
 # A page shows the pictures of at most this many steps, in addition to the first.
 MOST_STEPS = 10
+EDM_ERROR = (
+    "The EDM error is the squared error of the denoised clip. Its weights make it about 1 for an "
+    "untrained network at every noise level. Lower is better."
+)
 
 
 def write_page(run: Run) -> None:
     """Write report.html: the curves, settings and provenance of a run on one page."""
-    files.write_text(run.report, html.page(f"Training run {run.root.name}", sections(run)))
+    text = html.page(f"Training run {run.root.name}", sections(run, run.root))
+    files.write_text(run.report, text)
 
 
-def sections(run: Run) -> list[tuple[str, str]]:
-    """Return the sections of a run's page, as (heading, HTML) for `html.page`."""
+def sections(run: Run, folder: Path) -> list[tuple[str, str]]:
+    """Return the sections of a page in `folder` about a run, as (heading, HTML) for `html.page`."""
     known = status.rows(run)
     trained = [row for row in known if "loss" in row]
     measured = [row for row in known if HELD_OUT in row]
     bands = [key for key in (trained[0] if trained else {}) if key.startswith("edm_")]
     levels = [key for key in (measured[0] if measured else {}) if key.startswith(f"{HELD_OUT}_")]
     shown = [
-        ("Status", html.table(status.state_rows(status.state(run)))),
-        ("Error on the training clips", html.row(
-            _curves(trained, {"edm": "all"}, "EDM error"),
-            _curves(trained, {key: _band(key) for key in bands}, "EDM error by noise band"),
+        ("Status", html.table(_status(run))),
+        ("Error on the training clips", html.text(EDM_ERROR) + html.row(
+            _smooth_curves(trained, {"edm": "all"}, "EDM error"),
+            _smooth_curves(trained, {key: _band(key) for key in bands}, "EDM error by noise band"),
         )),
     ]  # fmt: skip
     if measured:
-        shown.append(("Error on held-out clips", html.row(
-            html.chart(_against_base(measured), "step", "EDM error, compared with the base model"),
+        words = "Measured with fixed noise on videos that are not trained on. Lower is better."
+        shown.append(("Error on held-out clips", html.text(words) + html.row(
+            html.chart(_against_base(measured), "step", "EDM error"),
             _curves(measured, {key: _band(key) for key in levels}, "EDM error by noise level"),
         )))  # fmt: skip
-    shown += _pictures(run, [row for row in known if NEAREST in row])
+    shown += _pictures(run, folder, [row for row in known if NEAREST in row])
     words = (
         "The loss is edm * exp(-v) + v, where v is a learned log-variance, so it may be negative. "
         "Watch the EDM error instead."
@@ -46,37 +55,55 @@ def sections(run: Run) -> list[tuple[str, str]]:
     return [
         *shown,
         ("Loss, learning rate and gradient", html.text(words) + html.row(
-            _curves(trained, {"loss": "loss"}, "loss with log-variance"),
+            _smooth_curves(trained, {"loss": "loss"}, "loss with log-variance"),
             _curves(trained, {"learning_rate": "learning rate"}, "learning rate"),
-            _curves(trained, {"grad_norm": "norm"}, "norm of the gradient before clipping"),
+            _smooth_curves(trained, {"grad_norm": "norm"}, "norm of the gradient before clipping"),
         )),
         ("Provenance", html.table(_provenance(run))),
         ("Recipe", html.code(files.read_text(run.resolved, files.RECIPE))),
     ]  # fmt: skip
 
 
-def _pictures(run: Run, samples: list[Row]) -> Iterator[tuple[str, str]]:
+def _status(run: Run) -> list[tuple[str, str]]:
+    """Return the status as of now: a page does not change, so it shows no age and no time left."""
+    figures = status.state(run)
+    now = time.strftime("%Y-%m-%d %H:%M %Z")
+    rows = status.state_rows({**figures, "seconds_left": None})
+    return [(name, f"{figures['state']}, as of {now}" if name == "state" else words)
+            for name, words in rows]  # fmt: skip
+
+
+def _pictures(run: Run, folder: Path, samples: list[Row]) -> Iterator[tuple[str, str]]:
     """Yield a section of previews and one of samples, if the run has any."""
     if steps := _thin_out(run.picture_steps("preview")):
         note = (
             "Each row starts with a frame of a clip. Next to it are the estimates that one step of "
-            "the denoiser makes of this frame, with noise of sigma "
-            f"{', '.join(f'{sigma:g}' for sigma in PREVIEW_SIGMAS)}."
+            "the denoiser makes of this frame from a noised clip, with more noise from column to "
+            "column. Sigma is the standard deviation of the noise."
         )
-        rows = ((f"step {step}", html.media(run.preview(step))) for step in steps)
+        heads = ("clip", *(f"sigma {sigma:g}" for sigma in PREVIEW_SIGMAS))
+        rows = ((f"step {step}", html.media(run.preview(step), heads=heads)) for step in steps)
         yield "Previews", html.text(note) + html.table(rows)
     if steps := _thin_out(run.picture_steps("sample0")):
         prompts = files.read_json(run.sample_prompts)
-        sheets = (
-            [run.sample(step, i).with_suffix(".jpg") for i in range(len(prompts))] for step in steps
-        )
         pictures = (
-            (f"step {step}", *(html.media(path) for path in pictures if path.exists()))
-            for step, pictures in zip(steps, sheets, strict=True)
+            (f"step {step}", *(_sample(run, step, i, folder) for i in range(len(prompts))))
+            for step in steps
         )
+        note = "Videos of captions of the dataset. A picture shows four frames and opens the video."
         names = {NEAREST: "nearest sample", "clips_apart": "typical between training clips"}
         distances = _curves(samples, names, "distance to the nearest training clip")
-        yield "Samples", html.table(pictures, ("", *prompts)) + (distances if samples else "")
+        table = html.table(pictures, ("", *prompts))
+        yield "Samples", html.text(note) + table + (distances if samples else "")
+
+
+def _sample(run: Run, step: int, index: int, folder: Path) -> str:
+    mp4 = run.sample(step, index)
+    picture = mp4.with_suffix(".jpg")
+    if not picture.exists():
+        return ""
+    target = os.path.relpath(mp4, folder) if mp4.exists() else ""
+    return html.media(picture, mp4.name if target else "", target)
 
 
 def _thin_out(steps: list[int]) -> list[int]:
@@ -84,12 +111,21 @@ def _thin_out(steps: list[int]) -> list[int]:
     return sorted({*steps[:1], *steps[:: -max(1, -(-len(steps) // MOST_STEPS))]})
 
 
-def _curves(points: Iterable[Row], names: dict[str, str], title: str) -> str:
-    series = {
+def _curves(points: list[Row], names: dict[str, str], title: str) -> str:
+    return html.chart(_series(points, names), "step", title)
+
+
+def _smooth_curves(points: list[Row], names: dict[str, str], title: str) -> str:
+    series = _series(points, names)
+    smoothed = {name: html.smooth(line) for name, line in series.items()}
+    return html.chart(smoothed, "step", f"smoothed {title}", faint=series)
+
+
+def _series(points: list[Row], names: dict[str, str]) -> dict[str, list[tuple[float, float]]]:
+    return {
         name: [(row["step"], row[key]) for row in points if row.get(key) is not None]
         for key, name in names.items()
     }
-    return html.chart(series, "step", title)
 
 
 def _against_base(measured: list[Row]) -> dict[str, list[tuple[float, float]]]:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Any
+
+import psutil
 
 from cosmos_cli import console, files, gpus, paths
 from cosmos_cli.errors import ExitCode, UserError
@@ -18,12 +21,15 @@ from cosmos_cli.paths import Dataset, Run
 from cosmos_cli.prep import holdout
 from cosmos_cli.ranks import under_launcher
 from cosmos_cli.recipe import plan
+from cosmos_cli.spec import COSMOS_7B
 from cosmos_cli.train import status, trackers
 
 if TYPE_CHECKING:
     from cosmos_cli.recipe.keys import Recipe
 
 
+# The least that a run can keep on disk, next to its best save.
+FEWEST_FILES = {"keep_models": 1, "keep_last": 1, "keep_every_steps": 0}
 # Return the command line of a verb on the user's recipe, given the verb and `extra` arguments.
 CommandLine = Callable[..., str]
 
@@ -80,7 +86,10 @@ def check_dataset(r: Recipe) -> tuple[int, int]:
                 fix="run `cosmos prep RECIPE` again",
             )
     listed = {video["path"]: video["bytes"] for video in manifest["videos"]}
-    names = {*listed, *(path.name for path in dataset.video_files())}
+    names = {
+        *listed,
+        *(path.relative_to(dataset.videos).as_posix() for path in dataset.video_files()),
+    }
     present = {path: files.size_of(dataset.videos / path) for path in names}
     if changed := sorted(set(present.items()) ^ set(listed.items())):
         raise UserError(
@@ -116,13 +125,16 @@ def check_recipe(r: Recipe, ranks: int) -> None:
         )
     trackers.check_tracker(r)
     check_kernels(r)
+    check_cpu_memory(r, ranks)
     base = r.model_files.dit
     if not base.exists():
         raise UserError(
             "the base weights are missing",
             code=ExitCode.ASSET,
             where=str(base),
-            fix="run `cosmos download RECIPE --for train`, or set base",
+            fix="give a file of weights: `--set base=FILE`"
+            if r.base
+            else "run `cosmos download RECIPE --for train`, or use `--set base=FILE`",
         )
     tokenizer = r.model_files.tokenizer
     if (r.preview_every_steps or r.sample_every_saves) and not tokenizer.exists():
@@ -146,20 +158,49 @@ def check_world(r: Recipe, ranks: int) -> None:
         return UserError(what, code=ExitCode.USAGE, where=key, fix=fix)
 
     if not r.spec.trainable:
-        fix = "use Cosmos-Predict1-7B-Text2World"
+        fix = f"use `--set model={COSMOS_7B.name}`"
         raise bad("model", f"{r.model} is for generation only", fix)
     for key in ("hpz_partition_size", "sequence_parallel"):
         size = getattr(r, key)
         if size != "auto" and ranks % size:
             what = f"{ranks} processes do not divide into groups of {size}"
-            raise bad(key, what, "use a divisor of the number of processes")
+            raise bad(key, what, f"use `--set {key}={math.gcd(ranks, size)}`")
+    if r.offload == "weights" and ranks > 1:
+        fix = "use `--set num_processes=1`, or `--set zero_stage=3 --set offload=none`"
+        raise bad("offload", f"weights are streamed to one GPU, found {ranks} processes", fix)
     at_once = ranks // r.sequence_parallel * r.micro_batch_size
     if r.global_batch_size % at_once:
         what = (
             f"{r.global_batch_size} clips do not divide into micro batches of "
             f"{r.micro_batch_size} on {ranks} processes"
         )
-        raise bad("global_batch_size", what, f"use a multiple of {at_once}")
+        raise bad(
+            "global_batch_size",
+            what,
+            f"use `--set global_batch_size={-(-r.global_batch_size // at_once) * at_once}`",
+        )
+
+
+def check_cpu_memory(r: Recipe, ranks: int) -> None:
+    """Refuse a run whose offloaded state does not fit in CPU memory.
+
+    Raises:
+        UserError: (ASSET) less CPU memory is available than the plan needs.
+    """
+    needed = 1e9 * plan.plan(r, ranks, smallest_gpu()).host_gb
+    available = psutil.virtual_memory().available
+    if needed > available:
+        raise UserError(
+            f"offload {r.offload} needs {console.size(needed)} of CPU memory, "
+            f"{console.size(available)} are available",
+            code=ExitCode.ASSET, where=r.name, fix=_less_cpu_memory(r),
+        )  # fmt: skip
+
+
+def _less_cpu_memory(r: Recipe) -> str:
+    if r.offload == "weights" and r.activation_checkpointing == "attention":
+        return "add `--set activation_checkpointing=all`, which stores half as many activations"
+    return f"close other programs, or use {plan.smaller_clip(r)}"
 
 
 def check_kernels(r: Recipe) -> None:
@@ -174,14 +215,14 @@ def check_kernels(r: Recipe) -> None:
 
     # PyPI has an unrelated package named apex, so look for a module that only NVIDIA's has.
     if r.optimizer == "apex" and importlib.util.find_spec("amp_C") is None:
-        fix = "run `cosmos setup --install --with apex`, or add `--set optimizer=auto`"
+        fix = "run `cosmos setup RECIPE --install --with apex`, or add `--set optimizer=auto`"
         raise missing("optimizer", "NVIDIA's Apex is not installed", fix)
     key = "transformer_engine"
     if r.transformer_engine == "off":
         return
     if importlib.util.find_spec("transformer_engine") is None:
         fix = (
-            "run `cosmos setup --install --with transformer-engine`, "
+            "run `cosmos setup RECIPE --install --with transformer-engine`, "
             "or add `--set transformer_engine=off`"
         )
         raise missing(key, "Transformer Engine is not installed", fix)
@@ -210,6 +251,12 @@ def check_gpus(r: Recipe, ranks: int) -> None:
         )  # fmt: skip
 
 
+def smallest_gpu() -> plan.GpuModel | None:
+    """Return the kind of this machine's GPUs. If they differ, the smallest one that is known."""
+    kinds = filter(None, map(plan.find_gpu, gpu_names()))
+    return min(kinds, key=lambda gpu: gpu.memory_gb, default=None)
+
+
 def warn_of_hidden_gpus() -> None:
     """Warn if CUDA_VISIBLE_DEVICES or MIG leaves other GPUs than the user may expect."""
     if remark := gpus.visible().remark:
@@ -234,8 +281,11 @@ def check_resume(r: Recipe, run: Run, ranks: int) -> int:
     changes = _changes(r, saved)
     for key in r.deciding("run"):
         before, now = changes.get(key, (None, None))
-        if before != now and not _are_equivalent(key, before, now):
-            raise _another_run(folder, f"{key} = {before}, the recipe says {now}")
+        if before != now and not _are_equivalent(key, before, now, "clips" not in changes):
+            if key == "base" and ("base" in saved or _is_moved(before, now)):
+                continue
+            clips = ", whose clips differ" if key == "dataset_dir" else ""
+            raise _another_run(folder, f"{key} = {before}, the recipe says {now}{clips}")
     if "base" in saved:
         base = r.model_files.dit
         if files.sha256_path(base) != saved["base"]:
@@ -325,11 +375,15 @@ def _steps(steps: list[int]) -> str:
     return f"{len(steps)} saves, steps {steps[0]} to {steps[-1]}"
 
 
+def free_name(run: Run) -> str:
+    """Return a name for another run next to this one."""
+    names = (f"{run.root.name[:90]}-{number}" for number in itertools.count(2))
+    return next(name for name in names if not run.root.with_name(name).exists())
+
+
 def _suggestions(r: Recipe, run: Run, later: list[int], command: CommandLine) -> str:
     """Return the commands to choose from: a new run, a run from these weights, or --overwrite."""
-    names = (f"{r.name[:90]}-{number}" for number in itertools.count(2))
-    name = next(name for name in names if not run.root.with_name(name).exists())
-    another = command("train", extra=f"--set name={name}")
+    another = command("train", extra=f"--set name={free_name(run)}")
     ways = [f"another run: `{another}`"]
     if later:
         newest = run.weight_files()[later[-1]][0]
@@ -344,17 +398,33 @@ def _suggestions(r: Recipe, run: Run, later: list[int], command: CommandLine) ->
     return "; ".join(ways)
 
 
-def _are_equivalent(key: str, before: Any, now: Any) -> bool:
-    """True if two values of a key mean the same."""
+def _are_equivalent(key: str, before: Any, now: Any, same_clips: bool) -> bool:
+    """True if two values of a key mean the same. A dataset with the same clips is the same."""
     if key == "optimizer":
         return {before, now} == {"auto", "torch"}
-    return key == "dataset_dir" and os.path.abspath(before) == os.path.abspath(now)  # noqa: PTH100
+    if key != "dataset_dir":
+        return False
+    return same_clips or os.path.abspath(before) == os.path.abspath(now)  # noqa: PTH100
+
+
+def _is_moved(before: str | None, now: str | None) -> bool:
+    """True if base weights, of which the run saved no hash, may be the same file at a new path.
+
+    A resumed run of all weights takes nothing from its base, so the file need not be known.
+    """
+    if not before or not now:
+        return False
+    old, new = (paths.weights_in(Path(path).absolute()) for path in (before, now))
+    if old.exists():
+        return files.sha256_path(old) == files.sha256_path(new)
+    console.warn(f"base was {before}, which is not there: the run continues from its own weights")
+    return True
 
 
 def _another_run(folder: Path, with_what: str) -> UserError:
     return UserError(
         f"this run was started with {with_what}", code=ExitCode.USAGE, where=str(folder),
-        fix="start another run with `--set name=NAME`",
+        fix=f"start another: `cosmos train RECIPE --set name={free_name(Run(folder.parents[1]))}`",
     )  # fmt: skip
 
 
@@ -364,9 +434,18 @@ def check_disk(r: Recipe, run: Run, start: int, freed: int = 0) -> None:
     Raises:
         UserError: less space is free than the remaining saves plus min_free_disk_gb.
     """
-    files.require_free(
-        run.root,
-        plan.disk_bytes(r, start)["whole run"] + r.min_free_disk_gb * 1e9 - freed,
-        "the saves of the run",
-        "free some space, save less often, or set output_root",
-    )
+    needed, free = plan.disk(r, start).run_bytes, files.free_bytes(run.root) + freed
+    if free >= needed + r.min_free_disk_gb * 1e9:
+        return
+    ways = ["`--set output_root=FOLDER` on a larger disk"]
+    if spare := max(free - needed, 0) // 1e8 / 10:
+        ways.append(f"`--set min_free_disk_gb={spare:g}`")
+    elif plan.disk(r.model_copy(update=FEWEST_FILES), start).run_bytes < min(needed, free):
+        options = " ".join(f"--set {key}={value}" for key, value in FEWEST_FILES.items())
+        ways.append(f"`{options} --set min_free_disk_gb=0`")
+    raise UserError(
+        f"the run needs {needed / 1e9:,.1f} GB, and min_free_disk_gb keeps {r.min_free_disk_gb:g} "
+        f"GB free; {free / 1e9:,.1f} GB are free",
+        code=ExitCode.ASSET, where=str(run.root),
+        fix=f"free some space, or use {' or '.join(ways)}",
+    )  # fmt: skip

@@ -60,14 +60,14 @@ class Previews:
     """
 
     def __init__(
-        self, r: Recipe, run: Run, clips: Clips, shown: Clips, stopping: Callable[[], bool]
+        self, r: Recipe, run: Run, clips: Clips, shown: Clips, stop_code: Callable[[], int]
     ) -> None:
         """Choose some of the clips in `shown`. Samples are compared with the training set, `clips`.
 
-        `stopping` returns the same on all ranks: True if the run is to stop. Unfinished samples are
-        then abandoned.
+        `stop_code` returns the same on all ranks: not 0 if the run is to stop. Unfinished samples
+        are then abandoned.
         """
-        self.r, self.run, self.clips, self.stopping = r, run, clips, stopping
+        self.r, self.run, self.clips, self.stop_code = r, run, clips, stop_code
         self.shown = HeldOut(shown, r.preview_clips, PREVIEW_SIGMAS)
         self.budget = TimeBudget(r.preview_share)
         self.warned: set[str] = set()
@@ -106,7 +106,7 @@ class Previews:
         if kind in self.warned:
             return
         self.warned.add(kind)
-        room = ", or free memory with `--set offload=optimizer`"
+        room = f", or {plan.relief(self.r, dist.get_world_size())}"
         console.warn(
             f"step {step}: {kind} are left out, now and whenever they fail again: {why}; "
             f"training continues; turn them off with `--set {OFF[kind]}=0`"
@@ -217,9 +217,19 @@ class Previews:
         def passes(xt: Tensor, sigma_B: Tensor) -> list[Tensor]:
             return [self._denoise(net, missing, xt, sigma_B, text, fps_B) for text in text_embs]
 
-        def stop_if_asked(_step: int) -> None:
-            if self.stopping():
+        began, first = time.monotonic(), i == 0 and "samples" not in self.budget.cost
+
+        def stop_if_asked(done: int) -> None:
+            if self.stop_code():
                 raise _Stopping
+            if first and done == 0:
+                groups = dist.get_world_size() // net.sequence.size
+                rounds = -(-len(self.shown.chosen) // groups)
+                seconds = (time.monotonic() - began) * r.num_steps * rounds
+                console.say(
+                    f"{len(self.shown.chosen)} sample videos take about "
+                    f"{console.duration(seconds)}; `--set sample_every_saves=0` makes none"
+                )
 
         shape = (1, *r.spec.latent_shape(r.num_frames, r.height, r.width))
         noise = sampler.start_noise(r.sampling_seed + i, shape).to(device)
@@ -290,6 +300,8 @@ class TimeBudget:
     def timed(self, kind: str, step: int) -> Iterator[None]:
         """Add the time that the block takes to the budget, and report it."""
         began = time.monotonic()
+        if kind not in self.cost:
+            console.say(f"step {step}: making {kind}")
         try:
             yield
         finally:

@@ -21,7 +21,7 @@ from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.model.device import gpu_memory_errors
 from cosmos_cli.paths import Dataset, Run
 from cosmos_cli.prep import holdout
-from cosmos_cli.recipe import loading
+from cosmos_cli.recipe import loading, plan
 from cosmos_cli.recipe.keys import Recipe
 from cosmos_cli.train import data, loop, page, requests, status
 from cosmos_cli.train.heldout import HeldOut
@@ -75,7 +75,7 @@ def run_rank(r: Recipe) -> dict[str, Any]:
         console.mute()
     watchdog = Watchdog(r.timeout_seconds)
     watchdog.start()
-    fix = "use more GPUs, `--set activation_checkpointing=all`, or fewer frames"
+    fix = plan.relief(r, dist.get_world_size())
     with console.log_file(run.log), gpu_memory_errors(fix), connection_errors():
         outcome = train_on_dataset(r, device)
     if dist.get_rank() == 0:
@@ -91,8 +91,8 @@ def train_on_dataset(r: Recipe, device: torch.device) -> dict[str, Any]:
     """Open the recipe's dataset and train on it; return the figures of the run's result."""
     clips, held_out, about = open_dataset(r)
     shown = held_out.clips if held_out else clips
-    stopping = partial(requests.is_stopping, device)
-    previews = Previews(r, Run(r.run_dir), clips, shown, stopping)
+    stop_code = partial(requests.stop_code, device)
+    previews = Previews(r, Run(r.run_dir), clips, shown, stop_code)
     return loop.train(r, device, clips, held_out, previews, about)
 
 

@@ -35,11 +35,14 @@ def since_last_step(run: Run) -> tuple[int, bool, bool]:
     )
 
 
-def is_stopping(device: torch.device) -> bool:
-    """True if any rank has received a stop signal; every rank must call this."""
-    asked = torch.tensor(int(_stop_code > 0), device=device)
+def stop_code(device: torch.device) -> int:
+    """Return the exit code to stop with, or 0 if no rank received a stop signal.
+
+    Every rank must call this.
+    """
+    asked = torch.tensor(_stop_code, device=device)
     dist.all_reduce(asked, dist.ReduceOp.MAX)
-    return bool(asked)
+    return int(asked)
 
 
 def _consume(request: Path) -> bool:

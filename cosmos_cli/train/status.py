@@ -25,13 +25,35 @@ NEAREST = "nearest_clip"
 
 def rows(run: Run) -> list[Row]:
     """Return the rows of metrics.jsonl, without a last line that was cut short by a kill."""
-    if not run.metrics.exists():
-        return []
-    lines = files.read_text(run.metrics, files.FIGURES).splitlines(keepends=True)
-    try:
-        return [json.loads(line) for line in lines if line.endswith("\n")]
-    except (ValueError, RecursionError) as error:
-        raise files.bad(run.metrics, files.FIGURES, f"is damaged: {error}") from error
+    return RowReader(run).read()
+
+
+class RowReader:
+    """Reads metrics.jsonl while it grows, each byte once, unless the file is replaced."""
+
+    def __init__(self, run: Run) -> None:
+        self.path = run.metrics
+        self.file: tuple[int, int] | None = None
+        self.offset = 0
+
+    def read(self) -> list[Row]:
+        """Return the whole rows since the last call, or all of them if the file is a new one."""
+        try:
+            stream = files.open_regular(self.path, files.FIGURES)
+        except files.NoSuchFile:
+            return []
+        with stream:
+            file = files.file_id(stream.fileno())
+            if file != self.file or stream.seek(0, os.SEEK_END) < self.offset:
+                self.file, self.offset = file, 0
+            stream.seek(self.offset)
+            content = stream.read(files.FIGURES.limit)
+        whole = content[: content.rfind(b"\n") + 1]
+        self.offset += len(whole)
+        try:
+            return [json.loads(line) for line in whole.splitlines()]
+        except (ValueError, RecursionError) as error:
+            raise files.bad(self.path, files.FIGURES, f"is damaged: {error}") from error
 
 
 def note(run: Run, figures: Row) -> None:
@@ -68,6 +90,15 @@ def best_step(run: Run) -> int | None:
     return min((pair for pair in errors if pair[1] in saved), default=(0.0, None))[1]
 
 
+def least_step(run: Run) -> int | None:
+    """Return the step with the lowest held-out error, saved or not, or None if none was measured.
+
+    Step 0 is the base model.
+    """
+    errors = [(row[HELD_OUT], row["step"]) for row in rows(run) if HELD_OUT in row]
+    return min(errors, default=(0.0, None))[1]
+
+
 def state(run: Run) -> Row:
     """Return the state, progress, latest figures and saved steps of a run.
 
@@ -96,6 +127,7 @@ def state(run: Run) -> Row:
         "saved_steps": run.saved_steps("ema"),
         "resumable_steps": run.resumable_steps(),
         "best_step": best_step(run),
+        "least_step": least_step(run),
         "seconds_since_news": round(time.time() - status["time"], 1),
     }
     if figures["state"] != "running":
@@ -117,11 +149,13 @@ def _state_name(status: Row, result: Row | None) -> str:
 
 
 def _pace(status: Row) -> Row:
-    """Return the seconds per step since this start, including saves and measurements."""
+    """Return the seconds per step since this start: saves are included, pictures are not."""
     steps = status["step"] - status.get("from", status["step"])
     if not steps:
         return {"seconds_per_step": None, "seconds_left": None}
-    pace = (status["time"] - status["started"]) / steps
+    # An earlier version did not record this.
+    running = status.get("running_seconds", status["time"] - status["started"])
+    pace = running / steps
     left = (status["max_steps"] - status["step"]) * pace
     return {"seconds_per_step": round(pace, 3), "seconds_left": round(left, 1)}
 
@@ -143,7 +177,7 @@ def state_rows(figures: Row) -> list[tuple[str, str]]:
         ("step", f"{figures['step']} of {figures['max_steps']}"),
     ]
     if figures["seconds_per_step"]:
-        words.append(("pace", f"{figures['seconds_per_step']:.2f} s a step"))
+        words.append(("pace", console.rate(1 / figures["seconds_per_step"], "steps")))
     if figures["seconds_left"] is not None:
         words.append(("left", console.duration(figures["seconds_left"])))
     if last:
@@ -153,5 +187,14 @@ def state_rows(figures: Row) -> list[tuple[str, str]]:
         words.append(("held out", f"{measured[HELD_OUT]:.4f} at step {measured['step']}{against}"))
     words.append(("saved", ", ".join(map(str, figures["saved_steps"])) or "nothing yet"))
     if figures["best_step"] is not None:
-        words.append(("best", f"step {figures['best_step']}"))
+        words.append(("best", f"step {figures['best_step']}{_better(figures)}"))
     return words
+
+
+def _better(figures: Row) -> str:
+    """Return a remark if a step with a lower held-out error than the best saved one exists."""
+    best, least = figures["best_step"], figures["least_step"]
+    if least == best:
+        return ""
+    name = f"step {least}" if least else "the base model"
+    return f", of the saved steps; {name} had a lower held-out error"

@@ -19,14 +19,15 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from cosmos_cli import console, files
 from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.paths import Run
-from cosmos_cli.recipe import loading
-from cosmos_cli.recipe.keys import Recipe
 from cosmos_cli.train import status
+
+if TYPE_CHECKING:
+    from cosmos_cli.recipe.keys import Recipe
 
 # The pause between two reads of the run's files, and the time limit for the last read at the end.
 PAUSE_SECONDS, END_SECONDS = 2.0, 60.0
@@ -159,7 +160,7 @@ class UnreadRows:
     """Reads the rows and pictures of a run, each of them once."""
 
     def __init__(self, run: Run) -> None:
-        self.run = run
+        self.run, self.rows = run, status.RowReader(run)
         self.known: set[tuple[Any, ...]] = set()
 
     def read(self) -> list[tuple[int, dict[str, float | Path]]]:
@@ -169,7 +170,7 @@ class UnreadRows:
         """
         found: list[tuple[int, dict[str, Any]]] = [
             (row["step"], {k: v for k, v in row.items() if k != "step" and v is not None})
-            for row in status.rows(self.run)
+            for row in self.rows.read()
         ]
         for path in self.run.samples.glob("step_*.jpg"):
             _, step, name = path.stem.split("_")
@@ -194,6 +195,8 @@ def main(root: str) -> None:
     # Slurm signals every process of a job, but a run that was told to stop still writes rows.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    from cosmos_cli.recipe import loading
+
     run = Run(Path(root))
     r = loading.load(str(run.resolved)).recipe
     unread, ended = UnreadRows(run), threading.Event()

@@ -38,17 +38,18 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, T5Config, T5EncoderModel
 
 from cosmos_cli import files, paths
-from cosmos_cli.generate import text_models, video_models, worker
+from cosmos_cli.generate import memory, text_models, video_models, worker
 from cosmos_cli.gpus import best_device
-from cosmos_cli.model import lora, rgb, text, video, weights
+from cosmos_cli.model import lora, rgb, streaming, text, video, weights
 from cosmos_cli.model.device import number_format
 from cosmos_cli.model.dit import DiT
 from cosmos_cli.model.lora_files import Change
 from cosmos_cli.model.sequence import SequenceGroup, neighbours
-from cosmos_cli.model.tensor_names import DIFFUSERS, OURS, rename
+from cosmos_cli.model.tensor_names import DIFFUSERS, rename
 from cosmos_cli.model.tokenizer import Tokenizer
 from cosmos_cli.recipe import loading
 from cosmos_cli.recipe.keys import Recipe
+from cosmos_cli.recipe.residence import Residence
 from cosmos_cli.spec import COSMOS_7B, TINY, DiTSpec, ModelSpec
 
 # Frames, height and width at which the error against fp32 is measured.
@@ -67,6 +68,7 @@ class Bench:
     dtype: torch.dtype
     scratch: Path
     rounds: int
+    limits: list[float]
 
     @property
     def spec(self) -> ModelSpec:
@@ -177,7 +179,7 @@ def diffusers_twin(net: DiT) -> nn.Module:
     with torch.device("meta"):
         twin = diffusers_network(net.spec)
     state = {f"net.{name}": tensor for name, tensor in net.state_dict().items()}
-    renamed = rename(state, OURS, DIFFUSERS, Path("diffusers"))
+    renamed = rename(state, DIFFUSERS, Path("diffusers"))
     twin.load_state_dict(renamed, assign=True)
     return twin.eval()
 
@@ -394,6 +396,53 @@ def bench_sample(bench: Bench, net: DiT) -> Row:
     return {**found, "rows": rows}
 
 
+def bench_streamed(bench: Bench, net: DiT) -> Row:
+    """The same latents with all weights on the GPU, and with those streamed that do not fit."""
+    r, rows, found = bench.r, [], {}
+    embedding = torch.randn(r.spec.text.tokens, r.spec.text.channels, device=bench.device) * 0.1
+    conditioning = text_models.Conditioning(PROMPT, embedding, embedding.flip(0))
+    few = r.model_copy(update={"num_steps": 2})
+    state = {name: tensor.cpu() for name, tensor in net.state_dict().items()}
+    latents, resident = [], net
+    for limit in (0, *bench.limits):
+        if limit:
+            net = streamed_denoiser(bench, state, limit, found)
+        name = f"{limit:g} GiB" if limit else "resident"
+        torch.compiler.reset()
+        if bench.device != "cpu":
+            video_models.compile_blocks(net)
+        for settings in (few, r):
+            with measured(f"{name}: {settings.num_steps} steps", bench.device, rows):
+                x0 = video_models.sample_latents(settings, net, [conditioning], [1], name)
+        latents.append(x0.cpu())
+        # Free the network before the next one.
+        (net if limit else resident).to_empty(device="meta")
+        del net
+    found["equal"] = [torch.equal(latents[0], x) for x in latents[1:]]
+    return {**found, "rows": rows}
+
+
+@torch.inference_mode(False)
+def streamed_denoiser(bench: Bench, state: dict[str, Tensor], limit: float, found: Row) -> DiT:
+    """A denoiser in at most `limit` GiB of the GPU."""
+    device = torch.device(bench.device)
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.empty_cache()
+        torch.cuda.set_per_process_memory_fraction(limit * 2**30 / total)
+    count = memory.streamed_blocks(bench.r.model_copy(update={"memory": "streamed"}), bench.device)
+    found[f"{limit:g} GiB"] = memory.describe(bench.r, count)
+    with torch.device("meta"):
+        net = DiT(bench.spec.dit).to(bench.dtype).requires_grad_(False)
+    indices = Residence(count).streamed_blocks(bench.spec.dit.blocks)
+    streaming.allocate(net, net.blocks, indices, device)
+    net.load_state_dict(state)
+    if indices:
+        net.weights = streaming.WeightStream(net.blocks, indices, device)
+        found["pageable"] = net.weights.pageable
+    return net.eval()
+
+
 def bench_split(bench: Bench, net: DiT) -> Row:
     """Some steps of sampling: every process by itself, then all of them on one video."""
     r, device, rows = bench.r, bench.device, []
@@ -495,7 +544,7 @@ class HostMemory:
 
 PARTS = {
     "forward": bench_forward, "lora": bench_lora, "sample": bench_sample, "split": bench_split,
-    "load": bench_load,
+    "load": bench_load, "streamed": bench_streamed,
 }  # fmt: skip
 
 
@@ -505,6 +554,9 @@ def main() -> None:
     common.add_parts(parser, PARTS, "forward,sample,load")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, help="default: those of the recipe")
+    parser.add_argument(
+        "--limits", type=float, nargs="*", default=[12.0], help="GiB of the GPU, for streamed"
+    )
     parser.add_argument("--attention", help="fail when another backend would run, e.g. cudnn")
     options = parser.parse_args()
     options.scratch.mkdir(parents=True, exist_ok=True)
@@ -513,7 +565,8 @@ def main() -> None:
         settings = [*settings, f"num_steps={options.steps}"]
     r, device = loading.load(shipped, settings).recipe, best_device()
     dtype = number_format(device)
-    bench = Bench(options.model, r, device, dtype, options.scratch, options.rounds)
+    about = (options.model, r, device, dtype, options.scratch, options.rounds, options.limits)
+    bench = Bench(*about)
     with torch.inference_mode():
         net = random_denoiser(r.spec.dit, device, dtype)
         backend = video_models.self_attention_backend(r, net)

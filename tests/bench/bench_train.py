@@ -129,13 +129,15 @@ def bench_ours(options: argparse.Namespace, r: Recipe, words: list[str]) -> dict
     run = paths.Run(r.run_dir)
     pairs = [word for pair in words for word in ("--set", pair)]
     command = [sys.executable, "-m", "cosmos_cli", "train", SHIPPED[options.model][0], *pairs]
-    if options.world or options.blocks:
+    if options.world or options.blocks or options.memory:
         command = own_ranks(options)
+    available = lowest = psutil.virtual_memory().available
     began, before = time.monotonic(), len(read_rows(run.metrics)) if options.after else 0
     seen, found = [], {"part": "ours"}
     with started(command, options.gpus) as process:
         while process.poll() is None:
             time.sleep(0.02)
+            lowest = min(lowest, psutil.virtual_memory().available)
             rows = read_rows(run.metrics)[before:]
             seen += [time.monotonic()] * (len(rows) - len(seen))
             if len(rows) >= options.steps and not options.save:
@@ -153,6 +155,7 @@ def bench_ours(options: argparse.Namespace, r: Recipe, words: list[str]) -> dict
     found |= {"seconds": round(seconds, 3), "slowest": max(row["seconds"] for row in timed)}
     found |= {"data_wait": round(statistics.median(waits[WARM_UP - 1 :]), 3)}
     found |= {"start_seconds": round(seen[0] - began, 1), "losses": [row["loss"] for row in rows]}
+    found |= {"cpu_memory_gb": round((available - lowest) / 1e9, 1)}
     if "mfu" in rows[-1]:
         gpu = gpu_model(torch.device("cuda"))
         planned = plan.plan(r, options.world or options.gpus, gpu)
@@ -169,9 +172,12 @@ def own_ranks(options: argparse.Namespace) -> list[str]:
 
 
 def our_rank(options: argparse.Namespace, r: Recipe) -> None:
-    """One rank of ours, in a world or with a network that the command does not offer."""
+    """One rank of ours, in a world, with a network or on a GPU that the command does not offer."""
     from cosmos_cli.train import process
 
+    if options.memory:
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(options.memory * 2**30 / total)
     if options.world:
         from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -292,6 +298,7 @@ def main() -> None:
     parser.add_argument("--after", type=int, default=0, help="the saved step to go on from")
     parser.add_argument("--world", type=int, default=0, help="ranks, of which one is there")
     parser.add_argument("--blocks", type=int, default=0, help="of the network; default: all")
+    parser.add_argument("--memory", type=float, default=0, help="GiB of the GPU that may be used")
     parser.add_argument("--peer", action="store_true", help="train diffusers' network")
     parser.add_argument("--runs", type=Path, help="folder of the run; by default in SCRATCH")
     parser.add_argument("--rank", action="store_true", help=argparse.SUPPRESS)

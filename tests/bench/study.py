@@ -19,8 +19,9 @@ from typing import Any
 from cosmos_cli import files, html, paths
 from cosmos_cli.commands.download import CONCEPT_CLIPS, ORDINARY_CLIPS
 from cosmos_cli.evaluate import evaluation
-from cosmos_cli.generate.jobs import Weights
+from cosmos_cli.generate.video_models import load_denoiser
 from cosmos_cli.gpus import best_device
+from cosmos_cli.model.device import number_format
 from cosmos_cli.model.tiny import world
 from cosmos_cli.recipe import loading
 from cosmos_cli.recipe.keys import Recipe
@@ -45,7 +46,6 @@ Row = dict[str, Any]
 def sampling(r: Recipe, prompts: int, device: str) -> Iterator[Row]:
     """Scores of the base model by solver and steps, then by guidance."""
     path = paths.EMBEDDED_DIR / "model.safetensors"
-    base = Weights(path, files.sha256_file(path))
     wanted = [trial for trial in evaluation.world_trials(prompts) if not trial.of_mascot]
     mascot = evaluation.world_trials(1)[-1]
     variants = [
@@ -55,9 +55,10 @@ def sampling(r: Recipe, prompts: int, device: str) -> Iterator[Row]:
     ] + [("guidance", guidance, {"guidance": guidance}) for guidance in GUIDANCES]
     for study, value, changes in variants:
         began = time.monotonic()
-        samples = evaluation.sample_trials(
-            r.model_copy(update=changes), base, [*wanted, mascot], device
-        )
+        changed, trials = r.model_copy(update=changes), [*wanted, mascot]
+        net = load_denoiser(r, path, device, number_format(device))
+        text_embs = evaluation.read_prompts(changed, trials, device)
+        samples = evaluation.sample_trials(changed, net, trials, text_embs)
         scores = evaluation.scores(samples)
         del scores["concept"]
         yield {"study": study, "value": value, "seconds": time.monotonic() - began, **scores}

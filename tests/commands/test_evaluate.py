@@ -1,7 +1,12 @@
 """The evaluate command in real processes."""
 
 import pytest
+import torch
 
+from cosmos_cli.evaluate import evaluation
+from cosmos_cli.generate.jobs import Weights
+from cosmos_cli.model import weights
+from cosmos_cli.recipe import loading
 from tests.helpers.command import Cosmos, settings
 from tests.helpers.stand_ins import stand_in_weights
 
@@ -21,6 +26,19 @@ def test_a_model_is_measured_on_the_synthetic_world_and_the_dataset(prepared, tm
     assert done["artifacts"][0] == str(page)
     assert html.count("<video") == len(list(tmp_path.glob("*.mp4"))) == 2
     assert 'src="http' not in html
+
+
+def test_each_model_is_read_once(prepared, monkeypatch):
+    monkeypatch.chdir(prepared)
+    read, load = [], weights.load_dit_state
+    monkeypatch.setattr(weights, "load_dit_state", lambda path: read.append(path) or load(path))
+    r = loading.load("tiny", [pair for pair in QUICK if pair != "--set"]).recipe
+    path = r.model_files.dit
+    models = {name: Weights(path, "") for name in ("one", "two")}
+    figures, samples = evaluation.evaluate(r, models, 1, "cpu")
+    assert read == [path] * 2
+    assert figures["models"]["one"]["edm"] == figures["models"]["two"]["edm"]
+    assert torch.equal(samples["one"][0].pixels, samples["two"][0].pixels)
 
 
 def test_measuring_promoted_needs_a_promoted_model(cosmos):

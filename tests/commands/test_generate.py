@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from cosmos_cli import files, paths
-from cosmos_cli.generate.phases import bytes_together
+from cosmos_cli.generate.memory import bytes_together
 from cosmos_cli.generate.text_models import Conditioning
 from cosmos_cli.generate.video_models import load_denoiser, sample_latents, worth_compiling
 from cosmos_cli.model import edm, sampler, video, weights
@@ -137,6 +137,10 @@ def test_an_output_that_cannot_be_written_is_exit_code_four(cosmos):
 def test_an_interrupted_batch_has_only_whole_videos(cosmos):
     lines = [json.dumps({"prompt": "A ball.", "seed": seed}) for seed in range(500)]
     (cosmos.cwd / "batch.jsonl").write_text("\n".join(lines))
+    # As a killed process leaves it.
+    name = files.temporary_beside(cosmos.cwd / "a.mp4").name
+    (cosmos.cwd / "outputs").mkdir()
+    (cosmos.cwd / "outputs" / name.replace(f".{os.getpid()}.", ".99999999.")).touch()
     process = cosmos.start("generate", "--batch", "batch.jsonl", *QUICK)
     deadline = time.monotonic() + 90
     while len(list(cosmos.cwd.glob("outputs/[!.]*.mp4"))) < 2 and time.monotonic() < deadline:
@@ -207,6 +211,17 @@ def test_files_of_other_programs_are_not_overwritten(cosmos, suffix):
     if suffix == ".mp4":
         generate(cosmos, *ask, "--overwrite")
         assert "another video" in cosmos("generate", *ask, "--seed", 9, *QUICK, code=2).stderr
+
+
+def test_a_batch_in_utf_16_is_read_from_a_file_and_from_standard_input(cosmos):
+    path = cosmos.cwd / "b.jsonl"
+    path.write_text('{"prompt": "A réd ball."}\r\n', encoding="utf-16")
+    cosmos("generate", "--batch", path, *QUICK)
+    with path.open("rb") as stream:
+        out, _ = cosmos.start("generate", "--prompts", "-", *QUICK, stdin=stream).communicate()
+    assert json.loads(out)["prompt"] == "A réd ball."
+    # The second found the video of the first.
+    assert len(list(cosmos.cwd.rglob("*.mp4"))) == 1
 
 
 def test_prompts_from_standard_input_become_videos_as_they_come(cosmos):
@@ -433,7 +448,9 @@ def test_compare_shows_base_and_promoted_side_by_side(trained):
     assert all(digest in page for digest in hashes)
     assert page.count("data:video/mp4;base64,") == 2
     assert "http" not in page
-    assert "not again" in trained(*ask).stderr
+    again = trained(*ask).stderr
+    assert "not again" in again
+    assert f"base model: {base}" in again
     assert "--compare" in trained(*ask, "--model", "base", code=2).stderr
 
 

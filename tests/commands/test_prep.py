@@ -11,12 +11,15 @@ import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from cosmos_cli.commands import prep
 from cosmos_cli.model import video
+from cosmos_cli.paths import Dataset
 from cosmos_cli.prep import page, prepare, sources, work_sharing
 from cosmos_cli.recipe import loading
 from tests.helpers.command import SMALL, Cosmos, settings
@@ -289,7 +292,7 @@ def test_the_report_shows_every_video_and_loads_nothing(tmp_path):
         "a &lt;b&gt;.mp4", "A &lt;i&gt;square&lt;/i&gt;.", "rejected: not a video",
         "rejected: too short: 7 frames", "copy.mp4: has the same bytes as a &lt;b&gt;.mp4",
         "cut.mp4: the clip from frame 0 seems to have a cut at 9", "motion of a clip",
-        "disk of the latents", "<td>inspect</td>",
+        "disk of the latents", ">inspect</td>",
     ):  # fmt: skip
         assert words in text, words
     assert "a &lt;b&gt;.mp4: the clip" not in text
@@ -308,7 +311,7 @@ def test_the_report_of_many_videos_stays_bounded(tmp_path, monkeypatch):
     text = (videos.parent / "report.html").read_text()
     assert text.count("data:image/jpeg;base64,") == 2
     assert "Pictures are of 2 videos" in text
-    assert all(f"<td>{i}.mp4</td>" in text for i in range(4))
+    assert all(f">{i}.mp4</td>" in text for i in range(4))
 
 
 # --- captions -------------------------------------------------------------------------------------
@@ -333,6 +336,7 @@ def test_captions_come_from_the_documented_place_also_after_a_change(tmp_path):
     done = cosmos("prep", "tiny", *arguments)
     assert "1 row of captions_file belongs to no video" in done.stderr
     assert "line 4 'z.mp4'" in done.stderr
+    assert f"report: {videos.parent / 'report.html'}" in done.stderr
     first = [("From metas.", "metas"), ("Listed.", "captions_file"), ("Beside.", "sidecar")]
     assert found() == [*first, ("A video of a square.", "prompt")]
     listed.write_text("file,caption\nc.mp4,Now listed.\n")
@@ -392,8 +396,8 @@ def test_the_tasks_of_an_array_end_with_the_bytes_of_one_process(
     assert snapshot(dataset) == undisturbed[1]
     # The copies are told by the order of the videos, whoever made them.
     text = (dataset / "report.html").read_text()
-    assert "<td>7.mp4: has the same bytes as 0.mp4" in text
-    assert "<td>0.mp4: has" not in text
+    assert ">7.mp4: has the same bytes as 0.mp4" in text
+    assert ">0.mp4: has" not in text
 
 
 def test_the_last_process_removes_the_files_of_a_killed_one(undisturbed, tmp_path, monkeypatch):
@@ -440,6 +444,49 @@ def test_the_ranks_of_a_launcher_share_the_work_and_one_prints(undisturbed, tmp_
     assert snapshot(dataset) == undisturbed[1]
 
 
+@pytest.mark.parametrize("victim", ["command", "helper"])
+def test_a_helper_process_and_the_command_do_the_work_of_each_other(undisturbed, tmp_path, victim):
+    cosmos, dataset = fresh(undisturbed, tmp_path)
+    process = cosmos.start("prep", "tiny", *settings(PROMPT, "num_processes=2"))
+    while not list(dataset.glob("latents/*.safetensors")):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    (helper,) = psutil.Process(process.pid).children()
+    if victim == "helper":
+        helper.kill()
+    else:
+        # While the command sleeps, its helper does all but the video that the command has begun.
+        process.send_signal(signal.SIGSTOP)
+        deadline = time.monotonic() + 60
+        while len({path.name[0] for path in dataset.glob("latents/*")}) < 7:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        process.send_signal(signal.SIGCONT)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert "2 processes share 8 videos" in err
+    assert ("process 1 stopped with code -9" in err) == (victim == "helper")
+    ours, theirs = snapshot(dataset), dict(undisturbed[1])
+    # The recipes differ in num_processes.
+    assert ours.pop("resolved.yaml") != theirs.pop("resolved.yaml")
+    assert ours == theirs
+    assert not helper.is_running()
+
+
+def test_helpers_end_with_the_command(undisturbed, tmp_path):
+    cosmos, dataset = fresh(undisturbed, tmp_path)
+    for number, code in ((signal.SIGINT, 130), (signal.SIGKILL, -9)):
+        process = cosmos.start("prep", "tiny", *settings(PROMPT, "num_processes=2"))
+        wait_for(dataset / "prep.lock", process)
+        while not (helpers := psutil.Process(process.pid).children()):
+            time.sleep(0.01)
+        process.send_signal(number)
+        process.communicate(timeout=30)
+        assert process.returncode == code
+        gone, alive = psutil.wait_procs(helpers, timeout=10)
+        assert gone and not alive
+
+
 def test_a_process_with_another_recipe_is_refused_while_one_is_at_work(undisturbed, tmp_path):
     cosmos, dataset = fresh(undisturbed, tmp_path)
     with work_sharing.workers(dataset / "prep.lock", "another job") as workers:
@@ -479,8 +526,9 @@ def test_flipped_bits_in_a_video_are_rejected_with_their_times(tmp_path):
     videos = tmp_path / "datasets" / "tiny" / "videos"
     write(videos, "good.mp4", 60)
     data = bytearray((videos / "good.mp4").read_bytes())
-    # In the middle of the frames, which stand in front of the index.
-    for place in range(data.index(b"moov") // 2, data.index(b"moov") // 2 + 4):
+    # In the middle of the frames, which stand behind the index.
+    middle = (data.index(b"mdat") + len(data)) // 2
+    for place in range(middle, middle + 4):
         data[place] ^= 0x5A
     (videos / "flipped.mp4").write_bytes(data)
     found = verdicts(Cosmos(tmp_path).json("prep", "tiny", *settings(PROMPT)))
@@ -506,3 +554,16 @@ def test_an_old_latent_is_kept_only_if_it_shows_the_right_frames(tmp_path):
     cosmos("prep", "tiny", *settings(PROMPT))
     changed = [n for n, data in before.items() if (latents / n).read_bytes() != data]
     assert changed == ["wrong.000000.safetensors"]
+
+
+def test_min_free_disk_gb_is_not_asked_for_by_prep(tmp_path):
+    r = loading.load("tiny", [f"dataset_dir={tmp_path}", "min_free_disk_gb=1e9"]).recipe
+    prepare._check_disk(r, Dataset.at(r.dataset_dir, r.videos_dir), [])
+
+
+def test_a_holdout_share_that_holds_out_nothing_is_said(capsys):
+    r = loading.load("tiny", ["holdout_share=0.1"]).recipe
+    assert "1 held out" in prep._held_out(r, [{"split": "heldout"}, {"split": "train"}])
+    assert not capsys.readouterr().err
+    prep._held_out(r, [{"split": "train"}])
+    assert "holdout_share 0.1 holds out no video" in capsys.readouterr().err

@@ -11,7 +11,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from cosmos_cli.errors import UserError
-from cosmos_cli.files import read_json
+from cosmos_cli.files import read_json, write_json
 from cosmos_cli.paths import EMBEDDED_DIR
 from cosmos_cli.prep.holdout import split_clips
 from cosmos_cli.recipe.keys import Recipe
@@ -203,8 +203,10 @@ def test_a_killed_rank_is_named_and_nothing_is_left_behind(cosmos):
 
 def test_the_newest_and_every_nth_resume_states_are_kept(cosmos):
     pairs = ("num_processes=1", "save_every_steps=1", "max_steps=5", "keep_last=2")
-    train(cosmos, "pruned", *pairs, "keep_every_steps=2")
+    done = train(cosmos, "pruned", *pairs, "keep_every_steps=2")
     run = find_run(cosmos, "pruned")
+    for said in ("loading the base weights", f"report: {run.report}"):
+        assert said in done.stderr
     assert run.resumable_steps() == [2, 4, 5]
     assert run.saved_steps("reg") == run.saved_steps("ema") == [1, 2, 3, 4, 5]
 
@@ -223,13 +225,17 @@ def finished(prepared):
         ("optimizer=deepspeed", "optimizer = "),
         ("seed=5", "seed = 0"),
         ("global_batch_size=4", "global_batch_size = 2"),
-        ("dataset_dir=elsewhere", "dataset_dir = "),
+        ("dataset_dir=other", "dataset_dir = "),
     ],
 )
 def test_a_changed_fixed_key_is_refused_and_named_in_a_few_lines(finished, pair, word):
     words = options("finished", "num_processes=1", "max_steps=3", pair)
-    with contextlib.suppress(FileExistsError):
-        (finished.cwd / "elsewhere").symlink_to("datasets/tiny")
+    other = finished.cwd / "other"
+    if not other.exists():
+        shutil.copytree(finished.cwd / "datasets" / "tiny", other)
+        manifest = read_json(other / "manifest.json")
+        del manifest["clips"][-1]
+        write_json(other / "manifest.json", manifest)
     for more in ([], ["--dry-run"]):
         refused = finished("train", "tiny", *words, *more, code=2)
         assert f"this run was started with {word}" in refused.stderr
@@ -242,15 +248,45 @@ def test_equivalent_values_of_fixed_keys_resume_the_run(finished):
     assert finished.json("train", "tiny", *words, "--dry-run")["from"] == 2
 
 
+def test_a_run_resumes_with_the_same_dataset_in_another_folder(finished):
+    (finished.cwd / "moved").symlink_to("datasets/tiny")
+    same = ("optimizer=torch", "dataset_dir=moved")
+    words = options("finished", "num_processes=1", "max_steps=3", *same)
+    assert finished.json("train", "tiny", *words, "--dry-run")["from"] == 2
+
+
 def test_a_lora_resumes_only_with_the_base_it_was_trained_on(cosmos, tmp_path):
     base = tmp_path / "base.safetensors"
     base.write_bytes((EMBEDDED_DIR / "model.safetensors").read_bytes())
     pairs = (f"base={base}", "lora_rank=4", "num_processes=1")
     train(cosmos, "beside", *pairs, "max_steps=1")
+    base = base.rename(tmp_path / "moved.safetensors")
+    pairs = (f"base={base}", *pairs[1:])
+    words = options("beside", *pairs, "max_steps=2")
+    assert cosmos.json("train", "tiny", *words, "--dry-run")["from"] == 1
     state = load_file(base)
     save_file({name: tensor / 2 for name, tensor in state.items()}, base)
     refused = cosmos("train", "tiny", *options("beside", *pairs, "max_steps=2"), code=2)
     assert "this run was started with other base weights" in refused.stderr
+    # The recipe of the run names the old path of the base, the user's the new one.
+    refused = cosmos("promote", "tiny", *options("beside", *pairs), code=4)
+    assert f"{base}: is not the base that the run was trained on" in refused.stderr
+    save_file(state, base)
+    # After one step of the warmup, the factors are still zero.
+    refused = cosmos("promote", "tiny", *options("beside", *pairs), code=4)
+    assert "does not differ from the base weights" in refused.stderr
+
+
+def test_a_base_at_a_new_path_is_compared_if_the_old_one_is_there(tmp_path, capsys):
+    old, same, other = (tmp_path / name for name in ("old.pt", "same.pt", "other.pt"))
+    for path, content in ((old, "a"), (same, "a"), (other, "b")):
+        path.write_text(content)
+    assert preflight._is_moved(str(old), str(same))
+    assert not preflight._is_moved(str(old), str(other))
+    assert not preflight._is_moved(None, str(same))
+    old.unlink()
+    assert preflight._is_moved(str(old), str(other))
+    assert "continues from its own weights" in capsys.readouterr().err
 
 
 def test_a_folder_that_deepspeed_would_not_find_is_refused(cosmos):

@@ -145,7 +145,7 @@ def test_a_recipe_takes_the_model_of_its_own_run_first(cosmos):
     path, said = choose(cosmos, "tiny", "--set", "name=third")
     assert path == f"checkpoints/{TINY}_post-trained/model.pt"
     assert "another run than this recipe's, /runs/one" in said
-    assert "weights are missing; run cosmos download" in choose(cosmos, "nemo_assets", code=4)
+    assert "weights are missing; run `cosmos download" in choose(cosmos, "nemo_assets", code=4)
     put(cosmos, SEVEN)
     path, said = choose(cosmos, "nemo_assets")
     assert path == f"checkpoints/{SEVEN}/model.pt"
@@ -168,6 +168,27 @@ def test_checkpoints_dir_and_home_are_where_the_user_says(cosmos, monkeypatch):
     ):
         assert choose(cosmos, *asked)[0] == expected
     assert "tiny" in choose(cosmos)[0]
+
+
+def test_a_model_of_another_machine_uses_the_networks_of_this_one(cosmos, tmp_path_factory):
+    folder = promoted(cosmos, f"{SEVEN}_post-trained_robots")
+    with (folder / "recipe.yaml").open("a") as recipe:
+        recipe.write("checkpoints_dir: /there/checkpoints\n")
+    usual, far = cosmos.cwd / "checkpoints", tmp_path_factory.mktemp("far: away #1") / "checkpoints"
+    asked = ("--model", f"{SEVEN}_post-trained_robots")
+    assert f"/there/checkpoints, the checkpoints_dir of {folder}" in choose(cosmos, *asked)[1]
+    assert "/there" not in choose(cosmos, *asked, "--set", "checkpoints_dir=checkpoints")[1]
+    folder = shutil.copytree(folder, far / folder.name)
+    assert f"is not there: using {usual}" in choose(cosmos, "--model", folder)[1]
+    (far / paths.TEXT_ENCODER_DIR).mkdir(parents=True)
+    assert f"is not there: using {far}" in choose(cosmos, "--model", folder)[1]
+
+
+def test_a_run_that_was_moved_is_still_the_recipes_own(cosmos):
+    moved = "/there/outputs/posttraining/diffusion_text2world/tiny"
+    promoted(cosmos, f"{TINY}_post-trained_own", moved, changed=1e8)
+    promoted(cosmos, f"{TINY}_post-trained", changed=2e8)
+    assert choose(cosmos, "tiny")[0] == f"checkpoints/{TINY}_post-trained_own/model.pt"
 
 
 def test_a_path_wins_over_a_model_name_and_is_reported(cosmos):
@@ -251,7 +272,7 @@ def test_a_manifest_without_a_hash_warns_and_a_wrong_hash_is_refused(cosmos):
     stand_in_weights(folder / "model.pt", "another")
     said = choose(cosmos, code=4)
     assert "is damaged: its sha256" in said
-    assert "if you put other weights there, delete its manifest.json" in said
+    assert "if the weights are yours, delete its manifest.json" in said
 
 
 @pytest.mark.parametrize("asked", [[], ["nemo_assets"], ["--model", "robots"], ["path"]])
@@ -267,3 +288,38 @@ def test_a_model_that_a_killed_promote_moved_is_restored(cosmos, asked):
     assert f"warning: {folder} was missing: put back" in said
     assert contents(folder) == whole
     assert "warning" not in choose(cosmos, *asked)[1]
+
+
+def test_a_short_prompt_without_the_upsampler_of_nvidias_command_is_said(cosmos):
+    put(cosmos, SEVEN)
+    option = "--set upsampler=checkpoints/Cosmos-UpsamplePrompt1-12B-Text2World"
+    _, said = choose(cosmos, "my_videos", "--model", "base")
+    (line,) = [line for line in said.splitlines() if "NVIDIA's command" in line]
+    assert line.startswith("the prompt has 2 words:")
+    assert f"`cosmos download my_videos {option} --for generate`" in line
+    (cosmos.cwd / option.partition("=")[2]).mkdir()
+    assert f"to turn it on, add `{option}`" in choose(cosmos, "my_videos", "--model", "base")[1]
+    quiet = ("--model", "base", "--set", "upsampler_word_limit=1")
+    assert "NVIDIA's command" not in choose(cosmos, "my_videos", *quiet)[1]
+
+
+def test_a_batch_line_may_name_its_file(cosmos):
+    lines = [
+        {"prompt": "A ball.", "output": "robot/pour"},
+        {"prompt": "A cube.", "output": "v1.5.mp4"},
+        {"prompt": "A star."},
+    ]
+    batch = cosmos.cwd / "batch.jsonl"
+
+    def plan(*lines, code=0):
+        batch.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+        return cosmos.json("generate", "tiny", "--batch", "batch.jsonl", "--dry-run", code=code)
+
+    made = [os.path.relpath(video["path"], cosmos.cwd) for video in plan(*lines)["videos"]]
+    assert made[:2] == ["outputs/robot/pour.mp4", "outputs/v1.5.mp4"]
+    assert made[2].startswith("outputs/a-star-")
+    for output in ("/tmp/a.mp4", "../a.mp4", 5, "a\n", "a.webm"):
+        error = plan({"prompt": "A ball.", "output": output}, code=2)["error"]
+        assert error.startswith("batch.jsonl:1: ")
+    twice = plan(lines[0], {**lines[1], "output": "robot/pour.mp4"}, code=2)
+    assert "batch.jsonl:2: another video of this command has the output pour.mp4" in twice["error"]

@@ -8,7 +8,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from cosmos_cli.model import dit, edm, kernels
 from cosmos_cli.model.dit import DiT
-from cosmos_cli.model.tensor_names import DIFFUSERS, OURS, RELEASED, rename
+from cosmos_cli.model.tensor_names import OURS, RELEASED, rename
 from cosmos_cli.spec import COSMOS_7B, COSMOS_14B
 from tests.helpers.networks import SMALL, Watch, diffusers_twin, inputs, network, run_twin
 
@@ -19,7 +19,7 @@ def test_keys_and_shapes_of_the_7b_are_the_released_ones():
     with torch.device("meta"):
         net = DiT(COSMOS_7B.dit)
     module = edm.EDMLoss(net, COSMOS_7B)
-    ours = rename(module.state_dict(), OURS, RELEASED, KEYS)
+    ours = rename(module.state_dict(), RELEASED, KEYS)
     shapes = {key: ",".join(map(str, value.shape)) for key, value in ours.items()}
     released = dict(line.split() for line in KEYS.read_text().splitlines())
     assert released.pop("net.pos_embedder.seq") == "128"
@@ -65,7 +65,7 @@ def test_gradient_of_every_parameter_equals_diffusers(tmp_path):
     (run_twin(twin, x) - target).square().mean().backward()
     ours = {f"net.{name}": p.grad for name, p in net.named_parameters()}
     theirs = {name: p.grad for name, p in twin.named_parameters()}
-    theirs = rename(theirs, DIFFUSERS, OURS, tmp_path)
+    theirs = rename(theirs, OURS, tmp_path)
     assert ours.keys() == theirs.keys()
     for name, gradient in ours.items():
         assert gradient.abs().max() > 0, name

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.model import lora, lora_files
 from cosmos_cli.model.dit import DiT
-from cosmos_cli.model.tensor_names import DIFFUSERS, OURS, RELEASED, rename
+from cosmos_cli.model.tensor_names import DIFFUSERS, RELEASED, rename
 from tests.helpers.networks import SMALL, diffusers_twin, inputs, network, run_twin
 
 ALL = ("to_q", "to_k", "to_v", "to_out.0", "proj", "linear_1", "linear_2", "net.2", "proj_out")
@@ -105,12 +105,12 @@ def test_diffusers_reads_other_scales_as_we_do(tmp_path):
 
 def released(stem):
     """The released name of one of ours, without net."""
-    renamed = rename({f"{stem}.weight": torch.zeros(1)}, OURS, RELEASED, "")
+    renamed = rename({f"{stem}.weight": torch.zeros(1)}, RELEASED, "")
     return next(iter(renamed)).removeprefix("net.").removesuffix(".weight")
 
 
 def in_diffusers(stem):
-    renamed = rename({f"{stem}.weight": torch.zeros(1)}, OURS, DIFFUSERS, "")
+    renamed = rename({f"{stem}.weight": torch.zeros(1)}, DIFFUSERS, "")
     return next(iter(renamed)).removesuffix(".weight")
 
 

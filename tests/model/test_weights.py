@@ -1,3 +1,4 @@
+import argparse
 import io
 import json
 import os
@@ -18,13 +19,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from cosmos_cli import files
+from cosmos_cli import files, paths
 from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.model import edm, weights
 from cosmos_cli.model.dit import DiT
-from cosmos_cli.model.tensor_names import State
+from cosmos_cli.model.tensor_names import RELEASED, State, rename
 from cosmos_cli.model.tokenizer import Tokenizer
-from cosmos_cli.spec import DiTSpec, ModelSpec, TokenizerSpec
+from cosmos_cli.spec import TINY, DiTSpec, ModelSpec, TokenizerSpec
 
 SPEC = ModelSpec(
     name="small", dit=DiTSpec(width=32, blocks=2, heads=2, text_channels=8, adaln_rank=4, max_t=8)
@@ -169,6 +170,94 @@ def test_sharded_diffusers_folder_loads(tmp_path):
     assert_same(weights.load_dit_state(tmp_path), state)
 
 
+# As trainers and wrappers write the state dict of the reference.
+CHECKPOINTS = {
+    "model": lambda released: {"model": released, "optimizer": {"state": {}}, "iteration": 3},
+    "state_dict": lambda released: {"epoch": 1, "state_dict": released},
+    "ema": lambda released: {"ema": {k.replace(".", "-"): v for k, v in released.items()}},
+    "nested": lambda released: {"module": {"model": released}},
+    "ddp": lambda released: {f"module.{key}": v for key, v in released.items()},
+    "compiled": lambda released: {
+        k.replace("net.", "net._orig_mod."): v for k, v in released.items()
+    },
+    "inner": lambda released: {
+        k.replace("net.", "net.module._orig_mod."): v for k, v in released.items()
+    },
+    "lightning": lambda released: {"state_dict": {f"model.{k}": v for k, v in released.items()}},
+    "without net": lambda released: {k.removeprefix("net."): v for k, v in released.items()},
+}
+
+
+@pytest.mark.parametrize("kind", CHECKPOINTS)
+def test_checkpoint_of_another_trainer_loads(tmp_path, kind):
+    path, state = tmp_path / "model.pt", denoiser().state_dict()
+    weights.save_dit(path, state, "pt")
+    torch.save(CHECKPOINTS[kind](torch.load(path, weights_only=True)), path)
+    assert_same(weights.load_dit_state(path), state)
+
+
+@pytest.mark.parametrize("prefix", ["", "net.", "model.diffusion_model.net."])
+def test_released_names_in_safetensors_load(tmp_path, prefix):
+    state = denoiser().state_dict()
+    released = rename(state, RELEASED, tmp_path) | {"net.pos_embedder.seq": torch.arange(8)}
+    path = tmp_path / "model.safetensors"
+    save_file({prefix + k.removeprefix("net."): v for k, v in released.items()}, path)
+    assert_same(weights.load_dit_state(path), state)
+
+
+def test_variants_of_a_diffusers_folder_and_others_shards_load(tmp_path):
+    state = {k: v for k, v in denoiser().state_dict().items() if k.startswith("net.")}
+    weights.save_diffusers(tmp_path, state, SPEC.dit)
+    tensors = load_file(tmp_path / "diffusion_pytorch_model.safetensors")
+    (tmp_path / "diffusion_pytorch_model.safetensors").unlink()
+    torch.save(tensors, tmp_path / "diffusion_pytorch_model.bin")
+    assert_same(weights.load_dit_state(tmp_path), state)
+    half = {key: value.half() for key, value in tensors.items()}
+    save_file(half, tmp_path / "diffusion_pytorch_model.fp16.safetensors")
+    expected = {key: value.half() for key, value in state.items()}
+    assert_same(weights.load_dit_state(tmp_path), expected)
+    (tmp_path / "diffusion_pytorch_model.fp16.safetensors").rename(tmp_path / "part.safetensors")
+    index = {"weight_map": dict.fromkeys(half, "part.safetensors")}
+    index_file = tmp_path / "diffusion_pytorch_model.safetensors.index.fp16.json"
+    index_file.write_text(json.dumps(index))
+    assert_same(weights.load_dit_state(tmp_path), expected)
+    for path in tmp_path.glob("diffusion_pytorch_model*"):
+        path.unlink()
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert_same(weights.load_dit_state(tmp_path), expected)
+
+
+def test_base_may_be_a_folder_in_any_format(tmp_path):
+    weights.save_diffusers(tmp_path / "transformer", {}, SPEC.dit)
+    assert paths.model_files(TINY, "", str(tmp_path)).dit == tmp_path / "transformer"
+
+
+def test_two_sets_of_weights_are_named_with_a_command_that_saves_one(tmp_path):
+    path, state = tmp_path / "check 'point'.pt", denoiser().state_dict()
+    weights.save_dit(path, state, "pt")
+    released = torch.load(path, weights_only=True)
+    torch.save({"model": {key: v + 1 for key, v in released.items()}, "ema": released}, path)
+    message = refusal(weights.load_dit_state, path)
+    assert "holds 2 sets of weights: model, ema" in message
+    command = message.partition("`")[2].rpartition("`")[0].replace("python", sys.executable, 1)
+    subprocess.run(command, shell=True, check=True)
+    assert_same(weights.load_dit_state(tmp_path / "check 'point'_ema.pt"), state)
+
+
+def test_refusals_of_our_own_model_do_not_speak_of_another(tmp_path):
+    state, path = denoiser().state_dict(), tmp_path / "model.safetensors"
+    save_file({**state, "extra": torch.zeros(1)}, path)
+    assert "1 unknown (extra); save the file again" in refusal(weights.load_dit_state, path)
+    part = dict(list(state.items())[:9])
+    assert "incomplete" in refusal(weights.load_strict, denoiser(), part, path)
+    save_file({"transformer_blocks.0.attn1.to_q.lora_A.weight": torch.zeros(1)}, path)
+    assert "is a LoRA" in refusal(weights.load_dit_state, path)
+    save_file(state | {"module.net.t_norm.weight": torch.zeros(32)}, path)
+    assert "are the same tensor" in refusal(weights.load_dit_state, path)
+    torch.save({"args": argparse.Namespace(), "model": {}}, tmp_path / "model.pt")
+    assert "argparse.Namespace" in refusal(weights.load_dit_state, tmp_path / "model.pt")
+
+
 def test_state_from_disk_is_mapped_and_not_read(tmp_path):
     weights.save_dit(tmp_path / "model.pt", denoiser().state_dict(), "pt")
     state = weights.load_dit_state(tmp_path / "model.pt")
@@ -266,6 +355,12 @@ def test_file_of_another_model_is_refused(tmp_path):
     assert "2 unknown (weight, bias)" in refusal(weights.load_dit_state, tmp_path / "model.pt")
     save_file({"weight": torch.zeros(1)}, tmp_path / "m.safetensors")
     assert "1 unknown (weight)" in refusal(weights.load_dit_state, tmp_path / "m.safetensors")
+
+
+def test_another_model_that_we_know_is_named(tmp_path):
+    state = weights.load_dit_state(paths.EMBEDDED_DIR / "model.safetensors")
+    message = refusal(weights.load_strict, denoiser(), state, tmp_path / "model.pt")
+    assert f"it has the shapes of {TINY.name}; use a recipe whose model is {TINY.name}" in message
 
 
 def test_missing_file_is_named(tmp_path):

@@ -144,6 +144,11 @@ def test_three_processes_and_one_killed_end_with_the_same_captions(cosmos, vlm):
         _, err = process.communicate(timeout=120)
         assert process.returncode == (-9 if process is array[0] else 0), err
     assert rows(cosmos.cwd / "again") == rows(dataset)
+    # Helpers describe videos too.
+    shutil.copytree(videos, cosmos.cwd / "helped" / "videos")
+    helped = cosmos("prep", "tiny", *arguments, *settings("dataset_dir=helped", "num_processes=2"))
+    assert helped.stderr.count("2 processes share 6 videos") == 2
+    assert rows(cosmos.cwd / "helped") == rows(dataset)
     assert {origin for _, origin in rows(dataset)} == {"vlm"}
 
 

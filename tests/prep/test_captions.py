@@ -93,7 +93,8 @@ def test_csv_line_numbers_stay_right_after_a_caption_of_two_lines(tmp_path):
         ("c.csv", "", ExitCode.DATASET, "has no column 'file'"),
         ("c.txt", "a.mp4: A.", ExitCode.DATASET, "neither .csv nor .jsonl"),
         ("c.csv", None, ExitCode.ASSET, "does not exist"),
-        ("c.csv", b"\xff\xfe", ExitCode.ASSET, "not UTF-8"),
+        ("c.csv", b"\xff", ExitCode.ASSET, "not UTF-8"),
+        ("c.csv", b"\xff\xfea", ExitCode.ASSET, "not UTF-8"),
     ],
 )
 def test_a_file_that_cannot_be_used_says_so(tmp_path, name, content, code, what):

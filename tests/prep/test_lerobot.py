@@ -86,6 +86,12 @@ def v3(tmp_path):
     return root
 
 
+def test_v2_0_is_read_as_v2_1(v2):
+    expected = lerobot.episodes(v2, "top")
+    change_info(v2, codebase_version="v2.0")
+    assert lerobot.episodes(v2, "top") == expected
+
+
 @pytest.mark.parametrize("version", ["v2", "v3"])
 def test_an_episode_is_exactly_its_own_frames(request, version):
     root = request.getfixturevalue(version)
@@ -117,7 +123,7 @@ def test_another_version_and_damaged_files_are_named(v2):
         lerobot.episodes(v2, "top")
     info = json.loads((v2 / "meta" / "info.json").read_text())
     (v2 / "meta" / "info.json").write_text(json.dumps({**info, "codebase_version": "v1.6"}))
-    with pytest.raises(UserError, match=r"version v1\.6, v2\.1 and v3\.0 are read"):
+    with pytest.raises(UserError, match=r"version 'v1\.6', not one of v2\.0"):
         lerobot.episodes(v2, "top")
 
 
@@ -286,6 +292,42 @@ def test_a_bad_parquet_row_is_named_and_does_not_lose_the_others(v3, key, value)
     assert good == ["episode_000000", "episode_000002"]
     (bad,) = (episode for episode in found if episode.reason)
     assert bad.name in ("episode_000001", "chunk-000 file-000.parquet row 2")
+
+
+def cell_that_python_cannot_read(kind):
+    import pyarrow
+
+    if kind == "text":
+        ends = pyarrow.array([0, 1, 4, 5], pyarrow.int32()).buffers()[1]
+        surrogate = pyarrow.StringArray.from_buffers(3, ends, pyarrow.py_buffer(b"a\xed\xa0\x80c"))
+        return "tasks", pyarrow.ListArray.from_arrays([0, 1, 2, 3], surrogate)
+    return "length", pyarrow.array([20, 2**62, 30], pyarrow.timestamp("us"))
+
+
+@pytest.mark.parametrize("kind", ["text", "date"])
+def test_a_cell_that_python_cannot_read_loses_one_episode(v3, kind):
+    from pyarrow import parquet
+
+    path = v3 / "meta" / "episodes" / "chunk-000" / "file-000.parquet"
+    table = parquet.read_table(path)
+    name, column = cell_that_python_cannot_read(kind)
+    table = table.set_column(table.column_names.index(name), name, column)
+    parquet.write_table(table, path)
+    found = {episode.name: episode.reason for episode in lerobot.episodes(v3, "top")}
+    assert list(found) == [f"episode_{i:06d}" for i in range(3)]
+    assert f"its row cannot be used: {name} cannot be read" in found["episode_000001"]
+    if kind == "text":
+        assert not found["episode_000000"] and not found["episode_000002"]
+
+
+def test_two_columns_of_one_name_give_one_line(v3):
+    from pyarrow import parquet
+
+    path = v3 / "meta" / "episodes" / "chunk-000" / "file-000.parquet"
+    table = parquet.read_table(path)
+    parquet.write_table(table.append_column("length", table["length"]), path)
+    with pytest.raises(UserError, match="exists 2 times"):
+        lerobot.episodes(v3, "top")
 
 
 def test_invalid_and_oversized_parquet_files_give_one_line(v3, monkeypatch):

@@ -93,11 +93,11 @@ WRONG = [
     ("name: 2024", "found 2024; put it in quotes"),
     ("num_processes: all", "must be a whole number, at least 1 and at most 65536, or auto"),
     ("num_processes: 0", "found 0"),
-    ("num_frames: 120", "must be 8k + 1 and at most 121, found 120; try 113 or 121"),
-    ("num_frames: 5", "found 5; try 1 or 9"),
-    ("num_frames: 129", "found 129; try 121"),
-    ("height: 700", "must be a multiple of 16 and at most 1920, found 700; try 688 or 704"),
-    ("width: 1928", "found 1928; try 1920"),
+    ("num_frames: 120", "must be 8k + 1 and at most 121, found 120; use `--set num_frames=113`"),
+    ("num_frames: 5", "found 5; use `--set num_frames=1` or `--set num_frames=9`"),
+    ("num_frames: 129", "found 129; use `--set num_frames=121`"),
+    ("height: 700", "must be a multiple of 16 and at most 1920, found 700; use `--set height=688`"),
+    ("width: 1928", "found 1928; use `--set width=1920`"),
     ("height: 8", "must be a whole number, at least 16, found 8"),
     ("fps: 0", "must be a number, above 0 and at most 240, found 0"),
     ("clip_stride_frames: 0", "must be a whole number, at least 1, or null, found 0"),
@@ -175,7 +175,7 @@ def test_a_wrong_value_causes_no_second_problem(file: Path) -> None:
 
 def test_a_batch_smaller_than_one_pass_is_refused_with_the_smallest(file: Path) -> None:
     lines = ("global_batch_size: 2", "micro_batch_size: 3", "num_processes: 1")
-    assert complaint(file, *lines).endswith("= 3 x 1 = 3; try 3 for global_batch_size")
+    assert complaint(file, *lines).endswith("= 3 x 1 = 3; use `--set global_batch_size=3`")
 
 
 def test_an_override_has_the_errors_of_the_file(file: Path) -> None:
@@ -238,7 +238,7 @@ def test_numbers_words_and_dates_are_not_converted_as_in_yaml_1_1(file: Path) ->
     [
         ("warmup_steps: 1250", "the learning rate never exceeds 79.9% of learning_rate"),
         ("warmup_steps: 1000", "the learning rate never exceeds 99.9% of learning_rate"),
-        ("height: 480", "480x1280 is not a size that"),
+        ("height: 480", "1280x480 is not a size that"),
         ("num_frames: 57", "num_frames 57 is not the 121 that"),
         ("clip_stride_frames: 1", "clips overlap by 120 frames"),
         ("save_every_steps: 1001", "a killed run starts again from step 0"),
@@ -412,3 +412,17 @@ def test_a_tilde_is_the_home_folder_only_in_paths(file: Path) -> None:
     assert loaded.upsampler == str(Path.home() / "chat")
     assert loaded.caption_model == str(Path.home() / "eyes")
     assert loaded.base == "~nobody-here/b"
+
+
+def test_a_recipe_of_ours_warns_only_of_what_the_user_changes(tmp_path: Path) -> None:
+    copied = tmp_path / "copied.yaml"
+    text = loading.find_recipe("nemo_assets").read_text()
+    copied.write_text(text)
+    for name in ("nemo_assets", copied):
+        loaded = loading.load(name)
+        assert len(loaded.warnings) == 2
+        assert loaded.unexpected == ()
+        (changed,) = loading.load(name, ["keep_last=1"]).unexpected
+        assert changed.startswith("keep_last 1")
+    copied.write_text(text.replace("warmup_steps: 2500", "warmup_steps: 2600"))
+    assert len(loading.load(copied).unexpected) == 2

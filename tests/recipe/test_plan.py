@@ -1,6 +1,7 @@
 """The planner against shapes counted elsewhere, and what it says of machines that are not here."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -66,7 +67,8 @@ def test_a_recipe_that_does_not_fit_is_refused_with_changes_that_fit():
     with pytest.raises(UserError) as caught:
         plan.check_memory(r, 8, plan.find_gpu("H100-80GB"))
     assert caught.value.code == 7
-    assert caught.value.fix == "add --set activation_checkpointing=all --set micro_batch_size=1"
+    fix = "add `--set activation_checkpointing=all --set micro_batch_size=1`"
+    assert caught.value.fix == fix
     fixed = r.model_copy(update={"activation_checkpointing": "all", "micro_batch_size": 1})
     assert plan.check_memory(fixed, 8, plan.find_gpu("H100-80GB"))["fits"]
 
@@ -107,13 +109,70 @@ def test_offloaded_state_takes_cpu_memory_instead_of_gpu_memory():
 def test_one_h200_is_enough_with_the_ema_in_cpu_memory():
     with pytest.raises(UserError) as caught:
         plan.check_memory(changed(global_batch_size=1), 1, FAST)
-    assert caught.value.fix == "add --set offload=ema"
+    assert caught.value.fix == "add `--set num_processes=1 --set offload=ema`"
 
 
-@pytest.mark.parametrize("words", ["H100", "8x", "8xGTX-1080", "0xH200", "x"])
+@pytest.mark.parametrize("words", ["", "8x", "8xGTX-1080", "0xH200", "0xH100", "x", "9" * 5000])
 def test_unknown_gpus_are_refused(words):
     with pytest.raises(UserError, match="known GPUs"):
         plan.parse_gpus(words)
+
+
+@pytest.mark.parametrize(
+    ("words", "count", "name"),
+    [
+        ("1xRTX4090-24GB", 1, "RTX-4090"),
+        ("2 x 4090", 2, "RTX-4090"),
+        ("l40s", 1, "L40S"),
+        ("8XH100_80GB", 8, "H100-80GB"),
+    ],
+)
+def test_a_gpu_may_be_written_as_people_write_it(words, count, name):
+    found, gpu = plan.parse_gpus(words)
+    assert (found, gpu.name) == (count, name)
+
+
+@pytest.mark.parametrize("words", ["8xH100", "8xA100"])
+def test_an_ambiguous_gpu_is_asked_about_with_the_options_to_choose_from(words):
+    with pytest.raises(UserError, match="which one") as caught:
+        plan.parse_gpus(words)
+    options = re.findall(r"`--gpus (\S+)`", caught.value.fix)
+    assert len(options) > 1
+    assert all(plan.parse_gpus(option)[0] == 8 for option in options)
+
+
+@pytest.mark.parametrize(
+    ("name", "gpus"),
+    [("lora", "1xRTX-4090"), ("my_videos", "1xRTX-4090"), ("two_gpus", "2xRTX-4090")],
+)
+def test_only_changes_that_fit_are_proposed_each_with_its_cpu_memory(name, gpus):
+    ranks, gpu = plan.parse_gpus(gpus)
+    r = loading.load(name).recipe
+    ways = plan.remedies(r, ranks, gpu)
+    assert ways
+    for words, less in ways:
+        changed = loading.load(name, words.split("--set ")[1:]).recipe
+        assert plan.plan(changed, ranks, gpu) == less
+        assert less.total_gb < 0.97 * gpu.memory_gb
+    shown = plan.describe(r, ranks, gpu)
+    assert shown.count("fits: ") == len(ways)
+    assert shown.count("of CPU memory") == len(ways)
+
+
+def test_a_plan_shows_the_decimals_that_decide_and_no_zeros():
+    assert plan._apart(24.62, 24.58) == ("24.62 GB", "24.58 GB")
+    tiny = plan.describe(loading.load("tiny").recipe, 1, None)
+    assert " 0.0 GB" not in tiny
+    assert "--gpus 1xH100-80GB" in tiny
+
+
+def test_a_plan_names_one_figure_for_the_disk_of_the_run():
+    r = changed(max_steps=1000, save_every_steps=100, keep_models=0)
+    whole, fewer = (plan.disk(one, 0) for one in (r, r.model_copy(update={"keep_models": 2})))
+    assert (whole.models, whole.states) == (10, 3)
+    # The two newest, the best, and the one that is being written.
+    assert (fewer.models, fewer.states) == (4, 3)
+    assert f"{whole.run_bytes / 1e9:.1f} GB" in plan.describe(r, 8, H100)
 
 
 def test_the_command_plans_for_gpus_that_this_machine_lacks(cosmos):

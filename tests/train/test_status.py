@@ -2,13 +2,15 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
 
 import pytest
+from PIL import Image
 
-from cosmos_cli import files
+from cosmos_cli import console, files, html
 from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.paths import Run
 from cosmos_cli.train import page, status
@@ -45,8 +47,18 @@ def test_the_best_step_is_one_that_was_saved(run):
     assert status.best_step(run) == 2
     files.write_text(run.lora(4, "ema"), "")
     assert status.best_step(run) == 2
+    assert status.state(run)["least_step"] == 3
+    words = "step 2, of the saved steps; step 3 had a lower held-out error"
+    assert words in status.state_table(status.state(run))
     files.write_text(run.lora(3, "ema"), "")
     assert status.best_step(run) == 3
+    assert status.state_table(status.state(run)).endswith("step 3")
+
+
+def test_a_base_model_that_no_saved_step_improves_is_named(run):
+    rows = [{"step": 0, "heldout": 0.3}, {"step": 2, "heldout": 0.4}]
+    files.write_text(run.metrics, "".join(json.dumps(row) + "\n" for row in rows))
+    assert "the base model had a lower held-out" in status.state_table(status.state(run))
 
 
 def test_a_status_that_cannot_be_read_leaves_the_saved_step_to_the_files(run):
@@ -62,6 +74,20 @@ def test_a_running_run_has_a_pace_and_a_time_left(run):
     assert stands["last"]["edm"] == 0.3
     assert (stands["heldout_base"]["heldout"], stands["heldout"]["heldout"]) == (0.9, 0.5)
     assert "0.5000 at step 4, 0.9000 before training" in status.state_table(stands)
+
+
+def test_the_pace_leaves_pictures_out_as_the_bar_does(run):
+    bar = console.Progress("train", 10, "steps")
+    bar.started -= 8
+    with bar.paused():
+        time.sleep(0.2)
+    bar.advance(count=4)
+    files.write_json(run.status, {**files.read_json(run.status), "running_seconds": bar.seconds()})
+    stands = status.state(run)
+    assert stands["seconds_per_step"] == pytest.approx(2, abs=0.02)
+    assert f"pace       {bar.rate()}\n" in f"{status.state_table(stands)}\n"
+    assert bar.rate() == "2.00 s a step"
+    assert bar.left() == "12 s left"
 
 
 def test_a_run_whose_process_is_gone_without_a_result_has_failed(run):
@@ -91,6 +117,24 @@ def test_a_metrics_line_cut_short_by_a_kill_is_ignored(run):
     assert [row["step"] for row in status.rows(run)] == [0, 2, 2, 3, 4, 4]
 
 
+def test_a_reader_of_growing_metrics_returns_each_row_once(run):
+    reader = status.RowReader(run)
+    assert reader.read() == status.rows(run)
+    with run.metrics.open("a") as stream:
+        stream.write('{"step": 5}\n{"step": 6, "lo')
+    assert reader.read() == [{"step": 5}]
+    with run.metrics.open("a") as stream:
+        stream.write('ss": 1}\n')
+    # Only what is new is read.
+    content = run.metrics.read_bytes()
+    with run.metrics.open("r+b") as stream:
+        stream.write(b"?" * 100)
+    assert reader.read() == [{"step": 6, "loss": 1}]
+    # A start replaces the file by a shorter or changed one.
+    files.write_text(run.metrics, content.decode().replace("6", "7"))
+    assert reader.read()[-1] == {"step": 7, "loss": 1}
+
+
 def test_the_page_draws_each_curve_and_escapes_the_recipe(run):
     page.write_page(run)
     text = run.report.read_text()
@@ -98,3 +142,18 @@ def test_the_page_draws_each_curve_and_escapes_the_recipe(run):
     for words in ("base</span>", "held-out clips</span>", "sigma 0.32</span>", "1.2.3"):
         assert words in text
     assert "name: &lt;run&gt;" in text
+
+
+def test_the_page_shows_no_age_and_links_to_the_samples(run, tmp_path):
+    files.write_json(run.sample_prompts, ["A <ball>."])
+    Image.new("RGB", (8, 8)).save(run.sample(2, 0).with_suffix(".jpg"))
+    Image.new("RGB", (8, 8)).save(run.preview(2))
+    run.sample(2, 0).touch()
+    page.write_page(run)
+    text = run.report.read_text()
+    assert not re.search(r"\d s ago|<td[^>]*>left<", text)
+    assert f"running, as of {time.strftime('%Y-%m-%d')}" in text
+    assert '<a href="samples/step_000000002_sample0.mp4">' in text
+    assert "<span>clip</span><span>sigma 0.5</span>" in text
+    elsewhere = html.page("", page.sections(run, tmp_path / "pages"))
+    assert '<a href="../run/samples/step_000000002_sample0.mp4">' in elsewhere

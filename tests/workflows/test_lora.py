@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from cosmos_cli import files, paths
 from cosmos_cli.model import lora, lora_files, weights
-from cosmos_cli.model.tensor_names import DIFFUSERS, OURS, rename
+from cosmos_cli.model.tensor_names import DIFFUSERS, rename
 from cosmos_cli.spec import TINY
 from tests.helpers.runs import copy_of, find_run, losses, options, train
 
@@ -175,7 +175,7 @@ def test_a_folder_of_peft_is_given_by_its_name(cosmos, whole, tmp_path):
     folder = tmp_path / "peft"
     folder.mkdir()
     changes = lora_files.load_lora(whole.lora(6, "reg"))
-    state = rename(lora.factors(changes), OURS, DIFFUSERS, folder)
+    state = rename(lora.factors(changes), DIFFUSERS, folder)
     state = {f"base_model.model.{key}": value for key, value in state.items()}
     save_file(state, folder / "adapter_model.safetensors")
     settings = {"peft_type": "LORA", "r": 4, "lora_alpha": 6}

@@ -147,5 +147,7 @@ def test_a_running_run_saves_on_request_and_reports_its_status(cosmos):
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=120)
     assert process.returncode == 143, err
-    assert cosmos.json(*ask)["state"] == "stopped"
+    stands = cosmos.json(*ask)
+    assert stands["state"] == "stopped"
+    assert stands["step"] == stands["saved_steps"][-1]
     assert "state      stopped" in cosmos(*ask).stdout

@@ -64,7 +64,7 @@ def block_list(r: Recipe) -> BlockList | None:
             raise UserError(
                 "the guardrail Aegis needs the package peft",
                 code=ExitCode.ENVIRONMENT,
-                fix='run pip install -e ".[guardrails]" in the clone',
+                fix='run `pip install -e ".[guardrails]"` in the clone',
             )
     return BlockList(r.model_files.guardrail / "blocklist")
 
@@ -334,5 +334,5 @@ def _wordnet(nltk_data: Path, name: str) -> list[str]:
 
 
 def _reading(path: Path) -> AbstractContextManager[None]:
-    fix = "run cosmos download, or add `--set guardrails=off` to generate without guards"
+    fix = "run `cosmos download RECIPE --for generate`, or add `--set guardrails=off`"
     return pretrained.reading_pretrained(path, "the guardrail cannot be read", fix)

@@ -1,0 +1,31 @@
+"""What a training asks for before it starts."""
+
+import re
+
+import pytest
+
+from cosmos_cli import files
+from cosmos_cli.errors import UserError
+from cosmos_cli.paths import Run
+from cosmos_cli.recipe import loading, plan
+from cosmos_cli.train import preflight
+
+
+def test_a_full_disk_names_the_plans_figure_the_key_and_a_setting_that_fits(tmp_path):
+    r = loading.load("tiny", [f"output_root={tmp_path}", "min_free_disk_gb=1e9"]).recipe
+    with pytest.raises(UserError) as caught:
+        preflight.check_disk(r, Run(r.run_dir), 0)
+    assert f"needs {plan.disk(r, 0).run_bytes / 1e9:,.1f} GB" in caught.value.what
+    assert "min_free_disk_gb keeps 1e+09 GB" in caught.value.what
+    setting = re.search(r"`--set (min_free_disk_gb=\S+)`", caught.value.fix)[1]
+    fitting = loading.load("tiny", [f"output_root={tmp_path}", setting]).recipe
+    preflight.check_disk(fitting, Run(r.run_dir), 0)
+
+
+def test_fewer_files_are_proposed_only_if_they_fit(tmp_path):
+    free = files.free_bytes(tmp_path)
+    steps = free // 40_000_000 * 100
+    many = [f"output_root={tmp_path}", f"max_steps={steps}", "save_every_steps=1", "lora_rank=0"]
+    r = loading.load("tiny", many).recipe
+    with pytest.raises(UserError, match=r"--set keep_models=1 --set keep_last=1"):
+        preflight.check_disk(r, Run(r.run_dir), 0)
