@@ -315,8 +315,9 @@ def temporary_beside(path: Path) -> Path:
 @cache
 def _machine() -> str:
     """Return eight digits that identify this machine and, in a container, its process numbers."""
-    processes = Path("/proc/self/ns/pid").stat().st_ino
-    return sha256_text(platform.node(), str(processes))[:8]
+    processes = Path("/proc/self/ns/pid")
+    container = str(processes.stat().st_ino) if processes.exists() else ""
+    return sha256_text(platform.node(), container)[:8]
 
 
 def remove_own_stale(folder: Path) -> None:

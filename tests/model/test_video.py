@@ -73,7 +73,7 @@ def test_flat_colours_survive_the_round_trip(tmp_path):
 
 @pytest.mark.parametrize(("height", "width"), [(33, 48), (32, 47)])
 def test_odd_sizes_are_refused_when_writing(tmp_path, height, width):
-    with pytest.raises(ValueError, match=f"{height}x{width}"):
+    with pytest.raises(ValueError, match=f"{width}x{height}"):
         video.write_mp4(tmp_path / "a.mp4", numbered_frames(2, height, width), 24, 18)
     assert not (tmp_path / "a.mp4").exists()
 
