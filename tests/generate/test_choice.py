@@ -180,7 +180,7 @@ def test_a_model_of_another_machine_uses_the_networks_of_this_one(cosmos, tmp_pa
     assert "/there" not in choose(cosmos, *asked, "--set", "checkpoints_dir=checkpoints")[1]
     folder = shutil.copytree(folder, far / folder.name)
     assert f"is not there: using {usual}" in choose(cosmos, "--model", folder)[1]
-    (far / paths.TEXT_ENCODER_DIR).mkdir(parents=True)
+    put_networks(far)
     assert f"is not there: using {far}" in choose(cosmos, "--model", folder)[1]
 
 
@@ -296,7 +296,8 @@ def test_a_short_prompt_without_the_upsampler_of_nvidias_command_is_said(cosmos)
     _, said = choose(cosmos, "my_videos", "--model", "base")
     (line,) = [line for line in said.splitlines() if "NVIDIA's command" in line]
     assert line.startswith("the prompt has 2 words:")
-    assert f"`cosmos download my_videos {option} --for generate`" in line
+    words = f"my_videos --set guardrails=off {option} --for generate"
+    assert f"`cosmos download {words}`" in line
     (cosmos.cwd / option.partition("=")[2]).mkdir()
     assert f"to turn it on, add `{option}`" in choose(cosmos, "my_videos", "--model", "base")[1]
     quiet = ("--model", "base", "--set", "upsampler_word_limit=1")
