@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -180,9 +181,10 @@ def remarks(r: Recipe, sources: list[Source]) -> list[str]:
     if small:
         (size, _), *_ = Counter(f"{info.width}x{info.height}" for info in small).most_common(1)
         count = "1 video is" if len(small) == 1 else f"{len(small)} videos are"
+        folder = shlex.quote(str(Dataset.at(r.dataset_dir, r.videos_dir).videos))
         lines.append(
             f"{count} enlarged to {r.width}x{r.height}, most from {size}: that adds cost and no "
-            "detail; `cosmos recipes new NAME --videos FOLDER` proposes their size"
+            f"detail; `cosmos recipes new {r.name}_small --videos {folder}` keeps it"
         )
     for mark, (what, how) in _MARKS.items():
         found = [v for v in sources if v.info and not v.reason and getattr(v.info, mark)]
