@@ -29,6 +29,8 @@ MANIFEST_FILE = "manifest.json"
 # The LoRA file next to a promoted model that was trained as one. Then the file names that peft,
 # diffusers and cosmos use for a LoRA.
 LORA_FILE = "lora.safetensors"
+# The same LoRA for ComfyUI and diffusion-pipe.
+COMFYUI_LORA_FILE = "lora_comfyui.safetensors"
 ADAPTER_FILES = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors", LORA_FILE)
 ADAPTER_CONFIG_FILE = "adapter_config.json"
 TOKENIZER_DIR = "Cosmos-Tokenize1-CV8x8x8-720p"

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cosmos_cli import __version__, console, exchange, files, paths
 from cosmos_cli.errors import ExitCode, UserError
-from cosmos_cli.model import lora, tensor_names, weights
+from cosmos_cli.model import lora, lora_files, tensor_names, weights
 from cosmos_cli.model.dit import DiT
 from cosmos_cli.model.finite import require_finite
 from cosmos_cli.paths import Run
@@ -197,7 +197,7 @@ def _fill_folder(
 
 
 def _copy_lora(source: Path, folder: Path, sha256: str) -> None:
-    """Copy the merged LoRA file into the model folder."""
+    """Copy the merged LoRA file into the model folder, and write it for ComfyUI next to it."""
     target = folder / paths.LORA_FILE
     with files.atomic_file(target) as temporary:
         shutil.copyfile(source, temporary)
@@ -206,6 +206,7 @@ def _copy_lora(source: Path, folder: Path, sha256: str) -> None:
             "was copied with errors", code=ExitCode.ASSET, where=str(source),
             fix="check the disk, then run `cosmos promote RECIPE` again",
         )  # fmt: skip
+    lora_files.save_for_comfyui(folder / paths.COMFYUI_LORA_FILE, lora_files.load_lora(target))
 
 
 def change_table(changes: dict[str, float]) -> str:

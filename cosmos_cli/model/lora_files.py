@@ -28,7 +28,15 @@ from cosmos_cli import archives, files
 from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.model import tensor_names, weights
 from cosmos_cli.model.finite import require_finite
-from cosmos_cli.model.tensor_names import COLUMNS, DIFFUSERS, OURS, another_model, rename, some
+from cosmos_cli.model.tensor_names import (
+    COLUMNS,
+    DIFFUSERS,
+    OURS,
+    RELEASED,
+    another_model,
+    rename,
+    some,
+)
 
 # The header entry in which diffusers stores the settings, peft's file with them, and diffusers'
 # prefix of settings and tensors.
@@ -162,6 +170,21 @@ def save_lora(path: Path, state: Mapping[str, Tensor], scale: float) -> None:
     settings = {_PREFIX + key: value for key, value in settings.items()}
     tensors = {_PREFIX + key: value for key, value in renamed.items()}
     weights.write_safetensors(path, tensors, {_SETTINGS: json.dumps(settings)})
+
+
+def save_for_comfyui(path: Path, changes: Mapping[str, Change]) -> None:
+    """Write a LoRA for ComfyUI and diffusion-pipe, with each scale multiplied into its factor B.
+
+    They name the linears as the released weights do. ComfyUI takes a scale of 1 if there is no
+    alpha, and diffusion-pipe refuses a file with one.
+    """
+    factors = {}
+    for linear, change in changes.items():
+        factors[f"{linear}.lora_A.weight"] = change.a
+        factors[f"{linear}.lora_B.weight"] = change.b * change.scale
+    renamed = rename(factors, RELEASED, path)
+    tensors = {f"diffusion_model.{key.removeprefix('net.')}": t for key, t in renamed.items()}
+    weights.write_safetensors(path, tensors, {"format": "pt"})
 
 
 # --- reading --------------------------------------------------------------------------------------

@@ -100,6 +100,27 @@ def test_diffusers_reads_other_scales_as_we_do(tmp_path):
     assert_equal_but_not_the_base(ours((path, 1.0)), theirs(other))
 
 
+def test_the_file_for_comfyui_has_its_names_and_the_same_changes(tmp_path):
+    """ComfyUI maps the released names behind diffusion_model.; a missing alpha is a scale of 1."""
+    twin = diffusers_twin(network(), tmp_path / "twin")
+    twin.add_adapter(peft.LoraConfig(target_modules=list(ALL), r=4, lora_alpha=6))
+    randomize(twin)
+    twin.save_lora_adapter(tmp_path / "lora")
+    changes = lora_files.load_lora(tmp_path / "lora" / "pytorch_lora_weights.safetensors")
+    path = tmp_path / "comfyui.safetensors"
+    lora_files.save_for_comfyui(path, changes)
+    names = {f"diffusion_model.{released(linear)}" for linear in changes}
+    sides = ("lora_A.weight", "lora_B.weight")
+    assert load_file(path).keys() == {f"{name}.{side}" for name in names for side in sides}
+    assert "diffusion_model.blocks.block0.blocks.0.block.attn.to_q.0" in names
+    again = lora_files.load_lora(path)
+    assert {change.scale for change in changes.values()} == {1.5}
+    assert {change.scale for change in again.values()} == {1.0}
+    for linear, change in changes.items():
+        torch.testing.assert_close(again[linear].b @ again[linear].a,
+                                   change.scale * change.b @ change.a)  # fmt: skip
+
+
 # --- files written by hand, in the names of each program ------------------------------------------
 
 

@@ -96,6 +96,12 @@ def test_promote_keeps_the_lora_beside_the_merged_weights(cosmos, whole, promote
     written = weights.load_dit_state(promoted / "model.pt")
     assert all(torch.equal(written[name], tensor) for name, tensor in merged.items())
     assert (promoted / "lora.safetensors").read_bytes() == whole.lora(6, "reg").read_bytes()
+    own, comfyui = (
+        lora_files.load_lora(promoted / name)
+        for name in ("lora.safetensors", "lora_comfyui.safetensors")
+    )
+    for linear, change in own.items():
+        assert torch.equal(comfyui[linear].b, change.scale * change.b)
     manifest = files.read_json(promoted / "manifest.json")
     assert manifest["lora"]["sha256"] == files.sha256_file(whole.lora(6, "reg"))
     assert 0.98 < manifest["lora"]["kept"] < 1
