@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cosmos_cli import __version__, console, exchange, files, paths
+from cosmos_cli import __version__, console, exchange, files, model_card, paths
 from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.model import lora, lora_files, tensor_names, weights
 from cosmos_cli.model.dit import DiT
@@ -20,10 +20,6 @@ from cosmos_cli.model.finite import require_finite
 from cosmos_cli.paths import Run
 from cosmos_cli.recipe import loading
 from cosmos_cli.recipe.keys import Recipe
-
-LICENCE_URL = (
-    "https://www.nvidia.com/en-us/agreements/enterprise-software/nvidia-open-model-license/"
-)
 
 
 def promote(r: Recipe, step: int, kind: str, format: str, target: Path) -> dict[str, Any]:
@@ -189,9 +185,9 @@ def _fill_folder(
         _copy_lora(Path(manifest["checkpoint"]["path"]), building, manifest["lora"]["sha256"])
     manifest["sha256"] = files.sha256_path(path)
     files.write_text(building / "recipe.yaml", loading.dump(r))
-    files.write_text(building / "README.md", _card(r, manifest))
+    files.write_text(building / "README.md", model_card.card(r, manifest))
     if not r.spec.embedded:
-        files.write_text(building / "NOTICE", _NOTICE)
+        files.write_text(building / "NOTICE", model_card.NOTICE)
     files.write_json(building / paths.MANIFEST_FILE, manifest)
     return manifest
 
@@ -213,42 +209,3 @@ def change_table(changes: dict[str, float]) -> str:
     """Return a table of the relative change of each group of weights."""
     rows = [(group, f"{change:.2e}") for group, change in changes.items()]
     return console.table(rows, ("weights", "relative change"))
-
-
-# Section 3 of the licence requires these texts of anyone who distributes a derived model.
-_NOTICE = "Licensed by NVIDIA Corporation under the NVIDIA Open Model License\n"
-_LICENCE_FIELDS = f"""license: other
-license_name: nvidia-open-model-license
-license_link: {LICENCE_URL}
-"""
-_TERMS = f"""
-Built on NVIDIA Cosmos.
-
-Derived from a model of NVIDIA Corporation and under the [NVIDIA Open Model License]({LICENCE_URL}).
-If you distribute it, include a copy of that licence and the file NOTICE, and keep the line above on
-a page about it. The licence ends if you disable a guardrail without putting an equal one in place.
-"""
-
-_LORA_WORDS = f"""
-`{paths.LORA_FILE}` is the LoRA that was trained, in the format of diffusers and peft.
-"""
-
-
-def _card(r: Recipe, manifest: dict[str, Any]) -> str:
-    derived = not r.spec.embedded
-    return f"""---
-base_model: {"nvidia/" if derived else ""}{r.model}
-{_LICENCE_FIELDS if derived else ""}library_name: cosmos-posttrain
-pipeline_tag: text-to-video
----
-
-# {r.model}, post-trained as {r.name}
-
-{manifest["weights"].upper()} weights of step {manifest["step"]} of the run `{r.name}`, trained on
-`{r.dataset_dir}` at {r.num_frames} frames of {r.width}x{r.height}.
-
-    cosmos generate --prompt "{(r.prompt or "...").replace('"', "'")}"
-
-`{paths.MODEL_FORMATS[manifest["format"]]}` holds the weights. `manifest.json` holds the hashes of
-weights, base and dataset and the whole recipe; `recipe.yaml` is the same recipe.
-{_LORA_WORDS if "lora" in manifest else ""}{_TERMS if derived else ""}"""

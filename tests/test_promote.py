@@ -12,7 +12,7 @@ import time
 import pytest
 import torch
 
-from cosmos_cli import exchange, files, paths, promote
+from cosmos_cli import exchange, files, model_card, paths, promote
 from cosmos_cli.model import weights
 from cosmos_cli.paths import Run
 from cosmos_cli.recipe import loading
@@ -60,7 +60,7 @@ def test_generate_loads_whichever_format_was_promoted_last(trained):
     assert (manifest["step"], manifest["weights"], manifest["format"]) == (4, "ema", "diffusers")
     assert manifest["base"]["sha256"] == files.sha256_file(TINY)
     assert manifest["recipe"]["model"] == MODEL
-    assert "license" not in (folder / "README.md").read_text()
+    assert "license: apache-2.0" in (folder / "README.md").read_text()
 
 
 RUN = settings()
@@ -329,7 +329,7 @@ def test_a_model_derived_from_nvidias_says_so_as_its_licence_asks(tmp_path, form
         "base_model: nvidia/Cosmos-Predict1-7B-Text2World",
         "license: other",
         "license_name: nvidia-open-model-license",
-        f"license_link: {promote.LICENCE_URL}",
+        f"license_link: {model_card.LICENCE_URL}",
         "library_name: cosmos-posttrain",
         "pipeline_tag: text-to-video",
     ]

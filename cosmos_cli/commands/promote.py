@@ -6,16 +6,18 @@ import os
 import re
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cosmos_cli import console, exchange, files, paths
+from cosmos_cli import console, exchange, files, model_card, paths
+from cosmos_cli import push as hub_push
 from cosmos_cli.commands import options
 from cosmos_cli.console import Result
 from cosmos_cli.download import assets
 from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.generate import promoted
+from cosmos_cli.generate.jobs import Lora, Weights
 from cosmos_cli.paths import Run
 from cosmos_cli.train import status
 
@@ -53,6 +55,17 @@ def promote(
             "use it with generate --model NAME."
         ),
     ] = None,
+    push: Annotated[
+        str | None,
+        typer.Option(
+            metavar="OWNER/NAME",
+            help="Also push the model to this repository of the Hugging Face hub, which is created "
+            "private. The token is HF_TOKEN or that of `hf auth login`.",
+        ),
+    ] = None,
+    public: Annotated[
+        bool, typer.Option("--public", help="Make the repository of --push public.")
+    ] = False,
     set_: options.SetOption = None,
     print_recipe: options.PrintRecipeOption = False,
     dry_run: options.DryRunOption = False,
@@ -68,34 +81,157 @@ def promote(
     number = choose_step(Run(r.run_dir), step, weights)
     if name is not None:
         check_name(name)
+    check_push(push, public)
     target = paths.promoted_dir(r.spec, r.checkpoints_dir, name)
     run = Run(r.run_dir)
     other_name = r.name if name != r.name else f"{r.name}_2"
     words = f"{_chosen_options(step, weights, format_)} --name {other_name}"
     aside = options.command_line("promote", recipe, set_, words.strip())
-    console.say(f"promoting step {number} ({weights}) of {r.run_dir} to {target}")
-    if dry_run:
+    wanted = {"step": number, "weights": weights, "format": format_}
+    if push:
+        hub_push.require_own(push, hub_push.look(push), public, yes)
+    if push and is_promoted(target, run, wanted):
+        console.say(f"step {number} ({weights}) of {r.run_dir} is promoted to {target}")
+        require_own(target, run, yes, aside)
+        manifest = promoted.manifest_of(target)
+    elif dry_run:
+        console.say(f"promoting step {number} ({weights}) of {r.run_dir} to {target}")
         require_own(target, run, yes, aside)
         assets.require_networks(r, _base_of(r, run))
+        manifest = {}
+    else:
+        console.say(f"promoting step {number} ({weights}) of {r.run_dir} to {target}")
+        with exchange.alone(target):
+            require_own(target, run, yes, aside)
+
+            from cosmos_cli import promote as model_promote
+
+            manifest = model_promote.promote(r, number, weights, format_, target)
+        console.say(model_promote.change_table(manifest["relative_change"]))
+    figures = {**wanted, "sha256": manifest.get("sha256", "")}
+    if dry_run:
         figures = {"dry_run": True, "step": number, "path": str(target)}
-        console.emit(Result(str(target), figures=figures), as_json=json_)
-        return
-    with exchange.alone(target):
-        require_own(target, run, yes, aside)
-
-        from cosmos_cli import promote as model_promote
-
-        manifest = model_promote.promote(r, number, weights, format_, target)
-    console.say(model_promote.change_table(manifest["relative_change"]))
+    if push:
+        items = _items(r, target, push) if manifest else _planned(r, run, wanted)
+        title = f"Add {r.model}, post-trained as {r.name}, step {number} ({weights})"
+        figures["push"] = _push(push, items, title, public, dry_run)
     console.emit(
         Result(
             str(target),
-            artifacts=[target / paths.MODEL_FORMATS[format_]],
-            figures={key: manifest[key] for key in ("step", "weights", "format", "sha256")},
-            next=shlex.join(_generate_command(r, target, name)),
+            artifacts=[] if dry_run else [target / paths.MODEL_FORMATS[format_]],
+            figures=figures,
+            next="" if dry_run else shlex.join(_generate_command(r, target, name)),
         ),
         as_json=json_,
     )
+
+
+# --- pushing --------------------------------------------------------------------------------------
+
+
+def check_push(push: str | None, public: bool) -> None:
+    """Refuse a --push that is not OWNER/NAME, and --public without it.
+
+    Raises:
+        UserError: an option is refused.
+    """
+    if public and push is None:
+        raise UserError(
+            "has no effect without --push", code=ExitCode.USAGE, where="--public",
+            fix="add `--push OWNER/NAME`",
+        )  # fmt: skip
+    if push is not None and not hub_push.is_repository(push):
+        raise UserError(
+            f"{push[:LONGEST_NAME]!r} is not the name of a repository", code=ExitCode.USAGE,
+            where="--push", fix="give your name on the hub and a new one: `--push OWNER/NAME`",
+        )  # fmt: skip
+
+
+def is_promoted(target: Path, run: Run, wanted: dict[str, Any]) -> bool:
+    """True if a folder holds, undamaged, what promote would write of a checkpoint.
+
+    So a push that failed continues without promoting again.
+    """
+    try:
+        manifest = promoted.manifest_of(target)
+        weights = target / paths.MODEL_FORMATS[wanted["format"]]
+        if run.root.as_posix() != manifest.get("run") or not manifest.items() >= wanted.items():
+            return False
+        pairs = [(weights, manifest["sha256"])]
+        pairs.append((Path(manifest["checkpoint"]["path"]), manifest["checkpoint"]["sha256"]))
+        if "lora" in manifest:
+            pairs.append((target / paths.LORA_FILE, manifest["lora"]["sha256"]))
+            # Earlier versions did not write it.
+            files.require_regular(target / paths.COMFYUI_LORA_FILE, files.WEIGHTS)
+        return all(files.sha256_path(path) == sha256 for path, sha256 in pairs)
+    except files.BadFile:
+        return False
+
+
+def _items(r: Recipe, target: Path, repo: str) -> list[hub_push.Item]:
+    """Return the files to push of a promoted model."""
+    from cosmos_cli.recipe import loading
+
+    own = loading.load(str(target / "recipe.yaml")).recipe
+    manifest = promoted.manifest_of(target)
+    samples = hub_push.samples_of(Run(r.run_dir), manifest["step"])
+    named = tuple((item.name, prompt) for item, prompt in samples)
+    extras = model_card.Extras(repo, named, scores_of(manifest))
+    texts = hub_push.texts_of(own, manifest, extras)
+    return [*hub_push.of_folder(own, target), *texts, *(item for item, _ in samples)]
+
+
+def _planned(r: Recipe, run: Run, wanted: dict[str, Any]) -> list[hub_push.Item]:
+    """Return the large files that would be pushed of a model that is not promoted yet."""
+    console.say("it is not promoted yet: the sizes are about those of the checkpoint and the base")
+    step, kind = wanted["step"], wanted["weights"]
+    weights = _base_of(r, run) if r.lora_rank else run.model(step, kind)
+    inside = sorted(weights.rglob("*.safetensors")) if weights.is_dir() else [weights]
+    name = paths.MODEL_FORMATS[wanted["format"]]
+    if wanted["format"] == "diffusers":
+        name += "/diffusion_pytorch_model.safetensors"
+    planned = [hub_push.Item(name, inside[0])]
+    if r.lora_rank:
+        names = (paths.LORA_FILE, paths.COMFYUI_LORA_FILE)
+        planned += [hub_push.Item(name, run.lora(step, kind)) for name in names]
+    return [*planned, *(item for item, _ in hub_push.samples_of(run, step))]
+
+
+def scores_of(manifest: dict[str, Any]) -> list[tuple[str, ...]]:
+    """Return the table of the newest evaluation of a promoted model in outputs, [] without one."""
+    measured = {manifest["sha256"]}
+    if lora := manifest.get("lora"):
+        measured.add(Weights(
+            Path(), manifest["base"]["sha256"], (Lora(Path(), 1.0, lora["sha256"]),)
+        ).identity)  # fmt: skip
+    found = sorted(Path("outputs").glob("evaluation*.json"), key=files.stamp_of, reverse=True)
+    for path in found:
+        figures = files.read_json(path)
+        models = figures.get("models", {}) if isinstance(figures, dict) else {}
+        if measured & {model.get("weights") for model in models.values()}:
+            from cosmos_cli.evaluate import evaluation
+
+            try:
+                rows = evaluation.figure_rows(figures)
+            except KeyError:
+                console.warn(
+                    f"{path.absolute()}: another version wrote it, so the card has no scores; "
+                    "`cosmos evaluate RECIPE` writes it anew"
+                )
+                return []
+            console.say(f"the card shows the scores in {path.absolute()}")
+            return [("", "by chance", *models), *rows]
+    return []
+
+
+def _push(
+    repo: str, items: list[hub_push.Item], title: str, public: bool, dry_run: bool
+) -> dict[str, Any]:
+    if not dry_run:
+        return hub_push.push(repo, items, title, public)
+    plan = hub_push.compare(items, hub_push.look(repo))
+    plan.say(repo)
+    return {"repo": repo, "uploaded": len(plan.changed), "bytes": plan.bytes}
 
 
 def check_format(format_: str) -> None:

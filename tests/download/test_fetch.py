@@ -18,8 +18,7 @@ from transformers import T5Config, T5EncoderModel
 
 from cosmos_cli import files, paths
 from cosmos_cli.model import video
-from tests.helpers.command import Cosmos
-from tests.helpers.hub import commit_of, serve, socks_proxy
+from tests.helpers.hub import Online, commit_of, serve, socks_proxy
 from tests.helpers.stand_ins import moving_square
 
 pytestmark = pytest.mark.workflow
@@ -36,17 +35,6 @@ DATA = ("datasets", "nvidia/Cosmos-NeMo-Assets")
 
 
 T5 = T5Config(vocab_size=32, d_model=16, d_kv=4, d_ff=32, num_layers=2, num_heads=2)
-
-
-class Online(Cosmos):
-    hub = None
-    token = None
-    variables = None
-
-    def environment(self):
-        own = {"HF_ENDPOINT": self.hub.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(self.cwd / "hf")}
-        own |= {"HF_TOKEN": self.token} if self.token else {}
-        return {**super().environment(), **own, **(self.variables or {})}
 
 
 @pytest.fixture

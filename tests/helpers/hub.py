@@ -1,5 +1,6 @@
 """A model hub on the loopback: the addresses that huggingface_hub asks, and how they go wrong."""
 
+import base64
 import hashlib
 import json
 import re
@@ -15,6 +16,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+from tests.helpers.command import Cosmos
+
 PIECE = 2**20
 
 
@@ -27,6 +30,10 @@ class Hub(ThreadingHTTPServer):
     pause before each; those that are `together` come when so many are asked for at once. `storm`
     maps a part of an address to the codes that the next requests for it are answered with. `older`
     maps commits before the newest to their files. `log` has every request.
+
+    It takes uploads of `token` into names of `owner`; `private` ids are seen with the token only.
+    `blobs` has the large files that arrived, by sha256. `hang_up` maps a part of an address to how
+    many of the next requests for it end without an answer; `after` does so once they are done.
     """
 
     daemon_threads = True
@@ -37,6 +44,8 @@ class Hub(ThreadingHTTPServer):
         self.gated = self.corrupt = self.lost = self.moved = ()
         self.cut, self.slow, self.storm = {}, {}, {}
         self.older, self.together, self.pause = {}, None, 0.3
+        self.owner, self.private, self.blobs, self.commits = "me", set(), {}, []
+        self.hang_up, self.after = {}, {}
         vars(self).update(faults)
 
     def handle_error(self, *_):
@@ -59,6 +68,12 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         self.answer(body=True)
 
+    def do_POST(self):
+        self.take()
+
+    def do_PUT(self):
+        self.take()
+
     def send(self, code, content=b"", headers=(), body=True):
         self.send_response(code)
         for name, value in {"Content-Length": str(len(content)), **dict(headers)}.items():
@@ -73,21 +88,132 @@ class _Handler(BaseHTTPRequestHandler):
     def answer(self, body):
         path = unquote(urlsplit(self.path).path)
         self.server.log.append((self.command, path))
-        codes = next((codes for part, codes in self.server.storm.items() if part in path), None)
-        if codes:
-            self.send(codes.pop(0), b"{}", {"Retry-After": "0"}, body)
-        else:
+        if not self.is_stormy(path, body):
             self.answer_calmly(path, body)
+
+    def is_stormy(self, path, body=True):
+        codes = next((codes for part, codes in self.server.storm.items() if part in path), None)
+        if not codes:
+            return False
+        self.send(codes.pop(0), b"{}", {"Retry-After": "0"}, body)
+        return True
+
+    def hangs_up(self, path, faults):
+        """Closes the connection instead of answering, as often as the faults say."""
+        part = next((part for part, count in faults.items() if part in path and count), None)
+        if part:
+            faults[part] -= 1
+            self.close_connection = True
+        return bool(part)
+
+    # --- uploads ----------------------------------------------------------------------------------
+
+    def take(self):
+        path = unquote(urlsplit(self.path).path)
+        self.server.log.append((self.command, path))
+        if self.hangs_up(path, self.server.hang_up):
+            # A part of the content has arrived.
+            self.rfile.read(int(self.headers.get("Content-Length", 0)) // 2)
+            return None
+        self.content = self.read_content()
+        if self.is_stormy(path):
+            return None
+        given = self.headers.get("Authorization")
+        # The store of large files has signed addresses instead of tokens.
+        if not path.startswith("/lfs/") and given != f"Bearer {self.server.token}":
+            words = "Invalid credentials in Authorization header"
+            return self.send(401, b"{}", {"X-Error-Message": words})
+        answer = self.taken(path)
+        if self.hangs_up(path, self.server.after):
+            return None
+        return self.send(*answer, headers={"Content-Type": "application/json"})
+
+    def read_content(self):
+        if "chunked" not in self.headers.get("Transfer-Encoding", ""):
+            return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        parts = []
+        while size := int(self.rfile.readline(), 16):
+            parts.append(self.rfile.read(size))
+            self.rfile.readline()
+        self.rfile.readline()
+        return b"".join(parts)
+
+    def taken(self, path):
+        """The status and content of the answer to an upload."""
+        if path.startswith("/lfs/"):
+            return self.take_large(path.removeprefix("/lfs/"))
+        if path.endswith("/commit/main"):
+            return self.take_commit(path)
+        asked, answer = json.loads(self.content), {}
+        if path == "/api/repos/create":
+            return self.take_repository(asked)
+        if match := re.fullmatch(r"/api/models/(.+)/settings", path):
+            self.server.private -= {match[1]} if asked["visibility"] == "public" else set()
+        elif path.endswith("/preupload/main"):
+            modes = [(f["path"], "lfs" if is_large(f["path"]) else "regular")
+                     for f in asked["files"]]  # fmt: skip
+            answer["files"] = [
+                {"path": name, "uploadMode": mode, "shouldIgnore": False} for name, mode in modes
+            ]
+        elif path.endswith(".git/info/lfs/objects/batch"):
+            answer["objects"] = asked["objects"]
+            for file in asked["objects"]:
+                if file["oid"] not in self.server.blobs:
+                    file["actions"] = {"upload": {"href": f"{self.server.url}/lfs/{file['oid']}"}}
+        return 200, json.dumps(answer).encode()
+
+    def take_large(self, sha256):
+        if hashlib.sha256(self.content).hexdigest() != sha256:
+            return 400, b"{}"
+        self.server.blobs[sha256] = self.content
+        return 200, b"{}"
+
+    def take_repository(self, asked):
+        name = f"{asked['organization']}/{asked['name']}"
+        if asked["organization"] != self.server.owner:
+            return 403, b'{"error": "You don\'t have the rights to create a model there"}'
+        if ("models", name) in self.server.repos:
+            return 409, b'{"error": "You already created this model repo"}'
+        self.server.repos["models", name] = {".gitattributes": b"*.pt filter=lfs"}
+        if asked["visibility"] == "private":
+            self.server.private.add(name)
+        return 200, json.dumps({"url": f"{self.server.url}/{name}"}).encode()
+
+    def take_commit(self, path):
+        """Applies all operations of a commit, or none of them."""
+        name = path.removeprefix("/api/models/").removesuffix("/commit/main")
+        files = dict(self.server.repos["models", name])
+        for line in map(json.loads, self.content.splitlines()):
+            value = line["value"]
+            if line["key"] == "header":
+                if value.get("parentCommit") not in (None, commit_of(files)):
+                    return 412, b'{"error": "A commit has happened since"}'
+            elif line["key"] == "file":
+                files[value["path"]] = base64.b64decode(value["content"])
+            elif line["key"] == "lfsFile":
+                files[value["path"]] = self.server.blobs[value["oid"]]
+            else:
+                del files[value["path"]]
+        self.server.repos["models", name] = files
+        self.server.commits.append(name)
+        about = {"commitUrl": f"{self.server.url}/{name}/commit/1", "commitOid": commit_of(files)}
+        return 200, json.dumps(about).encode()
+
+    # --- downloads --------------------------------------------------------------------------------
 
     def answer_calmly(self, path, body):
         api = re.fullmatch(
-            r"/api/(models|datasets)/([^/]+/[^/]+?)(?:/revision/([^/]+)|/auth-check)?", path
+            r"/api/(models|datasets)/([^/]+/[^/]+?)(?:/(?:revision|tree)/([^/]+)|/auth-check)?",
+            path,
         )
         file = re.fullmatch(r"(?:/cdn)?/(datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
         if not api and not file:
             return self.refuse(404, "EntryNotFound", body)
         key = (api[1], api[2]) if api else ("datasets" if file[1] else "models", file[2])
         files = self.server.repos.get(key)
+        if files is None and self.headers.get("Authorization") == "Bearer wrong":
+            words = {"X-Error-Message": "Invalid credentials in Authorization header"}
+            return self.send(401, b"{}", words, body)
         if files is None:
             return self.refuse(404, "RepoNotFound", body)
         return self.answer_known(key, path, (api, file), body)
@@ -95,6 +221,8 @@ class _Handler(BaseHTTPRequestHandler):
     def answer_known(self, key, path, match, body):
         (api, file), files = match, self.server.repos[key]
         given = self.headers.get("Authorization")
+        if key[1] in self.server.private and given != f"Bearer {self.server.token}":
+            return self.refuse(404, "RepoNotFound", body)
         closed = key[1] in self.server.gated and given != f"Bearer {self.server.token}"
         # What a gated repository holds may be seen, but not fetched.
         if closed and (file or path.endswith("/auth-check")):
@@ -107,7 +235,12 @@ class _Handler(BaseHTTPRequestHandler):
         if file:
             return self.answer_file(file[4], files, commit, body)
         siblings = [describe(name, content) for name, content in sorted(files.items())]
+        if "/tree/" in path:
+            tree = [{"type": "file", "path": about["rfilename"], "oid": about["blobId"], **about}
+                    for about in siblings]  # fmt: skip
+            return self.send(200, json.dumps(tree).encode(), {}, body)
         about = {"id": api[2], "sha": commit, "siblings": siblings, "tags": [], "downloads": 0}
+        about["private"] = key[1] in self.server.private
         kind = {"Content-Type": "application/json"}
         return self.send(200, json.dumps(about).encode(), kind, body)
 
@@ -157,7 +290,13 @@ def pieces(content, start, count):
 
 
 def commit_of(files):
-    return hashlib.sha1(repr(sorted(files)).encode()).hexdigest()
+    listed = [describe(name, content) for name, content in sorted(files.items())]
+    return hashlib.sha1(repr(listed).encode()).hexdigest()
+
+
+def is_large(name):
+    """True if a file goes to large-file storage: all but texts do."""
+    return not name.endswith((".json", ".md", ".gitattributes"))
 
 
 @cache
@@ -179,8 +318,8 @@ def describe(name, content):
         size, sha256 = len(content), hashlib.sha256(content).hexdigest()
         git = hashlib.sha1(f"blob {size}\0".encode() + content).hexdigest()
     entry = {"rfilename": name, "size": size, "blobId": git}
-    if not name.endswith((".json", ".md")):
-        entry["lfs"] = {"sha256": sha256, "size": size, "pointerSize": 130}
+    if is_large(name):
+        entry["lfs"] = {"sha256": sha256, "oid": sha256, "size": size, "pointerSize": 130}
     return entry
 
 
@@ -196,6 +335,19 @@ def serve(repos, **options):
         hub.shutdown()
         hub.server_close()
         thread.join()
+
+
+class Online(Cosmos):
+    """The command, with a hub on the loopback; `variables` are of its environment."""
+
+    hub = None
+    token = None
+    variables = None
+
+    def environment(self):
+        own = {"HF_ENDPOINT": self.hub.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(self.cwd / "hf")}
+        own |= {"HF_TOKEN": self.token} if self.token else {}
+        return {**super().environment(), **own, **(self.variables or {})}
 
 
 class _Socks(socketserver.StreamRequestHandler):
