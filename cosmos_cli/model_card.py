@@ -91,8 +91,10 @@ def _fields(r: Recipe, extras: Extras) -> str:
         }  # fmt: skip
     fields |= {"library_name": "cosmos-posttrain", "pipeline_tag": "text-to-video"}
     if extras.samples:
+        # A line "---" in a caption would end the fields.
         fields["widget"] = [
-            {"text": prompt, "output": {"url": name}} for name, prompt in extras.samples
+            {"text": " ".join(prompt.split()), "output": {"url": name}}
+            for name, prompt in extras.samples
         ]
     return yaml.safe_dump(fields, sort_keys=False, allow_unicode=True, width=1000)
 

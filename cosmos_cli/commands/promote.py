@@ -92,7 +92,6 @@ def promote(
         hub_push.require_own(push, hub_push.look(push), public, yes)
     if push and is_promoted(target, run, wanted):
         console.say(f"step {number} ({weights}) of {r.run_dir} is promoted to {target}")
-        require_own(target, run, yes, aside)
         manifest = promoted.manifest_of(target)
     elif dry_run:
         console.say(f"promoting step {number} ({weights}) of {r.run_dir} to {target}")
