@@ -239,7 +239,7 @@ def old_python(tmp_path):
 @pytest.mark.parametrize(
     ("system", "commands"),
     [
-        ("ID=ubuntu\nID_LIKE=debian", ["apt-get install -y software-properties-common && ",
+        ("ID=ubuntu\nID_LIKE=debian", ["apt-get update && ", "add-apt-repository -y ppa:deadsnakes/ppa",
                                        "apt-get install -y python3.12 python3.12-venv"]),
         ('ID="rocky"\nID_LIKE="rhel centos fedora"', ["dnf install -y python3.12"]),
         ("ID=debian", ["curl -LsSf https://astral.sh/uv/install.sh | sh",
