@@ -1,6 +1,7 @@
 """The command line as a contract."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -332,3 +333,36 @@ def test_the_shell_completes_values(cosmos, words, choice):
     process = cosmos.start(env={**cosmos.environment(), **asked})
     shown, _ = process.communicate()
     assert choice in shown.split()
+
+
+def test_a_command_to_paste_leaves_out_options_as_long_as_a_book(cosmos):
+    long = ("--set", f"prompt={'word ' * 1000}")
+    (line,) = cosmos("promote", "tiny", *long, code=4).stderr.splitlines()
+    assert line.endswith("run `cosmos train tiny --set ...` first")
+
+
+def test_every_command_in_a_message_has_a_recipe_and_options_that_exist():
+    import typer
+
+    from cosmos_cli.app import app
+
+    commands = typer.main.get_command(app).commands
+    wrong = []
+    for path in Path("cosmos_cli").rglob("*.py"):
+        text = re.sub(r'"\s*\n\s*f?"', "", path.read_text())
+        # Commands in docstrings are for the reader of the code.
+        text = re.sub(r'"""[\s\S]*?"""', "", text)
+        wrong += [f"{path}: {found}" for found in re.findall(r"(?:run|then) cosmos \w+", text)]
+        for verb, rest in re.findall(r"`cosmos (\w+)([^`\n]*)`", text):
+            command = commands[verb]
+            if group := getattr(command, "commands", None):
+                command = group[rest.split()[0]]
+            known = {name for p in command.params for name in p.opts}
+            unknown = set(re.findall(r"--[a-z][a-z-]*", rest)) - known
+            takes_recipe = "RECIPE" in {p.metavar for p in command.params}
+            # A bare verb is a name, as in "another `cosmos prep` works here".
+            if unknown or (
+                rest and takes_recipe and not re.search(r"RECIPE|tiny|lora|my_videos|\{", rest)
+            ):
+                wrong.append(f"{path}: cosmos {verb}{rest}")
+    assert wrong == []

@@ -21,6 +21,11 @@ if TYPE_CHECKING:
     from cosmos_cli.recipe.loading import LoadedRecipe
 
 
+# A command in a message has at most this many characters of --set options. Ranks inherit them in a
+# variable, which Linux limits to 128 KB.
+MOST_WORDS = 2000
+
+
 def shipped_names() -> list[str]:
     """Return the names of the shipped recipes, for shell completion."""
     from cosmos_cli.recipe import loading
@@ -119,7 +124,9 @@ def open_recipe(
 
 def name_recipe(name: str, overrides: list[str] | None) -> None:
     """Make messages name this recipe in their commands, see `errors.fill_in`."""
-    os.environ[TYPED_RECIPE] = recipe_words(name, overrides)
+    words = recipe_words(name, overrides)
+    short = len(words) <= MOST_WORDS
+    os.environ[TYPED_RECIPE] = words if short else f"{shlex.quote(name)} --set ..."
 
 
 def command_line(verb: str, recipe: str, overrides: list[str] | None, extra: str = "") -> str:

@@ -92,8 +92,8 @@ class Recipe(BaseModel):
         THIRD_PARTY_T5,
     )
     base: str | None = _model(
-        "Weights to start from: a .pt or .safetensors file, or a diffusers folder; null uses the "
-        "model's own weights.",
+        "Weights to start from: a .pt or .safetensors file, or a folder that holds one or a "
+        "diffusers model; null uses the model's own weights.",
         None,
         pattern=TEXT,
         decides="run",
@@ -125,7 +125,8 @@ class Recipe(BaseModel):
         pattern=TEXT,
     )
     captions_file: str | None = _data(
-        "CSV or JSONL file with the columns file and caption; null means no such file.",
+        "CSV or JSONL file with the columns file and caption, or file_name and text; null means "
+        "metadata.csv or metadata.jsonl in the dataset, if there is one.",
         None,
         pattern=TEXT,
     )

@@ -206,12 +206,8 @@ def plan(r: Recipe, ranks: int, gpu: GpuModel | None) -> Plan:
     host += _streamed_bytes(r, streamed_parts(r, gpu)) / 1e9
     seconds = None if gpu is None else step_seconds(r, ranks, gpu)
     element_size = 2 if r.precision == "bf16" else 4
-    # A save gathers the weights and the EMA; a start reads the base weights. Streamed weights stay.
-    whole = (
-        0
-        if r.offload == "weights"
-        else max(r.trained_parameters * (element_size + 4), r.spec.dit.parameters * element_size)
-    )
+    # A save gathers the weights and the EMA. The base weights are read from a mapped file.
+    whole = r.trained_parameters * (element_size + 4)
     space = disk(r, 0)
     return Plan(
         memory_gb=memory,

@@ -30,7 +30,7 @@ from cosmos_cli.setup import installs, packages, probes
 from cosmos_cli.setup.installs import last_line
 from cosmos_cli.setup.packages import Check, Status
 from cosmos_cli.setup.probes import Outcome, Probe
-from cosmos_cli.train import preflight
+from cosmos_cli.train import launch, preflight
 
 if TYPE_CHECKING:
     from cosmos_cli.recipe.keys import Recipe
@@ -40,7 +40,6 @@ OLDEST_PYTHON, NEWEST_PYTHON = (3, 11), (3, 13)
 # Below these limits something may fail, so they only warn.
 SHARED_MEMORY_BYTES = 1e9
 OPEN_FILES = 1024
-WORKING_MEMORY_BYTES = 4e9
 # Ampere, the first architecture with bf16.
 OLDEST_CAPABILITY = [8, 0]
 
@@ -267,7 +266,7 @@ def _memory(r: Recipe) -> Check:
     limit = Path("/sys/fs/cgroup/memory.max")
     if limit.exists() and (text := limit.read_text().strip()).isdigit():
         total = min(total, int(text))
-    needed = WORKING_MEMORY_BYTES + 2 * r.spec.dit.parameters
+    needed = 1e9 * plan.plan(r, launch.world_size(r), None).cpu_gb
     found = f"{console.size(total)}"
     if total < needed:
         fix = "close other programs or use a larger machine"

@@ -296,8 +296,8 @@ def test_a_short_prompt_without_the_upsampler_of_nvidias_command_is_said(cosmos)
     _, said = choose(cosmos, "my_videos", "--model", "base")
     (line,) = [line for line in said.splitlines() if "NVIDIA's command" in line]
     assert line.startswith("the prompt has 2 words:")
-    words = f"my_videos --set guardrails=off {option} --for generate"
-    assert f"`cosmos download {words}`" in line
+    assert "run `cosmos download my_videos " in line
+    assert f"{option} --for generate`" in line
     (cosmos.cwd / option.partition("=")[2]).mkdir()
     assert f"to turn it on, add `{option}`" in choose(cosmos, "my_videos", "--model", "base")[1]
     quiet = ("--model", "base", "--set", "upsampler_word_limit=1")

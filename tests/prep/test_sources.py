@@ -13,6 +13,9 @@ import pytest
 import torch
 
 from cosmos_cli.model import video
+from cosmos_cli.model.video import VideoInfo
+from cosmos_cli.prep import sources
+from cosmos_cli.recipe.keys import Recipe
 from tests.helpers.command import Cosmos
 
 pytestmark = pytest.mark.workflow
@@ -270,3 +273,28 @@ def test_every_frame_is_what_an_independent_decoder_shows(folder):
         assert torch.equal(frames, independent_frames(path, *frames.shape[-2:])), path.name
         compared += 1
     assert compared >= 40
+
+
+def test_a_table_of_many_videos_shows_the_rejected_ones_and_counts_the_others():
+    facts = {"frames": 9, "fps": 24, "width": 96, "height": 64, "clips": 1}
+    rows = [
+        {"file": f"{n}.mp4", "verdict": "rejected" if n == 70 else "used", "reason": "",
+         "caption": "\x1b[31mred", **facts}
+        for n in range(80)
+    ]  # fmt: skip
+    _, first, *_, last = sources.verdict_table(rows).splitlines()
+    assert first.startswith("70.mp4")
+    assert "96x64" in first
+    assert last == "... and 30 more"
+    assert "\x1b" not in first
+
+
+def test_small_videos_are_enlarged_with_a_warning_that_names_another_recipe(tmp_path):
+    r = Recipe(model="Cosmos-Predict1-7B-Text2World", dataset_dir=str(tmp_path), name="robots")
+    small = sources.Source(
+        "a", tmp_path / "a.mp4", info=VideoInfo(150, 24.0, 240, 320, 6.0, "h264")
+    )
+    (line,) = sources.remarks(r, [small])
+    assert line.startswith("1 video is enlarged to 1280x704, most from 320x240")
+    assert f"`cosmos recipes new robots_small --videos {tmp_path / 'videos'}`" in line
+    assert sources.remarks(r.model_copy(update={"height": 240, "width": 320}), [small]) == []
