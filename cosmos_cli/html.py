@@ -40,8 +40,8 @@ pre { overflow-x: auto; font-size: .85rem }
 # A palette that colour-blind readers can tell apart. Source: Okabe and Ito 2008.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 MOST_TICKS = 6
-# Cells of a table break anywhere, as a hash or a path must. Those with more characters than LONG are
-# wider, and those with at most SHORT do not break.
+# Cells of a table break anywhere, as a hash or a path must. Cells of more than LONG characters are
+# wider, and cells of at most SHORT characters do not break.
 LONG, SHORT = 40, 12
 # Size of a plot and its margins: left, top, right, bottom. In a column of `row`, a unit is a pixel.
 WIDTH, HEIGHT, MARGINS = 400, 220, (52, 14, 14, 26)

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cosmos_cli.paths import Dataset
-from cosmos_cli.recipe import strict_yaml
+from cosmos_cli.recipe import strict_yaml, training_plan
+from cosmos_cli.recipe.rules import LEAST_SHARE_OF_PIXELS
+from cosmos_cli.recipe.training_plan import Machine
 from cosmos_cli.spec import COSMOS_7B as SPEC
 
 if TYPE_CHECKING:
@@ -18,10 +20,6 @@ if TYPE_CHECKING:
 SAME_RATE = 0.02
 # If cropping keeps less than this share of the frames, pad them with black instead.
 LEAST_KEPT_BY_CROP = 0.6
-SMALLEST_BATCH = 8
-# How often the run shows each clip, within the limits on its number of steps.
-PASSES = 50
-FEWEST_STEPS, MOST_STEPS = 200, 2000
 
 
 class Line(NamedTuple):
@@ -33,39 +31,54 @@ class Line(NamedTuple):
 
 
 def propose(
-    name: str, folder: Path, videos: Sequence[VideoInfo], captioned: int, gpus: Sequence[str]
-) -> list[Line]:
-    """Choose a value for each key from the videos and the GPUs of this machine.
+    name: str, folder: Path, videos: Sequence[VideoInfo], captioned: int, machine: Machine
+) -> tuple[list[Line], list[str]]:
+    """Choose a value for each key from the videos and the GPUs.
+
+    Return the lines of the recipe, and lines that say what the run needs.
 
     Args:
         name: the name of the recipe and of its run.
         folder: the folder of the videos.
         videos: the usable videos.
         captioned: the number of videos that have a caption.
-        gpus: the names of this machine's GPUs.
+        machine: the GPUs to train on.
     """
     from cosmos_cli.model.video import frames_at_policy
 
     rate, policy = _rate(videos)
     lengths = sorted(frames_at_policy(info, policy.value, rate.value) for info in videos)
     frames = _num_frames(lengths, rate.value)
-    clips = sum(length // frames.value for length in lengths)
+    height, width, resize = _shape(videos)
     uncaptioned = len(videos) - captioned
     caption = f"{uncaptioned} of {len(videos)} videos have no caption; describe them here"
-    return [
+    places = _places(name, folder)
+    held_out = _holdout(len(videos))
+    clip = training_plan.Clip(frames.value, height.value, width.value)
+    chosen = training_plan.choose(clip, lengths, held_out.value, machine)
+    if chosen.clip != clip:
+        smaller = f"larger or longer clips do not fit on {machine} or do not end in time"
+        frames = Line("num_frames", chosen.clip.frames, smaller)
+        height = Line("height", chosen.clip.height, smaller)
+        width = Line("width", chosen.clip.width, smaller)
+    lines = [
         Line("model", SPEC.name, "it is the released model that can be post-trained"),
-        *_places(name, folder),
+        *places,
         Line("prompt", f"A video of {name.replace('_', ' ')}.", caption)
         if uncaptioned
         else Line("prompt", None, "every video has its own caption"),
         frames,
-        *_shape(videos),
+        height,
+        width,
+        resize,
         rate,
         policy,
-        *_schedule(clips, gpus),
+        held_out,
+        *(Line(*row) for row in chosen.lines),
         Line("output_root", "outputs", "the run is saved in output_root/project/group/name"),
         Line("name", name, "it is the name of this recipe"),
     ]
+    return lines, training_plan.describe(chosen, machine)
 
 
 def to_yaml(choices: Sequence[Line], header: Sequence[str]) -> str:
@@ -121,12 +134,17 @@ def _num_frames(lengths: list[int], fps: float) -> Line:
     return Line("num_frames", frames, reason + more)
 
 
-def _shape(videos: Sequence[VideoInfo]) -> list[Line]:
+def _shape(videos: Sequence[VideoInfo]) -> tuple[Line, Line, Line]:
+    """Choose the size that the model was trained at, or that of smaller videos."""
     (height, width), count = Counter((info.height, info.width) for info in videos).most_common(1)[0]
     size = (SPEC.height, SPEC.width)
-    trained = f"the model was trained at {SPEC.width}x{SPEC.height}"
+    reason = f"the model was trained at {SPEC.width}x{SPEC.height}"
     if sum(info.height > info.width for info in videos) * 2 > len(videos):
-        size, trained = size[::-1], f"most videos are in portrait format ({trained})"
+        size, reason = size[::-1], f"most videos are in portrait format ({reason})"
+    if height * width < LEAST_SHARE_OF_PIXELS * size[0] * size[1]:
+        step = SPEC.size_multiple
+        size = (max(height // step, 1) * step, max(width // step, 1) * step)
+        reason = f"enlarging them to {SPEC.width}x{SPEC.height} would add cost and no detail"
     shape = size[1] / size[0]
     shares = [
         min(info.width / info.height / shape, shape * info.height / info.width) for info in videos
@@ -138,39 +156,15 @@ def _shape(videos: Sequence[VideoInfo]) -> list[Line]:
         resize = Line(
             "resize", "crop", f"it keeps the proportions and cuts off at most {lost} of a frame"
         )
-    return [
-        Line("height", size[0], trained),
+    return (
+        Line("height", size[0], reason),
         Line("width", size[1], f"{count} of {len(videos)} videos are {width}x{height}"),
         resize,
-    ]
-
-
-def _schedule(clips: int, gpus: Sequence[str]) -> list[Line]:
-    count = max(len(gpus), 1)
-    batch = count * -(-SMALLEST_BATCH // count)
-    clips = max(clips, 1)
-    wanted = round(clips * PASSES / batch, -2)
-    steps = int(min(max(wanted, FEWEST_STEPS), MOST_STEPS))
-    hardware = (
-        f"this machine has {len(gpus)} x {gpus[0]}" if gpus else "no GPU was found on this machine"
     )
-    return [
-        Line("learning_rate", 4.957595e-5, "NVIDIA's own training uses it"),
-        Line("warmup_steps", steps // 20, "it is a twentieth of the run"),
-        Line(
-            "max_steps", steps, f"each of {clips} clips is seen {steps * batch / clips:.0f} times"
-        ),
-        Line("save_every_steps", steps // 5, "five checkpoints can be compared"),
-        Line(
-            "global_batch_size",
-            batch,
-            f"it is at least {SMALLEST_BATCH} and a multiple of the number of GPUs",
-        ),
-        Line("micro_batch_size", 1, "one clip fills a GPU"),
-        Line("num_processes", "auto", hardware),
-        Line(
-            "precision",
-            "bf16",
-            "the model's weights are in bf16, and NVIDIA GPUs since 2020 compute in it",
-        ),
-    ]
+
+
+def _holdout(videos: int) -> Line:
+    if videos < 2:
+        return Line("holdout_share", 0.0, "a single video cannot be held out")
+    share = 0.1 if videos >= 10 else 0.2
+    return Line("holdout_share", share, "the error on held-out videos chooses the best step")

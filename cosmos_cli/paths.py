@@ -162,12 +162,11 @@ def _videos_in(folder: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
         # A link leads back to a folder above it.
         return
     with os.scandir(folder) as entries:
-        shown = [entry for entry in entries if not entry.name.startswith(".")]
-    for entry in shown:
-        path = folder / entry.name
+        shown = [folder / entry.name for entry in entries if not entry.name.startswith(".")]
+    for path in shown:
         if path.suffix.lower() in VIDEO_SUFFIXES:
             yield path
-        elif entry.name not in _NO_VIDEOS and entry.is_dir():
+        elif path.name not in _NO_VIDEOS and path.is_dir():
             yield from _videos_in(path, (*above, real))
 
 

@@ -89,7 +89,7 @@ def _dry_run(r: Recipe, dataset: paths.Dataset) -> Result:
     videos = sources.inspect(r, dataset)
     caption_choice.find_captions(r, dataset, videos)
     notes = caption_notes.collect(r, dataset, videos)
-    for line in [*notes.lines(r), *sources.remarks(videos)]:
+    for line in [*notes.lines(r), *sources.remarks(r, videos)]:
         console.warn(line)
     sources.require_usable(r, dataset, videos)
     prepare.require_ready(r, dataset, videos)

@@ -17,9 +17,11 @@ from cosmos_cli.commands import options
 from cosmos_cli.console import Result
 from cosmos_cli.errors import ExitCode, UserError, usage_error
 from cosmos_cli.prep import captions
+from cosmos_cli.recipe import plan
 
 if TYPE_CHECKING:
     from cosmos_cli.model.video import VideoInfo
+    from cosmos_cli.recipe.training_plan import Machine
 
 app = typer.Typer(no_args_is_help=True, help="Find, read, check and write recipes.")
 
@@ -120,9 +122,11 @@ def check(
     from cosmos_cli.recipe import loading
 
     loaded = loading.load(name, set_ or ())
-    for warning in loaded.warnings:
+    # `cosmos recipes new` wrote the reason next to each value.
+    warnings = loaded.unexpected if loading.is_written_by_us(loaded.path) else loaded.warnings
+    for warning in warnings:
         console.warn(warning)
-    figures = {"path": str(loaded.path.absolute()), "warnings": list(loaded.warnings)}
+    figures = {"path": str(loaded.path.absolute()), "warnings": list(warnings)}
     console.emit(Result("ok", figures=figures), as_json=json_)
 
 
@@ -186,6 +190,14 @@ def schema(
 def new(
     name: Annotated[str, typer.Argument(metavar="NAME", help="Writes NAME.yaml.")],
     videos: Annotated[Path, typer.Option("--videos", help="The folder with the videos.")],
+    gpus: Annotated[
+        str | None,
+        typer.Option(
+            metavar="8xH100-80GB",
+            help="The GPUs to train on, if they are not this machine's.",
+            autocompletion=plan.gpu_choices,
+        ),
+    ] = None,
     yes: options.YesOption = False,
     json_: options.JsonOption = False,
 ) -> None:
@@ -193,7 +205,7 @@ def new(
 
     Example: cosmos recipes new robot --videos ~/robot_videos
     """
-    from cosmos_cli import gpus, new_recipe
+    from cosmos_cli import new_recipe
     from cosmos_cli.recipe import keys, loading
 
     name, videos = name.removesuffix(".yaml"), files.expand(videos)
@@ -202,28 +214,53 @@ def new(
         raise usage_error(f"NAME {name}", f"must be {keys.PATTERNS[keys.NAME]}")
     dataset = new_recipe.dataset_of(name, videos)
     _check_free(target, yes)
+    machine = _machine(gpus)
     usable, bad = _probe(dataset)
     captioned = _captioned(dataset, list(usable))
-    known = gpus.gpu_names()
-    choices = new_recipe.propose(name, videos, list(usable.values()), captioned, known)
+    found = list(usable.values())
+    choices, needs = new_recipe.propose(name, videos, found, captioned, machine)
     header = [
         f"Written by `cosmos recipes new {name}` from {len(usable)} videos of "
         f"{console.duration(sum(info.seconds for info in usable.values()))} in all.",
         *(f"Left out: {line}" for line in bad),
+        *needs,
         "",
         f"Run: cosmos setup {target}, then download, prep, train, promote and generate.",
     ]
     files.write_text(target, new_recipe.to_yaml(choices, header))
     loaded = loading.load(target)
+    for line in needs:
+        console.say(line)
     for warning in (*bad, *loaded.unexpected):
         console.warn(warning)
     result = Result(
         str(target.absolute()),
         [target.absolute()],
-        {"videos": len(usable), "left_out": bad, "choices": [row._asdict() for row in choices]},
+        {
+            "videos": len(usable),
+            "left_out": bad,
+            "needs": needs,
+            "choices": [row._asdict() for row in choices],
+        },
         f"cosmos setup {shlex.quote(str(target))}",
     )
     console.emit(result, as_json=json_)
+
+
+def _machine(gpus: str | None) -> Machine:
+    """Return the GPUs that --gpus names, or this machine's, or one H100 if there are none."""
+    from cosmos_cli.gpus import gpu_names
+    from cosmos_cli.recipe.training_plan import Machine
+    from cosmos_cli.train.preflight import smallest_gpu
+
+    if gpus:
+        return Machine(*plan.parse_gpus(gpus), "--gpus says so")
+    names, gpu = gpu_names(), smallest_gpu()
+    if gpu:
+        return Machine(len(names), gpu, f"this machine has {len(names)} x {names[0]}")
+    why = f"{names[0]} is not a known GPU" if names else "no GPU was found on this machine"
+    console.say(f"{why}: choosing for 1xH100-80GB; name other GPUs with `--gpus 1xRTX-4090`")
+    return Machine(1, *plan.parse_gpus("1xH100-80GB")[1:], f"{why}; planned for 1xH100-80GB")
 
 
 def _probe(dataset: paths.Dataset) -> tuple[dict[Path, VideoInfo], list[str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -37,6 +38,12 @@ def train(
             autocompletion=planner.gpu_choices,
         ),
     ] = None,
+    pcie: Annotated[
+        int | None,
+        typer.Option(
+            min=3, max=5, help="Plan for this PCIe generation; by default that of the GPU."
+        ),
+    ] = None,
     overwrite: Annotated[
         bool,
         typer.Option(
@@ -61,8 +68,9 @@ def train(
         return
     if not gpus:
         preflight.warn_of_hidden_gpus()
-    if plan or gpus:
+    if plan or gpus or pcie:
         count, gpu = planner.parse_gpus(gpus) if gpus else (processes, preflight.smallest_gpu())
+        gpu = replace(gpu, pcie=pcie) if gpu and pcie else gpu
         preflight.check_world(r, count)
         if not overwrite:
             preflight.warn_of_overwriting(r, run, command)

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar, cast
 from urllib.parse import urlsplit
-from urllib.request import getproxies, proxy_bypass
 
 from cosmos_cli import console
 from cosmos_cli.download.assets import HOME, Asset
@@ -58,6 +57,9 @@ def _proxies() -> dict[str, tuple[str, str]]:
     Raises:
         UserError: a value is not the URL of a proxy, or its kind is not supported.
     """
+    # Importing it takes 24 ms, and every command imports this module.
+    from urllib.request import getproxies
+
     given = getproxies()
     found = {}
     for scheme in ("http", "https", "all"):
@@ -76,6 +78,8 @@ def _proxies() -> dict[str, tuple[str, str]]:
 
 def _proxy_of(address: str) -> tuple[str, str] | None:
     """Return the variable and the value of the proxy that an address is asked through, if any."""
+    from urllib.request import proxy_bypass
+
     parts = urlsplit(address)
     if proxy_bypass(parts.netloc):
         return None

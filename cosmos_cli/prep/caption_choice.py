@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -178,6 +179,21 @@ def description_key(r: Recipe, source: Source) -> str:
     return files.sha256_text(str(r.caption_model), str(source.span), *file)
 
 
+def content_key(r: Recipe, source: Source) -> str:
+    """Return a hash as of `description_key`, by the content of the video: a copy has another time.
+
+    It reads the whole file, so it is compared only if `description_key` differs.
+    """
+    content = _sha256_of(source.path, files.stamp_of(source.path))
+    return files.sha256_text(str(r.caption_model), str(source.span), content)
+
+
+@lru_cache(maxsize=1)
+def _sha256_of(path: Path, _version: tuple[int, int]) -> str:
+    """Return the sha256 of a file. It is cached, because a file may hold many episodes."""
+    return files.sha256_file(path)
+
+
 def read_description(r: Recipe, dataset: Dataset, source: Source) -> str | None:
     """Return the captioning model's description, None if the video has changed or has none."""
     path = dataset.descriptions / f"{source.stem}.json"
@@ -185,7 +201,9 @@ def read_description(r: Recipe, dataset: Dataset, source: Source) -> str | None:
         return None
     value = files.read_json(path)
     words: str = value["caption"]
-    return words if value["key"] == description_key(r, source) else None
+    if value["key"] == description_key(r, source):
+        return words
+    return words if "content" in value and value["content"] == content_key(r, source) else None
 
 
 def read_caption(path: Path, source: Source) -> str:

@@ -149,6 +149,7 @@ def _describe_one(r: Recipe, dataset: Dataset, source: Source, captioner: Captio
         return
     value = {
         "key": caption_choice.description_key(r, source),
+        "content": caption_choice.content_key(r, source),
         "model": r.caption_model,
         "caption": words,
     }

@@ -46,7 +46,7 @@ def prepare(r: Recipe, device: str) -> dict[str, Any]:
     times = Stopwatch()
     with times("inspect"):
         videos = sources.inspect(r, dataset)
-    for line in sources.remarks(videos):
+    for line in sources.remarks(r, videos):
         console.warn(line)
     sources.require_usable(r, dataset, videos)
     job = _job(r, videos)
@@ -150,7 +150,7 @@ def _finish(
         v.name: latents.statistics[v.name] for v in videos if v.name in latents.statistics
     }
     findings = page.Findings(
-        manifest, statistics, times.seconds, [*notes.lines(r), *sources.remarks(videos)]
+        manifest, statistics, times.seconds, [*notes.lines(r), *sources.remarks(r, videos)]
     )
     page.write_page(r, dataset, videos, findings, latents.tokenizer)
     # A process that was killed while this one waited may have left temporary files.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from cosmos_cli.model import video
 from cosmos_cli.paths import Dataset
 from cosmos_cli.prep import lerobot
 from cosmos_cli.recipe.keys import Recipe
+from cosmos_cli.recipe.rules import LEAST_SHARE_OF_PIXELS
 
 # A warning names at most this many videos and counts the others.
 MOST_NAMED = 5
@@ -169,9 +171,19 @@ _MARKS = {
 }
 
 
-def remarks(sources: list[Source]) -> list[str]:
-    """Return a warning for each kind of video that is used as it is but should be converted."""
+def remarks(r: Recipe, sources: list[Source]) -> list[str]:
+    """Return a warning for each kind of video that is used but should be treated in another way."""
     lines = []
+    least = LEAST_SHARE_OF_PIXELS * r.height * r.width
+    used = [v for v in sources if v.info and not v.reason]
+    small = [v.info for v in used if v.info and v.info.height * v.info.width < least]
+    if small:
+        (size, _), *_ = Counter(f"{info.width}x{info.height}" for info in small).most_common(1)
+        count = "1 video is" if len(small) == 1 else f"{len(small)} videos are"
+        lines.append(
+            f"{count} enlarged to {r.width}x{r.height}, most from {size}: that adds cost and no "
+            "detail; `cosmos recipes new NAME --videos FOLDER` proposes their size"
+        )
     for mark, (what, how) in _MARKS.items():
         found = [v for v in sources if v.info and not v.reason and getattr(v.info, mark)]
         if found:

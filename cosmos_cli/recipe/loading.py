@@ -71,10 +71,15 @@ def load(name_or_path: str | Path, overrides: Sequence[str] = ()) -> LoadedRecip
     return LoadedRecipe(recipe, origins, tuple(warnings), unexpected, path)
 
 
+def is_written_by_us(path: Path) -> bool:
+    """True if `cosmos recipes new` wrote the recipe."""
+    return files.read_text(path, files.RECIPE).startswith(WRITTEN_BY_US)
+
+
 def _expected(path: Path) -> set[str]:
     """Return the warnings that a recipe which we ship or write causes by itself."""
     text = files.read_text(path, files.RECIPE)
-    ours = text.startswith(WRITTEN_BY_US) or any(
+    ours = is_written_by_us(path) or any(
         text == files.read_text(shipped_path, files.RECIPE) for shipped_path in shipped().values()
     )
     if not ours:

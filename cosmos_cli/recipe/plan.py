@@ -79,35 +79,41 @@ OFFLOADED = {
     "parameters": ("EMA", "optimizer", "gradients", "weights"),
     "weights": (),
 }
+# GB/s of copies between pinned CPU memory and a GPU, by PCIe generation.
+PCIE_RATES = {3: 11.0, 4: 22.0, 5: 45.0}
 # GB/s at which each GPU's offloaded state is updated and transferred, about the rate of PCIe.
 HOST_RATE = 20
 
 
 @dataclass(frozen=True)
 class GpuModel:
-    """A kind of GPU: memory in GB, dense bf16 peak in TFLOP/s, memory and link rates in GB/s."""
+    """A kind of GPU: memory in GB, dense bf16 peak in TFLOP/s, memory and link rates in GB/s.
+
+    `pcie` is the generation of its 16 PCIe lanes, through which CPU memory is read.
+    """
 
     name: str
     memory_gb: float
     tflops: float
     memory_rate: float
     link_rate: float
+    pcie: int = 4
 
 
 # Source: the vendor's data sheets; link rates as NCCL reaches them, over NVLink or PCIe.
 GPUS = (
-    GpuModel("H100-80GB", 85.0, 989, 3000, 370),
-    GpuModel("H200", 150.0, 989, 4300, 370),
-    GpuModel("H100-NVL", 100.0, 835, 3500, 240),
-    GpuModel("H100-PCIe", 85.0, 756, 1900, 22),
-    GpuModel("H800", 85.0, 989, 3000, 160),
-    GpuModel("B200", 191.0, 2250, 7000, 740),
+    GpuModel("H100-80GB", 85.0, 989, 3000, 370, 5),
+    GpuModel("H200", 150.0, 989, 4300, 370, 5),
+    GpuModel("H100-NVL", 100.0, 835, 3500, 240, 5),
+    GpuModel("H100-PCIe", 85.0, 756, 1900, 22, 5),
+    GpuModel("H800", 85.0, 989, 3000, 160, 5),
+    GpuModel("B200", 191.0, 2250, 7000, 740, 5),
     GpuModel("A100-80GB", 85.0, 312, 1800, 230),
     GpuModel("A100-40GB", 42.4, 312, 1400, 230),
     GpuModel("L40S", 47.7, 362, 800, 20),
     GpuModel("A6000", 50.9, 155, 700, 20),
     GpuModel("RTX-4090", 25.4, 165, 940, 20),
-    GpuModel("RTX-5090", 34.2, 210, 1650, 40),
+    GpuModel("RTX-5090", 34.2, 210, 1650, 40, 5),
 )
 
 
@@ -200,8 +206,8 @@ def plan(r: Recipe, ranks: int, gpu: GpuModel | None) -> Plan:
     host += _streamed_bytes(r, streamed_parts(r, gpu)) / 1e9
     seconds = None if gpu is None else step_seconds(r, ranks, gpu)
     element_size = 2 if r.precision == "bf16" else 4
-    # A save gathers the weights and the EMA; a start reads the base weights.
-    whole = max(r.trained_parameters * (element_size + 4), r.spec.dit.parameters * element_size)
+    # A save gathers the weights and the EMA. The base weights are read from a mapped file.
+    whole = r.trained_parameters * (element_size + 4)
     space = disk(r, 0)
     return Plan(
         memory_gb=memory,
@@ -408,6 +414,17 @@ def _streamed_bytes(r: Recipe, parts: Residence) -> float:
     )
 
 
+def _copied_bytes(r: Recipe, parts: Residence) -> float:
+    """Return the bytes that a micro step copies from or to CPU memory, in both directions.
+
+    Weights are read twice, for the forward and the backward pass. Activations go out and back.
+    """
+    element_size = 2 if r.precision == "bf16" else 4
+    per_block = 1 if r.activation_checkpointing == "all" else 2
+    weights = parts.streamed * r.spec.dit.block_parameters * element_size
+    return 2.0 * (weights + parts.stored * per_block * _activation(r))
+
+
 def forward_bytes(r: Recipe, ranks: int) -> float:
     """Return an upper bound of the bytes that a forward pass without gradients adds to training.
 
@@ -477,7 +494,8 @@ def step_seconds(r: Recipe, ranks: int, gpu: GpuModel) -> float:
     micro_steps = math.ceil(r.global_batch_size * shared / (ranks * r.micro_batch_size))
     held = _memory(r, ranks, gpu)
     host = sum(held[part] for part in OFFLOADED[r.offload]) / (HOST_RATE * 1e9)
-    return micro_steps * max(arithmetic * r.micro_batch_size, traffic) + host
+    streamed = _copied_bytes(r, streamed_parts(r, gpu)) / (PCIE_RATES[gpu.pcie] * 1e9)
+    return micro_steps * max(arithmetic * r.micro_batch_size, traffic, streamed) + host
 
 
 def traffic_seconds(r: Recipe, ranks: int, gpu: GpuModel) -> float:

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 # Block buffers of the weight stream on the GPU.
 BUFFERS = 2
-# Activations on the GPU that are on their way to or from CPU memory.
-IN_TRANSIT = 4
+# Activations on the GPU that are on their way to or from CPU memory. Measured: 6.9 and 7.4.
+IN_TRANSIT = 7
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,9 @@ from collections.abc import Iterator
 
 from cosmos_cli.recipe.keys import FP8_MULTIPLE, Recipe
 
+# Videos with a smaller share of a recipe's pixels should keep their size: enlarging adds no detail.
+LEAST_SHARE_OF_PIXELS = 0.5
+
 
 def conflicts(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str, str]]:
     """Yield the keys, the problem and the fix of each set of values that cannot work together."""

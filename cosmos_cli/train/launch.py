@@ -144,6 +144,8 @@ def _failure(messages: list[dict[str, Any]], launcher_code: int) -> UserError:
     if "traceback" in own:
         print(own["traceback"], file=sys.stderr)
         what, code = "failed with the traceback above", ExitCode.BUG
+    elif "connection" in own:
+        what, code = own["connection"], ExitCode.TRAINING
     elif process_code is None:
         what, code = f"the launcher exited with code {launcher_code}", ExitCode.TRAINING
     elif process_code == -signal.SIGKILL:

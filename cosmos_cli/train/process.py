@@ -7,6 +7,8 @@ import os
 import sys
 import traceback
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
 from typing import Any
@@ -15,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from cosmos_cli import console, files, ranks
-from cosmos_cli.errors import UserError
+from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.model.device import gpu_memory_errors
 from cosmos_cli.paths import Dataset, Run
 from cosmos_cli.prep import holdout
@@ -31,6 +33,31 @@ from cosmos_cli.train.watchdog import Watchdog
 # Measured on 2 x H100 with 12 blocks of the 7B: 6.18 s a step without communication, 6.58 s with
 # NCCL's default, 6.30 s with 4.
 NCCL_SMS = 4
+
+
+class LostConnection(UserError):
+    """This rank lost its connection to another one, whose own failure says more if there is one."""
+
+
+@contextmanager
+def connection_errors() -> Iterator[None]:
+    """Turn the errors of communication between the ranks into a LostConnection.
+
+    The time-outs of gloo and NCCL count seconds. So a run that was stopped as a whole for longer,
+    as by a closed laptop or a paused virtual machine, may find them expired.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "/gloo/" not in str(error):
+            raise
+        # gloo begins with a place in its source and ends with general advice.
+        reason = str(error).rpartition("] ")[2].partition(". ")[0].partition("\n")[0][:100]
+        raise LostConnection(
+            "lost the connection to another rank, which hangs or has ended, or the run was stopped "
+            f"as a whole for longer than timeout_seconds ({reason})",
+            code=ExitCode.TRAINING, fix="the same command resumes",
+        ) from error  # fmt: skip
 
 
 def run_rank(r: Recipe) -> dict[str, Any]:
@@ -49,7 +76,7 @@ def run_rank(r: Recipe) -> dict[str, Any]:
     watchdog = Watchdog(r.timeout_seconds)
     watchdog.start()
     fix = plan.relief(r, dist.get_world_size())
-    with console.log_file(run.log), gpu_memory_errors(fix):
+    with console.log_file(run.log), gpu_memory_errors(fix), connection_errors():
         outcome = train_on_dataset(r, device)
     if dist.get_rank() == 0:
         outcome["best_step"] = status.best_step(run)
@@ -122,6 +149,9 @@ def main(resolved: str) -> int:
     sys.excepthook = post_bug
     try:
         run_rank(loading.load(resolved).recipe)
+    except LostConnection as error:
+        ranks.post({"rank": rank, "connection": str(error)})
+        return int(error.code)
     except UserError as error:
         ranks.post({"rank": rank, "code": int(error.code), "error": str(error)})
         return int(error.code)

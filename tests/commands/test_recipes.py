@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +9,12 @@ import jsonschema
 import pytest
 from typer.testing import CliRunner
 
-from cosmos_cli import new_recipe
+from cosmos_cli import files, new_recipe
 from cosmos_cli.commands.recipes import app
 from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.model.video import VideoInfo
-from cosmos_cli.recipe import loading
+from cosmos_cli.recipe import loading, plan
+from cosmos_cli.recipe.training_plan import Machine
 
 
 @pytest.fixture(autouse=True)
@@ -102,8 +104,12 @@ def info(frames: int = 240, fps: float = 24.0, height: int = 720, width: int = 1
     return VideoInfo(frames, fps, height, width, frames / fps, "h264")
 
 
-def choices(*videos: VideoInfo, captioned: int = 0, gpus: tuple[str, ...] = ()) -> dict[str, Any]:
-    rows = new_recipe.propose("robot", Path("clips"), videos, captioned, gpus)
+def machine(gpus: str = "8xH100-80GB") -> Machine:
+    return Machine(*plan.parse_gpus(gpus), "--gpus says so")
+
+
+def choices(*videos: VideoInfo, captioned: int = 0, gpus: str = "8xH100-80GB") -> dict[str, Any]:
+    rows, _ = new_recipe.propose("robot", Path("clips"), videos, captioned, machine(gpus))
     assert all(row.because for row in rows)
     return {row.key: row.value for row in rows}
 
@@ -128,7 +134,7 @@ def test_the_rate_is_the_models_unless_the_videos_are_slower() -> None:
     assert rates(30, 30) == (24, "resample")
     assert rates(15, 15) == (15, "keep")
     assert rates(15, 15, 24) == (15, "resample")
-    rows = new_recipe.propose("robot", Path("clips"), [info(fps=30)] * 2, 0, ())
+    rows, _ = new_recipe.propose("robot", Path("clips"), [info(fps=30)] * 2, 0, machine())
     assert {row.key: row.because for row in rows}["fps_policy"] == "30 fps is resampled to 24"
 
 
@@ -142,15 +148,47 @@ def test_the_shape_follows_the_videos() -> None:
         return found["height"], found["width"], found["resize"]
 
     assert shape((720, 1280)) == (704, 1280, "crop")
-    assert shape((480, 640)) == (704, 1280, "crop")
+    assert shape((480, 640)) == (480, 640, "crop")
+    assert shape((250, 330)) == (240, 320, "crop")
+    assert shape((540, 960)) == (704, 1280, "crop")
     assert shape((1920, 1080)) == (1280, 704, "crop")
     assert shape((720, 1280), (720, 1280), (1080, 1080)) == (704, 1280, "crop")
     assert shape((1000, 1000)) == (704, 1280, "pad")
 
 
-def test_the_batch_is_a_multiple_of_the_number_of_gpus() -> None:
-    sizes = {n: choices(info(), gpus=("H200",) * n)["global_batch_size"] for n in (0, 1, 3, 8, 16)}
-    assert sizes == {0: 8, 1: 8, 3: 9, 8: 8, 16: 16}
+GPUS = ("1xRTX-4090", "1xH100-80GB", "4xL40S", "8xH100-80GB")
+
+
+@pytest.mark.parametrize("gpus", GPUS)
+@pytest.mark.parametrize("size", [(240, 320), (480, 640), (1080, 1920)])
+@pytest.mark.parametrize("count", [5, 24, 200, 2000])
+def test_a_new_recipe_fits_and_ends_within_twelve_hours(
+    workplace: Path, gpus: str, size: tuple[int, int], count: int
+) -> None:
+    videos = [info(150, 30.0, *size)] * count
+    lines, needs = new_recipe.propose("robot", Path("clips"), videos, 0, machine(gpus))
+    header = ["Written by `cosmos recipes new robot` from videos.", *needs]
+    files.write_text(workplace / "robot.yaml", new_recipe.to_yaml(lines, header))
+    assert run_json("check", "robot.yaml")["warnings"] == []
+    r, ranks = loading.load("robot.yaml").recipe, machine(gpus)
+    found = plan.plan(r, ranks.count, ranks.gpu)
+    assert found.total_gb <= ranks.gpu.memory_gb * plan.COMFORTABLE
+    assert found.run_hours is not None
+    assert found.run_hours <= 12
+    assert r.max_steps >= 200
+    assert r.global_batch_size % ranks.count == 0
+    assert (r.lora_rank == 0) == (count >= 100 and gpus != "1xRTX-4090")
+    assert r.height <= size[0] + 16
+    assert f"{found.run_hours:.1f} hours" in " ".join(needs)
+
+
+def test_a_gpu_that_is_too_small_is_named_with_what_would_do(workplace: Path) -> None:
+    tiny_gpu = Machine(1, replace(machine("1xRTX-4090").gpu, memory_gb=2.0), "--gpus says so")
+    _, needs = new_recipe.propose("robot", Path("clips"), [info()] * 5, 0, tiny_gpu)
+    assert "does not fit" in needs[-1]
+    slow = Machine(1, replace(machine("1xRTX-4090").gpu, tflops=0.5), "--gpus says so")
+    _, needs = new_recipe.propose("robot", Path("clips"), [info()] * 5, 0, slow)
+    assert "does not end within 12 hours" in needs[-1]
 
 
 def test_the_run_is_long_enough_for_the_clips_and_its_warm_up_ends() -> None:

@@ -180,7 +180,7 @@ def test_a_model_of_another_machine_uses_the_networks_of_this_one(cosmos, tmp_pa
     assert "/there" not in choose(cosmos, *asked, "--set", "checkpoints_dir=checkpoints")[1]
     folder = shutil.copytree(folder, far / folder.name)
     assert f"is not there: using {usual}" in choose(cosmos, "--model", folder)[1]
-    (far / paths.TEXT_ENCODER_DIR).mkdir(parents=True)
+    put_networks(far)
     assert f"is not there: using {far}" in choose(cosmos, "--model", folder)[1]
 
 

@@ -108,6 +108,8 @@ def test_descriptions_follow_the_prompt_and_given_captions_stay(cosmos, vlm):
     assert {path.stem for path in times} == {"2", "3"}
 
     (metas / "3.txt").write_text("Edited by a person.\n")
+    # A copy of the dataset has other times.
+    (videos / "2.mp4").touch()
     cosmos("prep", "tiny", *write_by_vlm(vlm, "prompt=tkt robot:"))
     assert rows(dataset)[2:] == [
         (f"tkt robot: {words[0]}", "vlm"), ("Edited by a person.", "metas")

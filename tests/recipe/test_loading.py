@@ -256,7 +256,8 @@ def test_an_unusual_value_gives_a_warning(file: Path, line: str, warning: str) -
 
 def test_every_shipped_recipe_loads_and_fits_the_schema() -> None:
     assert set(loading.shipped()) == {
-        "tiny", "nemo_assets", "hdvila", "my_videos", "lora", "two_gpus", "four_gpus", "two_nodes",
+        "tiny", "nemo_assets", "hdvila", "my_videos", "lora", "lora_24gb",
+        "lora_24gb_full_size", "two_gpus", "four_gpus", "two_nodes",
     }  # fmt: skip
     validator = jsonschema.Draft202012Validator(loading.json_schema())
     for name, path in loading.shipped().items():
@@ -311,7 +312,7 @@ def test_a_recipe_is_found_by_path_first_then_by_name(
     ("name", "message"),
     [
         ("nemo_asets", "nemo_asets: no such recipe; did you mean 'nemo_assets'? shipped recipes: "),
-        ("zzz", "zzz: no such recipe; shipped recipes: four_gpus, hdvila, lora, my_videos, "),
+        ("zzz", "zzz: no such recipe; shipped recipes: four_gpus, hdvila, lora, lora_24gb, "),
         ("no/tiny.yaml", "no/tiny.yaml: no such file; did you mean 'tiny'?"),
         ("nope.yaml", "nope.yaml: no such file"),
         (".", ".: a folder, not a recipe"),

@@ -101,6 +101,9 @@ def test_a_bare_environment_fails_row_by_row_in_one_json_object(tmp_path, enviro
     assert found["torch"]["found"] == "ModuleNotFoundError: No module named 'torch'"
     failed = {name for name, row in found.items() if row["status"] == "fail"}
     assert failed >= {"torch", "transformers", "DeepSpeed", "FFmpeg and torchcodec", "output_root"}
+    planned = cosmos(tmp_path, "setup", "--dry-run", "--set", "output_root=/proc/x", python=python)
+    assert planned.returncode == ExitCode.ENVIRONMENT
+    assert "error: output_root: " in planned.stderr
     # pip would bring a torch of its own choice with DeepSpeed.
     assert found["DeepSpeed"]["fix"] == "bash recipes/install.sh"
     assert all(found[name]["fix"] for name in failed)

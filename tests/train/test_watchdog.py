@@ -128,3 +128,39 @@ def test_without_a_launcher_the_loss_of_rank_0_ends_the_others(tmp_path):
     _, err = ranks[1].communicate(timeout=30)
     assert ranks[1].returncode == 6, err
     assert "error: rank 0: has exited" in err
+
+
+EXPIRED = """
+import datetime, sys, time
+import torch
+import torch.distributed as dist
+from cosmos_cli.errors import UserError
+from cosmos_cli.train import process
+
+rank = int(sys.argv[1])
+store = dist.FileStore(sys.argv[2], 2)
+wait = datetime.timedelta(seconds=2)
+dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=wait)
+time.sleep(4 * rank)
+try:
+    with process.connection_errors():
+        dist.all_reduce(torch.ones(2))
+except UserError as error:
+    print(type(error).__name__, int(error.code), error)
+"""
+
+
+def test_an_expired_time_out_is_one_line_and_not_a_bug(tmp_path):
+    """The first rank waits too long, and the second finds that the first has gone."""
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-c", EXPIRED, str(rank), str(tmp_path / "store")],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    for process in both:
+        (line,) = process.communicate(timeout=60)[0].splitlines()
+        assert line.startswith("LostConnection 6 lost the connection to another rank, which hangs")
+        assert line.endswith("; the same command resumes")
