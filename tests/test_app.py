@@ -354,9 +354,12 @@ def test_every_command_in_a_message_has_a_recipe_and_options_that_exist():
         text = re.sub(r'"""[\s\S]*?"""', "", text)
         wrong += [f"{path}: {found}" for found in re.findall(r"(?:run|then) cosmos \w+", text)]
         for verb, rest in re.findall(r"`cosmos (\w+)([^`\n]*)`", text):
-            known = {name for p in commands[verb].params for name in p.opts}
+            command = commands[verb]
+            if verb == "recipes" and rest:
+                command = command.commands[rest.split()[0]]
+            known = {name for p in command.params for name in p.opts}
             unknown = set(re.findall(r"--[a-z][a-z-]*", rest)) - known
-            takes_recipe = "RECIPE" in {p.metavar for p in commands[verb].params}
+            takes_recipe = "RECIPE" in {p.metavar for p in command.params}
             # A bare verb is a name, as in "another `cosmos prep` works here".
             if unknown or (
                 rest and takes_recipe and not re.search(r"RECIPE|tiny|lora|my_videos|\{", rest)
