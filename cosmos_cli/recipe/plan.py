@@ -225,6 +225,21 @@ def plan(r: Recipe, ranks: int, gpu: GpuModel | None) -> Plan:
     )
 
 
+def require_fit(r: Recipe, gpu: GpuModel) -> None:
+    """Refuse a streamed training that does not fit on a GPU although everything else is streamed.
+
+    Raises:
+        UserError: (GPU_MEMORY) the error names what is needed and the next smaller clip.
+    """
+    found = plan(r, 1, gpu)
+    if found.total_gb > gpu.memory_gb:
+        raise UserError(
+            f"needs {found.total_gb:.1f} GB of GPU memory even with streamed weights, "
+            f"{gpu.memory_gb:.1f} GB are free",
+            code=ExitCode.GPU_MEMORY, where=r.name, fix=f"add {smaller_clip(r)}",
+        )  # fmt: skip
+
+
 def remedies(r: Recipe, ranks: int, gpu: GpuModel) -> list[tuple[str, Plan]]:
     """Return the --set options that make the recipe fit, with their plans, the best first.
 

@@ -70,14 +70,15 @@ def streamed_parts(r: Recipe, device: torch.device) -> Residence:
     """Return what `offload: weights` streams, given the free memory of the GPU.
 
     Raises:
-        UserError: (ASSET) there is not enough CPU memory.
+        UserError: (GPU_MEMORY) the GPU cannot even hold what is never streamed.
     """
     if r.offload != "weights":
         return Residence()
     gpu = None
     if device.type == "cuda":
         # Only the memory of this entry matters here.
-        gpu = plan.GpuModel("", free_bytes(device) / 1e9, 1, 1, 1)
+        gpu = plan.GpuModel("GPU", free_bytes(device) / 1e9, 1, 1, 1)
+        plan.require_fit(r, gpu)
     parts, blocks = plan.streamed_parts(r, gpu), r.spec.dit.blocks
     console.say(
         f"streamed from CPU memory: the weights of {parts.streamed} of {blocks} blocks, "

@@ -103,3 +103,12 @@ def test_cpu_memory_that_is_not_there_is_refused_before_anything_starts():
     with pytest.raises(UserError, match=r"offload optimizer needs .* GB of CPU memory") as caught:
         preflight.check_cpu_memory(r, 8000)
     assert caught.value.code == ExitCode.ASSET
+
+
+def test_a_card_that_is_too_small_for_streaming_gets_the_next_smaller_clip():
+    r = loading.load("lora_24gb_full_size").recipe
+    plan.require_fit(r, plan.GpuModel("card", 25.4, 1, 1, 1))
+    with pytest.raises(UserError) as caught:
+        plan.require_fit(r, plan.GpuModel("card", 12.0, 1, 1, 1))
+    assert caught.value.code == ExitCode.GPU_MEMORY
+    assert "12.0 GB are free; add `--set num_frames=57`" in str(caught.value)
