@@ -32,7 +32,7 @@ def prep(
     from cosmos_cli.gpus import best_device
     from cosmos_cli.model.device import gpu_memory_errors
     from cosmos_cli.prep import prepare, sources
-    from cosmos_cli.recipe import plan
+    from cosmos_cli.recipe import advice
 
     if dry_run:
         console.emit(_dry_run(r, dataset), as_json=json_)
@@ -40,7 +40,7 @@ def prep(
 
     with (
         console.log_file(dataset.root / "prep.log"),
-        gpu_memory_errors(f"use {plan.smaller_clip(r)}"),
+        gpu_memory_errors(f"use {advice.smaller_clip(r)}"),
     ):
         try:
             manifest = prepare.prepare(r, best_device())

@@ -1,7 +1,7 @@
 import pytest
 
 from cosmos_cli.errors import ExitCode, UserError
-from cosmos_cli.recipe import loading, plan, residence
+from cosmos_cli.recipe import advice, gpu_models, loading, plan, residence
 from cosmos_cli.spec import COSMOS_7B
 from cosmos_cli.train import preflight
 
@@ -32,7 +32,7 @@ def test_streamed_blocks_are_spread_over_the_network():
 
 def streamed_plan(gib, *pairs):
     r = loading.load("lora_24gb_full_size", pairs).recipe
-    gpu = plan.GpuModel("card", gib * 2**30 / GB, 165, 940, 20)
+    gpu = gpu_models.GpuModel("card", gib * 2**30 / GB, 165, 940, 20)
     return plan.plan(r, 1, gpu), plan.streamed_parts(r, gpu)
 
 
@@ -64,13 +64,13 @@ def test_a_card_that_holds_everything_streams_nothing():
 def test_a_slower_link_takes_longer_once_copies_are_not_hidden():
     r = loading.load("lora_24gb").recipe
     seconds = [
-        plan.step_seconds(r, 1, plan.GpuModel("card", 8.0, 989, 3000, 20, pcie))
+        plan.step_seconds(r, 1, gpu_models.GpuModel("card", 8.0, 989, 3000, 20, pcie))
         for pcie in (3, 4, 5)
     ]
     assert seconds[0] > 1.5 * seconds[1] > seconds[2]
     full = loading.load("lora_24gb_full_size").recipe
     for pcie in (3, 5):
-        gpu = plan.GpuModel("card", 25.4, 165, 940, 20, pcie)
+        gpu = gpu_models.GpuModel("card", 25.4, 165, 940, 20, pcie)
         assert plan.step_seconds(full, 1, gpu) == pytest.approx(92, rel=0.05)
 
 
@@ -107,8 +107,8 @@ def test_cpu_memory_that_is_not_there_is_refused_before_anything_starts():
 
 def test_a_card_that_is_too_small_for_streaming_gets_the_next_smaller_clip():
     r = loading.load("lora_24gb_full_size").recipe
-    plan.require_fit(r, plan.GpuModel("card", 25.4, 1, 1, 1))
+    advice.require_fit(r, gpu_models.GpuModel("card", 25.4, 1, 1, 1))
     with pytest.raises(UserError) as caught:
-        plan.require_fit(r, plan.GpuModel("card", 12.0, 1, 1, 1))
+        advice.require_fit(r, gpu_models.GpuModel("card", 12.0, 1, 1, 1))
     assert caught.value.code == ExitCode.GPU_MEMORY
     assert "12.0 GB are free; add `--set num_frames=57`" in str(caught.value)
