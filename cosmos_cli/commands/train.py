@@ -16,6 +16,7 @@ from cosmos_cli.recipe import advice, gpu_models
 from cosmos_cli.train import launch, preflight, status
 
 if TYPE_CHECKING:
+    from cosmos_cli.recipe.keys import Recipe
     from cosmos_cli.recipe.loading import LoadedRecipe
 
 
@@ -69,13 +70,9 @@ def train(
     if not gpus:
         preflight.warn_of_hidden_gpus()
     if plan or gpus or pcie:
-        count, gpu = gpu_models.parse_gpus(gpus) if gpus else (processes, preflight.smallest_gpu())
-        gpu = replace(gpu, pcie=pcie) if gpu and pcie else gpu
-        preflight.check_world(r, count)
         if not overwrite:
             preflight.warn_of_overwriting(r, run, command)
-        figures = advice.check_memory(r, count, gpu)
-        console.emit(Result(advice.describe(r, count, gpu), figures=figures), as_json=json_)
+        console.emit(_plan(r, processes, gpus, pcie), as_json=json_)
         return
     ready = preflight.check_training(r, run, processes, None if overwrite else command)
     what = f"LoRA of rank {r.lora_rank} on {r.model}" if r.lora_rank else r.model
@@ -95,6 +92,15 @@ def train(
     following = "train" if dry_run and not ready.finished else "promote"
     next_ = options.command_line(following, recipe, set_, best)
     console.emit(Result(str(run.root), artifacts, figures, next_), as_json=json_)
+
+
+def _plan(r: Recipe, processes: int, gpus: str | None, pcie: int | None) -> Result:
+    """Return what the recipe needs on this machine's GPUs, or on those that are named."""
+    count, gpu = gpu_models.parse_gpus(gpus) if gpus else (processes, preflight.smallest_gpu())
+    gpu = replace(gpu, pcie=pcie) if gpu and pcie else gpu
+    preflight.check_world(r, count)
+    figures = advice.check_memory(r, count, gpu)
+    return Result(advice.describe(r, count, gpu), figures=figures)
 
 
 def _outcome(
