@@ -68,7 +68,8 @@ python_commands() {
   else
     case " $ID $ID_LIKE " in
       *" ubuntu "*)
-        echo "  ${sudo}apt-get install -y software-properties-common && ${sudo}add-apt-repository -y ppa:deadsnakes/ppa"
+        echo "  ${sudo}apt-get update && ${sudo}apt-get install -y software-properties-common"
+        echo "  ${sudo}add-apt-repository -y ppa:deadsnakes/ppa"
         echo "  ${sudo}apt-get install -y python3.12 python3.12-venv" ;;
       *" rhel "* | *" fedora "*) echo "  ${sudo}dnf install -y python3.12" ;;
       *suse*) echo "  ${sudo}zypper install -y python312" ;;

@@ -10,7 +10,7 @@ import pytest
 
 from cosmos_cli import files, gpus, paths
 from cosmos_cli.gpus import Gpu, select
-from cosmos_cli.recipe import loading, plan
+from cosmos_cli.recipe import gpu_models, loading
 from cosmos_cli.train import launch
 from tests.helpers.command import Cosmos
 
@@ -129,13 +129,13 @@ def test_a_remark_warns_of_the_order_of_different_gpus():
 
 
 def test_a_slice_is_planned_with_its_own_memory_and_rates():
-    whole = plan.find_gpu(H100)
-    part = plan.find_gpu(f"{H100} MIG 3g.40gb")
+    whole = gpu_models.find_gpu(H100)
+    part = gpu_models.find_gpu(f"{H100} MIG 3g.40gb")
     assert (part.name, part.memory_gb) == ("H100-80GB MIG 3g.40gb", 40)
     assert part.tflops == pytest.approx(whole.tflops * 3 / 7)
-    assert plan.find_gpu("NVIDIA A100-SXM4-40GB MIG 1c.2g.10gb").memory_gb == 10
-    assert plan.find_gpu("NVIDIA H100 80GB HBM3 MIG 1g.10gb+me").memory_gb == 10
-    assert plan.find_gpu("NVIDIA Unknown MIG 1g.10gb") is None
+    assert gpu_models.find_gpu("NVIDIA A100-SXM4-40GB MIG 1c.2g.10gb").memory_gb == 10
+    assert gpu_models.find_gpu("NVIDIA H100 80GB HBM3 MIG 1g.10gb+me").memory_gb == 10
+    assert gpu_models.find_gpu("NVIDIA Unknown MIG 1g.10gb") is None
 
 
 STAND_IN = """

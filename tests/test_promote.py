@@ -93,7 +93,7 @@ def test_two_runs_are_promoted_side_by_side_and_generate_uses_either(twice):
     first = twice.json("promote", "tiny", *RUN)
     refused = twice("promote", "tiny", *SECOND, "--step", "4", code=2).stderr
     assert "holds the model of another run" in refused
-    assert "--set lora_rank=0 --set name=second --step 4 --name second, or" in refused
+    assert "--set lora_rank=0 --set name=second --step 4 --name second`, or" in refused
     second = twice.json("promote", "tiny", *SECOND, "--name", "second")
     assert second["artifacts"] == [str(twice.cwd / "checkpoints" / f"{FOLDER}_second" / "model.pt")]
     assert second["next"].endswith("--model second")
@@ -134,7 +134,7 @@ def test_files_that_promote_did_not_write_are_replaced_only_with_yes(trained, ma
         (folder / "manifest.json").write_text(manifest)
     for more in ([], ["--dry-run"]):
         refused = trained("promote", "tiny", *RUN, *more, code=2).stderr
-        assert "holds files that promote did not write; keep both with cosmos promote" in refused
+        assert "holds files that promote did not write; keep both with `cosmos promote" in refused
         assert (folder / "model.pt").read_text() == "by hand"
     done = trained.json("promote", "tiny", *RUN, "--yes")
     assert used(trained)["sha256"] == done["sha256"]

@@ -14,7 +14,7 @@ from cosmos_cli.commands import options
 from cosmos_cli.errors import ExitCode, Interrupted, UserError, together
 from cosmos_cli.generate import batch, choice, jobs
 from cosmos_cli.generate.jobs import Request, Result, Settings
-from cosmos_cli.recipe import plan
+from cosmos_cli.recipe import advice
 
 if TYPE_CHECKING:
     from cosmos_cli.recipe.keys import Recipe
@@ -182,7 +182,7 @@ def _finish(results: Iterator[Result], r: Recipe, *, streaming: bool) -> console
     """
     from cosmos_cli.model.device import gpu_memory_errors
 
-    fix = f"use `--set memory=in_turn` or {plan.smaller_clip(r)}"
+    fix = f"use `--set memory=in_turn` or {advice.smaller_clip(r)}"
     seen: list[Result] = []
     try:
         with gpu_memory_errors(fix):

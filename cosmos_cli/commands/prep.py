@@ -32,7 +32,7 @@ def prep(
     from cosmos_cli.gpus import best_device
     from cosmos_cli.model.device import gpu_memory_errors
     from cosmos_cli.prep import prepare, sources
-    from cosmos_cli.recipe import plan
+    from cosmos_cli.recipe import advice
 
     if dry_run:
         console.emit(_dry_run(r, dataset), as_json=json_)
@@ -40,7 +40,7 @@ def prep(
 
     with (
         console.log_file(dataset.root / "prep.log"),
-        gpu_memory_errors(f"use {plan.smaller_clip(r)}"),
+        gpu_memory_errors(f"use {advice.smaller_clip(r)}"),
     ):
         try:
             manifest = prepare.prepare(r, best_device())
@@ -49,13 +49,7 @@ def prep(
             raise
         verdicts = manifest["videos"]
         rejected = [video for video in verdicts if video["verdict"] == "rejected"]
-        for video in rejected[: sources.MOST_LINES]:
-            # An episode has a name of its own; other videos are named by their path.
-            is_file = dataset.name_of(dataset.videos / video["path"]) == video["file"]
-            where = dataset.videos / video["path" if is_file else "file"]
-            console.warn(f"{where}: rejected: {video['reason']}")
-        if len(rejected) > sources.MOST_LINES:
-            console.warn(f"{len(rejected) - sources.MOST_LINES} more videos are rejected")
+        _warn_of_rejected(dataset, rejected)
         console.say(
             f"{len(verdicts) - len(rejected)} of {len(verdicts)} videos used, "
             f"{len(rejected)} rejected, {len(manifest['clips'])} clips{_held_out(r, verdicts)}"
@@ -80,6 +74,19 @@ def prep(
         ),
         as_json=json_,
     )
+
+
+def _warn_of_rejected(dataset: paths.Dataset, rejected: list[dict[str, Any]]) -> None:
+    """Warn of each rejected video, and count those beyond the first fifty."""
+    from cosmos_cli.prep.sources import MOST_LINES
+
+    for video in rejected[:MOST_LINES]:
+        # An episode has a name of its own; other videos are named by their path.
+        is_file = dataset.name_of(dataset.videos / video["path"]) == video["file"]
+        where = dataset.videos / video["path" if is_file else "file"]
+        console.warn(f"{where}: rejected: {video['reason']}")
+    if len(rejected) > MOST_LINES:
+        console.warn(f"{len(rejected) - MOST_LINES} more videos are rejected")
 
 
 def _dry_run(r: Recipe, dataset: paths.Dataset) -> Result:

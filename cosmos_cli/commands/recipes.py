@@ -17,7 +17,7 @@ from cosmos_cli.commands import options
 from cosmos_cli.console import Result
 from cosmos_cli.errors import ExitCode, UserError, usage_error
 from cosmos_cli.prep import captions
-from cosmos_cli.recipe import plan
+from cosmos_cli.recipe import gpu_models
 
 if TYPE_CHECKING:
     from cosmos_cli.model.video import VideoInfo
@@ -195,7 +195,7 @@ def new(
         typer.Option(
             metavar="8xH100-80GB",
             help="The GPUs to train on, if they are not this machine's.",
-            autocompletion=plan.gpu_choices,
+            autocompletion=gpu_models.gpu_choices,
         ),
     ] = None,
     yes: options.YesOption = False,
@@ -254,13 +254,13 @@ def _machine(gpus: str | None) -> Machine:
     from cosmos_cli.train.preflight import smallest_gpu
 
     if gpus:
-        return Machine(*plan.parse_gpus(gpus), "--gpus says so")
+        return Machine(*gpu_models.parse_gpus(gpus), "--gpus says so")
     names, gpu = gpu_names(), smallest_gpu()
     if gpu:
         return Machine(len(names), gpu, f"this machine has {len(names)} x {names[0]}")
     why = f"{names[0]} is not a known GPU" if names else "no GPU was found on this machine"
     console.say(f"{why}: choosing for 1xH100-80GB; name other GPUs with `--gpus 1xRTX-4090`")
-    return Machine(1, *plan.parse_gpus("1xH100-80GB")[1:], f"{why}; planned for 1xH100-80GB")
+    return Machine(1, *gpu_models.parse_gpus("1xH100-80GB")[1:], f"{why}; planned for 1xH100-80GB")
 
 
 def _probe(dataset: paths.Dataset) -> tuple[dict[Path, VideoInfo], list[str]]:

@@ -12,10 +12,11 @@ from cosmos_cli import console, ranks
 from cosmos_cli.commands import options
 from cosmos_cli.console import Result
 from cosmos_cli.paths import Run
-from cosmos_cli.recipe import plan as planner
+from cosmos_cli.recipe import advice, gpu_models
 from cosmos_cli.train import launch, preflight, status
 
 if TYPE_CHECKING:
+    from cosmos_cli.recipe.keys import Recipe
     from cosmos_cli.recipe.loading import LoadedRecipe
 
 
@@ -35,7 +36,7 @@ def train(
         typer.Option(
             metavar="8xH100-80GB",
             help="Plan for other GPUs than this machine's.",
-            autocompletion=planner.gpu_choices,
+            autocompletion=gpu_models.gpu_choices,
         ),
     ] = None,
     pcie: Annotated[
@@ -69,13 +70,9 @@ def train(
     if not gpus:
         preflight.warn_of_hidden_gpus()
     if plan or gpus or pcie:
-        count, gpu = planner.parse_gpus(gpus) if gpus else (processes, preflight.smallest_gpu())
-        gpu = replace(gpu, pcie=pcie) if gpu and pcie else gpu
-        preflight.check_world(r, count)
         if not overwrite:
             preflight.warn_of_overwriting(r, run, command)
-        figures = planner.check_memory(r, count, gpu)
-        console.emit(Result(planner.describe(r, count, gpu), figures=figures), as_json=json_)
+        console.emit(_plan(r, processes, gpus, pcie), as_json=json_)
         return
     ready = preflight.check_training(r, run, processes, None if overwrite else command)
     what = f"LoRA of rank {r.lora_rank} on {r.model}" if r.lora_rank else r.model
@@ -97,6 +94,15 @@ def train(
     console.emit(Result(str(run.root), artifacts, figures, next_), as_json=json_)
 
 
+def _plan(r: Recipe, processes: int, gpus: str | None, pcie: int | None) -> Result:
+    """Return what the recipe needs on this machine's GPUs, or on those that are named."""
+    count, gpu = gpu_models.parse_gpus(gpus) if gpus else (processes, preflight.smallest_gpu())
+    gpu = replace(gpu, pcie=pcie) if gpu and pcie else gpu
+    preflight.check_world(r, count)
+    figures = advice.check_memory(r, count, gpu)
+    return Result(advice.describe(r, count, gpu), figures=figures)
+
+
 def _outcome(
     loaded: LoadedRecipe, ready: preflight.Ready, dry_run: bool, overwrite: bool
 ) -> dict[str, Any]:
@@ -108,8 +114,8 @@ def _outcome(
         return {"step": ready.start, "best_step": status.best_step(run)}
     if dry_run:
         gpu = preflight.smallest_gpu()
-        figures = planner.check_memory(r, processes, gpu)
-        console.say(planner.describe(r, processes, gpu))
+        figures = advice.check_memory(r, processes, gpu)
+        console.say(advice.describe(r, processes, gpu))
         return {"deletes": [str(path) for path in ready.deletes], "plan": figures}
     if ranks.under_launcher():
         return launch.join(loaded, overwrite)

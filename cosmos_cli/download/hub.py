@@ -61,6 +61,8 @@ def _proxies() -> dict[str, tuple[str, str]]:
     from urllib.request import getproxies
 
     given = getproxies()
+    if "*" in given.get("no", "").split(","):
+        return {}
     found = {}
     for scheme in ("http", "https", "all"):
         if url := given.get(scheme):

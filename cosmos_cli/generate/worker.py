@@ -19,7 +19,7 @@ from cosmos_cli.generate.video_models import Pair
 from cosmos_cli.gpus import best_device
 from cosmos_cli.model.device import gpu_memory_errors
 from cosmos_cli.model.sequence import neighbours
-from cosmos_cli.recipe import plan
+from cosmos_cli.recipe import advice
 
 # A pipe writes up to 4,096 bytes atomically, so short lines of several processes do not mix.
 MAX_CHARACTERS = 500
@@ -37,7 +37,7 @@ def main(listed: str) -> int:
         dist.init_process_group("gloo" if device == "cpu" else "nccl")
         pair, teams = pair_of(world // len(todo)), len(todo)
     try:
-        with gpu_memory_errors(f"use {plan.smaller_clip(todo[0].r)}"):
+        with gpu_memory_errors(f"use {advice.smaller_clip(todo[0].r)}"):
             for result in generate(todo[rank * teams // world :: teams], device, pair):
                 if pair is None or pair.writes:
                     _report(todo.index(result.job), result.error)

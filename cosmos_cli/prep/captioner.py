@@ -17,7 +17,7 @@ from cosmos_cli.model import pretrained, video
 from cosmos_cli.model.device import number_format
 from cosmos_cli.model.finite import require_finite
 from cosmos_cli.paths import Dataset
-from cosmos_cli.prep import caption_choice, captions, helpers, work_sharing
+from cosmos_cli.prep import caption_choice, captions, processes, work_sharing
 from cosmos_cli.prep.sources import Source
 from cosmos_cli.recipe.keys import Recipe
 
@@ -96,7 +96,7 @@ def describe_videos(
     with work_sharing.workers(_lock(dataset), job) as workers:
         workers.start()
         pieces = len(unseen) if workers.can_share else 1
-        with helpers.helping(r, pieces, _help_to_describe, (r, dataset, videos, job)):
+        with processes.helping(r, pieces, _help_to_describe, (r, dataset, videos, job)):
             _share(r, dataset, videos, workers, device)
             finished = workers.wait_for_others()
         if not finished:

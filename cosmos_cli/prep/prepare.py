@@ -22,10 +22,10 @@ from cosmos_cli.prep import (
     caption_notes,
     captioner,
     embedding_files,
-    helpers,
     holdout,
     latent_files,
     page,
+    processes,
     sources,
     work_sharing,
 )
@@ -71,7 +71,7 @@ def prepare(r: Recipe, device: str) -> dict[str, Any]:
             _check_embeddings(r, dataset, videos)
         workers.start()
         pieces = sum(not source.reason for source in videos) if workers.can_share else 1
-        with helpers.helping(r, pieces, _help_to_encode, (r, dataset, videos, job)):
+        with processes.helping(r, pieces, _help_to_encode, (r, dataset, videos, job)):
             with times("embed"):
                 _write_embeddings(r, dataset, videos, workers, device)
             latents = Latents(r, dataset, videos, device)

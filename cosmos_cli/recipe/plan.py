@@ -8,14 +8,11 @@ plain PyTorch. Bytes are decimal (1 GB = 10^9). A multiply-add counts as two ope
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from cosmos_cli import console
-from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.recipe import residence
+from cosmos_cli.recipe.gpu_models import PCIE_RATES, GpuModel
 from cosmos_cli.recipe.residence import Residence
 
 if TYPE_CHECKING:
@@ -51,24 +48,6 @@ NODE, NODE_RATE = 8, 360
 # Elements in DeepSpeed's gradient reduction bucket, and in the parameter group whose fp32 gradients
 # exist at the same time during an optimizer step. DeepSpeed's defaults are 5e8 and 1e9.
 REDUCE_BUCKET, STEP_GROUP = 200_000_000, 200_000_000
-# Changes that save memory, in the order to try them.
-GPU_SAVERS = (
-    {"zero_stage": 3},
-    {"activation_checkpointing": "attention"},
-    {"activation_checkpointing": "all"},
-    {"micro_batch_size": 1},
-    {"sequence_parallel": 2},
-)
-SAVERS = (
-    *GPU_SAVERS,
-    {"offload": "weights", "zero_stage": 1},
-    {"offload": "ema"},
-    {"offload": "optimizer"},
-    {"offload": "parameters", "zero_stage": 3},
-)
-LORA = {"lora_rank": 16, "learning_rate": 2e-4}
-# Shorter clips to try. Their length must be 8k + 1.
-SHORTER = (57, 33)
 # The CPU memory of one process: Python, torch, CUDA and their buffers. An estimate.
 PROCESS_BYTES = 3e9
 # The parts that move to CPU memory, by the value of the recipe key `offload`.
@@ -79,42 +58,8 @@ OFFLOADED = {
     "parameters": ("EMA", "optimizer", "gradients", "weights"),
     "weights": (),
 }
-# GB/s of copies between pinned CPU memory and a GPU, by PCIe generation.
-PCIE_RATES = {3: 11.0, 4: 22.0, 5: 45.0}
 # GB/s at which each GPU's offloaded state is updated and transferred, about the rate of PCIe.
 HOST_RATE = 20
-
-
-@dataclass(frozen=True)
-class GpuModel:
-    """A kind of GPU: memory in GB, dense bf16 peak in TFLOP/s, memory and link rates in GB/s.
-
-    `pcie` is the generation of its 16 PCIe lanes, through which CPU memory is read.
-    """
-
-    name: str
-    memory_gb: float
-    tflops: float
-    memory_rate: float
-    link_rate: float
-    pcie: int = 4
-
-
-# Source: the vendor's data sheets; link rates as NCCL reaches them, over NVLink or PCIe.
-GPUS = (
-    GpuModel("H100-80GB", 85.0, 989, 3000, 370, 5),
-    GpuModel("H200", 150.0, 989, 4300, 370, 5),
-    GpuModel("H100-NVL", 100.0, 835, 3500, 240, 5),
-    GpuModel("H100-PCIe", 85.0, 756, 1900, 22, 5),
-    GpuModel("H800", 85.0, 989, 3000, 160, 5),
-    GpuModel("B200", 191.0, 2250, 7000, 740, 5),
-    GpuModel("A100-80GB", 85.0, 312, 1800, 230),
-    GpuModel("A100-40GB", 42.4, 312, 1400, 230),
-    GpuModel("L40S", 47.7, 362, 800, 20),
-    GpuModel("A6000", 50.9, 155, 700, 20),
-    GpuModel("RTX-4090", 25.4, 165, 940, 20),
-    GpuModel("RTX-5090", 34.2, 210, 1650, 40, 5),
-)
 
 
 @dataclass(frozen=True)
@@ -138,65 +83,6 @@ class Plan:
     def fits(self) -> bool:
         """True if the memory is enough, or if the GPU is not known."""
         return self.available_gb is None or self.total_gb <= self.available_gb
-
-
-def parse_gpus(text: str) -> tuple[int, GpuModel]:
-    """Return the count and kind of "8xH100-80GB", "1xRTX4090-24GB" or "2xNVIDIA H200".
-
-    Raises:
-        UserError: the text has another form, or may mean none or several of the known GPUs.
-    """
-    counted = re.fullmatch(r"(?:(\d+)\s*[x*]\s*)?(.*)", text.strip(), re.IGNORECASE)
-    count, name = (counted[1] or "1", counted[2]) if counted else ("0", "")
-    gpu = find_gpu(name)
-    if int(count[:9]) and gpu:
-        return int(count[:9]), gpu
-    words = _words(name)
-    alike = [gpu.name for gpu in GPUS if _words(gpu.name)[0] in words] if int(count[:9]) else []
-    known = ", ".join(gpu.name for gpu in GPUS)
-    ways = " or ".join(f"`--gpus {count}x{name}`" for name in alike)
-    raise UserError(
-        f"{text!r} may be several GPUs" if alike else f"{text!r} is not a count of known GPUs",
-        code=ExitCode.USAGE, where="--gpus",
-        fix=f"which one? {ways}" if alike else f"write e.g. 8xH100-80GB; known GPUs: {known}",
-    )  # fmt: skip
-
-
-def gpu_choices(incomplete: str) -> list[str]:
-    """Return the completions of --gpus: each known GPU with the count that was typed."""
-    count = re.match(r"\d+", incomplete)
-    choices = (f"{count[0] if count else 1}x{gpu.name}" for gpu in GPUS)
-    return [choice for choice in choices if choice.startswith(incomplete)]
-
-
-def _words(name: str) -> list[str]:
-    """Return the words of a GPU's name in capitals, such as 4090 and 24GB of "RTX4090-24GB"."""
-    parted = re.sub(r"\b(NVIDIA|GEFORCE|RTX)(?=\w)", r"\1 ", name.upper())
-    return [
-        word for word in re.split(r"[\W_]+", parted) if word not in ("NVIDIA", "GEFORCE", "RTX")
-    ]
-
-
-def find_gpu(name: str) -> GpuModel | None:
-    """Return the known GPU whose words all appear in a name such as "NVIDIA H100 80GB HBM3".
-
-    A MIG slice, such as "NVIDIA H100 80GB HBM3 MIG 3g.40gb", has its own memory. Its rates are as
-    many sevenths of the whole GPU's as its profile says.
-    """
-    words = set(_words(name))
-    found = (gpu for gpu in GPUS if set(_words(gpu.name)) <= words)
-    whole = max(found, key=lambda gpu: len(gpu.name), default=None)
-    profile = re.search(r"\bMIG (?:\dc\.)?((\d)g\.(\d+)gb)", name, re.IGNORECASE)
-    if whole is None or profile is None:
-        return whole
-    share = int(profile[2]) / 7
-    return replace(
-        whole,
-        name=f"{whole.name} MIG {profile[1].lower()}",
-        memory_gb=float(profile[3]),
-        tflops=whole.tflops * share,
-        memory_rate=whole.memory_rate * share,
-    )
 
 
 def plan(r: Recipe, ranks: int, gpu: GpuModel | None) -> Plan:
@@ -225,102 +111,6 @@ def plan(r: Recipe, ranks: int, gpu: GpuModel | None) -> Plan:
     )
 
 
-def remedies(r: Recipe, ranks: int, gpu: GpuModel) -> list[tuple[str, Plan]]:
-    """Return the --set options that make the recipe fit, with their plans, the best first.
-
-    Each keeps the clips as large as possible: with all weights trained and with a LoRA, in GPU
-    memory alone and with state in CPU memory.
-    """
-    found: dict[str, Plan] = {}
-    # A recipe for another machine than the one that is planned for.
-    count = {} if r.num_processes in ("auto", ranks) else {"num_processes": ranks}
-    for method in ({},) if r.lora_rank else ({}, LORA):
-        for savers in (GPU_SAVERS, SAVERS):
-            for clip in _clips(r):
-                changes = _fit(r, {**count, **method, **clip}, savers, ranks, gpu)
-                if changes is not None:
-                    less = plan(r.model_copy(update=changes), ranks, gpu)
-                    options = (f"--set {k}={v}" for k, v in changes.items() if v != getattr(r, k))
-                    found.setdefault(" ".join(options), less)
-                    break
-    # The same clips first; else what needs the least CPU memory.
-    smaller = {words for words in found if "num_frames" in words or "height" in words}
-    return sorted(found.items(), key=lambda way: way[0] in smaller and way[1].cpu_gb)
-
-
-def smaller_clip(r: Recipe) -> str:
-    """Return the --set options of the next smaller clip."""
-    smaller = _clips(r)[1]
-    return f"`{' '.join(f'--set {key}={value}' for key, value in smaller.items())}`"
-
-
-def relief(r: Recipe, ranks: int) -> str:
-    """Return what to change when a GPU's memory ran out in spite of the plan."""
-    ways = []
-    if _saves(r, {"activation_checkpointing": "all"}, ranks):
-        ways.append("`--set activation_checkpointing=all`")
-    if _saves(r, {"offload": "optimizer"}, ranks):
-        cpu_gb = plan(r.model_copy(update={"offload": "optimizer"}), ranks, None).cpu_gb
-        ways.append(f"`--set offload=optimizer` (it takes {cpu_gb:.0f} GB of CPU memory)")
-    return f"use {' or '.join([*ways, smaller_clip(r)])}"
-
-
-def _clips(r: Recipe) -> list[dict[str, int]]:
-    """Return the changes of the clips to try, from none to the smallest clip."""
-    step = r.spec.size_multiple
-    half = {key: max(getattr(r, key) // 2 // step, 1) * step for key in ("height", "width")}
-    lengths = [{}, *({"num_frames": n} for n in SHORTER if n < r.num_frames)]
-    clips: list[dict[str, int]] = [{**length, **size} for length in lengths for size in ({}, half)]
-    return sorted(clips, key=lambda clip: -_activation(r.model_copy(update=clip)))
-
-
-def _fit(
-    r: Recipe,
-    changes: dict[str, Any],
-    savers: Sequence[dict[str, Any]],
-    ranks: int,
-    gpu: GpuModel,
-) -> dict[str, Any] | None:
-    """Return `changes` with the fewest savers that make the recipe fit, or None if none do."""
-    # With smaller clips there is a choice, so leave a margin for the error of the plan.
-    margin = COMFORTABLE if {"num_frames", "height"} & changes.keys() else USABLE
-
-    def joined(chosen: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        return {**changes, **{key: saver[key] for saver in chosen for key in saver}}
-
-    def fits(chosen: Sequence[dict[str, Any]]) -> bool:
-        changed = r.model_copy(update=joined(chosen))
-        total_gb = plan(changed, ranks, gpu).total_gb
-        return _is_valid(changed, ranks) and total_gb <= gpu.memory_gb * margin
-
-    used: list[dict[str, Any]] = []
-    for saver in savers:
-        if not fits(used) and _saves(r.model_copy(update=joined(used)), saver, ranks, gpu):
-            used.append(saver)
-    for saver in tuple(used):
-        fewer = [other for other in used if other is not saver]
-        if fits(fewer):
-            used = fewer
-    return joined(used) if fits(used) else None
-
-
-def _saves(r: Recipe, change: dict[str, Any], ranks: int, gpu: GpuModel | None = None) -> bool:
-    """True if a change is valid and saves GPU memory."""
-    less = r.model_copy(update=change)
-    before, after = (plan(one, ranks, gpu).total_gb for one in (r, less))
-    return after < before and _is_valid(less, ranks)
-
-
-def _is_valid(r: Recipe, ranks: int) -> bool:
-    from cosmos_cli.recipe import rules
-
-    # The plan is for `ranks` processes, whatever the recipe says.
-    asked = r.model_copy(update={"num_processes": "auto"})
-    if ranks % r.sequence_parallel or (r.offload == "weights" and ranks > 1):
-        return False
-    return not any(rules.conflicts(asked))
-
-
 # --- memory ---------------------------------------------------------------------------------------
 
 
@@ -338,7 +128,7 @@ def blocks_kept(r: Recipe, ranks: int, gpu: GpuModel | None) -> tuple[int, int]:
         return blocks, blocks
     parts = _memory(r.model_copy(update={"activation_checkpointing": "attention"}), ranks, gpu)
     held = sum(size for part, size in parts.items() if part not in OFFLOADED[r.offload])
-    left = (gpu.memory_gb * 1e9 * COMFORTABLE - held) / _activation(r)
+    left = (gpu.memory_gb * 1e9 * COMFORTABLE - held) / activation_bytes(r)
     if r.lora_rank:
         # With a LoRA, keeping the MLP's output saves nothing unless all other linear outputs are
         # kept too.
@@ -357,7 +147,7 @@ def _memory(r: Recipe, ranks: int, gpu: GpuModel | None) -> dict[str, float]:
     # fp32 master weights if the weights have 16 bits, and two moments.
     optimizer = trained * (12 if element_size == 2 else 8)
     gradients = trained * element_size
-    activation = _activation(r)
+    activation = activation_bytes(r)
     blocks = r.spec.dit.blocks
     kept: float = blocks * {"none": BLOCK_KEPT, "all": 1}.get(r.activation_checkpointing, 2)
     mlps, whole_blocks = blocks_kept(r, ranks, gpu)
@@ -399,9 +189,9 @@ def streamed_parts(r: Recipe, gpu: GpuModel | None) -> Residence:
     parts = _memory(resident, 1, gpu)
     element_size = 2 if r.precision == "bf16" else 4
     in_blocks = blocks * r.spec.dit.block_parameters * element_size
-    stored = _activation(r) * blocks * (1 if r.activation_checkpointing == "all" else 2)
+    stored = activation_bytes(r) * blocks * (1 if r.activation_checkpointing == "all" else 2)
     room = gpu.memory_gb * 1e9 * COMFORTABLE - (sum(parts.values()) - in_blocks - stored)
-    return residence.of_training(r, _activation(r), room)
+    return residence.of_training(r, activation_bytes(r), room)
 
 
 def _streamed_bytes(r: Recipe, parts: Residence) -> float:
@@ -410,7 +200,8 @@ def _streamed_bytes(r: Recipe, parts: Residence) -> float:
     weights = residence.pinned_bytes(r.spec.dit.block_parameters * element_size)
     per_block = 1 if r.activation_checkpointing == "all" else 2
     return float(
-        parts.streamed * weights + parts.stored * per_block * residence.pinned_bytes(_activation(r))
+        parts.streamed * weights
+        + parts.stored * per_block * residence.pinned_bytes(activation_bytes(r))
     )
 
 
@@ -422,7 +213,7 @@ def _copied_bytes(r: Recipe, parts: Residence) -> float:
     element_size = 2 if r.precision == "bf16" else 4
     per_block = 1 if r.activation_checkpointing == "all" else 2
     weights = parts.streamed * r.spec.dit.block_parameters * element_size
-    return 2.0 * (weights + parts.stored * per_block * _activation(r))
+    return 2.0 * (weights + parts.stored * per_block * activation_bytes(r))
 
 
 def forward_bytes(r: Recipe, ranks: int) -> float:
@@ -432,7 +223,7 @@ def forward_bytes(r: Recipe, ranks: int) -> float:
     """
     weights = r.spec.dit.parameters * (2 if r.precision == "bf16" else 4)
     gathered = 3 * weights / r.spec.dit.blocks if r.zero_stage == 3 and ranks > 1 else 0
-    return BLOCK_WORK * _activation(r) + gathered
+    return BLOCK_WORK * activation_bytes(r) + gathered
 
 
 def second_copy(r: Recipe, ranks: int, node: int = NODE) -> int:
@@ -441,7 +232,7 @@ def second_copy(r: Recipe, ranks: int, node: int = NODE) -> int:
     return shared_by if r.zero_stage == 3 and 1 < shared_by < ranks else 0
 
 
-def _activation(r: Recipe) -> float:
+def activation_bytes(r: Recipe) -> float:
     """Return the bytes of one activation (tokens x width) of a micro batch on one GPU."""
     clip = r.spec.tokens(r.num_frames, r.height, r.width) / r.sequence_parallel
     tokens = clip * r.micro_batch_size
@@ -485,7 +276,7 @@ def step_seconds(r: Recipe, ranks: int, gpu: GpuModel) -> float:
     arithmetic += attention * (1 + (r.activation_checkpointing == "all")) / (ATTENTION * peak)
     arithmetic += attention * 2.5 / (ATTENTION_BACKWARD * peak)
     passes = r.spec.dit.blocks * ELEMENTWISE_PASSES * (3 + recompute)
-    activation = _activation(r) / r.micro_batch_size
+    activation = activation_bytes(r) / r.micro_batch_size
     arithmetic += passes * activation / (gpu.memory_rate * 1e9)
     # All-to-all of the queries, keys, values and output of every self-attention.
     exchanged = r.spec.dit.blocks * 4 * (2 + recompute) * activation * (shared - 1) / shared
@@ -547,78 +338,3 @@ def disk(r: Recipe, start: int) -> Disk:
     element_size = 2 if r.precision == "bf16" else 4
     weights = r.trained_parameters
     return Disk(models, weights * (element_size + 4), states, weights * 12)
-
-
-# --- words ----------------------------------------------------------------------------------------
-
-
-def describe(r: Recipe, ranks: int, gpu: GpuModel | None) -> str:
-    """Return the plan as text."""
-    found, space = plan(r, ranks, gpu), disk(r, 0)
-    rows = [(part, _gb(size)) for part, size in found.memory_gb.items()]
-    if gpu is None or found.available_gb is None:
-        rows.append(("total", _gb(found.total_gb)))
-    else:
-        total, usable = _apart(found.total_gb, found.available_gb)
-        verdict = "fits" if found.fits else "does not fit"
-        if gpu.memory_gb * COMFORTABLE < found.total_gb and found.fits:
-            verdict = "fits, with less than 5 % of the memory to spare"
-        rows.append(("total", f"{total}: {verdict}"))
-        whole = f"{gpu.memory_gb:.1f} GB ({gpu.memory_gb * 1e9 / 2**30:.1f} GiB)"
-        rows.append(("usable", f"{usable} of the GPU's {whole}"))
-    rows.append(("CPU memory", f"{_gb(found.cpu_gb)} for all processes together, an estimate"))
-    rows.append(("disk of the run", _gb(space.run_bytes / 1e9)))
-    saves = f"{space.models} x {_gb(space.model_bytes / 1e9)} of model files"
-    states = f"{space.states} x {_gb(space.state_bytes / 1e9)} of resume states"
-    rows.append(("", f"{saves}, {states}"))
-    if gpu is None or found.step_seconds is None:
-        rows.append(("time", "not predicted without a GPU: add `--gpus 1xH100-80GB`"))
-        rows.append(("", f"known: {', '.join(known.name for known in GPUS[:6])},"))
-        rows.append(("", ", ".join(known.name for known in GPUS[6:])))
-    else:
-        share = model_tflop(r) / (found.step_seconds * ranks * gpu.tflops)
-        rows.append(("step", f"{found.step_seconds:.1f} s predicted, {share:.0%} MFU"))
-        rows.append(("run", f"{found.run_hours:.1f} h for {r.max_steps} steps"))
-    count = "1 process" if ranks == 1 else f"{ranks} processes"
-    name = f"{ranks} x {gpu.name}" if gpu else f"{count}, no GPU"
-    lines = [console.table(rows, (name, ""))]
-    if gpu and not found.fits:
-        for words, less in remedies(r, ranks, gpu):
-            assert less.step_seconds is not None
-            figures = f"{_gb(less.total_gb)}, {_gb(less.cpu_gb)} of CPU memory"
-            lines += ["", f"`{words}`", f"    fits: {figures}, {less.step_seconds:.1f} s a step"]
-    return "\n".join(lines)
-
-
-def _gb(size: float) -> str:
-    """Return gigabytes as text, in a smaller unit below one."""
-    return f"{size:.1f} GB" if size >= 1 else console.size(size * 1e9)
-
-
-def _apart(size: float, limit: float) -> tuple[str, str]:
-    """Return two sizes in GB with as many decimals as show which one is larger."""
-    digits = next((n for n in (1, 2) if f"{size:.{n}f}" != f"{limit:.{n}f}"), 3)
-    return f"{size:.{digits}f} GB", f"{limit:.{digits}f} GB"
-
-
-def check_memory(r: Recipe, ranks: int, gpu: GpuModel | None) -> dict[str, Any]:
-    """Return the plan as figures.
-
-    Raises:
-        UserError: the memory is not enough. The fix names the changes that help, and the plan is
-            printed before.
-    """
-    found = plan(r, ranks, gpu)
-    figures = {"processes": ranks, "gpu": gpu and gpu.name, "fits": found.fits, **asdict(found)}
-    if gpu and found.available_gb is not None and not found.fits:
-        console.say(describe(r, ranks, gpu))
-        ways = remedies(r, ranks, gpu)
-        needed, usable = _apart(found.total_gb, found.available_gb)
-        error = UserError(
-            f"needs {needed} on each of {ranks} x {gpu.name}, {usable} are usable",
-            code=ExitCode.GPU_MEMORY, where=r.name,
-            fix=f"add `{ways[0][0]}`" if ways else "use more or larger GPUs",
-        )  # fmt: skip
-        error.figures = figures
-        raise error
-    return figures

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from cosmos_cli.recipe import plan
+from cosmos_cli.recipe.gpu_models import GpuModel
 from cosmos_cli.recipe.keys import Recipe
-from cosmos_cli.recipe.plan import GpuModel, Plan
+from cosmos_cli.recipe.plan import Plan
 from cosmos_cli.spec import COSMOS_7B as SPEC
 
 # A run should end within this time.

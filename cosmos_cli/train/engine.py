@@ -13,7 +13,7 @@ from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.model import edm, fp8, kernels, lora, streaming, weights
 from cosmos_cli.model.device import free_bytes, why_not_compiled
 from cosmos_cli.model.dit import DiT
-from cosmos_cli.recipe import plan
+from cosmos_cli.recipe import gpu_models, plan
 from cosmos_cli.recipe.keys import Recipe
 from cosmos_cli.recipe.residence import Residence
 from cosmos_cli.train import checkpoint, data
@@ -70,14 +70,17 @@ def streamed_parts(r: Recipe, device: torch.device) -> Residence:
     """Return what `offload: weights` streams, given the free memory of the GPU.
 
     Raises:
-        UserError: (ASSET) there is not enough CPU memory.
+        UserError: (GPU_MEMORY) the GPU cannot even hold what is never streamed.
     """
     if r.offload != "weights":
         return Residence()
     gpu = None
     if device.type == "cuda":
         # Only the memory of this entry matters here.
-        gpu = plan.GpuModel("", free_bytes(device) / 1e9, 1, 1, 1)
+        gpu = gpu_models.GpuModel("GPU", free_bytes(device) / 1e9, 1, 1, 1)
+        from cosmos_cli.recipe import advice
+
+        advice.require_fit(r, gpu)
     parts, blocks = plan.streamed_parts(r, gpu), r.spec.dit.blocks
     console.say(
         f"streamed from CPU memory: the weights of {parts.streamed} of {blocks} blocks, "
@@ -165,7 +168,7 @@ def optimizer_settings(r: Recipe) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def gpu_model(device: torch.device) -> plan.GpuModel | None:
+def gpu_model(device: torch.device) -> gpu_models.GpuModel | None:
     """Return the planner's entry for this GPU, or None if it has none."""
     name = "" if device.type == "cpu" else torch.cuda.get_device_name(device)
-    return plan.find_gpu(name)
+    return gpu_models.find_gpu(name)

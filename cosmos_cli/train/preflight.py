@@ -20,7 +20,7 @@ from cosmos_cli.gpus import gpu_names
 from cosmos_cli.paths import Dataset, Run
 from cosmos_cli.prep import holdout
 from cosmos_cli.ranks import under_launcher
-from cosmos_cli.recipe import plan
+from cosmos_cli.recipe import advice, gpu_models, plan
 from cosmos_cli.spec import COSMOS_7B
 from cosmos_cli.train import status, trackers
 
@@ -200,7 +200,7 @@ def check_cpu_memory(r: Recipe, ranks: int) -> None:
 def _less_cpu_memory(r: Recipe) -> str:
     if r.offload == "weights" and r.activation_checkpointing == "attention":
         return "add `--set activation_checkpointing=all`, which stores half as many activations"
-    return f"close other programs, or use {plan.smaller_clip(r)}"
+    return f"close other programs, or use {advice.smaller_clip(r)}"
 
 
 def check_kernels(r: Recipe) -> None:
@@ -251,9 +251,9 @@ def check_gpus(r: Recipe, ranks: int) -> None:
         )  # fmt: skip
 
 
-def smallest_gpu() -> plan.GpuModel | None:
+def smallest_gpu() -> gpu_models.GpuModel | None:
     """Return the kind of this machine's GPUs. If they differ, the smallest one that is known."""
-    kinds = filter(None, map(plan.find_gpu, gpu_names()))
+    kinds = filter(None, map(gpu_models.find_gpu, gpu_names()))
     return min(kinds, key=lambda gpu: gpu.memory_gb, default=None)
 
 

@@ -28,7 +28,7 @@ from cosmos_cli.model import edm, rgb, sampler, video
 from cosmos_cli.model.device import gpu_memory_errors, has_room, is_out_of_memory
 from cosmos_cli.model.tokenizer import Tokenizer, load_tokenizer
 from cosmos_cli.paths import Dataset, Run
-from cosmos_cli.recipe import plan
+from cosmos_cli.recipe import advice, plan
 from cosmos_cli.recipe.keys import Recipe
 from cosmos_cli.spec import PREVIEW_SIGMAS
 from cosmos_cli.train import nearest
@@ -106,7 +106,7 @@ class Previews:
         if kind in self.warned:
             return
         self.warned.add(kind)
-        room = f", or {plan.relief(self.r, dist.get_world_size())}"
+        room = f", or {advice.relief(self.r, dist.get_world_size())}"
         console.warn(
             f"step {step}: {kind} are left out, now and whenever they fail again: {why}; "
             f"training continues; turn them off with `--set {OFF[kind]}=0`"

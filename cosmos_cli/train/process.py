@@ -21,7 +21,7 @@ from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.model.device import gpu_memory_errors
 from cosmos_cli.paths import Dataset, Run
 from cosmos_cli.prep import holdout
-from cosmos_cli.recipe import loading, plan
+from cosmos_cli.recipe import advice, loading
 from cosmos_cli.recipe.keys import Recipe
 from cosmos_cli.train import data, loop, page, requests, status
 from cosmos_cli.train.heldout import HeldOut
@@ -75,7 +75,7 @@ def run_rank(r: Recipe) -> dict[str, Any]:
         console.mute()
     watchdog = Watchdog(r.timeout_seconds)
     watchdog.start()
-    fix = plan.relief(r, dist.get_world_size())
+    fix = advice.relief(r, dist.get_world_size())
     with console.log_file(run.log), gpu_memory_errors(fix), connection_errors():
         outcome = train_on_dataset(r, device)
     if dist.get_rank() == 0:

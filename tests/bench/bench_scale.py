@@ -31,7 +31,7 @@ import torch.distributed as dist
 from common import SHIPPED, Row
 
 from cosmos_cli import gpus
-from cosmos_cli.recipe import loading, plan
+from cosmos_cli.recipe import gpu_models, loading, plan
 from cosmos_cli.recipe.keys import Recipe
 from cosmos_cli.spec import DiTSpec
 
@@ -191,7 +191,7 @@ def bench_predict(options: argparse.Namespace) -> Iterator[Row]:
     """
     name, settings = SHIPPED[options.model]
     for machine in MACHINES if options.model == "7b" else ():
-        ranks, gpu = plan.parse_gpus(machine)
+        ranks, gpu = gpu_models.parse_gpus(machine)
         size = [f"num_processes={ranks}", f"global_batch_size={ranks}"]
         r = loading.load(name, [*settings, *size, *options.set]).recipe
         found = plan.plan(r, ranks, gpu)

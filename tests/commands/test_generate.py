@@ -468,7 +468,7 @@ def test_a_promoted_model_that_changed_is_refused(trained):
 
 def test_promote_lists_the_saved_steps(trained):
     assert (
-        "choose a saved step: 2" in trained("promote", "tiny", "--step", "7", *RUN, code=4).stderr
+        "use `--step 2`; saved: 2" in trained("promote", "tiny", "--step", "7", *RUN, code=4).stderr
     )
     assert "latest" in trained("promote", "tiny", "--step", "last", *RUN, code=2).stderr
     other = trained("promote", "tiny", *RUN, "--set", "name=never", code=4)

@@ -13,7 +13,7 @@ from cosmos_cli import files, new_recipe
 from cosmos_cli.commands.recipes import app
 from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.model.video import VideoInfo
-from cosmos_cli.recipe import loading, plan
+from cosmos_cli.recipe import gpu_models, loading, plan
 from cosmos_cli.recipe.training_plan import Machine
 
 
@@ -105,7 +105,7 @@ def info(frames: int = 240, fps: float = 24.0, height: int = 720, width: int = 1
 
 
 def machine(gpus: str = "8xH100-80GB") -> Machine:
-    return Machine(*plan.parse_gpus(gpus), "--gpus says so")
+    return Machine(*gpu_models.parse_gpus(gpus), "--gpus says so")
 
 
 def choices(*videos: VideoInfo, captioned: int = 0, gpus: str = "8xH100-80GB") -> dict[str, Any]:

@@ -73,6 +73,8 @@ def test_a_proxy_that_cannot_be_used_is_named_without_its_password(monkeypatch, 
     assert refused.where == "ALL_PROXY"
     assert "http, https, socks5, socks5h" in refused.what
     assert "pw" not in str(refused)
+    monkeypatch.setenv("NO_PROXY", "*")
+    assert refusal(tmp_path, NETWORK_ERROR("refused")).what == "cannot be reached: refused"
 
 
 def test_a_dead_proxy_is_named_with_the_hub_that_was_asked(monkeypatch, tmp_path):

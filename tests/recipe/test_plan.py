@@ -10,11 +10,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from cosmos_cli.errors import UserError
 from cosmos_cli.model import edm
 from cosmos_cli.model.dit import DiT
-from cosmos_cli.recipe import loading, plan
+from cosmos_cli.recipe import advice, gpu_models, loading, plan
 from cosmos_cli.spec import COSMOS_7B
 
 FULL = loading.load("nemo_assets", ["height=704", "activation_checkpointing=all"]).recipe
-FAST, H100 = map(plan.find_gpu, ("H200", "H100-80GB"))
+FAST, H100 = map(gpu_models.find_gpu, ("H200", "H100-80GB"))
 
 
 def changed(**changes):
@@ -42,7 +42,7 @@ def test_forward_flops_match_pytorchs_flop_counter():
     ],
 )
 def test_full_fine_tuning_states_take_20_bytes_a_weight(gpus, ranks, fits):
-    count, gpu = plan.parse_gpus(gpus)
+    count, gpu = gpu_models.parse_gpus(gpus)
     found = plan.plan(changed(global_batch_size=ranks), count, gpu)
     assert (count, found.fits) == (ranks, fits)
     # bf16 weights and gradients, fp32 master weights, moments and EMA: 20 bytes a weight, divided
@@ -58,23 +58,23 @@ def test_full_fine_tuning_states_take_20_bytes_a_weight(gpus, ranks, fits):
 )
 def test_a_shipped_recipe_fits_the_machines_it_names(name, gpus):
     r = loading.load(name).recipe
-    assert plan.plan(r, gpus, plan.find_gpu("H100-80GB")).fits
+    assert plan.plan(r, gpus, gpu_models.find_gpu("H100-80GB")).fits
     assert r.num_processes in ("auto", gpus)
 
 
 def test_a_recipe_that_does_not_fit_is_refused_with_changes_that_fit():
     r = changed(micro_batch_size=4, activation_checkpointing="none")
     with pytest.raises(UserError) as caught:
-        plan.check_memory(r, 8, plan.find_gpu("H100-80GB"))
+        advice.check_memory(r, 8, gpu_models.find_gpu("H100-80GB"))
     assert caught.value.code == 7
     fix = "add `--set activation_checkpointing=all --set micro_batch_size=1`"
     assert caught.value.fix == fix
     fixed = r.model_copy(update={"activation_checkpointing": "all", "micro_batch_size": 1})
-    assert plan.check_memory(fixed, 8, plan.find_gpu("H100-80GB"))["fits"]
+    assert advice.check_memory(fixed, 8, gpu_models.find_gpu("H100-80GB"))["fits"]
 
 
 def test_times_scale_with_the_work():
-    h100 = plan.find_gpu("NVIDIA H100 80GB HBM3")
+    h100 = gpu_models.find_gpu("NVIDIA H100 80GB HBM3")
     one = plan.step_seconds(FULL, 8, h100)
     assert plan.step_seconds(changed(global_batch_size=32), 8, h100) == pytest.approx(4 * one)
     assert plan.step_seconds(changed(activation_checkpointing="none"), 8, h100) < 0.85 * one
@@ -108,14 +108,14 @@ def test_offloaded_state_takes_cpu_memory_instead_of_gpu_memory():
 
 def test_one_h200_is_enough_with_the_ema_in_cpu_memory():
     with pytest.raises(UserError) as caught:
-        plan.check_memory(changed(global_batch_size=1), 1, FAST)
+        advice.check_memory(changed(global_batch_size=1), 1, FAST)
     assert caught.value.fix == "add `--set num_processes=1 --set offload=ema`"
 
 
 @pytest.mark.parametrize("words", ["", "8x", "8xGTX-1080", "0xH200", "0xH100", "x", "9" * 5000])
 def test_unknown_gpus_are_refused(words):
     with pytest.raises(UserError, match="known GPUs"):
-        plan.parse_gpus(words)
+        gpu_models.parse_gpus(words)
 
 
 @pytest.mark.parametrize(
@@ -128,17 +128,17 @@ def test_unknown_gpus_are_refused(words):
     ],
 )
 def test_a_gpu_may_be_written_as_people_write_it(words, count, name):
-    found, gpu = plan.parse_gpus(words)
+    found, gpu = gpu_models.parse_gpus(words)
     assert (found, gpu.name) == (count, name)
 
 
 @pytest.mark.parametrize("words", ["8xH100", "8xA100"])
 def test_an_ambiguous_gpu_is_asked_about_with_the_options_to_choose_from(words):
     with pytest.raises(UserError, match="which one") as caught:
-        plan.parse_gpus(words)
+        gpu_models.parse_gpus(words)
     options = re.findall(r"`--gpus (\S+)`", caught.value.fix)
     assert len(options) > 1
-    assert all(plan.parse_gpus(option)[0] == 8 for option in options)
+    assert all(gpu_models.parse_gpus(option)[0] == 8 for option in options)
 
 
 @pytest.mark.parametrize(
@@ -146,22 +146,22 @@ def test_an_ambiguous_gpu_is_asked_about_with_the_options_to_choose_from(words):
     [("lora", "1xRTX-4090"), ("my_videos", "1xRTX-4090"), ("two_gpus", "2xRTX-4090")],
 )
 def test_only_changes_that_fit_are_proposed_each_with_its_cpu_memory(name, gpus):
-    ranks, gpu = plan.parse_gpus(gpus)
+    ranks, gpu = gpu_models.parse_gpus(gpus)
     r = loading.load(name).recipe
-    ways = plan.remedies(r, ranks, gpu)
+    ways = advice.remedies(r, ranks, gpu)
     assert ways
     for words, less in ways:
         changed = loading.load(name, words.split("--set ")[1:]).recipe
         assert plan.plan(changed, ranks, gpu) == less
         assert less.total_gb < 0.97 * gpu.memory_gb
-    shown = plan.describe(r, ranks, gpu)
+    shown = advice.describe(r, ranks, gpu)
     assert shown.count("fits: ") == len(ways)
     assert shown.count("of CPU memory") == len(ways)
 
 
 def test_a_plan_shows_the_decimals_that_decide_and_no_zeros():
-    assert plan._apart(24.62, 24.58) == ("24.62 GB", "24.58 GB")
-    tiny = plan.describe(loading.load("tiny").recipe, 1, None)
+    assert advice._apart(24.62, 24.58) == ("24.62 GB", "24.58 GB")
+    tiny = advice.describe(loading.load("tiny").recipe, 1, None)
     assert " 0.0 GB" not in tiny
     assert "--gpus 1xH100-80GB" in tiny
 
@@ -172,7 +172,7 @@ def test_a_plan_names_one_figure_for_the_disk_of_the_run():
     assert (whole.models, whole.states) == (10, 3)
     # The two newest, the best, and the one that is being written.
     assert (fewer.models, fewer.states) == (4, 3)
-    assert f"{whole.run_bytes / 1e9:.1f} GB" in plan.describe(r, 8, H100)
+    assert f"{whole.run_bytes / 1e9:.1f} GB" in advice.describe(r, 8, H100)
 
 
 def test_the_command_plans_for_gpus_that_this_machine_lacks(cosmos):

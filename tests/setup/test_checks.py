@@ -239,13 +239,24 @@ def old_python(tmp_path):
 @pytest.mark.parametrize(
     ("system", "commands"),
     [
-        ("ID=ubuntu\nID_LIKE=debian", ["apt-get install -y software-properties-common && ",
-                                       "apt-get install -y python3.12 python3.12-venv"]),
+        (
+            "ID=ubuntu\nID_LIKE=debian",
+            [
+                "apt-get update && ",
+                "add-apt-repository -y ppa:deadsnakes/ppa",
+                "apt-get install -y python3.12 python3.12-venv",
+            ],
+        ),
         ('ID="rocky"\nID_LIKE="rhel centos fedora"', ["dnf install -y python3.12"]),
-        ("ID=debian", ["curl -LsSf https://astral.sh/uv/install.sh | sh",
-                       "~/.local/bin/uv python install 3.12"]),
+        (
+            "ID=debian",
+            [
+                "curl -LsSf https://astral.sh/uv/install.sh | sh",
+                "~/.local/bin/uv python install 3.12",
+            ],
+        ),
     ],
-)  # fmt: skip
+)
 def test_the_install_script_prints_how_to_get_a_python(tmp_path, old_python, system, commands):
     (tmp_path / "os-release").write_text(system)
     fake(old_python / "sudo", "")

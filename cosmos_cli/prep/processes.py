@@ -72,7 +72,7 @@ def helping(
 
 def _start(task: bytes, environment: dict[str, str]) -> subprocess.Popen[bytes]:
     helper = subprocess.Popen(
-        [sys.executable, "-m", "cosmos_cli.prep.helpers"],
+        [sys.executable, "-m", "cosmos_cli.prep.processes"],
         env=environment,
         stdin=subprocess.PIPE,
         stdout=sys.stderr,
