@@ -138,7 +138,7 @@ def texts_of(r: Recipe, manifest: dict[str, Any], extras: Extras) -> list[Item]:
     kept = portable(r)
     named = {
         **manifest,
-        "run": "/".join(Path(manifest["run"]).parts[-3:]),
+        "run": name_of(manifest["run"]),
         "recipe": json.loads(kept.model_dump_json()),
     }
     for key in ("base", "checkpoint"):
@@ -185,7 +185,10 @@ def look(repo: str) -> Remote | None:
         UserError: there is no token, it is not valid, or the hub cannot be reached.
     """
     from huggingface_hub import HfApi, errors, get_token
+    from huggingface_hub.utils.tqdm import disable_progress_bars
 
+    if console.is_muted() or not sys.stderr.isatty():
+        disable_progress_bars()
     asset = _asset(repo)
     with _errors(repo):
         if not get_token():
@@ -206,13 +209,13 @@ def look(repo: str) -> Remote | None:
     return Remote(str(info.sha), bool(info.private), {file.name: file for file in listed})
 
 
-def require_own(repo: str, remote: Remote | None, public: bool, yes: bool) -> None:
-    """Refuse to write into a repository of other files, or to publish without --public.
+def require_own(repo: str, run: Run, public: bool, yes: bool) -> None:
+    """Refuse to publish without --public, and to replace anything but a model of this run.
 
     Raises:
         UserError: the repository is refused.
     """
-    where = _asset(repo).url
+    where, remote = _asset(repo).url, look(repo)
     if remote is None:
         return
     if not remote.private and not public:
@@ -220,11 +223,35 @@ def require_own(repo: str, remote: Remote | None, public: bool, yes: bool) -> No
             "is public, so everybody would see the model", code=ExitCode.USAGE, where=where,
             fix=f"add `--public`, or make it private on {where}/settings",
         )  # fmt: skip
-    if not yes and remote.files.keys() - {".gitattributes"} and not remote.files.keys() >= _MARKS:
+    if yes or not remote.files.keys() - {".gitattributes"}:
+        return
+    other = _run_in(repo, remote)
+    if other != name_of(run.root):
+        what = f"the model of another run, {other}" if other else "files that promote did not push"
         raise UserError(
-            "holds files that cosmos promote did not push", code=ExitCode.USAGE, where=where,
-            fix="push to another name, or add `--yes` to write the model next to them",
+            f"holds {what}", code=ExitCode.USAGE, where=where,
+            fix="push to another name, or replace it with `--yes`",
         )  # fmt: skip
+
+
+def _run_in(repo: str, remote: Remote) -> str:
+    """Return the name of the run whose model a repository holds, "" if promote did not push it."""
+    from huggingface_hub import hf_hub_download
+
+    if not remote.files.keys() >= _MARKS:
+        return ""
+    with _errors(repo):
+        path = hub.retrying(
+            _asset(repo),
+            lambda: hf_hub_download(repo, paths.MANIFEST_FILE, revision=remote.revision),
+        )
+    manifest = files.read_json(Path(path))
+    return str(manifest.get("run", "")) if isinstance(manifest, dict) else ""
+
+
+def name_of(run: Path | str) -> str:
+    """Return the last folders of a run's path, which name it: project, group and name."""
+    return "/".join(Path(run).parts[-3:])
 
 
 def compare(items: Sequence[Item], remote: Remote | None) -> Plan:
@@ -278,10 +305,7 @@ def push(repo: str, items: Sequence[Item], title: str, public: bool) -> dict[str
 def _commit(repo: str, plan: Plan, parent: str, title: str) -> str:
     """Upload the large files one by one, then make one commit of all; return its hash."""
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
-    from huggingface_hub.utils.tqdm import disable_progress_bars
 
-    if console.is_muted() or not sys.stderr.isatty():
-        disable_progress_bars()
     api, asset = HfApi(), _asset(repo)
     additions = []
     for item in sorted(plan.changed, key=lambda item: item.size):

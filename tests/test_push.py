@@ -99,7 +99,9 @@ def test_a_push_is_private_and_one_commit_and_a_second_sends_nothing(cosmos):
 
 def test_nothing_that_is_pushed_names_a_path_of_this_machine(cosmos):
     push(cosmos)
-    push(cosmos, of=LORA)
+    assert "holds the model of another run" in push(cosmos, of=LORA, code=2)["error"]
+    push(cosmos, "--yes", of=LORA)
+    assert {"lora.safetensors", "lora_comfyui.safetensors"} <= pushed(cosmos).keys()
     for name, content in pushed(cosmos).items():
         if name.endswith((".md", ".json", ".yaml")):
             assert str(cosmos.cwd) not in content.decode(), name
@@ -258,7 +260,9 @@ def test_the_card_shows_licence_data_samples_and_scores(cosmos):
 
 def test_what_a_colleague_downloads_makes_the_same_video(cosmos, tmp_path):
     push(cosmos)
-    made = cosmos.json("generate", "--prompt", "A ball.", *settings("num_steps=2"))
+    made = cosmos.json(
+        "generate", "--prompt", "A ball.", "--model", FOLDER, *settings("num_steps=2")
+    )
     folder = tmp_path / "checkpoints" / f"{FOLDER}_tiny"
     snapshot_download(REPO[1], endpoint=cosmos.hub.url, token="right", local_dir=folder)
     colleague = Online(tmp_path)

@@ -89,7 +89,7 @@ def promote(
     aside = options.command_line("promote", recipe, set_, words.strip())
     wanted = {"step": number, "weights": weights, "format": format_}
     if push:
-        hub_push.require_own(push, hub_push.look(push), public, yes)
+        hub_push.require_own(push, run, public, yes)
     if push and is_promoted(target, run, wanted):
         console.say(f"step {number} ({weights}) of {r.run_dir} is promoted to {target}")
         manifest = promoted.manifest_of(target)
