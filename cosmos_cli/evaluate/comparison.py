@@ -16,9 +16,9 @@ OF_CLIPS = ("EDM error",)
 BETTER = "better"
 NOTE = (
     "Each score is compared between videos of the same prompt and seed, or on the same held-out "
-    "clip. The interval holds the true difference in 95 % of evaluations. A verdict allows for the "
-    "number of scores on this page (Holm's correction), so an interval without 0 is not enough. "
-    "Where the last column is empty, neither direction is better."
+    "clip. The interval contains the true difference in about 95 % of evaluations. Verdicts are "
+    "corrected for the number of scores on this page (Holm), so a verdict can be no difference "
+    "although the interval excludes 0. Where the last column is empty, neither direction is better."
 )
 
 
