@@ -11,10 +11,11 @@ import typer
 from cosmos_cli import console, files, paths
 from cosmos_cli.commands import options
 from cosmos_cli.console import Result
-from cosmos_cli.errors import ExitCode, UserError
+from cosmos_cli.errors import ExitCode, UserError, usage_error
 from cosmos_cli.generate import batch, promoted
 from cosmos_cli.generate.choice import choose_model, find_weights
 from cosmos_cli.generate.jobs import Weights
+from cosmos_cli.prep import holdout
 
 if TYPE_CHECKING:
     from cosmos_cli.recipe.keys import Recipe
@@ -42,6 +43,14 @@ def evaluate(
     output: Annotated[Path, typer.Option("--output", "-o", help="The HTML page.")] = Path(
         "outputs/evaluation.html"
     ),
+    require: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="better, or the name of a score such as concept or edm_error: exit with code 6 "
+            "unless each model is better than the first. better needs one score that is better "
+            "and none that is worse. May be repeated."
+        ),
+    ] = None,
     set_: options.SetOption = None,
     print_recipe: options.PrintRecipeOption = False,
     dry_run: options.DryRunOption = False,
@@ -53,7 +62,7 @@ def evaluate(
     """
     r = options.open_recipe(recipe, set_, print_recipe, json_, trains=False).recipe
     there = not model and promoted.found(r.checkpoints_dir, r.spec)
-    names = model or (["base", "promoted"] if there else ["base"])
+    names = model or (["base", "promoted"] if there or require else ["base"])
     # Models in different checkpoints_dirs may have folders of the same name.
     short = len({Path(name).name for name in names}) == len(names)
     weights = {
@@ -62,46 +71,63 @@ def evaluate(
         )
         for name in names
     }
+    if require and len(weights) < 2:
+        what = "there is no second model to compare"
+        raise usage_error("--require", what, "use `--model base --model promoted`")
     output = files.expand(output)
     output = (output / "evaluation.html" if output.is_dir() else output).absolute()
     count = prompts if prompts is not None else EMBEDDED_PROMPTS if r.spec.embedded else 0
-    _check_dataset(r)
+    held_out = _check_dataset(r)
+    required = _check_required(require, r, count, held_out) if require else []
     if dry_run:
         console.emit(_preview(r, weights, count, output), as_json=json_)
         return
     files.require_writable(output.parent)
 
+    from cosmos_cli.evaluate import comparison
     from cosmos_cli.evaluate import evaluation as measure
     from cosmos_cli.gpus import best_device
 
     figures, samples = measure.evaluate(r, weights, count, best_device())
     measure.keep_larger(output, figures)
     written = measure.write_page(output, r, figures, samples)
-    console.emit(
-        Result(
-            console.table(measure.figure_rows(figures), ("", "chance", *weights)),
-            written,
-            figures,
-            f"xdg-open {shlex.quote(str(output))}",
-        ),
-        as_json=json_,
-    )
+    tables = [console.table(measure.figure_rows(figures), ("", "chance", *weights))]
+    tables += [console.table(*rows) for _, rows in comparison.tables(figures["comparisons"])]
+    result = Result("\n\n".join(tables), written, figures, f"xdg-open {shlex.quote(str(output))}")
+    if lines := comparison.unmet(required, figures["comparisons"]):
+        result.code, result.error = ExitCode.TRAINING, "\n".join(lines)
+    console.emit(result, as_json=json_)
+    raise typer.Exit(result.code)
 
 
-def _check_dataset(r: Recipe) -> None:
+def _check_required(require: list[str], r: Recipe, count: int, held_out: bool) -> list[str]:
+    """Return the names of the required scores.
+
+    Raises:
+        UserError: the evaluation has no such score.
+    """
+    from cosmos_cli.evaluate import comparison, evaluation
+
+    return comparison.check_names(require, evaluation.directions(r, count, held_out))
+
+
+def _check_dataset(r: Recipe) -> bool:
     """Check the dataset that models are measured on; the tiny model can do without.
+
+    Return True if the dataset has held-out clips.
 
     Raises:
         UserError: prep has not run, or its manifest is damaged.
     """
     dataset = paths.Dataset.at(r.dataset_dir, r.videos_dir)
     if dataset.manifest.exists():
-        dataset.read_manifest()
-    elif not r.spec.embedded:
+        return bool(holdout.split_clips(dataset.read_manifest())[1])
+    if not r.spec.embedded:
         raise UserError(
             "there is no prepared dataset to measure on", code=ExitCode.ASSET,
             where=str(dataset.root), fix="run `cosmos prep RECIPE` first",
         )  # fmt: skip
+    return False
 
 
 def _preview(r: Recipe, weights: dict[str, Weights], count: int, output: Path) -> Result:

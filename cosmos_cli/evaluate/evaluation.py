@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -22,6 +22,8 @@ import torch
 from torch import Tensor
 
 from cosmos_cli import console, files, html, paths
+from cosmos_cli.errors import ExitCode, UserError
+from cosmos_cli.evaluate import comparison, video_scores
 from cosmos_cli.generate.jobs import Job, Weights
 from cosmos_cli.generate.phases import Pipeline
 from cosmos_cli.generate.text_models import Conditioning
@@ -56,6 +58,7 @@ MEANINGS = {
     "reconstruction": (
         "PSNR of clips that the tokenizer encoded and decoded; it is not trained", "higher",
     ),
+    **video_scores.MEANINGS,
     "EDM error": (
         "error of the denoised clip with noise of standard deviation sigma, about 1 for an "
         "untrained network", "lower",
@@ -134,34 +137,56 @@ def evaluate(
         UserError: a file is missing or damaged.
     """
     dataset = PreparedClips.of(r)
+    held_out = bool(dataset and len(dataset.heldout))
     figures: dict[str, Any] = {"model": r.model, "prompts": prompts, "models": {}}
+    if dataset:
+        clips = dataset.heldout if held_out else dataset.train
+        figures["clips"] = "held-out" if held_out else "training"
     if r.spec.embedded:
         wanted = world_trials(prompts)
         figures["psnr"] = reconstruction(r, RECONSTRUCTED, device)
     else:
-        captions = dataset.captions[:prompts] if dataset else ()
-        wanted = [Trial(caption, seed) for seed, caption in enumerate(captions)]
-    samples = {}
+        captions = dataset.captions if dataset else ()
+        # More videos than captions are the same captions with other seeds.
+        count = prompts if captions else 0
+        wanted = [Trial(captions[seed % len(captions)], seed) for seed in range(count)]
+    samples: dict[str, list[Sample]] = {}
+    values: dict[str, dict[str, list[float]]] = {}
     # The text encoder does not fit next to a denoiser, so it is loaded once, before them.
     text_embs = read_prompts(r, wanted, device)
     for name, weights in models.items():
         console.say(f"measuring {name}: {weights.path}")
         measured: dict[str, Any] = {"weights": weights.identity}
+        own = values[name] = {}
         net = load_denoiser(r, weights.path, device, number_format(device), weights.loras)
         if dataset:
-            clips = dataset.heldout if len(dataset.heldout) else dataset.train
-            figures["clips"] = "held-out" if len(dataset.heldout) else "training"
-            measured["edm"] = clip_errors(r, net, clips)
+            errors = clip_errors(r, net, clips)
+            measured["edm"] = means(errors)
+            # On clips that it was trained on, every model is better than the base.
+            if held_out:
+                own["EDM error"] = list(map(fmean, zip(*errors.values(), strict=True)))
         if wanted:
-            samples[name] = sample_trials(r, net, wanted, text_embs)
+            samples[name] = made = sample_trials(r, net, wanted, text_embs)
             if r.spec.embedded:
-                measured["scores"] = scores(samples[name])
-            if dataset and (distances := nearest_clips(samples[name], dataset.train)):
+                own |= (read := world_scores(made))
+                measured["scores"] = means(read)
+            own |= (pixels := video_scores.measure(sample.pixels for sample in made))
+            measured["video_scores"] = means(pixels)
+            if dataset and (distances := nearest_clips(made, dataset.train)):
                 measured["nearest_clip"], figures["clips_apart"] = distances
         figures["models"][name] = measured
         # Free its memory before the next one is loaded.
         del net
+    figures["comparisons"] = comparison.compare(values, directions(r, prompts, held_out))
     return figures, samples
+
+
+def directions(r: Recipe, prompts: int, held_out: bool) -> dict[str, str]:
+    """Return the better direction of each score that is compared: "higher", "lower" or ""."""
+    names = ["EDM error"] if held_out else []
+    if prompts:
+        names += [*(CHANCE if r.spec.embedded else ()), *video_scores.names(r.num_frames)]
+    return {name: MEANINGS[name][1] for name in names}
 
 
 # --- the synthetic world --------------------------------------------------------------------------
@@ -215,31 +240,39 @@ def sample_trials(
 
 
 def scores(samples: Sequence[Sample]) -> dict[str, float]:
-    """Return the shares of the synthetic world's videos that show what their prompt asks for.
+    """Return the means of `world_scores`."""
+    return means(world_scores(samples))
 
-    `colour`, `shape` and `motion` count the prompts without the mascot. `concept` is the share of
-    the mascot's prompts whose video shows its head. `consistency` is the mean over all videos.
+
+def world_scores(samples: Sequence[Sample]) -> dict[str, list[float]]:
+    """Return each score of the synthetic world's videos that it applies to.
+
+    `colour`, `shape` and `motion` are 1 if a video shows what its prompt asks for, else 0, for the
+    prompts without the mascot. `concept` is 1 if the video of a mascot's prompt shows its head.
+    `consistency` applies to all videos.
     """
-    readings = [(sample.trial, scorer.measure(sample.pixels)) for sample in samples]
-    correct = [
-        scorer.score(trial.scene, reading)
-        for trial, reading in readings
-        if trial.scene and not trial.of_mascot
-    ]
-    return {
-        **{name: fmean(each[name] for each in correct) for name in ("colour", "shape", "motion")},
-        "concept": fmean(
-            reading.concept >= scorer.CONCEPT_SEEN for trial, reading in readings if trial.of_mascot
-        ),
-        "consistency": fmean(consistency(reading) for _, reading in readings),
-    }
+    values: dict[str, list[float]] = {name: [] for name in CHANCE}
+    for sample in samples:
+        reading = scorer.measure(sample.pixels)
+        values["consistency"].append(consistency(reading))
+        if sample.trial.of_mascot:
+            values["concept"].append(float(reading.concept >= scorer.CONCEPT_SEEN))
+        elif sample.trial.scene:
+            for name, correct in scorer.score(sample.trial.scene, reading).items():
+                values[name].append(float(correct))
+    return values
+
+
+def means(values: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """Return the mean of each score."""
+    return {name: fmean(own) for name, own in values.items()}
 
 
 def consistency(reading: Reading) -> float:
     """Return the share of successive frame pairs with the thing in both, a small step apart."""
     steps = reading.track[:, :2].diff(dim=0).norm(dim=1)
     # A step from or to a frame that shows nothing is NaN, so it does not count as small.
-    return float((steps < LARGEST_MOVE).float().mean())
+    return float((steps < LARGEST_MOVE).float().mean()) if len(steps) else 1.0
 
 
 @torch.inference_mode()
@@ -261,10 +294,13 @@ def reconstruction(r: Recipe, count: int, device: str) -> float:
 
 
 @torch.inference_mode()
-def clip_errors(r: Recipe, net: DiT, clips: Clips) -> dict[str, float]:
-    """Return the mean EDM error of clips at each of `edm.FIXED_SIGMAS`, with fixed noise.
+def clip_errors(r: Recipe, net: DiT, clips: Clips) -> dict[str, list[float]]:
+    """Return the EDM error of each clip at each of `edm.FIXED_SIGMAS`, with fixed noise.
 
     The keys are like sigma_0.32.
+
+    Raises:
+        UserError: an error is not finite.
     """
     device = next(net.parameters()).device
     loss = edm.EDMLoss(net, r.spec).to(device)
@@ -273,9 +309,15 @@ def clip_errors(r: Recipe, net: DiT, clips: Clips) -> dict[str, float]:
     with console.progress("clips", len(measured.samples), "samples") as bar:
         for i, (_, level) in enumerate(measured.samples):
             _, edm_B = loss(*measured.batch(i).to(device))
+            if not edm_B.isfinite().all():
+                raise UserError(
+                    "the EDM error is not finite", code=ExitCode.TRAINING,
+                    where=measured.batch(i).samples[0],
+                    fix="train again with a lower learning_rate",
+                )  # fmt: skip
             errors[edm.FIXED_SIGMAS[level]] += edm_B.tolist()
             bar.advance()
-    return {f"sigma_{sigma:.2g}": fmean(values) for sigma, values in errors.items()}
+    return {f"sigma_{sigma:.2g}": values for sigma, values in errors.items()}
 
 
 def nearest_clips(samples: Sequence[Sample], clips: Clips) -> tuple[float, float] | None:
@@ -301,6 +343,9 @@ def figure_rows(figures: dict[str, Any]) -> list[tuple[str, ...]]:
             (name, f"{chance:.0%}", *(f"{model['scores'][name]:.1%}" for model in models))
             for name, chance in CHANCE.items()
         ]
+    if all("video_scores" in model for model in models):
+        names = next(iter(models))["video_scores"]
+        table += [(name, "", *(f"{m['video_scores'][name]:.4g}" for m in models)) for name in names]
     if "psnr" in figures:
         table.append(("reconstruction", "", *[f"{figures['psnr']:.1f} dB"] * len(models)))
     if all("edm" in model for model in models):
@@ -378,7 +423,11 @@ def write_page(
     path: Path, r: Recipe, figures: dict[str, Any], samples: dict[str, list[Sample]]
 ) -> list[Path]:
     """Write one self-contained page and, next to it, its videos; return all paths."""
-    sections = [("Figures", _figures(figures))]
+    sections = [
+        (heading, html.text(comparison.NOTE) + html.table(*table))
+        for heading, table in comparison.tables(figures["comparisons"])
+    ]
+    sections.append(("Figures", _figures(figures)))
     written = [path]
     for heading, mascot in (("The new concept", True), ("Other prompts", False)):
         shown = {

@@ -1,5 +1,7 @@
 """The evaluate command in real processes."""
 
+import shutil
+
 import pytest
 import torch
 
@@ -19,7 +21,8 @@ def test_a_model_is_measured_on_the_synthetic_world_and_the_dataset(prepared, tm
     page = tmp_path / "e.html"
     done = Cosmos(prepared).json("evaluate", "--prompts", "2", "-o", page, *QUICK)
     (about,) = done["models"].values()
-    assert set(about) == {"weights", "edm", "scores", "nearest_clip"}
+    assert set(about) == {"weights", "edm", "scores", "video_scores", "nearest_clip"}
+    assert done["comparisons"] == []
     assert all(0 <= share <= 1 for share in about["scores"].values())
     assert all(0 < error < 5 for error in about["edm"].values())
     html = page.read_text()
@@ -39,6 +42,38 @@ def test_each_model_is_read_once(prepared, monkeypatch):
     assert read == [path] * 2
     assert figures["models"]["one"]["edm"] == figures["models"]["two"]["edm"]
     assert torch.equal(samples["one"][0].pixels, samples["two"][0].pixels)
+
+
+def test_a_model_that_is_not_better_ends_with_code_6_after_its_page(prepared, tmp_path):
+    shutil.copy(TINY_WEIGHTS, prepared / "copy.safetensors")
+    models = ("--model", "base", "--model", "copy.safetensors")
+    arguments = ("evaluate", *models, "--prompts", "2", "--require", "better", *QUICK)
+    done = Cosmos(prepared).json(*arguments, "-o", tmp_path / "e.html", code=6)
+    assert (done["status"], done["exit_code"]) == ("error", 6)
+    assert "copy.safetensors is not better: no score is better" in done["error"]
+    assert {row["difference"] for row in done["comparisons"]} == {0}
+    assert {row["verdict"][:13] for row in done["comparisons"]} == {"no difference"}
+    assert [row["score"] for row in done["comparisons"]] == [
+        "EDM error", "colour", "shape", "motion", "concept", "consistency",
+        "frame consistency", "flicker", "motion amount", "sharpness",
+    ]  # fmt: skip
+    page = (tmp_path / "e.html").read_text()
+    assert "copy.safetensors compared with base" in page and "lower is better" in page
+
+
+TINY_WEIGHTS = loading.load("tiny", []).recipe.model_files.dit
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "words"),
+    [
+        (("better",), 4, "nothing was promoted yet"),
+        (("better", "--model", "base", "--model", "base"), 2, "no second model"),
+        (("x", "--model", "base", "--model", TINY_WEIGHTS), 2, "no such score"),
+    ],
+)
+def test_a_requirement_is_checked_before_anything_runs(cosmos, options, code, words):
+    assert words in cosmos("evaluate", "tiny", "--require", *options, code=code).stderr
 
 
 def test_measuring_promoted_needs_a_promoted_model(cosmos):

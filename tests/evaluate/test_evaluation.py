@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from cosmos_cli.evaluate import evaluation
+from cosmos_cli.evaluate import evaluation, video_scores
 from cosmos_cli.evaluate.evaluation import Sample, Trial
 from cosmos_cli.model import edm
 from cosmos_cli.model.tiny import scorer, world
@@ -69,6 +69,7 @@ def test_a_thing_that_jumps_or_vanishes_is_not_consistent(truth):
     assert steady == 1
     assert evaluation.consistency(scorer.measure(gone)) == pytest.approx(1 - 6 / 24)
     assert evaluation.consistency(scorer.measure(torn)) < 1
+    assert evaluation.consistency(scorer.measure(pixels[:, :1])) == 1
 
 
 def test_a_copy_of_a_training_clip_has_a_small_distance(tmp_path):
@@ -121,10 +122,12 @@ def test_a_larger_earlier_evaluation_is_kept_under_another_name(tmp_path, capsys
 
 def test_every_figure_of_the_page_is_explained():
     model = {"scores": dict.fromkeys(evaluation.CHANCE, 0.5), "nearest_clip": 0.2, "edm": {}}
+    model["video_scores"] = dict.fromkeys(video_scores.SCORES, 0.5)
     model["edm"] = {f"sigma_{sigma:.2g}": 0.1 for sigma in edm.FIXED_SIGMAS}
     figures = {"models": {"base": model}, "psnr": 30.0, "clips_apart": 0.4, "prompts": 2}
     page = evaluation._figures(figures | {"clips": "held-out"})
     rows = evaluation.figure_rows(figures)
-    assert page.count(">lower</td>") == len(edm.FIXED_SIGMAS)
-    assert page.count(">higher</td>") == len(rows) - len(edm.FIXED_SIGMAS) - 1
+    # Flicker is better if lower. The motion amount and the nearest clip have no better direction.
+    assert page.count(">lower</td>") == len(edm.FIXED_SIGMAS) + 1
+    assert page.count(">higher</td>") == len(rows) - len(edm.FIXED_SIGMAS) - 3
     assert "of the dataset" in page and "held-out clips" in page

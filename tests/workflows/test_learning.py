@@ -37,3 +37,24 @@ def test_the_ema_of_a_run_follows_its_formula_for_a_hundred_steps(prepared):
     assert found.keys() == average.keys()
     assert max((found[name] - average[name]).abs().max() for name in found) < 1e-6
     assert max((found[name] - weights[name]).abs().max() for name in found) > 1e-4
+
+
+def test_verdicts_tell_a_learned_concept_from_a_spoiled_run(cosmos):
+    cosmos("download", "tiny")
+    cosmos("prep", "tiny")
+    for name, rate in (("learned", "2e-3"), ("spoiled", "6e-2")):
+        settings = ("--set", f"name={name}", "--set", f"learning_rate={rate}")
+        cosmos("train", "tiny", *settings)
+        cosmos("promote", "tiny", *settings, "--name", name)
+    against = ("evaluate", "tiny", "--model", "base", "--model")
+    done = cosmos.json(*against, "learned", "--require", "concept")
+    verdicts = {row["score"]: row["verdict"] for row in done["comparisons"]}
+    assert verdicts.pop("concept") == "better"
+    # Motion amount has no better direction, and the error of the few held-out clips may fall.
+    assert not {verdicts[name] for name in verdicts} & {"worse"}
+    for name in ("colour", "shape", "motion", "consistency"):
+        assert verdicts[name].startswith("no difference")
+    done = cosmos.json(*against, "spoiled", "--require", "better", code=6)
+    verdicts = {row["score"]: row["verdict"] for row in done["comparisons"]}
+    assert "worse" in verdicts.values()
+    assert "spoiled is not better: worse in" in done["error"]
