@@ -66,10 +66,12 @@ def train(
         stands = status.state(run)
         console.emit(Result(status.state_table(stands), figures=stands), as_json=json_)
         return
-    if not gpus:
+    if gpus is None:
         preflight.warn_of_hidden_gpus()
-    if plan or gpus or pcie:
-        count, gpu = planner.parse_gpus(gpus) if gpus else (processes, preflight.smallest_gpu())
+    if plan or gpus is not None or pcie:
+        count, gpu = processes, preflight.smallest_gpu()
+        if gpus is not None:
+            count, gpu = planner.parse_gpus(gpus)
         gpu = replace(gpu, pcie=pcie) if gpu and pcie else gpu
         preflight.check_world(r, count)
         if not overwrite:
