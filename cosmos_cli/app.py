@@ -76,16 +76,46 @@ def _let_rank_0_explain() -> None:
 
 def _usage_error(error: Any) -> UserError:
     """Return Typer's error about options, with the corrected command where it can be guessed."""
-    where = error.ctx.command_path if error.ctx else "cosmos"
-    message = error.format_message().strip().rstrip(".")
+    where = error.ctx.command_path if error.ctx else _command_path(sys.argv[1:])
+    message = error.format_message().strip().rstrip(".").replace("Value error, ", "")
     what, fix = message[:1].lower() + message[1:], f"see `{where} --help`"
-    if error.ctx and (corrected := _with_settings(error.ctx.command, sys.argv[1:])):
+    corrected: list[str] = []
+    if error.ctx:
+        corrected = _with_settings(error.ctx.command, sys.argv[1:])
+        corrected = corrected or _with_prompt(error.ctx.command, sys.argv[1:])
+    if corrected:
         fix = f"use `{shlex.join(['cosmos', *corrected])}`"
     return usage_error(where, what, fix)
 
 
+def _command_path(words: list[str]) -> str:
+    """Return the command that words name. Typer gives no context when a value is missing."""
+    command, path = cast(Any, typer.main.get_command(app)), ["cosmos"]
+    for word in words:
+        if word not in getattr(command, "commands", {}):
+            break
+        command = command.commands[word]
+        path.append(word)
+    return " ".join(path)
+
+
+def _with_prompt(command: Any, words: list[str]) -> list[str]:
+    """Return `generate A red ball` with the loose words as --prompt; [] for other commands."""
+    from cosmos_cli.recipe import loading
+
+    options = [number for number, word in enumerate(words) if word[:1] == "-"]
+    loose = words[1 : options[0] if options else None]
+    recipe = loose[:1] if loose and loose[0] in loading.shipped() else []
+    prompt = loose[len(recipe) :]
+    if command.name != "generate" or not prompt or "--prompt" in words:
+        return []
+    return [words[0], *recipe, "--prompt", " ".join(prompt), *words[1 + len(loose) :]]
+
+
 def _with_settings(command: Any, words: list[str]) -> list[str]:
     """Return the words of a command with `--max-steps 4` and `max_steps=4` as --set options.
+
+    An option of this command that was typed with one dash, such as `-set`, gets the second.
 
     Return [] if there are no such words, or if the command has no --set.
     """
@@ -95,7 +125,8 @@ def _with_settings(command: Any, words: list[str]) -> list[str]:
     takes_value = {name for name, param in options.items() if not param.is_flag}
     corrected: list[str] = []
     left = iter(words)
-    for word in left:
+    for typed in left:
+        word = f"-{typed}" if f"-{typed}" in options else typed
         name, equals, value = word.partition("=")
         key = name.removeprefix("--").replace("-", "_")
         is_value = bool(corrected) and corrected[-1] in takes_value

@@ -68,7 +68,7 @@ WEIGHTS = Kind(
     "a weights file",
     200_000 * MB,
     ExitCode.ASSET,
-    "name a weights file, or run `cosmos download RECIPE`",
+    "name another file, or, if it was downloaded, run `cosmos download RECIPE`",
 )
 # The hub keeps these files in git, outside its store of large files.
 HUB_TEXT = Kind("a text of the hub", 100 * MB, ExitCode.ASSET, "run `cosmos download RECIPE`")
@@ -98,7 +98,22 @@ class NoSuchFile(BadFile):
 
 def bad(path: Path, kind: Kind, what: str) -> BadFile:
     """Return the error for a file that is not of its kind."""
+    if kind is WEIGHTS and (mistaken := _mistaken_for_weights(path)):
+        what = mistaken
     return BadFile(what, code=kind.code, where=str(path), fix=kind.fix)
+
+
+def _mistaken_for_weights(path: Path) -> str:
+    """Return what a file is that a failed download or clone left in the place of weights, or ""."""
+    with open_regular(path, DATA) as file:
+        start = file.read(64).lstrip().lower()
+    if not start:
+        return "is empty, not weights"
+    if start.startswith((b"<!doctype", b"<html")):
+        return "is a web page, not weights"
+    if start.startswith(b"version https://git-lfs"):
+        return "is a pointer of Git LFS, not weights: `git lfs pull` fetches them"
+    return ""
 
 
 # --- paths ----------------------------------------------------------------------------------------

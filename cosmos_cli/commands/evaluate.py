@@ -11,7 +11,7 @@ import typer
 from cosmos_cli import console, files, paths
 from cosmos_cli.commands import options
 from cosmos_cli.console import Result
-from cosmos_cli.errors import ExitCode, UserError, usage_error
+from cosmos_cli.errors import ExitCode, usage_error
 from cosmos_cli.generate import batch, promoted
 from cosmos_cli.generate.choice import choose_model, find_weights
 from cosmos_cli.generate.jobs import Weights
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from cosmos_cli.recipe.keys import Recipe
 
 EMBEDDED_PROMPTS = 24
+
+# The endings of files that a report may be expected in, and that this one is not.
+OTHER_PAGES = (".pdf", ".png", ".json", ".md", ".csv", ".mp4")
 
 
 def evaluate(
@@ -75,6 +78,11 @@ def evaluate(
         what = "there is no second model to compare"
         raise usage_error("--require", what, "use `--model base --model promoted`")
     output = files.expand(output)
+    if output.suffix.lower() in OTHER_PAGES and not output.is_dir():
+        raise usage_error(
+            f"--output {output}", f"{output.suffix} files are not written",
+            f"name an .html file: `--output {shlex.quote(str(output.with_suffix('.html')))}`",
+        )  # fmt: skip
     output = (output / "evaluation.html" if output.is_dir() else output).absolute()
     count = prompts if prompts is not None else EMBEDDED_PROMPTS if r.spec.embedded else 0
     held_out = _check_dataset(r)
@@ -120,13 +128,8 @@ def _check_dataset(r: Recipe) -> bool:
         UserError: prep has not run, or its manifest is damaged.
     """
     dataset = paths.Dataset.at(r.dataset_dir, r.videos_dir)
-    if dataset.manifest.exists():
+    if dataset.manifest.exists() or not r.spec.embedded:
         return bool(holdout.split_clips(dataset.read_manifest())[1])
-    if not r.spec.embedded:
-        raise UserError(
-            "there is no prepared dataset to measure on", code=ExitCode.ASSET,
-            where=str(dataset.root), fix="run `cosmos prep RECIPE` first",
-        )  # fmt: skip
     return False
 
 

@@ -42,7 +42,9 @@ PromptsOption = Annotated[
         "the model loaded and print one JSON line per video.",
     ),
 ]
-SeedOption = Annotated[int | None, typer.Option(help="Default: sampling_seed.")]
+SeedOption = Annotated[
+    int | None, typer.Option(min=0, max=2**32 - 1, help="Default: sampling_seed.")
+]
 OutputOption = Annotated[Path, typer.Option("--output", "-o", help="An .mp4 file or a folder.")]
 ModelOption = Annotated[
     str | None,

@@ -253,7 +253,7 @@ def _machine(gpus: str | None) -> Machine:
     from cosmos_cli.recipe.training_plan import Machine
     from cosmos_cli.train.preflight import smallest_gpu
 
-    if gpus:
+    if gpus is not None:
         return Machine(*gpu_models.parse_gpus(gpus), "--gpus says so")
     names, gpu = gpu_names(), smallest_gpu()
     if gpu:
@@ -265,7 +265,11 @@ def _machine(gpus: str | None) -> Machine:
 
 def _probe(dataset: paths.Dataset) -> tuple[dict[Path, VideoInfo], list[str]]:
     """Return the properties of every usable video, and an error line for every other video."""
-    listed = dataset.video_files()
+    try:
+        listed = dataset.video_files()
+    except UserError as error:
+        error.fix = "name a folder of mp4 files: `--videos FOLDER`"
+        raise
     from cosmos_cli.model import video
     from cosmos_cli.prep import lerobot
 

@@ -67,9 +67,9 @@ def train(
         stands = status.state(run)
         console.emit(Result(status.state_table(stands), figures=stands), as_json=json_)
         return
-    if not gpus:
+    if gpus is None:
         preflight.warn_of_hidden_gpus()
-    if plan or gpus or pcie:
+    if plan or gpus is not None or pcie:
         if not overwrite:
             preflight.warn_of_overwriting(r, run, command)
         console.emit(_plan(r, processes, gpus, pcie), as_json=json_)
@@ -96,7 +96,9 @@ def train(
 
 def _plan(r: Recipe, processes: int, gpus: str | None, pcie: int | None) -> Result:
     """Return what the recipe needs on this machine's GPUs, or on those that are named."""
-    count, gpu = gpu_models.parse_gpus(gpus) if gpus else (processes, preflight.smallest_gpu())
+    count, gpu = processes, preflight.smallest_gpu()
+    if gpus is not None:
+        count, gpu = gpu_models.parse_gpus(gpus)
     gpu = replace(gpu, pcie=pcie) if gpu and pcie else gpu
     preflight.check_world(r, count)
     figures = advice.check_memory(r, count, gpu)

@@ -55,7 +55,12 @@ class Upsampler:
 
         self.device = device
         released = folder / paths.MODEL_FILE
-        fix = "download it again, or add `--set upsampler=off`"
+        fix = "run `cosmos download RECIPE --for generate`, or add `--set upsampler=off`"
+        if not (released.is_file() or (folder / "config.json").is_file()):
+            raise UserError(
+                "there is no prompt upsampler", code=ExitCode.ASSET, where=str(folder.absolute()),
+                fix=fix,
+            )  # fmt: skip
         with pretrained.reading_pretrained(folder, "is not a complete prompt upsampler", fix):
             self.tokenizer = pretrained.load_pretrained(AutoTokenizer, folder)
             if released.is_file():

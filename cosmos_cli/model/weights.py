@@ -275,10 +275,8 @@ def reading(path: Path) -> Iterator[None]:
                 fix="save its state dict alone: `torch.save(model.state_dict(), FILE)`",
             ) from error  # fmt: skip
         kind = type(error).__name__
-        raise UserError(
-            f"is damaged or holds more than tensors; nothing in it was run ({kind})",
-            code=ExitCode.ASSET, where=str(path), fix="run `cosmos download RECIPE --check`",
-        ) from error  # fmt: skip
+        what = f"is damaged or holds more than tensors; nothing in it was run ({kind})"
+        raise files.bad(path, files.WEIGHTS, what) from error
 
 
 def _read_pt(path: Path) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, replace
 
-from cosmos_cli.errors import ExitCode, UserError
+from cosmos_cli.errors import ExitCode, UserError, usage_error
 
 # GB/s of copies between pinned CPU memory and a GPU, by PCIe generation.
 PCIE_RATES = {3: 11.0, 4: 22.0, 5: 45.0}
@@ -51,10 +51,17 @@ def parse_gpus(text: str) -> tuple[int, GpuModel]:
     """
     counted = re.fullmatch(r"(?:(\d+)\s*[x*]\s*)?(.*)", text.strip(), re.IGNORECASE)
     count, name = (counted[1] or "1", counted[2]) if counted else ("0", "")
-    gpu = find_gpu(name)
-    if int(count[:9]) and gpu:
-        return int(count[:9]), gpu
+    gpu = None if "," in name else find_gpu(name)
     words = _words(name)
+    if int(count[:9]) and gpu:
+        sizes = [int(word[:-2]) for word in words if re.fullmatch(r"\d+GB", word)]
+        # "24GB" may be in GB or GiB. A slice of a GPU names the memory of the GPU and its own.
+        if len(sizes) == 1 and not 0.85 < sizes[0] / gpu.memory_gb < 1.15:
+            raise usage_error(
+                "--gpus", f"{text!r} is not known: a {gpu.name} has {gpu.memory_gb:g} GB",
+                f"use `--gpus {count}x{gpu.name}`",
+            )  # fmt: skip
+        return int(count[:9]), gpu
     alike = [gpu.name for gpu in GPUS if _words(gpu.name)[0] in words] if int(count[:9]) else []
     known = ", ".join(gpu.name for gpu in GPUS)
     ways = " or ".join(f"`--gpus {count}x{name}`" for name in alike)

@@ -113,6 +113,9 @@ def find_recipe(name_or_path: str | Path) -> Path:
     try:
         is_folder = path.is_dir()
         # A broken link counts as found, so that opening it names the real problem.
+        if path.suffix == ".jsonl" and path.is_file():
+            fix = f"use `{shlex.join(['cosmos', 'generate', '--batch', str(path)])}`"
+            raise usage_error(str(path), "a batch of prompts, not a recipe", fix)
         if (path.exists() or path.is_symlink()) and not is_folder:
             return path
     except OSError as err:
@@ -123,7 +126,9 @@ def find_recipe(name_or_path: str | Path) -> Path:
         here = Path.cwd()
         return found.relative_to(here) if found.is_relative_to(here) else found
     if is_folder:
-        raise usage_error(str(path), "a folder, not a recipe", "name the file inside it")
+        new = shlex.join(["cosmos", "recipes", "new", "my_videos", "--videos", str(path)])
+        fix = f"name a file in it, or write a recipe for a folder of videos: `{new}`"
+        raise usage_error(str(path), "a folder, not a recipe", fix)
     key, equals, _ = str(name_or_path).partition("=")
     if equals and key in Recipe.model_fields:
         setting = shlex.quote(str(name_or_path))

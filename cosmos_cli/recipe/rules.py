@@ -68,26 +68,33 @@ def conflicts(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str, str]]:
 
 
 def _streaming_conflicts(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str, str]]:
-    """Yield the conflicts of `offload: weights`, like `conflicts`."""
+    """Yield the conflict of `offload: weights`: all that it needs, like `conflicts`."""
+    found = list(_streaming_needs(recipe))
+    if found:
+        keys = ("offload", *(key for key, _, _ in found))
+        ways = " ".join(f"--set {way}" for _, _, way in found)
+        other = "none" if recipe.zero_stage < 3 else "parameters"
+        what = f"offload weights {', '.join(what for _, what, _ in found)}"
+        yield keys, what, f"use `{ways}` or `--set offload={other}`"
+
+
+def _streaming_needs(recipe: Recipe) -> Iterator[tuple[str, str, str]]:
+    """Yield each key that `offload: weights` cannot work with, the problem and the setting."""
     if not recipe.lora_rank:
-        what = "offload weights streams frozen weights, but lora_rank 0 trains all weights"
-        yield (
-            ("offload", "lora_rank"),
-            what,
-            "use `--set lora_rank=16` or `--set offload=parameters`",
-        )
+        yield "lora_rank", "streams frozen weights, but lora_rank 0 trains all", "lora_rank=16"
     if recipe.activation_checkpointing not in ("attention", "all"):
-        what = "offload weights needs activation_checkpointing attention or all, found "
+        what = "needs activation_checkpointing attention or all, found "
         what += recipe.activation_checkpointing
-        fix = "use `--set activation_checkpointing=attention`"
-        yield ("offload", "activation_checkpointing"), what, fix
+        yield "activation_checkpointing", what, "activation_checkpointing=attention"
     if recipe.zero_stage == 3:
-        what = "offload weights keeps whole blocks and needs zero_stage 0 to 2, found 3"
-        yield ("offload", "zero_stage"), what, "use `--set zero_stage=1`"
+        yield (
+            "zero_stage",
+            "needs zero_stage 0 to 2, found 3",
+            "zero_stage=1",
+        )
     if recipe.num_processes not in ("auto", 1):
-        what = f"offload weights works in one process, found num_processes {recipe.num_processes}"
-        fix = "use `--set num_processes=1`, or `--set zero_stage=3 --set offload=none`"
-        yield ("offload", "num_processes"), what, fix
+        what = f"works in one process, found num_processes {recipe.num_processes}"
+        yield "num_processes", what, "num_processes=1"
 
 
 def engine_conflicts(recipe: Recipe, tokens: int) -> Iterator[tuple[tuple[str, ...], str, str]]:

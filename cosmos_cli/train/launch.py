@@ -107,7 +107,7 @@ def start(loaded: LoadedRecipe, processes: int, overwrite: bool) -> dict[str, An
         while True:
             _prepare(loaded, run)
             count = "a process" if processes == 1 else f"{processes} processes"
-            console.say(f"starting {count}, which first import PyTorch and DeepSpeed")
+            console.say(f"starting {count}, loading PyTorch and DeepSpeed")
             with trackers.following(loaded.recipe, run):
                 code, signal_seen = _run_command(
                     command,

@@ -118,10 +118,10 @@ def check_recipe(r: Recipe, ranks: int) -> None:
         )  # fmt: skip
     if os.environ.get("NNODES", "1") != "1" and not under_launcher():
         raise UserError(
-            f"NNODES is {os.environ['NNODES']}, but this command starts ranks on one machine only",
+            f"is {os.environ['NNODES']!r}, but this command starts ranks on one machine only",
             code=ExitCode.USAGE,
             where="NNODES",
-            fix="run on every node: `torchrun --nnodes ... -m cosmos_cli train RECIPE`",
+            fix="start it on every node with torchrun or recipes/slurm.sh, or run `unset NNODES`",
         )
     trackers.check_tracker(r)
     check_kernels(r)

@@ -83,5 +83,5 @@ def test_measuring_promoted_needs_a_promoted_model(cosmos):
 
 def test_without_a_prepared_dataset_there_is_nothing_to_measure_the_7b_on(cosmos):
     stand_in_weights(cosmos.cwd / "model.pt")
-    done = cosmos("evaluate", "nemo_assets", "--model", "model.pt", code=4)
-    assert "cosmos_nemo_assets: there is no prepared dataset" in done.stderr
+    done = cosmos("evaluate", "nemo_assets", "--model", "model.pt", code=5)
+    assert "cosmos_nemo_assets/manifest.json: the dataset is not prepared" in done.stderr
