@@ -174,8 +174,9 @@ def describe(r: Recipe, ranks: int, gpu: GpuModel | None) -> str:
     rows.append(("", f"{saves}, {states}"))
     if gpu is None or found.step_seconds is None:
         rows.append(("time", "not predicted without a GPU: add `--gpus 1xH100-80GB`"))
-        rows.append(("", f"known: {', '.join(known.name for known in GPUS[:6])},"))
-        rows.append(("", ", ".join(known.name for known in GPUS[6:])))
+        names = [known.name for known in GPUS]
+        lines = [", ".join(names[i : i + 5]) for i in range(0, len(names), 5)]
+        rows += [("known GPUs" if i == 0 else "", line) for i, line in enumerate(lines)]
     else:
         share = model_tflop(r) / (found.step_seconds * ranks * gpu.tflops)
         rows.append(("step", f"{found.step_seconds:.1f} s predicted, {share:.0%} MFU"))
