@@ -152,8 +152,8 @@ def _data(r: Recipe, manifest: Mapping[str, Any]) -> str:
         length = console.duration(sum(video["seconds"] for video in used))
         words = (
             f"`{Path(r.dataset_dir).name}`: {len(used)} videos with captions, {length} in all, cut "
-            f"into {len(found['clips'])} clips. {held_out} of the videos were held out from "
-            "training."
+            f"into {len(found['clips'])} clips. Held out from training: {held_out} of "
+            "the videos."
         )
     if r.dataset_repo == "embedded":
         words += " cosmos rendered its videos."

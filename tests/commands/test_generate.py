@@ -407,7 +407,7 @@ def test_promote_describes_the_model_and_generate_finds_it(trained):
     assert manifest["sha256"] == files.sha256_file(folder / "model.pt")
     assert manifest["base"]["sha256"]
     assert min(manifest["relative_change"].values()) > 0
-    assert "base_model: Cosmos-Tiny-Text2World" in (folder / "README.md").read_text()
+    assert "# Cosmos-Tiny-Text2World, post-trained as tiny" in (folder / "README.md").read_text()
 
     state = weights.load_dit_state(folder / "model.pt")
     (saved,) = trained.cwd.glob("outputs/*/*/*/checkpoints/iter_000000002_ema_model.pt")
