@@ -28,7 +28,7 @@ def prepared(tmp_path):
 def test_the_data_are_counted_if_the_dataset_is_the_one_of_the_training(tmp_path):
     r, digest = recipe(tmp_path), prepared(tmp_path)
     card = model_card.card(r, {**ABOUT, "dataset_manifest_sha256": digest})
-    assert "`robots`: 2 videos with captions, 9 s in all, cut into 7 clips. 1 of the" in card
+    assert "`robots`: 2 videos with captions, 9 s in all, cut into 7 clips. Held out from" in card
     assert "(https://huggingface.co/datasets/nvidia/Cosmos-NeMo-Assets)" in card
     other = model_card.card(r, {**ABOUT, "dataset_manifest_sha256": "0" * 64})
     assert "Its videos are not counted here" in other
