@@ -18,11 +18,10 @@ from torch import Tensor, nn
 ALIGNED_BYTES = 16
 # Block buffers on the GPU: one computes while the other is filled.
 BUFFERS = 2
-
-# The warning for a system that refuses pinned memory. Measured on PCIe 5: 6 instead of 50 GB/s.
+# The warning for a system that refuses pinned memory.
 PAGEABLE = (
     "the system refuses to pin CPU memory (see `ulimit -l`), so weights are streamed from pageable "
-    "memory, several times slower and not while the GPU computes"
+    "memory, which is slower and does not overlap with computing"
 )
 
 
@@ -51,7 +50,9 @@ class WeightStream:
     activation checkpointing is required.
     """
 
-    def __init__(self, blocks: Sequence[nn.Module], streamed: Sequence[int], device: torch.device):
+    def __init__(
+        self, blocks: Sequence[nn.Module], streamed: Sequence[int], device: torch.device
+    ) -> None:
         self.places = {index: place for place, index in enumerate(streamed)}
         self.weights = [_pack(blocks[index]) for index in streamed]
         self.pageable = device.type == "cuda" and not all(w.is_pinned() for w in self.weights)
