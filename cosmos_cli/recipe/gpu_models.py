@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 
 from cosmos_cli.errors import ExitCode, UserError, usage_error
 
-# GB/s of copies between pinned CPU memory and a GPU, by PCIe generation: 70 % of the nominal rate of
-# 16 lanes. An assumption, not a measurement.
+# GB/s of copies between pinned CPU memory and a GPU, by PCIe generation: an assumed 70 % of the
+# nominal rate of 16 lanes.
 PCIE_RATES = {3: 11.0, 4: 22.0, 5: 45.0}
 
 

@@ -13,7 +13,7 @@ from cosmos_cli.spec import DiTSpec
 if TYPE_CHECKING:
     from cosmos_cli.recipe.keys import Recipe
 
-# Block buffers of the weight stream on the GPU.
+# Block buffers on the GPU, as many as in model/streaming.py, which this may not import.
 BUFFERS = 2
 # Activations on the GPU that are on their way to or from CPU memory. Measured: 6.9 and 7.4.
 IN_TRANSIT = 7

@@ -1,6 +1,7 @@
 import pytest
 
 from cosmos_cli.errors import ExitCode, UserError
+from cosmos_cli.model import streaming
 from cosmos_cli.recipe import advice, gpu_models, loading, plan, residence
 from cosmos_cli.spec import COSMOS_7B
 from cosmos_cli.train import preflight
@@ -17,6 +18,10 @@ def test_as_many_blocks_stay_as_fit_next_to_the_two_buffers(room):
     assert count % 2 == 0
     # Two more resident blocks would not fit.
     assert count == 0 or residence.block_weights(DIT, 2, count - 2) > room or count == 2
+
+
+def test_the_plan_counts_the_buffers_that_there_are():
+    assert residence.BUFFERS == streaming.BUFFERS
 
 
 def test_without_room_for_the_buffers_every_block_is_streamed():
