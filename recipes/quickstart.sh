@@ -17,7 +17,7 @@ bash recipes/install.sh
 PATH=$PWD/.venv/bin:$PATH
 
 video=$(bash recipes/run.sh tiny --prompt "$prompt")
-cosmos evaluate tiny --prompts 12
+cosmos evaluate tiny
 
 echo "Your video: $video"
 echo "Before and after, with the training curves: $PWD/outputs/evaluation.html"
