@@ -43,7 +43,7 @@ transformer.load_lora_adapter("{repo}", weight_name="lora.safetensors")
 
 @dataclass(frozen=True)
 class Extras:
-    """What a card on the hub shows besides the manifest.
+    """Holds what a card on the hub shows in addition to the manifest.
 
     Attributes:
         repo: the repository, as owner/name.

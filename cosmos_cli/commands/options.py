@@ -16,6 +16,7 @@ import typer
 from cosmos_cli import console, ranks
 from cosmos_cli.download import hub
 from cosmos_cli.errors import TYPED_RECIPE
+from cosmos_cli.recipe.gpu_models import gpu_choices
 
 if TYPE_CHECKING:
     from cosmos_cli.recipe.loading import LoadedRecipe
@@ -85,6 +86,14 @@ PrintRecipeOption = Annotated[
 ]
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Print what would be done and exit.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
+GpusOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="8xH100-80GB",
+        help="Plan for other GPUs than this machine's.",
+        autocompletion=gpu_choices,
+    ),
+]
 YesOption = Annotated[
     bool, typer.Option("--yes", help="Replace existing files; without it, they are refused.")
 ]

@@ -190,14 +190,7 @@ def schema(
 def new(
     name: Annotated[str, typer.Argument(metavar="NAME", help="Writes NAME.yaml.")],
     videos: Annotated[Path, typer.Option("--videos", help="The folder with the videos.")],
-    gpus: Annotated[
-        str | None,
-        typer.Option(
-            metavar="8xH100-80GB",
-            help="The GPUs to train on, if they are not this machine's.",
-            autocompletion=gpu_models.gpu_choices,
-        ),
-    ] = None,
+    gpus: options.GpusOption = None,
     yes: options.YesOption = False,
     json_: options.JsonOption = False,
 ) -> None:

@@ -31,14 +31,7 @@ def train(
     plan: Annotated[
         bool, typer.Option("--plan", help="Estimate memory, time and disk; do not train.")
     ] = False,
-    gpus: Annotated[
-        str | None,
-        typer.Option(
-            metavar="8xH100-80GB",
-            help="Plan for other GPUs than this machine's.",
-            autocompletion=gpu_models.gpu_choices,
-        ),
-    ] = None,
+    gpus: options.GpusOption = None,
     pcie: Annotated[
         int | None,
         typer.Option(
