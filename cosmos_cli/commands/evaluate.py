@@ -77,13 +77,7 @@ def evaluate(
     if require and len(weights) < 2:
         what = "there is no second model to compare"
         raise usage_error("--require", what, "use `--model base --model promoted`")
-    output = files.expand(output)
-    if output.suffix.lower() in OTHER_PAGES and not output.is_dir():
-        raise usage_error(
-            f"--output {output}", f"{output.suffix} files are not written",
-            f"name an .html file: `--output {shlex.quote(str(output.with_suffix('.html')))}`",
-        )  # fmt: skip
-    output = (output / "evaluation.html" if output.is_dir() else output).absolute()
+    output = _page(files.expand(output))
     count = prompts if prompts is not None else EMBEDDED_PROMPTS if r.spec.embedded else 0
     held_out = _check_dataset(r)
     required = _check_required(require, r, count, held_out) if require else []
@@ -131,6 +125,22 @@ def _check_dataset(r: Recipe) -> bool:
     if dataset.manifest.exists() or not r.spec.embedded:
         return bool(holdout.split_clips(dataset.read_manifest())[1])
     return False
+
+
+def _page(output: Path) -> Path:
+    """Return the path of the page that --output names: a file, or evaluation.html in a folder.
+
+    Raises:
+        UserError: the file has the ending of another format.
+    """
+    if output.is_dir():
+        return (output / "evaluation.html").absolute()
+    if output.suffix.lower() in OTHER_PAGES:
+        raise usage_error(
+            f"--output {output}", f"{output.suffix} files are not written",
+            f"name an .html file: `--output {shlex.quote(str(output.with_suffix('.html')))}`",
+        )  # fmt: skip
+    return output.absolute()
 
 
 def _preview(r: Recipe, weights: dict[str, Weights], count: int, output: Path) -> Result:
