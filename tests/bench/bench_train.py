@@ -3,6 +3,8 @@
 Runs `cosmos train` on random weights of full size and random latents of 121 frames of 704x1280, as
 a user would, and reads what the run says of itself: seconds of a step, MFU, peak memory beside the
 plan's, seconds that a step waited for data, and with `--save` for how long a save holds the run up.
+With `--saves` the run saves twice when asked, is killed, and the same command resumes it: how long
+the second save holds training up and slows the steps meanwhile, and what a resume takes.
 With `--peer` the same clips train diffusers' network under the same ZeRO-3, every block
 checkpointed. With `--world N` one process is rank 0 of N that are not there: PyTorch's fake process
 group gives it its own part of the weights N times over, so that memory and arithmetic are those of
@@ -19,6 +21,8 @@ import argparse
 import json
 import os
 import pickle
+import re
+import shutil
 import signal
 import statistics
 import subprocess
@@ -28,6 +32,7 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from itertools import pairwise
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -165,6 +170,118 @@ def bench_ours(options: argparse.Namespace, r: Recipe, words: list[str]) -> dict
     return found
 
 
+# --- saves ----------------------------------------------------------------------------------------
+
+# Steps before the first save, after it, and after the second.
+QUIET = 3
+SAVED = re.compile(
+    r"saved step (\d+) to .*: training stood still for ([\d.]+) s, writing took ([\d.]+)"
+)
+
+
+def new_rows(
+    process: subprocess.Popen[bytes], run: paths.Run, known: int = 0
+) -> Iterator[tuple[float, dict[str, Any]]]:
+    """Yield each new row of a run's steps, and when it was seen, while the run lasts."""
+    while process.poll() is None:
+        for row in read_rows(run.metrics)[known:]:
+            known += 1
+            yield time.monotonic(), row
+        time.sleep(0.02)
+
+
+def saves_in(run: paths.Run) -> list[tuple[int, float, float]]:
+    """Return the step of each complete save, how long training stood still, and the writing."""
+    found = SAVED.findall(run.log.read_text()) if run.log.exists() else []
+    return [(int(step), float(still), float(writing)) for step, still, writing in found]
+
+
+def bench_saves(options: argparse.Namespace, r: Recipe, words: list[str]) -> dict[str, Any]:
+    """One run that saves on request, twice; then the same command once more."""
+    run = paths.Run(r.run_dir)
+    pairs = [word for pair in words for word in ("--set", pair)]
+    command = [sys.executable, "-m", "cosmos_cli", "train", SHIPPED[options.model][0], *pairs]
+    # What is asked for is saved, so that a plan of the disk counts one save at a time.
+    rows: list[tuple[float, dict[str, Any]]] = []
+    asked: list[int] = []
+    complete: list[int] = []
+    with started(command, options.gpus) as process:
+        for now, row in new_rows(process, run):
+            rows.append((now, row))
+            done = saves_in(run)
+            if len(done) > len(complete):
+                complete.append(len(rows))
+                print(f"{time.strftime('%X')} save {done[-1]}", flush=True)
+                if len(done) == 1:
+                    delete_save(run, done[0][0])
+            since = len(rows) - (complete[-1] if complete else WARM_UP)
+            if since >= QUIET and len(complete) == len(asked):
+                if len(asked) == 2:
+                    break
+                asked.append(len(rows))
+                run.save_request.touch()
+    if len(complete) < 2:
+        raise SystemExit(f"ended with {process.returncode} after {len(complete)} saves")
+    found = {"part": "saves", **second_save(rows, asked[1], complete[1], saves_in(run)[1])}
+    step, known = saves_in(run)[1][0], len(read_rows(run.metrics))
+    found["staged_gb"] = round(bytes_of(run, step) / 1e9, 2)
+    found["planned_staged_gb"] = round(plan.plan(r, options.gpus, None).staged_gb, 2)
+    print(json.dumps(found), flush=True)
+    began = time.monotonic()
+    with started(command, options.gpus) as process:
+        # The rows after the save are dropped at a resume.
+        known = sum(row["step"] <= step for row in read_rows(run.metrics))
+        while process.poll() is None and run.log.read_text().count("resumed at") < 1:
+            time.sleep(0.02)
+        found["restored_seconds"] = round(time.monotonic() - began, 1)
+        for now, row in new_rows(process, run, known):
+            found |= {"resume_seconds": round(now - began, 1), "first_step": row["seconds"]}
+            break
+    shutil.rmtree(run.root)
+    return found
+
+
+def second_save(
+    rows: list[tuple[float, dict[str, Any]]],
+    asked: int,
+    complete: int,
+    said: tuple[int, float, float],
+) -> dict[str, Any]:
+    """Return what a save did to the steps around it.
+
+    It is made after the step during which it was asked for, so the time between that step's row
+    and the next one is longer.
+    """
+    gaps = [after[0] - before[0] for before, after in pairwise(rows)]
+    seconds = [row["seconds"] for _, row in rows]
+    quiet = slice(asked - QUIET, asked)
+    usual, usual_gap = statistics.median(seconds[quiet]), statistics.median(gaps[quiet])
+    saved = next(i for i, (_, row) in enumerate(rows) if row["step"] == said[0])
+    writing = seconds[saved + 1 : max(complete, saved + 2)]
+    return {
+        "seconds": round(usual, 3),
+        "stood_still": said[1],
+        "gap": round(gaps[saved] - usual_gap, 2),
+        "writing": said[2],
+        "steps_meanwhile": len(writing),
+        "slowest": round(max(writing), 3),
+        "slowest_ratio": round(max(writing) / usual, 3),
+    }
+
+
+def bytes_of(run: paths.Run, step: int) -> int:
+    """Return the bytes of a save on disk."""
+    state = run.resume_state(step).rglob("*")
+    return sum(map(files.size_of, [*run.weight_files()[step], *(p for p in state if p.is_file())]))
+
+
+def delete_save(run: paths.Run, step: int) -> None:
+    """Make room for the next save, since the runs may lie in memory."""
+    shutil.rmtree(run.resume_state(step))
+    for path in run.weight_files()[step]:
+        path.unlink()
+
+
 def own_ranks(options: argparse.Namespace) -> list[str]:
     """What starts ranks of this script, under cosmos' launcher."""
     launcher = ["-m", "cosmos_cli.ranks", "--nproc-per-node", str(options.gpus)]
@@ -295,6 +412,7 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--name", default="bench", help="of the run and its row")
     parser.add_argument("--save", action="store_true", help="let the run save at its end")
+    parser.add_argument("--saves", action="store_true", help="measure two saves and a resume")
     parser.add_argument("--after", type=int, default=0, help="the saved step to go on from")
     parser.add_argument("--world", type=int, default=0, help="ranks, of which one is there")
     parser.add_argument("--blocks", type=int, default=0, help="of the network; default: all")
@@ -308,6 +426,8 @@ def main() -> None:
     options.runs = (options.runs or options.scratch / "runs").absolute()
     os.environ.pop("OUTPUT_ROOT", None)
     words = settings(options)
+    if options.saves:
+        words += ["max_steps=100000", "save_every_steps=100000", "keep_last=1"]
     shorten(options.model, options.blocks)
     r = loading.load(SHIPPED[options.model][0], words).recipe
     if options.rank:
@@ -318,7 +438,13 @@ def main() -> None:
         # In a process of its own, which gives the GPU back.
         with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
             pool.submit(make_base, options, r).result()
-    found = bench_peer(options, r) if options.peer else bench_ours(options, r, words)
+    if not options.after:
+        # An earlier measurement would be resumed, or refused.
+        shutil.rmtree(r.run_dir, ignore_errors=True)
+    if options.saves:
+        found = bench_saves(options, r, words)
+    else:
+        found = bench_peer(options, r) if options.peer else bench_ours(options, r, words)
     about = {
         "name": options.name, "model": r.model, "gpus": options.gpus, "world": options.world,
         "blocks": r.spec.dit.blocks, "set": options.set,
