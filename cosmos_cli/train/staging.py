@@ -76,6 +76,9 @@ class Staging:
         if self.stream is not None:
             runtime: Any = torch.cuda.cudart()
             if int(runtime.cudaHostRegister(flat.data_ptr(), size, 0)):
+                with contextlib.suppress(RuntimeError):
+                    # CUDA reports the error once more, at the next kernel.
+                    torch.zeros(1, device=self.stream.device)
                 raise MemoryError("the system refuses to pin so much (see `ulimit -l`)")
         self.memory = memory
 

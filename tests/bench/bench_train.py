@@ -3,8 +3,9 @@
 Runs `cosmos train` on random weights of full size and random latents of 121 frames of 704x1280, as
 a user would, and reads what the run says of itself: seconds of a step, MFU, peak memory beside the
 plan's, seconds that a step waited for data, and with `--save` for how long a save holds the run up.
-With `--saves` the run saves twice when asked, is killed, and the same command resumes it: how long
-the second save holds training up and slows the steps meanwhile, and what a resume takes.
+With `--saves` the run saves twice when asked, is killed while the second save is written, and the
+same command resumes it: how long saves hold training up and slow the steps meanwhile, and what a
+resume takes.
 With `--peer` the same clips train diffusers' network under the same ZeRO-3, every block
 checkpointed. With `--world N` one process is rank 0 of N that are not there: PyTorch's fake process
 group gives it its own part of the weights N times over, so that memory and arithmetic are those of
@@ -172,10 +173,10 @@ def bench_ours(options: argparse.Namespace, r: Recipe, words: list[str]) -> dict
 
 # --- saves ----------------------------------------------------------------------------------------
 
-# Steps before the first save, after it, and after the second.
-QUIET = 3
+# Steps before a save, and steps that are waited for while the second one is written.
+QUIET, WRITING = 3, 6
 SAVED = re.compile(
-    r"saved step (\d+) to .*: training stood still for ([\d.]+) s, writing took ([\d.]+)"
+    r"saved step (\d+) to .*training stood still for ([\d.]+) s, writing took ([\d.]+)"
 )
 
 
@@ -190,82 +191,77 @@ def new_rows(
         time.sleep(0.02)
 
 
-def saves_in(run: paths.Run) -> list[tuple[int, float, float]]:
-    """Return the step of each complete save, how long training stood still, and the writing."""
-    found = SAVED.findall(run.log.read_text()) if run.log.exists() else []
-    return [(int(step), float(still), float(writing)) for step, still, writing in found]
-
-
 def bench_saves(options: argparse.Namespace, r: Recipe, words: list[str]) -> dict[str, Any]:
-    """One run that saves on request, twice; then the same command once more."""
+    """One run that saves twice on request and is killed during the second; then it resumes."""
     run = paths.Run(r.run_dir)
     pairs = [word for pair in words for word in ("--set", pair)]
     command = [sys.executable, "-m", "cosmos_cli", "train", SHIPPED[options.model][0], *pairs]
-    # What is asked for is saved, so that a plan of the disk counts one save at a time.
     rows: list[tuple[float, dict[str, Any]]] = []
+    # The number of rows when a save was asked for, and when the first one was complete.
     asked: list[int] = []
-    complete: list[int] = []
+    complete = 0
     with started(command, options.gpus) as process:
         for now, row in new_rows(process, run):
             rows.append((now, row))
-            done = saves_in(run)
-            if len(done) > len(complete):
-                complete.append(len(rows))
-                print(f"{time.strftime('%X')} save {done[-1]}", flush=True)
-                if len(done) == 1:
-                    delete_save(run, done[0][0])
-            since = len(rows) - (complete[-1] if complete else WARM_UP)
-            if since >= QUIET and len(complete) == len(asked):
-                if len(asked) == 2:
-                    break
+            if not complete and run.resumable_steps():
+                complete = len(rows)
+            due = (WARM_UP, complete)[len(asked)] if len(asked) < 2 else 0
+            if len(asked) == 2 and len(rows) >= asked[1] + 1 + WRITING:
+                break
+            if due and len(rows) >= due + QUIET:
                 asked.append(len(rows))
                 run.save_request.touch()
-    if len(complete) < 2:
-        raise SystemExit(f"ended with {process.returncode} after {len(complete)} saves")
-    found = {"part": "saves", **second_save(rows, asked[1], complete[1], saves_in(run)[1])}
-    step, known = saves_in(run)[1][0], len(read_rows(run.metrics))
-    found["staged_gb"] = round(bytes_of(run, step) / 1e9, 2)
-    found["planned_staged_gb"] = round(plan.plan(r, options.gpus, None).staged_gb, 2)
+    if len(asked) < 2:
+        raise SystemExit(f"ended with {process.returncode} after {len(asked)} requests")
+    step = run.last_step
+    ((_, still, writing), *_) = SAVED.findall(run.log.read_text())
+    found = {
+        "part": "saves",
+        **around_saves(rows, asked, complete),
+        "stood_still": float(still),
+        "writing": float(writing),
+        "staged_gb": round(bytes_of(run, step) / 1e9, 2),
+        "planned_staged_gb": round(plan.plan(r, options.gpus, None).staged_gb, 2),
+    }
     print(json.dumps(found), flush=True)
-    began = time.monotonic()
+    # The run drops the rows after its save only when it has resumed.
+    known = [line for line in run.metrics.open() if json.loads(line)["step"] <= step]
+    run.metrics.write_text("".join(known))
+    began, restored = time.monotonic(), f"resumed at step {step} "
     with started(command, options.gpus) as process:
-        # The rows after the save are dropped at a resume.
-        known = sum(row["step"] <= step for row in read_rows(run.metrics))
-        while process.poll() is None and run.log.read_text().count("resumed at") < 1:
+        while process.poll() is None and restored not in run.log.read_text():
             time.sleep(0.02)
         found["restored_seconds"] = round(time.monotonic() - began, 1)
-        for now, row in new_rows(process, run, known):
+        for now, row in new_rows(process, run, len(known)):
             found |= {"resume_seconds": round(now - began, 1), "first_step": row["seconds"]}
             break
     shutil.rmtree(run.root)
     return found
 
 
-def second_save(
-    rows: list[tuple[float, dict[str, Any]]],
-    asked: int,
-    complete: int,
-    said: tuple[int, float, float],
+def around_saves(
+    rows: list[tuple[float, dict[str, Any]]], asked: list[int], complete: int
 ) -> dict[str, Any]:
-    """Return what a save did to the steps around it.
+    """Return what two saves did to the steps around them.
 
-    It is made after the step during which it was asked for, so the time between that step's row
-    and the next one is longer.
+    A save is made after the step that follows the request, so the time from the row of that step to
+    the next one is longer.
     """
     gaps = [after[0] - before[0] for before, after in pairwise(rows)]
     seconds = [row["seconds"] for _, row in rows]
-    quiet = slice(asked - QUIET, asked)
-    usual, usual_gap = statistics.median(seconds[quiet]), statistics.median(gaps[quiet])
-    saved = next(i for i, (_, row) in enumerate(rows) if row["step"] == said[0])
-    writing = seconds[saved + 1 : max(complete, saved + 2)]
+    first, second = asked
+    quiet = [*range(first - QUIET, first), *range(second - QUIET + 1, second)]
+    usual = statistics.median(seconds[i] for i in quiet)
+    usual_gap = statistics.median(gaps[i] for i in quiet)
+    writing = [*seconds[first + 1 : complete], *seconds[second + 1 :]]
     return {
         "seconds": round(usual, 3),
-        "stood_still": said[1],
-        "gap": round(gaps[saved] - usual_gap, 2),
-        "writing": said[2],
+        "first_gap": round(gaps[first] - usual_gap, 2),
+        "second_gap": round(gaps[second] - usual_gap, 2),
         "steps_meanwhile": len(writing),
         "slowest": round(max(writing), 3),
         "slowest_ratio": round(max(writing) / usual, 3),
+        "median_ratio": round(statistics.median(writing) / usual, 3),
     }
 
 
@@ -273,13 +269,6 @@ def bytes_of(run: paths.Run, step: int) -> int:
     """Return the bytes of a save on disk."""
     state = run.resume_state(step).rglob("*")
     return sum(map(files.size_of, [*run.weight_files()[step], *(p for p in state if p.is_file())]))
-
-
-def delete_save(run: paths.Run, step: int) -> None:
-    """Make room for the next save, since the runs may lie in memory."""
-    shutil.rmtree(run.resume_state(step))
-    for path in run.weight_files()[step]:
-        path.unlink()
 
 
 def own_ranks(options: argparse.Namespace) -> list[str]:
