@@ -25,8 +25,7 @@ from cosmos_cli.model import edm, weights
 from cosmos_cli.model.dit import DiT
 from cosmos_cli.model.ema import PowerEMA
 from cosmos_cli.recipe.keys import Recipe
-from cosmos_cli.train import checkpoint, engine, process, saver
-from cosmos_cli.train.data import Share
+from cosmos_cli.train import checkpoint, data, engine, loop, process, saver
 
 SMALL = spec.ModelSpec(
     name="small",
@@ -71,7 +70,7 @@ class Saver:
         weights.save_dit(base, edm.EDMLoss(net, SMALL).state_dict(), "safetensors")
         r = Recipe(dataset_dir="none", precision="fp32", zero_stage=3, global_batch_size=1)
         self.r = r = r.model_copy(update={"model": "small", "base": str(base)})
-        self.engine = engine.build(r, Share(0, 1, 1), torch.device("cpu"))
+        self.engine = engine.build(r, data.Share(0, 1, 1), torch.device("cpu"))
         self.ema = PowerEMA(checkpoint.shards(self.engine.module), r.ema_rate)
         self.run = paths.Run(folder / "run")
         self.saver = saver.Saver(self.engine, self.ema, self.run, r, {})
@@ -87,11 +86,9 @@ class Saver:
     def learn(self, step):
         generator = torch.Generator().manual_seed(step)
         x0, noise = (torch.randn(1, 16, 1, 8, 8, generator=generator) for _ in range(2))
-        text = torch.zeros(1, 4, 16)
-        loss, _ = self.engine(x0, torch.ones(1), noise, text, torch.ones(1))
-        self.engine.backward(loss)
-        self.engine.step()
-        self.ema.update(checkpoint.shards(self.engine.module), step)
+        one, text = torch.ones(1), torch.zeros(1, 4, 16)
+        batch = data.Batch(x0, one, noise, text, one, ("clip",))
+        loop.optimize(self.r, self.engine, self.ema, self.saver, step, [batch])
 
     def save(self, step):
         self.saver.save(step)

@@ -1,11 +1,17 @@
 """Saves in the background: what is on disk is what was trained when the save was asked for."""
 
+import os
+import threading
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+
 import pytest
 import torch
 
 from cosmos_cli.files import PIECE, PieceHash, read_json, sha256_file, sha256_piece, sha256_pieces
 from cosmos_cli.paths import MANIFEST_FILE
-from cosmos_cli.train import staging
+from cosmos_cli.train import process, staging
+from tests.helpers import faulty_saves
 from tests.helpers.command import Cosmos
 from tests.helpers.runs import find_run, losses, train
 
@@ -65,6 +71,30 @@ def test_the_limit_of_a_job_counts(tmp_path, monkeypatch, limit, usage, cache):
     assert staging.available_bytes() == 400_000
     (tmp_path / limit).write_text("max\n")
     assert staging.available_bytes() > 10**8
+
+
+def what_a_late_copy_saves(folder):
+    """In a process of its own: a save whose copy begins only when the next step is under way."""
+    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "DS_ACCELERATOR": "cpu"}
+    os.environ |= {**where, "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+    process.join_world(60)
+    trained = faulty_saves.Saver(folder)
+    writer_is_free = threading.Event()
+    trained.saver.thread.submit(writer_is_free.wait)
+    trained.saver.save(3)
+    threading.Timer(1, writer_is_free.set).start()
+    trained.learn(3)
+    changed = not all(map(torch.equal, trained.state(), trained.known))
+    trained.saver.finish()
+    return changed, trained.loads(3)
+
+
+@pytest.mark.workflow
+def test_the_optimizer_step_waits_until_the_save_is_copied(tmp_path):
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        changed, same = pool.submit(what_a_late_copy_saves, tmp_path).result()
+    assert changed
+    assert same
 
 
 def on_disk(run):
