@@ -1,5 +1,6 @@
 """Saves in the background: what is on disk is what was trained when the save was asked for."""
 
+import contextlib
 import os
 import threading
 from concurrent.futures import ProcessPoolExecutor
@@ -8,7 +9,9 @@ from multiprocessing import get_context
 import pytest
 import torch
 
-from cosmos_cli.files import PIECE, PieceHash, read_json, sha256_file, sha256_piece, sha256_pieces
+from cosmos_cli import files
+from cosmos_cli.errors import ExitCode, UserError
+from cosmos_cli.files import read_json, sha256_file, write_json
 from cosmos_cli.paths import MANIFEST_FILE
 from cosmos_cli.train import process, staging
 from tests.helpers import faulty_saves
@@ -16,16 +19,18 @@ from tests.helpers.command import Cosmos
 from tests.helpers.runs import find_run, losses, train
 
 
-def test_a_piecewise_hash_does_not_depend_on_how_the_data_arrives(tmp_path):
-    data = bytes(range(256)) * (PIECE // 128) + b"end"
+def test_a_piecewise_hash_does_not_depend_on_how_the_data_arrives(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "PIECE", 100)
+    data = bytes(range(203))
     path = tmp_path / "data"
     path.write_bytes(data)
-    whole, split = PieceHash(), PieceHash()
-    whole.update(data)
-    for part in (data[:1], data[1 : PIECE + 5], data[PIECE + 5 :]):
-        split.update(part)
-    read = sha256_pieces([sha256_piece(path, i) for i in range(3)])
-    assert whole.hexdigest() == split.hexdigest() == read
+    for parts in ([data], [data[:1], data[1:105], data[105:]], [data[:100], data[100:]]):
+        written = files.PieceHash()
+        for part in parts:
+            written.update(part)
+        read = [files.sha256_piece(path, i) for i in range(3)]
+        assert written.hexdigest() == files.sha256_pieces(read)
+    assert files.PieceHash().hexdigest() != written.hexdigest()
 
 
 def reserved(size=10**7):
@@ -73,28 +78,78 @@ def test_the_limit_of_a_job_counts(tmp_path, monkeypatch, limit, usage, cache):
     assert staging.available_bytes() > 10**8
 
 
-def what_a_late_copy_saves(folder):
-    """In a process of its own: a save whose copy begins only when the next step is under way."""
+def damaged(trained, step):
+    """The files of a save of which one changed byte goes unnoticed."""
+    folder, missed = trained.run.resume_state(step), []
+    states = [path for path in folder.rglob("*") if path.suffix == ".pt"]
+    for path in [*states, trained.run.model(step, "ema")]:
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+        with contextlib.suppress(UserError):
+            trained.loads(step)
+            missed.append(path.name)
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+    return missed
+
+
+def small_saves(folder):
+    """In a process of its own, saves of a small model; what is seen, by name."""
     where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "DS_ACCELERATOR": "cpu"}
     os.environ |= {**where, "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
     process.join_world(60)
-    trained = faulty_saves.Saver(folder)
+    trained, seen = faulty_saves.Saver(folder), {}
+    # The copy begins only when the next step is under way.
     writer_is_free = threading.Event()
     trained.saver.thread.submit(writer_is_free.wait)
     trained.saver.save(3)
     threading.Timer(1, writer_is_free.set).start()
     trained.learn(3)
-    changed = not all(map(torch.equal, trained.state(), trained.known))
+    seen["changed"] = not all(map(torch.equal, trained.state(), trained.known))
     trained.saver.finish()
-    return changed, trained.loads(3)
+    seen["restored"] = trained.loads(3)
+    seen["missed"] = damaged(trained, 3)
+    # As an earlier version wrote it.
+    manifest = trained.run.resume_state(3) / MANIFEST_FILE
+    content = read_json(manifest)
+    del content["pieces"]
+    write_json(manifest, content)
+    seen["restored_from_older"] = trained.loads(3)
+    seen["missed_in_older"] = damaged(trained, 3)
+    with contextlib.suppress(UserError), trained.saver:
+        trained.saver.save(4)
+        raise UserError("the loss is not finite", code=ExitCode.TRAINING)
+    seen["newest"] = trained.run.last_step
+    return seen
+
+
+@pytest.fixture(scope="module")
+def seen(tmp_path_factory):
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(small_saves, tmp_path_factory.mktemp("small")).result()
 
 
 @pytest.mark.workflow
-def test_the_optimizer_step_waits_until_the_save_is_copied(tmp_path):
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        changed, same = pool.submit(what_a_late_copy_saves, tmp_path).result()
-    assert changed
-    assert same
+def test_the_optimizer_step_waits_until_the_save_is_copied(seen):
+    assert seen["changed"]
+    assert seen["restored"]
+
+
+@pytest.mark.workflow
+def test_a_changed_byte_in_any_file_is_noticed_at_a_resume(seen):
+    assert seen["missed"] == []
+
+
+@pytest.mark.workflow
+def test_a_manifest_of_an_earlier_version_is_still_verified(seen):
+    assert seen["restored_from_older"]
+    assert seen["missed_in_older"] == []
+
+
+@pytest.mark.workflow
+def test_a_save_under_way_is_completed_when_a_later_step_fails(seen):
+    assert seen["newest"] == 4
 
 
 def on_disk(run):
