@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from cosmos_cli import files
+from cosmos_cli import console, files
 from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.model import lora, lora_files, tensor_names, weights
 from cosmos_cli.model.ema import PowerEMA
@@ -123,6 +124,7 @@ def resume(engine: Any, ema: PowerEMA, run: Run, step: int) -> None:
     manifest = files.read_json(folder / MANIFEST_FILE)
     module = engine.module
     path = model_file(run, module, step, "ema")
+    began = time.monotonic()
     if not _is_whole(folder, path, manifest):
         raise UserError(
             f"is damaged: its files or {path.name} are missing or differ from what was saved",
@@ -130,6 +132,7 @@ def resume(engine: Any, ema: PowerEMA, run: Run, step: int) -> None:
             where=str(folder),
             fix="delete this folder; the same command then resumes from the save before it",
         )
+    console.say(f"checked the files of step {step} in {time.monotonic() - began:.1f} s")
     adapted, saved_by = lora.attached(module), manifest["world_size"]
     if saved_by == dist.get_world_size():
         engine.checkpoint_engine.load = reshard.read_state

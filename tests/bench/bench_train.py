@@ -235,6 +235,8 @@ def bench_saves(options: argparse.Namespace, r: Recipe, words: list[str]) -> dic
         for now, row in new_rows(process, run, len(known)):
             found |= {"resume_seconds": round(now - began, 1), "first_step": row["seconds"]}
             break
+    # Its lines have times.
+    print(run.log.read_text(), flush=True)
     shutil.rmtree(run.root)
     return found
 
