@@ -228,6 +228,11 @@ class Recipe(BaseModel):
     )
     max_steps: int = _steps("Optimizer steps of the whole run.", 1000, ge=1, le=10**8)
     save_every_steps: int = _training("Steps between checkpoints.", 200, ge=1)
+    saves: Literal["background", "blocking"] = _training(
+        "How checkpoints are written. background: from a copy in CPU memory while training "
+        "continues, if there is enough of it. blocking: while training waits.",
+        "background",
+    )
     log_every_steps: int = _training("Steps between lines of metrics.", 10, ge=1)
     validate_every_steps: int = _training(
         "Steps between validations on held-out clips; every checkpoint is validated too.", 100, ge=1
