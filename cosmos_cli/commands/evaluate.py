@@ -86,14 +86,13 @@ def evaluate(
         return
     files.require_writable(output.parent)
 
-    from cosmos_cli.evaluate import comparison
-    from cosmos_cli.evaluate import evaluation as measure
+    from cosmos_cli.evaluate import comparison, evaluation, page
     from cosmos_cli.gpus import best_device
 
-    figures, samples = measure.evaluate(r, weights, count, best_device())
-    measure.keep_larger(output, figures)
-    written = measure.write_page(output, r, figures, samples)
-    tables = [console.table(measure.figure_rows(figures), ("", "chance", *weights))]
+    figures, samples = evaluation.evaluate(r, weights, count, best_device())
+    page.keep_larger(output, figures)
+    written = page.write_page(output, r, figures, samples)
+    tables = [console.table(page.figure_rows(figures), ("", "chance", *weights))]
     tables += [console.table(*rows) for _, rows in comparison.tables(figures["comparisons"])]
     result = Result("\n\n".join(tables), written, figures, f"xdg-open {shlex.quote(str(output))}")
     if lines := comparison.unmet(required, figures["comparisons"]):
