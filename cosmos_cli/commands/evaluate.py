@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -15,12 +15,13 @@ from cosmos_cli.errors import ExitCode, usage_error
 from cosmos_cli.generate import batch, promoted
 from cosmos_cli.generate.choice import choose_model, find_weights
 from cosmos_cli.generate.jobs import Weights
-from cosmos_cli.prep import holdout
 
 if TYPE_CHECKING:
     from cosmos_cli.recipe.keys import Recipe
 
 EMBEDDED_PROMPTS = 24
+# The folder next to the page that keeps the latents of all videos.
+LATENTS = "evaluation_latents"
 
 # The endings of files that a report may be expected in, and that this one is not.
 OTHER_PAGES = (".pdf", ".png", ".json", ".md", ".csv", ".mp4")
@@ -64,32 +65,23 @@ def evaluate(
     Example: cosmos evaluate tiny --prompts 200
     """
     r = options.open_recipe(recipe, set_, print_recipe, json_, trains=False).recipe
-    there = not model and promoted.found(r.checkpoints_dir, r.spec)
-    names = model or (["base", "promoted"] if there or require else ["base"])
-    # Models in different checkpoints_dirs may have folders of the same name.
-    short = len({Path(name).name for name in names}) == len(names)
-    weights = {
-        Path(name).name if short else name.strip("/").replace("/", "_"): find_weights(
-            r, choose_model(recipe, name, set_ or []).weights
-        )
-        for name in names
-    }
-    if require and len(weights) < 2:
-        what = "there is no second model to compare"
-        raise usage_error("--require", what, "use `--model base --model promoted`")
+    weights = _models(recipe, r, model, set_, bool(require))
     output = _page(files.expand(output))
     count = prompts if prompts is not None else EMBEDDED_PROMPTS if r.spec.embedded else 0
-    held_out = _check_dataset(r)
-    required = _check_required(require, r, count, held_out) if require else []
-    if dry_run:
-        console.emit(_preview(r, weights, count, output), as_json=json_)
-        return
-    files.require_writable(output.parent)
+    _check_dataset(r)
 
     from cosmos_cli.evaluate import comparison, evaluation, page
     from cosmos_cli.gpus import best_device
 
-    figures, samples = evaluation.evaluate(r, weights, count, best_device())
+    store = evaluation.open_store(r, count, best_device(), output.parent / LATENTS)
+    better = evaluation.directions(r, evaluation.PreparedClips.of(r), len(store.wanted))
+    required = comparison.check_names(require, better) if require else []
+    cost = {"prompts": count, **evaluation.announce(r, weights, store)}
+    if dry_run:
+        console.emit(_preview(r, weights, cost, output), as_json=json_)
+        return
+    files.require_writable(output.parent)
+    figures, samples = evaluation.evaluate(r, weights, store, count)
     page.keep_larger(output, figures)
     written = page.write_page(output, r, figures, samples)
     tables = [console.table(page.figure_rows(figures), ("", "chance", *weights))]
@@ -101,29 +93,39 @@ def evaluate(
     raise typer.Exit(result.code)
 
 
-def _check_required(require: list[str], r: Recipe, count: int, held_out: bool) -> list[str]:
-    """Return the names of the required scores.
+def _models(
+    recipe: str, r: Recipe, model: list[str] | None, set_: list[str] | None, compares: bool
+) -> dict[str, Weights]:
+    """Return the weights to measure, by the name that the page gives them.
 
     Raises:
-        UserError: the evaluation has no such score.
+        UserError: a model does not exist, or one is to be compared with no other.
     """
-    from cosmos_cli.evaluate import comparison, evaluation
+    there = not model and promoted.found(r.checkpoints_dir, r.spec)
+    names = model or (["base", "promoted"] if there or compares else ["base"])
+    # Models in different checkpoints_dirs may have folders of the same name.
+    short = len({Path(name).name for name in names}) == len(names)
+    weights = {
+        Path(name).name if short else name.strip("/").replace("/", "_"): find_weights(
+            r, choose_model(recipe, name, set_ or []).weights
+        )
+        for name in names
+    }
+    if compares and len(weights) < 2:
+        what = "there is no second model to compare"
+        raise usage_error("--require", what, "use `--model base --model promoted`")
+    return weights
 
-    return comparison.check_names(require, evaluation.directions(r, count, held_out))
 
-
-def _check_dataset(r: Recipe) -> bool:
+def _check_dataset(r: Recipe) -> None:
     """Check the dataset that models are measured on; the tiny model can do without.
-
-    Return True if the dataset has held-out clips.
 
     Raises:
         UserError: prep has not run, or its manifest is damaged.
     """
     dataset = paths.Dataset.at(r.dataset_dir, r.videos_dir)
     if dataset.manifest.exists() or not r.spec.embedded:
-        return bool(holdout.split_clips(dataset.read_manifest())[1])
-    return False
+        dataset.read_manifest()
 
 
 def _page(output: Path) -> Path:
@@ -142,15 +144,15 @@ def _page(output: Path) -> Path:
     return output.absolute()
 
 
-def _preview(r: Recipe, weights: dict[str, Weights], count: int, output: Path) -> Result:
+def _preview(r: Recipe, weights: dict[str, Weights], cost: dict[str, Any], output: Path) -> Result:
     """Return what would be measured.
 
     Raises:
         UserError: a network is missing.
     """
-    if count:
+    if cost["prompts"]:
         batch.require_networks(r)
     for name, own in weights.items():
-        console.say(f"would measure {name} with {count} videos: {own.path}")
+        console.say(f"would measure {name} with {cost['prompts']} videos: {own.path}")
     models = {name: {"path": str(own.path), "sha256": own.sha256} for name, own in weights.items()}
-    return Result(str(output), figures={"dry_run": True, "prompts": count, "models": models})
+    return Result(str(output), figures={"dry_run": True, **cost, "models": models})

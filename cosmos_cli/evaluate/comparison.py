@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import groupby
 from operator import itemgetter
 from typing import Any
+
+import numpy as np
 
 from cosmos_cli.errors import usage_error
 from cosmos_cli.evaluate import statistics
@@ -18,18 +21,32 @@ NOTE = (
     "Each score is compared between videos of the same prompt and seed, or on the same held-out "
     "clip. The interval contains the true difference in about 95 % of evaluations. Verdicts are "
     "corrected for the number of scores on this page (Holm), so a verdict can be no difference "
-    "although the interval excludes 0. Where the last column is empty, neither direction is better."
+    "although the interval excludes 0. A distance is one number for all videos, so it has no "
+    "interval; its verdict is that of a permutation test. Where the last column is empty, neither "
+    "direction is better."
 )
 
 
+@dataclass(frozen=True)
+class Features:
+    """The features (videos, D) of each model's videos, in the same order, and of held-out clips."""
+
+    name: str
+    videos: Mapping[str, np.ndarray]
+    held_out: np.ndarray
+
+
 def compare(
-    values: Mapping[str, Mapping[str, Sequence[float]]], better: Mapping[str, str]
+    values: Mapping[str, Mapping[str, Sequence[float]]],
+    better: Mapping[str, str],
+    features: Features | None = None,
 ) -> list[dict[str, Any]]:
     """Return one row for each score of each model after the first, which is the reference.
 
     Args:
         values: for each model and score, one value for each video or clip, in the same order.
         better: for each score, "higher", "lower" or "".
+        features: those whose distances are compared too.
     """
     (reference, before), *others = values.items()
     pairs = [
@@ -37,6 +54,13 @@ def compare(
         for model, after in others
         for score in before
     ]
+    if features:
+        first = features.videos[reference]
+        for model, _ in others:
+            own = statistics.paired_distances(first, features.videos[model], features.held_out)
+            pairs.append((model, features.name, own))
+    # The tables group the rows of a model.
+    pairs.sort(key=lambda pair: [model for model, _ in others].index(pair[0]))
     adjusted = statistics.holm([result.p for _, _, result in pairs])
     rows = []
     for (model, score, result), p_holm in zip(pairs, adjusted, strict=True):

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 
 from cosmos_cli import console, files, html, paths
-from cosmos_cli.evaluate import comparison, evaluation
-from cosmos_cli.evaluate.evaluation import Sample
+from cosmos_cli.evaluate import comparison, evaluation, features
+from cosmos_cli.evaluate.samples import Sample
 from cosmos_cli.model import edm, video
 from cosmos_cli.recipe.keys import Recipe
 from cosmos_cli.train import page as run_page
 
-MOSAIC_COLUMNS, MOSAIC_ROWS = 4, 6
+MOSAIC_COLUMNS = 4
 
 
 def figure_rows(figures: dict[str, Any]) -> list[tuple[str, ...]]:
@@ -33,6 +33,13 @@ def figure_rows(figures: dict[str, Any]) -> list[tuple[str, ...]]:
     if all("video_scores" in model for model in models):
         names = next(iter(models))["video_scores"]
         table += [(name, "", *(f"{m['video_scores'][name]:.4g}" for m in models)) for name in names]
+    if all("features" in model for model in models):
+        names = next(iter(models))["features"]
+        table += [(name, "", *(f"{m['features'][name]:.4f}" for m in models)) for name in names]
+    if all("held_out_distance" in model for model in models):
+        found = [model["held_out_distance"] for model in models]
+        cells = (f"{own['distance']:.4g} (p = {own['p']:.2g})" for own in found)
+        table.append((features.DISTANCE, "0 on average", *cells))
     if "psnr" in figures:
         table.append(("reconstruction", "", *[f"{figures['psnr']:.1f} dB"] * len(models)))
     if all("edm" in model for model in models):
@@ -103,7 +110,10 @@ def _figures(figures: dict[str, Any]) -> str:
     better = [(*row, evaluation.MEANINGS[name][1]) for row, name in zip(rows, names, strict=True)]
     meanings = [(name, evaluation.MEANINGS[name][0]) for name in dict.fromkeys(names)]
     table = html.table(better, ("", "by chance", *figures["models"], "better"))
-    return html.text(" ".join(notes)) + table + html.table(meanings, ("figure", "meaning"))
+    table += html.table(meanings, ("figure", "meaning"))
+    if lacking := figures.get("not_measured"):
+        table += html.table(lacking.items(), ("not measured", "because"))
+    return html.text(" ".join(notes)) + table
 
 
 def write_page(
@@ -114,13 +124,31 @@ def write_page(
         (heading, html.text(comparison.NOTE) + html.table(*table))
         for heading, table in comparison.tables(figures["comparisons"])
     ]
-    sections.append(("Figures", _figures(figures)))
-    written = [path]
+    shown = {name: [s for s in own if s.pixels is not None] for name, own in samples.items()}
+    write = _write_mosaics if r.spec.embedded else _write_videos
+    videos, written = write(path, r, shown)
+    sections += [*videos, ("Figures", _figures(figures))]
+    run = paths.Run(r.run_dir)
+    if run.metrics.exists():
+        sections += run_page.sections(run, path.parent)
+    hashes = ((name, model["weights"]) for name, model in figures["models"].items())
+    sections.append(("Weights", html.table(hashes, ("", "sha256"))))
+    files.write_text(path, html.page(f"Evaluation of {r.model}", sections))
+    record = path.with_suffix(".json")
+    files.write_json(record, {**figures, "files": [video.name for video in written]})
+    return [path, *written, record]
+
+
+Sections = list[tuple[str, str]]
+
+
+def _write_mosaics(
+    path: Path, r: Recipe, samples: dict[str, list[Sample]]
+) -> tuple[Sections, list[Path]]:
+    """Write the videos of the synthetic world as one mosaic for each model and kind of prompt."""
+    sections, written = [], []
     for heading, mascot in (("The new concept", True), ("Other prompts", False)):
-        shown = {
-            name: [s for s in made if s.trial.of_mascot == mascot][: MOSAIC_COLUMNS * MOSAIC_ROWS]
-            for name, made in samples.items()
-        }
+        shown = {n: [s for s in own if s.trial.of_mascot == mascot] for n, own in samples.items()}
         if not any(shown.values()):
             continue
         parts = []
@@ -132,15 +160,29 @@ def write_page(
         prompts = ((s.trial.prompt,) for s in next(iter(shown.values())))
         listed = html.table(prompts, ("prompts of these videos, row by row",))
         sections.append((heading, html.row(*parts) + listed))
-    run = paths.Run(r.run_dir)
-    if run.metrics.exists():
-        sections += run_page.sections(run, path.parent)
-    hashes = ((name, model["weights"]) for name, model in figures["models"].items())
-    sections.append(("Weights", html.table(hashes, ("", "sha256"))))
-    files.write_text(path, html.page(f"Evaluation of {r.model}", sections))
-    record = path.with_suffix(".json")
-    files.write_json(record, {**figures, "files": [mosaic.name for mosaic in written[1:]]})
-    return [*written, record]
+    return sections, written
+
+
+def _write_videos(
+    path: Path, r: Recipe, samples: dict[str, list[Sample]]
+) -> tuple[Sections, list[Path]]:
+    """Write small copies of each model's first videos, next to each other with their scores."""
+    rows, written = [], []
+    for index, made in enumerate(zip(*samples.values(), strict=True)):
+        cells = []
+        for name, sample in zip(samples, made, strict=True):
+            copy = path.with_name(f"{path.stem}_{name}_{index + 1}.mp4")
+            with files.atomic_file(copy) as temporary:
+                video.write_mp4(temporary, sample.pixels, r.fps, r.video_crf)
+            written.append(copy)
+            found = (f"{score} {value:.3g}" for score, value in sample.scores.items())
+            cells.append(html.media(copy, f"{name}: {', '.join(found)}"))
+        trial = made[0].trial
+        rows.append(html.text(f"{trial.prompt} (seed {trial.seed})") + html.row(*cells))
+    if not rows:
+        return [], []
+    note = "Small copies of the first videos, with the scores of each."
+    return [("Videos", html.text(note) + "".join(rows))], written
 
 
 def write_mosaic(path: Path, samples: Iterable[Sample], r: Recipe) -> None:

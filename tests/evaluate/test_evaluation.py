@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from cosmos_cli.evaluate import evaluation
-from cosmos_cli.evaluate.evaluation import Sample, Trial
+from cosmos_cli.evaluate import evaluation, samples
+from cosmos_cli.evaluate.samples import Sample, Trial
 from cosmos_cli.model.tiny import scorer, world
 from cosmos_cli.prep import embedding_files
 from cosmos_cli.spec import TINY
@@ -22,14 +22,12 @@ def truth():
     """What a perfect model would make of 80 held-out prompts and 40 of the mascot."""
     return [
         Sample(trial, world.render(trial.scene, *SIZE), torch.zeros(1))
-        for trial in evaluation.world_trials(80)
+        for trial in samples.world_trials(80)
     ]
 
 
-def with_trials_of(samples, others):
-    return [
-        replace(sample, trial=other.trial) for sample, other in zip(samples, others, strict=True)
-    ]
+def with_trials_of(made, others):
+    return [replace(sample, trial=other.trial) for sample, other in zip(made, others, strict=True)]
 
 
 def test_rendered_prompts_score_at_least_99_percent(truth):
