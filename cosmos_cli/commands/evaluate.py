@@ -11,10 +11,11 @@ import typer
 from cosmos_cli import console, files, paths
 from cosmos_cli.commands import options
 from cosmos_cli.console import Result
-from cosmos_cli.errors import ExitCode, usage_error
+from cosmos_cli.errors import ExitCode, UserError, usage_error
 from cosmos_cli.generate import batch, promoted
 from cosmos_cli.generate.choice import choose_model, find_weights
 from cosmos_cli.generate.jobs import Weights
+from cosmos_cli.paths import Run
 
 if TYPE_CHECKING:
     from cosmos_cli.recipe.keys import Recipe
@@ -55,6 +56,13 @@ def evaluate(
             "and none that is worse. May be repeated."
         ),
     ] = None,
+    steps: Annotated[
+        str | None,
+        typer.Option(
+            help="all, or saved steps such as 200,400: measure the base and these saves of the "
+            "recipe's run, draw their scores as curves, and name the step that they choose."
+        ),
+    ] = None,
     set_: options.SetOption = None,
     print_recipe: options.PrintRecipeOption = False,
     dry_run: options.DryRunOption = False,
@@ -65,10 +73,17 @@ def evaluate(
     Example: cosmos evaluate tiny --prompts 200
     """
     r = options.open_recipe(recipe, set_, print_recipe, json_, trains=False).recipe
-    weights = _models(recipe, r, model, set_, bool(require))
     output = _page(files.expand(output))
     count = prompts if prompts is not None else EMBEDDED_PROMPTS if r.spec.embedded else 0
+    run = Run(r.run_dir)
+    saved = _steps(run, steps, count, model or require) if steps is not None else []
     _check_dataset(r)
+
+    from cosmos_cli.evaluate import saves
+
+    weights = (
+        saves.weights_of(r, run, saved) if saved else _models(recipe, r, model, set_, bool(require))
+    )
 
     from cosmos_cli.evaluate import comparison, evaluation, page
     from cosmos_cli.gpus import best_device
@@ -80,17 +95,72 @@ def evaluate(
     if dry_run:
         console.emit(_preview(r, weights, cost, output), as_json=json_)
         return
-    files.require_writable(output.parent)
+    for folder in (output.parent, *([run.root] if saved else [])):
+        files.require_writable(folder)
     figures, samples = evaluation.evaluate(r, weights, store, count)
+    names = list(weights)
+    if saved:
+        figures["steps"] = found = saves.summarise(run, figures, saved)
+        names = saves.shown(found)
+        saves.record(run, found)
     page.keep_larger(output, figures)
-    written = page.write_page(output, r, figures, samples)
-    tables = [console.table(page.figure_rows(figures), ("", "chance", *weights))]
-    tables += [console.table(*rows) for _, rows in comparison.tables(figures["comparisons"])]
-    result = Result("\n\n".join(tables), written, figures, f"xdg-open {shlex.quote(str(output))}")
+    written = page.write_page(output, r, figures, {n: samples[n] for n in names})
+    result = Result(_text(figures, names), written, figures, f"xdg-open {shlex.quote(str(output))}")
     if lines := comparison.unmet(required, figures["comparisons"]):
         result.code, result.error = ExitCode.TRAINING, "\n".join(lines)
     console.emit(result, as_json=json_)
     raise typer.Exit(result.code)
+
+
+def _text(figures: dict[str, Any], names: list[str]) -> str:
+    """Return the figures and comparisons of some models as tables."""
+    from cosmos_cli.evaluate import comparison, page
+
+    own = {**figures, "models": {name: figures["models"][name] for name in names}}
+    rows = [row for row in figures["comparisons"] if row["model"] in names]
+    parts = [console.table(page.figure_rows(own), ("", "chance", *names))]
+    parts += [console.table(*table) for _, table in comparison.tables(rows)]
+    if found := figures.get("steps"):
+        chosen, best = found["chosen_step"], found["best_step"]
+        by_error = "was not measured" if best is None else f"chooses step {best}"
+        by_scores = f"step {chosen}" if chosen else "the base"
+        parts.append(f"the scores choose {by_scores}, the held-out error {by_error}")
+    return "\n\n".join(parts)
+
+
+def _steps(run: Run, text: str, count: int, others: list[str] | None) -> list[int]:
+    """Return the saved steps that --steps names.
+
+    Raises:
+        UserError: they are not saved, or other options do not go with --steps.
+    """
+    if others:
+        what = "compares the saves of the run, so it takes neither --model nor --require"
+        fix = "promote the step that it chooses, then evaluate with --require"
+        raise usage_error("--steps", what, fix)
+    if not count:
+        what = "compares saves by their videos, and none are to be made"
+        raise usage_error("--steps", what, "add `--prompts 24`")
+    saved = run.saved_steps("ema")
+    if not saved:
+        raise UserError(
+            "the run has no checkpoint", code=ExitCode.ASSET, where=str(run.checkpoints),
+            fix="run `cosmos train RECIPE` first",
+        )  # fmt: skip
+    listed = ",".join(map(str, saved))
+    wanted = text.split(",")
+    if text == "all":
+        return saved
+    if not all(word.strip().isdecimal() for word in wanted):
+        what = f"{text!r} is neither all nor a list of steps"
+        raise usage_error("--steps", what, f"use `--steps {listed}`")
+    steps = sorted({int(word) for word in wanted})
+    if lacking := sorted({*steps} - {*saved}):
+        raise UserError(
+            f"step {lacking[0]} is not saved", code=ExitCode.ASSET, where=str(run.checkpoints),
+            fix=f"use `--steps {listed}`",
+        )  # fmt: skip
+    return steps
 
 
 def _models(

@@ -16,7 +16,7 @@ from cosmos_cli.evaluate import statistics
 
 # The names of scores of held-out clips. All others are scores of videos.
 OF_CLIPS = ("EDM error",)
-BETTER = "better"
+BETTER, WORSE = "better", "worse"
 NOTE = (
     "Each score is compared between videos of the same prompt and seed, or on the same held-out "
     "clip. The interval contains the true difference in about 95 % of evaluations. Verdicts are "
@@ -94,7 +94,7 @@ def verdict(result: statistics.Paired, p: float, better: str, unit: str) -> str:
     rose = result.difference > 0
     if not better:
         return "more" if rose else "less"
-    return BETTER if rose == (better == "higher") else "worse"
+    return BETTER if rose == (better == "higher") else WORSE
 
 
 Table = tuple[list[tuple[str, ...]], tuple[str, ...]]
@@ -106,18 +106,18 @@ def tables(rows: Iterable[Mapping[str, Any]]) -> list[tuple[str, Table]]:
         (f"{model} compared with {reference}", (cells, header))
         for (model, reference), own in groupby(rows, key=itemgetter("model", "reference"))
         for cells in [[_cells(row) for row in own]]
-        for header in [("score", reference, model, "difference", "95 % interval", "verdict", "")]
+        for header in [("score", "verdict", reference, model, "difference", "95 % interval", "")]
     ]
 
 
 def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:
     return (
         row["score"],
+        row["verdict"],
         f"{row['before']:.4g}",
         f"{row['after']:.4g}",
         f"{row['difference']:+.3g}",
         "" if row["low"] is None else f"{row['low']:+.3g} to {row['high']:+.3g}",
-        row["verdict"],
         f"{row['better']} is better" if row["better"] else "",
     )
 
@@ -160,7 +160,7 @@ def unmet(required: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> list[st
         if name != BETTER:
             reached, found = verdicts[name] == BETTER, verdicts[name]
         else:
-            worse = [score for score, words in verdicts.items() if words == "worse"]
+            worse = [score for score, words in verdicts.items() if words == WORSE]
             reached = BETTER in verdicts.values() and not worse
             found = f"worse in {', '.join(worse)}" if worse else "no score is better"
         if not reached:

@@ -70,7 +70,7 @@ LARGEST_MOVE = 0.1
 RECONSTRUCTED = 16
 # The page shows this many videos of a model: of the synthetic world, in a mosaic for each kind of
 # prompt, and real ones with their scores, which are small copies.
-SHOWN_OF_WORLD, SHOWN, SHOWN_WIDTH = 24, 12, 480
+SHOWN_OF_WORLD, SHOWN, SHOWN_WIDTH = 24, 12, 384
 
 
 @dataclass(frozen=True)
@@ -122,6 +122,8 @@ def announce(r: Recipe, models: dict[str, Weights], store: Store) -> dict[str, A
             f"{len(store.wanted)} videos of each of {len(models)} models: {total - missing} of "
             f"{total} are in {store.folder}, {missing} must be made{time_left if missing else ''}"
         )
+    else:
+        console.say("no videos are made; `--prompts 24` adds the scores of videos")
     planned = plan_features(r, PreparedClips.of(r), len(store.wanted))
     for score, reason in planned.reasons.items():
         if score not in planned.missing:
@@ -212,6 +214,7 @@ def run_models(
     """
     device, errors = store.device, {}
     left, _ = store.cost(list(models.values()))
+    store.require_room(left)
     # The text encoder does not fit next to a denoiser, so it is loaded once, before them.
     text_embs = samples.read_prompts(r, store.wanted, device) if left else []
     for name, weights in models.items():
@@ -264,10 +267,10 @@ def measure(
 
 def score(sample: Sample, scorers: features.Models) -> dict[str, float]:
     """Return all scores of one video."""
-    own = scorers.frames.items()
+    own, on_cpu = scorers.frames.items(), replace(sample, pixels=sample.pixels.cpu())
     return {
-        **(world_scores(sample) if sample.trial.scene else {}),
-        **video_scores.measure(sample.pixels.cpu()),
+        **(world_scores(on_cpu) if sample.trial.scene else {}),
+        **video_scores.measure(on_cpu.pixels),
         **{name: model.score(sample.pixels, sample.trial.prompt) for name, model in own},
     }
 

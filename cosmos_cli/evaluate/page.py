@@ -120,17 +120,18 @@ def write_page(
     path: Path, r: Recipe, figures: dict[str, Any], samples: dict[str, list[Sample]]
 ) -> list[Path]:
     """Write one self-contained page and, next to it, its videos; return all paths."""
-    sections = [
-        (heading, html.text(comparison.NOTE) + html.table(*table))
-        for heading, table in comparison.tables(figures["comparisons"])
-    ]
+    run = paths.Run(r.run_dir)
+    sections = run_page.scores(run) if "steps" in figures else []
+    note = html.text(comparison.NOTE)
+    for heading, table in comparison.tables(figures["comparisons"]):
+        sections.append((heading, note + html.table(*table)))
+        note = ""
     shown = {name: [s for s in own if s.pixels is not None] for name, own in samples.items()}
     write = _write_mosaics if r.spec.embedded else _write_videos
     videos, written = write(path, r, shown)
     sections += [*videos, ("Figures", _figures(figures))]
-    run = paths.Run(r.run_dir)
     if run.metrics.exists():
-        sections += run_page.sections(run, path.parent)
+        sections += [own for own in run_page.sections(run, path.parent) if own not in sections]
     hashes = ((name, model["weights"]) for name, model in figures["models"].items())
     sections.append(("Weights", html.table(hashes, ("", "sha256"))))
     files.write_text(path, html.page(f"Evaluation of {r.model}", sections))
@@ -147,13 +148,14 @@ def _write_mosaics(
 ) -> tuple[Sections, list[Path]]:
     """Write the videos of the synthetic world as one mosaic for each model and kind of prompt."""
     sections, written = [], []
-    for heading, mascot in (("The new concept", True), ("Other prompts", False)):
+    kinds = (("The new concept", "concept", True), ("Other prompts", "others", False))
+    for heading, kind, mascot in kinds:
         shown = {n: [s for s in own if s.trial.of_mascot == mascot] for n, own in samples.items()}
         if not any(shown.values()):
             continue
         parts = []
         for name, made in shown.items():
-            mosaic = path.with_name(f"{path.stem}_{name}_{'concept' if mascot else 'others'}.mp4")
+            mosaic = path.with_name(f"{path.stem}_{_slug(name)}_{kind}.mp4")
             write_mosaic(mosaic, made, r)
             written.append(mosaic)
             parts.append(html.media(mosaic, name))
@@ -161,6 +163,10 @@ def _write_mosaics(
         listed = html.table(prompts, ("prompts of these videos, row by row",))
         sections.append((heading, html.row(*parts) + listed))
     return sections, written
+
+
+def _slug(name: str) -> str:
+    return name.replace(" ", "_")
 
 
 def _write_videos(
@@ -171,7 +177,7 @@ def _write_videos(
     for index, made in enumerate(zip(*samples.values(), strict=True)):
         cells = []
         for name, sample in zip(samples, made, strict=True):
-            copy = path.with_name(f"{path.stem}_{name}_{index + 1}.mp4")
+            copy = path.with_name(f"{path.stem}_{_slug(name)}_{index + 1}.mp4")
             with files.atomic_file(copy) as temporary:
                 video.write_mp4(temporary, sample.pixels, r.fps, r.video_crf)
             written.append(copy)

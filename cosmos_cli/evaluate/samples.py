@@ -28,6 +28,7 @@ from cosmos_cli.model.dit import DiT
 from cosmos_cli.model.tiny import world
 from cosmos_cli.model.tiny.world import Scene
 from cosmos_cli.model.tokenizer import Tokenizer
+from cosmos_cli.prep import latent_files
 from cosmos_cli.recipe import plan
 from cosmos_cli.recipe.gpu_models import find_gpu
 from cosmos_cli.recipe.keys import Recipe
@@ -173,6 +174,19 @@ class Store:
         if made:
             return missing, missing * fmean(made)
         return missing, missing * plan.video_seconds(self.r, gpu) if gpu else None
+
+    def require_room(self, count: int) -> None:
+        """Check that the folder has room for the latents of `count` videos; delete leftovers.
+
+        Raises:
+            UserError: the disk has too little room.
+        """
+        with files.disk_errors(self.folder):
+            files.remove_stale(self.folder)
+        # Those of prep are in bf16, these in fp32.
+        needed = 2 * count * latent_files.latent_bytes(self.r)
+        fix = "free some space, or use fewer --prompts"
+        files.require_free(self.folder, needed, f"{count} latents", fix)
 
     def make(self, net: DiT, batch: Batch, text_embs: Sequence[Conditioning]) -> float:
         """Sample a batch, write its latents, and return the seconds that sampling took.

@@ -10,7 +10,8 @@ from cosmos_cli.evaluate import evaluation
 from cosmos_cli.generate.jobs import Weights
 from cosmos_cli.model import weights
 from cosmos_cli.recipe import loading
-from tests.helpers import feature_models
+from cosmos_cli.train import status
+from tests.helpers import feature_models, runs
 from tests.helpers.command import Cosmos, settings
 from tests.helpers.stand_ins import stand_in_weights
 
@@ -75,6 +76,42 @@ def test_scores_of_feature_models_are_compared_and_videos_made_once(prepared, tm
     assert {**json.loads(again.stdout), "status": 0} | {"exit_code": 6, "error": done["error"]} == {
         **done, "status": 0,
     }  # fmt: skip
+
+
+def test_the_saves_of_a_run_are_scored_and_their_videos_made_once(prepared, tmp_path):
+    cosmos = runs.copy_of(prepared, tmp_path)
+    pairs = ("lora_rank=2", "save_every_steps=2", "max_steps=4", "ema_rate=0.25")
+    runs.train(cosmos, "saves", *pairs)
+    run = runs.find_run(cosmos, "saves")
+    words = ("evaluate", *runs.options("saves", *pairs), *QUICK, "--prompts", "1", "--steps")
+    planned = cosmos.json(*words, "2,4", "--dry-run")
+    assert (planned["videos"], planned["videos_to_make"], planned["seconds"]) == (6, 6, None)
+    assert list(planned["models"]) == ["base", "step 2", "step 4"]
+    cosmos(*words, "2")
+    planned = cosmos("evaluate", *words[1:], "all", "--dry-run", "--json")
+    assert "4 of 6 are in" in planned.stderr and "2 must be made, about" in planned.stderr
+    done = cosmos.json(*words, "all")
+    found = json.loads(run.scores.read_text())
+    assert found == done["steps"]
+    assert found["means"].keys() == {"0", "2", "4"}
+    assert found["best_step"] == status.best_step(run) in (2, 4)
+    assert found["chosen_step"] in (0, 2, 4)
+    assert {row["model"] for row in done["comparisons"]} == {"step 2", "step 4"}
+    html = (cosmos.cwd / "outputs" / "evaluation.html").read_text()
+    assert html.count("<h2>Scores of the saves") == 1
+    assert html.count("higher is better over step") == run.report.read_text().count(
+        "higher is better over step"
+    )
+    assert "consistency over step" in run.report.read_text()
+    for text, code, words_ in (
+        ("3", 4, "step 3 is not saved; use `--steps 2,4`"),
+        ("best", 2, "'best' is neither all nor a list of steps"),
+        ("", 2, "'' is neither all nor a list of steps"),
+    ):
+        assert words_ in cosmos(*words, text, code=code).stderr
+    assert "neither --model nor --require" in cosmos(*words, "all", "--require", "x", code=2).stderr
+    refused = cosmos(*words, "all", "--prompts", "0", code=2).stderr
+    assert "add `--prompts 24`" in refused
 
 
 def test_a_model_that_is_not_better_ends_with_code_6_after_its_page(prepared, tmp_path):

@@ -99,6 +99,18 @@ def test_the_distance_reads_whole_videos_and_their_motion(root):
     assert model.embed(moving[:, :3]).shape == (32,)
 
 
+@pytest.mark.gpu
+def test_scores_on_a_gpu_are_those_of_the_cpu(root):
+    found = []
+    for device in ("cpu", "cuda"):
+        likeness, match = features.Likeness(root / DINO), features.Match(root / SIGLIP)
+        likeness.to(device).learn([video(1).to(device)])
+        scores = [m.to(device).score(video(2).to(device), "a red") for m in (likeness, match)]
+        vector = features.Distance(root / VJEPA).to(device).embed(video(3).to(device))
+        found.append(torch.tensor([*scores, *vector]))
+    assert torch.allclose(*found, atol=1e-3)
+
+
 @pytest.mark.parametrize(("name", "change", "words"), [
     (DINO, "weights", "it lacks weights"),
     (DINO, "config.json", "is not a valid JSON file"),
