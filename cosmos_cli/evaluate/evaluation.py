@@ -119,8 +119,8 @@ def announce(r: Recipe, models: dict[str, Weights], store: Store) -> dict[str, A
     if total := len(store.wanted) * len(models):
         time_left = "" if seconds is None else f", about {console.duration(seconds)}"
         console.say(
-            f"{len(store.wanted)} videos of each of {len(models)} models: {total - missing} of "
-            f"{total} are in {store.folder}, {missing} must be made{time_left if missing else ''}"
+            f"{len(store.wanted)} videos of each model: {total - missing} of {total} are in "
+            f"{store.folder}, {missing} must be made{time_left if missing else ''}"
         )
     else:
         console.say("no videos are made; `--prompts 24` adds the scores of videos")

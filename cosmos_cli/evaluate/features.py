@@ -67,8 +67,8 @@ class Plan:
 def plan(r: Recipe, videos: int, training: int, held_out: int) -> Plan:
     """Return which scores can be measured on so many videos and clips.
 
-    A score whose model is off is not mentioned. Those of the embedded model are not mentioned if
-    their models are missing: its world has a scorer of its own.
+    A score whose model is off is not mentioned. With the embedded model, whose world has a scorer
+    of its own, neither are scores whose default models are missing.
     """
     lacks = {
         LIKENESS: "" if training else "there are no training clips",
@@ -86,7 +86,9 @@ def plan(r: Recipe, videos: int, training: int, held_out: int) -> Plan:
             found.reasons[score] = lacks[score]
         elif (folder / "config.json").is_file():
             found.folders[score] = folder
-        elif not r.spec.embedded:
+        elif Path(getattr(r, key)).is_absolute():
+            found.reasons[score] = f"there is no model in {folder}"
+        elif not r.spec.embedded or getattr(r, key) != Recipe.model_fields[key].default:
             found.reasons[score] = f"{folder} is missing"
             missing.append(score)
     return Plan(found.folders, found.reasons, tuple(missing))

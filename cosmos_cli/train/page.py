@@ -95,7 +95,8 @@ def scores(run: Run) -> list[tuple[str, str]]:
     curves = []
     for name, better in found["better"].items():
         points = sorted((int(step), own[name]) for step, own in found["means"].items())
-        curves.append(html.chart({better and f"{better} is better": points}, "step", name))
+        legend = f"{better or 'neither direction'} is better"
+        curves.append(html.chart({legend: points}, "step", name))
     return [("Scores of the saves", html.text(words) + html.row(*curves))]
 
 

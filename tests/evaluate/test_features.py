@@ -7,10 +7,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from safetensors.torch import save_file
 from transformers import BitImageProcessorPil, SiglipImageProcessorPil
 
 from cosmos_cli.errors import ExitCode, UserError
-from cosmos_cli.evaluate import features
+from cosmos_cli.evaluate import evaluation, features, samples
+from cosmos_cli.generate.jobs import Weights
 from cosmos_cli.recipe import loading
 from tests.helpers import feature_models
 from tests.helpers.feature_models import DINO, SIGLIP, VJEPA
@@ -157,6 +159,31 @@ def test_what_cannot_be_measured_has_a_reason(root, tmp_path):
     assert features.plan(r, 0, 3, 2) == features.Plan({}, {}, ())
     tiny = loading.load("tiny", []).recipe
     assert features.plan(tiny, 4, 3, 2) == features.Plan({}, {}, ())
+    typed = tiny.model_copy(update={"likeness_model": str(tmp_path), "match_model": "a/b"})
+    assert features.plan(typed, 4, 3, 2).missing == (features.MATCH,)
+    assert features.plan(typed, 4, 3, 2).reasons[features.LIKENESS].startswith("there is no model")
     own = replace(features.plan(r, 4, 3, 2))
     chosen = r.model_copy(update={"likeness_model": str(root / DINO)})
     assert features.plan(chosen, 4, 3, 2) == own
+
+
+def test_cost_and_missing_models_are_said_before_anything_runs(tmp_path, capsys, monkeypatch):
+    r = loading.load("my_videos", [f"checkpoints_dir={tmp_path}"]).recipe
+    store = samples.Store(tmp_path, r, [samples.Trial("a", 0), samples.Trial("b", 1)], "cpu")
+    models = {name: Weights(tmp_path, name) for name in ("base", "promoted")}
+    found = evaluation.announce(r, models, store)
+    said = capsys.readouterr().err
+    assert f"2 videos of each model: 0 of 4 are in {tmp_path}, 4 must be made\n" in said
+    assert "not measured: likeness: there are no training clips\n" in said
+    assert "a model is missing: prompt match; run `cosmos download" in said
+    assert (found["videos_to_make"], found["seconds"]) == (4, None)
+    # On a GPU without earlier videos, the time is planned: 70 passes of 3.5 s.
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
+    store.device = "cuda"
+    assert store.cost(list(models.values()))[1] == pytest.approx(4 * 252, rel=0.05)
+    # Later, it is that of the videos that are there.
+    (first, _) = store.batches(models["base"])
+    save_file({"x0": torch.zeros(1, 2)}, first.path, {"about": '{"seconds": 100}'})
+    assert store.cost(list(models.values())) == (3, 300)
+    first.path.write_bytes(first.path.read_bytes()[:-1])
+    assert store.cost(list(models.values()))[0] == 4
