@@ -21,7 +21,7 @@ REPO = r"^(embedded|[\w-][\w.-]*/[\w-][\w.-]*)$"
 # In these keys ~ means the home folder, as in the shell.
 PATHS = (
     "checkpoints_dir", "base", "dataset_dir", "videos_dir", "captions_file", "caption_model",
-    "upsampler", "output_root",
+    "upsampler", "output_root", "likeness_model", "match_model", "distance_model",
 )  # fmt: skip
 PATTERNS = {
     TEXT: "text that is not empty",
@@ -97,6 +97,24 @@ class Recipe(BaseModel):
         None,
         pattern=TEXT,
         decides="run",
+    )
+    likeness_model: str = _model(
+        "DINOv2 model with which evaluate measures the likeness to the training clips: a hub "
+        "repository, a folder, or off.",
+        "facebook/dinov2-base",
+        pattern=TEXT,
+    )
+    match_model: str = _model(
+        "SigLIP model with which evaluate measures the match with the prompt: a hub repository, a "
+        "folder, or off.",
+        paths.SIGLIP_DIR,
+        pattern=TEXT,
+    )
+    distance_model: str = _model(
+        "V-JEPA 2 model with which evaluate measures the distance to the held-out clips: a hub "
+        "repository, a folder, or off.",
+        "facebook/vjepa2-vitl-fpc64-256",
+        pattern=TEXT,
     )
 
     dataset_dir: str = _data(

@@ -14,15 +14,20 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
+
+import torch
 
 from cosmos_cli import files, html, paths
 from cosmos_cli.commands.download import CONCEPT_CLIPS, ORDINARY_CLIPS
-from cosmos_cli.evaluate import evaluation
+from cosmos_cli.evaluate import evaluation, samples
+from cosmos_cli.generate.jobs import Weights
 from cosmos_cli.generate.video_models import load_denoiser
 from cosmos_cli.gpus import best_device
 from cosmos_cli.model.device import number_format
 from cosmos_cli.model.tiny import world
+from cosmos_cli.model.tokenizer import load_tokenizer
 from cosmos_cli.recipe import loading
 from cosmos_cli.recipe.keys import Recipe
 
@@ -46,8 +51,9 @@ Row = dict[str, Any]
 def sampling(r: Recipe, prompts: int, device: str) -> Iterator[Row]:
     """Scores of the base model by solver and steps, then by guidance."""
     path = paths.EMBEDDED_DIR / "model.safetensors"
-    wanted = [trial for trial in evaluation.world_trials(prompts) if not trial.of_mascot]
-    mascot = evaluation.world_trials(1)[-1]
+    wanted = [trial for trial in samples.world_trials(prompts) if not trial.of_mascot]
+    mascot = samples.world_trials(1)[-1]
+    tokenizer = load_tokenizer(r.model_files.tokenizer, r.spec, device, number_format(device))
     variants = [
         (f"steps with {solver}", steps, {"sampler": solver, "num_steps": steps})
         for solver in ("euler", "res")
@@ -57,9 +63,13 @@ def sampling(r: Recipe, prompts: int, device: str) -> Iterator[Row]:
         began = time.monotonic()
         changed, trials = r.model_copy(update=changes), [*wanted, mascot]
         net = load_denoiser(r, path, device, number_format(device))
-        text_embs = evaluation.read_prompts(changed, trials, device)
-        samples = evaluation.sample_trials(changed, net, trials, text_embs)
-        scores = evaluation.scores(samples)
+        text_embs = samples.read_prompts(changed, trials, device)
+        with TemporaryDirectory() as folder:
+            store = samples.Store(Path(folder), changed, trials, device)
+            samples.sample_trials(store, net, Weights(path, ""), text_embs, len(trials))
+            with torch.inference_mode():
+                made = samples.read_samples(store, tokenizer, Weights(path, ""))
+                scores = evaluation.scores(made)
         del scores["concept"]
         yield {"study": study, "value": value, "seconds": time.monotonic() - began, **scores}
 
