@@ -12,8 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# ITU-R BT.709.
-LUMINANCE = (0.2126, 0.7152, 0.0722)
+from cosmos_cli.model.rgb import LUMINANCE
 
 
 def frame_consistency(y_THW: Tensor) -> float:

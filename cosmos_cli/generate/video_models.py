@@ -146,9 +146,8 @@ def worth_compiling(r: Recipe, device: str) -> bool:
     """
     if r.compile != "auto":
         return r.compile == "on"
-    passes = r.num_steps * (2 if r.guidance else 1)
     tokens = r.spec.tokens(r.num_frames, r.height, r.width)
-    values = passes * tokens * r.spec.dit.width * r.spec.dit.blocks
+    values = r.passes * tokens * r.spec.dit.width * r.spec.dit.blocks
     return device != "cpu" and values > WORTH_COMPILING
 
 
@@ -192,8 +191,10 @@ def sample_latents(
     prompts = [Prompt(*place, net.read(text_emb_BMD)) for text_emb_BMD in texts_BMD]
 
     def passes(*inputs: Tensor) -> list[Tensor]:
-        if r.guidance == 0:
-            return [net(*inputs, prompt=prompts[0])]
+        if not sampler.is_guided(r, inputs[1]):
+            alone = net(*inputs, prompt=prompts[0])
+            # Both ranks of a pair compute the same, and continue from the same bits.
+            return pair.both(alone)[:1] if pair else [alone]
         if pair:
             return pair.both(net(*inputs, prompt=prompts[pair.index]))
         first = net.first_attention(*inputs[:2], prompts[0])
@@ -204,7 +205,5 @@ def sample_latents(
     def denoise(xt: Tensor, sigma_B: Tensor) -> Tensor:
         return edm.denoise(guided_net, xt, sigma_B, texts_BMD[0], fps_B, r.spec.sigma_data)
 
-    # res evaluates the denoiser once more, at the end, to get the result.
-    evaluations = r.num_steps + (r.sampler == "res")
-    with console.progress(label, evaluations, "steps") as bar:
+    with console.progress(label, r.evaluations, "steps") as bar:
         return sampler.sample(denoise, noise, r, lambda _: bar.advance())
