@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from cosmos_cli import console, files
 from cosmos_cli.download import assets
 from cosmos_cli.errors import ExitCode, UserError
-from cosmos_cli.generate import choice, jobs, processes
+from cosmos_cli.generate import choice, jobs, precision, processes
 from cosmos_cli.generate.jobs import Job, Request, Result, Settings, Weights
 
 if TYPE_CHECKING:
@@ -66,11 +66,12 @@ def compared(
 
 
 def require_networks(r: Recipe) -> None:
-    """Check that the networks around the denoiser exist, without loading them.
+    """Check that the networks around the denoiser exist, without loading them, and that fp8 works.
 
     Raises:
-        UserError: one is missing.
+        UserError: one is missing, or a GPU cannot compute in fp8.
     """
+    precision.fp8_parts(r)
     if r.upsampler != "off":
         assets.require_networks(r, Path(r.upsampler))
     if not r.spec.embedded:

@@ -25,7 +25,7 @@ LINE_KEYS = {
     "guidance": "guidance",
 }
 # The keys that were added to the hash of a video, and the values of the videos made before.
-LATER_KEYS = {"speed": "exact"}
+LATER_KEYS = {"speed": "exact", "sampling_precision": "bf16"}
 # The text encoder reads about 2,500 characters. A far longer prompt is a file given by mistake.
 MAX_CHARACTERS = 20_000
 

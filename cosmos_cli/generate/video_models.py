@@ -13,13 +13,23 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cosmos_cli import console
-from cosmos_cli.generate import memory
+from cosmos_cli.generate import memory, precision
 from cosmos_cli.generate.guards import guardrail
 from cosmos_cli.generate.guards.faces import FaceBlur
 from cosmos_cli.generate.guards.guardrail import FrameFilter
 from cosmos_cli.generate.jobs import Job, Lora, Weights
 from cosmos_cli.generate.text_models import Conditioning
-from cosmos_cli.model import edm, kernels, lora, rgb, sampler, streaming, tensor_names, weights
+from cosmos_cli.model import (
+    edm,
+    fp8_sampling,
+    kernels,
+    lora,
+    rgb,
+    sampler,
+    streaming,
+    tensor_names,
+    weights,
+)
 from cosmos_cli.model.device import number_format, why_not_compiled
 from cosmos_cli.model.dit import DiT, Prompt, patch_grid
 from cosmos_cli.model.finite import require_finite
@@ -80,6 +90,7 @@ class VideoModels:
         if pair:
             self.net.share(pair.sequence)
         self.attention = self_attention_backend(r, self.net)
+        self.fp8 = precision.fp8_parts(r)
 
     @cached_property
     def compiles(self) -> bool:
@@ -111,7 +122,8 @@ def load_denoiser(
 ) -> DiT:
     """Load the denoiser from a model file, with unmerged LoRAs, in `dtype` on `device`.
 
-    The weights of `streamed` blocks stay in CPU memory.
+    The weights of `streamed` blocks stay in CPU memory. With `sampling_precision: fp8`, those of
+    most linears are quantised.
 
     Raises:
         UserError: a file is missing, damaged or of another model, or holds NaN or infinity.
@@ -131,6 +143,8 @@ def load_denoiser(
         console.say(about)
         for remark in remarks:
             console.warn(remark)
+    if parts := precision.fp8_parts(r):
+        fp8_sampling.use_fp8(net.blocks, attention="attention" in parts)
     if on_cpu:
         net.weights = streaming.WeightStream(net.blocks, on_cpu, torch.device(device))
         if net.weights.pageable:

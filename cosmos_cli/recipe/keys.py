@@ -30,7 +30,7 @@ SET_BY_FAST = {"sampler": "res", "num_steps": len(FAST_LOG_SIGMAS) - 1}
 # In these keys ~ means the home folder, as in the shell.
 PATHS = (
     "checkpoints_dir", "base", "dataset_dir", "videos_dir", "captions_file", "caption_model",
-    "upsampler", "output_root",
+    "upsampler", "output_root", "likeness_model", "match_model", "distance_model",
 )  # fmt: skip
 PATTERNS = {
     TEXT: "text that is not empty",
@@ -106,6 +106,24 @@ class Recipe(BaseModel):
         None,
         pattern=TEXT,
         decides="run",
+    )
+    likeness_model: str = _model(
+        "DINOv2 model with which evaluate measures the likeness to the training clips: a hub "
+        "repository, a folder, or off.",
+        "facebook/dinov2-base",
+        pattern=TEXT,
+    )
+    match_model: str = _model(
+        "SigLIP model with which evaluate measures the match with the prompt: a hub repository, a "
+        "folder, or off.",
+        paths.SIGLIP_DIR,
+        pattern=TEXT,
+    )
+    distance_model: str = _model(
+        "V-JEPA 2 model with which evaluate measures the distance to the held-out clips: a hub "
+        "repository, a folder, or off.",
+        "facebook/vjepa2-vitl-fpc64-256",
+        pattern=TEXT,
     )
 
     dataset_dir: str = _data(
@@ -237,6 +255,11 @@ class Recipe(BaseModel):
     )
     max_steps: int = _steps("Optimizer steps of the whole run.", 1000, ge=1, le=10**8)
     save_every_steps: int = _training("Steps between checkpoints.", 200, ge=1)
+    saves: Literal["background", "blocking"] = _training(
+        "How checkpoints are written. background: from a copy in CPU memory while training "
+        "continues, if there is enough of it. blocking: while training waits.",
+        "background",
+    )
     log_every_steps: int = _training("Steps between lines of metrics.", 10, ge=1)
     validate_every_steps: int = _training(
         "Steps between validations on held-out clips; every checkpoint is validated too.", 100, ge=1
@@ -420,6 +443,12 @@ class Recipe(BaseModel):
         "levels, which sets sampler and num_steps and takes a quarter of the time; the videos "
         "differ from exact ones.",
         "exact",
+    )
+    sampling_precision: Literal["bf16", "fp8"] = _video(
+        "Number format of the denoiser's products in generate. bf16: the format of the weights. "
+        "fp8: linears (Ada and newer GPUs) and self-attention (Hopper and newer) of all blocks but "
+        "the first and last, 1.4 times as fast on an H100.",
+        "bf16",
     )
     memory: Literal["auto", "together", "in_turn", "streamed"] = _sampling(
         "Which networks generate holds in GPU memory. auto: all, if they fit and prompts come one "

@@ -5,7 +5,7 @@ training  scores after one post-training on the mascot for each value of each ke
           commands.
 search    finds the levels of `speed: fast`: distance of its latents from those of 100 steps of res,
           by number, spacing and lowest of the levels, and by what is kept between them.
-fast      scores of `speed: fast` and of 35 Euler steps in pairs, after one post-training.
+fast      scores of `speed: fast`, of fp8 and of 35 Euler steps in pairs, after one post-training.
 
 The sampling and training studies give every variant its scores and its time. `study.json` has the
 figures and `study.html` the plots.
@@ -23,8 +23,9 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 from unittest import mock
 
@@ -34,13 +35,15 @@ from torch import Tensor
 
 from cosmos_cli import files, html, paths
 from cosmos_cli.commands.download import CONCEPT_CLIPS, ORDINARY_CLIPS
-from cosmos_cli.evaluate import evaluation
+from cosmos_cli.evaluate import evaluation, samples
 from cosmos_cli.evaluate.statistics import paired
+from cosmos_cli.generate.jobs import Weights
 from cosmos_cli.generate.video_models import load_denoiser, sample_latents
 from cosmos_cli.gpus import best_device
 from cosmos_cli.model import sampler
 from cosmos_cli.model.device import number_format
 from cosmos_cli.model.tiny import world
+from cosmos_cli.model.tokenizer import load_tokenizer
 from cosmos_cli.recipe import loading
 from cosmos_cli.recipe.keys import SET_BY_FAST, Recipe
 from cosmos_cli.spec import TINY
@@ -69,8 +72,9 @@ Row = dict[str, Any]
 def sampling(r: Recipe, prompts: int, _folder: Path) -> Iterator[Row]:
     """Scores of the base model by solver and steps, then by guidance."""
     path, device = paths.EMBEDDED_DIR / "model.safetensors", best_device()
-    wanted = [trial for trial in evaluation.world_trials(prompts) if not trial.of_mascot]
-    mascot = evaluation.world_trials(1)[-1]
+    wanted = [trial for trial in samples.world_trials(prompts) if not trial.of_mascot]
+    mascot = samples.world_trials(1)[-1]
+    tokenizer = load_tokenizer(r.model_files.tokenizer, r.spec, device, number_format(device))
     variants = [
         (f"steps with {solver}", steps, {"sampler": solver, "num_steps": steps})
         for solver in ("euler", "res")
@@ -80,9 +84,13 @@ def sampling(r: Recipe, prompts: int, _folder: Path) -> Iterator[Row]:
         began = time.monotonic()
         changed, trials = r.model_copy(update=changes), [*wanted, mascot]
         net = load_denoiser(r, path, device, number_format(device))
-        text_embs = evaluation.read_prompts(changed, trials, device)
-        samples = evaluation.sample_trials(changed, net, trials, text_embs)
-        scores = evaluation.scores(samples)
+        text_embs = samples.read_prompts(changed, trials, device)
+        with TemporaryDirectory() as folder:
+            store = samples.Store(Path(folder), changed, trials, device)
+            samples.sample_trials(store, net, Weights(path, ""), text_embs, len(trials))
+            with torch.inference_mode():
+                made = samples.read_samples(store, tokenizer, Weights(path, ""))
+                scores = evaluation.scores(made)
         del scores["concept"]
         yield {"study": study, "value": value, "seconds": time.monotonic() - began, **scores}
 
@@ -183,10 +191,10 @@ def keep_output(
 
 def search(r: Recipe, prompts: int, _folder: Path) -> Iterator[Row]:
     """Distance of fast latents from the reference, for the best schedules and alternatives."""
-    trials = [trial for trial in evaluation.world_trials(prompts) if not trial.of_mascot]
+    trials = [trial for trial in samples.world_trials(prompts) if not trial.of_mascot]
     path, device = paths.EMBEDDED_DIR / "model.safetensors", best_device()
     net = load_denoiser(r, path, device, number_format(device))
-    texts = evaluation.read_prompts(r, trials, device)
+    texts = samples.read_prompts(r, trials, device)
     fast = r.model_copy(update={"speed": "fast", "sampler": "res"})
 
     @torch.inference_mode()
@@ -249,33 +257,42 @@ def descend(start: Schedule, measure: Callable[[Schedule], float]) -> Schedule:
 
 
 def fast(r: Recipe, prompts: int, folder: Path) -> Iterator[Row]:
-    """Loss of each score by `speed: fast`, in pairs with 35 Euler steps, after a post-training.
+    """Loss of each score by `speed: fast` and by fp8, in pairs with 35 Euler steps.
 
-    As many prompts ask for the mascot as for other things.
+    The model is post-trained first. As many prompts ask for the mascot as for other things.
     """
     world.write_dataset(folder / r.dataset_dir, *DATASET.values(), seed=0)
     for verb in ("prep", "train", "promote"):
         done = cosmos(folder, verb)
-    device = best_device()
-    net = load_denoiser(r, Path(folder, done["artifacts"][0]), device, number_format(device))
-    trials = evaluation.world_trials(2 * prompts)
+    device, own = best_device(), Weights(Path(folder, done["artifacts"][0]), "")
+    tokenizer = load_tokenizer(r.model_files.tokenizer, r.spec, device, number_format(device))
+    trials = samples.world_trials(2 * prompts)
     trials = [t for t in trials if not t.of_mascot][:prompts] + [t for t in trials if t.of_mascot]
-    texts = evaluation.read_prompts(r, trials, device)
+    texts = samples.read_prompts(r, trials, device)
+    exact = {"speed": "exact", "sampler": "euler", "num_steps": 35}
     settings = {
-        "exact": {"speed": "exact", "sampler": "euler", "num_steps": 35},
+        "exact": exact,
+        "fp8": {**exact, "sampling_precision": "fp8"},
         "fast": {"speed": "fast", **SET_BY_FAST},
+        "fast, fp8": {"speed": "fast", **SET_BY_FAST, "sampling_precision": "fp8"},
     }
     values = {}
     for name, changes in settings.items():
-        began = time.monotonic()
-        samples = evaluation.sample_trials(r.model_copy(update=changes), net, trials, texts)
-        values[name] = evaluation.world_scores(samples)
+        began, changed = time.monotonic(), r.model_copy(update=changes)
+        net = load_denoiser(changed, own.path, device, number_format(device))
+        store = samples.Store(folder / "latents", changed, trials, device)
+        samples.sample_trials(store, net, own, texts, len(trials))
+        measured = [
+            replace(sample, pixels=None, scores=evaluation.world_scores(sample))
+            for sample in samples.read_samples(store, tokenizer, own)
+        ]
+        values[name] = evaluation.by_score(measured, evaluation.CHANCE)
         print(f"{name}: {time.monotonic() - began:.0f} s", flush=True)
-    for score in evaluation.CHANCE:
-        found = paired(values["exact"][score], values["fast"][score])
+    for name, score in product(list(settings)[1:], evaluation.CHANCE):
+        found = paired(values["exact"][score], values[name][score])
         yield {
-            "study": "speed: fast", "value": score, "pairs": found.count, "exact": found.before,
-            "fast": found.after, "loss": -found.difference, "loss_at_most": -found.low,
+            "study": name, "value": score, "pairs": found.count, "exact": found.before,
+            "changed": found.after, "loss": -found.difference, "loss_at_most": -found.low,
         }  # fmt: skip
 
 
