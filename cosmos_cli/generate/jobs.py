@@ -132,7 +132,7 @@ class Request:
 class Settings:
     """Hold what all videos of a command share; `output` is an .mp4 file or a folder.
 
-    `side` is what --compare calls these videos: base, post-trained, exact or fast.
+    `side` is what --compare calls these videos: base, post-trained, exact, fast or fp8.
     """
 
     r: Recipe
