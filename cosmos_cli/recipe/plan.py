@@ -318,8 +318,7 @@ def video_seconds(r: Recipe, gpu: GpuModel) -> float:
     arithmetic = (linear / LINEAR + attention / ATTENTION) / (gpu.tflops * 1e12)
     activation = 2 * r.spec.tokens(r.num_frames, r.height, r.width) * r.spec.dit.width
     moved = r.spec.dit.blocks * ELEMENTWISE_PASSES * activation / (gpu.memory_rate * 1e9)
-    evaluations = r.num_steps + (r.sampler == "res")
-    return evaluations * (2 if r.guidance else 1) * (arithmetic + moved)
+    return r.passes * (arithmetic + moved)
 
 
 def traffic_seconds(r: Recipe, ranks: int, gpu: GpuModel) -> float:
