@@ -12,12 +12,9 @@ from cosmos_cli import console, files, paths
 from cosmos_cli.commands import options
 from cosmos_cli.console import Result
 from cosmos_cli.errors import ExitCode, usage_error
-from cosmos_cli.generate import batch, promoted
-from cosmos_cli.generate.choice import choose_model, find_weights
-from cosmos_cli.generate.jobs import Weights
-from cosmos_cli.prep import holdout
 
 if TYPE_CHECKING:
+    from cosmos_cli.generate.jobs import Weights
     from cosmos_cli.recipe.keys import Recipe
 
 EMBEDDED_PROMPTS = 24
@@ -63,6 +60,9 @@ def evaluate(
 
     Example: cosmos evaluate tiny --prompts 200
     """
+    from cosmos_cli.generate import promoted
+    from cosmos_cli.generate.choice import choose_model, find_weights
+
     r = options.open_recipe(recipe, set_, print_recipe, json_, trains=False).recipe
     there = not model and promoted.found(r.checkpoints_dir, r.spec)
     names = model or (["base", "promoted"] if there or require else ["base"])
@@ -121,6 +121,8 @@ def _check_dataset(r: Recipe) -> bool:
     Raises:
         UserError: prep has not run, or its manifest is damaged.
     """
+    from cosmos_cli.prep import holdout
+
     dataset = paths.Dataset.at(r.dataset_dir, r.videos_dir)
     if dataset.manifest.exists() or not r.spec.embedded:
         return bool(holdout.split_clips(dataset.read_manifest())[1])
@@ -150,6 +152,8 @@ def _preview(r: Recipe, weights: dict[str, Weights], count: int, output: Path) -
         UserError: a network is missing.
     """
     if count:
+        from cosmos_cli.generate import batch
+
         batch.require_networks(r)
     for name, own in weights.items():
         console.say(f"would measure {name} with {count} videos: {own.path}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from cosmos_cli import console, paths, ranks
+from cosmos_cli import console, paths
 from cosmos_cli.commands import options
 from cosmos_cli.console import Result
 from cosmos_cli.errors import UserError
@@ -24,6 +24,8 @@ def prep(
 
     Example: cosmos prep my_videos.yaml --set prompt="A video of sks teal robot."
     """
+    from cosmos_cli import ranks
+
     ranks.mute_all_but_first()
     r = options.open_recipe(recipe, set_, print_recipe, json_).recipe
     dataset = paths.Dataset.at(r.dataset_dir, r.videos_dir)

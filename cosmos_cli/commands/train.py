@@ -8,16 +8,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cosmos_cli import console, ranks
+from cosmos_cli import console
 from cosmos_cli.commands import options
 from cosmos_cli.console import Result
 from cosmos_cli.paths import Run
-from cosmos_cli.recipe import advice, gpu_models
-from cosmos_cli.train import launch, preflight, status
 
 if TYPE_CHECKING:
     from cosmos_cli.recipe.keys import Recipe
     from cosmos_cli.recipe.loading import LoadedRecipe
+    from cosmos_cli.train import preflight
 
 
 def train(
@@ -51,6 +50,9 @@ def train(
 
     Example: cosmos train nemo_assets --set max_steps=400
     """
+    from cosmos_cli import ranks
+    from cosmos_cli.train import launch, preflight, status
+
     ranks.mute_all_but_first()
     loaded = options.open_recipe(recipe, set_, print_recipe, json_)
     r = loaded.recipe
@@ -89,6 +91,9 @@ def train(
 
 def _plan(r: Recipe, processes: int, gpus: str | None, pcie: int | None) -> Result:
     """Return what the recipe needs on this machine's GPUs, or on those that are named."""
+    from cosmos_cli.recipe import advice, gpu_models
+    from cosmos_cli.train import preflight
+
     count, gpu = processes, preflight.smallest_gpu()
     if gpus is not None:
         count, gpu = gpu_models.parse_gpus(gpus)
@@ -102,6 +107,10 @@ def _outcome(
     loaded: LoadedRecipe, ready: preflight.Ready, dry_run: bool, overwrite: bool
 ) -> dict[str, Any]:
     """Train, or print the plan of a dry run, and return the figures of the result."""
+    from cosmos_cli import ranks
+    from cosmos_cli.recipe import advice
+    from cosmos_cli.train import launch, preflight, status
+
     r = loaded.recipe
     run, processes = Run(r.run_dir), launch.world_size(r)
     if ready.finished:
