@@ -132,6 +132,8 @@ def _steps(run: Run, text: str, count: int, others: list[str] | None) -> list[in
     Raises:
         UserError: they are not saved, or other options do not go with --steps.
     """
+    from cosmos_cli.train import status
+
     if others:
         what = "compares the saves of the run, so it takes neither --model nor --require"
         fix = "promote the step that it chooses, then evaluate with --require"
@@ -139,12 +141,7 @@ def _steps(run: Run, text: str, count: int, others: list[str] | None) -> list[in
     if not count:
         what = "compares saves by their videos, and none are to be made"
         raise usage_error("--steps", what, "add `--prompts 24`")
-    saved = run.saved_steps("ema")
-    if not saved:
-        raise UserError(
-            "the run has no checkpoint", code=ExitCode.ASSET, where=str(run.checkpoints),
-            fix="run `cosmos train RECIPE` first",
-        )  # fmt: skip
+    saved = status.require_saved(run, "ema")
     listed = ",".join(map(str, saved))
     wanted = text.split(",")
     if text == "all":

@@ -312,14 +312,7 @@ def choose_step(run: Run, step: str, weights: str) -> int:
             f"{weights!r} is neither ema nor reg", code=ExitCode.USAGE, where="--weights",
             fix="use `--weights ema`",
         )  # fmt: skip
-    saved = run.saved_steps(weights)
-    if not saved:
-        raise UserError(
-            "the run has no checkpoint",
-            code=ExitCode.ASSET,
-            where=str(run.checkpoints.absolute()),
-            fix="run `cosmos train RECIPE` first",
-        )
+    saved = status.require_saved(run, weights)
     if step == "latest":
         return saved[-1]
     if step == "best":

@@ -19,31 +19,34 @@ if TYPE_CHECKING:
     from cosmos_cli.train import preflight
 
 
+StatusOption = Annotated[
+    bool, typer.Option("--status", help="Show the state of the run; do not train.")
+]
+PlanOption = Annotated[
+    bool, typer.Option("--plan", help="Estimate memory, time and disk; do not train.")
+]
+PcieOption = Annotated[
+    int | None,
+    typer.Option(min=3, max=5, help="Plan for this PCIe generation; by default that of the GPU."),
+]
+OverwriteOption = Annotated[
+    bool,
+    typer.Option(
+        "--overwrite", help="Delete weights of an earlier run of this name that cannot be resumed."
+    ),
+]
+
+
 def train(
     recipe: options.RecipeArgument = "tiny",
     set_: options.SetOption = None,
     print_recipe: options.PrintRecipeOption = False,
     dry_run: options.DryRunOption = False,
-    status_: Annotated[
-        bool, typer.Option("--status", help="Show the state of the run; do not train.")
-    ] = False,
-    plan: Annotated[
-        bool, typer.Option("--plan", help="Estimate memory, time and disk; do not train.")
-    ] = False,
+    status_: StatusOption = False,
+    plan: PlanOption = False,
     gpus: options.GpusOption = None,
-    pcie: Annotated[
-        int | None,
-        typer.Option(
-            min=3, max=5, help="Plan for this PCIe generation; by default that of the GPU."
-        ),
-    ] = None,
-    overwrite: Annotated[
-        bool,
-        typer.Option(
-            "--overwrite",
-            help="Delete weights of an earlier run of this name that cannot be resumed.",
-        ),
-    ] = False,
+    pcie: PcieOption = None,
+    overwrite: OverwriteOption = False,
     json_: options.JsonOption = False,
 ) -> None:
     """Post-train on the prepared dataset with all GPUs; the same command resumes.
