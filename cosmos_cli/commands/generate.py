@@ -13,11 +13,9 @@ from typer.core import TyperCommand
 from cosmos_cli import console, files, paths
 from cosmos_cli.commands import options
 from cosmos_cli.errors import ExitCode, Interrupted, UserError, together
-from cosmos_cli.generate import batch, choice, jobs
-from cosmos_cli.generate.jobs import Request, Result, Settings
-from cosmos_cli.recipe import advice
 
 if TYPE_CHECKING:
+    from cosmos_cli.generate.jobs import Request, Result, Settings
     from cosmos_cli.recipe.keys import Recipe
 
 Compared = Literal["base", "exact"]
@@ -116,6 +114,9 @@ def generate(
     Existing videos are not generated again, so the same command resumes where it stopped.
     Example: cosmos generate --prompt "A video of sks teal robot." --set num_steps=20
     """
+    from cosmos_cli.generate import batch, choice
+    from cosmos_cli.generate.jobs import Settings
+
     output = files.expand(output)
     if recipe is not None:
         options.name_recipe(recipe, set_)
@@ -184,7 +185,9 @@ def _requests(prompts: list[str], file: Path | None) -> list[Request]:
     Raises:
         UserError: there are none, or the batch cannot be read.
     """
-    requests = [*map(Request, prompts), *(jobs.read_batch(files.expand(file)) if file else ())]
+    from cosmos_cli.generate.jobs import Request, read_batch
+
+    requests = [*map(Request, prompts), *(read_batch(files.expand(file)) if file else ())]
     if not requests:
         raise UserError(
             "no prompt was given", code=ExitCode.USAGE, where="--prompt",
@@ -201,6 +204,7 @@ def _finish(results: Iterator[Result], r: Recipe, *, streaming: bool) -> console
         Interrupted: a signal came; holds the finished videos.
     """
     from cosmos_cli.model.device import gpu_memory_errors
+    from cosmos_cli.recipe import advice
 
     fix = f"use `--set memory=in_turn` or {advice.smaller_clip(r)}"
     seen: list[Result] = []
@@ -242,6 +246,8 @@ def _preview(settings: list[Settings], requests: list[Request]) -> console.Resul
     Raises:
         UserError: the gravest error of a request, or a network is missing.
     """
+    from cosmos_cli.generate import batch
+
     results = list(batch.plan_all(settings, requests))
     if errors := [result.error for result in results if result.error]:
         raise together(errors)

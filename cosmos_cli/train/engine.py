@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -14,9 +14,11 @@ from cosmos_cli.model import edm, fp8, kernels, lora, streaming, weights
 from cosmos_cli.model.device import free_bytes, why_not_compiled
 from cosmos_cli.model.dit import DiT
 from cosmos_cli.recipe import gpu_models, plan
-from cosmos_cli.recipe.keys import Recipe
 from cosmos_cli.recipe.residence import Residence
 from cosmos_cli.train import checkpoint, data
+
+if TYPE_CHECKING:
+    from cosmos_cli.recipe.keys import Recipe
 
 
 def build(r: Recipe, share: data.Share, device: torch.device) -> Any:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from cosmos_cli import console, files, gpus, paths
+from cosmos_cli import archives, console, files, gpus, paths
 from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.gpus import gpu_names
 from cosmos_cli.paths import Dataset, Run
@@ -136,6 +136,9 @@ def check_recipe(r: Recipe, ranks: int) -> None:
             if r.base
             else "run `cosmos download RECIPE --for train`, or use `--set base=FILE`",
         )
+    # The ranks would find damage only after they have imported everything.
+    for path in sorted(base.rglob("*.safetensors")) if base.is_dir() else [base]:
+        archives.check_weights(path)
     tokenizer = r.model_files.tokenizer
     if (r.preview_every_steps or r.sample_every_saves) and not tokenizer.exists():
         raise UserError(

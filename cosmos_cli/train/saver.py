@@ -13,7 +13,7 @@ import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -25,9 +25,11 @@ from cosmos_cli.model import lora, lora_files, weights
 from cosmos_cli.model.ema import PowerEMA
 from cosmos_cli.paths import MANIFEST_FILE, Run
 from cosmos_cli.recipe import plan
-from cosmos_cli.recipe.keys import Recipe
 from cosmos_cli.train import checkpoint, status
 from cosmos_cli.train.staging import Staging
+
+if TYPE_CHECKING:
+    from cosmos_cli.recipe.keys import Recipe
 
 # How often a rank looks for the files of others.
 _POLL_SECONDS = 0.05

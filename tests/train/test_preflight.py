@@ -3,9 +3,11 @@
 import re
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from cosmos_cli import files
-from cosmos_cli.errors import UserError
+from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.paths import Run
 from cosmos_cli.recipe import loading, plan
 from cosmos_cli.train import preflight
@@ -29,3 +31,17 @@ def test_fewer_files_are_proposed_only_if_they_fit(tmp_path):
     r = loading.load("tiny", many).recipe
     with pytest.raises(UserError, match=r"--set keep_models=1 --set keep_last=1"):
         preflight.check_disk(r, Run(r.run_dir), 0)
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+@pytest.mark.parametrize("share", [0.01, 0.5, 0.999])
+def test_a_base_that_is_cut_short_is_named_before_ranks_start(tmp_path, suffix, share):
+    base = tmp_path / f"base{suffix}"
+    save = save_file if suffix == ".safetensors" else torch.save
+    save({"net.weight": torch.zeros(100, 100)}, base)
+    r = loading.load("tiny", [f"base={base}"]).recipe
+    preflight.check_recipe(r, 1)
+    base.write_bytes(base.read_bytes()[: int(share * base.stat().st_size)])
+    with pytest.raises(UserError, match="is damaged") as caught:
+        preflight.check_recipe(r, 1)
+    assert (caught.value.where, caught.value.code) == (str(base), ExitCode.ASSET)
