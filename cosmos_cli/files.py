@@ -20,7 +20,7 @@ import platform
 import re
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -527,14 +527,14 @@ def sha256_pieces(digests: list[bytes]) -> str:
     return hashlib.sha256(b"".join(digests)).hexdigest()
 
 
-def sha256_path(path: Path) -> str:
+def sha256_path(path: Path, hash_file: Callable[[Path], str] = sha256_file) -> str:
     """Return the sha256 of a file, or of a folder by its files without the download records."""
     if not path.is_dir():
-        return sha256_file(path)
+        return hash_file(path)
     found = sorted(file for file in path.rglob("*") if file.is_file())
     names = {file: str(file.relative_to(path)) for file in found}
     kept = [file for file in found if not names[file].startswith(f"{CACHE_DIR}/")]
-    return sha256_text(*(f"{names[file]} {sha256_file(file)}" for file in kept))
+    return sha256_text(*(f"{names[file]} {hash_file(file)}" for file in kept))
 
 
 def sha256_text(*parts: str) -> str:

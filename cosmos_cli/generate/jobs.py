@@ -24,6 +24,8 @@ LINE_KEYS = {
     "num_steps": "num_steps",
     "guidance": "guidance",
 }
+# The keys that were added to the hash of a video, and the values of the videos made before.
+LATER_KEYS = {"speed": "exact", "sampling_precision": "bf16"}
 # The text encoder reads about 2,500 characters. A far longer prompt is a file given by mistake.
 MAX_CHARACTERS = 20_000
 
@@ -128,12 +130,16 @@ class Request:
 
 @dataclass(frozen=True)
 class Settings:
-    """Hold what all videos of a command share; `output` is an .mp4 file or a folder."""
+    """Hold what all videos of a command share; `output` is an .mp4 file or a folder.
+
+    `side` is what --compare calls these videos: base, post-trained, exact or fast.
+    """
 
     r: Recipe
     weights: Weights
     output: Path
     overwrite: bool
+    side: str = ""
 
 
 @dataclass(frozen=True)
@@ -148,8 +154,12 @@ class Job:
     @property
     def key(self) -> str:
         """Return a hash that is equal for jobs that produce the same video."""
-        values = json.dumps([getattr(self.r, name) for name in self.r.deciding("video")])
-        return files.sha256_text(self.prompt, self.weights.identity, values)
+        names = self.r.deciding("video")
+        values = [getattr(self.r, name) for name in names]
+        # A video that was made before a key existed keeps its hash.
+        while (name := names[len(values) - 1]) in LATER_KEYS and values[-1] == LATER_KEYS[name]:
+            values.pop()
+        return files.sha256_text(self.prompt, self.weights.identity, json.dumps(values))
 
     @property
     def stem(self) -> str:
@@ -261,15 +271,19 @@ def _with_changes(request: Request, r: Recipe, changes: dict[str, Any]) -> Recip
     from pydantic import ValidationError
 
     from cosmos_cli.recipe.keys import Recipe
+    from cosmos_cli.recipe.rules import conflicts
 
     if not changes:
         return r
     try:
-        return Recipe.model_validate({**r.model_dump(), **changes})
+        changed = Recipe.model_validate({**r.model_dump(), **changes})
     except ValidationError as error:
         first = error.errors()[0]
         key = next(k for k, name in LINE_KEYS.items() if name == first["loc"][0])
         raise request.error(f"{key} is {first['input']!r}: {first['msg']}") from error
+    for _, what, fix in conflicts(changed):
+        raise request.error(what, fix)
+    return changed
 
 
 def is_made(wanted: Job) -> bool:

@@ -13,13 +13,23 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cosmos_cli import console
-from cosmos_cli.generate import memory
+from cosmos_cli.generate import memory, precision
 from cosmos_cli.generate.guards import guardrail
 from cosmos_cli.generate.guards.faces import FaceBlur
 from cosmos_cli.generate.guards.guardrail import FrameFilter
 from cosmos_cli.generate.jobs import Job, Lora, Weights
 from cosmos_cli.generate.text_models import Conditioning
-from cosmos_cli.model import edm, kernels, lora, rgb, sampler, streaming, tensor_names, weights
+from cosmos_cli.model import (
+    edm,
+    fp8_sampling,
+    kernels,
+    lora,
+    rgb,
+    sampler,
+    streaming,
+    tensor_names,
+    weights,
+)
 from cosmos_cli.model.device import number_format, why_not_compiled
 from cosmos_cli.model.dit import DiT, Prompt, patch_grid
 from cosmos_cli.model.finite import require_finite
@@ -80,6 +90,7 @@ class VideoModels:
         if pair:
             self.net.share(pair.sequence)
         self.attention = self_attention_backend(r, self.net)
+        self.fp8 = precision.fp8_parts(r)
 
     @cached_property
     def compiles(self) -> bool:
@@ -111,7 +122,8 @@ def load_denoiser(
 ) -> DiT:
     """Load the denoiser from a model file, with unmerged LoRAs, in `dtype` on `device`.
 
-    The weights of `streamed` blocks stay in CPU memory.
+    The weights of `streamed` blocks stay in CPU memory. With `sampling_precision: fp8`, those of
+    most linears are quantised.
 
     Raises:
         UserError: a file is missing, damaged or of another model, or holds NaN or infinity.
@@ -131,6 +143,8 @@ def load_denoiser(
         console.say(about)
         for remark in remarks:
             console.warn(remark)
+    if parts := precision.fp8_parts(r):
+        fp8_sampling.use_fp8(net.blocks, attention="attention" in parts)
     if on_cpu:
         net.weights = streaming.WeightStream(net.blocks, on_cpu, torch.device(device))
         if net.weights.pageable:
@@ -146,9 +160,8 @@ def worth_compiling(r: Recipe, device: str) -> bool:
     """
     if r.compile != "auto":
         return r.compile == "on"
-    passes = r.num_steps * (2 if r.guidance else 1)
     tokens = r.spec.tokens(r.num_frames, r.height, r.width)
-    values = passes * tokens * r.spec.dit.width * r.spec.dit.blocks
+    values = r.passes * tokens * r.spec.dit.width * r.spec.dit.blocks
     return device != "cpu" and values > WORTH_COMPILING
 
 
@@ -192,8 +205,10 @@ def sample_latents(
     prompts = [Prompt(*place, net.read(text_emb_BMD)) for text_emb_BMD in texts_BMD]
 
     def passes(*inputs: Tensor) -> list[Tensor]:
-        if r.guidance == 0:
-            return [net(*inputs, prompt=prompts[0])]
+        if not sampler.is_guided(r, inputs[1]):
+            alone = net(*inputs, prompt=prompts[0])
+            # Both ranks of a pair compute the same, and continue from the same bits.
+            return pair.both(alone)[:1] if pair else [alone]
         if pair:
             return pair.both(net(*inputs, prompt=prompts[pair.index]))
         first = net.first_attention(*inputs[:2], prompts[0])
@@ -204,7 +219,5 @@ def sample_latents(
     def denoise(xt: Tensor, sigma_B: Tensor) -> Tensor:
         return edm.denoise(guided_net, xt, sigma_B, texts_BMD[0], fps_B, r.spec.sigma_data)
 
-    # res evaluates the denoiser once more, at the end, to get the result.
-    evaluations = r.num_steps + (r.sampler == "res")
-    with console.progress(label, evaluations, "steps") as bar:
+    with console.progress(label, r.evaluations, "steps") as bar:
         return sampler.sample(denoise, noise, r, lambda _: bar.advance())

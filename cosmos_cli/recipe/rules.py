@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from cosmos_cli.recipe.keys import FP8_MULTIPLE, Recipe
+from cosmos_cli.recipe.keys import FP8_MULTIPLE, SET_BY_FAST, Recipe
 
 # Videos with a smaller share of a recipe's pixels should keep their size: enlarging adds no detail.
 LEAST_SHARE_OF_PIXELS = 0.5
@@ -28,6 +28,7 @@ def conflicts(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str, str]]:
             rule = f"must be a multiple of {spec.size_multiple} and at most {spec.max_size}"
             fix = _nearest(key, size, spec.size_multiple, spec.max_size)
             yield (key,), f"{rule}, found {size}", fix
+    yield from _speed_conflicts(recipe)
     if recipe.offload == "weights":
         yield from _streaming_conflicts(recipe)
     least_stage = {"optimizer": 1, "parameters": 3}.get(recipe.offload, 0)
@@ -65,6 +66,14 @@ def conflicts(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str, str]]:
         what += f"{micro} x {groups} = {clips_at_once}"
         keys = ("global_batch_size", "num_processes", "micro_batch_size", "sequence_parallel")
         yield keys, what, _nearest("global_batch_size", total, clips_at_once)
+
+
+def _speed_conflicts(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str, str]]:
+    """Yield the conflict of `speed: fast` with each key that it overrides, like `conflicts`."""
+    for key, value in SET_BY_FAST.items():
+        if recipe.speed == "fast" and (found := getattr(recipe, key)) != value:
+            what = f"{key} {found} has no effect with speed fast, which uses {value}"
+            yield (key, "speed"), what, f"leave {key} out, or use `--set speed=exact`"
 
 
 def _streaming_conflicts(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str, str]]:

@@ -215,7 +215,8 @@ class Previews:
         text_embs = [cond, torch.zeros_like(cond)] if r.guidance else [cond]
 
         def passes(xt: Tensor, sigma_B: Tensor) -> list[Tensor]:
-            return [self._denoise(net, missing, xt, sigma_B, text, fps_B) for text in text_embs]
+            used = text_embs if sampler.is_guided(r, sigma_B.log() / 4) else text_embs[:1]
+            return [self._denoise(net, missing, xt, sigma_B, text, fps_B) for text in used]
 
         began, first = time.monotonic(), i == 0 and "samples" not in self.budget.cost
 
@@ -225,7 +226,7 @@ class Previews:
             if first and done == 0:
                 groups = dist.get_world_size() // net.sequence.size
                 rounds = -(-len(self.shown.chosen) // groups)
-                seconds = (time.monotonic() - began) * r.num_steps * rounds
+                seconds = (time.monotonic() - began) * r.evaluations * rounds
                 console.say(
                     f"{len(self.shown.chosen)} sample videos take about "
                     f"{console.duration(seconds)}; `--set sample_every_saves=0` makes none"
