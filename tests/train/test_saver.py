@@ -14,9 +14,10 @@ from cosmos_cli import files
 from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.files import read_json, sha256_file, write_json
 from cosmos_cli.paths import MANIFEST_FILE
+from cosmos_cli.recipe import loading, plan
 from cosmos_cli.train import process, saver, staging
 from tests.helpers import faulty_saves
-from tests.helpers.command import Cosmos
+from tests.helpers.command import SMALL, Cosmos
 from tests.helpers.runs import find_run, losses, train
 
 
@@ -204,3 +205,11 @@ def test_saves_in_the_background_are_those_for_which_training_waits(prepared, pa
         found[way] = losses(run), on_disk(run)
         assert not list(run.checkpoints.glob(".*"))
     assert found["background"] == found["blocking"]
+    # The plan counts what is copied: what the files hold, and what is rounded up.
+    ranks = int(pairs[0].partition("=")[2])
+    r = loading.load("tiny", [*SMALL, *pairs]).recipe
+    written = sum(map(files.size_of, run.weight_files()[3])) + sum(
+        entry["bytes"] for entry in found["blocking"][1][1][3].values()
+    )
+    planned = 1e9 * plan.plan(r, ranks, None).staged_gb - 2e6 * ranks
+    assert planned == pytest.approx(written, rel=0.1)
