@@ -297,17 +297,18 @@ def reconstruction(r: Recipe, count: int, device: str) -> float:
 def clip_errors(r: Recipe, net: DiT, clips: Clips) -> dict[str, list[float]]:
     """Return the EDM error of each clip at each of `edm.FIXED_SIGMAS`, with fixed noise.
 
-    The keys are like sigma_0.32.
+    The keys are like sigma_0.32. The model's spec scales the noise levels. Of a Video2World model,
+    it is the error with one latent frame given.
 
     Raises:
         UserError: an error is not finite.
     """
     device = next(net.parameters()).device
     loss = edm.EDMLoss(net, r.spec).to(device)
-    measured = HeldOut(clips, r.validate_clips)
-    errors: dict[float, list[float]] = {sigma: [] for sigma in edm.FIXED_SIGMAS}
+    measured = HeldOut(clips, r.validate_clips, counts=(1,))
+    errors: dict[float, list[float]] = {sigma: [] for sigma in measured.sigmas}
     with console.progress("clips", len(measured.samples), "samples") as bar:
-        for i, (_, level) in enumerate(measured.samples):
+        for i, (_, level, _) in enumerate(measured.samples):
             _, edm_B = loss(*measured.batch(i).to(device))
             if not edm_B.isfinite().all():
                 raise UserError(
@@ -315,7 +316,7 @@ def clip_errors(r: Recipe, net: DiT, clips: Clips) -> dict[str, list[float]]:
                     where=measured.batch(i).samples[0],
                     fix="train again with a lower learning_rate",
                 )  # fmt: skip
-            errors[edm.FIXED_SIGMAS[level]] += edm_B.tolist()
+            errors[measured.sigmas[level]] += edm_B.tolist()
             bar.advance()
     return {f"sigma_{sigma:.2g}": values for sigma, values in errors.items()}
 

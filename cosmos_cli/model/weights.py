@@ -161,7 +161,7 @@ def diffusers_config(spec: DiTSpec) -> dict[str, Any]:
     """Return the `config.json` of a denoiser for diffusers."""
     return {
         "_class_name": "CosmosTransformer3DModel",
-        "in_channels": spec.latent_channels,
+        "in_channels": spec.in_channels,
         "out_channels": spec.latent_channels,
         "num_attention_heads": spec.heads,
         "attention_head_dim": spec.head_width,

@@ -458,6 +458,12 @@ class Recipe(BaseModel):
         return MODELS[self.model]
 
     @property
+    def dataset_settings(self) -> dict[str, Any]:
+        """The keys that decide what prep writes. Models that share networks share datasets."""
+        settings = {key: getattr(self, key) for key in self.deciding("dataset")}
+        return settings | {"model": (self.spec.shared_with or self.spec).name}
+
+    @property
     def stride(self) -> int:
         """Frames from the start of one clip to the start of the next."""
         return self.clip_stride_frames or self.num_frames
