@@ -23,12 +23,12 @@ from torch import Tensor
 
 from cosmos_cli import console, files, html, paths
 from cosmos_cli.errors import ExitCode, UserError
-from cosmos_cli.evaluate import comparison, video_scores
+from cosmos_cli.evaluate import comparison
 from cosmos_cli.generate.jobs import Job, Weights
 from cosmos_cli.generate.phases import Pipeline
 from cosmos_cli.generate.text_models import Conditioning
 from cosmos_cli.generate.video_models import load_denoiser, sample_latents
-from cosmos_cli.model import edm, rgb, video
+from cosmos_cli.model import edm, rgb, video, video_scores
 from cosmos_cli.model.device import number_format
 from cosmos_cli.model.dit import DiT
 from cosmos_cli.model.tiny import scorer, world

@@ -105,12 +105,29 @@ def batch(
         for result in _generate(list(dict.fromkeys(todo)), processes):
             if result.job and result.made:
                 console.say(f"saved {result.job.path}")
+                _say_drift(result.job)
                 _name_model(settings, result.job)
                 made.append(result.job)
             yield result
     if len(settings) > 1:
         base, tuned = settings
         yield from _comparisons(base, tuned, made)
+
+
+def _say_drift(job: Job) -> None:
+    """Say how the picture changes over the segments of a rollout."""
+    if job.segments == 1:
+        return
+    rows = files.read_json(job.files[0])["segments"]
+    names = ("sharpness", "brightness", "saturation")
+    table, frames = [], 0
+    for number, row in enumerate(rows, start=1):
+        begin, frames = frames, frames + row["frames"]
+        changes = (row[name] / max(rows[0][name], 1e-9) - 1 for name in names)
+        cells = (f"{row[name]:.3f} ({c:+.0%})" for name, c in zip(names, changes, strict=True))
+        seconds = f"{begin / job.r.fps:.1f} to {frames / job.r.fps:.1f} s"
+        table.append((str(number), seconds, *cells))
+    console.say(console.table(table, ("segment", "time", *names)))
 
 
 def _name_model(settings: Sequence[Settings], job: Job) -> None:
@@ -141,12 +158,13 @@ def _comparisons(base: Settings, tuned: Settings, made: list[Job]) -> Iterator[R
         tuned, weights=Weights(tuned.weights.path, both), output=tuned.output / "compare"
     )
     files.remove_own_stale(joined.output.absolute())
-    of_tuned = {(job.prompt, job.r): job for job in made if job.weights == tuned.weights}
+    of_tuned = {(job.prompt, job.r, job.given): job for job in made if job.weights == tuned.weights}
     for job in made:
-        other = of_tuned.get((job.prompt, job.r))
+        other = of_tuned.get((job.prompt, job.r, job.given))
         if job.weights != base.weights or other is None:
             continue
-        result = plan_request(Request(job.prompt), replace(joined, r=job.r))
+        own = replace(joined, r=job.r, given=job.given)
+        result = plan_request(Request(job.prompt), own)
         if result.job and not result.made:
             compare(job, other, result.job)
             result = replace(result, made=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -36,7 +37,8 @@ def compare(base: Job, tuned: Job, joined: Job) -> None:
     }
     files.write_text(joined.path.with_suffix(".html"), _page(sides, joined))
     sheet = rgb.contact_sheet(pixels, columns=2, rows=4, width=640)
-    outputs.write_outputs(joined, joined.prompt, pixels, sheet, about)
+    save = partial(outputs.write_video, joined, pixels)
+    outputs.write_outputs(joined, joined.prompt, save, sheet, about)
 
 
 def _page(sides: dict[str, Job], joined: Job) -> str:

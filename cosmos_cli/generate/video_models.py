@@ -106,6 +106,16 @@ class VideoModels:
         with torch.compiler.set_stance("force_eager") if plain else nullcontext():
             return sample_latents(job.r, self.net, [text_emb], seeds, label, self.pair), compiled
 
+    def encode(self, pixels_CTHW: Tensor) -> Tensor:
+        """Return the latents of given frames at the scale of x0, CTHW in fp32.
+
+        The tokenizer is causal, so they are those of a whole clip that begins with these frames, up
+        to the rounding of kernels for another size.
+        """
+        pixels = rgb.to_model(pixels_CTHW)[None].to(self.device, self.dtype)
+        latent_CTHW: Tensor = self.tokenizer.encode(pixels)[0]
+        return latent_CTHW.float()
+
     def decode(self, x0: Tensor) -> Tensor | None:
         """Return the pixels of a latent, uint8 CTHW on the CPU, or None if they are not finite."""
         decoded = self.tokenizer.decode(x0.to(self.dtype))[0]

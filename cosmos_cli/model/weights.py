@@ -88,7 +88,7 @@ def load_dit_state(path: Path) -> State:
     if path.is_dir():
         content = _read_diffusers(path)
     elif path.suffix == ".safetensors":
-        content = _read_safetensors(path)
+        content = read_safetensors(path)
     else:
         content = _state_dict(path)
     with reading(path):
@@ -209,9 +209,9 @@ def load_tokenizer_state(path: Path) -> State:
         UserError: a file is missing, damaged, or holds more than tensors.
     """
     if path.suffix == ".safetensors":
-        state = _read_safetensors(path)
+        state = read_safetensors(path)
     elif (path / TOKENIZER_FILE).exists():
-        state = _read_safetensors(path / TOKENIZER_FILE)
+        state = read_safetensors(path / TOKENIZER_FILE)
     elif (path / "config.json").exists() and not (path / "encoder.jit").exists():
         state = rename_tokenizer(_read_diffusers(path))
         with reading(path / "config.json"):
@@ -317,7 +317,12 @@ def write_pt(content: Any, path: Path) -> tuple[int, str]:
         return stream.tell(), stream.digest.hexdigest()
 
 
-def _read_safetensors(path: Path) -> State:
+def read_safetensors(path: Path) -> State:
+    """Load the tensors of a safetensors file under their own names.
+
+    Raises:
+        UserError: the file is missing or damaged.
+    """
     archives.check_safetensors(path)
     with reading(path):
         return load_file(path)
@@ -363,7 +368,7 @@ def _read_diffusers(folder: Path) -> State:
     state: State = {}
     for shard in shards:
         safe = shard.suffix == ".safetensors"
-        state |= _read_safetensors(shard) if safe else load_tensors(shard)
+        state |= read_safetensors(shard) if safe else load_tensors(shard)
     return state
 
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from cosmos_cli.evaluate import evaluation, video_scores
+from cosmos_cli.evaluate import evaluation
 from cosmos_cli.evaluate.evaluation import Sample, Trial
-from cosmos_cli.model import edm
+from cosmos_cli.model import edm, video_scores
 from cosmos_cli.model.tiny import scorer, world
 from cosmos_cli.prep import embedding_files
 from cosmos_cli.spec import TINY

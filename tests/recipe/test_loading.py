@@ -258,6 +258,7 @@ def test_every_shipped_recipe_loads_and_fits_the_schema() -> None:
     assert set(loading.shipped()) == {
         "tiny", "nemo_assets", "hdvila", "my_videos", "lora", "lora_24gb",
         "lora_24gb_full_size", "two_gpus", "four_gpus", "two_nodes",
+        "hdvila_video2world", "my_videos_video2world",
     }  # fmt: skip
     validator = jsonschema.Draft202012Validator(loading.json_schema())
     for name, path in loading.shipped().items():
@@ -312,7 +313,7 @@ def test_a_recipe_is_found_by_path_first_then_by_name(
     ("name", "message"),
     [
         ("nemo_asets", "nemo_asets: no such recipe; did you mean 'nemo_assets'? shipped recipes: "),
-        ("zzz", "zzz: no such recipe; shipped recipes: four_gpus, hdvila, lora, lora_24gb, "),
+        ("zzz", "zzz: no such recipe; shipped recipes: four_gpus, hdvila, hdvila_video2world, "),
         ("no/tiny.yaml", "no/tiny.yaml: no such file; did you mean 'tiny'?"),
         ("nope.yaml", "nope.yaml: no such file"),
         (".", ".: a folder, not a recipe"),
@@ -357,7 +358,7 @@ PATHS = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\0
             "name": st.from_regex(r"\A[a-z0-9][a-z0-9._-]{0,20}\Z"),
             "learning_rate": st.floats(0, 1, exclude_min=True),
             "seed": st.integers(0, 2**32 - 1),
-            "num_frames": st.integers(0, 15).map(lambda k: 8 * k + 1),
+            "num_frames": st.integers(2, 15).map(lambda k: 8 * k + 1),
             "num_processes": st.sampled_from(["auto", 1, 2, 8]),
             "strict": st.booleans(),
         },

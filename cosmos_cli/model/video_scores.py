@@ -16,6 +16,17 @@ from torch import Tensor
 LUMINANCE = (0.2126, 0.7152, 0.0722)
 
 
+def luminance(video_CTHW: Tensor) -> Tensor:
+    """Return the luminance in [0, 1] of a uint8 video, THW."""
+    weight = torch.tensor(LUMINANCE, device=video_CTHW.device)
+    return torch.einsum("cthw,c->thw", video_CTHW.float() / 255, weight)
+
+
+def saturation(video_CTHW: Tensor) -> float:
+    """Return how colourful a uint8 video is: the mean of max - min over RGB, from 0 to 1."""
+    return float((video_CTHW.amax(0).float() - video_CTHW.amin(0).float()).mean() / 255)
+
+
 def frame_consistency(y_THW: Tensor) -> float:
     """Return the mean correlation of successive frames: mean_t corr(y[t], y[t+1])."""
     centred = y_THW.flatten(1) - y_THW.mean((1, 2))[:, None]
@@ -89,8 +100,7 @@ def measure(videos: Iterable[Tensor]) -> dict[str, list[float]]:
     """Return each score of some uint8 videos (3, T, H, W)."""
     values: dict[str, list[float]] = {}
     for video_CTHW in videos:
-        weight = torch.tensor(LUMINANCE, device=video_CTHW.device)
-        y_THW = torch.einsum("cthw,c->thw", video_CTHW.float() / 255, weight)
+        y_THW = luminance(video_CTHW)
         for name in names(len(y_THW)):
             values.setdefault(name, []).append(SCORES[name](y_THW))
     return values
