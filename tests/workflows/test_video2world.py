@@ -61,6 +61,18 @@ def test_a_lora_on_text2world_weights_is_refused(trained):
     assert "`--set lora_rank=0`" in refused.stderr
 
 
+def test_a_lora_on_its_own_weights_trains_in_parallel_as_alone(trained):
+    base = find_run(trained, "whole").model(2, "reg")
+    own = (*MODEL, f"base={base}", "lora_rank=4", "max_steps=2", "micro_batch_size=1")
+    train(trained, "one", *own, "holdout_share=0.5")
+    shared = ("num_processes=2", "sequence_parallel=2", "activation_checkpointing=all")
+    train(trained, "two", *own, *shared, "holdout_share=0.5")
+    alone, split = (losses(find_run(trained, name)) for name in ("one", "two"))
+    assert len(alone) == 2
+    for before, after in zip(alone, split, strict=True):
+        assert after == pytest.approx(before, rel=1e-3)
+
+
 def test_a_picture_continues_with_the_promoted_model(trained):
     picture(trained.cwd)
     pairs = settings(*MODEL, "name=whole", "max_steps=2")
