@@ -274,6 +274,8 @@ class Result:
             about["weights"] = str(self.job.weights.path)
             if self.job.given:
                 about["input"] = str(self.job.given.path)
+            if self.job.segments > 1:
+                about |= {"segments": self.job.segments, "num_frames": self.job.num_frames}
         return {**about, "error": str(self.error)} if self.error else about
 
 

@@ -2,14 +2,16 @@
 
 from dataclasses import replace
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 
 from cosmos_cli import files, paths
-from cosmos_cli.errors import UserError
+from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.generate import batch, rollout
-from cosmos_cli.generate.jobs import Job, Weights
+from cosmos_cli.generate.jobs import Given, Job, Weights
 from cosmos_cli.generate.phases import Pipeline
 from cosmos_cli.generate.text_models import Conditioning
 from cosmos_cli.model import containers, video
@@ -91,6 +93,18 @@ def whole(pipeline, tmp_path_factory):
     """The hash of a rollout of two and of three segments that nothing interrupts."""
     folder = tmp_path_factory.mktemp("whole")
     return {count: roll(pipeline, job_at(folder / str(count), count)) for count in (2, 3)}
+
+
+def test_the_frame_filter_looks_at_the_input(pipeline, tmp_path, monkeypatch):
+    seen = []
+    judge = SimpleNamespace(reason=lambda pixels: seen.append(pixels) or "frame 0 may show drugs")
+    monkeypatch.setattr(pipeline.videos, "frame_filter", judge)
+    Image.new("RGB", (96, 64), "red").save(tmp_path / "red.png")
+    job = replace(job_at(tmp_path, 1), given=Given(tmp_path / "red.png", False, 1))
+    with pytest.raises(UserError, match=r"frame 0 may show drugs of the input red\.png") as caught:
+        pipeline.read_input(job)
+    assert caught.value.code == ExitCode.BLOCKED
+    assert seen[0].shape == (3, 1, 64, 96)
 
 
 class Stopped(Exception):

@@ -11,13 +11,15 @@ from diffusers import CosmosVideoToWorldPipeline, EDMEulerScheduler
 from diffusers.pipelines.cosmos import pipeline_cosmos_video2world as peer
 from PIL import Image
 
+from cosmos_cli import paths
+from cosmos_cli.errors import UserError
 from cosmos_cli.generate.text_models import Conditioning
 from cosmos_cli.generate.video_models import sample_latents
 from cosmos_cli.model import cond_frames, edm, weights
 from cosmos_cli.model.cond_frames import CondFrames
 from cosmos_cli.model.dit import DiT
-from cosmos_cli.model.tensor_names import RELEASED, rename
-from cosmos_cli.spec import TINY, VIDEO2WORLD_7B, ModelSpec
+from cosmos_cli.model.tensor_names import RELEASED, check_keys, rename
+from cosmos_cli.spec import TINY, TINY_VIDEO2WORLD, VIDEO2WORLD_7B, ModelSpec
 from tests.helpers.networks import SMALL, diffusers_twin, inputs, network, run_twin
 
 KEYS = Path(__file__).parent / "data" / "dit_7b_keys.txt"
@@ -220,6 +222,15 @@ def test_a_padding_mask_keeps_its_columns():
     with torch.no_grad():
         expected = net(**x, padding_mask_BCHW=padding)
         assert torch.equal(wider(**x | {"x_BCTHW": told}, padding_mask_BCHW=padding), expected)
+
+
+def test_weights_of_the_other_kind_are_named():
+    path = paths.EMBEDDED_DIR / "model.safetensors"
+    state = {k: v for k, v in weights.load_dit_state(path).items() if k.startswith("net.")}
+    shapes = {name: tensor.shape for name, tensor in state.items()}
+    assert cond_frames.add_mask_columns(state, TINY_VIDEO2WORLD.dit)
+    with pytest.raises(UserError, match=f"has the shapes of {TINY_VIDEO2WORLD.name}; use a recipe"):
+        check_keys(shapes, state, path)
 
 
 @pytest.mark.parametrize("form", ["model.pt", "model.safetensors", "transformer"])

@@ -139,6 +139,13 @@ def test_fp8_needs_a_multiple_of_16_tokens_in_each_process(file: Path) -> None:
     assert "found 6360" in complaint(file, *lines, *shared)
 
 
+def test_a_video2world_clip_is_longer_than_the_frames_it_is_given(file: Path) -> None:
+    lines = ("model: Cosmos-Predict1-7B-Video2World", "num_frames: 9")
+    assert "is given up to 9, found 9; use `--set num_frames=17`" in complaint(file, *lines)
+    assert load(file, lines[0], "num_frames: 17").recipe.spec.takes_frames
+    assert load(file, lines[1])
+
+
 def test_a_key_given_twice_is_named_with_both_lines(file: Path) -> None:
     assert complaint(file, "seed: 1", "fps: 24", "seed: 2") == (
         f"{file}:4: seed: given twice, first at {file}:2; keep one of them"
