@@ -42,7 +42,9 @@ app = typer.Typer(
     "Every command takes a recipe: a YAML file or a name from `cosmos recipes list`.",
 )
 for _verb in (setup, download, prep, train, promote, generate, evaluate):
-    app.command()(getattr(_verb, _verb.__name__.rpartition(".")[2]))
+    app.command(cls=getattr(_verb, "Command", None))(
+        getattr(_verb, _verb.__name__.rpartition(".")[2])
+    )
 app.add_typer(recipes.app, name="recipes")
 
 

@@ -44,7 +44,7 @@ MOST_TICKS = 6
 # wider, and cells of at most SHORT characters do not break.
 LONG, SHORT = 40, 12
 # Size of a plot and its margins: left, top, right, bottom. In a column of `row`, a unit is a pixel.
-WIDTH, HEIGHT, MARGINS = 400, 220, (52, 14, 14, 26)
+WIDTH, HEIGHT, MARGINS = 400, 220, (58, 14, 14, 26)
 # A smoothed curve averages over about this share of its points.
 SMOOTHING_SHARE = 0.2
 MEDIA = {".mp4": "video/mp4", ".jpg": "image/jpeg", ".png": "image/png"}

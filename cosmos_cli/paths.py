@@ -212,6 +212,11 @@ class Run:
         return self.root / "report.html"
 
     @property
+    def scores(self) -> Path:
+        """The scores of its saves, as of `cosmos evaluate --steps`."""
+        return self.root / "scores.json"
+
+    @property
     def save_request(self) -> Path:
         """Create this file to make the run save its next step."""
         return self.root / "SAVE"

@@ -34,7 +34,7 @@ from tests.helpers.stand_ins import moving_square
 
 PACKAGE = Path(cosmos_cli.__file__).parent
 # What a hostile file may add to the memory of a process.
-MOST_MB = 300
+MOST_MB = 100
 
 
 def make_pipe(path):
@@ -178,15 +178,15 @@ def zip_of(path, members, compression=zipfile.ZIP_DEFLATED):
 
 
 def inflating(path):
-    """A text of 400 MB in a pickle, in 0.4 MB."""
-    size = 400 * 10**6
+    """A text of 150 MB in a pickle, in 0.15 MB."""
+    size = 150 * 10**6
     content = b"\x80\x02X" + size.to_bytes(4, "little") + b"a" * size + b"."
     zip_of(path, {"data.pkl": content, "version": "3\n"})
 
 
 def inflating_numbers(path):
     """A whole file of torch's, but its numbers are compressed."""
-    torch.save({"x": torch.zeros(10**8)}, path)
+    torch.save({"x": torch.zeros(4 * 10**7)}, path)
     with zipfile.ZipFile(path) as archive:
         members = {n.partition("/")[2]: archive.read(n) for n in archive.namelist()}
     zip_of(path, members)

@@ -28,6 +28,7 @@ class Stage(StrEnum):
     prep = "prep"
     train = "train"
     generate = "generate"
+    evaluate = assets.EVALUATE
     all = "all"
 
 
@@ -40,7 +41,12 @@ def download(
         ),
     ] = False,
     for_: Annotated[
-        Stage, typer.Option("--for", help="Fetch only the files that this verb needs.")
+        Stage,
+        typer.Option(
+            "--for",
+            help="Fetch only the files that this verb needs. The models of evaluate's scores "
+            "are fetched with evaluate only.",
+        ),
     ] = Stage.all,
     set_: options.SetOption = None,
     print_recipe: options.PrintRecipeOption = False,

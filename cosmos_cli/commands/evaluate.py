@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from cosmos_cli import console, files, paths
 from cosmos_cli.commands import options
 from cosmos_cli.console import Result
-from cosmos_cli.errors import ExitCode, usage_error
+from cosmos_cli.errors import ExitCode, UserError, usage_error
 from cosmos_cli.generate import batch, promoted
 from cosmos_cli.generate.choice import choose_model, find_weights
 from cosmos_cli.generate.jobs import Weights
-from cosmos_cli.prep import holdout
+from cosmos_cli.paths import Run
 
 if TYPE_CHECKING:
     from cosmos_cli.recipe.keys import Recipe
 
 EMBEDDED_PROMPTS = 24
+# The folder next to the page that keeps the latents of all videos.
+LATENTS = "evaluation_latents"
 
 # The endings of files that a report may be expected in, and that this one is not.
 OTHER_PAGES = (".pdf", ".png", ".json", ".md", ".csv", ".mp4")
@@ -54,6 +56,13 @@ def evaluate(
             "and none that is worse. May be repeated."
         ),
     ] = None,
+    steps: Annotated[
+        str | None,
+        typer.Option(
+            help="all, or saved steps such as 200,400: measure the base and these saves of the "
+            "recipe's run, draw their scores as curves, and name the step that they choose."
+        ),
+    ] = None,
     set_: options.SetOption = None,
     print_recipe: options.PrintRecipeOption = False,
     dry_run: options.DryRunOption = False,
@@ -64,8 +73,106 @@ def evaluate(
     Example: cosmos evaluate tiny --prompts 200
     """
     r = options.open_recipe(recipe, set_, print_recipe, json_, trains=False).recipe
+    output = _page(files.expand(output))
+    count = prompts if prompts is not None else EMBEDDED_PROMPTS if r.spec.embedded else 0
+    run = Run(r.run_dir)
+    saved = _steps(run, steps, count, model or require) if steps is not None else []
+    _check_dataset(r)
+
+    from cosmos_cli.evaluate import saves
+
+    weights = (
+        saves.weights_of(r, run, saved) if saved else _models(recipe, r, model, set_, bool(require))
+    )
+
+    from cosmos_cli.evaluate import comparison, evaluation, page
+    from cosmos_cli.gpus import best_device
+
+    store = evaluation.open_store(r, count, best_device(), output.parent / LATENTS)
+    better = evaluation.directions(r, evaluation.PreparedClips.of(r), len(store.wanted))
+    required = comparison.check_names(require, better) if require else []
+    cost = {"prompts": count, **evaluation.announce(r, weights, store)}
+    if dry_run:
+        console.emit(_preview(r, weights, cost, output), as_json=json_)
+        return
+    for folder in (output.parent, *([run.root] if saved else [])):
+        files.require_writable(folder)
+    figures, samples = evaluation.evaluate(r, weights, store, count)
+    names = list(weights)
+    if saved:
+        figures["steps"] = found = saves.summarise(run, figures, saved)
+        names = saves.shown(found)
+        saves.record(run, found)
+    page.keep_larger(output, figures)
+    written = page.write_page(output, r, figures, {n: samples[n] for n in names})
+    result = Result(_text(figures, names), written, figures, f"xdg-open {shlex.quote(str(output))}")
+    if lines := comparison.unmet(required, figures["comparisons"]):
+        result.code, result.error = ExitCode.TRAINING, "\n".join(lines)
+    console.emit(result, as_json=json_)
+    raise typer.Exit(result.code)
+
+
+def _text(figures: dict[str, Any], names: list[str]) -> str:
+    """Return the figures and comparisons of some models as tables."""
+    from cosmos_cli.evaluate import comparison, page
+
+    own = {**figures, "models": {name: figures["models"][name] for name in names}}
+    rows = [row for row in figures["comparisons"] if row["model"] in names]
+    parts = [console.table(page.figure_rows(own), ("", "chance", *names))]
+    parts += [console.table(*table) for _, table in comparison.tables(rows)]
+    if found := figures.get("steps"):
+        chosen, best = found["chosen_step"], found["best_step"]
+        by_error = "was not measured" if best is None else f"chooses step {best}"
+        by_scores = f"step {chosen}" if chosen else "the base"
+        parts.append(f"the scores choose {by_scores}, the held-out error {by_error}")
+    return "\n\n".join(parts)
+
+
+def _steps(run: Run, text: str, count: int, others: list[str] | None) -> list[int]:
+    """Return the saved steps that --steps names.
+
+    Raises:
+        UserError: they are not saved, or other options do not go with --steps.
+    """
+    if others:
+        what = "compares the saves of the run, so it takes neither --model nor --require"
+        fix = "promote the step that it chooses, then evaluate with --require"
+        raise usage_error("--steps", what, fix)
+    if not count:
+        what = "compares saves by their videos, and none are to be made"
+        raise usage_error("--steps", what, "add `--prompts 24`")
+    saved = run.saved_steps("ema")
+    if not saved:
+        raise UserError(
+            "the run has no checkpoint", code=ExitCode.ASSET, where=str(run.checkpoints),
+            fix="run `cosmos train RECIPE` first",
+        )  # fmt: skip
+    listed = ",".join(map(str, saved))
+    wanted = text.split(",")
+    if text == "all":
+        return saved
+    if not all(word.strip().isdecimal() for word in wanted):
+        what = f"{text!r} is neither all nor a list of steps"
+        raise usage_error("--steps", what, f"use `--steps {listed}`")
+    steps = sorted({int(word) for word in wanted})
+    if lacking := sorted({*steps} - {*saved}):
+        raise UserError(
+            f"step {lacking[0]} is not saved", code=ExitCode.ASSET, where=str(run.checkpoints),
+            fix=f"use `--steps {listed}`",
+        )  # fmt: skip
+    return steps
+
+
+def _models(
+    recipe: str, r: Recipe, model: list[str] | None, set_: list[str] | None, compares: bool
+) -> dict[str, Weights]:
+    """Return the weights to measure, by the name that the page gives them.
+
+    Raises:
+        UserError: a model does not exist, or one is to be compared with no other.
+    """
     there = not model and promoted.found(r.checkpoints_dir, r.spec)
-    names = model or (["base", "promoted"] if there or require else ["base"])
+    names = model or (["base", "promoted"] if there or compares else ["base"])
     # Models in different checkpoints_dirs may have folders of the same name.
     short = len({Path(name).name for name in names}) == len(names)
     weights = {
@@ -74,57 +181,21 @@ def evaluate(
         )
         for name in names
     }
-    if require and len(weights) < 2:
+    if compares and len(weights) < 2:
         what = "there is no second model to compare"
         raise usage_error("--require", what, "use `--model base --model promoted`")
-    output = _page(files.expand(output))
-    count = prompts if prompts is not None else EMBEDDED_PROMPTS if r.spec.embedded else 0
-    held_out = _check_dataset(r)
-    required = _check_required(require, r, count, held_out) if require else []
-    if dry_run:
-        console.emit(_preview(r, weights, count, output), as_json=json_)
-        return
-    files.require_writable(output.parent)
-
-    from cosmos_cli.evaluate import comparison
-    from cosmos_cli.evaluate import evaluation as measure
-    from cosmos_cli.gpus import best_device
-
-    figures, samples = measure.evaluate(r, weights, count, best_device())
-    measure.keep_larger(output, figures)
-    written = measure.write_page(output, r, figures, samples)
-    tables = [console.table(measure.figure_rows(figures), ("", "chance", *weights))]
-    tables += [console.table(*rows) for _, rows in comparison.tables(figures["comparisons"])]
-    result = Result("\n\n".join(tables), written, figures, f"xdg-open {shlex.quote(str(output))}")
-    if lines := comparison.unmet(required, figures["comparisons"]):
-        result.code, result.error = ExitCode.TRAINING, "\n".join(lines)
-    console.emit(result, as_json=json_)
-    raise typer.Exit(result.code)
+    return weights
 
 
-def _check_required(require: list[str], r: Recipe, count: int, held_out: bool) -> list[str]:
-    """Return the names of the required scores.
-
-    Raises:
-        UserError: the evaluation has no such score.
-    """
-    from cosmos_cli.evaluate import comparison, evaluation
-
-    return comparison.check_names(require, evaluation.directions(r, count, held_out))
-
-
-def _check_dataset(r: Recipe) -> bool:
+def _check_dataset(r: Recipe) -> None:
     """Check the dataset that models are measured on; the tiny model can do without.
-
-    Return True if the dataset has held-out clips.
 
     Raises:
         UserError: prep has not run, or its manifest is damaged.
     """
     dataset = paths.Dataset.at(r.dataset_dir, r.videos_dir)
     if dataset.manifest.exists() or not r.spec.embedded:
-        return bool(holdout.split_clips(dataset.read_manifest())[1])
-    return False
+        dataset.read_manifest()
 
 
 def _page(output: Path) -> Path:
@@ -143,15 +214,15 @@ def _page(output: Path) -> Path:
     return output.absolute()
 
 
-def _preview(r: Recipe, weights: dict[str, Weights], count: int, output: Path) -> Result:
+def _preview(r: Recipe, weights: dict[str, Weights], cost: dict[str, Any], output: Path) -> Result:
     """Return what would be measured.
 
     Raises:
         UserError: a network is missing.
     """
-    if count:
+    if cost["prompts"]:
         batch.require_networks(r)
     for name, own in weights.items():
-        console.say(f"would measure {name} with {count} videos: {own.path}")
+        console.say(f"would measure {name} with {cost['prompts']} videos: {own.path}")
     models = {name: {"path": str(own.path), "sha256": own.sha256} for name, own in weights.items()}
-    return Result(str(output), figures={"dry_run": True, "prompts": count, "models": models})
+    return Result(str(output), figures={"dry_run": True, **cost, "models": models})

@@ -5,9 +5,10 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 import typer
+from typer.core import TyperCommand
 
 from cosmos_cli import console, files, paths
 from cosmos_cli.commands import options
@@ -19,6 +20,7 @@ from cosmos_cli.recipe import advice
 if TYPE_CHECKING:
     from cosmos_cli.recipe.keys import Recipe
 
+Compared = Literal["base", "exact"]
 RecipeArgument = Annotated[
     str | None,
     typer.Argument(metavar="[RECIPE]", help="Default: the model's own recipe."),
@@ -85,9 +87,10 @@ LoraOption = Annotated[
     ),
 ]
 CompareOption = Annotated[
-    bool,
+    Compared | None,
     typer.Option(
-        "--compare", help="Also generate with the base model, and show both side by side."
+        help="Also generate with the base model, or with `speed: exact`, and show both side by "
+        "side. Default: base.",
     ),
 ]
 OverwriteOption = Annotated[
@@ -103,6 +106,18 @@ ProcessesOption = Annotated[
 ]
 
 
+class Command(TyperCommand):
+    """The command line of generate, where the value of --compare may be left out."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        words: list[str] = []
+        for word, following in zip(args, [*args[1:], ""], strict=False):
+            words.append(word)
+            if word == "--compare" and following not in get_args(Compared):
+                words.append("base")
+        return super().parse_args(ctx, words)
+
+
 def generate(
     recipe: RecipeArgument = None,
     prompt: PromptOption = None,
@@ -116,7 +131,7 @@ def generate(
     output: OutputOption = Path("outputs"),
     model: ModelOption = None,
     lora: LoraOption = None,
-    compare: CompareOption = False,
+    compare: CompareOption = None,
     overwrite: OverwriteOption = False,
     num_processes: ProcessesOption = None,
     set_: options.SetOption = None,
@@ -162,12 +177,15 @@ def generate(
     weights = choice.add_loras(
         choice.find_weights(r, chosen.weights), tuple(map(choice.read_lora, lora or ()))
     )
-    settings = Settings(r, weights, output, overwrite, given, rollout)
-    both = [batch.base_settings(settings), settings] if compare else [settings]
+    settings = Settings(r, weights, output, overwrite, given=given, segments=rollout)
+    both = [settings]
+    if compare:
+        both = batch.compared(settings, compare, chosen.recipe, overrides)
+    steps = "fast" if r.speed == "fast" else f"{r.num_steps} steps"
     segments = f"{rollout} segments of " if rollout > 1 else ""
     console.say(
         f"{r.model} ({weights.path}): {segments}{r.num_frames} frames, {r.width}x{r.height} at "
-        f"{r.fps:g} fps, {r.num_steps} steps, guidance {r.guidance:g}"
+        f"{r.fps:g} fps, {steps}, guidance {r.guidance:g}"
     )
     _say_what_is_short(r, requests)
     if dry_run:
@@ -254,6 +272,11 @@ def _finish(results: Iterator[Result], r: Recipe, *, streaming: bool) -> console
         end.artifacts = _paths(seen)
         end.figures = {"videos": [result.record() for result in seen]}
         raise
+    if r.passes < r.exact_passes and any(result.made for result in seen):
+        console.say(
+            f"speed fast: a video took {r.passes} of {r.exact_passes} passes of the denoiser; "
+            f"{r.exact_passes - r.passes} were skipped"
+        )
     made = _paths(seen)
     shown = made[-1].with_suffix(".html") if made else Path()
     shown = shown if shown.exists() else shown.with_suffix(".mp4")

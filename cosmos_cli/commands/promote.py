@@ -208,10 +208,10 @@ def scores_of(manifest: dict[str, Any]) -> list[tuple[str, ...]]:
         figures = files.read_json(path)
         models = figures.get("models", {}) if isinstance(figures, dict) else {}
         if measured & {model.get("weights") for model in models.values()}:
-            from cosmos_cli.evaluate import evaluation
+            from cosmos_cli.evaluate import page
 
             try:
-                rows = evaluation.figure_rows(figures)
+                rows = page.figure_rows(figures)
             except KeyError:
                 console.warn(
                     f"{path.absolute()}: another version wrote it, so the card has no scores; "

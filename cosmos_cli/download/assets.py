@@ -35,6 +35,9 @@ TEXT_PATTERNS = ("config.json", "spiece.model", "tokenizer*.json")
 TEXT_ORIGINAL = "pytorch_model.bin"
 TEXT_THIRD_PARTY = "text_encoders/oldt5_xxl_fp16.safetensors"
 TEXT_WEIGHTS = "model.safetensors"
+# The recipe keys of the models of evaluate's scores, and their files. Only SigLIP has texts.
+FEATURE_KEYS = ("likeness_model", "match_model", "distance_model")
+FEATURE_PATTERNS = ("README.md", "LICENSE*", "*config.json", "tokenizer.json", "model.safetensors")
 # Suffixes of the files that a repository must have. Its texts and settings may change.
 WEIGHTS = (".bin", ".jit", ".pt", ".pth", ".safetensors")
 
@@ -67,6 +70,8 @@ PUBLISHED_MD5 = {
 
 # The commands that need files from the hub, in the order in which they are run.
 STAGES = ("prep", "train", "generate")
+# No other command needs its models, so they are fetched only for it.
+EVALUATE = "evaluate"
 
 
 @dataclass(frozen=True)
@@ -151,7 +156,12 @@ def require_networks(r: Recipe, *networks: Path) -> None:
 
 
 def of_recipe(r: Recipe, stage: str = "all") -> list[Asset]:
-    """Return the assets of a recipe for one of `STAGES` or "all", ordered by first use."""
+    """Return the assets of a recipe for one of `STAGES` or "all", ordered by first use.
+
+    The models of evaluate's scores are those of the stage `EVALUATE` alone.
+    """
+    if stage == EVALUATE:
+        return list(_features(r))
     wanted = [*_dataset(r), *_models(r), *_upsampler(r)]
     wanted.sort(key=lambda asset: STAGES.index(asset.stages[0]))
     return [asset for asset in wanted if stage == "all" or stage in asset.stages]
@@ -183,6 +193,23 @@ def _models(r: Recipe) -> Iterator[Asset]:
         for name, patterns in OTHER_GUARDS.items():
             folder = Path(r.checkpoints_dir).absolute() / name
             yield Asset(name, "model", folder, patterns, stages=("generate",))
+
+
+def feature_folder(r: Recipe, key: str) -> Path | None:
+    """Return the folder of the model that one of `FEATURE_KEYS` names, None if it is off."""
+    name = str(getattr(r, key))
+    if name == "off":
+        return None
+    given = Path(name)
+    return (given if given.is_dir() else Path(r.checkpoints_dir) / given).absolute()
+
+
+def _features(r: Recipe) -> Iterator[Asset]:
+    for key in FEATURE_KEYS:
+        name, folder = getattr(r, key), feature_folder(r, key)
+        own = folder and Path(name).is_absolute() and folder.is_dir()
+        if folder and not own and folder == (Path(r.checkpoints_dir) / name).absolute():
+            yield Asset(name, "model", folder, FEATURE_PATTERNS, stages=(EVALUATE,))
 
 
 def _upsampler(r: Recipe) -> Iterator[Asset]:

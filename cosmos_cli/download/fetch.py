@@ -36,6 +36,7 @@ class Listing:
     revision: str
     files: list[RemoteFile]
     missing: list[RemoteFile]
+    licence: str = ""
 
     @property
     def total(self) -> int:
@@ -64,6 +65,7 @@ class Listing:
             "revision": self.revision,
             "bytes": self.total,
             "fetched": self.needed,
+            "licence": self.licence,
         }
 
 
@@ -88,8 +90,9 @@ def survey(wanted: Sequence[Asset]) -> list[Listing]:
         listings.append(listing)
         # Show the user that this file comes from a third party.
         note = f", from a third party, stored as {asset.target}" if asset.target else ""
+        licence = f"licence {listing.licence}, " if listing.licence else ""
         console.say(
-            f"{asset.repo} at {listing.revision[:12]}: {len(listing.files)} files, "
+            f"{asset.repo} at {listing.revision[:12]}: {licence}{len(listing.files)} files, "
             f"{console.size(listing.total)}, {console.size(listing.needed)} to download "
             f"to {asset.folder}{note}"
         )
@@ -201,7 +204,9 @@ def _look(asset: Asset) -> Listing:
             where=asset.url,
             fix="match only one of them with `--set dataset_include=PATTERN`",
         )
-    return Listing(asset, str(info.sha), listed, _missing(asset, listed))
+    tags: list[str] = getattr(info, "tags", None) or []
+    licence = next((t.removeprefix("license:") for t in tags if t.startswith("license:")), "")
+    return Listing(asset, str(info.sha), listed, _missing(asset, listed), licence)
 
 
 def _matching(asset: Asset, listed: Sequence[RemoteFile]) -> list[RemoteFile]:

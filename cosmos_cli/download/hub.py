@@ -207,9 +207,9 @@ def user_errors(asset: Asset) -> Iterator[None]:
     except errors.EntryNotFoundError as error:
         raise bad(f"has no such file: {error}", "check the revision") from error
     except errors.HFValidationError as error:
-        raise bad(
-            "is not a valid repository name", "use `--set dataset_repo=OWNER/NAME`"
-        ) from error
+        names = asset.kind == "dataset"
+        fix = "use `--set dataset_repo=OWNER/NAME`" if names else "use OWNER/NAME, a folder or off"
+        raise bad("is not a valid repository name", fix) from error
     except errors.HfHubHTTPError as error:
         raise bad(f"the hub answered: {error}", "try again later") from error
     except (transport_error, errors.OfflineModeIsEnabled, ConnectionError) as error:

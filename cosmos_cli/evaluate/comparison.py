@@ -4,32 +4,49 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import groupby
 from operator import itemgetter
 from typing import Any
+
+import numpy as np
 
 from cosmos_cli.errors import usage_error
 from cosmos_cli.evaluate import statistics
 
 # The names of scores of held-out clips. All others are scores of videos.
 OF_CLIPS = ("EDM error",)
-BETTER = "better"
+BETTER, WORSE = "better", "worse"
 NOTE = (
     "Each score is compared between videos of the same prompt and seed, or on the same held-out "
     "clip. The interval contains the true difference in about 95 % of evaluations. Verdicts are "
     "corrected for the number of scores on this page (Holm), so a verdict can be no difference "
-    "although the interval excludes 0. Where the last column is empty, neither direction is better."
+    "although the interval excludes 0. A distance is one number for all videos, so it has no "
+    "interval; its verdict is that of a permutation test. Where the last column is empty, neither "
+    "direction is better."
 )
 
 
+@dataclass(frozen=True)
+class Features:
+    """The features (videos, D) of each model's videos, in the same order, and of held-out clips."""
+
+    name: str
+    videos: Mapping[str, np.ndarray]
+    held_out: np.ndarray
+
+
 def compare(
-    values: Mapping[str, Mapping[str, Sequence[float]]], better: Mapping[str, str]
+    values: Mapping[str, Mapping[str, Sequence[float]]],
+    better: Mapping[str, str],
+    features: Features | None = None,
 ) -> list[dict[str, Any]]:
     """Return one row for each score of each model after the first, which is the reference.
 
     Args:
         values: for each model and score, one value for each video or clip, in the same order.
         better: for each score, "higher", "lower" or "".
+        features: those whose distances are compared too.
     """
     (reference, before), *others = values.items()
     pairs = [
@@ -37,6 +54,13 @@ def compare(
         for model, after in others
         for score in before
     ]
+    if features:
+        first = features.videos[reference]
+        for model, _ in others:
+            own = statistics.paired_distances(first, features.videos[model], features.held_out)
+            pairs.append((model, features.name, own))
+    # The tables group the rows of a model.
+    pairs.sort(key=lambda pair: [model for model, _ in others].index(pair[0]))
     adjusted = statistics.holm([result.p for _, _, result in pairs])
     rows = []
     for (model, score, result), p_holm in zip(pairs, adjusted, strict=True):
@@ -70,7 +94,7 @@ def verdict(result: statistics.Paired, p: float, better: str, unit: str) -> str:
     rose = result.difference > 0
     if not better:
         return "more" if rose else "less"
-    return BETTER if rose == (better == "higher") else "worse"
+    return BETTER if rose == (better == "higher") else WORSE
 
 
 Table = tuple[list[tuple[str, ...]], tuple[str, ...]]
@@ -82,18 +106,18 @@ def tables(rows: Iterable[Mapping[str, Any]]) -> list[tuple[str, Table]]:
         (f"{model} compared with {reference}", (cells, header))
         for (model, reference), own in groupby(rows, key=itemgetter("model", "reference"))
         for cells in [[_cells(row) for row in own]]
-        for header in [("score", reference, model, "difference", "95 % interval", "verdict", "")]
+        for header in [("score", "verdict", reference, model, "difference", "95 % interval", "")]
     ]
 
 
 def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:
     return (
         row["score"],
+        row["verdict"],
         f"{row['before']:.4g}",
         f"{row['after']:.4g}",
         f"{row['difference']:+.3g}",
         "" if row["low"] is None else f"{row['low']:+.3g} to {row['high']:+.3g}",
-        row["verdict"],
         f"{row['better']} is better" if row["better"] else "",
     )
 
@@ -136,7 +160,7 @@ def unmet(required: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> list[st
         if name != BETTER:
             reached, found = verdicts[name] == BETTER, verdicts[name]
         else:
-            worse = [score for score, words in verdicts.items() if words == "worse"]
+            worse = [score for score, words in verdicts.items() if words == WORSE]
             reached = BETTER in verdicts.values() and not worse
             found = f"worse in {', '.join(worse)}" if worse else "no score is better"
         if not reached:

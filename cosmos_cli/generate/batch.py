@@ -13,39 +13,65 @@ from typing import TYPE_CHECKING
 from cosmos_cli import console, files
 from cosmos_cli.download import assets
 from cosmos_cli.errors import ExitCode, UserError
-from cosmos_cli.generate import choice, jobs, processes
+from cosmos_cli.generate import choice, jobs, precision, processes
 from cosmos_cli.generate.jobs import Job, Request, Result, Settings, Weights
 
 if TYPE_CHECKING:
     from cosmos_cli.recipe.keys import Recipe
 
 
-def base_settings(settings: Settings) -> Settings:
-    """Return the same settings with the base model's weights, for --compare.
+# What makes a video exact.
+EXACT = ("speed=exact",)
+
+
+def compared(
+    settings: Settings, compare: str, recipe: str, overrides: Sequence[str]
+) -> list[Settings]:
+    """Return the two settings of --compare: those of the base or of exact sampling, and their own.
+
+    Args:
+        settings: the settings of the command.
+        compare: base or exact.
+        recipe: the name or path of the recipe of `settings`.
+        overrides: what was set in it.
 
     Raises:
-        UserError: the base is missing, there is no second model, or the output is a single file.
+        UserError: the base is missing, both are the same, or the output is a single file.
     """
-    base = choice.base_of(settings.r, settings.weights)
-    if base.identity == settings.weights.identity:
+    from cosmos_cli.recipe import loading
+
+    own = settings
+    if compare == "exact":
+        exact = loading.load(recipe, [*overrides, *EXACT]).recipe
+        if exact == own.r:
+            raise UserError(
+                "needs a faster mode to compare with the exact one", code=ExitCode.USAGE,
+                where="--compare exact", fix="add `--set speed=fast`",
+            )  # fmt: skip
+        both = [replace(own, r=exact, side="exact"), replace(own, side="fast")]
+    else:
+        base = choice.base_of(own.r, own.weights)
+        if base.identity == own.weights.identity:
+            raise UserError(
+                "needs a second model to compare with the base", code=ExitCode.USAGE,
+                where="--compare", fix="run `cosmos promote RECIPE` first, or add `--model FOLDER`",
+            )  # fmt: skip
+        both = [replace(own, weights=base, side="base"), replace(own, side="post-trained")]
+    if own.output.suffix.lower() == ".mp4":
         raise UserError(
-            "needs a second model to compare with the base", code=ExitCode.USAGE, where="--compare",
-            fix="run `cosmos promote RECIPE` first, or add `--model FOLDER`",
-        )  # fmt: skip
-    if settings.output.suffix.lower() == ".mp4":
-        raise UserError(
-            f"writes three videos per prompt, but --output is the file {settings.output}",
+            f"writes three videos per prompt, but --output is the file {own.output}",
             code=ExitCode.USAGE, where="--compare", fix="use `--output FOLDER`",
         )  # fmt: skip
-    return replace(settings, weights=base)
+    return both
 
 
 def require_networks(r: Recipe) -> None:
-    """Check that the networks around the denoiser exist, without loading them.
+    """Check that the networks around the denoiser exist, without loading them, and that fp8 works.
 
     Raises:
-        UserError: one is missing.
+        UserError: one is missing, or a GPU cannot compute in fp8.
     """
+    precision.fp8_parts(r)
     if r.upsampler != "off":
         assets.require_networks(r, Path(r.upsampler))
     if not r.spec.embedded:
@@ -89,14 +115,19 @@ def batch(
 ) -> Iterator[Result]:
     """Yield videos that exist and refused requests first, then new videos, then comparisons."""
     todo: list[Job] = []
-    made: list[Job] = []
-    for result in plan_all(settings, requests):
+    made: set[Job] = set()
+    planned = list(plan_all(settings, requests))
+    sides = {
+        result.job: own.side
+        for result, (own, _) in zip(planned, product(settings, requests), strict=True)
+        if result.job
+    }
+    for result in planned:
         if result.job and not result.made:
             todo.append(result.job)
             continue
         if result.job:
-            _name_model(settings, result.job)
-            made.append(result.job)
+            made.add(_say_side(sides[result.job], result.job))
         yield result
     if todo:
         for folder in dict.fromkeys(job.path.parent for job in todo):
@@ -106,12 +137,13 @@ def batch(
             if result.job and result.made:
                 console.say(f"saved {result.job.path}")
                 _say_drift(result.job)
-                _name_model(settings, result.job)
-                made.append(result.job)
+                made.add(_say_side(sides[result.job], result.job))
             yield result
     if len(settings) > 1:
-        base, tuned = settings
-        yield from _comparisons(base, tuned, made)
+        wanted = [result.job for result in planned]
+        pairs = zip(wanted[: len(requests)], wanted[len(requests) :], strict=True)
+        finished = [(one, two) for one, two in pairs if one in made and two in made]
+        yield from _comparisons(settings, list(dict.fromkeys(finished)))
 
 
 def _say_drift(job: Job) -> None:
@@ -130,11 +162,11 @@ def _say_drift(job: Job) -> None:
     console.say(console.table(table, ("segment", "time", *names)))
 
 
-def _name_model(settings: Sequence[Settings], job: Job) -> None:
-    """Say with --compare which of the two models made a video."""
-    if len(settings) > 1:
-        whose = "base" if job.weights == settings[0].weights else "post-trained"
-        console.say(f"{whose} model: {job.path}")
+def _say_side(side: str, job: Job) -> Job:
+    """Return the job; say with --compare which of the two settings made its video."""
+    if side:
+        console.say(f"{side}: {job.path}")
+    return job
 
 
 def _generate(todo: list[Job], wanted: int | None) -> Iterator[Result]:
@@ -149,25 +181,24 @@ def _generate(todo: list[Job], wanted: int | None) -> Iterator[Result]:
     yield from generate(todo, best_device())
 
 
-def _comparisons(base: Settings, tuned: Settings, made: list[Job]) -> Iterator[Result]:
-    """Yield a side-by-side video for each job that both models have rendered."""
-    from cosmos_cli.generate.comparison import compare
+def _comparisons(settings: Sequence[Settings], pairs: list[tuple[Job, Job]]) -> Iterator[Result]:
+    """Yield a side-by-side video for each pair of jobs that both settings have rendered."""
+    from cosmos_cli.generate.comparison import compare, in_words
 
-    both = files.sha256_text(base.weights.identity, tuned.weights.identity)
-    joined = replace(
-        tuned, weights=Weights(tuned.weights.path, both), output=tuned.output / "compare"
-    )
-    files.remove_own_stale(joined.output.absolute())
-    of_tuned = {(job.prompt, job.r, job.given): job for job in made if job.weights == tuned.weights}
-    for job in made:
-        other = of_tuned.get((job.prompt, job.r, job.given))
-        if job.weights != base.weights or other is None:
-            continue
-        own = replace(joined, r=job.r, given=job.given)
-        result = plan_request(Request(job.prompt), own)
+    first, second = settings
+    folder = second.output / "compare"
+    files.remove_own_stale(folder.absolute())
+    for one, two in pairs:
+        parts = [one.weights.identity, two.weights.identity]
+        parts += [one.key] if one.weights == two.weights else []
+        both = Weights(two.weights.path, files.sha256_text(*parts))
+        joined = replace(second, r=two.r, weights=both, output=folder, given=two.given)
+        result = plan_request(Request(two.prompt), joined)
         if result.job and not result.made:
-            compare(job, other, result.job)
+            compare({first.side: one, second.side: two}, result.job)
             result = replace(result, made=True)
+        if result.job and (found := files.read_json(result.job.files[0]).get("difference")):
+            console.say(f"{second.side} against exact: {in_words(found)}")
         yield result
 
 

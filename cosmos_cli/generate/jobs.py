@@ -28,6 +28,8 @@ LINE_KEYS = {
 # The keys of a line that name a picture or a video to continue; the last is that of NVIDIA's
 # command.
 _INPUT_KEYS = ("image", "video", "visual_input")
+# The keys that were added to the hash of a video, and the values of the videos made before.
+LATER_KEYS = {"speed": "exact"}
 # The text encoder reads about 2,500 characters. A far longer prompt is a file given by mistake.
 MAX_CHARACTERS = 20_000
 
@@ -198,13 +200,15 @@ class Request:
 class Settings:
     """Hold what all videos of a command share; `output` is an .mp4 file or a folder.
 
-    `given` is the input of requests that name none.
+    `side` is what --compare calls these videos: base, post-trained, exact or fast. `given` is the
+    input of requests that name none.
     """
 
     r: Recipe
     weights: Weights
     output: Path
     overwrite: bool
+    side: str = ""
     given: Given | None = None
     segments: int = 1
 
@@ -226,14 +230,19 @@ class Job:
     @property
     def key(self) -> str:
         """Return a hash that is equal for jobs that produce the same video."""
-        values = json.dumps([getattr(self.r, name) for name in self.r.deciding("video")])
+        names = self.r.deciding("video")
+        values = [getattr(self.r, name) for name in names]
+        # A video that was made before a key existed keeps its hash.
+        while (name := names[len(values) - 1]) in LATER_KEYS and values[-1] == LATER_KEYS[name]:
+            values.pop()
         more = []
         if self.given:
             # Two keys of prep also decide what is seen of the input.
             more = [self.given.sha256, self.given.frames, self.r.resize, self.r.fps_policy]
         if self.segments > 1:
             more.append(self.segments)
-        return files.sha256_text(self.prompt, self.weights.identity, values, *map(str, more))
+        parts = (self.prompt, self.weights.identity, json.dumps(values), *map(str, more))
+        return files.sha256_text(*parts)
 
     @property
     def num_frames(self) -> int:
@@ -389,15 +398,19 @@ def _with_changes(request: Request, r: Recipe, changes: dict[str, Any]) -> Recip
     from pydantic import ValidationError
 
     from cosmos_cli.recipe.keys import Recipe
+    from cosmos_cli.recipe.rules import conflicts
 
     if not changes:
         return r
     try:
-        return Recipe.model_validate({**r.model_dump(), **changes})
+        changed = Recipe.model_validate({**r.model_dump(), **changes})
     except ValidationError as error:
         first = error.errors()[0]
         key = next(k for k, name in LINE_KEYS.items() if name == first["loc"][0])
         raise request.error(f"{key} is {first['input']!r}: {first['msg']}") from error
+    for _, what, fix in conflicts(changed):
+        raise request.error(what, fix)
+    return changed
 
 
 def is_made(wanted: Job) -> bool:

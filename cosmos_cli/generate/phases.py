@@ -17,7 +17,7 @@ from torch import Tensor
 
 from cosmos_cli import console
 from cosmos_cli.errors import ExitCode, UserError
-from cosmos_cli.generate import inputs, memory, outputs, rollout
+from cosmos_cli.generate import inputs, memory, outputs, precision, rollout
 from cosmos_cli.generate.guards import guardrail
 from cosmos_cli.generate.jobs import Job, Result, Weights
 from cosmos_cli.generate.text_models import Conditioning, TextModels, negative_prompt
@@ -38,6 +38,7 @@ def generate(jobs: list[Job], device: str, pair: Pair | None = None) -> Iterator
     if in_turn:
         # Refuse before anything is loaded.
         memory.streamed_blocks(r, device)
+    precision.fp8_parts(r)
     _say_networks(r, in_turn)
     pipeline = Pipeline(r, device, pair, in_turn=in_turn)
     for part in [jobs] if in_turn else [[job] for job in jobs]:
@@ -50,6 +51,7 @@ def one_by_one(r: Recipe, weights: Weights, device: str) -> Callable[[Job], Resu
     `memory: auto` keeps all networks in memory on a CPU, and on a GPU if they fit. A batch loads
     each network once either way.
     """
+    precision.fp8_parts(r)
     together = r.memory in ("auto", "together")
     if r.memory == "auto" and device != "cpu":
         needed, (free, _) = memory.bytes_together(r), torch.cuda.mem_get_info()
@@ -74,6 +76,11 @@ def _say_networks(r: Recipe, in_turn: bool) -> None:
     ]
     listed = f"in turn: {'; '.join(names)}" if in_turn else f"together: {', '.join(names)}"
     console.say(f"in memory {listed}")
+
+
+def _in_fp8(parts: tuple[str, ...], device: str) -> str:
+    emulated = ", emulated on this CPU" if device == "cpu" else ""
+    return f"; in fp8: {' and '.join(parts)}{emulated}" if parts else ""
 
 
 @contextmanager
@@ -173,7 +180,7 @@ class Pipeline:
         self.videos = None
         with phase("loading denoiser and decoder", self.device):
             self.videos = VideoModels(self.r, weights, self.device, self.pair)
-        console.say(f"attention: {self.videos.attention}")
+        console.say(f"attention: {self.videos.attention}{_in_fp8(self.videos.fp8, self.device)}")
 
     def _free(self, model: str) -> None:
         if self.in_turn:
@@ -244,6 +251,7 @@ class Pipeline:
             raise guardrail.blocked("frame filter", reason, job.prompt)
         return pixels, {
             "attention": videos.attention,
+            "fp8": videos.fp8,
             "compiled": compiled,
             "streamed_blocks": videos.streamed,
         }

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cosmos_cli import console
-from cosmos_cli.generate import memory
+from cosmos_cli.generate import memory, precision
 from cosmos_cli.generate.guards import guardrail
 from cosmos_cli.generate.guards.faces import FaceBlur
 from cosmos_cli.generate.guards.guardrail import FrameFilter
@@ -22,6 +22,7 @@ from cosmos_cli.generate.text_models import Conditioning
 from cosmos_cli.model import (
     cond_frames,
     edm,
+    fp8_sampling,
     kernels,
     lora,
     rgb,
@@ -91,6 +92,7 @@ class VideoModels:
         if pair:
             self.net.share(pair.sequence)
         self.attention = self_attention_backend(r, self.net)
+        self.fp8 = precision.fp8_parts(r)
 
     @cached_property
     def compiles(self) -> bool:
@@ -132,7 +134,8 @@ def load_denoiser(
 ) -> DiT:
     """Load the denoiser from a model file, with unmerged LoRAs, in `dtype` on `device`.
 
-    The weights of `streamed` blocks stay in CPU memory.
+    The weights of `streamed` blocks stay in CPU memory. With `sampling_precision: fp8`, those of
+    most linears are quantised.
 
     Raises:
         UserError: a file is missing, damaged or of another model, or holds NaN or infinity.
@@ -154,6 +157,8 @@ def load_denoiser(
         console.say(about)
         for remark in remarks:
             console.warn(remark)
+    if parts := precision.fp8_parts(r):
+        fp8_sampling.use_fp8(net.blocks, attention="attention" in parts)
     if on_cpu:
         net.weights = streaming.WeightStream(net.blocks, on_cpu, torch.device(device))
         if net.weights.pageable:
@@ -169,9 +174,8 @@ def worth_compiling(r: Recipe, device: str) -> bool:
     """
     if r.compile != "auto":
         return r.compile == "on"
-    passes = r.num_steps * (2 if r.guidance else 1)
     tokens = r.spec.tokens(r.num_frames, r.height, r.width)
-    values = passes * tokens * r.spec.dit.width * r.spec.dit.blocks
+    values = r.passes * tokens * r.spec.dit.width * r.spec.dit.blocks
     return device != "cpu" and values > WORTH_COMPILING
 
 
@@ -230,8 +234,10 @@ def sample_latents(
     prompts = [Prompt(*place, net.read(text_emb_BMD)) for text_emb_BMD in texts_BMD]
 
     def passes(*inputs: Tensor) -> list[Tensor]:
-        if r.guidance == 0:
-            return [net(*inputs, prompt=prompts[0])]
+        if not sampler.is_guided(r, inputs[1]):
+            alone = net(*inputs, prompt=prompts[0])
+            # Both ranks of a pair compute the same, and continue from the same bits.
+            return pair.both(alone)[:1] if pair else [alone]
         if pair:
             return pair.both(net(*inputs, prompt=prompts[pair.index]))
         first = net.first_attention(*inputs[:2], prompts[0])
@@ -249,7 +255,5 @@ def sample_latents(
         told = frames.shown_to(guided_net, r.spec.sigma_data)
         return frames.restore(edm.denoise(told, *inputs))
 
-    # res evaluates the denoiser once more, at the end, to get the result.
-    evaluations = r.num_steps + (r.sampler == "res")
-    with console.progress(label, evaluations, "steps") as bar:
+    with console.progress(label, r.evaluations, "steps") as bar:
         return sampler.sample(denoise, noise, r, lambda _: bar.advance())

@@ -6,14 +6,13 @@ W width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# ITU-R BT.709.
-LUMINANCE = (0.2126, 0.7152, 0.0722)
+from cosmos_cli.model.rgb import LUMINANCE
 
 
 def luminance(video_CTHW: Tensor) -> Tensor:
@@ -96,11 +95,7 @@ def names(frames: int) -> list[str]:
     return list(SCORES) if frames > 2 else ["sharpness"]
 
 
-def measure(videos: Iterable[Tensor]) -> dict[str, list[float]]:
-    """Return each score of some uint8 videos (3, T, H, W)."""
-    values: dict[str, list[float]] = {}
-    for video_CTHW in videos:
-        y_THW = luminance(video_CTHW)
-        for name in names(len(y_THW)):
-            values.setdefault(name, []).append(SCORES[name](y_THW))
-    return values
+def measure(video_CTHW: Tensor) -> dict[str, float]:
+    """Return each score of a uint8 video (3, T, H, W)."""
+    y_THW = luminance(video_CTHW)
+    return {name: SCORES[name](y_THW) for name in names(len(y_THW))}

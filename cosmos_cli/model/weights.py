@@ -18,7 +18,7 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -141,13 +141,13 @@ def save_dit(path: Path, state: Mapping[str, Tensor], format: Literal["pt", "saf
     (save_released if format == "pt" else write_safetensors)(path, state)
 
 
-def save_released(path: Path, state: Mapping[str, Tensor]) -> str:
-    """Write the denoiser's weights in the reference's format and return the sha256 of the file."""
+def save_released(path: Path, state: Mapping[str, Tensor]) -> Written:
+    """Write the denoiser's weights in the reference's format and return the hashes of the file."""
     released = rename(state, RELEASED, path)
     tables = [state[f"net.pos_embedder.{axis}"] for axis in "thw"]
     seq = torch.arange(max(map(len, tables)), dtype=tables[0].dtype)
     with writing(path), files.atomic_file(path) as temporary:
-        return write_pt({**released, "net.pos_embedder.seq": seq}, temporary)[1]
+        return write_pt({**released, "net.pos_embedder.seq": seq}, temporary)
 
 
 def save_diffusers(folder: Path, state: Mapping[str, Tensor], spec: DiTSpec) -> None:
@@ -288,33 +288,42 @@ def _read_pt(path: Path) -> Any:
         return torch.load(path, map_location="cpu", mmap=mmap, weights_only=True)
 
 
-class _Hashing(io.BufferedWriter):
-    """A file that computes the sha256 of what is written to it."""
+class Written(NamedTuple):
+    """A file that was written: its size in bytes, its sha256 and its hash in pieces."""
 
-    def __init__(self, path: Path, thread: Executor) -> None:
+    bytes: int
+    sha256: str
+    pieces: str
+
+
+class _Hashing(io.BufferedWriter):
+    """A file that computes the hashes of what is written to it."""
+
+    def __init__(self, path: Path, threads: Executor) -> None:
         super().__init__(io.FileIO(path, "wb"))
-        self.digest, self.thread = hashlib.sha256(), thread
+        self.digest, self.pieces, self.threads = hashlib.sha256(), files.PieceHash(), threads
 
     def write(self, data: Any) -> int:
-        # On a fast disk, writing takes as long as hashing. Neither holds the GIL, so they overlap.
-        hashed = self.thread.submit(self.digest.update, data)
+        # On a fast disk, writing takes as long as hashing. None holds the GIL, so they overlap.
+        hashed = [self.threads.submit(to.update, data) for to in (self.digest, self.pieces)]
         try:
             return super().write(data)
         finally:
-            hashed.result()
+            for one in hashed:
+                one.result()
 
 
-def write_pt(content: Any, path: Path) -> tuple[int, str]:
-    """Write a torch file, fsync it, and return its size in bytes and its sha256.
+def write_pt(content: Any, path: Path) -> Written:
+    """Write a torch file, fsync it, and return its size and its hashes.
 
-    The hash is computed while writing.
+    The hashes are computed while writing.
     """
     # A stream, because torch would store the name of a path, here a temporary one, in the file.
-    with ThreadPoolExecutor(1) as thread, _Hashing(path, thread) as stream:
+    with ThreadPoolExecutor(2) as threads, _Hashing(path, threads) as stream:
         torch.save(content, stream)
         stream.flush()
         os.fsync(stream.fileno())
-        return stream.tell(), stream.digest.hexdigest()
+        return Written(stream.tell(), stream.digest.hexdigest(), stream.pieces.hexdigest())
 
 
 def read_safetensors(path: Path) -> State:

@@ -168,6 +168,10 @@ def describe(r: Recipe, ranks: int, gpu: GpuModel | None) -> str:
         whole = f"{gpu.memory_gb:.1f} GB ({gpu.memory_gb * 1e9 / 2**30:.1f} GiB)"
         rows.append(("usable", f"{usable} of the GPU's {whole}"))
     rows.append(("CPU memory", f"{_gb(found.cpu_gb)} for all processes together, an estimate"))
+    if found.staged_gb:
+        counted = f"{_gb(space.model_bytes / 1e9)} of it counted above"
+        rows.append(("copy of a save", f"{_gb(found.staged_gb)} in CPU memory, {counted};"))
+        rows.append(("", "without it, training waits while a save is written"))
     rows.append(("disk of the run", _gb(space.run_bytes / 1e9)))
     saves = f"{space.models} x {_gb(space.model_bytes / 1e9)} of model files"
     states = f"{space.states} x {_gb(space.state_bytes / 1e9)} of resume states"

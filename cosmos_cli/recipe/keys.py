@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from cosmos_cli import paths
-from cosmos_cli.spec import COSMOS_7B, LORA_TARGETS, MODELS, ModelSpec
+from cosmos_cli.spec import (
+    COSMOS_7B,
+    FAST_GUIDED_ABOVE,
+    FAST_LOG_SIGMAS,
+    LORA_TARGETS,
+    MODELS,
+    ModelSpec,
+)
 
 # cuBLAS needs rows of a multiple of 16 bytes in fp8. In the backward pass a row holds all tokens.
 FP8_MULTIPLE = 16
@@ -18,10 +25,12 @@ TEXT = r"^[^\x00]+$"
 ANY_TEXT = r"^[^\x00]*$"
 NAME = r"^\w[\w.-]{0,99}$"
 REPO = r"^(embedded|[\w-][\w.-]*/[\w-][\w.-]*)$"
+# The keys that `speed: fast` sets. The sampler res evaluates the denoiser at num_steps + 1 levels.
+SET_BY_FAST = {"sampler": "res", "num_steps": len(FAST_LOG_SIGMAS) - 1}
 # In these keys ~ means the home folder, as in the shell.
 PATHS = (
     "checkpoints_dir", "base", "dataset_dir", "videos_dir", "captions_file", "caption_model",
-    "upsampler", "output_root",
+    "upsampler", "output_root", "likeness_model", "match_model", "distance_model",
 )  # fmt: skip
 PATTERNS = {
     TEXT: "text that is not empty",
@@ -97,6 +106,24 @@ class Recipe(BaseModel):
         None,
         pattern=TEXT,
         decides="run",
+    )
+    likeness_model: str = _model(
+        "DINOv2 model with which evaluate measures the likeness to the training clips: a hub "
+        "repository, a folder, or off.",
+        "facebook/dinov2-base",
+        pattern=TEXT,
+    )
+    match_model: str = _model(
+        "SigLIP model with which evaluate measures the match with the prompt: a hub repository, a "
+        "folder, or off.",
+        paths.SIGLIP_DIR,
+        pattern=TEXT,
+    )
+    distance_model: str = _model(
+        "V-JEPA 2 model with which evaluate measures the distance to the held-out clips: a hub "
+        "repository, a folder, or off.",
+        "facebook/vjepa2-vitl-fpc64-256",
+        pattern=TEXT,
     )
 
     dataset_dir: str = _data(
@@ -228,6 +255,11 @@ class Recipe(BaseModel):
     )
     max_steps: int = _steps("Optimizer steps of the whole run.", 1000, ge=1, le=10**8)
     save_every_steps: int = _training("Steps between checkpoints.", 200, ge=1)
+    saves: Literal["background", "blocking"] = _training(
+        "How checkpoints are written. background: from a copy in CPU memory while training "
+        "continues, if there is enough of it. blocking: while training waits.",
+        "background",
+    )
     log_every_steps: int = _training("Steps between lines of metrics.", 10, ge=1)
     validate_every_steps: int = _training(
         "Steps between validations on held-out clips; every checkpoint is validated too.", 100, ge=1
@@ -389,6 +421,12 @@ class Recipe(BaseModel):
         None,
         pattern=ANY_TEXT,
     )
+    sampling_precision: Literal["bf16", "fp8"] = _video(
+        "Number format of the denoiser's products in generate. bf16: the format of the weights. "
+        "fp8: linears (Ada and newer GPUs) and self-attention (Hopper and newer) of all blocks but "
+        "the first and last, 1.4 times as fast on an H100.",
+        "bf16",
+    )
     sampling_seed: int = _video(
         "Seed of a video's noise; the same seed and prompt give the same video.", 1, ge=0, lt=2**32
     )
@@ -405,6 +443,12 @@ class Recipe(BaseModel):
         "Safety checks of prompts and videos. on: nothing that a check blocks is made. off: no "
         "checks, which every sidecar file notes.",
         "on",
+    )
+    speed: Literal["exact", "fast"] = _video(
+        "Sampling schedule. exact: num_steps steps of sampler. fast: a fixed list of few noise "
+        "levels, which sets sampler and num_steps and takes a quarter of the time; the videos "
+        "differ from exact ones.",
+        "exact",
     )
     memory: Literal["auto", "together", "in_turn", "streamed"] = _sampling(
         "Which networks generate holds in GPU memory. auto: all, if they fit and prompts come one "
@@ -462,6 +506,28 @@ class Recipe(BaseModel):
         """The keys that decide what prep writes. Models that share networks share datasets."""
         settings = {key: getattr(self, key) for key in self.deciding("dataset")}
         return settings | {"model": (self.spec.shared_with or self.spec).name}
+
+    @property
+    def evaluations(self) -> int:
+        """Number of noise levels at which the denoiser is evaluated."""
+        # res evaluates it once more, at the end, to get the result.
+        return self.num_steps + (self.sampler == "res")
+
+    @property
+    def passes(self) -> int:
+        """Number of passes of the denoiser: guidance takes two per noise level."""
+        guided = self.evaluations
+        if self.speed == "fast":
+            guided = sum(level > FAST_GUIDED_ABOVE for level in FAST_LOG_SIGMAS)
+        return self.evaluations + (guided if self.guidance else 0)
+
+    @property
+    def exact_passes(self) -> int:
+        """Number of passes that the same video takes with `speed: exact`."""
+        if self.speed == "exact":
+            return self.passes
+        steps: int = type(self).model_fields["num_steps"].default
+        return steps * (2 if self.guidance else 1)
 
     @property
     def stride(self) -> int:

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from cosmos_cli import files
 from cosmos_cli.errors import UserError, usage_error
 from cosmos_cli.recipe import strict_yaml
-from cosmos_cli.recipe.keys import PATHS, PATTERNS, Recipe
+from cosmos_cli.recipe.keys import PATHS, PATTERNS, SET_BY_FAST, Recipe
 from cosmos_cli.recipe.rules import conflicts, oddities
 from cosmos_cli.recipe.strict_yaml import Entry
 
@@ -45,12 +45,14 @@ def load(name_or_path: str | Path, overrides: Sequence[str] = ()) -> LoadedRecip
     """
     path = find_recipe(name_or_path)
     entries, problems = strict_yaml.read_entries(path)
+    own_speed = _speed(entries)
     for override in overrides:
         try:
             key, entry = strict_yaml.parse_override(override)
             entries[key] = entry
         except UserError as err:
             problems.append(err)
+    _apply_speed(entries, own_speed)
     warnings = []
     if root := os.environ.get("OUTPUT_ROOT"):
         hidden = entries.get("output_root")
@@ -69,6 +71,24 @@ def load(name_or_path: str | Path, overrides: Sequence[str] = ()) -> LoadedRecip
     known = _expected(path)
     unexpected = tuple(warning for warning in warnings if warning not in known)
     return LoadedRecipe(recipe, origins, tuple(warnings), unexpected, path)
+
+
+def _speed(entries: Mapping[str, Entry]) -> Any:
+    return entries["speed"].value if "speed" in entries else "exact"
+
+
+def _apply_speed(entries: dict[str, Entry], own_speed: Any) -> None:
+    """Enter the keys that `speed: fast` sets.
+
+    If --set changes the speed, the file's values of these keys belong to its own speed, so they are
+    dropped. A recipe that a run saved names every key.
+    """
+    speed = _speed(entries)
+    for key, value in SET_BY_FAST.items():
+        if speed != own_speed and key in entries and not entries[key].origin.startswith("--set"):
+            del entries[key]
+        if speed == "fast" and key not in entries:
+            entries[key] = Entry(value, str(value), "speed fast")
 
 
 def is_written_by_us(path: Path) -> bool:

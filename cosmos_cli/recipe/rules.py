@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from cosmos_cli.recipe.keys import FP8_MULTIPLE, Recipe
+from cosmos_cli.recipe.keys import FP8_MULTIPLE, SET_BY_FAST, Recipe
 from cosmos_cli.spec import GIVEN_FRAMES
 
 # Videos with a smaller share of a recipe's pixels should keep their size: enlarging adds no detail.
@@ -24,6 +24,7 @@ def conflicts(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str, str]]:
             rule = f"must be a multiple of {spec.size_multiple} and at most {spec.max_size}"
             fix = _nearest(key, size, spec.size_multiple, spec.max_size)
             yield (key,), f"{rule}, found {size}", fix
+    yield from _speed_conflicts(recipe)
     if recipe.offload == "weights":
         yield from _streaming_conflicts(recipe)
     least_stage = {"optimizer": 1, "parameters": 3}.get(recipe.offload, 0)
@@ -77,6 +78,14 @@ def _length_conflicts(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str, st
         what = f"must be at least {least}, since {spec.name} is given up to {GIVEN_FRAMES[-1]}"
         fix = f"use `--set num_frames={least}`"
         yield ("num_frames",), f"{what}, found {recipe.num_frames}", fix
+
+
+def _speed_conflicts(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str, str]]:
+    """Yield the conflict of `speed: fast` with each key that it overrides, like `conflicts`."""
+    for key, value in SET_BY_FAST.items():
+        if recipe.speed == "fast" and (found := getattr(recipe, key)) != value:
+            what = f"{key} {found} has no effect with speed fast, which uses {value}"
+            yield (key, "speed"), what, f"leave {key} out, or use `--set speed=exact`"
 
 
 def _streaming_conflicts(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str, str]]:

@@ -1,11 +1,10 @@
-"""Save and restore the resume states and model files of a run.
-
-Tensors are scattered to ZeRO shards and gathered from them. A save is either complete or absent.
-"""
+"""Restore a run from its resume state, and move tensors between ZeRO shards and whole files."""
 
 from __future__ import annotations
 
-import shutil
+import re
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +12,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from cosmos_cli import files
+from cosmos_cli import console, files
 from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.model import lora, lora_files, tensor_names, weights
 from cosmos_cli.model.ema import PowerEMA
 from cosmos_cli.model.finite import require_finite
 from cosmos_cli.paths import MANIFEST_FILE, Run
-from cosmos_cli.recipe.keys import Recipe
-from cosmos_cli.train import reshard, status
+from cosmos_cli.train import reshard
 
 # The folder inside a resume state that holds DeepSpeed's files.
 SHARDS = "zero"
+# The rank whose optimizer state a file of DeepSpeed holds.
+_OWNER = re.compile(r"zero_pp_rank_(\d+)_")
 
 
 def shard(parameter: nn.Parameter) -> Tensor:
@@ -111,63 +111,6 @@ def forget_copies(module: nn.Module) -> None:
             parameter.ds_secondary_tensor = None
 
 
-def save(engine: Any, ema: PowerEMA, run: Run, step: int, about: dict[str, Any]) -> None:
-    """Save the model files and the resume state of `step`; every rank must call this.
-
-    The resume state gets its final name only when all of it is on disk.
-    """
-    final = run.resume_state(step)
-    building = final.with_name(f".{final.name}.tmp")
-    if dist.get_rank() == 0:
-        shutil.rmtree(building, ignore_errors=True)
-    dist.barrier()
-    sha256 = _save_models(engine, ema, run, step)
-    try:
-        with weights.writing(final):
-            written = _save_state(engine, building)
-            sha256 = _merge_ranks(sha256)
-            if dist.get_rank() == 0:
-                manifest = {
-                    "step": step,
-                    "world_size": dist.get_world_size(),
-                    "ema_sha256": sha256["ema"],
-                    **about,
-                    "files": written,
-                }
-                files.write_json(building / MANIFEST_FILE, manifest)
-                files.sync(building / SHARDS)
-                shutil.rmtree(final, ignore_errors=True)
-                building.rename(final)
-                files.sync(run.checkpoints)
-    except UserError:
-        if dist.get_rank() == 0:
-            shutil.rmtree(building, ignore_errors=True)
-        raise
-    dist.barrier()
-
-
-def prune(run: Run, r: Recipe) -> None:
-    """Delete the resume states and model files that the recipe does not keep.
-
-    Call it after a complete save. A resume reads the model file of the EMA, so those of the resume
-    states stay.
-    """
-    with files.disk_errors(run.checkpoints):
-        for step in run.resumable_steps()[: -r.keep_last]:
-            if r.keep_every_steps and step % r.keep_every_steps == 0:
-                continue
-            old = run.resume_state(step)
-            # Rename it first: a partly deleted folder must not pass for a complete state.
-            condemned = old.with_name(f".{old.name}.tmp")
-            old.rename(condemned)
-            shutil.rmtree(condemned)
-        written = run.weight_files()
-        kept = {*[*written][-r.keep_models :], *run.resumable_steps(), status.best_step(run)}
-        for step in written.keys() - kept if r.keep_models else ():
-            for path in written[step]:
-                path.unlink()
-
-
 def resume(engine: Any, ema: PowerEMA, run: Run, step: int) -> None:
     """Restore weights, fp32 master weights, moments and EMA as they were after `step` updates.
 
@@ -181,14 +124,15 @@ def resume(engine: Any, ema: PowerEMA, run: Run, step: int) -> None:
     manifest = files.read_json(folder / MANIFEST_FILE)
     module = engine.module
     path = model_file(run, module, step, "ema")
-    whole = path.is_file() and files.sha256_file(path) == manifest["ema_sha256"]
-    if _hash_files(folder) != manifest["files"] or not whole:
+    began = time.monotonic()
+    if not _is_whole(folder, path, manifest):
         raise UserError(
             f"is damaged: its files or {path.name} are missing or differ from what was saved",
             code=ExitCode.ASSET,
             where=str(folder),
             fix="delete this folder; the same command then resumes from the save before it",
         )
+    console.say(f"checked the files of step {step} in {time.monotonic() - began:.1f} s")
     adapted, saved_by = lora.attached(module), manifest["world_size"]
     if saved_by == dist.get_world_size():
         engine.checkpoint_engine.load = reshard.read_state
@@ -211,65 +155,56 @@ def model_file(run: Run, module: nn.Module, step: int, kind: str) -> Path:
     return run.lora(step, kind) if lora.attached(module) else run.model(step, kind)
 
 
-def _save_state(engine: Any, folder: Path) -> dict[str, dict[str, Any]]:
-    """Write DeepSpeed's state. Return the size and sha256 of the files of all ranks."""
-    written = {}
-
-    def write(state_dict: Any, path: str) -> None:
-        file = Path(path)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        size, sha256 = weights.write_pt(state_dict, file)
-        written[str(file.relative_to(folder))] = {"bytes": size, "sha256": sha256}
-
-    engine.checkpoint_engine.save = write
-    # Frozen weights come from the base, not from the checkpoint.
-    engine.save_checkpoint(
-        str(folder), tag=SHARDS, save_latest=False, exclude_frozen_parameters=True
-    )
-    if dist.get_rank() == 0:
-        # DeepSpeed adds scripts that convert its state to a model file, which we write ourselves.
-        for script in folder.glob("*.py"):
-            script.unlink()
-    return _merge_ranks(written)
+def piece_count(path: Path) -> int:
+    """Return the number of pieces in which a file is hashed; an empty file has one."""
+    return max(-(-files.size_of(path) // files.PIECE), 1)
 
 
-def _save_models(engine: Any, ema: PowerEMA, run: Run, step: int) -> dict[str, str]:
-    """Write both model files, on two ranks at once if possible.
+def _is_whole(folder: Path, ema: Path, manifest: dict[str, Any]) -> bool:
+    """True if the files of a resume state and its EMA are what was saved.
 
-    Return the sha256 of the files that this rank wrote, by kind.
+    Every rank must call this. The ranks share the pieces. If as many ranks saved it, each reads the
+    files that it is going to load.
     """
-    module, second = engine.module, 1 % dist.get_world_size()
-    states = {
-        "reg": _gather_all(module, shards(module), 0, engine.device),
-        "ema": _gather_all(module, ema.shards, second, engine.device),
-    }
-    # Pop each state so that its memory is freed once it is written: 14 and 29 GB for the 7B.
-    return {
-        kind: _save_model(module, states.pop(kind), model_file(run, module, step, kind))
-        for kind in tuple(states)
-        if states[kind]
-    }
+    pieces = manifest.get("pieces", {})
+    if pieces.get("bytes") != files.PIECE:
+        # Saved by an earlier version.
+        same = ema.is_file() and files.sha256_file(ema) == manifest["ema_sha256"]
+        return _hash_files(folder) == manifest["files"] and same
+    found = {name: folder / name for name in _names(folder)}
+    sizes = {name: entry["bytes"] for name, entry in manifest["files"].items()}
+    if {name: files.size_of(path) for name, path in found.items()} != sizes:
+        return False
+    if not ema.is_file():
+        return False
+    everything = {**found, "": ema}
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    is_own_file = manifest["world_size"] == ranks
+    own = []
+    for i, (name, index) in enumerate(
+        (name, index) for name, path in everything.items() for index in range(piece_count(path))
+    ):
+        owner = _OWNER.search(name) if is_own_file else None
+        if (int(owner[1]) if owner else i % ranks) == rank:
+            own.append((name, index))
+    with ThreadPoolExecutor(torch.get_num_threads()) as threads:
+        digests = threads.map(lambda piece: files.sha256_piece(everything[piece[0]], piece[1]), own)
+        hashed = _merge_ranks(dict(zip(own, digests, strict=True)))
+    wanted = {**pieces["files"], "": pieces["ema"]}
+    return all(
+        files.sha256_pieces([hashed[name, index] for index in range(piece_count(path))])
+        == wanted[name]
+        for name, path in everything.items()
+    )
 
 
-def _gather_all(
-    module: nn.Module, parts: list[Tensor], rank: int, device: torch.device
-) -> dict[str, Tensor]:
-    """Gather the trained weights into CPU memory on one rank. Other ranks return an empty dict."""
-    state = {}
-    for (name, parameter), part in zip(trained(module).items(), parts, strict=True):
-        full = gather(parameter, part, device)
-        if dist.get_rank() == rank:
-            state[name] = full.detach().to("cpu", copy=True)
-    return state
-
-
-def _save_model(module: nn.Module, state: dict[str, Tensor], path: Path) -> str:
-    """Write the trained weights, and return the sha256 of their file."""
-    if lora.attached(module):
-        lora_files.save_lora(path, state, lora.scale(module))
-        return files.sha256_file(path)
-    buffers = {name: buffer.cpu() for name, buffer in module.named_buffers()}
-    return weights.save_released(path, {**buffers, **state})
+def _names(folder: Path) -> list[str]:
+    """Return the names of the files of a resume state except its manifest."""
+    return sorted(
+        str(path.relative_to(folder))
+        for path in folder.rglob("*")
+        if path.is_file() and path.name != MANIFEST_FILE
+    )
 
 
 def _hash_files(folder: Path) -> dict[str, dict[str, Any]]:
@@ -277,11 +212,7 @@ def _hash_files(folder: Path) -> dict[str, dict[str, Any]]:
 
     The ranks share the hashing.
     """
-    names = sorted(
-        str(path.relative_to(folder))
-        for path in folder.rglob("*")
-        if path.is_file() and path.name != MANIFEST_FILE
-    )
+    names = _names(folder)
     return _merge_ranks({
         name: {
             "bytes": (folder / name).stat().st_size,
@@ -291,7 +222,7 @@ def _hash_files(folder: Path) -> dict[str, dict[str, Any]]:
     })  # fmt: skip
 
 
-def _merge_ranks(own: dict[str, Any]) -> dict[str, Any]:
+def _merge_ranks(own: dict[Any, Any]) -> dict[Any, Any]:
     """Merge the dicts of all ranks, sorted by key; every rank must call this."""
     gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, own)

@@ -261,6 +261,7 @@ def _discard(run: Run) -> None:
             for path in written:
                 path.unlink()
                 console.say(f"deleted {path}")
+        run.scores.unlink(missing_ok=True)
         if start:
             return
         for folder in run.checkpoints.glob("iter_" + "[0-9]" * 9):

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from cosmos_cli import console, files
+from cosmos_cli import console
 from cosmos_cli.model.ema import PowerEMA
 from cosmos_cli.model.sequence import neighbours
 from cosmos_cli.paths import Run
-from cosmos_cli.recipe import plan
 from cosmos_cli.recipe.keys import Recipe
 from cosmos_cli.train import checkpoint, data, metrics, requests
 from cosmos_cli.train import engine as engines
+from cosmos_cli.train.saver import Saver
 
 if TYPE_CHECKING:
     from cosmos_cli.train.heldout import HeldOut
@@ -74,6 +74,7 @@ def train(
         checkpoint.shards(engine.module), r.ema_rate, None if r.offload == "none" else "cpu"
     )
     start = resume_run(r, run, engine, ema)
+    saver = Saver(engine, ema, run, r, about)
     record = metrics.Metrics(run, r, start, device)
     if held_out:
         console.say(f"step {start}: measuring the error on {len(held_out.chosen)} held-out clips")
@@ -83,9 +84,9 @@ def train(
     # A stop among these pictures leaves them to the next start, which begins at the same step.
     saved, stop_code = start, requests.stop_code(device)
     steps = range(start, start if stop_code else r.max_steps)
-    with console.progress("train", r.max_steps, "steps", done=start) as bar:
+    with console.progress("train", r.max_steps, "steps", done=start) as bar, saver:
         for step, micro_batches in data.batches(clips, share, settings, steps):
-            stats, row = optimize(r, run, engine, ema, step, micro_batches)
+            stats, row = optimize(r, engine, ema, saver, step, micro_batches)
             done, stop_code = step + 1, stats.stop_code
             bar.advance(metrics.words(row))
             record.status["running_seconds"] = bar.seconds()
@@ -93,8 +94,7 @@ def train(
                 record.write(row)
             saving = done % r.save_every_steps == 0 or done == r.max_steps or stats.save_asked
             if saving:
-                save_step(r, run, engine, ema, done, about)
-                record.write_saved(done)
+                saver.save(done)
                 saved = done
             # Do not make a user who stops the run wait: the next start measures this step.
             if held_out and not stop_code and (saving or done % r.validate_every_steps == 0):
@@ -103,8 +103,9 @@ def train(
                 with bar.paused():
                     record.write_samples(done, previews.make(engine, done, stats.sample_asked))
                 stop_code = requests.stop_code(device) if saving else 0
-            if saving:
-                record.write_page()
+            if stop_code or done == r.max_steps:
+                saver.finish()
+            record.write_saved(saver.check())
             if stop_code:
                 break
     return {"step": saved, "exit_code": stop_code}
@@ -112,9 +113,9 @@ def train(
 
 def optimize(
     r: Recipe,
-    run: Run,
     engine: Any,
     ema: PowerEMA,
+    saver: Saver,
     step: int,
     micro_batches: list[data.Batch],
 ) -> tuple[metrics.Stats, dict[str, Any]]:
@@ -134,9 +135,10 @@ def optimize(
         sigmas_B.append(batch.sigma_B)
         if batch is not micro_batches[-1]:
             engine.step()
-    asked, scale = requests.since_last_step(run), r.spec.sigma_scale
+    asked, scale = requests.since_last_step(saver.run), r.spec.sigma_scale
     stats = metrics.Stats.over_ranks(losses, errors_B, sigmas_B, asked, scale)
     metrics.require_finite_loss(stats, step, micro_batches, errors_B)
+    saver.wait_copied()
     engine.step()
     norm = metrics.grad_norm(engine)
     metrics.require_finite_gradient(norm, step, micro_batches)
@@ -164,21 +166,3 @@ def resume_run(r: Recipe, run: Run, engine: Any, ema: PowerEMA) -> int:
             group.update(engines.optimizer_settings(r))
         console.say(f"resumed at step {start} from {run.resume_state(start)}")
     return start
-
-
-def save_step(
-    r: Recipe, run: Run, engine: Any, ema: PowerEMA, step: int, about: dict[str, Any]
-) -> None:
-    """Save a step, then delete the resume states that the recipe does not keep.
-
-    Raises:
-        UserError: the disk is too full, or a write fails.
-    """
-    if dist.get_rank() == 0:
-        fix = "free some space, then `cosmos train RECIPE` resumes; the last save is intact"
-        needed = plan.disk(r, step).save_bytes
-        files.require_free(run.checkpoints, needed, f"the files of step {step}", fix)
-    checkpoint.save(engine, ema, run, step, about)
-    if dist.get_rank() == 0:
-        checkpoint.prune(run, r)
-    console.say(f"saved step {step} to {run.resume_state(step)}")

@@ -80,6 +80,7 @@ class Metrics:
     def __init__(self, run: Run, r: Recipe, start: int, device: torch.device) -> None:
         self.run = run
         self.compared = False
+        self.saved = start
         planned = plan.plan(r, dist.get_world_size(), gpu_model(device))
         self.status = {
             "step": start,
@@ -117,12 +118,19 @@ class Metrics:
             status.note(self.run, self.status)
 
     def write_saved(self, step: int) -> None:
-        """Record in status.json that the save of a step is complete."""
+        """Record in status.json that the save of a step is complete, and write report.html.
+
+        Nothing is written if it is no newer than in the last call.
+        """
+        if step <= self.saved:
+            return
+        self.saved = step
         # A stop saves a step that log_every_steps may leave out.
-        self.status["step"] = step
+        self.status["step"] = max(step, self.status["step"])
         self.status["saved_step"] = max(step, self.status["saved_step"])
         if dist.get_rank() == 0:
             status.note(self.run, self.status)
+            page.write_page(self.run)
 
     def write_held_out(self, step: int, errors: dict[str, float]) -> None:
         """Append the held-out errors of a step."""
@@ -133,11 +141,6 @@ class Metrics:
         """Append the distances of a step's samples to the training clips, if there are samples."""
         if distances:
             self.write({"step": step, **distances})
-
-    def write_page(self) -> None:
-        """Write report.html."""
-        if dist.get_rank() == 0:
-            page.write_page(self.run)
 
 
 def words(row: dict[str, Any]) -> str:

@@ -47,6 +47,7 @@ def sections(run: Run, folder: Path) -> list[tuple[str, str]]:
             html.chart(_against_base(measured), "step", "EDM error"),
             _curves(measured, {key: _band(key) for key in levels}, "EDM error by noise level"),
         )))  # fmt: skip
+    shown += scores(run)
     shown += _pictures(run, folder, [row for row in known if NEAREST in row])
     words = (
         "The loss is edm * exp(-v) + v, where v is a learned log-variance, so it may be negative. "
@@ -71,6 +72,32 @@ def _status(run: Run) -> list[tuple[str, str]]:
     rows = status.state_rows({**figures, "seconds_left": None})
     return [(name, f"{figures['state']}, as of {now}" if name == "state" else words)
             for name, words in rows]  # fmt: skip
+
+
+def scores(run: Run) -> list[tuple[str, str]]:
+    """Return a section with the scores of the saves, none if they were not evaluated."""
+    if not run.scores.exists():
+        return []
+    found = files.read_json(run.scores)
+    chosen, best = found["chosen_step"], found["best_step"]
+    by_scores = (
+        f"step {chosen}, which has the most scores that are better than the base's, less those "
+        "that are worse, and among equal steps the best mean rank"
+        if chosen
+        else "the base, since no step has more better scores than worse ones"
+    )
+    by_error = "was not measured in training" if best is None else f"is lowest at step {best}"
+    words = (
+        f"The {found['weights'].upper()} weights of each save, with the same {found['prompts']} "
+        f"prompts and seeds. Step 0 is the base. The scores choose {by_scores}. The held-out error "
+        f"{by_error}."
+    )
+    curves = []
+    for name, better in found["better"].items():
+        points = sorted((int(step), own[name]) for step, own in found["means"].items())
+        legend = f"{better or 'neither direction'} is better"
+        curves.append(html.chart({legend: points}, "step", name))
+    return [("Scores of the saves", html.text(words) + html.row(*curves))]
 
 
 def _pictures(run: Run, folder: Path, samples: list[Row]) -> Iterator[tuple[str, str]]:

@@ -235,7 +235,8 @@ class Previews:
 
         def passes(xt: Tensor, sigma_B: Tensor) -> list[Tensor]:
             frames = given.at(sigma_B) if given else None
-            inputs = [(xt, sigma_B, text, fps_B) for text in text_embs]
+            used = text_embs if sampler.is_guided(r, sigma_B.log() / 4) else text_embs[:1]
+            inputs = [(xt, sigma_B, text, fps_B) for text in used]
             return [self._denoise(net, missing, frames, *own) for own in inputs]
 
         began, first = time.monotonic(), i == 0 and "samples" not in self.budget.cost
@@ -246,7 +247,7 @@ class Previews:
             if first and done == 0:
                 groups = dist.get_world_size() // net.sequence.size
                 rounds = -(-len(self.shown.chosen) // groups)
-                seconds = (time.monotonic() - began) * r.num_steps * rounds
+                seconds = (time.monotonic() - began) * r.evaluations * rounds
                 console.say(
                     f"{len(self.shown.chosen)} sample videos take about "
                     f"{console.duration(seconds)}; `--set sample_every_saves=0` makes none"

@@ -7,6 +7,9 @@ sample   a whole video as `generate` makes it: text encoder, all steps after two
          blocks, decoder, mp4; time and peak memory of each phase.
 lora     one pass with compiled blocks, plain and with a LoRA of rank 16 and 64 beside every linear;
          and how much of a LoRA's change is in the output of the number format, against fp32.
+fp8      one pass in bf16, with fp8 linears, and with fp8 self-attention too, blocks compiled; the
+         error of each against fp32; and the error of fp8 attention alone, on three kinds of input
+         and on those of the tiny model.
 split    the same steps by one process and by all together, guidance halves first; started by
          `torchrun --standalone --nproc-per-node 2 tests/bench/bench_generate.py --parts split`.
 given    some steps of a video from text, and from 1 and 9 frames with a Video2World network on
@@ -19,6 +22,7 @@ With `--model tiny` the same runs on a CPU in a minute, to try the script itself
 from __future__ import annotations
 
 import json
+import math
 import os
 import statistics
 import threading
@@ -43,13 +47,25 @@ from transformers import AutoTokenizer, T5Config, T5EncoderModel
 from cosmos_cli import files, paths
 from cosmos_cli.generate import memory, text_models, video_models, worker
 from cosmos_cli.gpus import best_device
-from cosmos_cli.model import cond_frames, lora, rgb, streaming, text, video, weights
+from cosmos_cli.model import (
+    cond_frames,
+    edm,
+    fp8_sampling,
+    kernels,
+    lora,
+    rgb,
+    streaming,
+    text,
+    video,
+    weights,
+)  # fmt: skip
 from cosmos_cli.model.device import number_format
 from cosmos_cli.model.dit import DiT
 from cosmos_cli.model.lora_files import Change
 from cosmos_cli.model.sequence import SequenceGroup, neighbours
 from cosmos_cli.model.tensor_names import DIFFUSERS, rename
-from cosmos_cli.model.tokenizer import Tokenizer
+from cosmos_cli.model.tiny import world
+from cosmos_cli.model.tokenizer import Tokenizer, load_tokenizer
 from cosmos_cli.recipe import loading
 from cosmos_cli.recipe.keys import Recipe
 from cosmos_cli.recipe.residence import Residence
@@ -285,6 +301,107 @@ def number_format_errors(
         name: ((output.float() - exact).norm() / exact.norm()).item()
         for name, output in outputs.items()
     }
+
+
+def in_fp8(net: DiT, attention: bool) -> DiT:
+    """Another network whose blocks compute in fp8."""
+    other = sharing(net)
+    fp8_sampling.use_fp8(other.blocks, attention)
+    return other
+
+
+def bench_fp8(bench: Bench, net: DiT) -> Row:
+    """One pass in bf16 and in fp8, and the errors of both against fp32."""
+    attention = attention_errors(bench)
+    nets = {
+        "bf16": sharing(net),
+        "fp8 linears": in_fp8(net, attention=False),
+        "fp8 linears and attention": in_fp8(net, attention=True),
+    }
+    x = Inputs.of(bench.spec, SMALL[bench.spec.name], bench.device, bench.dtype)
+    outputs = {name: run_ours(variant, x)().float() for name, variant in nets.items()}
+    outputs["diffusers, bf16"] = run_twin(diffusers_twin(net), x)().float()
+    exact_net = sharing(net).float()
+    exact = run_ours(exact_net, x.to(torch.float32))()
+    del exact_net
+    errors = {
+        name: ((output - exact).norm() / exact.norm()).item() for name, output in outputs.items()
+    }
+    print(errors, flush=True)
+    for variant in nets.values():
+        video_models.compile_blocks(variant)
+    x = Inputs.of(bench.spec, bench.size, bench.device, bench.dtype)
+    variants = {name: run_ours(variant, x) for name, variant in nets.items()}
+    twin = diffusers_twin(net)
+    twin.compile()
+    variants["diffusers, bf16"] = run_twin(twin, x)
+    rows = interleaved(variants, bench.device, bench.rounds)
+    for row in rows:
+        row["relative_l2"] = errors[row["name"]]
+    conditioning = [text_models.Conditioning(PROMPT, x.text_emb_BMD[0], -x.text_emb_BMD[0])]
+    name = "fp8 linears and attention"
+    for variant, steps in (("bf16", 8), (name, 8), (name, bench.r.num_steps)):
+        few, all_ = (bench.r.model_copy(update={"num_steps": count}) for count in (2, steps))
+        video_models.sample_latents(few, nets[variant], conditioning, [1], "warm up")
+        with measured(f"{variant}, {steps} steps", bench.device, rows):
+            video_models.sample_latents(all_, nets[variant], conditioning, [1], variant)
+    return {"rows": rows, "attention": attention, "errors": errors}
+
+
+def attention_errors(bench: Bench) -> dict[str, float]:
+    """Relative L2 of fp8 attention against fp32 on two heads of a whole clip, and its rate."""
+    dit, tokens = bench.spec.dit, bench.spec.tokens(*bench.size)
+    generator = torch.Generator(bench.device).manual_seed(0)
+    shape = (1, tokens, dit.heads, dit.head_width)
+
+    def normal() -> Tensor:
+        return torch.randn(shape, generator=generator, device=bench.device)
+
+    def unit(x: Tensor) -> Tensor:
+        return x / x.square().mean(-1, keepdim=True).sqrt()
+
+    q, k, v = unit(normal()), unit(normal()), normal()
+    # Each query's own key is the query, scaled so that it gets half of the weight.
+    scale = (math.log(tokens) + 0.5) / dit.head_width**0.5
+    kinds = {"random": (q, k, v), "one key has half": (q, q * scale, v), "v + 1": (q, k, v + 1)}
+    kinds |= tiny_attention_inputs(bench)
+    found = {}
+    for name, tensors in kinds.items():
+        inputs = [x.to(bench.dtype) for x in tensors]
+        some = [x[:, :, :2].float() for x in inputs]
+        exact = [kernels.attention(part, *some[1:]) for part in some[0].split(2048, dim=1)]
+        wanted = torch.cat(exact, dim=1)
+        for label, attend in (("fp8", fp8_sampling.attend), ("bf16", kernels.attention)):
+            got = attend(*inputs)[:, :, :2].float()
+            found[f"{name}, {label}"] = ((got - wanted).norm() / wanted.norm()).item()
+    return found
+
+
+def tiny_attention_inputs(bench: Bench) -> dict[str, tuple[Tensor, ...]]:
+    """q, k and v of the tiny model's middle block, on a rendered clip at three noise levels."""
+    device, dtype, r = bench.device, bench.dtype, loading.load("tiny", []).recipe
+    net = video_models.load_denoiser(r, r.model_files.dit, device, dtype)
+    tokenizer = load_tokenizer(r.model_files.tokenizer, r.spec, device, dtype)
+    scene, rendered = world.ordinary_scenes(1, 0)[0][0], (bench.size, bench.spec.fps)
+    clip = world.render(scene, *rendered[0], rendered[1]).to(device, dtype)
+    x0 = tokenizer.encode(clip[None] / 127.5 - 1).float()
+    recorded: list[tuple[Tensor, ...]] = []
+    layer = net.blocks[len(net.blocks) // 2].self_attn
+
+    def attend(*inputs: Tensor) -> Tensor:
+        recorded.append(inputs)
+        return kernels.attention(*inputs)
+
+    layer.attend = attend
+    generator = torch.Generator(device).manual_seed(0)
+    noise = torch.randn(x0.shape, generator=generator, device=device)
+    text_emb = torch.zeros(1, r.spec.text.tokens, r.spec.text.channels, device=device, dtype=dtype)
+    fps_B, levels = torch.tensor([r.spec.fps], device=device), (80.0, 1.0, 0.1)
+    for sigma in levels:
+        sigma_B = torch.tensor([sigma], device=device)
+        edm.denoise(net, x0 + sigma * noise, sigma_B, text_emb, fps_B, r.spec.sigma_data)
+    names = (f"tiny model at sigma {sigma:g}" for sigma in levels)
+    return dict(zip(names, recorded, strict=True))
 
 
 def random_lora(net: DiT, rank: int, size: float) -> dict[str, Change]:
@@ -576,8 +693,8 @@ class HostMemory:
 
 
 PARTS = {
-    "forward": bench_forward, "lora": bench_lora, "sample": bench_sample, "split": bench_split,
-    "given": bench_given, "load": bench_load, "streamed": bench_streamed,
+    "forward": bench_forward, "fp8": bench_fp8, "lora": bench_lora, "sample": bench_sample,
+    "split": bench_split, "given": bench_given, "load": bench_load, "streamed": bench_streamed,
 }  # fmt: skip
 
 

@@ -6,6 +6,9 @@ train     `recipes/nemo_assets.yaml` on 1, 2, 4, ... GPUs, a clip each; the same
           others that are not there; the difference is communication that nothing hid.
 resume    a save at the last of these sizes, its stall, and the same command going on from it.
 sequence  the same GPUs sharing one clip.
+node      saves in the background and a resume of GPUs that share a clip, the same without limited
+          gathers, fp8 linears, bf16. Each row is printed as it comes; those for which --limit
+          leaves no time are skipped. Give --runs a folder in /dev/shm, with 300 GB.
 generate  a video by one GPU and by all of them.
 predict   what the plan says of machines that are not here; needs no GPU.
 
@@ -18,6 +21,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -50,26 +54,39 @@ SPREAD, PLAN_ERROR = 0.03, 0.05
 # --- on this machine ------------------------------------------------------------------------------
 
 
-def bench(options: argparse.Namespace, script: str, *words: str) -> list[Row]:
-    """The rows that another benchmark of this folder adds to its file."""
+def bench(
+    options: argparse.Namespace, script: str, *words: str, seconds: float | None = None
+) -> list[Row]:
+    """The rows that another benchmark of this folder adds to its file, ended after `seconds`."""
     out = options.scratch / f"{script}.jsonl"
     out.unlink(missing_ok=True)
     common = ["--model", options.model, "--scratch", str(options.scratch), "--out", str(out)]
     command = [sys.executable, str(HERE / f"{script}.py"), *common, *words]
-    if subprocess.run(command, stdout=sys.stderr, check=False).returncode:
-        return [{"failed": " ".join(words)}]
+    process = subprocess.Popen(command, stdout=sys.stderr)
+    try:
+        if process.wait(seconds):
+            return [{"failed": " ".join(words)}]
+    except subprocess.TimeoutExpired:
+        process.terminate()
+        process.wait()
+        return [{"failed": f"took more than {seconds:.0f} s"}]
     return [json.loads(line) for line in out.read_text().splitlines()]
 
 
-def train(options: argparse.Namespace, *words: str, name: str, steps: int = 0) -> Row:
+def train(
+    options: argparse.Namespace,
+    *words: str,
+    name: str,
+    steps: int = 0,
+    seconds: float | None = None,
+) -> Row:
     """A row of bench_train."""
     runs = ["--runs", str(options.runs)] if options.runs else []
     pairs = [word for pair in options.set for word in ("--set", pair)]
-    count = ["--steps", str(steps or options.steps), "--name", name.replace(" ", "_")]
-    (row,) = bench(options, "bench_train", *count, *runs, *pairs, *words)
-    kept = ("seconds", "mfu", "peak_gb", "planned_gb", "planned_seconds", "data_wait", "failed",
-            "save_seconds", "device")  # fmt: skip
-    return {"row": name, **{key: row[key] for key in kept if key in row}}
+    count = ["--steps", str(steps or options.steps), "--name", re.sub(r"\W+", "_", name)]
+    (row,) = bench(options, "bench_train", *count, *runs, *pairs, *words, seconds=seconds)
+    left_out = ("part", "name", "model", "gpus", "world", "blocks", "set", "tokens", "losses")
+    return {"row": name, **{key: value for key, value in row.items() if key not in left_out}}
 
 
 def torchrun(ranks: int) -> list[str]:
@@ -110,6 +127,56 @@ def bench_sequence(options: argparse.Namespace) -> Iterator[Row]:
     shared = ("--set", f"sequence_parallel={n}", "--set", "global_batch_size=1")
     yield train(options, "--world", n, *shared, name=f"one of {n} that share a clip", steps=8)
     yield train(options, "--gpus", n, *shared, name=f"{n} GPUs share a clip")
+
+
+def bench_node(options: argparse.Namespace) -> Iterator[Row]:
+    """What a machine of several GPUs is used for, in the order of importance."""
+    began, n = time.monotonic(), options.gpus
+    shared = {"sequence_parallel": n, "global_batch_size": 1, "zero_stage": 3}
+    fp8 = {"transformer_engine": "linears", "zero_stage": 3}
+    # The name, the seconds that it is expected to take, keys, options and environment of each.
+    works: list[tuple[str, int, dict[str, Any], list[str], dict[str, str]]] = [
+        ("saves, shared clip", 320, shared, ["--saves"], {}),
+        ("shared clip, NCCL's own choice", 90, shared, [], {"NCCL_MAX_CTAS": "64"}),
+        ("fp8 linears", 130, fp8, [], {}),
+        ("bf16", 130, {"zero_stage": 3}, [], {}),
+    ]
+    if options.model == "tiny":
+        works = [work for work in works if work[0] != "fp8 linears"]
+    for name, seconds, keys, extra, environment in works:
+        left = options.limit - (time.monotonic() - began)
+        if seconds > left:
+            yield {"row": name, "failed": f"skipped, --limit {options.limit:g}"}
+            continue
+        mode = checkpointing(options, keys)
+        changes = {**keys, "activation_checkpointing": mode}.items()
+        pairs = [word for key, value in changes for word in ("--set", f"{key}={value}")]
+        os.environ |= environment
+        begun = time.monotonic()
+        words = ["--gpus", str(n), *extra, *pairs]
+        row = train(options, *words, name=name, steps=options.node_steps, seconds=left)
+        for variable in environment:
+            del os.environ[variable]
+        row |= {"checkpointing": mode, "took": round(time.monotonic() - begun)}
+        print(json.dumps(row), flush=True)
+        yield row
+
+
+def checkpointing(options: argparse.Namespace, keys: dict[str, Any]) -> str:
+    """Return the fastest activation checkpointing with which a run fits this machine's GPUs."""
+    name, settings = SHIPPED[options.model]
+    pairs = [*settings, "micro_batch_size=1", *(f"{key}={value}" for key, value in keys.items())]
+    shares = {"num_processes": options.gpus}
+    if "global_batch_size" not in keys:
+        shares["global_batch_size"] = options.gpus
+    pairs += [f"{key}={value}" for key, value in shares.items()]
+    gpu = next(filter(None, map(gpu_models.find_gpu, gpus.gpu_names())), None)
+    for mode in ("most", "attention"):
+        r = loading.load(name, [*pairs, f"activation_checkpointing={mode}"]).recipe
+        found = plan.plan(r, options.gpus, gpu)
+        if gpu is None or found.total_gb <= gpu.memory_gb * plan.COMFORTABLE:
+            return mode
+    return "all"
 
 
 def bench_generate(options: argparse.Namespace) -> Iterator[Row]:
@@ -233,16 +300,19 @@ def video_seconds(r: Recipe, gpus: int) -> tuple[float, float]:
 
 PARTS: dict[str, Callable[[argparse.Namespace], Iterator[Row]]] = {
     "link": bench_link, "train": bench_train, "resume": bench_resume,
-    "sequence": bench_sequence, "generate": bench_generate, "predict": bench_predict,
+    "sequence": bench_sequence, "node": bench_node, "generate": bench_generate,
+    "predict": bench_predict,
 }  # fmt: skip
 
 
 def main() -> None:
     """Runs the chosen parts; a table of their rows."""
     parser = common.parser(__doc__, "file of JSON lines", "folder with 20 GB of space")
-    common.add_parts(parser, PARTS, ",".join(PARTS))
+    common.add_parts(parser, PARTS, ",".join(part for part in PARTS if part != "node"))
     parser.add_argument("--gpus", type=int, default=len(gpus.gpu_names()) or 2)
     parser.add_argument("--steps", type=int, default=30, help="of a training")
+    parser.add_argument("--node-steps", type=int, default=5, help="of each training of node")
+    parser.add_argument("--limit", type=float, default=540, help="seconds of node")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--runs", type=Path, help="folder with 300 GB; by default in SCRATCH")
     parser.add_argument("--rank", action="store_true", help=argparse.SUPPRESS)

@@ -3,6 +3,9 @@
 Runs `cosmos train` on random weights of full size and random latents of 121 frames of 704x1280, as
 a user would, and reads what the run says of itself: seconds of a step, MFU, peak memory beside the
 plan's, seconds that a step waited for data, and with `--save` for how long a save holds the run up.
+With `--saves` the run saves twice when asked, is killed while the second save is written, and the
+same command resumes it: how long saves hold training up and slow the steps meanwhile, and what a
+resume takes.
 With `--peer` the same clips train diffusers' network under the same ZeRO-3, every block
 checkpointed. With `--world N` one process is rank 0 of N that are not there: PyTorch's fake process
 group gives it its own part of the weights N times over, so that memory and arithmetic are those of
@@ -19,6 +22,8 @@ import argparse
 import json
 import os
 import pickle
+import re
+import shutil
 import signal
 import statistics
 import subprocess
@@ -28,6 +33,7 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from itertools import pairwise
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -165,6 +171,108 @@ def bench_ours(options: argparse.Namespace, r: Recipe, words: list[str]) -> dict
     return found
 
 
+# --- saves ----------------------------------------------------------------------------------------
+
+# Steps before a save, and steps that are waited for while the second one is written.
+QUIET, WRITING = 3, 6
+SAVED = re.compile(
+    r"saved step (\d+) to .*training stood still for ([\d.]+) s, writing took ([\d.]+)"
+)
+
+
+def new_rows(
+    process: subprocess.Popen[bytes], run: paths.Run, known: int = 0
+) -> Iterator[tuple[float, dict[str, Any]]]:
+    """Yield each new row of a run's steps, and when it was seen, while the run lasts."""
+    while process.poll() is None:
+        for row in read_rows(run.metrics)[known:]:
+            known += 1
+            yield time.monotonic(), row
+        time.sleep(0.02)
+
+
+def bench_saves(options: argparse.Namespace, r: Recipe, words: list[str]) -> dict[str, Any]:
+    """One run that saves twice on request and is killed during the second; then it resumes."""
+    run = paths.Run(r.run_dir)
+    pairs = [word for pair in words for word in ("--set", pair)]
+    command = [sys.executable, "-m", "cosmos_cli", "train", SHIPPED[options.model][0], *pairs]
+    rows: list[tuple[float, dict[str, Any]]] = []
+    # The number of rows when a save was asked for, and when the first one was complete.
+    asked: list[int] = []
+    complete = 0
+    with started(command, options.gpus) as process:
+        for now, row in new_rows(process, run):
+            rows.append((now, row))
+            if not complete and run.resumable_steps():
+                complete = len(rows)
+            due = (WARM_UP, complete)[len(asked)] if len(asked) < 2 else 0
+            if len(asked) == 2 and len(rows) >= asked[1] + 1 + WRITING:
+                break
+            if due and len(rows) >= due + QUIET:
+                asked.append(len(rows))
+                run.save_request.touch()
+    if len(asked) < 2:
+        raise SystemExit(f"ended with {process.returncode} after {len(asked)} requests")
+    step = run.last_step
+    ((_, still, writing), *_) = SAVED.findall(run.log.read_text())
+    found = {
+        "part": "saves",
+        **around_saves(rows, asked, complete),
+        "stood_still": float(still),
+        "writing": float(writing),
+        "staged_gb": round(bytes_of(run, step) / 1e9, 2),
+        "planned_staged_gb": round(plan.plan(r, options.gpus, None).staged_gb, 2),
+    }
+    print(json.dumps(found), flush=True)
+    # The run drops the rows after its save only when it has resumed.
+    known = [line for line in run.metrics.open() if json.loads(line)["step"] <= step]
+    run.metrics.write_text("".join(known))
+    began, restored = time.monotonic(), f"resumed at step {step} "
+    with started(command, options.gpus) as process:
+        while process.poll() is None and restored not in run.log.read_text():
+            time.sleep(0.02)
+        found["restored_seconds"] = round(time.monotonic() - began, 1)
+        for now, row in new_rows(process, run, len(known)):
+            found |= {"resume_seconds": round(now - began, 1), "first_step": row["seconds"]}
+            break
+    # Its lines have times.
+    print(run.log.read_text(), flush=True)
+    shutil.rmtree(run.root)
+    return found
+
+
+def around_saves(
+    rows: list[tuple[float, dict[str, Any]]], asked: list[int], complete: int
+) -> dict[str, Any]:
+    """Return what two saves did to the steps around them.
+
+    A save is made after the step that follows the request, so the time from the row of that step to
+    the next one is longer.
+    """
+    gaps = [after[0] - before[0] for before, after in pairwise(rows)]
+    seconds = [row["seconds"] for _, row in rows]
+    first, second = asked
+    quiet = [*range(first - QUIET, first), *range(second - QUIET + 1, second)]
+    usual = statistics.median(seconds[i] for i in quiet)
+    usual_gap = statistics.median(gaps[i] for i in quiet)
+    writing = [*seconds[first + 1 : complete], *seconds[second + 1 :]]
+    return {
+        "seconds": round(usual, 3),
+        "first_gap": round(gaps[first] - usual_gap, 2),
+        "second_gap": round(gaps[second] - usual_gap, 2),
+        "steps_meanwhile": len(writing),
+        "slowest": round(max(writing), 3),
+        "slowest_ratio": round(max(writing) / usual, 3),
+        "median_ratio": round(statistics.median(writing) / usual, 3),
+    }
+
+
+def bytes_of(run: paths.Run, step: int) -> int:
+    """Return the bytes of a save on disk."""
+    state = run.resume_state(step).rglob("*")
+    return sum(map(files.size_of, [*run.weight_files()[step], *(p for p in state if p.is_file())]))
+
+
 def own_ranks(options: argparse.Namespace) -> list[str]:
     """What starts ranks of this script, under cosmos' launcher."""
     launcher = ["-m", "cosmos_cli.ranks", "--nproc-per-node", str(options.gpus)]
@@ -295,6 +403,7 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--name", default="bench", help="of the run and its row")
     parser.add_argument("--save", action="store_true", help="let the run save at its end")
+    parser.add_argument("--saves", action="store_true", help="measure two saves and a resume")
     parser.add_argument("--after", type=int, default=0, help="the saved step to go on from")
     parser.add_argument("--world", type=int, default=0, help="ranks, of which one is there")
     parser.add_argument("--blocks", type=int, default=0, help="of the network; default: all")
@@ -308,6 +417,8 @@ def main() -> None:
     options.runs = (options.runs or options.scratch / "runs").absolute()
     os.environ.pop("OUTPUT_ROOT", None)
     words = settings(options)
+    if options.saves:
+        words += ["max_steps=100000", "save_every_steps=100000", "keep_last=1"]
     shorten(options.model, options.blocks)
     r = loading.load(SHIPPED[options.model][0], words).recipe
     if options.rank:
@@ -318,7 +429,13 @@ def main() -> None:
         # In a process of its own, which gives the GPU back.
         with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
             pool.submit(make_base, options, r).result()
-    found = bench_peer(options, r) if options.peer else bench_ours(options, r, words)
+    if not options.after:
+        # An earlier measurement would be resumed, or refused.
+        shutil.rmtree(r.run_dir, ignore_errors=True)
+    if options.saves:
+        found = bench_saves(options, r, words)
+    else:
+        found = bench_peer(options, r) if options.peer else bench_ours(options, r, words)
     about = {
         "name": options.name, "model": r.model, "gpus": options.gpus, "world": options.world,
         "blocks": r.spec.dit.blocks, "set": options.set,

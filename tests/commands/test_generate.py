@@ -16,7 +16,7 @@ from cosmos_cli import files, paths
 from cosmos_cli.generate.memory import bytes_together
 from cosmos_cli.generate.text_models import Conditioning
 from cosmos_cli.generate.video_models import load_denoiser, sample_latents, worth_compiling
-from cosmos_cli.model import edm, sampler, video, weights
+from cosmos_cli.model import edm, rgb, sampler, video, weights
 from cosmos_cli.model.dit import DiT
 from cosmos_cli.recipe import loading
 from cosmos_cli.spec import COSMOS_14B, MODELS
@@ -370,6 +370,38 @@ def test_two_processes_share_the_guidance_of_one_video(cosmos):
     assert digest(one) != digest(other)
 
 
+def test_a_fast_video_is_the_same_alone_in_a_batch_and_by_two_processes(cosmos):
+    cosmos.cache = os.devnull
+    fast = [*settings("guidance=2", "speed=fast"), "--json"]
+    asked = lines(cosmos, "b.jsonl", {"prompt": "A blue box."}, {"prompt": "A red ball."})
+    runs = [("--batch", asked), ("--prompt", "A red ball.", "--num-processes", "2")]
+    made = [cosmos("generate", *ask, "-o", str(i), *fast) for i, ask in enumerate(runs)]
+    both = [Path(cosmos.cwd, json.loads(run.stdout)["artifacts"][-1]) for run in made]
+    assert both[0].read_bytes() == both[1].read_bytes()
+    about = json.loads(both[0].with_suffix(".json").read_text())
+    assert about["passes"]["exact"] == 70
+    assert f"{about['passes']['evaluated']} of 70 passes" in made[0].stderr
+
+
+def test_compare_exact_makes_both_and_tells_the_difference(cosmos):
+    ask = ["generate", "--prompt", "A ball.", *settings("guidance=0", "speed=fast")]
+    done = cosmos(*ask, "--compare", "exact", "--json")
+    exact, fast, both = (Path(cosmos.cwd, path) for path in json.loads(done.stdout)["artifacts"])
+    assert [json.loads(path.with_suffix(".json").read_text())["recipe"]["speed"]
+            for path in (exact, fast)] == ["exact", "fast"]  # fmt: skip
+    found = json.loads(both.with_suffix(".json").read_text())["difference"]
+    frames = [video.read_frames(path, range(9)) for path in (exact, fast)]
+    assert found["psnr_db"] == pytest.approx(rgb.psnr(*frames), abs=0.01)
+    assert 0 < found["latent_distance"] < 1
+    words = f"PSNR {found['psnr_db']:.1f} dB"
+    assert words in both.with_suffix(".html").read_text()
+    again = cosmos(*ask, "--compare", "exact").stderr
+    assert words in again
+    assert again.count("not again") == 3
+    refused = cosmos(*ask[:-2], "--compare", "exact", "--dry-run", code=2).stderr
+    assert "`--set speed=fast`" in refused
+
+
 def test_several_processes_end_together(cosmos):
     batch = lines(cosmos, "b.jsonl", *({"prompt": "A ball.", "seed": i} for i in range(200)))
     process = cosmos.start("generate", "--batch", batch, "--num-processes", "2", *QUICK)
@@ -450,7 +482,7 @@ def test_compare_shows_base_and_promoted_side_by_side(trained):
     assert "http" not in page
     again = trained(*ask).stderr
     assert "not again" in again
-    assert f"base model: {base}" in again
+    assert f"base: {base}" in again
     assert "--compare" in trained(*ask, "--model", "base", code=2).stderr
 
 

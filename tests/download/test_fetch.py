@@ -111,6 +111,47 @@ def test_all_assets_of_a_recipe_arrive_in_the_layout_of_the_reference(online, re
     assert result["videos"] == 1
 
 
+FEATURES = {
+    ("models", "facebook/dinov2-base"): "apache-2.0",
+    SIGLIP: "apache-2.0",
+    ("models", "facebook/vjepa2-vitl-fpc64-256"): "mit",
+}
+
+
+def test_the_models_of_evaluate_are_fetched_for_it_alone(online, repos):
+    names = ("config.json", "preprocessor_config.json", "model.safetensors", "pytorch_model.bin")
+    own = {key: dict.fromkeys(names, key[1].encode()) for key in FEATURES}
+    own[SIGLIP] |= {**repos[SIGLIP], "tokenizer.json": b"{}", "spiece.model": b"not wanted"}
+    licences = {name: licence for (_, name), licence in FEATURES.items()}
+    with serve({**repos, **own}, licences=licences) as online.hub:
+        online("download", "nemo_assets")
+        assert not (online.cwd / "checkpoints" / "facebook").exists()
+        planned = online("download", "nemo_assets", "--for", "evaluate", "--dry-run", "--json")
+        assert not (online.cwd / "checkpoints" / "facebook").exists()
+        done = online.json("download", "nemo_assets", "--for", "evaluate")
+        assert done["next"] == "cosmos evaluate nemo_assets"
+        online.hub.log.clear()
+        online("download", "nemo_assets", "--for", "evaluate")
+        assert not [path for _, path in online.hub.log if "/resolve/" in path]
+    assert "facebook/vjepa2-vitl-fpc64-256 at" in planned.stderr
+    assert "licence mit, 3 files, 90 B, 90 B to download" in planned.stderr
+    planned = {each["repo"]: each for each in json.loads(planned.stdout)["assets"]}
+    assert {each["licence"] for each in planned.values()} == {"mit", "apache-2.0"}
+    # The guardrail has fetched the rest of SigLIP.
+    assert planned[SIGLIP[1]]["fetched"] == len(b"{}")
+    found = content(online.cwd / "checkpoints")
+    assert {name.rpartition("/")[2] for name in found if name.startswith("facebook/")} == {
+        *names[:3]
+    }
+    assert found["google/siglip-so400m-patch14-384/tokenizer.json"] == b"{}"
+    # They are complete without a network.
+    online.variables = {"HF_HUB_OFFLINE": "1"}
+    online("download", "nemo_assets", "--for", "evaluate")
+    chosen = ("--set", "likeness_model=off", "--set", f"match_model={online.cwd}")
+    named = online.json("download", "nemo_assets", "--for", "evaluate", *chosen, "--dry-run")
+    assert [each["repo"] for each in named["assets"]] == ["facebook/vjepa2-vitl-fpc64-256"]
+
+
 def test_a_second_run_downloads_only_damaged_files(online, repos):
     with serve(repos) as online.hub:
         online("download", "nemo_assets")

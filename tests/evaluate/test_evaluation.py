@@ -1,6 +1,5 @@
 """Scores on rendered truth, on shuffled captions and on damaged videos; distances to clips."""
 
-import json
 import random
 from dataclasses import replace
 
@@ -8,9 +7,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from cosmos_cli.evaluate import evaluation
-from cosmos_cli.evaluate.evaluation import Sample, Trial
-from cosmos_cli.model import edm, video_scores
+from cosmos_cli.evaluate import evaluation, samples
+from cosmos_cli.evaluate.samples import Sample, Trial
 from cosmos_cli.model.tiny import scorer, world
 from cosmos_cli.prep import embedding_files
 from cosmos_cli.spec import TINY
@@ -24,14 +22,12 @@ def truth():
     """What a perfect model would make of 80 held-out prompts and 40 of the mascot."""
     return [
         Sample(trial, world.render(trial.scene, *SIZE), torch.zeros(1))
-        for trial in evaluation.world_trials(80)
+        for trial in samples.world_trials(80)
     ]
 
 
-def with_trials_of(samples, others):
-    return [
-        replace(sample, trial=other.trial) for sample, other in zip(samples, others, strict=True)
-    ]
+def with_trials_of(made, others):
+    return [replace(sample, trial=other.trial) for sample, other in zip(made, others, strict=True)]
 
 
 def test_rendered_prompts_score_at_least_99_percent(truth):
@@ -90,44 +86,3 @@ def test_a_copy_of_a_training_clip_has_a_small_distance(tmp_path):
     assert evaluation.nearest_clips([new, copy], clips)[0] == pytest.approx(0.01, rel=1e-3)
     other_size = replace(new, latent=torch.zeros(16, 3, 8, 12))
     assert evaluation.nearest_clips([other_size], clips) is None
-
-
-def test_a_larger_earlier_evaluation_is_kept_under_another_name(tmp_path, capsys):
-    page = tmp_path / "e.html"
-
-    def write(prompts, *models):
-        figures = {"prompts": prompts, "models": {model: {} for model in models}}
-        evaluation.keep_larger(page, figures)
-        page.write_text(f"{prompts} {models}")
-        (tmp_path / "e_base_others.mp4").write_text(f"{prompts}")
-        record = {**figures, "files": ["e_base_others.mp4"]}
-        page.with_suffix(".json").write_text(json.dumps(record))
-
-    write(12, "base")
-    write(200, "base", "promoted")
-    assert {path.name for path in tmp_path.iterdir()} == {
-        "e.html", "e.json", "e_base_others.mp4",
-    }  # fmt: skip
-    write(12, "base", "promoted")
-    assert "e_200.html" in capsys.readouterr().err
-    assert (tmp_path / "e_200.html").read_text().startswith("200")
-    assert (tmp_path / "e_200_base_others.mp4").read_text() == "200"
-    # Other models are another evaluation. One without a record may have been larger.
-    write(12, "base")
-    assert (tmp_path / "e_12.html").is_file()
-    page.with_suffix(".json").unlink()
-    write(12, "base")
-    assert (tmp_path / "e_earlier.html").is_file()
-
-
-def test_every_figure_of_the_page_is_explained():
-    model = {"scores": dict.fromkeys(evaluation.CHANCE, 0.5), "nearest_clip": 0.2, "edm": {}}
-    model["video_scores"] = dict.fromkeys(video_scores.SCORES, 0.5)
-    model["edm"] = {f"sigma_{sigma:.2g}": 0.1 for sigma in edm.FIXED_SIGMAS}
-    figures = {"models": {"base": model}, "psnr": 30.0, "clips_apart": 0.4, "prompts": 2}
-    page = evaluation._figures(figures | {"clips": "held-out"})
-    rows = evaluation.figure_rows(figures)
-    # Flicker is better if lower. The motion amount and the nearest clip have no better direction.
-    assert page.count(">lower</td>") == len(edm.FIXED_SIGMAS) + 1
-    assert page.count(">higher</td>") == len(rows) - len(edm.FIXED_SIGMAS) - 3
-    assert "of the dataset" in page and "held-out clips" in page

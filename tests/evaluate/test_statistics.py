@@ -163,3 +163,28 @@ def test_the_permutation_test_is_wrong_in_about_5_percent(monkeypatch):
     sets = np.random.default_rng(1).lognormal(0, 0.5, (600, 2, 10, 4))
     wrong = np.mean([statistics.kernel_distance(*each)[1] <= 0.05 for each in sets])
     assert abs(wrong - 0.05) < 3 * math.sqrt(0.05 * 0.95 / 600)
+
+
+def test_paired_distances_compare_two_models_with_the_same_clips():
+    generator = np.random.default_rng(0)
+    clips, before, noise = generator.normal(0, 1, (3, 20, 8))
+    near = 0.5 * before + 0.5 * clips
+    for after in (near, before + 1):
+        found = statistics.paired_distances(before, after, clips)
+        assert found.before == pytest.approx(statistics.kernel_distance(before, clips)[0])
+        assert found.after == pytest.approx(statistics.kernel_distance(after, clips)[0])
+        assert found.count == 20 and found.low == -math.inf
+    assert found.p == 1 / (1 + statistics.EXCHANGES)
+    same = statistics.paired_distances(before, before, clips)
+    assert (same.difference, same.p) == (0, 1)
+    assert statistics.paired_distances(before, before + 0.01 * noise, clips).p > 0.01
+
+
+def test_exchanging_pairs_is_wrong_in_about_5_percent(monkeypatch):
+    monkeypatch.setattr(statistics, "EXCHANGES", 199)
+    # The videos of a pair are alike, as those of the same prompt are.
+    prompts, *models = np.random.default_rng(2).lognormal(0, 0.5, (3, 600, 10, 4))
+    clips = np.random.default_rng(3).lognormal(0, 0.5, (600, 6, 4))
+    pairs = zip(*(prompts + model for model in models), clips, strict=True)
+    wrong = np.mean([statistics.paired_distances(*each).p <= 0.05 for each in pairs])
+    assert abs(wrong - 0.05) < 3 * math.sqrt(0.05 * 0.95 / 600)

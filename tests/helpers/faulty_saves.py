@@ -2,8 +2,9 @@
 
     python tests/helpers/faulty_saves.py FOLDER [SAMPLE]
 
-One process with a model of a block under ZeRO-3. First the calls of a save are counted, then it is
-done anew for each of them (or SAMPLE of them), which strace has fail.
+One process with a model of a block under ZeRO-3. First the calls of a save are counted in the main
+thread and in the one that writes, then it is done anew for each of them (or SAMPLE of them), which
+strace has fail.
 """
 
 import json
@@ -12,6 +13,7 @@ import random
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import torch
@@ -23,8 +25,7 @@ from cosmos_cli.model import edm, weights
 from cosmos_cli.model.dit import DiT
 from cosmos_cli.model.ema import PowerEMA
 from cosmos_cli.recipe.keys import Recipe
-from cosmos_cli.train import checkpoint, engine, process
-from cosmos_cli.train.data import Share
+from cosmos_cli.train import checkpoint, data, engine, loop, process, saver
 
 SMALL = spec.ModelSpec(
     name="small",
@@ -37,13 +38,13 @@ ERRORS = ("EIO", "ENOSPC")
 
 
 class Strace:
-    """Watches the calling thread, and has its calls fail as it is told."""
+    """Watches a thread, and has its calls fail as it is told."""
 
-    def __init__(self, log, *options):
-        command = ["strace", "-qq", "-o", str(log), "-p", str(os.getpid()), *options]
+    def __init__(self, log, thread, *options):
+        command = ["strace", "-qq", "-o", str(log), "-p", str(thread), *options]
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
         # Opened once: from some moment on, opening it is traced.
-        with Path("/proc/self/status").open("rb", buffering=0) as status:
+        with Path(f"/proc/self/task/{thread}/status").open("rb", buffering=0) as status:
             while f"TracerPid:\t{self.process.pid}\n".encode() not in status.read(4096):
                 if self.process.poll() is not None:
                     sys.exit(f"strace: {self.process.stderr.read()}")
@@ -69,10 +70,13 @@ class Saver:
         weights.save_dit(base, edm.EDMLoss(net, SMALL).state_dict(), "safetensors")
         r = Recipe(dataset_dir="none", precision="fp32", zero_stage=3, global_batch_size=1)
         self.r = r = r.model_copy(update={"model": "small", "base": str(base)})
-        self.engine = engine.build(r, Share(0, 1, 1), torch.device("cpu"))
+        self.engine = engine.build(r, data.Share(0, 1, 1), torch.device("cpu"))
         self.ema = PowerEMA(checkpoint.shards(self.engine.module), r.ema_rate)
         self.run = paths.Run(folder / "run")
+        self.saver = saver.Saver(self.engine, self.ema, self.run, r, {})
         self.backup = folder / "backup"
+        writer = self.saver.thread.submit(threading.get_native_id).result()
+        self.threads = {"main": os.getpid(), "writer": writer}
         for step in (1, 2):
             self.learn(step)
             self.save(step)
@@ -82,15 +86,13 @@ class Saver:
     def learn(self, step):
         generator = torch.Generator().manual_seed(step)
         x0, noise = (torch.randn(1, 16, 1, 8, 8, generator=generator) for _ in range(2))
-        text = torch.zeros(1, 4, 16)
-        loss, _ = self.engine(x0, torch.ones(1), noise, text, torch.ones(1))
-        self.engine.backward(loss)
-        self.engine.step()
-        self.ema.update(checkpoint.shards(self.engine.module), step)
+        one, text = torch.ones(1), torch.zeros(1, 4, 16)
+        batch = data.Batch(x0, one, noise, text, one, ("clip",))
+        loop.optimize(self.r, self.engine, self.ema, self.saver, step, [batch])
 
     def save(self, step):
-        checkpoint.save(self.engine, self.ema, self.run, step, {})
-        checkpoint.prune(self.run, self.r)
+        self.saver.save(step)
+        self.saver.finish()
 
     def state(self):
         optimizer = self.engine.optimizer.state_dict()
@@ -110,11 +112,11 @@ class Saver:
             weights.load_dit_state(self.run.model(step, kind))
         return all(map(torch.equal, self.state(), self.known))
 
-    def try_with(self, log, call, number, error):
+    def try_with(self, log, thread, call, number, error):
         """What a save of step 3 came to when one call failed, and what is left of step 2."""
-        row = {"call": call, "number": number, "error": error}
+        row = {"thread": thread, "call": call, "number": number, "error": error}
         fault = f"inject={call}:error={error}:when={number}"
-        with Strace(log, "-e", f"trace={call}", "-e", fault):
+        with Strace(log, self.threads[thread], "-e", f"trace={call}", "-e", fault):
             try:
                 self.save(3)
             except UserError as refused:
@@ -139,22 +141,26 @@ class Saver:
 
 def main(folder, sample=None):
     process.join_world(60)
-    saver = Saver(folder)
+    faulty = Saver(folder)
     log = folder / "strace.log"
-    saver.save(3)
-    shutil.rmtree(saver.run.root)
-    shutil.copytree(saver.backup, saver.run.root)
-    with Strace(log, "-e", "trace=" + ",".join(f"?{call}" for call in CALLS)):
-        saver.save(3)
-    found = [line.split("(")[0].split()[-1] for line in log.read_text().splitlines()]
-    counts = {call: found.count(call) for call in CALLS if call in found}
+    cases, counts = [], {}
+    for thread, number in faulty.threads.items():
+        with Strace(log, number, "-e", "trace=" + ",".join(f"?{call}" for call in CALLS)):
+            faulty.save(3)
+        found = [line.split("(")[0].split()[-1] for line in log.read_text().splitlines()]
+        counts[thread] = {call: found.count(call) for call in CALLS if call in found}
+        cases += [
+            (thread, call, i, error)
+            for call, count in counts[thread].items()
+            for i in range(1, count + 1)
+            for error in ERRORS
+        ]
+        shutil.rmtree(faulty.run.root)
+        shutil.copytree(faulty.backup, faulty.run.root)
+        faulty.loads(2)
     print(json.dumps({"counts": counts}), flush=True)
-    shutil.rmtree(saver.run.root)
-    shutil.copytree(saver.backup, saver.run.root)
-    saver.loads(2)
-    cases = [(call, n, e) for call in counts for n in range(1, counts[call] + 1) for e in ERRORS]
     for case in random.Random(0).sample(cases, min(sample or len(cases), len(cases))):
-        print(json.dumps(saver.try_with(log, *case)), flush=True)
+        print(json.dumps(faulty.try_with(log, *case)), flush=True)
     dist.destroy_process_group()
 
 

@@ -34,6 +34,7 @@ class Hub(ThreadingHTTPServer):
     It takes uploads of `token` into names of `owner`; `private` ids are seen with the token only.
     `blobs` has the large files that arrived, by sha256. `hang_up` maps a part of an address to how
     many of the next requests for it end without an answer; `after` does so once they are done.
+    `licences` maps ids to those of their cards.
     """
 
     daemon_threads = True
@@ -45,7 +46,7 @@ class Hub(ThreadingHTTPServer):
         self.cut, self.slow, self.storm = {}, {}, {}
         self.older, self.together, self.pause = {}, None, 0.3
         self.owner, self.private, self.blobs, self.commits = "me", set(), {}, []
-        self.hang_up, self.after = {}, {}
+        self.hang_up, self.after, self.licences = {}, {}, {}
         vars(self).update(faults)
 
     def handle_error(self, *_):
@@ -239,7 +240,9 @@ class _Handler(BaseHTTPRequestHandler):
             tree = [{"type": "file", "path": about["rfilename"], "oid": about["blobId"], **about}
                     for about in siblings]  # fmt: skip
             return self.send(200, json.dumps(tree).encode(), {}, body)
-        about = {"id": api[2], "sha": commit, "siblings": siblings, "tags": [], "downloads": 0}
+        about = {"id": api[2], "sha": commit, "siblings": siblings, "downloads": 0}
+        licence = self.server.licences.get(api[2])
+        about["tags"] = [f"license:{licence}"] if licence else []
         about["private"] = key[1] in self.server.private
         kind = {"Content-Type": "application/json"}
         return self.send(200, json.dumps(about).encode(), kind, body)

@@ -3,6 +3,8 @@
 import ast
 import importlib
 import importlib.util
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -84,6 +86,17 @@ def test_every_private_name_is_in_the_list():
     assert {use for use in found if use[1] not in parts | PUBLIC} == set()
 
 
+@pytest.mark.workflow
+def test_the_network_is_imported_without_the_compiler():
+    code = (
+        "import sys, cosmos_cli.promote, cosmos_cli.train.loop\n"
+        "print('torch._dynamo' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stdout == "False\n"
+
+
+@pytest.mark.workflow
 def test_without_a_compiler_the_reason_is_returned(monkeypatch):
     def broken(function):
         def compiled(*_):

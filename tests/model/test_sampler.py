@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from cosmos_cli.model import edm, sampler
-from cosmos_cli.spec import TINY
+from cosmos_cli.spec import FAST_LOG_SIGMAS, TINY
 
 MEAN, STD = 0.3, 0.5
 
@@ -101,6 +101,32 @@ def test_res_converges_at_second_order():
     assert math.log2(error(20) / error(40)) == pytest.approx(2.0, abs=0.35)
 
 
+def test_res_without_extrapolation_takes_the_steps_of_euler():
+    levels = sampler.karras_sigmas(9, 0.02, 80.0)
+    kept = sampler.res(analytic, torch.ones(3), levels, ignore, extrapolation=0.0)
+    # Euler's method starts from sqrt(sigma^2 + 1), and its last step to 0 gives the estimate.
+    euler = sampler.euler(analytic, torch.ones(3) / math.hypot(1, 1 / 80), [*levels, 0.0], ignore)
+    torch.testing.assert_close(kept, euler)
+    assert not torch.allclose(kept, sampler.res(analytic, torch.ones(3), levels, ignore))
+
+
+def test_fast_evaluates_its_list_and_leaves_guidance_out_at_low_noise():
+    settings = SimpleNamespace(spec=TINY, speed="fast", sampler="res", num_steps=9, guidance=2.0)
+    seen = []
+
+    def denoise(xt, sigma_B):
+        seen.append((sigma_B.log()[0].item(), sampler.is_guided(settings, sigma_B.log() / 4)))
+        return analytic(xt, sigma_B[0])
+
+    sampler.sample(denoise, torch.ones(1, 1, 1, 1, 1), settings, ignore)
+    assert [level for level, _ in seen] == pytest.approx(FAST_LOG_SIGMAS, abs=1e-5)
+    guided = [is_guided for _, is_guided in seen]
+    assert guided == sorted(guided, reverse=True)
+    assert 0 < guided.index(False) < len(guided)
+    settings.speed = "exact"
+    assert sampler.is_guided(settings, torch.tensor([-2.0]))
+
+
 def test_noise_depends_on_the_seed_alone():
     first = sampler.start_noise(7, (1, 16, 2, 4, 4))
     torch.randn(3)
@@ -110,13 +136,13 @@ def test_noise_depends_on_the_seed_alone():
 
 def test_an_unknown_solver_is_refused():
     with pytest.raises(ValueError, match="'heun' is neither euler nor res"):
-        settings = SimpleNamespace(spec=TINY, sampler="heun", num_steps=2)
+        settings = SimpleNamespace(spec=TINY, sampler="heun", num_steps=2, speed="exact")
         sampler.sample(lambda xt, _: xt, torch.zeros(1), settings, ignore)
 
 
 @pytest.mark.parametrize("guidance", [0.0, 2.0])
 def test_guided_outputs_and_guided_estimates_give_the_same_sample(guidance):
-    settings = SimpleNamespace(spec=TINY, sampler="res", num_steps=5)
+    settings = SimpleNamespace(spec=TINY, sampler="res", num_steps=5, speed="exact")
     noise = sampler.start_noise(3, (2, 4, 2, 4, 4))
     texts = (0.5, -0.25) if guidance else (0.5,)
 

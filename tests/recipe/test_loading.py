@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.recipe import loading
-from cosmos_cli.recipe.keys import Recipe
-from cosmos_cli.recipe.loading import LoadedRecipe
+from cosmos_cli.recipe.keys import SET_BY_FAST, Recipe
+from cosmos_cli.recipe.loading import LoadedRecipe, dump
 from cosmos_cli.spec import MODELS, TINY
 
 
@@ -196,6 +196,30 @@ def test_an_override_replaces_a_wrong_value_and_the_last_one_wins(file: Path) ->
     loaded = load(file, "num_frames: 120", overrides=("num_frames=33", "num_frames=57"))
     assert loaded.recipe.num_frames == 57
     assert loaded.origins["num_frames"] == "--set"
+
+
+def test_speed_fast_sets_its_keys_and_an_override_of_it_wins(file: Path) -> None:
+    fast = load(file, "speed: fast")
+    assert {key: getattr(fast.recipe, key) for key in SET_BY_FAST} == SET_BY_FAST
+    assert fast.origins["num_steps"] == "speed fast"
+    file.write_text(dump(fast.recipe))
+    assert loading.load(file).recipe == fast.recipe
+    exact = loading.load(file, ["speed=exact"]).recipe
+    assert (exact.sampler, exact.num_steps) == ("euler", 35)
+    assert load(file, "num_steps: 20", overrides=("speed=fast",)).recipe == fast.recipe
+    assert load(file, "num_steps: 20", overrides=("speed=exact",)).recipe.num_steps == 20
+    assert fast.recipe.passes < fast.recipe.exact_passes == 70
+
+
+def test_a_key_that_speed_fast_overrides_is_refused(file: Path) -> None:
+    for lines, overrides in (
+        (("num_steps: 20", "speed: fast"), ()),
+        (("speed: fast",), ("num_steps=20",)),
+        ((), ("speed=fast", "num_steps=20")),
+    ):
+        text = complaint(file, *lines, overrides=overrides)
+        assert "num_steps 20 has no effect with speed fast" in text
+        assert "`--set speed=exact`" in text
 
 
 def test_origins_say_where_each_value_came_from(

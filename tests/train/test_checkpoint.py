@@ -4,7 +4,7 @@ import json
 
 from cosmos_cli.paths import MANIFEST_FILE, Run
 from cosmos_cli.recipe.keys import Recipe
-from cosmos_cli.train import checkpoint
+from cosmos_cli.train import saver, status
 
 
 def written_run(folder, errors):
@@ -26,6 +26,7 @@ def test_keep_models_keeps_the_newest_the_best_and_those_of_resume_states(tmp_pa
     errors = {10: 0.5, 20: 0.2, 30: 0.4, 40: 0.3, 50: 0.6}
     for keep_models, kept in ((0, [*errors]), (1, [20, 40, 50]), (3, [20, 30, 40, 50])):
         run = written_run(tmp_path / str(keep_models), errors)
-        checkpoint.prune(run, Recipe(dataset_dir="none", keep_models=keep_models, keep_last=2))
+        r = Recipe(dataset_dir="none", keep_models=keep_models, keep_last=2)
+        saver.prune(run, r, status.best_step(run))
         assert run.saved_steps("ema") == run.saved_steps("reg") == kept
         assert run.resumable_steps() == [40, 50]

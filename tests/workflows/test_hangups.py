@@ -13,13 +13,14 @@ import pytest
 
 from cosmos_cli.files import read_json
 from cosmos_cli.model import video
-from tests.helpers.command import Cosmos, settings
+from tests.helpers.command import UNCOMPILED, Cosmos, settings
 from tests.helpers.runs import find_run, options
 from tests.helpers.stand_ins import moving_square
 
 pytestmark = pytest.mark.workflow
 
-LONG = ("num_processes=2", "micro_batch_size=1", "save_every_steps=500", "max_steps=500")
+ALONE = ("save_every_steps=500", "max_steps=500")
+LONG = ("num_processes=2", "micro_batch_size=1", *ALONE)
 QUICK = settings("num_steps=2", "guardrails=off")
 
 
@@ -37,7 +38,7 @@ class Window:
             signal.signal(signal.SIGHUP, hangup)
             os.chdir(cosmos.cwd)
             words = [sys.executable, "-m", module, *map(str, arguments)]
-            os.execve(sys.executable, words, cosmos.environment())
+            os.execve(sys.executable, words, cosmos.environment() | UNCOMPILED)
         self.text = b""
 
     def wait_for(self, condition, seconds=120):
@@ -82,15 +83,15 @@ def test_a_closed_window_saves_the_step_and_the_same_command_resumes(cosmos):
 
 
 def test_a_closed_window_does_not_end_what_nohup_started(cosmos):
-    pairs = ("num_processes=2", "micro_batch_size=1", "save_every_steps=500", "max_steps=40")
+    pairs = ("num_processes=2", "micro_batch_size=1", "save_every_steps=500", "max_steps=10")
     window = Window(cosmos, "train", "tiny", *options("nohup", *pairs), hangup=signal.SIG_IGN)
     window.wait_for(lambda: steps(cosmos, "nohup") >= 2)
     assert window.close() == 0
-    assert find_run(cosmos, "nohup").resumable_steps() == [40]
+    assert find_run(cosmos, "nohup").resumable_steps() == [10]
 
 
 def test_the_signals_of_one_closed_window_count_once(cosmos):
-    process = cosmos.start("train", "tiny", *options("several", *LONG))
+    process = cosmos.start("train", "tiny", *options("several", *ALONE))
     while steps(cosmos, "several") < 2 and process.poll() is None:
         time.sleep(0.05)
     for number in (signal.SIGHUP, signal.SIGTERM, signal.SIGHUP, signal.SIGHUP):
@@ -156,6 +157,6 @@ def test_under_torchrun_a_closed_window_saves_the_step(cosmos, hangup):
 
 def test_a_result_is_not_lost_to_an_error_of_the_window(cosmos):
     """--json to a terminal that is gone ends with the code of the command, not with a bug."""
-    window = Window(cosmos, "train", "tiny", *options("json", *LONG), "--json")
+    window = Window(cosmos, "train", "tiny", *options("json", *ALONE), "--json")
     window.wait_for(lambda: steps(cosmos, "json") >= 1)
     assert window.close() == 143

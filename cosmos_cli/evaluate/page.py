@@ -1,0 +1,203 @@
+"""Write the page of an evaluation: its verdicts, figures and videos."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cosmos_cli import console, files, html, paths
+from cosmos_cli.evaluate import comparison, evaluation, features
+from cosmos_cli.evaluate.samples import Sample
+from cosmos_cli.model import edm, video
+from cosmos_cli.recipe.keys import Recipe
+from cosmos_cli.train import page as run_page
+
+MOSAIC_COLUMNS = 4
+
+
+def figure_rows(figures: dict[str, Any]) -> list[tuple[str, ...]]:
+    """Return the figures as table rows: a name, the value of chance, and each model's value."""
+    models = figures["models"].values()
+    table: list[tuple[str, ...]] = []
+    if all("scores" in model for model in models):
+        table += [
+            (name, f"{chance:.0%}", *(f"{model['scores'][name]:.1%}" for model in models))
+            for name, chance in evaluation.CHANCE.items()
+        ]
+    if all("video_scores" in model for model in models):
+        names = next(iter(models))["video_scores"]
+        table += [(name, "", *(f"{m['video_scores'][name]:.4g}" for m in models)) for name in names]
+    if all("features" in model for model in models):
+        names = next(iter(models))["features"]
+        table += [(name, "", *(f"{m['features'][name]:.4f}" for m in models)) for name in names]
+    if all("held_out_distance" in model for model in models):
+        found = [model["held_out_distance"] for model in models]
+        cells = (f"{own['distance']:.4g} (p = {own['p']:.2g})" for own in found)
+        table.append((features.DISTANCE, "0 on average", *cells))
+    if "psnr" in figures:
+        table.append(("reconstruction", "", *[f"{figures['psnr']:.1f} dB"] * len(models)))
+    if all("edm" in model for model in models):
+        table += [
+            (
+                f"EDM error, sigma {sigma:.2g}",
+                "",
+                *(f"{m['edm'][f'sigma_{sigma:.2g}']:.4f}" for m in models),
+            )
+            for sigma in edm.FIXED_SIGMAS
+        ]
+    if all("nearest_clip" in model for model in models):
+        apart = f"{figures['clips_apart']:.3f} between clips"
+        table.append(
+            ("nearest training clip", apart, *(f"{model['nearest_clip']:.3f}" for model in models))
+        )
+    return table
+
+
+def keep_larger(page: Path, figures: dict[str, Any]) -> None:
+    """Rename an earlier evaluation at `page` if it has more videos or other models than this one.
+
+    Raises:
+        UserError: a file cannot be renamed.
+    """
+    if not page.exists():
+        return
+    record = page.with_suffix(".json")
+    earlier = _record(record)
+    has_fewer = earlier["prompts"] <= figures["prompts"]
+    if has_fewer and earlier["models"].keys() <= figures["models"].keys():
+        return
+    count = "earlier" if earlier["prompts"] == math.inf else earlier["prompts"]
+    names = (f"{page.stem}_{count}{'-' * n}" for n in itertools.count())
+    stem = next(name for name in names if not page.with_name(f"{name}{page.suffix}").exists())
+    with files.disk_errors(page):
+        for path in (page, record, *map(page.with_name, earlier["files"])):
+            if path.is_file():
+                path.rename(path.with_name(stem + path.name[len(page.stem) :]))
+    console.say(f"the earlier evaluation is kept as {page.with_name(stem + page.suffix)}")
+
+
+def _record(path: Path) -> dict[str, Any]:
+    """Return what an evaluation recorded. Without a record it may have been larger than any."""
+    record = None
+    with contextlib.suppress(files.BadFile):
+        record = files.read_json(path)
+    if isinstance(record, dict) and {"prompts", "models", "files"} <= record.keys():
+        return record
+    return {"prompts": math.inf, "models": {}, "files": []}
+
+
+def _figures(figures: dict[str, Any]) -> str:
+    """Return the table of the figures and what each of them means."""
+    notes = []
+    if "clips" in figures:
+        notes.append(f"The EDM error is measured on the {figures['clips']} clips of the dataset.")
+    if figures["prompts"]:
+        notes.append("Every model generated videos of the same prompts with the same seeds.")
+    if "psnr" in figures:
+        notes.append(
+            "The tiny model draws a synthetic world, so the content of its videos can be read from "
+            "their pixels. The new concept is what the demo dataset teaches: a teal robot with a "
+            "yellow head."
+        )
+    rows = figure_rows(figures)
+    names = [row[0].partition(",")[0] for row in rows]
+    better = [(*row, evaluation.MEANINGS[name][1]) for row, name in zip(rows, names, strict=True)]
+    meanings = [(name, evaluation.MEANINGS[name][0]) for name in dict.fromkeys(names)]
+    table = html.table(better, ("", "by chance", *figures["models"], "better"))
+    table += html.table(meanings, ("figure", "meaning"))
+    if lacking := figures.get("not_measured"):
+        table += html.table(lacking.items(), ("not measured", "because"))
+    return html.text(" ".join(notes)) + table
+
+
+def write_page(
+    path: Path, r: Recipe, figures: dict[str, Any], samples: dict[str, list[Sample]]
+) -> list[Path]:
+    """Write one self-contained page and, next to it, its videos; return all paths."""
+    run = paths.Run(r.run_dir)
+    sections = run_page.scores(run) if "steps" in figures else []
+    note = html.text(comparison.NOTE)
+    for heading, table in comparison.tables(figures["comparisons"]):
+        sections.append((heading, note + html.table(*table)))
+        note = ""
+    shown = {name: [s for s in own if s.pixels is not None] for name, own in samples.items()}
+    write = _write_mosaics if r.spec.embedded else _write_videos
+    videos, written = write(path, r, shown)
+    sections += [*videos, ("Figures", _figures(figures))]
+    if run.metrics.exists():
+        sections += [own for own in run_page.sections(run, path.parent) if own not in sections]
+    hashes = ((name, model["weights"]) for name, model in figures["models"].items())
+    sections.append(("Weights", html.table(hashes, ("", "sha256"))))
+    files.write_text(path, html.page(f"Evaluation of {r.model}", sections))
+    record = path.with_suffix(".json")
+    files.write_json(record, {**figures, "files": [video.name for video in written]})
+    return [path, *written, record]
+
+
+Sections = list[tuple[str, str]]
+
+
+def _write_mosaics(
+    path: Path, r: Recipe, samples: dict[str, list[Sample]]
+) -> tuple[Sections, list[Path]]:
+    """Write the videos of the synthetic world as one mosaic for each model and kind of prompt."""
+    sections, written = [], []
+    kinds = (("The new concept", "concept", True), ("Other prompts", "others", False))
+    for heading, kind, mascot in kinds:
+        shown = {n: [s for s in own if s.trial.of_mascot == mascot] for n, own in samples.items()}
+        if not any(shown.values()):
+            continue
+        parts = []
+        for name, made in shown.items():
+            mosaic = path.with_name(f"{path.stem}_{_slug(name)}_{kind}.mp4")
+            write_mosaic(mosaic, made, r)
+            written.append(mosaic)
+            parts.append(html.media(mosaic, name))
+        prompts = ((s.trial.prompt,) for s in next(iter(shown.values())))
+        listed = html.table(prompts, ("prompts of these videos, row by row",))
+        sections.append((heading, html.row(*parts) + listed))
+    return sections, written
+
+
+def _slug(name: str) -> str:
+    return name.replace(" ", "_")
+
+
+def _write_videos(
+    path: Path, r: Recipe, samples: dict[str, list[Sample]]
+) -> tuple[Sections, list[Path]]:
+    """Write small copies of each model's first videos, next to each other with their scores."""
+    rows, written = [], []
+    for index, made in enumerate(zip(*samples.values(), strict=True)):
+        cells = []
+        for name, sample in zip(samples, made, strict=True):
+            copy = path.with_name(f"{path.stem}_{_slug(name)}_{index + 1}.mp4")
+            with files.atomic_file(copy) as temporary:
+                video.write_mp4(temporary, sample.pixels, r.fps, r.video_crf)
+            written.append(copy)
+            found = (f"{score} {value:.3g}" for score, value in sample.scores.items())
+            cells.append(html.media(copy, f"{name}: {', '.join(found)}"))
+        trial = made[0].trial
+        rows.append(html.text(f"{trial.prompt} (seed {trial.seed})") + html.row(*cells))
+    if not rows:
+        return [], []
+    note = "Small copies of the first videos, with the scores of each."
+    return [("Videos", html.text(note) + "".join(rows))], written
+
+
+def write_mosaic(path: Path, samples: Iterable[Sample], r: Recipe) -> None:
+    """Write the videos as a grid in one mp4."""
+    pixels = [sample.pixels for sample in samples]
+    pixels += [torch.zeros_like(pixels[0])] * (-len(pixels) % MOSAIC_COLUMNS)
+    strips = [
+        torch.cat(pixels[first : first + MOSAIC_COLUMNS], dim=3)
+        for first in range(0, len(pixels), MOSAIC_COLUMNS)
+    ]
+    with files.atomic_file(path) as temporary:
+        video.write_mp4(temporary, torch.cat(strips, dim=2), r.fps, r.video_crf)

@@ -1,0 +1,63 @@
+"""Hash weights, and keep the hashes in `$XDG_CACHE_HOME/cosmos` for later runs. No torch."""
+
+from __future__ import annotations
+
+import re
+import time
+from contextlib import suppress
+from pathlib import Path
+
+from cosmos_cli import files
+from cosmos_cli.errors import UserError
+from cosmos_cli.generate.answers import cache_dir
+
+# Smaller files are hashed each time, in about 10 ms.
+LEAST_BYTES = 10**7
+MOST_HASHES = 1000
+# A file that changed within this time may change again without a new time stamp.
+SETTLED_SECONDS = 2.0
+
+
+def sha256_path(path: Path) -> str:
+    """Return `files.sha256_path`, without hashing files again that have not changed since."""
+    return files.sha256_path(path, sha256_file)
+
+
+def sha256_file(path: Path) -> str:
+    """Return the sha256 of a file as hex, from the cache if the file has not changed since.
+
+    A change shows in its path, size, inode or time stamps. A program can reset the mtime but not
+    the ctime.
+
+    Raises:
+        UserError: as of `files.sha256_file`.
+    """
+    began, before = time.time(), _state(path)
+    if before is None:
+        return files.sha256_file(path)
+    entry = cache_dir() / "hashes" / files.sha256_text(str(path.resolve()), *map(str, before))
+    with suppress(OSError, ValueError):
+        kept = entry.read_text(encoding="ascii")
+        if re.fullmatch("[0-9a-f]{64}", kept):
+            return kept
+    digest = files.sha256_file(path)
+    newest = max(before[2:]) / 1e9
+    if _state(path) == before and began - newest > SETTLED_SECONDS:
+        with suppress(OSError, UserError):
+            files.remove_stale(entry.parent)
+            files.write_text(entry, digest)
+            kept_all = sorted(entry.parent.glob("[!.]*"), key=lambda old: files.stamp_of(old)[1])
+            for old in kept_all[:-MOST_HASHES]:
+                old.unlink(missing_ok=True)
+    return digest
+
+
+def _state(path: Path) -> tuple[int, int, int, int] | None:
+    """Return size, inode, mtime and ctime in ns of a file worth a cache entry, or None."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    if status.st_size < LEAST_BYTES:
+        return None
+    return status.st_size, status.st_ino, status.st_mtime_ns, status.st_ctime_ns
