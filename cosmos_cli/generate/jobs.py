@@ -29,7 +29,7 @@ LINE_KEYS = {
 # command.
 _INPUT_KEYS = ("image", "video", "visual_input")
 # The keys that were added to the hash of a video, and the values of the videos made before.
-LATER_KEYS = {"speed": "exact"}
+LATER_KEYS = {"speed": "exact", "sampling_precision": "bf16"}
 # The text encoder reads about 2,500 characters. A far longer prompt is a file given by mistake.
 MAX_CHARACTERS = 20_000
 

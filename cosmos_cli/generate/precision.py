@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+from typing import TYPE_CHECKING
 
 from cosmos_cli import gpus
 from cosmos_cli.errors import ExitCode, UserError
-from cosmos_cli.recipe.keys import Recipe
+
+if TYPE_CHECKING:
+    from cosmos_cli.recipe.keys import Recipe
 
 # Compute capabilities whose tensor cores multiply in fp8 (Ada and newer), and those for which
 # cuDNN has fp8 attention with a head width of 128 (Hopper and data-center Blackwell).

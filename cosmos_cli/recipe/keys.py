@@ -421,12 +421,6 @@ class Recipe(BaseModel):
         None,
         pattern=ANY_TEXT,
     )
-    sampling_precision: Literal["bf16", "fp8"] = _video(
-        "Number format of the denoiser's products in generate. bf16: the format of the weights. "
-        "fp8: linears (Ada and newer GPUs) and self-attention (Hopper and newer) of all blocks but "
-        "the first and last, 1.4 times as fast on an H100.",
-        "bf16",
-    )
     sampling_seed: int = _video(
         "Seed of a video's noise; the same seed and prompt give the same video.", 1, ge=0, lt=2**32
     )
@@ -449,6 +443,12 @@ class Recipe(BaseModel):
         "levels, which sets sampler and num_steps and takes a quarter of the time; the videos "
         "differ from exact ones.",
         "exact",
+    )
+    sampling_precision: Literal["bf16", "fp8"] = _video(
+        "Number format of the denoiser's products in generate. bf16: the format of the weights. "
+        "fp8: linears (Ada and newer GPUs) and self-attention (Hopper and newer) of all blocks but "
+        "the first and last, 1.4 times as fast on an H100.",
+        "bf16",
     )
     memory: Literal["auto", "together", "in_turn", "streamed"] = _sampling(
         "Which networks generate holds in GPU memory. auto: all, if they fit and prompts come one "

@@ -5,7 +5,7 @@ training  scores after one post-training on the mascot for each value of each ke
           commands.
 search    finds the levels of `speed: fast`: distance of its latents from those of 100 steps of res,
           by number, spacing and lowest of the levels, and by what is kept between them.
-fast      scores of `speed: fast` and of 35 Euler steps in pairs, after one post-training.
+fast      scores of `speed: fast`, of fp8 and of 35 Euler steps in pairs, after one post-training.
 
 The sampling and training studies give every variant its scores and its time. `study.json` has the
 figures and `study.html` the plots.
@@ -257,9 +257,9 @@ def descend(start: Schedule, measure: Callable[[Schedule], float]) -> Schedule:
 
 
 def fast(r: Recipe, prompts: int, folder: Path) -> Iterator[Row]:
-    """Loss of each score by `speed: fast` and by fp8, in pairs with 35 Euler steps, after a post-training.
+    """Loss of each score by `speed: fast` and by fp8, in pairs with 35 Euler steps.
 
-    As many prompts ask for the mascot as for other things.
+    The model is post-trained first. As many prompts ask for the mascot as for other things.
     """
     world.write_dataset(folder / r.dataset_dir, *DATASET.values(), seed=0)
     for verb in ("prep", "train", "promote"):
