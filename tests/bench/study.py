@@ -3,6 +3,7 @@
 sampling  scores of the embedded model by solver and steps, then by guidance.
 training  scores after one post-training on the mascot for each value of each key, through the real
           commands.
+clips     scores by steps for 3, 12, 24 and 200 clips, of a LoRA and of all weights, on three seeds.
 search    finds the levels of `speed: fast`: distance of its latents from those of 100 steps of res,
           by number, spacing and lowest of the levels, and by what is kept between them.
 fast      scores of `speed: fast`, of fp8 and of 35 Euler steps in pairs, after one post-training.
@@ -16,11 +17,13 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import pairwise, product
@@ -64,6 +67,8 @@ FULL_LEARNING_RATE = 2e-4
 COUNTS = (6, 7, 8, 9, 10, 11, 12, 14, 16)
 # Steps of res that stand for the exact solution of the sampling equation.
 REFERENCE_STEPS = 100
+# The datasets of `clips`: mascot clips, with as many of other things; and the steps that are saved.
+CLIPS, CLIP_STEPS, SEEDS = (3, 12, 24, 200), range(50, 301, 50), 3
 DATASET = {"clips": CONCEPT_CLIPS, "ordinary": ORDINARY_CLIPS}
 
 Row = dict[str, Any]
@@ -112,6 +117,36 @@ def training(r: Recipe, prompts: int, folder: Path) -> Iterator[Row]:
             done = cosmos(here, "evaluate", "--model", "promoted", "--prompts", str(prompts))
             scores = done["models"]["promoted"]["scores"]
             yield {"study": study, "value": value, "seconds": seconds, **scores}
+
+
+def clips(r: Recipe, prompts: int, folder: Path) -> Iterator[Row]:
+    """Scores by steps for each number of clips, of a LoRA and of all weights, on three seeds."""
+    kinds = {"LoRA": [], "full": ["lora_rank=0", f"learning_rate={FULL_LEARNING_RATE}"]}
+    steps = [f"max_steps={CLIP_STEPS[-1]}", f"save_every_steps={CLIP_STEPS[0]}", "keep_last=1"]
+    drawn = [*product(CLIPS, kinds, range(SEEDS))]
+
+    def run(count: int, kind: str, seed: int) -> Row:
+        here = folder / f"{count}_{kind}_{seed}"
+        world.write_dataset(here / r.dataset_dir, count, count, seed=seed)
+        keys = [*kinds[kind], *steps, f"seed={seed}", "preview_every_steps=0", "num_processes=1"]
+        options = [word for key in keys for word in ("--set", key)]
+        for verb in ("prep", "train"):
+            cosmos(here, verb, *options)
+        own = ["--steps", "all", "--prompts", str(prompts)]
+        found: Row = cosmos(here, "evaluate", *options, *own)["steps"]["means"]
+        print(f"{here.name}: {json.dumps(found)}", flush=True)
+        return found
+
+    with ThreadPoolExecutor(min(os.cpu_count() // 2, len(drawn))) as pool:
+        made = dict(zip(drawn, pool.map(lambda one: run(*one), drawn), strict=True))
+    for count, kind in product(CLIPS, kinds):
+        of_seeds = [made[count, kind, seed] for seed in range(SEEDS)]
+        for step in of_seeds[0]:
+            means = {
+                name: statistics.fmean(found[step][name] for found in of_seeds)
+                for name in evaluation.CHANCE
+            }
+            yield {"study": f"{count} clips, {kind}", "value": int(step), **means}
 
 
 # --- speed: fast ----------------------------------------------------------------------------------
@@ -272,8 +307,8 @@ def fast(r: Recipe, prompts: int, folder: Path) -> Iterator[Row]:
     exact = {"speed": "exact", "sampler": "euler", "num_steps": 35}
     settings = {
         "exact": exact,
-        "fp8": {**exact, "sampling_precision": "fp8"},
         "fast": {"speed": "fast", **SET_BY_FAST},
+        "fp8": {**exact, "sampling_precision": "fp8"},
         "fast, fp8": {"speed": "fast", **SET_BY_FAST, "sampling_precision": "fp8"},
     }
     values = {}
@@ -288,12 +323,12 @@ def fast(r: Recipe, prompts: int, folder: Path) -> Iterator[Row]:
         ]
         values[name] = evaluation.by_score(measured, evaluation.CHANCE)
         print(f"{name}: {time.monotonic() - began:.0f} s", flush=True)
-    for name, score in product(list(settings)[1:], evaluation.CHANCE):
-        found = paired(values["exact"][score], values[name][score])
-        yield {
-            "study": name, "value": score, "pairs": found.count, "exact": found.before,
-            "changed": found.after, "loss": -found.difference, "loss_at_most": -found.low,
-        }  # fmt: skip
+        for score in evaluation.CHANCE if name != "exact" else ():
+            found = paired(values["exact"][score], values[name][score])
+            yield {
+                "study": name, "value": score, "pairs": found.count, "exact": found.before,
+                "changed": found.after, "loss": -found.difference, "loss_at_most": -found.low,
+            }  # fmt: skip
 
 
 def cosmos(folder: Path, verb: str, *options: str) -> Row:
@@ -308,7 +343,7 @@ def page(rows: list[Row]) -> str:
     """A plot of the scores of each study and a table of all figures."""
     distances = [row for row in rows if "distance" in row]
     losses = [row for row in rows if "loss" in row]
-    rows = [row for row in rows if "seconds" in row]
+    rows = [row for row in rows if row not in distances and row not in losses]
     sections = [
         *([("Distance from the exact solution", distance_plot(distances))] if distances else []),
         *([("Loss of speed: fast in pairs", plain_table(losses))] if losses else []),
@@ -316,24 +351,22 @@ def page(rows: list[Row]) -> str:
     for study in dict.fromkeys(row["study"] for row in rows):
         found = [row for row in rows if row["study"] == study]
         names = [key for key in found[0] if key not in ("study", "value", "seconds")]
+        timed = "seconds" in found[0]
         scores = {name: [(row["value"], row[name]) for row in found] for name in names}
-        seconds = {"seconds": [(row["value"], row["seconds"]) for row in found]}
-        table = html.table(
-            [
-                (
-                    f"{row['value']:g}",
-                    *(f"{row[name]:.1%}" for name in names),
-                    round(row["seconds"]),
-                )
-                for row in found
-            ],
-            (study, *names, "seconds"),
-        )
-        plots = html.row(
-            html.chart(scores, study, "share of videos that are right"),
-            html.chart(seconds, study, "seconds"),
-        )
-        sections.append((study, plots + table))
+        lines = [
+            (
+                f"{row['value']:g}",
+                *(f"{row[name]:.1%}" for name in names),
+                *([round(row["seconds"])] if timed else []),
+            )
+            for row in found
+        ]
+        table = html.table(lines, (study, *names, *(["seconds"] if timed else [])))
+        plots = [html.chart(scores, study, "share of videos that are right")]
+        if timed:
+            seconds = {"seconds": [(row["value"], row["seconds"]) for row in found]}
+            plots.append(html.chart(seconds, study, "seconds"))
+        sections.append((study, html.row(*plots) + table))
     return html.page("What decides the quality of the tiny model", sections)
 
 
@@ -359,7 +392,7 @@ def plain_table(rows: list[Row]) -> str:
     return html.table(shown, columns)
 
 
-PARTS = {"sampling": sampling, "training": training, "search": search, "fast": fast}
+PARTS = {"sampling": sampling, "training": training, "clips": clips, "search": search, "fast": fast}
 
 
 def main() -> None:
