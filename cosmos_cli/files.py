@@ -58,6 +58,9 @@ EMBEDDING = Kind(
 LEROBOT = Kind("LeRobot metadata", 64 * MB, ExitCode.DATASET, "fetch the dataset again")
 PARQUET = Kind("a parquet file", 500 * MB, ExitCode.DATASET, "fetch the dataset again")
 VIDEO = Kind("a video", 10**12, ExitCode.DATASET, "put a video file there")
+INPUT = Kind(
+    "a picture or video", 10**12, ExitCode.ASSET, "give a png, jpeg or webp file, or a video"
+)
 JSON = Kind("a JSON file", 16 * MB, ExitCode.ASSET, "create it again")
 # The tokenizer.json of the largest vocabularies has 33 MB.
 MODEL_SETTINGS = Kind("a model's settings", 64 * MB, ExitCode.ASSET, "download the model again")

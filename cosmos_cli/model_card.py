@@ -70,7 +70,7 @@ def card(r: Recipe, manifest: Mapping[str, Any], extras: Extras | None = None) -
         f"`{paths.MODEL_FORMATS[manifest['format']]}` holds the weights. `manifest.json` holds the "
         "hashes of\nweights, base and dataset and the whole recipe; `recipe.yaml` is the same "
         f"recipe.\n{_LORA_WORDS if 'lora' in manifest else ''}",
-        _diffusers(manifest, extras),
+        _diffusers(r, manifest, extras),
         f"## Data\n\n{_data(r, manifest)}\n",
         _scores(extras),
         f"## Licence\n{_licence(r)}",
@@ -89,7 +89,8 @@ def _fields(r: Recipe, extras: Extras) -> str:
             "base_model": f"nvidia/{r.model}", "license": "other",
             "license_name": "nvidia-open-model-license", "license_link": LICENCE_URL,
         }  # fmt: skip
-    fields |= {"library_name": "cosmos-posttrain", "pipeline_tag": "text-to-video"}
+    task = "image-to-video" if r.spec.takes_frames else "text-to-video"
+    fields |= {"library_name": "cosmos-posttrain", "pipeline_tag": task}
     if extras.samples:
         # A line "---" in a caption would end the fields.
         fields["widget"] = [
@@ -112,15 +113,16 @@ def _use(r: Recipe, extras: Extras) -> str:
     """Return the commands that fetch the model and generate a video."""
     folder = paths.promoted_dir(r.spec, ".", r.name).name
     prompt = (r.prompt or "...").replace('"', "'")
+    words = f'{"--image FILE " if r.spec.takes_frames else ""}--prompt "{prompt}"'
     if not extras.repo:
-        return f'    cosmos generate --prompt "{prompt}"\n'
+        return f"    cosmos generate {words}\n"
     return (
         f"    hf download {extras.repo} --local-dir checkpoints/{folder}\n"
-        f'    cosmos generate --model {folder} --prompt "{prompt}"\n'
+        f"    cosmos generate --model {folder} {words}\n"
     )
 
 
-def _diffusers(manifest: Mapping[str, Any], extras: Extras) -> str:
+def _diffusers(r: Recipe, manifest: Mapping[str, Any], extras: Extras) -> str:
     """Return the section that loads the model with diffusers."""
     whole = manifest["format"] == "diffusers"
     if not whole and "lora" not in manifest:
@@ -129,10 +131,14 @@ def _diffusers(manifest: Mapping[str, Any], extras: Extras) -> str:
             "`cosmos promote RECIPE --format diffusers` writes it.\n"
         )
     example = _WHOLE_EXAMPLE if whole else _LORA_EXAMPLE
+    pipeline, more = "CosmosTextToWorldPipeline", ""
+    if r.spec.takes_frames:
+        pipeline = "CosmosVideoToWorldPipeline"
+        more = " Give it the scheduler `EDMEulerScheduler(sigma_min=0.0002)`."
     return (
         "## diffusers\n\n```python\nimport torch\nfrom diffusers import CosmosTransformer3DModel"
         f"\n\n{example.format(repo=extras.repo or '.')}```\n\n"
-        "`CosmosTextToWorldPipeline.from_pretrained(..., transformer=transformer)` uses it.\n"
+        f"`{pipeline}.from_pretrained(..., transformer=transformer)` uses it.{more}\n"
     )
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cosmos_cli import __version__, console, exchange, files, model_card, paths
 from cosmos_cli.errors import ExitCode, UserError
-from cosmos_cli.model import lora, lora_files, tensor_names, weights
+from cosmos_cli.model import cond_frames, lora, lora_files, tensor_names, weights
 from cosmos_cli.model.dit import DiT
 from cosmos_cli.model.finite import require_finite
 from cosmos_cli.paths import Run
@@ -50,6 +50,7 @@ def promote(r: Recipe, step: int, kind: str, format: str, target: Path) -> dict[
     base_sha256 = files.sha256_path(base) if base.exists() else ""
     require_base(run, base, base_sha256)
     original = weights.load_dit_state(base)
+    cond_frames.add_mask_columns(original, r.spec.dit)
     tuned = lora.merge(original, source, 1.0) if r.lora_rank else weights.load_dit_state(source)
     with torch.device("meta"):
         expected = {f"net.{k}": v.shape for k, v in DiT(r.spec.dit).state_dict().items()}

@@ -1,12 +1,12 @@
 """The dimensions of each model, as frozen dataclasses, and the shapes they imply. No torch.
 
 Source: nvidia-cosmos/cosmos-predict1 at 4ed35fa, `diffusion/config/base/net.py`,
-`diffusion/training/config/text2world/registry.py`, `tokenizer/networks/configs.py`.
+`diffusion/training/config/{text2world,video2world}/registry.py`, `tokenizer/networks/configs.py`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 # The linears of a block by name, and the sets of them that a LoRA can adapt.
 _ATTENTION = (
@@ -25,6 +25,8 @@ LORA_TARGETS = {
 }
 # Noise levels of the previews: little, much, and so much that almost nothing of a clip is left.
 PREVIEW_SIGMAS = (0.5, 2.0, 8.0)
+# The numbers of frames that a Video2World model can be given: one or two latent frames.
+GIVEN_FRAMES = (1, 9)
 # `speed: fast` evaluates the denoiser only at these values of log sigma, from the highest to the
 # lowest. It guides above FAST_GUIDED_ABOVE. Between levels it extrapolates the estimate of x0 by
 # this share of the second-order term. `study.py --parts search` found them on the tiny model.
@@ -35,13 +37,17 @@ FAST_EXTRAPOLATION = 0.6
 
 @dataclass(frozen=True)
 class DiTSpec:
-    """The dimensions of the denoiser. `max_t` and `max_hw` are in latent cells."""
+    """The dimensions of the denoiser. `max_t` and `max_hw` are in latent cells.
+
+    `cond_channels` is 1 in Video2World: a mask that tells the network which frames are given.
+    """
 
     width: int = 4096
     blocks: int = 28
     heads: int = 32
     text_channels: int = 1024
     latent_channels: int = 16
+    cond_channels: int = 0
     mlp_ratio: int = 4
     adaln_rank: int = 256
     patch_t: int = 1
@@ -68,8 +74,7 @@ class DiTSpec:
     def parameters(self) -> int:
         """Return the number of weights of the network, without the log-variance head."""
         d, rank = self.width, self.adaln_rank
-        patch = self.patch_t * self.patch_hw**2
-        embedders = (self.latent_channels + 1) * patch * d + 4 * d * d + d
+        embedders = self.patch_inputs * d + 4 * d * d + d
         tables = (self.max_t + self.max_hw) * d
         final = rank * 3 * d + d * self.patch_channels
         return self.blocks * self.block_parameters + embedders + tables + final
@@ -86,8 +91,18 @@ class DiTSpec:
 
     @property
     def patch_channels(self) -> int:
-        """Return the values in an output token; input tokens add the padding mask as a channel."""
+        """Return the values in an output token."""
         return self.latent_channels * self.patch_t * self.patch_hw**2
+
+    @property
+    def patch_inputs(self) -> int:
+        """Return the values in an input token: the latent, `cond_channels` and the padding mask."""
+        return (self.in_channels + 1) * self.patch_t * self.patch_hw**2
+
+    @property
+    def in_channels(self) -> int:
+        """Return the channels of the network's input, without the padding mask."""
+        return self.latent_channels + self.cond_channels
 
 
 @dataclass(frozen=True)
@@ -131,6 +146,8 @@ class ModelSpec:
 
     `sigma_min` and `sigma_max` are the ends of the sampling schedule. `sizes` are the pretrained
     (height, width) pairs. The weights of an `embedded` model ship inside the package.
+    `sigma_scale` multiplies the noise levels of training. A model with `shared_with` has the
+    tokenizer and the text encoder of that model, and trains on the same prepared datasets.
     """
 
     name: str
@@ -140,6 +157,7 @@ class ModelSpec:
     sigma_data: float = 0.5
     sigma_min: float = 0.0002
     sigma_max: float = 80.0
+    sigma_scale: float = 1.0
     num_frames: int = 121
     height: int = 704
     width: int = 1280
@@ -147,6 +165,12 @@ class ModelSpec:
     sizes: tuple[tuple[int, int], ...] = ((704, 1280), (720, 1280))
     embedded: bool = False
     trainable: bool = True
+    shared_with: ModelSpec | None = None
+
+    @property
+    def takes_frames(self) -> bool:
+        """True for Video2World models, which continue given frames."""
+        return self.dit.cond_channels > 0
 
     def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
         """Return the latent shape (C, T, H, W) of `frames` frames of `height` x `width` pixels."""
@@ -176,6 +200,16 @@ class ModelSpec:
 
 COSMOS_7B = ModelSpec(name="Cosmos-Predict1-7B-Text2World", dit=DiTSpec())
 
+# sigma_scale is the root of its latent frames. It belongs to the model: clips of another length
+# are trained with the same one.
+VIDEO2WORLD_7B = replace(
+    COSMOS_7B,
+    name="Cosmos-Predict1-7B-Video2World",
+    dit=replace(COSMOS_7B.dit, cond_channels=1),
+    sigma_scale=4.0,
+    shared_with=COSMOS_7B,
+)
+
 COSMOS_14B = ModelSpec(
     name="Cosmos-Predict1-14B-Text2World",
     dit=DiTSpec(width=5120, blocks=36, heads=40, rope_ratio=(2.0, 2.0, 2.0)),
@@ -197,4 +231,14 @@ TINY = ModelSpec(
     embedded=True,
 )
 
-MODELS = {spec.name: spec for spec in (COSMOS_7B, COSMOS_14B, TINY)}
+TINY_VIDEO2WORLD = replace(
+    TINY,
+    name="Cosmos-Tiny-Video2World",
+    dit=replace(TINY.dit, cond_channels=1),
+    sigma_scale=2.0,
+    shared_with=TINY,
+)
+
+MODELS = {
+    spec.name: spec for spec in (COSMOS_7B, VIDEO2WORLD_7B, COSMOS_14B, TINY, TINY_VIDEO2WORLD)
+}

@@ -45,6 +45,18 @@ def test_prompts_of_any_kind_stay_one_field_of_the_card(tmp_path):
     assert fields["license_link"] == model_card.LICENCE_URL
 
 
+def test_a_video2world_model_is_used_with_a_picture(tmp_path):
+    text = model_card.card(recipe(tmp_path), ABOUT)
+    assert "text-to-video" in text
+    assert "CosmosTextToWorldPipeline" in text
+    card = model_card.card(recipe(tmp_path, "model=Cosmos-Predict1-7B-Video2World"), ABOUT)
+    assert "pipeline_tag: image-to-video" in card
+    assert "base_model: nvidia/Cosmos-Predict1-7B-Video2World" in card
+    assert "cosmos generate --image FILE --prompt" in card
+    assert "CosmosVideoToWorldPipeline" in card
+    assert "sigma_min=0.0002" in card
+
+
 def test_the_licence_of_the_base_goes_with_a_derived_model(tmp_path, capsys):
     r, folder = recipe(tmp_path), tmp_path / "model"
     folder.mkdir()

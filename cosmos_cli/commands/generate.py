@@ -15,7 +15,7 @@ from cosmos_cli.commands import options
 from cosmos_cli.errors import ExitCode, Interrupted, UserError, together
 
 if TYPE_CHECKING:
-    from cosmos_cli.generate.jobs import Request, Result, Settings
+    from cosmos_cli.generate.jobs import Given, Request, Result, Settings
     from cosmos_cli.recipe.keys import Recipe
 
 Compared = Literal["base", "exact"]
@@ -31,7 +31,8 @@ BatchOption = Annotated[
     typer.Option(
         "--batch",
         help="JSONL file. Each line is an object with prompt and, optionally, seed, "
-        "negative_prompt, num_steps, guidance and output, a file inside --output.",
+        "negative_prompt, num_steps, guidance, image or video, num_input_frames, and output, a "
+        "file inside --output.",
     ),
 ]
 PromptsOption = Annotated[
@@ -40,6 +41,29 @@ PromptsOption = Annotated[
         metavar="-",
         help="Read prompts, or objects as in --batch, from standard input, one per line. Keep "
         "the model loaded and print one JSON line per video.",
+    ),
+]
+ImageOption = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="A png, jpeg or webp picture: the first frame of the video. Uses a Video2World model.",
+    ),
+]
+VideoOption = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="A video to continue, instead of --image.")
+]
+InputFramesOption = Annotated[
+    int | None,
+    typer.Option(help="How many frames of --video are continued, the last 1 or 9. Default: 9."),
+]
+RolloutOption = Annotated[
+    int,
+    typer.Option(
+        min=1,
+        max=1000,
+        metavar="N",
+        help="Continue the video N - 1 times, from the last 9 frames of each segment.",
     ),
 ]
 SeedOption = Annotated[
@@ -97,6 +121,10 @@ def generate(
     prompt: PromptOption = None,
     batch_: BatchOption = None,
     prompts: PromptsOption = None,
+    image: ImageOption = None,
+    video: VideoOption = None,
+    num_input_frames: InputFramesOption = None,
+    rollout: RolloutOption = 1,
     seed: SeedOption = None,
     output: OutputOption = Path("outputs"),
     model: ModelOption = None,
@@ -121,35 +149,25 @@ def generate(
     if recipe is not None:
         options.name_recipe(recipe, set_)
     overrides = [*(set_ or ()), *([] if seed is None else [f"sampling_seed={seed}"])]
-    chosen = choice.choose_model(recipe, model, overrides)
+    given = _given(image, video, num_input_frames)
+    requests = [] if prompts else _requests(prompt or [], batch_)
+    others = bool(prompt or batch_ or compare or num_processes)
+    _check_options(prompts, others, bool(compare and rollout > 1), output, len(requests))
+    frames = bool(given or rollout > 1 or any(request.has_input for request in requests))
+    chosen = choice.choose_model(recipe, model, overrides, frames=frames)
     overrides = [*chosen.overrides, *overrides]
     r = options.open_recipe(chosen.recipe, overrides, print_recipe, json_, trains=False).recipe
-    if prompts is not None and (prompt or batch_ or compare or num_processes or prompts != "-"):
-        raise UserError(
-            "reads from standard input only", code=ExitCode.USAGE, where="--prompts",
-            fix="use `--prompts -` without --prompt, --batch, --compare and --num-processes",
-        )  # fmt: skip
-    requests = [] if prompts else _requests(prompt or [], batch_)
-    if output.suffix.lower() == ".mp4" and (prompts or len(requests) > 1):
-        raise UserError(
-            f"one file for {len(requests) or 'many'} videos", code=ExitCode.USAGE, where="--output",
-            fix="give a folder, such as `--output outputs`",
-        )  # fmt: skip
-    if output.suffix.lower() in paths.VIDEO_SUFFIXES - {".mp4"} and not output.is_dir():
-        raise UserError(
-            f"{output.suffix} files are not written", code=ExitCode.USAGE,
-            where=f"--output {output}", fix="name an .mp4 file, or a folder",
-        )  # fmt: skip
     weights = choice.add_loras(
         choice.find_weights(r, chosen.weights), tuple(map(choice.read_lora, lora or ()))
     )
-    settings = Settings(r, weights, output, overwrite)
+    settings = Settings(r, weights, output, overwrite, given=given, segments=rollout)
     both = [settings]
     if compare:
         both = batch.compared(settings, compare, chosen.recipe, overrides)
     steps = "fast" if r.speed == "fast" else f"{r.num_steps} steps"
+    segments = f"{rollout} segments of " if rollout > 1 else ""
     console.say(
-        f"{r.model} ({weights.path}): {r.num_frames} frames, {r.width}x{r.height} at "
+        f"{r.model} ({weights.path}): {segments}{r.num_frames} frames, {r.width}x{r.height} at "
         f"{r.fps:g} fps, {steps}, guidance {r.guidance:g}"
     )
     _say_what_is_short(r, requests)
@@ -163,11 +181,68 @@ def generate(
     console.emit(result, as_json=json_)
 
 
+def _check_options(prompts: str | None, others: bool, both: bool, output: Path, count: int) -> None:
+    """Refuse options that do not go together.
+
+    Args:
+        prompts: the value of --prompts.
+        others: True if an option is given that does not go with --prompts.
+        both: True if --compare and --rollout are given.
+        output: the value of --output.
+        count: the number of videos, 0 if it is not known.
+
+    Raises:
+        UserError: two options contradict one another.
+    """
+    if prompts is not None and (others or prompts != "-"):
+        raise UserError(
+            "reads from standard input only", code=ExitCode.USAGE, where="--prompts",
+            fix="use `--prompts -` without --prompt, --batch, --compare and --num-processes",
+        )  # fmt: skip
+    if both:
+        raise UserError(
+            "shows single videos side by side", code=ExitCode.USAGE, where="--compare",
+            fix="leave out --rollout or --compare",
+        )  # fmt: skip
+    if output.suffix.lower() == ".mp4" and (prompts or count > 1):
+        raise UserError(
+            f"one file for {count or 'many'} videos", code=ExitCode.USAGE, where="--output",
+            fix="give a folder, such as `--output outputs`",
+        )  # fmt: skip
+    if output.suffix.lower() in paths.VIDEO_SUFFIXES - {".mp4"} and not output.is_dir():
+        raise UserError(
+            f"{output.suffix} files are not written", code=ExitCode.USAGE,
+            where=f"--output {output}", fix="name an .mp4 file, or a folder",
+        )  # fmt: skip
+
+
+def _given(image: Path | None, video: Path | None, frames: int | None) -> Given | None:
+    """Return the input that the options name.
+
+    Raises:
+        UserError: they contradict one another.
+    """
+    from cosmos_cli.generate.jobs import Request
+
+    if image and video:
+        raise UserError(
+            "--image and --video are both given", code=ExitCode.USAGE, where="--image",
+            fix="give one of them",
+        )  # fmt: skip
+    path = image or video
+    where = "--image" if image else "--video" if video else "--num-input-frames"
+    if path:
+        return Request("", where).given(files.expand(path), bool(video), frames)
+    if frames is not None:
+        raise UserError("needs a video", code=ExitCode.USAGE, where=where, fix="add `--video FILE`")
+    return None
+
+
 def _say_what_is_short(r: Recipe, requests: list[Request]) -> None:
     """Say if NVIDIA's command would lengthen a prompt that is used here as it is."""
     words = [len(request.prompt.split()) for request in requests if request.prompt]
     short = [count for count in words if count <= r.upsampler_word_limit]
-    if r.spec.embedded or r.upsampler != "off" or not short:
+    if r.spec.embedded or r.spec.takes_frames or r.upsampler != "off" or not short:
         return
     folder = Path(r.checkpoints_dir, paths.UPSAMPLER_DIR)
     option = f"--set {shlex.quote(f'upsampler={folder}')}"

@@ -52,6 +52,11 @@ PUBLISHED_MD5 = {
         "safety_filter.pt": "b46dc2ad821fc3b0d946549d7ade19cf",
         "Resnet50_Final.pth": "bce939bc22d8cec91229716dd932e56e",
     },
+    "nvidia/Cosmos-Predict1-7B-Video2World": {
+        "model.pt": "ebcdb19c4c4a6a0e1e0bb65e346f6867",
+        "safety_filter.pt": "b46dc2ad821fc3b0d946549d7ade19cf",
+        "Resnet50_Final.pth": "bce939bc22d8cec91229716dd932e56e",
+    },
     "nvidia/Cosmos-Tokenize1-CV8x8x8-720p": {
         "encoder.jit": "f5834d03645c379bc0f8ad14b9bc0299",
         "decoder.jit": "ff21a63ed817ffdbe4b6841111ec79a8",

@@ -21,11 +21,11 @@ from torch import Tensor
 
 from cosmos_cli import console, paths
 from cosmos_cli.errors import ExitCode, UserError
-from cosmos_cli.evaluate import comparison, features, samples, statistics, video_scores
+from cosmos_cli.evaluate import comparison, features, samples, statistics
 from cosmos_cli.evaluate.samples import Sample, Store, Trial
 from cosmos_cli.generate.jobs import Weights
 from cosmos_cli.generate.video_models import load_denoiser
-from cosmos_cli.model import edm, rgb
+from cosmos_cli.model import edm, rgb, video_scores
 from cosmos_cli.model.device import number_format
 from cosmos_cli.model.dit import DiT
 from cosmos_cli.model.tiny import scorer, world
@@ -374,17 +374,18 @@ def decoded(tokenizer: Tokenizer, clips: Clips, most: int) -> Iterator[Tensor]:
 def clip_errors(r: Recipe, net: DiT, clips: Clips) -> dict[str, list[float]]:
     """Return the EDM error of each clip at each of `edm.FIXED_SIGMAS`, with fixed noise.
 
-    The keys are like sigma_0.32.
+    The keys are like sigma_0.32. The model's spec scales the noise levels. Of a Video2World model,
+    it is the error with one latent frame given.
 
     Raises:
         UserError: an error is not finite.
     """
     device = next(net.parameters()).device
     loss = edm.EDMLoss(net, r.spec).to(device)
-    measured = HeldOut(clips, r.validate_clips)
-    errors: dict[float, list[float]] = {sigma: [] for sigma in edm.FIXED_SIGMAS}
+    measured = HeldOut(clips, r.validate_clips, counts=(1,))
+    errors: dict[float, list[float]] = {sigma: [] for sigma in measured.sigmas}
     with console.progress("clips", len(measured.samples), "samples") as bar:
-        for i, (_, level) in enumerate(measured.samples):
+        for i, (_, level, _) in enumerate(measured.samples):
             _, edm_B = loss(*measured.batch(i).to(device))
             if not edm_B.isfinite().all():
                 raise UserError(
@@ -392,7 +393,7 @@ def clip_errors(r: Recipe, net: DiT, clips: Clips) -> dict[str, list[float]]:
                     where=measured.batch(i).samples[0],
                     fix="train again with a lower learning_rate",
                 )  # fmt: skip
-            errors[edm.FIXED_SIGMAS[level]] += edm_B.tolist()
+            errors[measured.sigmas[level]] += edm_B.tolist()
             bar.advance()
     return {f"sigma_{sigma:.2g}": values for sigma, values in errors.items()}
 

@@ -28,6 +28,7 @@ from cosmos_cli import console
 from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.generate.video_models import load_denoiser
 from cosmos_cli.model import edm, rgb, sampler
+from cosmos_cli.model.cond_frames import CondFrames, Network
 from cosmos_cli.model.device import number_format
 from cosmos_cli.model.dit import DiT, Prompt, Rope, patch_grid, rope_table
 from cosmos_cli.model.tiny import world
@@ -173,10 +174,13 @@ class Denoiser:
             pos_LD, _ = self.net.locate(grid, self.fps_B)
             prompt = Prompt(pos_LD, self.rope(grid, axes), self.net.read(self.text_emb_BMD))
             noise = sampler.start_noise(seed, tuple(x0.shape)).to(x0)
+            net: Network = partial(self.net, prompt=prompt)
+            if self.net.spec.cond_channels:
+                none_B = torch.zeros_like(sigma_B)
+                net = CondFrames.of(x0, none_B, sigma_B, noise).shown_to(net, self.sigma_data)
             denoised = edm.denoise(
-                partial(self.net, prompt=prompt), x0 + sigma * noise, sigma_B,
-                self.text_emb_BMD, self.fps_B, self.sigma_data,
-            )  # fmt: skip
+                net, x0 + sigma * noise, sigma_B, self.text_emb_BMD, self.fps_B, self.sigma_data
+            )
             error = (denoised - x0).square().mean()
             losses.append(edm.loss_weight(sigma_B, self.sigma_data) * error)
         return torch.cat(losses).mean().item()

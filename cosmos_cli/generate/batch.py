@@ -149,6 +149,7 @@ def batch(
         for result in _generate(list(dict.fromkeys(todo)), processes):
             if result.job and result.made:
                 console.say(f"saved {result.job.path}")
+                _say_drift(result.job)
                 made.add(_say_side(sides[result.job], result.job))
             yield result
     if len(settings) > 1:
@@ -156,6 +157,22 @@ def batch(
         pairs = zip(wanted[: len(requests)], wanted[len(requests) :], strict=True)
         finished = [(one, two) for one, two in pairs if one in made and two in made]
         yield from _comparisons(settings, list(dict.fromkeys(finished)))
+
+
+def _say_drift(job: Job) -> None:
+    """Say how the picture changes over the segments of a rollout."""
+    if job.segments == 1:
+        return
+    rows = files.read_json(job.files[0])["segments"]
+    names = ("sharpness", "brightness", "saturation")
+    table, frames = [], 0
+    for number, row in enumerate(rows, start=1):
+        begin, frames = frames, frames + row["frames"]
+        changes = (row[name] / max(rows[0][name], 1e-9) - 1 for name in names)
+        cells = (f"{row[name]:.3f} ({c:+.0%})" for name, c in zip(names, changes, strict=True))
+        seconds = f"{begin / job.r.fps:.1f} to {frames / job.r.fps:.1f} s"
+        table.append((str(number), seconds, *cells))
+    console.say(console.table(table, ("segment", "time", *names)))
 
 
 def _say_side(side: str, job: Job) -> Job:
@@ -188,7 +205,7 @@ def _comparisons(settings: Sequence[Settings], pairs: list[tuple[Job, Job]]) -> 
         parts = [one.weights.identity, two.weights.identity]
         parts += [one.key] if one.weights == two.weights else []
         both = Weights(two.weights.path, files.sha256_text(*parts))
-        joined = replace(second, r=two.r, weights=both, output=folder)
+        joined = replace(second, r=two.r, weights=both, output=folder, given=two.given)
         result = plan_request(Request(two.prompt), joined)
         if result.job and not result.made:
             compare({first.side: one, second.side: two}, result.job)

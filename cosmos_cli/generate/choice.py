@@ -16,13 +16,15 @@ from cosmos_cli.generate import hashes, promoted
 from cosmos_cli.generate.jobs import Lora, Weights
 from cosmos_cli.generate.promoted import Promoted
 from cosmos_cli.recipe import strict_yaml
-from cosmos_cli.spec import COSMOS_7B, MODELS, TINY, ModelSpec
+from cosmos_cli.spec import COSMOS_7B, MODELS, TINY, TINY_VIDEO2WORLD, VIDEO2WORLD_7B, ModelSpec
 
 if TYPE_CHECKING:
     from cosmos_cli.recipe.keys import Recipe
 
 # The shipped recipe with the native video size of a model, for weights without a recipe.yaml.
-_OWN_SIZES = {TINY.name: "tiny", COSMOS_7B.name: "my_videos"}
+_OWN_SIZES = {
+    TINY.name: "tiny", COSMOS_7B.name: "my_videos", VIDEO2WORLD_7B.name: "my_videos_video2world",
+}  # fmt: skip
 _NAMES_SHOWN = 5
 
 
@@ -38,10 +40,13 @@ class Choice:
     overrides: tuple[str, ...] = ()
 
 
-def choose_model(recipe: str | None, model: str | None, overrides: list[str]) -> Choice:
+def choose_model(
+    recipe: str | None, model: str | None, overrides: list[str], *, frames: bool = False
+) -> Choice:
     """Return the choice that the recipe and --model make; report what the user did not name.
 
-    Without either, use the model promoted last, else the downloaded base, else the tiny model.
+    Without either, use the model promoted last, else the downloaded base, else the tiny model. With
+    `frames`, use a Video2World model, which continues given frames, else a Text2World model.
 
     Raises:
         UserError: --model names nothing that exists, or a promoted model cannot be read.
@@ -49,7 +54,7 @@ def choose_model(recipe: str | None, model: str | None, overrides: list[str]) ->
     if model not in (None, "promoted", "base"):
         return _by_name(recipe, model, overrides)
     if recipe is None:
-        return _newest(model, overrides)
+        return _newest(model, overrides, frames)
     if model == "base":
         return Choice(recipe)
     from cosmos_cli.recipe.loading import load
@@ -73,10 +78,13 @@ def choose_model(recipe: str | None, model: str | None, overrides: list[str]) ->
 # --- without a recipe -----------------------------------------------------------------------------
 
 
-def _newest(model: str | None, overrides: list[str]) -> Choice:
+def _newest(model: str | None, overrides: list[str], frames: bool) -> Choice:
     checkpoints_dir = _typed(overrides, "checkpoints_dir") or "checkpoints"
     spec = MODELS.get(_typed(overrides, "model") or "")
-    if models := promoted.found(checkpoints_dir, spec):
+    specs = [spec] if spec else [one for one in MODELS.values() if one.takes_frames == frames]
+    models = promoted.found(checkpoints_dir, spec)
+    models = [one for one in models if spec or _spec(one.folder) in specs]
+    if models:
         folder = models[0].folder
         choice = _with_own_recipe(folder, overrides)
         if model == "base":
@@ -86,7 +94,7 @@ def _newest(model: str | None, overrides: list[str]) -> Choice:
     if model == "promoted":
         raise _none_promoted()
     where = Path(checkpoints_dir).absolute()
-    for base in (spec,) if spec else MODELS.values():
+    for base in specs:
         weights = paths.model_files(base, checkpoints_dir).dit
         if not base.embedded and os.path.lexists(weights):
             console.say(f"nothing was promoted in {where}: using the base model {base.name}")
@@ -95,7 +103,17 @@ def _newest(model: str | None, overrides: list[str]) -> Choice:
         f"nothing was promoted and no base model downloaded in {where}: using the embedded tiny "
         "model, whose videos are small; name a RECIPE or a --model to use another"
     )
-    return Choice("tiny")
+    return _of_spec(TINY_VIDEO2WORLD if frames else TINY, None)
+
+
+def _spec(folder: Path) -> ModelSpec:
+    """Return the model of a promoted folder: that of its recipe, else that of its name."""
+    own = folder / "recipe.yaml"
+    with contextlib.suppress(UserError):
+        entries, _ = strict_yaml.read_entries(own)
+        if named := MODELS.get(str(entries["model"].value) if "model" in entries else ""):
+            return named
+    return promoted.model_of(folder) or COSMOS_7B
 
 
 def _typed(overrides: list[str], key: str) -> str | None:
@@ -199,7 +217,8 @@ def _where_checkpoints_are(recipe: Path) -> tuple[str, ...]:
 def _of_spec(spec: ModelSpec, weights: Path | None) -> Choice:
     if name := _OWN_SIZES.get(spec.name):
         return Choice(name, weights)
-    return Choice(_OWN_SIZES[COSMOS_7B.name], weights, (f"model={spec.name}",))
+    like = TINY if spec.embedded else COSMOS_7B
+    return Choice(_OWN_SIZES[like.name], weights, (f"model={spec.name}",))
 
 
 # --- for people -----------------------------------------------------------------------------------

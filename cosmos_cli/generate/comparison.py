@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from typing import Any
 
 import torch
@@ -55,7 +56,8 @@ def compare(sides: dict[str, Job], joined: Job) -> None:
         about["difference"] = difference(joined, *videos.values())
     files.write_text(joined.path.with_suffix(".html"), _page(sides, joined, about))
     sheet = rgb.contact_sheet(pixels, columns=2, rows=4, width=640)
-    outputs.write_outputs(joined, joined.prompt, pixels, sheet, about)
+    save = partial(outputs.write_video, joined, pixels)
+    outputs.write_outputs(joined, joined.prompt, save, sheet, about)
 
 
 @torch.inference_mode()

@@ -8,12 +8,18 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cosmos_cli import files
 from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.paths import VIDEO_SUFFIXES
-from cosmos_cli.spec import FAST_EXTRAPOLATION, FAST_GUIDED_ABOVE, FAST_LOG_SIGMAS
+from cosmos_cli.spec import (
+    FAST_EXTRAPOLATION,
+    FAST_GUIDED_ABOVE,
+    FAST_LOG_SIGMAS,
+    GIVEN_FRAMES,
+    MODELS,
+)
 
 if TYPE_CHECKING:
     from cosmos_cli.recipe.keys import Recipe
@@ -25,6 +31,9 @@ LINE_KEYS = {
     "num_steps": "num_steps",
     "guidance": "guidance",
 }
+# The keys of a line that name a picture or a video to continue; the last is that of NVIDIA's
+# command.
+_INPUT_KEYS = ("image", "video", "visual_input")
 # The keys that were added to the hash of a video, and the values of the videos made before.
 LATER_KEYS = {"speed": "exact", "sampling_precision": "bf16"}
 # The text encoder reads about 2,500 characters. A far longer prompt is a file given by mistake.
@@ -64,6 +73,28 @@ class Weights:
 
 
 @dataclass(frozen=True)
+class Given:
+    """Name the picture, or the last `frames` frames of the video, that a video continues."""
+
+    path: Path
+    is_video: bool
+    frames: int
+    sha256: str = ""
+
+
+class Wanted(NamedTuple):
+    """Hold what a request asks for: the prompt, recipe keys that it changes, a file name, an input.
+
+    The name is "" and the input None if the request has none.
+    """
+
+    prompt: str
+    changes: dict[str, Any]
+    name: str = ""
+    given: Given | None = None
+
+
+@dataclass(frozen=True)
 class Request:
     """Hold one line of a batch as the user wrote it: a prompt, or a JSON object with one."""
 
@@ -71,23 +102,21 @@ class Request:
     where: str = "--prompt"
     is_object: bool = False
 
-    def read(self) -> tuple[str, dict[str, Any], str]:
-        """Return the prompt, the recipe keys that the request changes, and the name of its file.
-
-        The name is "" if the request has none.
+    def read(self) -> Wanted:
+        """Return what the request asks for.
 
         Raises:
             UserError: the text is not an object like {"prompt": "...", "seed": 1}.
         """
         if not self.is_object:
-            return self.text, {}, ""
+            return Wanted(self.text, {})
         try:
             entry = json.loads(self.text)
         except (ValueError, RecursionError):
             entry = None
         if not isinstance(entry, dict):
             raise self.error('is not an object like {"prompt": "...", "seed": 1}')
-        known = ["prompt", "output", *LINE_KEYS]
+        known = ["prompt", "output", *_INPUT_KEYS, "num_input_frames", *LINE_KEYS]
         if unknown := sorted(entry.keys() - set(known)):
             close = difflib.get_close_matches(unknown[0].lower(), known, 1)
             fix = f"did you mean {close[0]!r}?" if close else f"a line may have {', '.join(known)}"
@@ -95,8 +124,44 @@ class Request:
         if not isinstance(prompt := entry.pop("prompt", None), str):
             what = "has no prompt" if prompt is None else f"has the prompt {json.dumps(prompt)}"
             raise self.error(what, 'write it as in {"prompt": "...", "seed": 1}')
-        output = entry.pop("output", "")
-        return prompt, {LINE_KEYS[key]: value for key, value in entry.items()}, self._name(output)
+        name, given = self._name(entry.pop("output", "")), self._input(entry)
+        changes = {LINE_KEYS[key]: value for key, value in entry.items() if key in LINE_KEYS}
+        return Wanted(prompt, changes, name, given)
+
+    def _input(self, entry: dict[str, Any]) -> Given | None:
+        """Return the picture or video that a line names.
+
+        Raises:
+            UserError: it names two, or something else than a file.
+        """
+        named = {key: entry[key] for key in _INPUT_KEYS if key in entry}
+        count = entry.get("num_input_frames")
+        if len(named) > 1:
+            raise self.error(f"names both {' and '.join(named)}", "name one of them")
+        if not named:
+            if count is not None:
+                raise self.error("num_input_frames needs a video", 'add "video": "FILE"')
+            return None
+        key, path = next(iter(named.items()))
+        if not isinstance(path, str) or not path:
+            raise self.error(f"{key} is {json.dumps(path)[:60]}", f'write it as "{key}": "FILE"')
+        is_video = key == "video" or Path(path).suffix.lower() in VIDEO_SUFFIXES
+        return self.given(files.expand(path), is_video and key != "image", count)
+
+    def given(self, path: Path, is_video: bool, count: Any) -> Given:
+        """Return an input of which `count` frames are used; None takes as many as it can give.
+
+        Raises:
+            UserError: the model cannot be given so many frames, or a picture has not as many.
+        """
+        most = GIVEN_FRAMES[-1] if is_video else 1
+        count = most if count is None else count
+        if not isinstance(count, int) or count not in GIVEN_FRAMES:
+            fix = f"use {' or '.join(map(str, GIVEN_FRAMES))}"
+            raise self.error(f"the number of input frames is {count!r}", fix)
+        if count > most:
+            raise self.error(f"a picture is one frame, not {count}", "give a video, or 1 frame")
+        return Given(path.absolute(), is_video, count)
 
     def _name(self, output: Any) -> str:
         """Return the name of the file that a line asks for.
@@ -120,9 +185,17 @@ class Request:
     def prompt(self) -> str:
         """Return the prompt, or "" if the text cannot be read."""
         try:
-            return self.read()[0]
+            return self.read().prompt
         except UserError:
             return ""
+
+    @property
+    def has_input(self) -> bool:
+        """True if the request names a picture or a video, as far as it can be read."""
+        try:
+            return self.read().given is not None
+        except UserError:
+            return False
 
     def error(self, what: str, fix: str = "") -> UserError:
         """Return an error that names the place of the request."""
@@ -133,7 +206,8 @@ class Request:
 class Settings:
     """Hold what all videos of a command share; `output` is an .mp4 file or a folder.
 
-    `side` is what --compare calls these videos: base, post-trained, exact, fast or fp8.
+    `side` is what --compare calls these videos: base, post-trained, exact, fast or fp8. `given` is
+    the input of requests that name none.
     """
 
     r: Recipe
@@ -141,16 +215,23 @@ class Settings:
     output: Path
     overwrite: bool
     side: str = ""
+    given: Given | None = None
+    segments: int = 1
 
 
 @dataclass(frozen=True)
 class Job:
-    """Describe one video to generate; `r` includes the changes that its request makes."""
+    """Describe one video to generate; `r` includes the changes that its request makes.
+
+    It has `segments` parts, each but the first the continuation of the one before.
+    """
 
     prompt: str
     r: Recipe
     weights: Weights
     path: Path
+    given: Given | None = None
+    segments: int = 1
 
     @property
     def key(self) -> str:
@@ -163,7 +244,20 @@ class Job:
         if self.r.speed == "fast":
             # Videos of other levels, as of another version, are others.
             values += [FAST_LOG_SIGMAS, FAST_GUIDED_ABOVE, FAST_EXTRAPOLATION]
-        return files.sha256_text(self.prompt, self.weights.identity, json.dumps(values))
+        more = []
+        if self.given:
+            # Two keys of prep also decide what is seen of the input.
+            more = [self.given.sha256, self.given.frames, self.r.resize, self.r.fps_policy]
+        if self.segments > 1:
+            more.append(self.segments)
+        parts = (self.prompt, self.weights.identity, json.dumps(values), *map(str, more))
+        return files.sha256_text(*parts)
+
+    @property
+    def num_frames(self) -> int:
+        """Return the frames of the whole video; a segment repeats the last ones before it."""
+        own = self.r.num_frames
+        return own + (self.segments - 1) * (own - GIVEN_FRAMES[-1])
 
     @property
     def stem(self) -> str:
@@ -196,14 +290,25 @@ class Result:
         if self.job:
             about |= {"seed": self.job.r.sampling_seed, "path": str(self.job.path)}
             about["weights"] = str(self.job.weights.path)
+            if self.job.given:
+                about["input"] = str(self.job.given.path)
+            if self.job.segments > 1:
+                about |= {"segments": self.job.segments, "num_frames": self.job.num_frames}
         return {**about, "error": str(self.error)} if self.error else about
 
 
 def to_json(job: Job) -> dict[str, Any]:
     """Return the job as JSON, for another process."""
-    value = {"prompt": job.prompt, "r": job.r.model_dump(mode="json"), "path": str(job.path)}
-    weights = asdict(job.weights)
-    return {**value, "weights": json.loads(json.dumps(weights, default=str))}
+    value = {
+        "prompt": job.prompt,
+        "r": job.r.model_dump(mode="json"),
+        "path": job.path,
+        "given": asdict(job.given) if job.given else None,
+        "segments": job.segments,
+        "weights": asdict(job.weights),
+    }
+    plain: dict[str, Any] = json.loads(json.dumps(value, default=str))
+    return plain
 
 
 def from_json(value: dict[str, Any]) -> Job:
@@ -212,11 +317,14 @@ def from_json(value: dict[str, Any]) -> Job:
 
     weights = value["weights"]
     loras = tuple(Lora(**{**lora, "path": Path(lora["path"])}) for lora in weights["loras"])
+    given = value["given"] and Given(**{**value["given"], "path": Path(value["given"]["path"])})
     return Job(
         value["prompt"],
         Recipe.model_validate(value["r"]),
         Weights(Path(weights["path"]), weights["sha256"], loras),
         Path(value["path"]),
+        given,
+        value["segments"],
     )
 
 
@@ -248,10 +356,10 @@ def resolve(request: Request, settings: Settings) -> Job:
     """Return the job of a request.
 
     Raises:
-        UserError: the request cannot be read, its prompt is empty, not UTF-8 or too long, or a
-            value is out of range.
+        UserError: the request cannot be read, its prompt is empty, not UTF-8 or too long, a value
+            is out of range, or its input is missing or of no use to the model.
     """
-    prompt, changes, name = request.read()
+    prompt, changes, name, given = request.read()
     try:
         (prompt + str(changes.get("negative_prompt"))).encode()
     except UnicodeEncodeError as error:
@@ -262,13 +370,37 @@ def resolve(request: Request, settings: Settings) -> Job:
         fix = f"shorten it to at most {MAX_CHARACTERS:,}; the model reads far fewer"
         raise request.error(f"the prompt has {len(prompt):,} characters", fix)
     r = _with_changes(request, settings.r, changes)
-    job = Job(prompt, r, settings.weights, settings.output.absolute())
+    given = _with_hash(request, r, given or settings.given)
+    output, segments = settings.output.absolute(), settings.segments
+    if segments > 1 and not r.spec.takes_frames:
+        what = f"{r.model} cannot continue a video, so it has no --rollout"
+        raise request.error(what, _other_model(r))
+    job = Job(prompt, r, settings.weights, output, given, segments)
     if job.path.suffix.lower() == ".mp4":
         if name:
             what = "names a file, and so does --output"
             raise request.error(what, "use `--output FOLDER`")
         return replace(job, path=job.path.with_suffix(".mp4"))
     return replace(job, path=job.path / (name or f"{job.stem}.mp4"))
+
+
+def _other_model(r: Recipe) -> str:
+    """Return a fix: the Video2World model that shares the networks of the recipe's model."""
+    twin = next((name for name, spec in MODELS.items() if spec.shared_with == r.spec), None)
+    return f"use `--set model={twin}`" if twin else "use a recipe of a Video2World model"
+
+
+def _with_hash(request: Request, r: Recipe, given: Given | None) -> Given | None:
+    if given is None:
+        return None
+    if not r.spec.takes_frames:
+        what = f"{r.model} makes videos from text and continues none"
+        raise request.error(what, _other_model(r))
+    files.require_regular(given.path, files.INPUT)
+    try:
+        return replace(given, sha256=files.sha256_file(given.path))
+    except OSError as error:
+        raise files.unreadable(given.path, files.INPUT, error) from error
 
 
 def _with_changes(request: Request, r: Recipe, changes: dict[str, Any]) -> Recipe:

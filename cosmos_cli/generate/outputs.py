@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import platform
+from collections.abc import Callable
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,10 +20,15 @@ from cosmos_cli.generate.text_models import negative_prompt
 from cosmos_cli.model import video
 
 
+def write_video(job: Job, pixels: Tensor, path: Path) -> None:
+    """Write the mp4 of a job."""
+    video.write_mp4(path, pixels, job.r.fps, job.r.video_crf)
+
+
 def write_outputs(
-    job: Job, words: str, pixels: Tensor, sheet: Image, about: dict[str, Any]
+    job: Job, words: str, save: Callable[[Path], None], sheet: Image, about: dict[str, Any]
 ) -> None:
-    """Write the files of a job, the sidecar first and the mp4 last.
+    """Write the files of a job, the sidecar first and the mp4, which `save` writes, last.
 
     The sidecar marks the files as ours if the process is killed halfway.
 
@@ -30,7 +37,7 @@ def write_outputs(
     """
     sidecar, prompt, picture, mp4 = job.files
     with files.atomic_file(mp4) as temporary:
-        video.write_mp4(temporary, pixels, job.r.fps, job.r.video_crf)
+        save(temporary)
         files.write_json(sidecar, {**about, "mp4_sha256": files.sha256_file(temporary)})
         files.write_text(prompt, words + "\n")
         with files.atomic_file(picture) as image:
@@ -49,6 +56,7 @@ def provenance(job: Job, words: str) -> dict[str, Any]:
         "model": job.r.model,
         "weights": {"path": str(job.weights.path), "sha256": job.weights.sha256},
         "loras": [{**asdict(used), "path": str(used.path)} for used in job.weights.loras],
+        "input": {**asdict(job.given), "path": str(job.given.path)} if job.given else None,
         "negative_prompt": negative_prompt(job.r),
         "recipe": json.loads(job.r.model_dump_json()),
         "versions": {

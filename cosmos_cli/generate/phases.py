@@ -8,13 +8,16 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from dataclasses import replace
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 from cosmos_cli import console
 from cosmos_cli.errors import ExitCode, UserError
-from cosmos_cli.generate import memory, outputs, precision
+from cosmos_cli.generate import inputs, memory, outputs, precision, rollout
 from cosmos_cli.generate.guards import guardrail
 from cosmos_cli.generate.jobs import Job, Result, Weights
 from cosmos_cli.generate.text_models import Conditioning, TextModels, negative_prompt
@@ -188,14 +191,56 @@ class Pipeline:
         """Generate the video of a job and write its files.
 
         Raises:
-            UserError: the video is not finite or blocked, or cannot be written.
+            UserError: the input cannot be used, the video is not finite or blocked, or it cannot
+                be written.
+        """
+        began = time.monotonic()
+        given = self.read_input(job) if job.given else None
+        if job.segments > 1:
+            rollout.make(self, job, text_emb, given)
+            return
+        made = self.segment(job, text_emb, given)
+        if made is None:
+            return
+        pixels, about = made
+        about["blurred_faces"] = self.blur(pixels)
+        about |= outputs.provenance(job, text_emb.prompt)
+        about["seconds"] = round(time.monotonic() - began, 2)
+        save = partial(outputs.write_video, job, pixels)
+        outputs.write_outputs(job, text_emb.prompt, save, rgb.contact_sheet(pixels), about)
+
+    def read_input(self, job: Job) -> Tensor:
+        """Return the frames that a job continues, uint8 CTHW.
+
+        Raises:
+            UserError: the file cannot be used, or the frame filter blocks it.
+        """
+        assert job.given and self.videos
+        pixels = inputs.read(job.given, job.r)
+        frame_filter = self.videos.frame_filter
+        if frame_filter and (reason := frame_filter.reason(pixels)):
+            reason = f"{reason} of the input {job.given.path.name}"
+            raise guardrail.blocked("frame filter", reason, job.prompt)
+        return pixels
+
+    def segment(
+        self, job: Job, text_emb: Conditioning, given: Tensor | None
+    ) -> tuple[Tensor, dict[str, Any]] | None:
+        """Return the pixels of a video, uint8 CTHW, and facts of how it was made.
+
+        Return None on a rank that does not write the video. `given` are the frames that it
+        continues.
+
+        Raises:
+            UserError: the video is not finite or blocked.
         """
         videos, name = self.videos, job.path.stem
-        began = time.monotonic()
+        if given is not None:
+            text_emb = replace(text_emb, frames=videos.encode(given))
         with phase(f"{name}: denoiser", self.device):
             x0, compiled = videos.sample(job, text_emb)
         if self.pair and not self.pair.writes:
-            return
+            return None
         if not x0.isfinite().all():
             raise not_finite_video("denoiser's latent", job)
         with phase(f"{name}: decoder", self.device):
@@ -204,17 +249,17 @@ class Pipeline:
             raise not_finite_video("decoded video", job)
         if videos.frame_filter and (reason := videos.frame_filter.reason(pixels)):
             raise guardrail.blocked("frame filter", reason, job.prompt)
-        faces = videos.face_blur.blur(pixels) if videos.face_blur else None
-        about = {
-            **outputs.provenance(job, text_emb.prompt),
-            "seconds": round(time.monotonic() - began, 2),
+        return pixels, {
             "attention": videos.attention,
             "fp8": videos.fp8,
             "compiled": compiled,
             "streamed_blocks": videos.streamed,
-            "blurred_faces": faces,
         }
-        outputs.write_outputs(job, text_emb.prompt, pixels, rgb.contact_sheet(pixels), about)
+
+    def blur(self, pixels: Tensor) -> int | None:
+        """Pixelate the faces of a video in place; return their number, None without this guard."""
+        face_blur = self.videos.face_blur
+        return face_blur.blur(pixels) if face_blur else None
 
 
 def not_finite_video(what: str, job: Job) -> UserError:

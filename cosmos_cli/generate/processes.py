@@ -6,15 +6,11 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 from cosmos_cli import console, files, gpus, ranks
 from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.generate import jobs
 from cosmos_cli.generate.jobs import Job, Result
-
-if TYPE_CHECKING:
-    from cosmos_cli.recipe.keys import Recipe
 
 # Longer than the 30 s that torchrun allows its ranks to end after SIGTERM.
 STOP_SECONDS = 40
@@ -29,13 +25,19 @@ def processes_for(todo: list[Job], wanted: int | None) -> int:
     """
     limit = wanted or max(len(gpus.gpu_names()), 1)
     for per_video in (8, 4, 2):
-        if limit >= per_video * len(todo) and all(_can_split(job.r, per_video) for job in todo):
+        if limit >= per_video * len(todo) and all(_can_split(job, per_video) for job in todo):
             return per_video * len(todo)
     return min(limit, len(todo))
 
 
-def _can_split(r: Recipe, processes: int) -> bool:
-    """True if `processes` processes can generate one video together."""
+def _can_split(job: Job, processes: int) -> bool:
+    """True if `processes` processes can generate one video together.
+
+    A rollout cannot be split: one process decodes the frames that its next segment continues.
+    """
+    r = job.r
+    if job.segments > 1:
+        return False
     tokens, per_pass = r.spec.tokens(r.num_frames, r.height, r.width), processes // 2
     return r.guidance > 0 and not tokens % per_pass and not r.spec.dit.heads % per_pass
 

@@ -24,11 +24,15 @@ from cosmos_cli.recipe.keys import Recipe
 
 @dataclass(frozen=True)
 class Conditioning:
-    """Hold the encoded prompt, its embedding (M, D) and that of the negative prompt."""
+    """Hold the encoded prompt, its embedding (M, D) and that of the negative prompt.
+
+    `frames` are the latents of the given frames, CTHW, for a Video2World model.
+    """
 
     prompt: str
     cond: Tensor
     uncond: Tensor
+    frames: Tensor | None = None
 
 
 class TextModels:

@@ -20,6 +20,7 @@ from cosmos_cli.generate.guards.guardrail import FrameFilter
 from cosmos_cli.generate.jobs import Job, Lora, Weights
 from cosmos_cli.generate.text_models import Conditioning
 from cosmos_cli.model import (
+    cond_frames,
     edm,
     fp8_sampling,
     kernels,
@@ -30,6 +31,7 @@ from cosmos_cli.model import (
     tensor_names,
     weights,
 )
+from cosmos_cli.model.cond_frames import CondFrames
 from cosmos_cli.model.device import number_format, why_not_compiled
 from cosmos_cli.model.dit import DiT, Prompt, patch_grid
 from cosmos_cli.model.finite import require_finite
@@ -108,6 +110,16 @@ class VideoModels:
         with torch.compiler.set_stance("force_eager") if plain else nullcontext():
             return sample_latents(job.r, self.net, [text_emb], seeds, label, self.pair), compiled
 
+    def encode(self, pixels_CTHW: Tensor) -> Tensor:
+        """Return the latents of given frames at the scale of x0, CTHW in fp32.
+
+        The tokenizer is causal, so they are those of a whole clip that begins with these frames, up
+        to the rounding of kernels for another size.
+        """
+        pixels = rgb.to_model(pixels_CTHW)[None].to(self.device, self.dtype)
+        latent_CTHW: Tensor = self.tokenizer.encode(pixels)[0]
+        return latent_CTHW.float()
+
     def decode(self, x0: Tensor) -> Tensor | None:
         """Return the pixels of a latent, uint8 CTHW on the CPU, or None if they are not finite."""
         decoded = self.tokenizer.decode(x0.to(self.dtype))[0]
@@ -133,6 +145,8 @@ def load_denoiser(
     with torch.device("meta"):
         net = DiT(r.spec.dit)
     state = weights.load_dit_state(base)
+    if remark := cond_frames.add_mask_columns(state, r.spec.dit):
+        console.say(remark)
     state = {k.removeprefix("net."): v for k, v in state.items() if k.startswith("net.")}
     net = net.to(dtype).requires_grad_(False)
     on_cpu = Residence(streamed).streamed_blocks(r.spec.dit.blocks)
@@ -186,6 +200,21 @@ def self_attention_backend(r: Recipe, net: DiT) -> str:
     return kernels.attention_backend(q_BLNK, q_BLNK, q_BLNK)
 
 
+def given_frames(
+    r: Recipe, text_embs: Sequence[Conditioning], seeds: Sequence[int], device: torch.device
+) -> CondFrames | None:
+    """Return the given frames of a batch, equally many per video; None for a Text2World model.
+
+    A Video2World model that is given none generates from the text alone.
+    """
+    if not r.spec.takes_frames:
+        return None
+    channels, frames, *size = r.spec.latent_shape(r.num_frames, r.height, r.width)
+    none = torch.zeros(channels, 0, *size)
+    x0 = [none if text.frames is None else text.frames.float().cpu() for text in text_embs]
+    return cond_frames.for_sampling(torch.stack(x0).to(device), frames, list(seeds))
+
+
 def sample_latents(
     r: Recipe,
     net: DiT,
@@ -219,8 +248,15 @@ def sample_latents(
 
     guided_net = sampler.guide(passes, r.guidance)
 
+    given = given_frames(r, text_embs, seeds, weight.device)
+
     def denoise(xt: Tensor, sigma_B: Tensor) -> Tensor:
-        return edm.denoise(guided_net, xt, sigma_B, texts_BMD[0], fps_B, r.spec.sigma_data)
+        inputs = (xt, sigma_B, texts_BMD[0], fps_B, r.spec.sigma_data)
+        if not given:
+            return edm.denoise(guided_net, *inputs)
+        frames = given.at(sigma_B)
+        told = frames.shown_to(guided_net, r.spec.sigma_data)
+        return frames.restore(edm.denoise(told, *inputs))
 
     with console.progress(label, r.evaluations, "steps") as bar:
         return sampler.sample(denoise, noise, r, lambda _: bar.advance())

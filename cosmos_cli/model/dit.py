@@ -66,8 +66,7 @@ class DiT(nn.Module):
         # Set where the GPU cannot hold all weights or activations.
         self.weights: WeightStream | None = None
         self.activations: ActivationStream | None = None
-        mask_channels = spec.patch_t * spec.patch_hw**2
-        self.x_embedder = linear(spec.patch_channels + mask_channels, spec.width)
+        self.x_embedder = linear(spec.patch_inputs, spec.width)
         self.pos_embedder = PositionTables(spec)
         self.t_embedder = TimeMLP(spec)
         self.t_norm = RMSNorm(spec.width)
@@ -86,7 +85,8 @@ class DiT(nn.Module):
         """Return the network output, BCTHW.
 
         Args:
-            x_BCTHW: c_in * xt. It and `text_emb_BMD` have the dtype of the parameters.
+            x_BCTHW: c_in * xt. It and `text_emb_BMD` have the dtype of the parameters. For a
+                Video2World model, its last channel is 1 on the given frames (see cond_frames.py).
             c_noise_B: ln(sigma) / 4, fp32.
             text_emb_BMD: padded with zeros, which take part in the softmax; there is no mask.
             fps_B: frames per second of each sample.

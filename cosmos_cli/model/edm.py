@@ -13,12 +13,15 @@ import hashlib
 import math
 from collections.abc import Callable
 from statistics import NormalDist
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from cosmos_cli.spec import ModelSpec
+
+if TYPE_CHECKING:
+    from cosmos_cli.model.cond_frames import CondFrames
 
 P_MEAN = 0.0
 P_STD = 1.0
@@ -137,17 +140,29 @@ class EDMLoss(nn.Module):
         self.sigma_data = spec.sigma_data
 
     def forward(
-        self, x0: Tensor, sigma_B: Tensor, noise: Tensor, text_emb: Tensor, fps_B: Tensor
+        self,
+        x0: Tensor,
+        sigma_B: Tensor,
+        noise: Tensor,
+        text_emb: Tensor,
+        fps_B: Tensor,
+        frames: CondFrames | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Return the loss to minimize (scalar) and the weighted EDM error of each sample (B).
 
         The loss is weight * |x0 - denoised|^2 * exp(-v) + v. It settles at 1 + log(error), which
-        may be negative, so watch the error instead.
+        may be negative, so watch the error instead. Given `frames` count in the loss, where their
+        error is 0, and not in the EDM error.
         """
         xt = x0 + sigma_B.view(-1, 1, 1, 1, 1) * noise
         text_emb = text_emb.to(next(self.net.parameters()).dtype)
-        denoised = denoise(self.net, xt, sigma_B, text_emb, fps_B, self.sigma_data)
+        net = frames.shown_to(self.net, self.sigma_data) if frames else self.net
+        denoised = denoise(net, xt, sigma_B, text_emb, fps_B, self.sigma_data)
+        if frames:
+            denoised = frames.restore(denoised)
         error_B = (x0 - denoised).square().mean(dim=(1, 2, 3, 4))
         edm_B = loss_weight(sigma_B, self.sigma_data) * error_B
         v_B = self.logvar(sigma_B.log() / 4)
-        return (edm_B * torch.exp(-v_B) + v_B).mean(), edm_B.detach()
+        loss = (edm_B * torch.exp(-v_B) + v_B).mean()
+        edm_B = edm_B.detach()
+        return loss, edm_B / frames.generated_share if frames else edm_B

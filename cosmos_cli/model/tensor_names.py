@@ -201,10 +201,13 @@ def check_keys(
 
 
 def _known_model(state: Mapping[str, Tensor]) -> str:
-    """Return the name of the model whose denoiser has the width and blocks of `state`, or ""."""
+    """Return the name of the model whose denoiser has the sizes of `state`, or ""."""
     width = len(state.get("net.t_norm.weight", ()))
     blocks = len({name.split(".")[2] for name in state if name.startswith("net.blocks.")})
-    found = (m.name for m in MODELS.values() if (m.dit.width, m.dit.blocks) == (width, blocks))
+    inputs = state["net.x_embedder.weight"].shape[-1] if "net.x_embedder.weight" in state else 0
+    sizes = (width, blocks, inputs)
+    specs = ((model.name, model.dit) for model in MODELS.values())
+    found = (name for name, dit in specs if (dit.width, dit.blocks, dit.patch_inputs) == sizes)
     return next(found, "")
 
 

@@ -88,7 +88,7 @@ def load_dit_state(path: Path) -> State:
     if path.is_dir():
         content = _read_diffusers(path)
     elif path.suffix == ".safetensors":
-        content = _read_safetensors(path)
+        content = read_safetensors(path)
     else:
         content = _state_dict(path)
     with reading(path):
@@ -161,7 +161,7 @@ def diffusers_config(spec: DiTSpec) -> dict[str, Any]:
     """Return the `config.json` of a denoiser for diffusers."""
     return {
         "_class_name": "CosmosTransformer3DModel",
-        "in_channels": spec.latent_channels,
+        "in_channels": spec.in_channels,
         "out_channels": spec.latent_channels,
         "num_attention_heads": spec.heads,
         "attention_head_dim": spec.head_width,
@@ -209,9 +209,9 @@ def load_tokenizer_state(path: Path) -> State:
         UserError: a file is missing, damaged, or holds more than tensors.
     """
     if path.suffix == ".safetensors":
-        state = _read_safetensors(path)
+        state = read_safetensors(path)
     elif (path / TOKENIZER_FILE).exists():
-        state = _read_safetensors(path / TOKENIZER_FILE)
+        state = read_safetensors(path / TOKENIZER_FILE)
     elif (path / "config.json").exists() and not (path / "encoder.jit").exists():
         state = rename_tokenizer(_read_diffusers(path))
         with reading(path / "config.json"):
@@ -335,7 +335,12 @@ def write_pt(content: Any, path: Path) -> Written:
         return Written(stream.tell(), stream.digest.hexdigest(), stream.pieces.hexdigest())
 
 
-def _read_safetensors(path: Path) -> State:
+def read_safetensors(path: Path) -> State:
+    """Load the tensors of a safetensors file under their own names.
+
+    Raises:
+        UserError: the file is missing or damaged.
+    """
     archives.check_safetensors(path)
     with reading(path):
         return load_file(path)
@@ -381,7 +386,7 @@ def _read_diffusers(folder: Path) -> State:
     state: State = {}
     for shard in shards:
         safe = shard.suffix == ".safetensors"
-        state |= _read_safetensors(shard) if safe else load_tensors(shard)
+        state |= read_safetensors(shard) if safe else load_tensors(shard)
     return state
 
 

@@ -135,7 +135,7 @@ def _finish(
     for row in rows:
         row["split"] = "heldout" if row["file"] in held_out else "train"
     manifest = {
-        "settings": {key: getattr(r, key) for key in r.deciding("dataset")},
+        "settings": r.dataset_settings,
         "videos": rows,
         "clips": [clip for v in videos for clip in latents.rows.get(v.name, ())],
         **notes.figures(),

@@ -502,6 +502,12 @@ class Recipe(BaseModel):
         return MODELS[self.model]
 
     @property
+    def dataset_settings(self) -> dict[str, Any]:
+        """The keys that decide what prep writes. Models that share networks share datasets."""
+        settings = {key: getattr(self, key) for key in self.deciding("dataset")}
+        return settings | {"model": (self.spec.shared_with or self.spec).name}
+
+    @property
     def evaluations(self) -> int:
         """Number of noise levels at which the denoiser is evaluated."""
         # res evaluates it once more, at the end, to get the result.

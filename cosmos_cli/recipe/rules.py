@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 
 from cosmos_cli.recipe.keys import FP8_MULTIPLE, SET_BY_FAST, Recipe
+from cosmos_cli.spec import GIVEN_FRAMES
 
 # Videos with a smaller share of a recipe's pixels should keep their size: enlarging adds no detail.
 LEAST_SHARE_OF_PIXELS = 0.5
@@ -13,16 +14,11 @@ LEAST_SHARE_OF_PIXELS = 0.5
 
 def conflicts(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str, str]]:
     """Yield the keys, the problem and the fix of each set of values that cannot work together."""
-    spec, tok = recipe.spec, recipe.spec.tokenizer
+    spec = recipe.spec
     if recipe.caption == "vlm" and not recipe.caption_model:
         fix = "name a vision-language model with `--set caption_model=FOLDER`"
         yield ("caption", "caption_model"), "caption vlm needs caption_model", fix
-    if (recipe.num_frames - 1) % tok.temporal or recipe.num_frames > tok.chunk_frames:
-        rule = f"must be {tok.temporal}k + 1 and at most {tok.chunk_frames}"
-        fix = _nearest(
-            "num_frames", recipe.num_frames - 1, tok.temporal, tok.chunk_frames - 1, add=1
-        )
-        yield ("num_frames",), f"{rule}, found {recipe.num_frames}", fix
+    yield from _length_conflicts(recipe)
     for key, size in (("height", recipe.height), ("width", recipe.width)):
         if size % spec.size_multiple or size > spec.max_size:
             rule = f"must be a multiple of {spec.size_multiple} and at most {spec.max_size}"
@@ -66,6 +62,22 @@ def conflicts(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str, str]]:
         what += f"{micro} x {groups} = {clips_at_once}"
         keys = ("global_batch_size", "num_processes", "micro_batch_size", "sequence_parallel")
         yield keys, what, _nearest("global_batch_size", total, clips_at_once)
+
+
+def _length_conflicts(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str, str]]:
+    """Yield the conflict of a clip's length with the model, like `conflicts`."""
+    spec, tok = recipe.spec, recipe.spec.tokenizer
+    if (recipe.num_frames - 1) % tok.temporal or recipe.num_frames > tok.chunk_frames:
+        rule = f"must be {tok.temporal}k + 1 and at most {tok.chunk_frames}"
+        fix = _nearest(
+            "num_frames", recipe.num_frames - 1, tok.temporal, tok.chunk_frames - 1, add=1
+        )
+        yield ("num_frames",), f"{rule}, found {recipe.num_frames}", fix
+    least = GIVEN_FRAMES[-1] + tok.temporal
+    if spec.takes_frames and recipe.num_frames < least:
+        what = f"must be at least {least}, since {spec.name} is given up to {GIVEN_FRAMES[-1]}"
+        fix = f"use `--set num_frames={least}`"
+        yield ("num_frames",), f"{what}, found {recipe.num_frames}", fix
 
 
 def _speed_conflicts(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str, str]]:

@@ -13,7 +13,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cosmos_cli.errors import ExitCode, UserError
-from cosmos_cli.model import edm
+from cosmos_cli.model import cond_frames, edm
+from cosmos_cli.model.cond_frames import CondFrames
 from cosmos_cli.prep import embedding_files, latent_files
 from cosmos_cli.spec import ModelSpec
 
@@ -22,7 +23,8 @@ from cosmos_cli.spec import ModelSpec
 class Batch:
     """A batch of clips on the CPU with their sampled noise and noise levels.
 
-    Text dropout is already applied. Letters as in edm.py.
+    Text dropout is already applied. `given`, for a Video2World model, holds the number of given
+    latent frames, their noise levels and noise. Letters as in edm.py.
     """
 
     x0: Tensor
@@ -31,12 +33,16 @@ class Batch:
     text_emb: Tensor
     fps_B: Tensor
     names: tuple[str, ...]
+    given: tuple[Tensor, Tensor, Tensor] | None = None
 
-    def to(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Return the arguments of EDMLoss, moved to `device`."""
+    def to(self, device: torch.device) -> tuple[Any, ...]:
+        """Return the arguments of EDMLoss, moved to `device`; `CondFrames` is last, if any."""
         tensors = (self.x0, self.sigma_B, self.noise, self.text_emb, self.fps_B)
-        x0, sigma, noise, text_emb, fps = (t.to(device, non_blocking=True) for t in tensors)
-        return x0, sigma, noise, text_emb, fps
+        moved = [t.to(device, non_blocking=True) for t in tensors]
+        if not self.given:
+            return tuple(moved)
+        given = (t.to(device, non_blocking=True) for t in self.given)
+        return *moved, CondFrames.of(moved[0], *given)
 
     @property
     def samples(self) -> list[str]:
@@ -123,15 +129,16 @@ class Clips:
 
     def batch(self, step: int, samples: range, settings: BatchSettings) -> Batch:
         """Return the micro batch of these samples of an optimizer step."""
-        x0, sigma, noise, text_emb, fps, names = [], [], [], [], [], []
+        x0, sigma, noise, text_emb, fps, names, given = [], [], [], [], [], [], []
         for sample in samples:
             index = clip_of(step * settings.global_batch + sample, len(self), settings.seed)
             latent, embedding, rate = self.read(index)
-            drawn = edm.draw(
-                (settings.seed, step, sample), tuple(latent.shape), settings.text_dropout
-            )
+            key, shape = (settings.seed, step, sample), tuple(latent.shape)
+            drawn = edm.draw(key, shape, settings.text_dropout)
+            if self.spec.takes_frames:
+                given.append(cond_frames.draw(key, shape))
             x0.append(latent)
-            sigma.append(drawn.sigma)
+            sigma.append(drawn.sigma * self.spec.sigma_scale)
             noise.append(drawn.noise)
             text_emb.append(embedding * float(drawn.keep_text))
             fps.append(rate)
@@ -143,6 +150,7 @@ class Clips:
             torch.stack(text_emb),
             torch.tensor(fps),
             tuple(names),
+            cond_frames.stack(given) if given else None,
         )
 
 

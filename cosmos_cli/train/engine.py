@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,7 +11,7 @@ import torch.distributed as dist
 
 from cosmos_cli import console
 from cosmos_cli.errors import ExitCode, UserError
-from cosmos_cli.model import edm, fp8, kernels, lora, streaming, weights
+from cosmos_cli.model import cond_frames, edm, fp8, kernels, lora, streaming, weights
 from cosmos_cli.model.device import free_bytes, why_not_compiled
 from cosmos_cli.model.dit import DiT
 from cosmos_cli.recipe import gpu_models, plan
@@ -53,7 +54,8 @@ def build(r: Recipe, share: data.Share, device: torch.device) -> Any:
     kernels.put_cudnn_first()
     base = r.model_files.dit
     shapes = {name: checkpoint.full_shape(p) for name, p in module.named_parameters()}
-    state = {**weights.load_dit_state(base), **lora.fresh_factors(shapes, r.seed)}
+    state = load_base(r, base)
+    state |= lora.fresh_factors(shapes, r.seed)
     checkpoint.load_weights(module, state, base)
     if on_cpu:
         net.weights = streaming.WeightStream(net.blocks, on_cpu, device)
@@ -66,6 +68,25 @@ def build(r: Recipe, share: data.Share, device: torch.device) -> Any:
     console.say(f"optimizer: {kind.__name__} from {kind.__module__.partition('.')[0]}")
     engine, *_ = deepspeed.initialize(model=module, config=config, optimizer=optimizer)
     return engine
+
+
+def load_base(r: Recipe, base: Path) -> dict[str, torch.Tensor]:
+    """Return the base weights; those of a Text2World model become a start for Video2World.
+
+    Raises:
+        UserError: a file is missing or damaged, or a LoRA cannot train what the base lacks.
+    """
+    state = weights.load_dit_state(base)
+    remark = cond_frames.add_mask_columns(state, r.spec.dit)
+    if remark and r.lora_rank:
+        raise UserError(
+            f"{remark}; a LoRA does not train them, so the network would never learn which frames "
+            "are given", code=ExitCode.USAGE, where=str(base),
+            fix=f"start from the weights of {r.model}, or train all weights: `--set lora_rank=0`",
+        )  # fmt: skip
+    if remark:
+        console.say(remark)
+    return state
 
 
 def streamed_parts(r: Recipe, device: torch.device) -> Residence:

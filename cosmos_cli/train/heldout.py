@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from itertools import product
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
-from cosmos_cli.model import edm
+from cosmos_cli.model import cond_frames, edm
 from cosmos_cli.train import data
 from cosmos_cli.train.data import Batch, Clips
 
@@ -22,24 +24,38 @@ def spread(count: int, most: int) -> list[int]:
 class HeldOut:
     """Measures the EDM error of some clips, each at several fixed noise levels.
 
+    A Video2World model is measured with each of `counts` latent frames given, and the error is that
+    of the others. A Text2World model has the one count 0.
     The samples do not depend on the step, the seed or the number of processes, so errors can be
     compared within a run and between runs.
     """
 
     def __init__(
-        self, clips: Clips, most: int, sigmas: tuple[float, ...] = edm.FIXED_SIGMAS
+        self,
+        clips: Clips,
+        most: int,
+        sigmas: tuple[float, ...] = edm.FIXED_SIGMAS,
+        counts: tuple[int, ...] = cond_frames.COUNTS,
     ) -> None:
-        """Choose at most `most` of the clips, evenly spaced."""
-        self.clips, self.sigmas = clips, sigmas
+        """Choose at most `most` of the clips, evenly spaced; the model's spec scales `sigmas`."""
+        self.clips = clips
+        self.sigmas = tuple(clips.spec.sigma_scale * sigma for sigma in sigmas)
+        self.counts = counts if clips.spec.takes_frames else (0,)
         self.chosen = spread(len(clips), most)
-        self.samples = [(clip, level) for clip in self.chosen for level in range(len(sigmas))]
+        levels = range(len(sigmas))
+        self.samples = list(product(self.chosen, levels, self.counts))
 
     def batch(self, sample: int) -> Batch:
         """Return one clip at one noise level, with its text, as a batch."""
-        clip, level = self.samples[sample]
+        clip, level, count = self.samples[sample]
         x0, text_emb, fps = self.clips.read(clip)
         name = self.clips.clips[clip]["latent"]
         noise = torch.randn(x0.shape, generator=edm.keyed_generator((name, level)))
+        given = None
+        if self.clips.spec.takes_frames:
+            generator = edm.keyed_generator((name, level, "given frames"))
+            own = torch.randn(x0.shape, generator=generator)
+            given = cond_frames.stack([(count, cond_frames.AUG_MEDIAN, own)])
         return Batch(
             x0[None],
             torch.tensor([self.sigmas[level]]),
@@ -47,20 +63,22 @@ class HeldOut:
             text_emb[None],
             torch.tensor([fps]),
             (name,),
+            given,
         )
 
     @torch.no_grad()
     def measure(self, engine: Any, device: torch.device, step: int) -> dict[str, float]:
-        """Return the mean EDM error and the error at each noise level; every rank must call this.
+        """Return the mean EDM error and its mean at each noise level and each count of frames.
 
-        ZeRO-3 gathers weights in every forward pass, so all ranks must run equally many. A rank
-        that has no sample left repeats the last one without counting it.
+        Every rank must call this. ZeRO-3 gathers weights in every forward pass, so all ranks must
+        run equally many. A rank that has no sample left repeats the last one without counting it.
         """
-        levels, group_size = len(self.sigmas), engine.module.net.sequence.size
+        group_size = engine.module.net.sequence.size
         # All processes of a sequence-parallel group measure the same clip, so it is counted
         # `group_size` times.
         rank, world = dist.get_rank() // group_size, dist.get_world_size() // group_size
-        sums = torch.zeros(levels, dtype=torch.float64, device=device)
+        shape = len(self.sigmas), len(self.counts)
+        sums = torch.zeros(shape, dtype=torch.float64, device=device)
         not_finite = []
         engine.eval()
         for first in range(0, len(self.samples), world):
@@ -68,13 +86,23 @@ class HeldOut:
             batch = self.batch(sample)
             _, edm_B = engine(*batch.to(device))
             if first + rank == sample:
-                sums[self.samples[sample][1]] += edm_B.double().sum()
+                _, level, count = self.samples[sample]
+                sums[level, self.counts.index(count)] += edm_B.double().sum()
                 if not math.isfinite(edm_B.item()):
                     not_finite += batch.samples
         engine.train()
         dist.all_reduce(sums)
-        errors = (sums / (len(self.samples) // levels * group_size)).tolist()
-        if not all(map(math.isfinite, errors)):
+        errors = sums / (len(self.chosen) * group_size)
+        if not errors.isfinite().all():
             raise data.not_finite_error("error", f"step {step}, held-out clips", not_finite)
-        names = [f"heldout_sigma_{sigma:.2g}" for sigma in self.sigmas]
-        return {"heldout": sum(errors) / levels, **dict(zip(names, errors, strict=True))}
+        return self.figures(errors)
+
+    def figures(self, errors: Tensor) -> dict[str, float]:
+        """Return named means of the errors at each noise level (rows) and count (columns)."""
+        levels = errors.mean(dim=1).tolist()
+        named = {"heldout": sum(levels) / len(levels)}
+        named |= {f"heldout_sigma_{s:.2g}": e for s, e in zip(self.sigmas, levels, strict=True)}
+        if len(self.counts) > 1:
+            columns = zip(self.counts, errors.mean(dim=0).tolist(), strict=True)
+            named |= {f"heldout_given_{count}": error for count, error in columns}
+        return named

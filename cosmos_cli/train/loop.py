@@ -135,9 +135,8 @@ def optimize(
         sigmas_B.append(batch.sigma_B)
         if batch is not micro_batches[-1]:
             engine.step()
-    stats = metrics.Stats.over_ranks(
-        losses, errors_B, sigmas_B, requests.since_last_step(saver.run)
-    )
+    asked, scale = requests.since_last_step(saver.run), r.spec.sigma_scale
+    stats = metrics.Stats.over_ranks(losses, errors_B, sigmas_B, asked, scale)
     metrics.require_finite_loss(stats, step, micro_batches, errors_B)
     saver.wait_copied()
     engine.step()

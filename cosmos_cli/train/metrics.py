@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,8 +28,10 @@ class Stats:
     `edm` is the mean over all samples. `bands` holds the mean of each noise band, or None.
     """
 
-    def __init__(self, totals: list[float], asked: list[int]) -> None:
-        bands = len(edm.SIGMA_BANDS) - 1
+    def __init__(
+        self, totals: list[float], asked: list[int], edges: tuple[float, ...] = edm.SIGMA_BANDS
+    ) -> None:
+        self.edges, bands = edges, len(edges) - 1
         self.stop_code, self.save_asked, self.sample_asked = asked
         loss, micro_batches = totals[0], totals[1]
         sums, counts = totals[2 : 2 + bands], totals[2 + bands :]
@@ -43,14 +46,16 @@ class Stats:
         errors_B: list[torch.Tensor],
         sigmas_B: list[torch.Tensor],
         asked: tuple[int, bool, bool],
+        sigma_scale: float = 1.0,
     ) -> Stats:
-        """Reduce every rank's losses, errors and requests. The largest stop code wins."""
+        """Reduce every rank's losses, errors and requests. The largest stop code wins.
+
+        `sigma_scale` is that of the model's spec, and moves the noise bands.
+        """
+        edges = tuple(sigma_scale * edge for edge in edm.SIGMA_BANDS)
         errors = torch.cat(errors_B).double()
         sigmas, device = torch.cat(sigmas_B).to(errors.device), errors.device
-        inside = [
-            (sigmas >= low) & (sigmas < high)
-            for low, high in zip(edm.SIGMA_BANDS, edm.SIGMA_BANDS[1:], strict=False)
-        ]
+        inside = [(sigmas >= low) & (sigmas < high) for low, high in pairwise(edges)]
         asked_of_any = torch.tensor(asked, dtype=torch.int64, device=device)
         dist.all_reduce(asked_of_any, dist.ReduceOp.MAX)
         sums = torch.stack(
@@ -62,12 +67,12 @@ class Stats:
             ]
         )
         dist.all_reduce(sums)
-        return cls(sums.tolist(), asked_of_any.tolist())
+        return cls(sums.tolist(), asked_of_any.tolist(), edges)
 
     def row(self) -> dict[str, Any]:
         """Return the figures for metrics.jsonl. A noise band without a sample is null."""
-        names = [f"edm_sigma_below_{high:g}" for high in edm.SIGMA_BANDS[1:-1]]
-        names.append(f"edm_sigma_from_{edm.SIGMA_BANDS[-2]:g}")
+        names = [f"edm_sigma_below_{high:g}" for high in self.edges[1:-1]]
+        names.append(f"edm_sigma_from_{self.edges[-2]:g}")
         return {"loss": self.loss, "edm": self.edm, **dict(zip(names, self.bands, strict=True))}
 
 

@@ -76,8 +76,9 @@ def check_dataset(r: Recipe) -> tuple[int, int]:
     dataset = Dataset.at(r.dataset_dir, r.videos_dir)
     where = str(dataset.manifest)
     manifest = dataset.read_manifest()
+    wanted_settings = r.dataset_settings
     for key, prepared in manifest["settings"].items():
-        wanted = getattr(r, key, None)
+        wanted = wanted_settings.get(key, getattr(r, key, None))
         if wanted != prepared:
             raise UserError(
                 f"was prepared with {key} = {prepared}, the recipe says {wanted}",

@@ -24,7 +24,8 @@ from torch import Tensor
 
 from cosmos_cli import console, files
 from cosmos_cli.errors import UserError
-from cosmos_cli.model import edm, rgb, sampler, video
+from cosmos_cli.model import cond_frames, edm, rgb, sampler, video
+from cosmos_cli.model.cond_frames import CondFrames
 from cosmos_cli.model.device import gpu_memory_errors, has_room, is_out_of_memory
 from cosmos_cli.model.tokenizer import Tokenizer, load_tokenizer
 from cosmos_cli.paths import Dataset, Run
@@ -35,6 +36,8 @@ from cosmos_cli.train import nearest
 from cosmos_cli.train.data import Clips
 from cosmos_cli.train.heldout import HeldOut
 
+# The latent frames of a clip that a Video2World model is given.
+GIVEN = 1
 # A preview decodes this number of latent frames and shows the last frame of the result.
 LATENT_FRAMES = 2
 CELL_PIXELS = 200
@@ -68,7 +71,7 @@ class Previews:
         are then abandoned.
         """
         self.r, self.run, self.clips, self.stop_code = r, run, clips, stop_code
-        self.shown = HeldOut(shown, r.preview_clips, PREVIEW_SIGMAS)
+        self.shown = HeldOut(shown, r.preview_clips, PREVIEW_SIGMAS, (GIVEN,))
         self.budget = TimeBudget(r.preview_share)
         self.warned: set[str] = set()
 
@@ -120,18 +123,27 @@ class Previews:
         why = f"a forward pass needs {console.size(needed)} of GPU memory"
         _require([] if fits else [why], engine.device)
 
-    def _denoise(self, net: Any, missing: list[str], *inputs: Tensor) -> Tensor:
+    def _denoise(
+        self, net: Any, missing: list[str], frames: CondFrames | None, *inputs: Tensor
+    ) -> Tensor:
         """Return the denoiser's estimate, or xt once this rank has run out of memory.
 
         A rank that ran out of memory must still join every collective operation, or the others
         wait for it. Without ZeRO-3 and sequence parallelism a forward pass has no collectives, so
         only then can this rank survive the failure.
         """
+        sigma_data = self.r.spec.sigma_data
+        told = frames.shown_to(net, sigma_data) if frames else net
+
+        def estimate() -> Tensor:
+            denoised = edm.denoise(told, *inputs, sigma_data)
+            return frames.restore(denoised) if frames else denoised
+
         if self.r.zero_stage == 3 or net.sequence.size > 1:
-            return edm.denoise(net, *inputs, self.r.spec.sigma_data)
+            return estimate()
         if not missing:
             with _spared(missing):
-                return edm.denoise(net, *inputs, self.r.spec.sigma_data)
+                return estimate()
         return inputs[0]
 
     @torch.no_grad()
@@ -142,9 +154,11 @@ class Previews:
         dtype, missing = next(net.parameters()).dtype, list[str]()
 
         def estimate(i: int) -> Tensor:
-            x0, sigma_B, noise, text_emb, fps_B = self.shown.batch(i).to(device)
+            x0, sigma_B, noise, text_emb, fps_B, *given = self.shown.batch(i).to(device)
+            frames: CondFrames | None = given[0] if given else None
             xt = x0 + sigma_B.view(-1, 1, 1, 1, 1) * noise
-            denoised = self._denoise(net, missing, xt, sigma_B, text_emb.to(dtype), fps_B)
+            inputs = (xt, sigma_B, text_emb.to(dtype), fps_B)
+            denoised = self._denoise(net, missing, frames, *inputs)
             return denoised[:, :, :LATENT_FRAMES]
 
         estimates = _split_over_ranks(estimate, len(self.shown.samples), net.sequence.size)
@@ -210,13 +224,20 @@ class Previews:
         """Return the latent of one sample, (1, C, T, H, W)."""
         r = self.r
         fps_B = torch.tensor([r.fps], device=device)
-        cond = self.shown.clips.read(self.shown.chosen[i])[1][None]
-        cond = cond.to(device, next(net.parameters()).dtype)
+        x0, cond, _ = self.shown.clips.read(self.shown.chosen[i])
+        cond = cond[None].to(device, next(net.parameters()).dtype)
         text_embs = [cond, torch.zeros_like(cond)] if r.guidance else [cond]
+        shape = (1, *r.spec.latent_shape(r.num_frames, r.height, r.width))
+        given: CondFrames | None = None
+        if r.spec.takes_frames:
+            first = x0[None, :, :GIVEN].to(device)
+            given = cond_frames.for_sampling(first, shape[2], [r.sampling_seed + i])
 
         def passes(xt: Tensor, sigma_B: Tensor) -> list[Tensor]:
+            frames = given.at(sigma_B) if given else None
             used = text_embs if sampler.is_guided(r, sigma_B.log() / 4) else text_embs[:1]
-            return [self._denoise(net, missing, xt, sigma_B, text, fps_B) for text in used]
+            inputs = [(xt, sigma_B, text, fps_B) for text in used]
+            return [self._denoise(net, missing, frames, *own) for own in inputs]
 
         began, first = time.monotonic(), i == 0 and "samples" not in self.budget.cost
 
@@ -232,7 +253,6 @@ class Previews:
                     f"{console.duration(seconds)}; `--set sample_every_saves=0` makes none"
                 )
 
-        shape = (1, *r.spec.latent_shape(r.num_frames, r.height, r.width))
         noise = sampler.start_noise(r.sampling_seed + i, shape).to(device)
         return sampler.sample(sampler.guide(passes, r.guidance), noise, r, stop_if_asked)
 

@@ -14,6 +14,8 @@ split    the same steps by one process and by all together, guidance halves firs
          `torchrun --standalone --nproc-per-node 2 tests/bench/bench_generate.py --parts split`.
 command  the whole command `generate` from files of full size, line by line of what it says, next to
          dd of the same files: the first run fills the caches, the second has other words.
+given    some steps of a video from text, and from 1 and 9 frames with a Video2World network on
+         the same weights, blocks compiled, interleaved in one process.
 load     host memory while a model file of full size is loaded to the GPU.
 
 With `--model tiny` the same runs on a CPU in a minute, to try the script itself.
@@ -34,6 +36,7 @@ import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import common
@@ -50,7 +53,18 @@ from transformers import AutoTokenizer, T5Config, T5EncoderModel
 from cosmos_cli import files, paths
 from cosmos_cli.generate import memory, text_models, video_models, worker
 from cosmos_cli.gpus import best_device
-from cosmos_cli.model import edm, fp8_sampling, kernels, lora, rgb, streaming, text, video, weights
+from cosmos_cli.model import (
+    cond_frames,
+    edm,
+    fp8_sampling,
+    kernels,
+    lora,
+    rgb,
+    streaming,
+    text,
+    video,
+    weights,
+)  # fmt: skip
 from cosmos_cli.model.device import number_format
 from cosmos_cli.model.dit import DiT
 from cosmos_cli.model.lora_files import Change
@@ -61,7 +75,7 @@ from cosmos_cli.model.tokenizer import Tokenizer, load_tokenizer
 from cosmos_cli.recipe import loading
 from cosmos_cli.recipe.keys import Recipe
 from cosmos_cli.recipe.residence import Residence
-from cosmos_cli.spec import COSMOS_7B, TINY, DiTSpec, ModelSpec
+from cosmos_cli.spec import COSMOS_7B, MODELS, TINY, DiTSpec, ModelSpec
 
 # Frames, height and width at which the error against fp32 is measured.
 SMALL = {COSMOS_7B.name: (25, 352, 640), TINY.name: (9, 64, 96)}
@@ -104,8 +118,7 @@ def forward_flops(spec: DiTSpec, tokens: int, text_tokens: int) -> int:
     text_attention = 2 * 2 * tokens * d * d + 2 * 2 * text_tokens * text_d * d
     text_attention += 2 * 2 * tokens * text_tokens * d
     mlp = 2 * 2 * spec.mlp_ratio * tokens * d * d
-    patches_in = spec.patch_channels + spec.patch_t * spec.patch_hw**2
-    edges = 2 * tokens * d * (patches_in + spec.patch_channels)
+    edges = 2 * tokens * d * (spec.patch_inputs + spec.patch_channels)
     return spec.blocks * (self_attention + text_attention + mlp) + edges
 
 
@@ -509,6 +522,37 @@ def bench_sample(bench: Bench, net: DiT) -> Row:
     return {**found, "rows": rows}
 
 
+def bench_given(bench: Bench, net: DiT) -> Row:
+    """Some steps of Text2World, and of Video2World from 1 and 9 frames."""
+    r, twin = bench.r, next(s for s in MODELS.values() if s.shared_with == bench.spec)
+    state = {f"net.{name}": tensor for name, tensor in net.state_dict().items()}
+    cond_frames.add_mask_columns(state, twin.dit)
+    with torch.device("meta"):
+        told = DiT(twin.dit)
+    own = {name.removeprefix("net."): tensor for name, tensor in state.items()}
+    told.load_state_dict(own, assign=True)
+    nets = {"from text": sharing(net), "1 frame": told.eval()}
+    if bench.device != "cpu":
+        for one in nets.values():
+            video_models.compile_blocks(one)
+    nets["9 frames"] = nets["1 frame"]
+    embedding = torch.randn(r.spec.text.tokens, r.spec.text.channels, device=bench.device) * 0.1
+    channels, _, *cells = r.spec.latent_shape(*bench.size)
+
+    def run(name: str, count: int) -> Tensor:
+        frames = torch.randn(channels, count, *cells) * r.spec.sigma_data
+        prompt = text_models.Conditioning(PROMPT, embedding, embedding.flip(0), frames)
+        own = r.model_copy(update={"model": twin.name}) if count else r
+        return video_models.sample_latents(own, nets[name], [prompt], [1], name)
+
+    counts = zip(nets, (0, 1, 2), strict=True)
+    variants = {name: partial(run, name, count) for name, count in counts}
+    rows = interleaved(variants, bench.device, bench.rounds)
+    for row in rows:
+        row["times_from_text"] = round(row["seconds"] / rows[0]["seconds"], 4)
+    return {"steps": r.num_steps, "rows": rows}
+
+
 def bench_streamed(bench: Bench, net: DiT) -> Row:
     """The same latents with all weights on the GPU, and with those streamed that do not fit."""
     r, rows, found = bench.r, [], {}
@@ -712,7 +756,8 @@ class HostMemory:
 
 PARTS = {
     "forward": bench_forward, "fp8": bench_fp8, "lora": bench_lora, "sample": bench_sample,
-    "split": bench_split, "command": bench_command, "load": bench_load, "streamed": bench_streamed,
+    "split": bench_split, "given": bench_given, "command": bench_command, "load": bench_load,
+    "streamed": bench_streamed,
 }  # fmt: skip
 
 

@@ -4,9 +4,9 @@ import json
 
 import torch
 
-from cosmos_cli.evaluate import comparison, evaluation, features, page, samples, video_scores
+from cosmos_cli.evaluate import comparison, evaluation, features, page, samples
 from cosmos_cli.evaluate.samples import Sample, Trial
-from cosmos_cli.model import edm
+from cosmos_cli.model import edm, video_scores
 from cosmos_cli.recipe import loading
 from tests.helpers.stand_ins import moving_square
 

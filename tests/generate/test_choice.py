@@ -12,7 +12,7 @@ from tests.helpers.stand_ins import stand_in_weights
 pytestmark = pytest.mark.workflow
 
 SEVEN, FOURTEEN = "Cosmos-Predict1-7B-Text2World", "Cosmos-Predict1-14B-Text2World"
-TINY = "Cosmos-Tiny-Text2World"
+TINY, VIDEO = "Cosmos-Tiny-Text2World", "Cosmos-Predict1-7B-Video2World"
 
 
 @pytest.fixture(autouse=True)
@@ -57,7 +57,7 @@ def promoted(cosmos, name, run="/runs/one", changed=None):
     folder = put(cosmos, name, name, changed=changed)
     manifest = {"sha256": files.sha256_path(folder / "model.pt"), "run": run}
     files.write_json(folder / "manifest.json", manifest)
-    recipe = f"model: {name.partition('_')[0]}\ndataset_dir: d\nnum_frames: 9\n"
+    recipe = f"model: {name.partition('_')[0]}\ndataset_dir: d\nnum_frames: 17\n"
     (folder / "recipe.yaml").write_text(recipe)
     if changed is not None:
         os.utime(folder / "manifest.json", (changed, changed))
@@ -118,7 +118,7 @@ def test_the_newest_promoted_model_is_used_and_the_others_are_listed(cosmos):
     assert path == f"checkpoints/{SEVEN}_post-trained/model.pt"
     others = f"{SEVEN}_post-trained_robots, {TINY}_post-trained"
     assert f"one of 3; choose with --model: {others}" in said
-    assert "9 frames" in said
+    assert "17 frames" in said
     for word in ("robots", f"{SEVEN}_post-trained_robots"):
         path, said = choose(cosmos, "--model", word)
         assert path == f"checkpoints/{SEVEN}_post-trained_robots/model.pt"
@@ -202,6 +202,29 @@ def test_a_path_wins_over_a_model_name_and_is_reported(cosmos):
     assert "the sizes are those of the recipe tiny" in said
 
 
+def test_an_input_chooses_a_video2world_model(cosmos):
+    (cosmos.cwd / "a.png").write_bytes(b"not read by a dry run")
+    shown = ("--image", "a.png")
+    path, said = choose(cosmos, *shown)
+    assert "Cosmos-Tiny-Video2World (" in said
+    put(cosmos, VIDEO)
+    assert choose(cosmos, *shown)[0] == f"checkpoints/{VIDEO}/model.pt"
+    assert "tiny" in choose(cosmos)[0]
+    promoted(cosmos, f"{VIDEO}_post-trained", changed=1e8)
+    promoted(cosmos, f"{SEVEN}_post-trained", changed=2e8)
+    promoted(cosmos, f"{TINY}_post-trained", changed=3e8)
+    path, said = choose(cosmos, *shown)
+    assert path == f"checkpoints/{VIDEO}_post-trained/model.pt"
+    assert "one of" not in said
+    assert choose(cosmos, "--rollout", "2")[0] == path
+    (cosmos.cwd / "b.jsonl").write_text('{"prompt": "a", "visual_input": "a.png"}')
+    assert choose(cosmos, "--batch", "b.jsonl")[0] == path
+    assert choose(cosmos)[0] == f"checkpoints/{TINY}_post-trained/model.pt"
+    said = choose(cosmos, "tiny", *shown, code=2)
+    assert "use `--set model=Cosmos-Tiny-Video2World`" in said
+    assert "a.jpg: does not exist" in choose(cosmos, "--image", "a.jpg", code=4)
+
+
 def test_an_unknown_or_ambiguous_name_is_refused(cosmos):
     promoted(cosmos, f"{SEVEN}_post-trained_robots")
     promoted(cosmos, f"{TINY}_post-trained_robots")
@@ -217,7 +240,7 @@ def test_a_folder_without_a_model_is_skipped_with_a_warning(cosmos):
     checkpoints = cosmos.cwd / "checkpoints"
     (checkpoints / f"{SEVEN}_post-trained").mkdir(parents=True)
     (checkpoints / f"{FOURTEEN}_post-trained").write_text("cp made a file of it")
-    video = put(cosmos, "Cosmos-Predict1-7B-Video2World_post-trained")
+    video = put(cosmos, "Cosmos-Predict1-7B-WorldInterpolator_post-trained")
     path, said = choose(cosmos)
     assert "tiny" in path
     warnings = [line for line in said.splitlines() if line.startswith("warning")]
@@ -261,7 +284,7 @@ def test_a_manifest_without_a_hash_warns_and_a_wrong_hash_is_refused(cosmos):
         path, said = choose(cosmos)
         assert path == f"checkpoints/{SEVEN}_post-trained/model.pt"
         assert "names no sha256 in its manifest.json" in said
-        assert "9 frames" in said
+        assert "17 frames" in said
     for content in ("", "{", "\0"):
         (folder / "manifest.json").write_text(content)
         said = choose(cosmos, code=4)

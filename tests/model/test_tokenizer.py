@@ -92,6 +92,23 @@ def test_latent_and_reconstruction_equal_diffusers(twins, frames, height, width)
     )
 
 
+@pytest.mark.parametrize("given", [1, 9])
+def test_first_latents_do_not_depend_on_later_frames(given):
+    """So a Video2World model is given what it was trained with.
+
+    Of a clip of equal length, to the bit. Encoded alone they differ by the rounding of kernels,
+    which sum in another order for another size.
+    """
+    tok, clip = tokenizer(), video(25)
+    other = torch.cat((clip[:, :, :given], video(25).flip(2)[:, :, given:]), dim=2)
+    count = 1 + (given - 1) // 8
+    first, changed = (tok.encode(x)[:, :, :count] for x in (clip, other))
+    assert torch.equal(first, changed)
+    assert not torch.equal(tok.encode(clip)[:, :, count:], tok.encode(other)[:, :, count:])
+    alone = tok.encode(clip[:, :, :given])
+    torch.testing.assert_close(alone, first, atol=1e-5, rtol=0)
+
+
 def test_scale_is_per_channel_and_latent_frame(twins):
     ours, _ = twins
     clip = video(9)

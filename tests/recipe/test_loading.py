@@ -139,6 +139,13 @@ def test_fp8_needs_a_multiple_of_16_tokens_in_each_process(file: Path) -> None:
     assert "found 6360" in complaint(file, *lines, *shared)
 
 
+def test_a_video2world_clip_is_longer_than_the_frames_it_is_given(file: Path) -> None:
+    lines = ("model: Cosmos-Predict1-7B-Video2World", "num_frames: 9")
+    assert "is given up to 9, found 9; use `--set num_frames=17`" in complaint(file, *lines)
+    assert load(file, lines[0], "num_frames: 17").recipe.spec.takes_frames
+    assert load(file, lines[1])
+
+
 def test_a_key_given_twice_is_named_with_both_lines(file: Path) -> None:
     assert complaint(file, "seed: 1", "fps: 24", "seed: 2") == (
         f"{file}:4: seed: given twice, first at {file}:2; keep one of them"
@@ -282,6 +289,7 @@ def test_every_shipped_recipe_loads_and_fits_the_schema() -> None:
     assert set(loading.shipped()) == {
         "tiny", "nemo_assets", "hdvila", "my_videos", "lora", "lora_24gb",
         "lora_24gb_full_size", "two_gpus", "four_gpus", "two_nodes",
+        "hdvila_video2world", "my_videos_video2world",
     }  # fmt: skip
     validator = jsonschema.Draft202012Validator(loading.json_schema())
     for name, path in loading.shipped().items():
@@ -336,7 +344,7 @@ def test_a_recipe_is_found_by_path_first_then_by_name(
     ("name", "message"),
     [
         ("nemo_asets", "nemo_asets: no such recipe; did you mean 'nemo_assets'? shipped recipes: "),
-        ("zzz", "zzz: no such recipe; shipped recipes: four_gpus, hdvila, lora, lora_24gb, "),
+        ("zzz", "zzz: no such recipe; shipped recipes: four_gpus, hdvila, hdvila_video2world, "),
         ("no/tiny.yaml", "no/tiny.yaml: no such file; did you mean 'tiny'?"),
         ("nope.yaml", "nope.yaml: no such file"),
         (".", ".: a folder, not a recipe"),
@@ -381,7 +389,7 @@ PATHS = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\0
             "name": st.from_regex(r"\A[a-z0-9][a-z0-9._-]{0,20}\Z"),
             "learning_rate": st.floats(0, 1, exclude_min=True),
             "seed": st.integers(0, 2**32 - 1),
-            "num_frames": st.integers(0, 15).map(lambda k: 8 * k + 1),
+            "num_frames": st.integers(2, 15).map(lambda k: 8 * k + 1),
             "num_processes": st.sampled_from(["auto", 1, 2, 8]),
             "strict": st.booleans(),
         },

@@ -1,9 +1,13 @@
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from cosmos_cli.model import edm
 from cosmos_cli.prep import holdout
+from cosmos_cli.spec import TINY, TINY_VIDEO2WORLD
+from cosmos_cli.train.data import Clips
 from cosmos_cli.train.heldout import HeldOut
 
 names = st.lists(st.from_regex(r"[a-z0-9]{1,8}\.mp4", fullmatch=True), min_size=1, unique=True)
@@ -46,9 +50,13 @@ def test_a_video_is_held_out_with_all_of_its_clips():
 
 @pytest.mark.parametrize(("clips", "most", "chosen"), [(2, 8, [0, 1]), (10, 4, [0, 2, 5, 7])])
 def test_measured_clips_are_evenly_spaced_and_have_every_level(clips, most, chosen):
-    samples = HeldOut(range(clips), most).samples
     levels = range(len(edm.FIXED_SIGMAS))
-    assert samples == [(clip, level) for clip in chosen for level in levels]
+    rows = [{"latent": str(clip)} for clip in range(clips)]
+    samples = HeldOut(Clips(Path(), rows, TINY), most).samples
+    assert samples == [(clip, level, 0) for clip in chosen for level in levels]
+    frames = HeldOut(Clips(Path(), rows, TINY_VIDEO2WORLD), most)
+    assert frames.sigmas == tuple(2 * sigma for sigma in edm.FIXED_SIGMAS)
+    assert frames.samples == [(clip, lvl, n) for clip in chosen for lvl in levels for n in range(3)]
 
 
 def test_the_fixed_noise_levels_are_quantiles_of_the_trained_ones():

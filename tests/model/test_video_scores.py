@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from cosmos_cli.evaluate import video_scores
+from cosmos_cli.model import video_scores
 
 
 def waves(speed=0.0, contrast=0.5, period=32, frames=9):

@@ -15,6 +15,17 @@ from torch import Tensor
 from cosmos_cli.model.rgb import LUMINANCE
 
 
+def luminance(video_CTHW: Tensor) -> Tensor:
+    """Return the luminance in [0, 1] of a uint8 video, THW."""
+    weight = torch.tensor(LUMINANCE, device=video_CTHW.device)
+    return torch.einsum("cthw,c->thw", video_CTHW.float() / 255, weight)
+
+
+def saturation(video_CTHW: Tensor) -> float:
+    """Return how colourful a uint8 video is: the mean of max - min over RGB, from 0 to 1."""
+    return float((video_CTHW.amax(0).float() - video_CTHW.amin(0).float()).mean() / 255)
+
+
 def frame_consistency(y_THW: Tensor) -> float:
     """Return the mean correlation of successive frames: mean_t corr(y[t], y[t+1])."""
     centred = y_THW.flatten(1) - y_THW.mean((1, 2))[:, None]
@@ -86,6 +97,5 @@ def names(frames: int) -> list[str]:
 
 def measure(video_CTHW: Tensor) -> dict[str, float]:
     """Return each score of a uint8 video (3, T, H, W)."""
-    weight = torch.tensor(LUMINANCE, device=video_CTHW.device)
-    y_THW = torch.einsum("cthw,c->thw", video_CTHW.float() / 255, weight)
+    y_THW = luminance(video_CTHW)
     return {name: SCORES[name](y_THW) for name in names(len(y_THW))}
