@@ -6,6 +6,7 @@ A 5 MB zip can inflate to 5 GB, and a pickle of a few bytes can fill memory.
 from __future__ import annotations
 
 import io
+import json
 import os
 import zipfile
 from pathlib import Path
@@ -48,6 +49,18 @@ def check_weights(path: Path) -> None:
     length, left = _header(path)
     if not 0 < length <= left:
         what = "is damaged or not a safetensors file: it has no header"
+        raise files.bad(path, files.WEIGHTS, what)
+    with files.open_regular(path, files.WEIGHTS) as stream:
+        header = stream.read(8 + length)[8:]
+    try:
+        entries = json.loads(header)
+        entries.pop("__metadata__", None)
+        needed = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+    except (AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+        what = "is damaged or not a safetensors file: its header is not readable"
+        raise files.bad(path, files.WEIGHTS, what) from error
+    if needed != left - length:
+        what = f"is damaged: its tensors have {needed:,} bytes, the file has {left - length:,}"
         raise files.bad(path, files.WEIGHTS, what)
 
 

@@ -78,7 +78,14 @@ def propose(
         Line("output_root", "outputs", "the run is saved in output_root/project/group/name"),
         Line("name", name, "it is the name of this recipe"),
     ]
-    return lines, training_plan.describe(chosen, machine)
+    needs = training_plan.describe(chosen, machine)
+    shortest = 1 + SPEC.tokenizer.temporal
+    if lengths[len(lengths) // 4] < shortest:
+        needs.append(
+            f"num_frames {frames.value}: most videos have fewer than {shortest} frames at "
+            f"{rate.value:g} fps, so the run learns pictures and no motion"
+        )
+    return lines, needs
 
 
 def to_yaml(choices: Sequence[Line], header: Sequence[str]) -> str:

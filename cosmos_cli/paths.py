@@ -7,11 +7,13 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cosmos_cli import files
 from cosmos_cli.errors import ExitCode, UserError
-from cosmos_cli.spec import ModelSpec
+
+if TYPE_CHECKING:
+    from cosmos_cli.spec import ModelSpec
 
 EMBEDDED_DIR = Path(__file__).parent / "model" / "tiny"
 VIDEO_SUFFIXES = frozenset({

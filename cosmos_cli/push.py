@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import fnmatch
 import hashlib
-import json
 import re
 import sys
 import threading
@@ -16,17 +15,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
-from cosmos_cli import console, files, model_card, paths
+from cosmos_cli import console, files, paths
 from cosmos_cli.download import hub
 from cosmos_cli.download.assets import Asset, RemoteFile
 from cosmos_cli.errors import ExitCode, UserError
-from cosmos_cli.model_card import Extras
 from cosmos_cli.paths import Run
-
-if TYPE_CHECKING:
-    from cosmos_cli.recipe.keys import Recipe
 
 TOKENS = "https://huggingface.co/settings/tokens"
 # The files that an earlier push may have left and this one does not write.
@@ -95,75 +90,6 @@ class Plan:
         for name in self.gone:
             console.say(f"{'delete':9} {'':9}  {name}")
         console.say(f"{len(self.changed)} files, {console.size(self.bytes)}, to upload to {repo}")
-
-
-# --- the files ------------------------------------------------------------------------------------
-
-
-def of_folder(r: Recipe, folder: Path) -> list[Item]:
-    """Return the weights, LoRA files and licence texts of a promoted model."""
-    weights = paths.weights_in(folder)
-    found = sorted(weights.rglob("[!.]*")) if weights.is_dir() else [weights]
-    found += [folder / name for name in (paths.LORA_FILE, paths.COMFYUI_LORA_FILE, "NOTICE")]
-    return [Item(p.relative_to(folder).as_posix(), p) for p in found if p.is_file()] + _licence(r)
-
-
-def _licence(r: Recipe) -> list[Item]:
-    """Return the licence that came with the base, which must go with a derived model."""
-    if r.spec.embedded:
-        return []
-    folder = paths.model_files(r.spec, r.checkpoints_dir).dit.parent
-    texts = [path for path in sorted(folder.glob("LICENSE*")) if path.is_file()]
-    if not texts:
-        console.warn(
-            f"{folder} has no LICENSE: before you distribute the model, add a copy of "
-            f"{model_card.LICENCE_URL}"
-        )
-    return [Item(path.name, path) for path in texts]
-
-
-def samples_of(run: Run, step: int) -> list[tuple[Item, str]]:
-    """Return the videos that a run sampled at a step, with their prompts."""
-    if not run.sample(step, 0).is_file() or not run.sample_prompts.is_file():
-        return []
-    prompts = files.read_json(run.sample_prompts)
-    videos = ((run.sample(step, i), prompt) for i, prompt in enumerate(prompts))
-    return [(Item(f"samples/{p.name}", p), prompt) for p, prompt in videos if p.is_file()]
-
-
-def texts_of(r: Recipe, manifest: dict[str, Any], extras: Extras) -> list[Item]:
-    """Return the card, manifest and recipe for the hub, without paths of this machine."""
-    from cosmos_cli.recipe import loading
-
-    kept = portable(r)
-    named = {
-        **manifest,
-        "run": name_of(manifest["run"]),
-        "recipe": json.loads(kept.model_dump_json()),
-    }
-    for key in ("base", "checkpoint"):
-        named[key] = {**manifest[key], "path": Path(manifest[key]["path"]).name}
-    texts = {
-        "README.md": model_card.card(r, manifest, extras),
-        "recipe.yaml": loading.dump(kept),
-        paths.MANIFEST_FILE: json.dumps(named, indent=1, ensure_ascii=False) + "\n",
-    }
-    return [Item(name, text.encode(errors="surrogateescape")) for name, text in texts.items()]
-
-
-def portable(r: Recipe) -> Recipe:
-    """Return a recipe with the default, or the name alone, for each absolute path of a key."""
-    from cosmos_cli.recipe.keys import PATHS
-
-    values = r.model_dump()
-    absolute = [key for key in PATHS if values[key] and Path(values[key]).is_absolute()]
-    update = {key: type(r).model_fields[key].default for key in absolute}
-    if "dataset_dir" in update:
-        update["dataset_dir"] = f"datasets/{Path(r.dataset_dir).name}"
-    return r.model_copy(update=update)
-
-
-# --- the hub --------------------------------------------------------------------------------------
 
 
 def is_repository(name: str) -> bool:
@@ -262,6 +188,13 @@ def compare(items: Sequence[Item], remote: Remote | None) -> Plan:
     names = {item.name for item in items}
     old = (name for name in there if any(fnmatch.fnmatch(name, pattern) for pattern in _OLD))
     return Plan(changed, unchanged, sorted(set(old) - names))
+
+
+def preview(repo: str, items: Sequence[Item]) -> dict[str, Any]:
+    """Print what a push of these files would do; return its figures."""
+    plan = compare(items, look(repo))
+    plan.say(repo)
+    return {"repo": repo, "uploaded": len(plan.changed), "bytes": plan.bytes}
 
 
 def push(repo: str, items: Sequence[Item], title: str, public: bool) -> dict[str, Any]:

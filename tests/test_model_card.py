@@ -4,7 +4,7 @@ import json
 
 import yaml
 
-from cosmos_cli import files, model_card, push
+from cosmos_cli import files, model_card, push_files
 from cosmos_cli.recipe import loading
 
 ABOUT = {"step": 4, "weights": "ema", "format": "diffusers", "dataset_manifest_sha256": None}
@@ -62,18 +62,18 @@ def test_the_licence_of_the_base_goes_with_a_derived_model(tmp_path, capsys):
     folder.mkdir()
     (folder / "model.pt").write_bytes(b"weights")
     (folder / "notes.txt").write_bytes(b"by hand")
-    assert [item.name for item in push.of_folder(r, folder)] == ["model.pt"]
+    assert [item.name for item in push_files.of_folder(r, folder)] == ["model.pt"]
     assert "has no LICENSE: before you distribute the model, add a copy" in capsys.readouterr().err
     base = tmp_path / r.model
     base.mkdir()
     (base / "LICENSE.md").write_text("the licence")
     (folder / "NOTICE").write_text("the notice")
-    found = {item.name for item in push.of_folder(r, folder)}
+    found = {item.name for item in push_files.of_folder(r, folder)}
     assert found == {"model.pt", "NOTICE", "LICENSE.md"}
 
 
 def test_a_pushed_recipe_has_no_absolute_path(tmp_path):
     r = recipe(tmp_path, f"base={tmp_path / 'base.pt'}", f"output_root={tmp_path}")
-    kept = push.portable(r)
+    kept = push_files.portable(r)
     assert (kept.dataset_dir, kept.base, kept.output_root) == ("datasets/robots", None, "outputs")
     assert str(tmp_path) not in loading.dump(kept)

@@ -11,7 +11,6 @@ import typer
 from cosmos_cli import console, paths
 from cosmos_cli.commands import options
 from cosmos_cli.console import Result
-from cosmos_cli.download import assets, fetch
 from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.paths import Dataset
 
@@ -28,7 +27,7 @@ class Stage(StrEnum):
     prep = "prep"
     train = "train"
     generate = "generate"
-    evaluate = assets.EVALUATE
+    evaluate = "evaluate"
     all = "all"
 
 
@@ -57,6 +56,8 @@ def download(
 
     Example: cosmos download nemo_assets
     """
+    from cosmos_cli.download import assets, fetch
+
     r = options.open_recipe(recipe, set_, print_recipe, json_).recipe
     wanted = assets.of_recipe(r, for_)
     listings = fetch.survey(fetch.damaged(wanted) if check else wanted)
@@ -119,6 +120,8 @@ def _check(r: Recipe, next_: str, dry_run: bool) -> Result:
     files = r.model_files
     console.say(f"checking {files.tokenizer} and {files.dit}")
     if dry_run:
+        from cosmos_cli.download import assets
+
         if r.base:
             # The other files are downloaded first.
             assets.require_networks(r, files.dit)

@@ -12,12 +12,10 @@ from cosmos_cli import console, files, paths
 from cosmos_cli.commands import options
 from cosmos_cli.console import Result
 from cosmos_cli.errors import ExitCode, UserError, usage_error
-from cosmos_cli.generate import batch, promoted
-from cosmos_cli.generate.choice import choose_model, find_weights
-from cosmos_cli.generate.jobs import Weights
 from cosmos_cli.paths import Run
 
 if TYPE_CHECKING:
+    from cosmos_cli.generate.jobs import Weights
     from cosmos_cli.recipe.keys import Recipe
 
 EMBEDDED_PROMPTS = 24
@@ -134,6 +132,8 @@ def _steps(run: Run, text: str, count: int, others: list[str] | None) -> list[in
     Raises:
         UserError: they are not saved, or other options do not go with --steps.
     """
+    from cosmos_cli.train import status
+
     if others:
         what = "compares the saves of the run, so it takes neither --model nor --require"
         fix = "promote the step that it chooses, then evaluate with --require"
@@ -141,12 +141,7 @@ def _steps(run: Run, text: str, count: int, others: list[str] | None) -> list[in
     if not count:
         what = "compares saves by their videos, and none are to be made"
         raise usage_error("--steps", what, "add `--prompts 24`")
-    saved = run.saved_steps("ema")
-    if not saved:
-        raise UserError(
-            "the run has no checkpoint", code=ExitCode.ASSET, where=str(run.checkpoints),
-            fix="run `cosmos train RECIPE` first",
-        )  # fmt: skip
+    saved = status.require_saved(run, "ema")
     listed = ",".join(map(str, saved))
     wanted = text.split(",")
     if text == "all":
@@ -171,6 +166,9 @@ def _models(
     Raises:
         UserError: a model does not exist, or one is to be compared with no other.
     """
+    from cosmos_cli.generate import promoted
+    from cosmos_cli.generate.choice import choose_model, find_weights
+
     there = not model and promoted.found(r.checkpoints_dir, r.spec)
     names = model or (["base", "promoted"] if there or compares else ["base"])
     # Models in different checkpoints_dirs may have folders of the same name.
@@ -221,6 +219,8 @@ def _preview(r: Recipe, weights: dict[str, Weights], cost: dict[str, Any], outpu
         UserError: a network is missing.
     """
     if cost["prompts"]:
+        from cosmos_cli.generate import batch
+
         batch.require_networks(r)
     for name, own in weights.items():
         console.say(f"would measure {name} with {cost['prompts']} videos: {own.path}")

@@ -13,11 +13,9 @@ from typer.core import TyperCommand
 from cosmos_cli import console, files, paths
 from cosmos_cli.commands import options
 from cosmos_cli.errors import ExitCode, Interrupted, UserError, together
-from cosmos_cli.generate import batch, choice, jobs
-from cosmos_cli.generate.jobs import Given, Request, Result, Settings
-from cosmos_cli.recipe import advice
 
 if TYPE_CHECKING:
+    from cosmos_cli.generate.jobs import Given, Request, Result, Settings
     from cosmos_cli.recipe.keys import Recipe
 
 Compared = Literal["base", "exact"]
@@ -144,12 +142,15 @@ def generate(
     Existing videos are not generated again, so the same command resumes where it stopped.
     Example: cosmos generate --prompt "A video of sks teal robot." --set num_steps=20
     """
+    from cosmos_cli.generate import batch, choice
+    from cosmos_cli.generate.jobs import Settings
+
     output = files.expand(output)
     if recipe is not None:
         options.name_recipe(recipe, set_)
     overrides = [*(set_ or ()), *([] if seed is None else [f"sampling_seed={seed}"])]
     given = _given(image, video, num_input_frames)
-    requests = [] if prompts else _requests(prompt or [], batch_)
+    requests = [] if prompts or print_recipe else _requests(prompt or [], batch_)
     frames = bool(given or rollout > 1 or any(request.has_input for request in requests))
     chosen = choice.choose_model(recipe, model, overrides, frames=frames)
     overrides = [*chosen.overrides, *overrides]
@@ -204,6 +205,8 @@ def _given(image: Path | None, video: Path | None, frames: int | None) -> Given 
     Raises:
         UserError: they contradict one another.
     """
+    from cosmos_cli.generate.jobs import Request
+
     if image and video:
         raise UserError(
             "--image and --video are both given", code=ExitCode.USAGE, where="--image",
@@ -240,7 +243,9 @@ def _requests(prompts: list[str], file: Path | None) -> list[Request]:
     Raises:
         UserError: there are none, or the batch cannot be read.
     """
-    requests = [*map(Request, prompts), *(jobs.read_batch(files.expand(file)) if file else ())]
+    from cosmos_cli.generate.jobs import Request, read_batch
+
+    requests = [*map(Request, prompts), *(read_batch(files.expand(file)) if file else ())]
     if not requests:
         raise UserError(
             "no prompt was given", code=ExitCode.USAGE, where="--prompt",
@@ -257,6 +262,7 @@ def _finish(results: Iterator[Result], r: Recipe, *, streaming: bool) -> console
         Interrupted: a signal came; holds the finished videos.
     """
     from cosmos_cli.model.device import gpu_memory_errors
+    from cosmos_cli.recipe import advice
 
     fix = f"use `--set memory=in_turn` or {advice.smaller_clip(r)}"
     seen: list[Result] = []
@@ -298,6 +304,8 @@ def _preview(settings: list[Settings], requests: list[Request]) -> console.Resul
     Raises:
         UserError: the gravest error of a request, or a network is missing.
     """
+    from cosmos_cli.generate import batch
+
     results = list(batch.plan_all(settings, requests))
     if errors := [result.error for result in results if result.error]:
         raise together(errors)

@@ -1,7 +1,6 @@
 """Define the options that several verbs share, and open a verb's recipe.
 
-Importing the recipe's pydantic model would slow down `cosmos --help`, so commands import it when
-they run.
+`cosmos --help` imports every command, so commands import the packages that they use when they run.
 """
 
 from __future__ import annotations
@@ -13,10 +12,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cosmos_cli import console, ranks
-from cosmos_cli.download import hub
+from cosmos_cli import console
 from cosmos_cli.errors import TYPED_RECIPE
-from cosmos_cli.recipe.gpu_models import gpu_choices
 
 if TYPE_CHECKING:
     from cosmos_cli.recipe.loading import LoadedRecipe
@@ -64,6 +61,13 @@ def settings(incomplete: str) -> list[str]:
     values = "true, false" if takes == "true or false" else values
     choices = (f"{key}={value}" for value in values.split(", ") if value)
     return [choice for choice in choices if choice.startswith(incomplete)]
+
+
+def gpu_choices(incomplete: str) -> list[str]:
+    """Return what may follow --gpus."""
+    from cosmos_cli.recipe import gpu_models
+
+    return gpu_models.gpu_choices(incomplete)
 
 
 def one_of(*values: str) -> Callable[[str], list[str]]:
@@ -116,6 +120,8 @@ def open_recipe(
         as_json: True with --json.
         trains: False for verbs that follow a training, when warnings about it come too late.
     """
+    from cosmos_cli import ranks
+    from cosmos_cli.download import hub
     from cosmos_cli.recipe import loading
 
     ranks.check_environment()

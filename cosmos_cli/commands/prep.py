@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from cosmos_cli import console, paths, ranks
+from cosmos_cli import console, paths
 from cosmos_cli.commands import options
 from cosmos_cli.console import Result
 from cosmos_cli.errors import UserError
@@ -24,6 +24,8 @@ def prep(
 
     Example: cosmos prep my_videos.yaml --set prompt="A video of sks teal robot."
     """
+    from cosmos_cli import ranks
+
     ranks.mute_all_but_first()
     r = options.open_recipe(recipe, set_, print_recipe, json_).recipe
     dataset = paths.Dataset.at(r.dataset_dir, r.videos_dir)
@@ -55,25 +57,22 @@ def prep(
             f"{len(rejected)} rejected, {len(manifest['clips'])} clips{_held_out(r, verdicts)}"
         )
     console.say(f"report: {dataset.report}")
-    console.emit(
-        Result(
-            sources.verdict_table(verdicts),
-            artifacts=[dataset.manifest, dataset.report],
-            figures={
-                "used": len(verdicts) - len(rejected),
-                "rejected": len(rejected),
-                "clips": len(manifest["clips"]),
-                "captions_unused": manifest.get("captions_unused", {}),
-                "captions_cut": manifest.get("captions_cut", {}),
-                "videos": [
-                    {key: video[key] for key in ("file", "verdict", "reason", "clips")}
-                    for video in verdicts
-                ],
-            },
-            next=options.command_line("train", recipe, set_),
-        ),
-        as_json=json_,
-    )
+    artifacts = [dataset.manifest, dataset.report]
+    table, figures = sources.verdict_table(verdicts), _figures(manifest, len(rejected))
+    next_ = options.command_line("train", recipe, set_)
+    console.emit(Result(table, artifacts, figures, next_), as_json=json_)
+
+
+def _figures(manifest: dict[str, Any], rejected: int) -> dict[str, Any]:
+    keys = ("file", "verdict", "reason", "clips")
+    return {
+        "used": len(manifest["videos"]) - rejected,
+        "rejected": rejected,
+        "clips": len(manifest["clips"]),
+        "captions_unused": manifest.get("captions_unused", {}),
+        "captions_cut": manifest.get("captions_cut", {}),
+        "videos": [{key: video[key] for key in keys} for video in manifest["videos"]],
+    }
 
 
 def _warn_of_rejected(dataset: paths.Dataset, rejected: list[dict[str, Any]]) -> None:

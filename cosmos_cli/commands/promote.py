@@ -10,16 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cosmos_cli import console, exchange, files, model_card, paths
-from cosmos_cli import push as hub_push
+from cosmos_cli import console, files, paths
 from cosmos_cli.commands import options
 from cosmos_cli.console import Result
-from cosmos_cli.download import assets
 from cosmos_cli.errors import ExitCode, UserError
-from cosmos_cli.generate import promoted
-from cosmos_cli.generate.jobs import Lora, Weights
 from cosmos_cli.paths import Run
-from cosmos_cli.train import status
 
 if TYPE_CHECKING:
     from cosmos_cli.recipe.keys import Recipe
@@ -28,44 +23,52 @@ if TYPE_CHECKING:
 LONGEST_NAME = 100
 
 
+StepOption = Annotated[
+    str,
+    typer.Option(
+        help="latest, best (on held-out clips), or the number of a saved step.",
+        autocompletion=options.one_of("latest", "best"),
+    ),
+]
+WeightsOption = Annotated[
+    str, typer.Option(help="ema or reg.", autocompletion=options.one_of("ema", "reg"))
+]
+FormatOption = Annotated[
+    str,
+    typer.Option(
+        "--format",
+        help="pt (NVIDIA's scripts read it too), safetensors or diffusers.",
+        autocompletion=options.one_of(*paths.MODEL_FORMATS),
+    ),
+]
+NameOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Write the model to <Model>_post-trained_NAME and keep the others; "
+        "use it with generate --model NAME."
+    ),
+]
+PushOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="OWNER/NAME",
+        help="Also push the model to this repository of the Hugging Face hub, which is created "
+        "private. The token is HF_TOKEN or that of `hf auth login`.",
+    ),
+]
+PublicOption = Annotated[
+    bool, typer.Option("--public", help="Make the repository of --push public.")
+]
+
+
 def promote(
     recipe: options.RecipeArgument = "tiny",
-    step: Annotated[
-        str,
-        typer.Option(
-            help="latest, best (on held-out clips), or the number of a saved step.",
-            autocompletion=options.one_of("latest", "best"),
-        ),
-    ] = "latest",
-    weights: Annotated[
-        str, typer.Option(help="ema or reg.", autocompletion=options.one_of("ema", "reg"))
-    ] = "ema",
-    format_: Annotated[
-        str,
-        typer.Option(
-            "--format",
-            help="pt (NVIDIA's scripts read it too), safetensors or diffusers.",
-            autocompletion=options.one_of(*paths.MODEL_FORMATS),
-        ),
-    ] = "pt",
-    name: Annotated[
-        str | None,
-        typer.Option(
-            help="Write the model to <Model>_post-trained_NAME and keep the others; "
-            "use it with generate --model NAME."
-        ),
-    ] = None,
-    push: Annotated[
-        str | None,
-        typer.Option(
-            metavar="OWNER/NAME",
-            help="Also push the model to this repository of the Hugging Face hub, which is created "
-            "private. The token is HF_TOKEN or that of `hf auth login`.",
-        ),
-    ] = None,
-    public: Annotated[
-        bool, typer.Option("--public", help="Make the repository of --push public.")
-    ] = False,
+    step: StepOption = "latest",
+    weights: WeightsOption = "ema",
+    format_: FormatOption = "pt",
+    name: NameOption = None,
+    push: PushOption = None,
+    public: PublicOption = False,
     set_: options.SetOption = None,
     print_recipe: options.PrintRecipeOption = False,
     dry_run: options.DryRunOption = False,
@@ -78,54 +81,88 @@ def promote(
     """
     r = options.open_recipe(recipe, set_, print_recipe, json_, trains=False).recipe
     check_format(format_)
-    number = choose_step(Run(r.run_dir), step, weights)
+    run = Run(r.run_dir)
+    number = choose_step(run, step, weights)
     if name is not None:
         check_name(name)
     check_push(push, public)
     target = paths.promoted_dir(r.spec, r.checkpoints_dir, name)
-    run = Run(r.run_dir)
-    other_name = r.name if name != r.name else f"{r.name}_2"
-    words = f"{_chosen_options(step, weights, format_)} --name {other_name}"
-    aside = options.command_line("promote", recipe, set_, words.strip())
     wanted = {"step": number, "weights": weights, "format": format_}
     if push:
+        from cosmos_cli import push as hub_push
+
         hub_push.require_own(push, run, public, yes)
     if push and is_promoted(target, run, wanted):
         console.say(f"step {number} ({weights}) of {r.run_dir} is promoted to {target}")
-        manifest = promoted.manifest_of(target)
-    elif dry_run:
-        console.say(f"promoting step {number} ({weights}) of {r.run_dir} to {target}")
-        require_own(target, run, yes, aside)
-        assets.require_networks(r, _base_of(r, run))
-        manifest = {}
+        manifest = files.read_json(target / paths.MANIFEST_FILE)
     else:
         console.say(f"promoting step {number} ({weights}) of {r.run_dir} to {target}")
-        with exchange.alone(target):
-            require_own(target, run, yes, aside)
-
-            from cosmos_cli import promote as model_promote
-
-            manifest = model_promote.promote(r, number, weights, format_, target)
-        console.say(model_promote.change_table(manifest["relative_change"]))
+        other_name = r.name if name != r.name else f"{r.name}_2"
+        words = f"{_chosen_options(step, weights, format_)} --name {other_name}"
+        aside = options.command_line("promote", recipe, set_, words.strip())
+        manifest = _promote(r, target, wanted, aside, yes, dry_run)
     figures = {**wanted, "sha256": manifest.get("sha256", "")}
     if dry_run:
         figures = {"dry_run": True, "step": number, "path": str(target)}
     if push:
-        items = _items(r, target, push) if manifest else _planned(r, run, wanted)
-        title = f"Add {r.model}, post-trained as {r.name}, step {number} ({weights})"
-        figures["push"] = _push(push, items, title, public, dry_run)
-    console.emit(
-        Result(
-            str(target),
-            artifacts=[] if dry_run else [target / paths.MODEL_FORMATS[format_]],
-            figures=figures,
-            next="" if dry_run else shlex.join(_generate_command(r, target, name)),
-        ),
-        as_json=json_,
-    )
+        figures["push"] = _push(r, push, wanted, target if manifest else None, public, dry_run)
+    next_ = "" if dry_run else shlex.join(_generate_command(r, target, name))
+    artifacts = [] if dry_run else [target / paths.MODEL_FORMATS[format_]]
+    console.emit(Result(str(target), artifacts, figures, next_), as_json=json_)
 
 
-# --- pushing --------------------------------------------------------------------------------------
+def _promote(
+    r: Recipe, target: Path, wanted: dict[str, Any], aside: str, yes: bool, dry_run: bool
+) -> dict[str, Any]:
+    """Promote a checkpoint and return the manifest of the model; a dry run checks and returns {}.
+
+    Raises:
+        UserError: the folder holds something else, or a file is missing or damaged.
+    """
+    from cosmos_cli import exchange
+    from cosmos_cli.download import assets
+
+    run = Run(r.run_dir)
+    if dry_run:
+        require_own(target, run, yes, aside)
+        assets.require_networks(r, _base_of(r, run))
+        return {}
+    with exchange.alone(target):
+        require_own(target, run, yes, aside)
+
+        from cosmos_cli import promote as model_promote
+
+        step, weights, format_ = wanted["step"], wanted["weights"], wanted["format"]
+        manifest = model_promote.promote(r, step, weights, format_, target)
+    console.say(model_promote.change_table(manifest["relative_change"]))
+    return manifest
+
+
+def _push(
+    r: Recipe,
+    repo: str,
+    wanted: dict[str, Any],
+    folder: Path | None,
+    public: bool,
+    dry_run: bool,
+) -> dict[str, Any]:
+    """Push the model in a folder, or print what a push would do; return the figures.
+
+    Without a folder the model is not promoted yet, and only its large files are known.
+    """
+    from cosmos_cli import push as hub_push
+    from cosmos_cli import push_files
+
+    if folder:
+        items = push_files.of_model(r, folder, repo)
+    else:
+        run = Run(r.run_dir)
+        items = push_files.planned(r, run, wanted, _base_of(r, run))
+    if dry_run:
+        return hub_push.preview(repo, items)
+    step, weights = wanted["step"], wanted["weights"]
+    title = f"Add {r.model}, post-trained as {r.name}, step {step} ({weights})"
+    return hub_push.push(repo, items, title, public)
 
 
 def check_push(push: str | None, public: bool) -> None:
@@ -134,12 +171,14 @@ def check_push(push: str | None, public: bool) -> None:
     Raises:
         UserError: an option is refused.
     """
+    from cosmos_cli.push import is_repository
+
     if public and push is None:
         raise UserError(
             "has no effect without --push", code=ExitCode.USAGE, where="--public",
             fix="add `--push OWNER/NAME`",
         )  # fmt: skip
-    if push is not None and not hub_push.is_repository(push):
+    if push is not None and not is_repository(push):
         raise UserError(
             f"{push[:LONGEST_NAME]!r} is not the name of a repository", code=ExitCode.USAGE,
             where="--push", fix="give your name on the hub and a new one: `--push OWNER/NAME`",
@@ -151,6 +190,8 @@ def is_promoted(target: Path, run: Run, wanted: dict[str, Any]) -> bool:
 
     So a push that failed continues without promoting again.
     """
+    from cosmos_cli.generate import promoted
+
     try:
         manifest = promoted.manifest_of(target)
         weights = target / paths.MODEL_FORMATS[wanted["format"]]
@@ -165,72 +206,6 @@ def is_promoted(target: Path, run: Run, wanted: dict[str, Any]) -> bool:
         return all(files.sha256_path(path) == sha256 for path, sha256 in pairs)
     except files.BadFile:
         return False
-
-
-def _items(r: Recipe, target: Path, repo: str) -> list[hub_push.Item]:
-    """Return the files to push of a promoted model."""
-    from cosmos_cli.recipe import loading
-
-    own = loading.load(str(target / "recipe.yaml")).recipe
-    manifest = promoted.manifest_of(target)
-    samples = hub_push.samples_of(Run(r.run_dir), manifest["step"])
-    named = tuple((item.name, prompt) for item, prompt in samples)
-    extras = model_card.Extras(repo, named, scores_of(manifest))
-    texts = hub_push.texts_of(own, manifest, extras)
-    return [*hub_push.of_folder(own, target), *texts, *(item for item, _ in samples)]
-
-
-def _planned(r: Recipe, run: Run, wanted: dict[str, Any]) -> list[hub_push.Item]:
-    """Return the large files that would be pushed of a model that is not promoted yet."""
-    console.say("it is not promoted yet: the sizes are about those of the checkpoint and the base")
-    step, kind = wanted["step"], wanted["weights"]
-    weights = _base_of(r, run) if r.lora_rank else run.model(step, kind)
-    inside = sorted(weights.rglob("*.safetensors")) if weights.is_dir() else [weights]
-    name = paths.MODEL_FORMATS[wanted["format"]]
-    if wanted["format"] == "diffusers":
-        name += "/diffusion_pytorch_model.safetensors"
-    planned = [hub_push.Item(name, inside[0])]
-    if r.lora_rank:
-        names = (paths.LORA_FILE, paths.COMFYUI_LORA_FILE)
-        planned += [hub_push.Item(name, run.lora(step, kind)) for name in names]
-    return [*planned, *(item for item, _ in hub_push.samples_of(run, step))]
-
-
-def scores_of(manifest: dict[str, Any]) -> list[tuple[str, ...]]:
-    """Return the table of the newest evaluation of a promoted model in outputs, [] without one."""
-    measured = {manifest["sha256"]}
-    if lora := manifest.get("lora"):
-        measured.add(Weights(
-            Path(), manifest["base"]["sha256"], (Lora(Path(), 1.0, lora["sha256"]),)
-        ).identity)  # fmt: skip
-    found = sorted(Path("outputs").glob("evaluation*.json"), key=files.stamp_of, reverse=True)
-    for path in found:
-        figures = files.read_json(path)
-        models = figures.get("models", {}) if isinstance(figures, dict) else {}
-        if measured & {model.get("weights") for model in models.values()}:
-            from cosmos_cli.evaluate import page
-
-            try:
-                rows = page.figure_rows(figures)
-            except KeyError:
-                console.warn(
-                    f"{path.absolute()}: another version wrote it, so the card has no scores; "
-                    "`cosmos evaluate RECIPE` writes it anew"
-                )
-                return []
-            console.say(f"the card shows the scores in {path.absolute()}")
-            return [("", "by chance", *models), *rows]
-    return []
-
-
-def _push(
-    repo: str, items: list[hub_push.Item], title: str, public: bool, dry_run: bool
-) -> dict[str, Any]:
-    if not dry_run:
-        return hub_push.push(repo, items, title, public)
-    plan = hub_push.compare(items, hub_push.look(repo))
-    plan.say(repo)
-    return {"repo": repo, "uploaded": len(plan.changed), "bytes": plan.bytes}
 
 
 def check_format(format_: str) -> None:
@@ -312,6 +287,8 @@ def require_own(target: Path, run: Run, yes: bool, aside: str) -> None:
     Raises:
         UserError: the folder holds something else.
     """
+    from cosmos_cli.generate import promoted
+
     with files.disk_errors(target):
         # A folder that is empty or has only hidden files may be replaced.
         there = any(target.glob("[!.]*")) if target.is_dir() else target.exists()
@@ -333,19 +310,14 @@ def choose_step(run: Run, step: str, weights: str) -> int:
     Raises:
         UserError: the run has no such step.
     """
+    from cosmos_cli.train import status
+
     if weights not in ("ema", "reg"):
         raise UserError(
             f"{weights!r} is neither ema nor reg", code=ExitCode.USAGE, where="--weights",
             fix="use `--weights ema`",
         )  # fmt: skip
-    saved = run.saved_steps(weights)
-    if not saved:
-        raise UserError(
-            "the run has no checkpoint",
-            code=ExitCode.ASSET,
-            where=str(run.checkpoints.absolute()),
-            fix="run `cosmos train RECIPE` first",
-        )
+    saved = status.require_saved(run, weights)
     if step == "latest":
         return saved[-1]
     if step == "best":

@@ -16,8 +16,6 @@ from cosmos_cli import console, files, paths
 from cosmos_cli.commands import options
 from cosmos_cli.console import Result
 from cosmos_cli.errors import ExitCode, UserError, usage_error
-from cosmos_cli.prep import captions
-from cosmos_cli.recipe import gpu_models
 
 if TYPE_CHECKING:
     from cosmos_cli.model.video import VideoInfo
@@ -243,6 +241,7 @@ def new(
 def _machine(gpus: str | None) -> Machine:
     """Return the GPUs that --gpus names, or this machine's, or one H100 if there are none."""
     from cosmos_cli.gpus import gpu_names
+    from cosmos_cli.recipe import gpu_models
     from cosmos_cli.recipe.training_plan import Machine
     from cosmos_cli.train.preflight import smallest_gpu
 
@@ -292,6 +291,8 @@ def _probe(dataset: paths.Dataset) -> tuple[dict[Path, VideoInfo], list[str]]:
 
 def _captioned(dataset: paths.Dataset, videos: list[Path]) -> int:
     """Return the number of videos that have a caption."""
+    from cosmos_cli.prep import captions
+
     named = {dataset.name_of(path): path for path in videos}
     texts = captions.files_in(dataset.metas, captions.SUFFIX)
     return len({*captions.owners(texts, list(named)).files, *captions.beside(named).files})

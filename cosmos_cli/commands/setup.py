@@ -13,11 +13,10 @@ from cosmos_cli import console
 from cosmos_cli.commands import options
 from cosmos_cli.console import Result
 from cosmos_cli.errors import ExitCode, fill_in
-from cosmos_cli.setup import checks, installs
-from cosmos_cli.setup.packages import Check
 
 if TYPE_CHECKING:
     from cosmos_cli.recipe.keys import Recipe
+    from cosmos_cli.setup.packages import Check
 
 OTHERS = "the 7B: `cosmos setup lora` for 1 GPU, `cosmos setup my_videos` for 8"
 
@@ -63,6 +62,8 @@ def setup(
 
     Example: cosmos setup nemo_assets --install
     """
+    from cosmos_cli.setup import checks
+
     recipe = given or "tiny"
     r = options.open_recipe(recipe, set_, print_recipe, json_).recipe
     wanted = [name.value for name in with_ or ()]
@@ -89,8 +90,10 @@ def setup(
 
 def _install(r: Recipe, wanted: list[str], rows: list[Check]) -> tuple[list[Path], list[Check]]:
     """Repair what can be repaired; return the log of the commands, if any, and the new rows."""
+    from cosmos_cli.setup import checks, installs
+
     artifacts: list[Path] = []
-    tried: list[installs.Command] = []
+    tried: list[tuple[str, ...]] = []
     # A missing package can hide the next problem, so everything is checked again after each repair.
     while commands := [c for c in checks.mending(rows) if c not in tried]:
         artifacts = [installs.install(commands)]
@@ -101,6 +104,8 @@ def _install(r: Recipe, wanted: list[str], rows: list[Check]) -> tuple[list[Path
 
 def _plan(rows: list[Check], repair: str, *, as_script: bool) -> Result:
     """Return the commands that --install would run, one per line or as a shell script."""
+    from cosmos_cli.setup import checks, installs
+
     commands = checks.mending(rows)
     shown = [shlex.join(command) for command in commands]
     if as_script:

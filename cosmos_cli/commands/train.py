@@ -8,16 +8,33 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cosmos_cli import console, ranks
+from cosmos_cli import console
 from cosmos_cli.commands import options
 from cosmos_cli.console import Result
 from cosmos_cli.paths import Run
-from cosmos_cli.recipe import advice, gpu_models
-from cosmos_cli.train import launch, preflight, status
 
 if TYPE_CHECKING:
     from cosmos_cli.recipe.keys import Recipe
     from cosmos_cli.recipe.loading import LoadedRecipe
+    from cosmos_cli.train import preflight
+
+
+StatusOption = Annotated[
+    bool, typer.Option("--status", help="Show the state of the run; do not train.")
+]
+PlanOption = Annotated[
+    bool, typer.Option("--plan", help="Estimate memory, time and disk; do not train.")
+]
+PcieOption = Annotated[
+    int | None,
+    typer.Option(min=3, max=5, help="Plan for this PCIe generation; by default that of the GPU."),
+]
+OverwriteOption = Annotated[
+    bool,
+    typer.Option(
+        "--overwrite", help="Delete weights of an earlier run of this name that cannot be resumed."
+    ),
+]
 
 
 def train(
@@ -25,32 +42,20 @@ def train(
     set_: options.SetOption = None,
     print_recipe: options.PrintRecipeOption = False,
     dry_run: options.DryRunOption = False,
-    status_: Annotated[
-        bool, typer.Option("--status", help="Show the state of the run; do not train.")
-    ] = False,
-    plan: Annotated[
-        bool, typer.Option("--plan", help="Estimate memory, time and disk; do not train.")
-    ] = False,
+    status_: StatusOption = False,
+    plan: PlanOption = False,
     gpus: options.GpusOption = None,
-    pcie: Annotated[
-        int | None,
-        typer.Option(
-            min=3, max=5, help="Plan for this PCIe generation; by default that of the GPU."
-        ),
-    ] = None,
-    overwrite: Annotated[
-        bool,
-        typer.Option(
-            "--overwrite",
-            help="Delete weights of an earlier run of this name that cannot be resumed.",
-        ),
-    ] = False,
+    pcie: PcieOption = None,
+    overwrite: OverwriteOption = False,
     json_: options.JsonOption = False,
 ) -> None:
     """Post-train on the prepared dataset with all GPUs; the same command resumes.
 
     Example: cosmos train nemo_assets --set max_steps=400
     """
+    from cosmos_cli import ranks
+    from cosmos_cli.train import launch, preflight, status
+
     ranks.mute_all_but_first()
     loaded = options.open_recipe(recipe, set_, print_recipe, json_)
     r = loaded.recipe
@@ -89,6 +94,9 @@ def train(
 
 def _plan(r: Recipe, processes: int, gpus: str | None, pcie: int | None) -> Result:
     """Return what the recipe needs on this machine's GPUs, or on those that are named."""
+    from cosmos_cli.recipe import advice, gpu_models
+    from cosmos_cli.train import preflight
+
     count, gpu = processes, preflight.smallest_gpu()
     if gpus is not None:
         count, gpu = gpu_models.parse_gpus(gpus)
@@ -102,6 +110,10 @@ def _outcome(
     loaded: LoadedRecipe, ready: preflight.Ready, dry_run: bool, overwrite: bool
 ) -> dict[str, Any]:
     """Train, or print the plan of a dry run, and return the figures of the result."""
+    from cosmos_cli import ranks
+    from cosmos_cli.recipe import advice
+    from cosmos_cli.train import launch, preflight, status
+
     r = loaded.recipe
     run, processes = Run(r.run_dir), launch.world_size(r)
     if ready.finished:

@@ -31,6 +31,7 @@ OTHER_GUARDS = {
 }  # fmt: skip
 TOKENIZER_PATTERNS = ("README.md", "config.json", "encoder.jit", "decoder.jit", "mean_std.pt")
 UPSAMPLER_PATTERNS = ("README.md", "*.json", "tokenizer*", "model.pt")
+UPSAMPLER_FIX = "run `cosmos download RECIPE --for generate`, or add `--set upsampler=off`"
 TEXT_PATTERNS = ("config.json", "spiece.model", "tokenizer*.json")
 TEXT_ORIGINAL = "pytorch_model.bin"
 TEXT_THIRD_PARTY = "text_encoders/oldt5_xxl_fp16.safetensors"
@@ -153,6 +154,19 @@ def require_networks(r: Recipe, *networks: Path) -> None:
                 where=str(path.absolute()),
                 fix="run `cosmos download RECIPE`",
             )
+
+
+def require_upsampler(folder: Path) -> None:
+    """Check, without reading it, that a folder holds a released or a transformers chat model.
+
+    Raises:
+        UserError: there is none.
+    """
+    if not any((folder / name).is_file() for name in (paths.MODEL_FILE, "config.json")):
+        raise UserError(
+            "there is no prompt upsampler", code=ExitCode.ASSET, where=str(folder.absolute()),
+            fix=UPSAMPLER_FIX,
+        )  # fmt: skip
 
 
 def of_recipe(r: Recipe, stage: str = "all") -> list[Asset]:

@@ -172,17 +172,6 @@ def user_errors(asset: Asset) -> Iterator[None]:
     def bad(what: str, fix: str, where: str = asked) -> UserError:
         return UserError(what, code=ExitCode.ASSET, where=where, fix=fix)
 
-    def unreachable(error: Exception) -> UserError:
-        if isinstance(error, errors.OfflineModeIsEnabled):
-            return bad(f"{UNREACHABLE}: HF_HUB_OFFLINE is set", "run `unset HF_HUB_OFFLINE`")
-        cause = error.__cause__ if isinstance(error, errors.LocalEntryNotFoundError) else error
-        why = str(cause or error) or type(error).__name__
-        if proxy := _proxy_of(asked):
-            what = f"{UNREACHABLE} through the proxy {_masked(proxy[1])} ({proxy[0]}): {why}"
-            return bad(what, f"check the proxy, or run `unset {proxy[0]}`")
-        mirror = "" if asked == asset.url else " and HF_ENDPOINT"
-        return bad(f"{UNREACHABLE}: {why}", f"check the network{mirror}")
-
     _check_token()
     _proxies()
     try:
@@ -203,7 +192,7 @@ def user_errors(asset: Asset) -> Iterator[None]:
         fix = "use `--set dataset_revision=main`" if asset.revision else held
         raise bad("has no such revision", fix) from error
     except errors.LocalEntryNotFoundError as error:
-        raise unreachable(error) from error
+        raise _unreachable(error, asked) from error
     except errors.EntryNotFoundError as error:
         raise bad(f"has no such file: {error}", "check the revision") from error
     except errors.HFValidationError as error:
@@ -213,9 +202,29 @@ def user_errors(asset: Asset) -> Iterator[None]:
     except errors.HfHubHTTPError as error:
         raise bad(f"the hub answered: {error}", "try again later") from error
     except (transport_error, errors.OfflineModeIsEnabled, ConnectionError) as error:
-        raise unreachable(error) from error
+        raise _unreachable(error, asked) from error
     except OSError as error:
         if error.errno is not None:
             raise
         # huggingface_hub raises an OSError without errno if a file arrives incomplete.
         raise bad("sent only a part of a file", "run the same command again") from error
+
+
+def _unreachable(error: Exception, asked: str) -> UserError:
+    """Return the error of a hub that does not answer at the URL `asked`, with the likely reason."""
+    from huggingface_hub import errors
+
+    cause = error.__cause__ if isinstance(error, errors.LocalEntryNotFoundError) else error
+    what = f"{UNREACHABLE}: {str(cause or error) or type(error).__name__}"
+    fix = (
+        "check the network" if asked.startswith(f"{HOME}/") else "check the network and HF_ENDPOINT"
+    )
+    if isinstance(error, errors.OfflineModeIsEnabled):
+        what, fix = f"{UNREACHABLE}: HF_HUB_OFFLINE is set", "run `unset HF_HUB_OFFLINE`"
+    elif proxy := _proxy_of(asked):
+        through = f"{UNREACHABLE} through the proxy {_masked(proxy[1])} ({proxy[0]})"
+        what, fix = (
+            what.replace(UNREACHABLE, through, 1),
+            f"check the proxy, or run `unset {proxy[0]}`",
+        )
+    return UserError(what, code=ExitCode.ASSET, where=asked, fix=fix)

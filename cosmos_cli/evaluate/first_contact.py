@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import combinations, permutations
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -95,11 +96,13 @@ def check_model(r: Recipe, device: str) -> dict[str, Any]:
     header = ("sigma", "EDM loss", "linear estimate", "shuffled frames")
     console.say(f"{console.table(cells, header)}\n{EXPLANATION}")
     if problem := fault_of(rows, exchanged_losses(denoiser, latents[:1])):
-        raise UserError(
-            f"the denoiser {problem}", code=ExitCode.ASSET, where=str(files.dit),
-            fix="download it again; if it already is the hub's file, report this as a bug",
-        )  # fmt: skip
+        raise _misread(f"the denoiser {problem}", files.dit)
     return {**figures, "edm": [asdict(row) for row in rows]}
+
+
+def _misread(what: str, path: Path) -> UserError:
+    fix = "download it again; if it already is the hub's file, report this as a bug"
+    return UserError(what, code=ExitCode.ASSET, where=str(path), fix=fix)
 
 
 # --- tokenizer ------------------------------------------------------------------------------------
@@ -134,11 +137,7 @@ def check_tokenizer(
     elif not LATENT_RMS[0] < rms < LATENT_RMS[1]:
         problem = f"makes latents with RMS {rms:.2f}, not about 1: check its mean and std"
     if problem:
-        raise UserError(
-            f"the tokenizer {problem}", code=ExitCode.ASSET,
-            where=str(r.model_files.tokenizer),
-            fix="download it again; if it already is the hub's file, report this as a bug",
-        )  # fmt: skip
+        raise _misread(f"the tokenizer {problem}", r.model_files.tokenizer)
     return [x0.float() for x0 in latents], {"psnr": psnr, "lost": error / variance, "rms": rms}
 
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 # What makes a video exact.
-EXACT = ("speed=exact",)
+EXACT = ("speed=exact", "sampling_precision=bf16")
 
 
 def compared(
@@ -46,9 +46,11 @@ def compared(
         if exact == own.r:
             raise UserError(
                 "needs a faster mode to compare with the exact one", code=ExitCode.USAGE,
-                where="--compare exact", fix="add `--set speed=fast`",
+                where="--compare exact",
+                fix="add `--set speed=fast` or `--set sampling_precision=fp8`",
             )  # fmt: skip
-        both = [replace(own, r=exact, side="exact"), replace(own, side="fast")]
+        side = "fast" if own.r.speed == "fast" else own.r.sampling_precision
+        both = [replace(own, r=exact, side="exact"), replace(own, side=side)]
     else:
         base = choice.base_of(own.r, own.weights)
         if base.identity == own.weights.identity:
@@ -73,7 +75,7 @@ def require_networks(r: Recipe) -> None:
     """
     precision.fp8_parts(r)
     if r.upsampler != "off":
-        assets.require_networks(r, Path(r.upsampler))
+        assets.require_upsampler(Path(r.upsampler))
     if not r.spec.embedded:
         networks = r.model_files
         assets.require_networks(r, networks.text_encoder / "config.json", networks.tokenizer)
@@ -81,6 +83,16 @@ def require_networks(r: Recipe) -> None:
             from cosmos_cli.generate.guards import guardrail
 
             guardrail.block_list(r)
+
+
+def _require_tokenizer(r: Recipe) -> None:
+    """Check that there is a decoder before the text encoder, which is loaded first, takes minutes.
+
+    Raises:
+        UserError: there is none.
+    """
+    if not r.spec.embedded:
+        assets.require_networks(r, r.model_files.tokenizer)
 
 
 def plan_request(request: Request, settings: Settings) -> Result:
@@ -130,6 +142,7 @@ def batch(
             made.add(_say_side(sides[result.job], result.job))
         yield result
     if todo:
+        _require_tokenizer(todo[0].r)
         for folder in dict.fromkeys(job.path.parent for job in todo):
             files.require_writable(folder)
             files.remove_own_stale(folder)
@@ -204,6 +217,7 @@ def _comparisons(settings: Sequence[Settings], pairs: list[tuple[Job, Job]]) -> 
 
 def stream(settings: Settings) -> Iterator[Result]:
     """Generate a video for each line of stdin; keep all networks in memory if they fit."""
+    _require_tokenizer(settings.r)
     files.require_writable(settings.output.absolute())
     files.remove_own_stale(settings.output.absolute())
     from cosmos_cli.generate.phases import one_by_one

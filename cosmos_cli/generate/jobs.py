@@ -13,7 +13,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from cosmos_cli import files
 from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.paths import VIDEO_SUFFIXES
-from cosmos_cli.spec import GIVEN_FRAMES, MODELS
+from cosmos_cli.spec import (
+    FAST_EXTRAPOLATION,
+    FAST_GUIDED_ABOVE,
+    FAST_LOG_SIGMAS,
+    GIVEN_FRAMES,
+    MODELS,
+)
 
 if TYPE_CHECKING:
     from cosmos_cli.recipe.keys import Recipe
@@ -200,8 +206,8 @@ class Request:
 class Settings:
     """Hold what all videos of a command share; `output` is an .mp4 file or a folder.
 
-    `side` is what --compare calls these videos: base, post-trained, exact or fast. `given` is the
-    input of requests that name none.
+    `side` is what --compare calls these videos: base, post-trained, exact, fast or fp8. `given` is
+    the input of requests that name none.
     """
 
     r: Recipe
@@ -235,6 +241,9 @@ class Job:
         # A video that was made before a key existed keeps its hash.
         while (name := names[len(values) - 1]) in LATER_KEYS and values[-1] == LATER_KEYS[name]:
             values.pop()
+        if self.r.speed == "fast":
+            # Videos of other levels, as of another version, are others.
+            values += [FAST_LOG_SIGMAS, FAST_GUIDED_ABOVE, FAST_EXTRAPOLATION]
         more = []
         if self.given:
             # Two keys of prep also decide what is seen of the input.

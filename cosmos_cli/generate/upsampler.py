@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from cosmos_cli import paths
+from cosmos_cli.download import assets
 from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.model import pretrained, weights
 from cosmos_cli.model.finite import require_finite
@@ -55,12 +56,8 @@ class Upsampler:
 
         self.device = device
         released = folder / paths.MODEL_FILE
-        fix = "run `cosmos download RECIPE --for generate`, or add `--set upsampler=off`"
-        if not (released.is_file() or (folder / "config.json").is_file()):
-            raise UserError(
-                "there is no prompt upsampler", code=ExitCode.ASSET, where=str(folder.absolute()),
-                fix=fix,
-            )  # fmt: skip
+        assets.require_upsampler(folder)
+        fix = assets.UPSAMPLER_FIX
         with pretrained.reading_pretrained(folder, "is not a complete prompt upsampler", fix):
             self.tokenizer = pretrained.load_pretrained(AutoTokenizer, folder)
             if released.is_file():

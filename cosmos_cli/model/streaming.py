@@ -34,10 +34,13 @@ def allocate(
         child.to_empty(device="cpu" if child in on_cpu else device, recurse=False)
 
 
-def pinned(size: int) -> Tensor:
-    """Return `size` bytes of pinned CPU memory, or of pageable memory where pinning is refused."""
+def pinned(size: int, device: torch.device) -> Tensor:
+    """Return `size` bytes of CPU memory to exchange with a device, pinned for a GPU.
+
+    Where pinning is refused, they are pageable.
+    """
     try:
-        return torch.empty(size, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
+        return torch.empty(size, dtype=torch.uint8, pin_memory=device.type == "cuda")
     except RuntimeError:
         return torch.empty(size, dtype=torch.uint8)
 
@@ -54,7 +57,7 @@ class WeightStream:
         self, blocks: Sequence[nn.Module], streamed: Sequence[int], device: torch.device
     ) -> None:
         self.places = {index: place for place, index in enumerate(streamed)}
-        self.weights = [_pack(blocks[index]) for index in streamed]
+        self.weights = [_pack(blocks[index], device) for index in streamed]
         self.pageable = device.type == "cuda" and not all(w.is_pinned() for w in self.weights)
         size = max(map(len, self.weights), default=0)
         self.buffers = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(BUFFERS)]
@@ -136,9 +139,9 @@ def _views(block: nn.Module, flat: Tensor) -> list[tuple[nn.Parameter, Tensor]]:
     return views
 
 
-def _pack(block: nn.Module) -> Tensor:
+def _pack(block: nn.Module, device: torch.device) -> Tensor:
     """Move a block's frozen weights into one piece of CPU memory, and return it."""
-    flat = pinned(block_bytes(block))
+    flat = pinned(block_bytes(block), device)
     for parameter, view in _views(block, flat):
         view.copy_(parameter.data)
         parameter.data = view
@@ -167,7 +170,7 @@ class ActivationStream:
     """
 
     def __init__(self, count: int, device: torch.device) -> None:
-        self.count = count
+        self.count, self.device = count, device
         self.copying = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.stored: dict[int, list[Stored]] = {}
         # Tensors whose copies to CPU memory may still be under way.
@@ -197,7 +200,7 @@ class ActivationStream:
 
     def put(self, index: int, tensor: Tensor) -> Stored:
         """Begin to copy a tensor that block `index` stores to CPU memory."""
-        stored = Stored(pinned(tensor.nbytes).view(tensor.dtype).view(tensor.shape))
+        stored = Stored(pinned(tensor.nbytes, self.device).view(tensor.dtype).view(tensor.shape))
         self.stored[index].append(stored)
         if self.copying is None:
             stored.on_cpu.copy_(tensor.detach())

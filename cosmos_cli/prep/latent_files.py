@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from cosmos_cli import archives, files
 from cosmos_cli.errors import ExitCode, UserError
-from cosmos_cli.recipe.keys import Recipe
+
+if TYPE_CHECKING:
+    from cosmos_cli.recipe.keys import Recipe
 
 
 def read_latent(path: Path) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -15,9 +15,11 @@ from cosmos_cli.model import cond_frames, edm, fp8, kernels, lora, streaming, we
 from cosmos_cli.model.device import free_bytes, why_not_compiled
 from cosmos_cli.model.dit import DiT
 from cosmos_cli.recipe import gpu_models, plan
-from cosmos_cli.recipe.keys import Recipe
 from cosmos_cli.recipe.residence import Residence
 from cosmos_cli.train import checkpoint, data
+
+if TYPE_CHECKING:
+    from cosmos_cli.recipe.keys import Recipe
 
 
 def build(r: Recipe, share: data.Share, device: torch.device) -> Any:

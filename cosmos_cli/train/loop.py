@@ -12,12 +12,12 @@ from cosmos_cli import console
 from cosmos_cli.model.ema import PowerEMA
 from cosmos_cli.model.sequence import neighbours
 from cosmos_cli.paths import Run
-from cosmos_cli.recipe.keys import Recipe
 from cosmos_cli.train import checkpoint, data, metrics, requests
 from cosmos_cli.train import engine as engines
 from cosmos_cli.train.saver import Saver
 
 if TYPE_CHECKING:
+    from cosmos_cli.recipe.keys import Recipe
     from cosmos_cli.train.heldout import HeldOut
     from cosmos_cli.train.previews import Previews
 

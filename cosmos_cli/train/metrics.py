@@ -6,7 +6,7 @@ import json
 import math
 import time
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -15,9 +15,11 @@ from cosmos_cli import console, files
 from cosmos_cli.model import edm
 from cosmos_cli.paths import Run
 from cosmos_cli.recipe import plan
-from cosmos_cli.recipe.keys import Recipe
 from cosmos_cli.train import data, page, status
 from cosmos_cli.train.engine import gpu_model
+
+if TYPE_CHECKING:
+    from cosmos_cli.recipe.keys import Recipe
 
 
 class Stats:

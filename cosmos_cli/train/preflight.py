@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from cosmos_cli import console, files, gpus, paths
+from cosmos_cli import archives, console, files, gpus, paths
 from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.gpus import gpu_names
 from cosmos_cli.paths import Dataset, Run
@@ -137,6 +137,9 @@ def check_recipe(r: Recipe, ranks: int) -> None:
             if r.base
             else "run `cosmos download RECIPE --for train`, or use `--set base=FILE`",
         )
+    # The ranks would find damage only after they have imported everything.
+    for path in sorted(base.rglob("*.safetensors")) if base.is_dir() else [base]:
+        archives.check_weights(path)
     tokenizer = r.model_files.tokenizer
     if (r.preview_every_steps or r.sample_every_saves) and not tokenizer.exists():
         raise UserError(
@@ -432,9 +435,12 @@ def _another_run(folder: Path, with_what: str) -> UserError:
 def check_disk(r: Recipe, run: Run, start: int, freed: int = 0) -> None:
     """Refuse a run whose saves do not fit on the disk, even after `freed` bytes are deleted.
 
+    Training also deletes what a killed run left of a save.
+
     Raises:
         UserError: less space is free than the remaining saves plus min_free_disk_gb.
     """
+    freed += sum(map(files.size_within, files.stale(run.checkpoints)))
     needed, free = plan.disk(r, start).run_bytes, files.free_bytes(run.root) + freed
     if free >= needed + r.min_free_disk_gb * 1e9:
         return

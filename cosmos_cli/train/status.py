@@ -83,6 +83,20 @@ def is_finished(run: Run) -> bool:
     return run.result.exists() and not files.read_json(run.result)["exit_code"]
 
 
+def require_saved(run: Run, weights: str) -> list[int]:
+    """Return the saved steps of a run's weights, of the kind ema or reg.
+
+    Raises:
+        UserError: there are none.
+    """
+    if saved := run.saved_steps(weights):
+        return saved
+    raise UserError(
+        "the run has no checkpoint", code=ExitCode.ASSET, where=str(run.checkpoints.absolute()),
+        fix="run `cosmos train RECIPE` first",
+    )  # fmt: skip
+
+
 def best_step(run: Run) -> int | None:
     """Return the saved step with the lowest held-out error, or None if none was measured."""
     saved = set(run.saved_steps("ema"))

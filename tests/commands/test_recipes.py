@@ -124,6 +124,16 @@ def test_clips_are_as_long_as_three_of_four_videos() -> None:
     assert choices(info(3))["num_frames"] == 1
 
 
+def test_a_recipe_that_can_only_learn_pictures_says_so() -> None:
+    def needs(*lengths: int) -> str:
+        videos = [info(length) for length in lengths]
+        return "\n".join(new_recipe.propose("robot", Path("clips"), videos, 0, machine())[1])
+
+    assert "fewer than 9 frames at 24 fps, so the run learns pictures" in needs(4)
+    assert "pictures" not in needs(9)
+    assert "pictures" not in needs(4, *[60] * 4)
+
+
 def test_the_rate_is_the_models_unless_the_videos_are_slower() -> None:
     def rates(*fps: float) -> tuple[float, str]:
         found = choices(*(info(fps=rate) for rate in fps))

@@ -85,3 +85,12 @@ def test_a_pass_copies_each_streamed_block_once():
     gradients(module)
     # The two blocks at each end of the pass are still there when the direction changes.
     assert stream.copies - before == 2 * (4 - 2)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU driver grants pinned memory")
+def test_where_pinning_is_refused_the_memory_is_pageable():
+    with pytest.raises(RuntimeError):
+        torch.empty(8, pin_memory=True)
+    memory = streaming.pinned(8, torch.device("cuda"))
+    assert len(memory) == 8
+    assert not memory.is_pinned()

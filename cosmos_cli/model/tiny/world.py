@@ -95,8 +95,6 @@ MASCOT_ACCENT = "yellow"
 MASCOT = Thing("robot", "teal", accents=(("antenna", MASCOT_ACCENT), ("head", MASCOT_ACCENT)))
 # The order matters for a dataset of 12 clips: only the first four of the eight motions occur twice.
 MASCOT_MOTIONS = ("still", "circle", "grow", "rotate", "left", "right", "up", "down")
-# The parts of a shape that can get other colours in the training scenes of the tiny model.
-PARTS = {"robot": ("antenna", "stripe", "side"), "ball": ("shine",), "cube": ("top", "side")}
 
 
 # --- scenes and captions --------------------------------------------------------------------------
