@@ -150,9 +150,10 @@ def generate(
         options.name_recipe(recipe, set_)
     overrides = [*(set_ or ()), *([] if seed is None else [f"sampling_seed={seed}"])]
     given = _given(image, video, num_input_frames)
-    requests = [] if prompts else _requests(prompt or [], batch_)
+    requests = [] if prompts or print_recipe else _requests(prompt or [], batch_)
     others = bool(prompt or batch_ or compare or num_processes)
-    _check_options(prompts, others, bool(compare and rollout > 1), output, len(requests))
+    if not print_recipe:
+        _check_options(prompts, others, bool(compare and rollout > 1), output, len(requests))
     frames = bool(given or rollout > 1 or any(request.has_input for request in requests))
     chosen = choice.choose_model(recipe, model, overrides, frames=frames)
     overrides = [*chosen.overrides, *overrides]

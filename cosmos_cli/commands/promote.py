@@ -257,7 +257,10 @@ def _chosen_options(step: str, weights: str, format_: str) -> str:
 
 
 def _generate_command(r: Recipe, target: Path, name: str | None) -> list[str]:
-    """Return a generate command with a prompt of the training, and --model where needed."""
+    """Return a generate command with a prompt of the training, and --model where needed.
+
+    A Video2World model is found by its input, which the user must name.
+    """
     manifest = paths.Dataset.at(r.dataset_dir, r.videos_dir).manifest
     captions = [
         video["caption"]
@@ -267,7 +270,9 @@ def _generate_command(r: Recipe, target: Path, name: str | None) -> list[str]:
     prompt = captions[0] if captions else r.prompt or "A red ball moves left."
     elsewhere = target.parent != Path("checkpoints").absolute()
     model = str(target) if elsewhere else name
-    return ["cosmos", "generate", "--prompt", prompt, *(["--model", model] if model else ())]
+    shown = ["--image", "FILE"] if r.spec.takes_frames else []
+    own = ["--model", model] if model else []
+    return ["cosmos", "generate", *shown, "--prompt", prompt, *own]
 
 
 def require_own(target: Path, run: Run, yes: bool, aside: str) -> None:

@@ -14,7 +14,7 @@ import torch
 from cosmos_cli import console, files, html, paths
 from cosmos_cli.evaluate import comparison, evaluation, features
 from cosmos_cli.evaluate.samples import Sample
-from cosmos_cli.model import edm, video
+from cosmos_cli.model import video
 from cosmos_cli.recipe.keys import Recipe
 from cosmos_cli.train import page as run_page
 
@@ -45,11 +45,11 @@ def figure_rows(figures: dict[str, Any]) -> list[tuple[str, ...]]:
     if all("edm" in model for model in models):
         table += [
             (
-                f"EDM error, sigma {sigma:.2g}",
+                f"EDM error, {level.replace('_', ' ')}",
                 "",
-                *(f"{m['edm'][f'sigma_{sigma:.2g}']:.4f}" for m in models),
+                *(f"{m['edm'][level]:.4f}" for m in models),
             )
-            for sigma in edm.FIXED_SIGMAS
+            for level in next(iter(models))["edm"]
         ]
     if all("nearest_clip" in model for model in models):
         apart = f"{figures['clips_apart']:.3f} between clips"

@@ -92,3 +92,11 @@ def test_the_page_of_real_videos_shows_each_next_to_its_scores(tmp_path):
     order = [text.index(f"<h2>{name}") for name in ("promoted compared", "Videos", "Figures")]
     assert order == sorted(order)
     assert json.loads(written[-1].read_text())["files"] == [path.name for path in written[1:-1]]
+
+
+def test_the_noise_levels_shown_are_those_that_were_measured():
+    errors = {"sigma_0.63": 0.25, "sigma_6.3": 0.5}
+    rows = page.figure_rows({"models": {"base": {"edm": errors}}})
+    assert rows == [
+        ("EDM error, sigma 0.63", "", "0.2500"), ("EDM error, sigma 6.3", "", "0.5000"),
+    ]  # fmt: skip

@@ -222,6 +222,7 @@ def test_an_input_chooses_a_video2world_model(cosmos):
     assert choose(cosmos)[0] == f"checkpoints/{TINY}_post-trained/model.pt"
     said = choose(cosmos, "tiny", *shown, code=2)
     assert "use `--set model=Cosmos-Tiny-Video2World`" in said
+    assert "model: Cosmos-Tiny" in cosmos("generate", "tiny", "--print-recipe").stdout
     assert "a.jpg: does not exist" in choose(cosmos, "--image", "a.jpg", code=4)
 
 

@@ -80,6 +80,7 @@ def test_a_picture_continues_with_the_promoted_model(trained):
     folder = trained.cwd / "checkpoints" / "Cosmos-Tiny-Video2World_post-trained"
     sha256 = files.read_json(folder / "manifest.json")["sha256"]
     assert promoted["step"] == 2
+    assert "generate --image FILE --prompt" in promoted["next"]
     few = ("--set", "num_steps=2")
     for shown, model in ((("--image", "first.png"), "Video2World"), ((), "Text2World")):
         done = trained.json("generate", *shown, "--prompt", "A square moves right.", *few)
