@@ -369,12 +369,17 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
-def remove_stale(folder: Path) -> None:
-    """Remove the temporary files and folders that a killed process left in `folder`."""
+def stale(folder: Path) -> Iterator[Path]:
+    """Yield the temporary files and folders that a killed process left in `folder`."""
     for path in folder.glob(".*.tmp*"):
         owner = re.match(r"\.(\d+)\.", path.name)
-        if owner and Path("/proc", owner[1]).exists():
-            continue
+        if not owner or not Path("/proc", owner[1]).exists():
+            yield path
+
+
+def remove_stale(folder: Path) -> None:
+    """Remove the temporary files and folders that a killed process left in `folder`."""
+    for path in stale(folder):
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         else:
@@ -434,6 +439,11 @@ def size_of(path: Path) -> int:
         return path.stat().st_size
     except OSError:
         return 0
+
+
+def size_within(path: Path) -> int:
+    """Return the bytes of a file, or of all files in a folder."""
+    return sum(map(size_of, path.rglob("*"))) if path.is_dir() else size_of(path)
 
 
 def stamp_of(path: Path) -> tuple[int, int]:

@@ -169,7 +169,7 @@ def evaluate(
         if dataset:
             figures["models"][name]["edm"] = means(errors[name])
     with torch.inference_mode():
-        measured, embedded = measure(r, models, store, dataset, scorers)
+        measured, vectors = measure(r, models, store, dataset, scorers)
     values: dict[str, dict[str, list[float]]] = {name: {} for name in models}
     better = directions(r, dataset, len(store.wanted))
     for name in models:
@@ -177,10 +177,10 @@ def evaluate(
         if held_out:
             values[name]["EDM error"] = list(map(fmean, zip(*errors[name].values(), strict=True)))
         values[name] |= by_score(measured[name], better)
-        figures["models"][name] |= _summary(values[name], embedded, name)
+        figures["models"][name] |= _summary(values[name], vectors, name)
         if dataset and store.wanted and (found := nearest_clips(measured[name], dataset.train)):
             figures["models"][name]["nearest_clip"], figures["clips_apart"] = found
-    figures["comparisons"] = comparison.compare(values, better, embedded)
+    figures["comparisons"] = comparison.compare(values, better, vectors)
     return figures, measured
 
 
@@ -282,7 +282,7 @@ def by_score(measured: Sequence[Sample], names: Iterable[str]) -> dict[str, list
 
 
 def _summary(
-    values: dict[str, list[float]], embedded: comparison.Features | None, name: str
+    values: dict[str, list[float]], vectors: comparison.Features | None, name: str
 ) -> dict[str, Any]:
     """Return the mean scores of a model's videos, and their distance to the held-out clips."""
     found = {}
@@ -290,8 +290,8 @@ def _summary(
     for group, names in groups.items():
         if own := means({score: values[score] for score in names if score in values}):
             found[group] = own
-    if embedded:
-        distance, p = statistics.kernel_distance(embedded.videos[name], embedded.held_out)
+    if vectors:
+        distance, p = statistics.kernel_distance(vectors.videos[name], vectors.held_out)
         found["held_out_distance"] = {"distance": distance, "p": p}
     return found
 

@@ -43,7 +43,7 @@ MEANINGS = {
     ),
     DISTANCE: (
         "kernel distance between all videos and the held-out clips as the tokenizer decodes them, "
-        "in features of V-JEPA 2; about 0 if they cannot be told apart", "lower",
+        "in features of V-JEPA 2; about 0 if they cannot be told apart, with p above 0.05", "lower",
     ),
 }  # fmt: skip
 # Evenly spaced frames of a video, and of each training clip.

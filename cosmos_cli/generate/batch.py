@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 # What makes a video exact.
-EXACT = ("speed=exact",)
+EXACT = ("speed=exact", "sampling_precision=bf16")
 
 
 def compared(
@@ -46,9 +46,11 @@ def compared(
         if exact == own.r:
             raise UserError(
                 "needs a faster mode to compare with the exact one", code=ExitCode.USAGE,
-                where="--compare exact", fix="add `--set speed=fast`",
+                where="--compare exact",
+                fix="add `--set speed=fast` or `--set sampling_precision=fp8`",
             )  # fmt: skip
-        both = [replace(own, r=exact, side="exact"), replace(own, side="fast")]
+        side = "fast" if own.r.speed == "fast" else own.r.sampling_precision
+        both = [replace(own, r=exact, side="exact"), replace(own, side=side)]
     else:
         base = choice.base_of(own.r, own.weights)
         if base.identity == own.weights.identity:

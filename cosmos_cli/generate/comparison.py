@@ -16,6 +16,7 @@ from cosmos_cli.gpus import best_device
 from cosmos_cli.model import rgb, video
 from cosmos_cli.model.device import number_format
 from cosmos_cli.model.tokenizer import load_tokenizer
+from cosmos_cli.recipe.keys import Recipe
 
 LABEL_SHARE = 0.08
 
@@ -35,7 +36,14 @@ def compare(sides: dict[str, Job], joined: Job) -> None:
     videos = {
         name: video.read_frames(job.path, range(job.r.num_frames)) for name, job in sides.items()
     }
-    labelled = [torch.cat([_label(name, sides[name]), videos[name]], dim=2) for name in sides]
+    labels = {
+        name: f"{job.r.passes} passes" if "exact" in sides else job.weights.identity[:8]
+        for name, job in sides.items()
+    }
+    labelled = [
+        torch.cat([_label(f"{name} {labels[name]}", job.r), videos[name]], dim=2)
+        for name, job in sides.items()
+    ]
     pixels = torch.cat(labelled, dim=3)
     about = {
         "prompt": joined.prompt,
@@ -97,8 +105,8 @@ def _page(sides: dict[str, Job], joined: Job, about: dict[str, Any]) -> str:
         differ = "Only the sampling differs."
         sections.append(("Difference from the exact video", html.text(
             f"{in_words(about['difference'])}. PSNR is 99 and SSIM is 1 for equal videos. The "
-            "latent distance is relative, between the tokenizer's latents of both videos. A fast "
-            "video may be as good as the exact one and still show another scene."
+            "latent distance is relative, between the tokenizer's latents of both videos. A "
+            "video can be as good as the exact one and still show another scene."
         )))  # fmt: skip
     head = ("", "video", "denoiser", "weights", "sha256 of the weights")
     sections.append(("Files", html.table(facts, head)))
@@ -109,13 +117,10 @@ def _page(sides: dict[str, Job], joined: Job, about: dict[str, Any]) -> str:
     return html.page(joined.prompt, sections, note)
 
 
-def _label(name: str, job: Job) -> Tensor:
-    """Return a strip that names the model, to put above each frame, uint8 CTHW."""
-    r = job.r
+def _label(text: str, r: Recipe) -> Tensor:
+    """Return a strip with a text, to put above each frame, uint8 CTHW."""
     height = max(16, round(r.height * LABEL_SHARE / 2) * 2)
     strip = Image.new("RGB", (r.width, height), "black")
-    own = f"{job.r.passes} passes" if name in ("exact", "fast") else job.weights.identity[:8]
-    text = f"{name} {own}"
     ImageDraw.Draw(strip).text(
         (height // 4, height // 2), text, "white", ImageFont.load_default(height * 0.6), "lm"
     )

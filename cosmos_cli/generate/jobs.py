@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from cosmos_cli import files
 from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.paths import VIDEO_SUFFIXES
+from cosmos_cli.spec import FAST_EXTRAPOLATION, FAST_GUIDED_ABOVE, FAST_LOG_SIGMAS
 
 if TYPE_CHECKING:
     from cosmos_cli.recipe.keys import Recipe
@@ -132,7 +133,7 @@ class Request:
 class Settings:
     """Hold what all videos of a command share; `output` is an .mp4 file or a folder.
 
-    `side` is what --compare calls these videos: base, post-trained, exact or fast.
+    `side` is what --compare calls these videos: base, post-trained, exact, fast or fp8.
     """
 
     r: Recipe
@@ -159,6 +160,9 @@ class Job:
         # A video that was made before a key existed keeps its hash.
         while (name := names[len(values) - 1]) in LATER_KEYS and values[-1] == LATER_KEYS[name]:
             values.pop()
+        if self.r.speed == "fast":
+            # Videos of other levels, as of another version, are others.
+            values += [FAST_LOG_SIGMAS, FAST_GUIDED_ABOVE, FAST_EXTRAPOLATION]
         return files.sha256_text(self.prompt, self.weights.identity, json.dumps(values))
 
     @property

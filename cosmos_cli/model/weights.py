@@ -296,6 +296,11 @@ class Written(NamedTuple):
     pieces: str
 
 
+# The bytes from which on a hash is computed in a thread. Below, each thread would take the GIL from
+# a training that launches kernels meanwhile, for less time than the change of threads takes.
+_WORTH_A_THREAD = 2**20
+
+
 class _Hashing(io.BufferedWriter):
     """A file that computes the hashes of what is written to it."""
 
@@ -304,6 +309,10 @@ class _Hashing(io.BufferedWriter):
         self.digest, self.pieces, self.threads = hashlib.sha256(), files.PieceHash(), threads
 
     def write(self, data: Any) -> int:
+        if len(data) < _WORTH_A_THREAD:
+            self.digest.update(data)
+            self.pieces.update(data)
+            return super().write(data)
         # On a fast disk, writing takes as long as hashing. None holds the GIL, so they overlap.
         hashed = [self.threads.submit(to.update, data) for to in (self.digest, self.pieces)]
         try:

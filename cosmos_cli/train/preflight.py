@@ -268,9 +268,12 @@ def _because(shown: gpus.Selection) -> str:
 def check_disk(r: Recipe, run: Run, start: int, freed: int = 0) -> None:
     """Refuse a run whose saves do not fit on the disk, even after `freed` bytes are deleted.
 
+    Training also deletes what a killed run left of a save.
+
     Raises:
         UserError: less space is free than the remaining saves plus min_free_disk_gb.
     """
+    freed += sum(map(files.size_within, files.stale(run.checkpoints)))
     needed, free = plan.disk(r, start).run_bytes, files.free_bytes(run.root) + freed
     if free >= needed + r.min_free_disk_gb * 1e9:
         return

@@ -28,10 +28,10 @@ from cosmos_cli.train.heldout import HeldOut
 from cosmos_cli.train.previews import Previews
 from cosmos_cli.train.watchdog import Watchdog
 
-# The number of SMs that NCCL may hold under ZeRO-3 to gather weights and reduce gradients. It holds
-# them while it waits for the slowest rank, and full-grid GEMMs queue behind it. On 2 x H100 with 12
-# blocks of the 7B, a step took 6.18 s without communication, 6.58 s with NCCL's default and 6.30 s
-# with 4. If NCCL_MAX_CTAS is set, it applies to all communicators instead.
+# NCCL_MAX_CTAS under ZeRO-3: the number of SMs that NCCL may hold to gather weights and reduce
+# gradients. It holds them while it waits for the slowest rank, and full-grid GEMMs queue behind it.
+# Measured on 2 x H100 with 12 blocks of the 7B: 6.18 s a step without communication, 6.58 s with
+# NCCL's default, 6.30 s with 4.
 NCCL_SMS = 4
 
 
@@ -70,9 +70,7 @@ def run_rank(r: Recipe) -> dict[str, Any]:
     run = Run(r.run_dir)
     if r.zero_stage == 3 and r.sequence_parallel == 1:
         os.environ.setdefault("NCCL_MAX_CTAS", str(NCCL_SMS))
-    # An exchange of tokens and heads holds the step up, so its groups keep NCCL's own choice.
-    alone = r.zero_stage == 3 and r.sequence_parallel > 1
-    device = join_world(r.timeout_seconds, NCCL_SMS if alone else None)
+    device = join_world(r.timeout_seconds)
     if dist.get_rank():
         console.mute()
     watchdog = Watchdog(r.timeout_seconds)
@@ -116,16 +114,13 @@ def open_dataset(r: Recipe) -> tuple[data.Clips, HeldOut | None, dict[str, Any]]
     return clips, HeldOut(held_out, r.validate_clips) if len(held_out) else None, about
 
 
-def join_world(timeout_seconds: float, sms: int | None = None) -> torch.device:
-    """Join the other ranks over NCCL, or over gloo on a CPU; return this rank's device.
-
-    `sms` limits the SMs of the two groups of all ranks, in which ZeRO gathers and reduces.
-    """
+def join_world(timeout_seconds: float) -> torch.device:
+    """Join the other ranks over NCCL, or over gloo on a CPU; return this rank's device."""
     # DeepSpeed still calls collectives by names that torch 2.13 deprecates.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     import deepspeed
     import deepspeed.ops
-    from deepspeed.utils import groups, logger
+    from deepspeed.utils import logger
 
     logger.setLevel("WARNING")
     # The watchdog stops a hung run earlier, and names the rank that the others wait for.
@@ -133,15 +128,6 @@ def join_world(timeout_seconds: float, sms: int | None = None) -> torch.device:
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-        if sms:
-            warnings.filterwarnings("ignore", message=".*_timeout was specified")
-            dist.init_process_group(
-                "nccl", timeout=timeout, device_id=device, pg_options=_nccl_options(sms)
-            )
-            # DeepSpeed gathers in the world's group, and reduces in a copy that it makes of it.
-            everyone = range(dist.get_world_size())
-            copy = dist.new_group(everyone, timeout, pg_options=_nccl_options(sms))
-            groups._WORLD_GROUP = copy
         deepspeed.init_distributed("nccl", timeout=timeout)
         return device
     # DeepSpeed's shared-memory all-reduce needs a compiler and takes over a minute to build. On
@@ -149,14 +135,6 @@ def join_world(timeout_seconds: float, sms: int | None = None) -> torch.device:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed("gloo", timeout=timeout)
     return torch.device("cpu")
-
-
-def _nccl_options(sms: int) -> Any:
-    """Return the options of a NCCL communicator that holds at most `sms` SMs."""
-    # A torch without CUDA does not have it.
-    options = dist.ProcessGroupNCCL.Options()
-    options.config.max_ctas = sms
-    return options
 
 
 def main(resolved: str) -> int:

@@ -83,16 +83,15 @@ class Saver:
         began, ranks = time.monotonic(), dist.get_world_size()
         sizes = [int(plan.staged_bytes(self.r, ranks, rank)) for rank in range(ranks)]
         here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        staging, reasons = self.staging, [""] * ranks
-        reason = ""
+        reason, reasons = "", [""] * ranks
         try:
-            staging.reserve(sizes[dist.get_rank()], here)
+            self.staging.reserve(sizes[dist.get_rank()], here)
         except MemoryError as error:
             reason = str(error)
         dist.all_gather_object(reasons, reason)
         needed = console.size(sum(sizes))
         if reason := next(filter(None, reasons), ""):
-            self.staging = Staging(self.engine.device)
+            self.staging.release()
             console.warn(
                 f"training waits while a save is written: its copy takes {needed} of CPU memory, "
                 f"{reason}"
@@ -114,10 +113,10 @@ class Saver:
         final = self.run.resume_state(step)
         building = final.with_name(f".{final.name}.tmp")
         if dist.get_rank() == 0:
+            shutil.rmtree(building, ignore_errors=True)
             fix = "free some space, then `cosmos train RECIPE` resumes; the last save is intact"
             needed = plan.disk(self.r, step).save_bytes
             files.require_free(self.run.checkpoints, needed, f"the files of step {step}", fix)
-            shutil.rmtree(building, ignore_errors=True)
             with files.disk_errors(self.run.checkpoints):
                 best = status.best_step(self.run)
         dist.barrier()

@@ -82,6 +82,13 @@ class Staging:
                 raise MemoryError("the system refuses to pin so much (see `ulimit -l`)")
         self.memory = memory
 
+    def release(self) -> None:
+        """Give the memory back."""
+        if self.memory is not None and self.stream is not None:
+            runtime: Any = torch.cuda.cudart()
+            runtime.cudaHostUnregister(torch.frombuffer(self.memory, dtype=torch.uint8).data_ptr())
+        self.memory = None
+
     def clear(self) -> None:
         """Forget the save before; nothing may read it any more."""
         self.used = 0

@@ -12,6 +12,8 @@ fp8      one pass in bf16, with fp8 linears, and with fp8 self-attention too, bl
          and on those of the tiny model.
 split    the same steps by one process and by all together, guidance halves first; started by
          `torchrun --standalone --nproc-per-node 2 tests/bench/bench_generate.py --parts split`.
+command  the whole command `generate` from files of full size, line by line of what it says, next to
+         dd of the same files: the first run fills the caches, the second has other words.
 load     host memory while a model file of full size is loaded to the GPU.
 
 With `--model tiny` the same runs on a CPU in a minute, to try the script itself.
@@ -22,7 +24,10 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import statistics
+import subprocess
+import sys
 import threading
 import time
 import types
@@ -38,6 +43,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from common import SHIPPED, T5_11B, Row, peak_gib, synchronize
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoTokenizer, T5Config, T5EncoderModel
 
@@ -74,6 +80,7 @@ class Bench:
     scratch: Path
     rounds: int
     limits: list[float]
+    settings: list[str]
 
     @property
     def spec(self) -> ModelSpec:
@@ -579,15 +586,7 @@ def bench_split(bench: Bench, net: DiT) -> Row:
 
 def bench_text(bench: Bench, rows: list[Row]) -> Tensor:
     """The embedding (M, D) of a prompt of full length by an encoder of full size."""
-    folder, spec = bench.scratch / "t5", bench.spec.text
-    if bench.spec.embedded:
-        folder = paths.EMBEDDED_DIR / "t5"
-    elif not (folder / "config.json").exists():
-        tokenizer = AutoTokenizer.from_pretrained(paths.EMBEDDED_DIR / "t5")
-        tokenizer.save_pretrained(folder)
-        with torch.device(bench.device):
-            config = T5Config(**T5_11B)
-            T5EncoderModel(config).to(bench.dtype).save_pretrained(folder)
+    folder, spec = t5_folder(bench), bench.spec.text
     with measured("load text encoder", bench.device, rows):
         encoder = text.TextEncoder(folder, spec, bench.device, bench.dtype)
     with measured("text, first prompt", bench.device, rows):
@@ -599,6 +598,69 @@ def bench_text(bench: Bench, rows: list[Row]) -> Tensor:
         encoder.encode([PROMPT] * TEXT_BATCH)
     rows[-1]["prompts_per_second"] = round(TEXT_BATCH / rows[-1]["seconds"], 1)
     return embedding.float()
+
+
+def t5_folder(bench: Bench) -> Path:
+    """A folder with a text encoder of full size and random weights."""
+    folder = bench.scratch / "t5"
+    if bench.spec.embedded:
+        return paths.EMBEDDED_DIR / "t5"
+    if not (folder / "config.json").exists():
+        tokenizer = AutoTokenizer.from_pretrained(paths.EMBEDDED_DIR / "t5")
+        tokenizer.save_pretrained(folder)
+        with torch.device(bench.device):
+            config = T5Config(**T5_11B)
+            T5EncoderModel(config).to(bench.dtype).save_pretrained(folder)
+    return folder
+
+
+def bench_command(bench: Bench, net: DiT) -> Row:
+    """Seconds of the whole command by the lines that it says, next to dd of the files it reads."""
+    root = (bench.scratch / "checkpoints").absolute()
+    found = paths.model_files(bench.spec, str(root))
+    if not bench.spec.embedded and not found.dit.exists():
+        found.tokenizer.mkdir(parents=True)
+        found.text_encoder.symlink_to(t5_folder(bench).absolute())
+        tokenizer = Tokenizer(bench.spec.tokenizer, bench.spec.sigma_data).state_dict()
+        save_file(tokenizer, found.tokenizer / weights.TOKENIZER_FILE)
+        state = {f"net.{name}": tensor.cpu() for name, tensor in net.state_dict().items()}
+        weights.save_dit(found.dit, state, "pt")
+        del state
+    read = [found.dit, *found.tokenizer.glob("*"), *found.text_encoder.glob("*.safetensors")]
+    began = time.perf_counter()
+    for path in read:
+        subprocess.run(["dd", f"if={path}", "of=/dev/null", "bs=16M", "status=none"], check=True)
+    rows = [{"line": "dd of the same files", "seconds": round(time.perf_counter() - began, 2)}]
+    shipped, settings = SHIPPED[bench.model]
+    settings = [*settings, *bench.settings, f"checkpoints_dir={root}", "guardrails=off"]
+    command = [sys.executable, "-m", "cosmos_cli", "generate", shipped, "--model", "base"]
+    command += [word for setting in settings for word in ("--set", setting)]
+    command += ["-o", str(bench.scratch / f"videos_{time.time():.0f}")]
+    totals = {}
+    for run, videos in (("first run", 1), ("second run", 1), ("two videos", 2)):
+        words = [f"--prompt=Take {i} of the {run}. {PROMPT}" for i in range(videos)]
+        told = list(timed_lines([*command, *words]))
+        rows += [{"run": run, "line": line, "seconds": round(s, 2)} for line, s in told]
+        sampling = sum(s for line, s in told if "denoiser: " in line and "loading" not in line)
+        total = sum(s for _, s in told)
+        totals[run] = {"total": round(total, 2), "outside_denoiser": round(total - sampling, 2)}
+    return {**totals, "gigabytes": sum(path.stat().st_size for path in read) / 1e9, "rows": rows}
+
+
+def timed_lines(command: list[str]) -> Iterator[tuple[str, float]]:
+    """Each line that a command says but its progress, and the seconds since the line before it."""
+    last, progress = time.perf_counter(), re.compile(r" \d+/\d+ steps, ")
+    with subprocess.Popen(
+        command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+    ) as p:
+        for line in p.stderr:
+            if progress.search(line):
+                continue
+            now = time.perf_counter()
+            yield line.strip()[:100], now - last
+            last = now
+    yield "end of the process", time.perf_counter() - last
+    assert p.returncode == 0
 
 
 def bench_load(bench: Bench, net: DiT) -> Row:
@@ -650,7 +712,7 @@ class HostMemory:
 
 PARTS = {
     "forward": bench_forward, "fp8": bench_fp8, "lora": bench_lora, "sample": bench_sample,
-    "split": bench_split, "load": bench_load, "streamed": bench_streamed,
+    "split": bench_split, "command": bench_command, "load": bench_load, "streamed": bench_streamed,
 }  # fmt: skip
 
 
@@ -663,6 +725,7 @@ def main() -> None:
     parser.add_argument(
         "--limits", type=float, nargs="*", default=[12.0], help="GiB of the GPU, for streamed"
     )
+    parser.add_argument("--set", action="append", default=[], help="KEY=VALUE, for command")
     parser.add_argument("--attention", help="fail when another backend would run, e.g. cudnn")
     options = parser.parse_args()
     options.scratch.mkdir(parents=True, exist_ok=True)
@@ -672,6 +735,7 @@ def main() -> None:
     r, device = loading.load(shipped, settings).recipe, best_device()
     dtype = number_format(device)
     about = (options.model, r, device, dtype, options.scratch, options.rounds, options.limits)
+    about += (options.set,)
     bench = Bench(*about)
     with torch.inference_mode():
         net = random_denoiser(r.spec.dit, device, dtype)

@@ -255,15 +255,15 @@ def around_saves(
     quiet = [*range(first - QUIET, first), *range(second - QUIET + 1, second)]
     usual = statistics.median(seconds[i] for i in quiet)
     usual_gap = statistics.median(gaps[i] for i in quiet)
-    writing = [*seconds[first + 1 : complete], *seconds[second + 1 :]]
-    return {
+    meanwhile = {"first": seconds[first + 1 : complete], "second": seconds[second + 1 :]}
+    found = {
         "seconds": round(usual, 3),
         "first_gap": round(gaps[first] - usual_gap, 2),
         "second_gap": round(gaps[second] - usual_gap, 2),
-        "steps_meanwhile": len(writing),
-        "slowest": round(max(writing), 3),
-        "slowest_ratio": round(max(writing) / usual, 3),
-        "median_ratio": round(statistics.median(writing) / usual, 3),
+    }
+    return found | {
+        f"steps_during_{save}": " ".join(f"{one / usual:.2f}" for one in steps)
+        for save, steps in meanwhile.items()
     }
 
 

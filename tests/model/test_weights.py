@@ -482,3 +482,11 @@ def test_damaged_files_are_refused_in_one_line(released):
 @pytest.mark.slow
 def test_many_damaged_files_are_refused_in_one_line(released):
     assert load_damaged(released, 200) >= 150
+
+
+def test_the_hashes_of_a_written_file_are_those_of_what_is_on_disk(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "PIECE", 10**6)
+    path = tmp_path / "a.pt"
+    written = weights.write_pt({"small": torch.ones(3), "large": torch.rand(700_000)}, path)
+    pieces = [files.sha256_piece(path, i) for i in range(3)]
+    assert written == (path.stat().st_size, files.sha256_file(path), files.sha256_pieces(pieces))

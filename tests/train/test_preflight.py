@@ -24,6 +24,21 @@ def test_a_full_disk_names_the_plans_figure_the_key_and_a_setting_that_fits(tmp_
     preflight.check_disk(fitting, Run(r.run_dir), 0)
 
 
+def test_what_a_killed_run_left_of_a_save_counts_as_free(tmp_path):
+    more = files.free_bytes(tmp_path) / 1e9 + 1000
+    r = loading.load("tiny", [f"output_root={tmp_path}", f"min_free_disk_gb={more:.0f}"]).recipe
+    run = Run(r.run_dir)
+    left = run.checkpoints / ".iter_000000002.tmp" / "zero" / "state.pt"
+    left.parent.mkdir(parents=True)
+    with left.open("wb") as stream:
+        # A sparse file.
+        stream.truncate(2 * 10**12)
+    preflight.check_disk(r, run, 0)
+    left.unlink()
+    with pytest.raises(UserError, match="are free"):
+        preflight.check_disk(r, run, 0)
+
+
 def test_fewer_files_are_proposed_only_if_they_fit(tmp_path):
     free = files.free_bytes(tmp_path)
     steps = free // 40_000_000 * 100

@@ -1,6 +1,7 @@
 """Saves in the background: what is on disk is what was trained when the save was asked for."""
 
 import contextlib
+import io
 import os
 import threading
 from concurrent.futures import ProcessPoolExecutor
@@ -13,9 +14,10 @@ from cosmos_cli import files
 from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.files import read_json, sha256_file, write_json
 from cosmos_cli.paths import MANIFEST_FILE
-from cosmos_cli.train import process, staging
+from cosmos_cli.recipe import loading, plan
+from cosmos_cli.train import process, saver, staging
 from tests.helpers import faulty_saves
-from tests.helpers.command import Cosmos
+from tests.helpers.command import SMALL, Cosmos
 from tests.helpers.runs import find_run, losses, train
 
 
@@ -121,6 +123,11 @@ def small_saves(folder):
         trained.saver.save(4)
         raise UserError("the loss is not finite", code=ExitCode.TRAINING)
     seen["newest"] = trained.run.last_step
+    staging.SPARE = 10**15
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        waiting = saver.Saver(trained.engine, trained.ema, trained.run, trained.r, {})
+        waiting.save(5)
+    seen["warning"], seen["newest_after_waiting"] = said.getvalue(), trained.run.last_step
     return seen
 
 
@@ -152,6 +159,13 @@ def test_a_save_under_way_is_completed_when_a_later_step_fails(seen):
     assert seen["newest"] == 4
 
 
+@pytest.mark.workflow
+def test_without_the_memory_for_a_copy_training_waits_and_says_so(seen):
+    assert "warning: training waits while a save is written: its copy takes" in seen["warning"]
+    assert "are available" in seen["warning"]
+    assert seen["newest_after_waiting"] == 5
+
+
 def on_disk(run):
     """The hashes of all files of a run's saves."""
     states = {step: run.resume_state(step) / MANIFEST_FILE for step in run.resumable_steps()}
@@ -171,6 +185,7 @@ def on_disk(run):
                 ("num_processes=2", "micro_batch_size=1", "zero_stage=3"),
                 ("num_processes=2", "sequence_parallel=2", "zero_stage=3"),
                 ("num_processes=2", "micro_batch_size=1", "zero_stage=3", "offload=optimizer"),
+                ("num_processes=2", "micro_batch_size=1", "zero_stage=3", "offload=parameters"),
                 ("num_processes=1", "offload=optimizer"),
                 ("num_processes=1", "lora_rank=4"),
             )
@@ -190,3 +205,11 @@ def test_saves_in_the_background_are_those_for_which_training_waits(prepared, pa
         found[way] = losses(run), on_disk(run)
         assert not list(run.checkpoints.glob(".*"))
     assert found["background"] == found["blocking"]
+    # The plan counts what is copied: what the files hold, and what is rounded up.
+    ranks = int(pairs[0].partition("=")[2])
+    r = loading.load("tiny", [*SMALL, *pairs]).recipe
+    written = sum(map(files.size_of, run.weight_files()[3])) + sum(
+        entry["bytes"] for entry in found["blocking"][1][1][3].values()
+    )
+    planned = 1e9 * plan.plan(r, ranks, None).staged_gb - 2e6 * ranks
+    assert planned == pytest.approx(written, rel=0.1)
