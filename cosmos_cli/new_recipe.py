@@ -81,10 +81,10 @@ def propose(
     needs = training_plan.describe(chosen, machine)
     shortest = 1 + SPEC.tokenizer.temporal
     if lengths[len(lengths) // 4] < shortest:
-        needs.append(
-            f"num_frames {frames.value}: most videos have fewer than {shortest} frames at "
-            f"{rate.value:g} fps, so the run learns pictures and no motion"
-        )
+        needs += [
+            f"At {rate.value:g} fps, many videos have fewer than {shortest} frames.",
+            f"With num_frames {frames.value}, the run learns pictures and no motion.",
+        ]
     return lines, needs
 
 

@@ -286,6 +286,7 @@ for name in sys.argv[1:]:
 """
 
 
+@pytest.mark.workflow
 def test_small_files_that_expand_in_memory_are_refused(tmp_path):
     for name, make in HOSTILE.items():
         make(tmp_path / name)

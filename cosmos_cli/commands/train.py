@@ -54,7 +54,7 @@ def train(
     Example: cosmos train nemo_assets --set max_steps=400
     """
     from cosmos_cli import ranks
-    from cosmos_cli.train import launch, preflight, status
+    from cosmos_cli.train import launch, preflight, resumes, status
 
     ranks.mute_all_but_first()
     loaded = options.open_recipe(recipe, set_, print_recipe, json_)
@@ -69,7 +69,7 @@ def train(
         preflight.warn_of_hidden_gpus()
     if plan or gpus is not None or pcie:
         if not overwrite:
-            preflight.warn_of_overwriting(r, run, command)
+            resumes.warn_of_overwriting(r, run, command)
         console.emit(_plan(r, processes, gpus, pcie), as_json=json_)
         return
     ready = preflight.check_training(r, run, processes, None if overwrite else command)

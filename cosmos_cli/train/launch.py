@@ -21,7 +21,7 @@ import psutil
 from cosmos_cli import __version__, console, files, gpus, locks, ranks, signals
 from cosmos_cli.errors import ExitCode, Interrupted, UserError
 from cosmos_cli.paths import Run
-from cosmos_cli.train import preflight, status, trackers
+from cosmos_cli.train import resumes, status, trackers
 
 if TYPE_CHECKING:
     from cosmos_cli.recipe.keys import Recipe
@@ -245,7 +245,7 @@ def _locked(run: Run) -> Iterator[int]:
                 code=ExitCode.USAGE,
                 where=str(run.root),
                 fix="wait for it, or start another run: "
-                f"`cosmos train RECIPE --set name={preflight.free_name(run)}`",
+                f"`cosmos train RECIPE --set name={resumes.free_name(run)}`",
             )
         yield lock
 

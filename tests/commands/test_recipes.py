@@ -129,7 +129,7 @@ def test_a_recipe_that_can_only_learn_pictures_says_so() -> None:
         videos = [info(length) for length in lengths]
         return "\n".join(new_recipe.propose("robot", Path("clips"), videos, 0, machine())[1])
 
-    assert "fewer than 9 frames at 24 fps, so the run learns pictures" in needs(4)
+    assert "fewer than 9 frames.\nWith num_frames 1, the run learns pictures" in needs(4)
     assert "pictures" not in needs(9)
     assert "pictures" not in needs(4, *[60] * 4)
 

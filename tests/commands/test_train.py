@@ -15,7 +15,7 @@ from cosmos_cli.files import read_json, write_json
 from cosmos_cli.paths import EMBEDDED_DIR
 from cosmos_cli.prep.holdout import split_clips
 from cosmos_cli.recipe.keys import Recipe
-from cosmos_cli.train import preflight
+from cosmos_cli.train import preflight, resumes
 from tests.helpers.command import Cosmos
 from tests.helpers.runs import (
     assert_same_model,
@@ -281,11 +281,11 @@ def test_a_base_at_a_new_path_is_compared_if_the_old_one_is_there(tmp_path, caps
     old, same, other = (tmp_path / name for name in ("old.pt", "same.pt", "other.pt"))
     for path, content in ((old, "a"), (same, "a"), (other, "b")):
         path.write_text(content)
-    assert preflight._is_moved(str(old), str(same))
-    assert not preflight._is_moved(str(old), str(other))
-    assert not preflight._is_moved(None, str(same))
+    assert resumes._is_moved(str(old), str(same))
+    assert not resumes._is_moved(str(old), str(other))
+    assert not resumes._is_moved(None, str(same))
     old.unlink()
-    assert preflight._is_moved(str(old), str(other))
+    assert resumes._is_moved(str(old), str(other))
     assert "continues from its own weights" in capsys.readouterr().err
 
 

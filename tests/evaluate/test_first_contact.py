@@ -75,6 +75,7 @@ def test_correct_weights_pass_and_the_losses_are_printed(folder, capsys):
     assert "edm_sigma_below_0.5" in told
 
 
+@pytest.mark.workflow
 @pytest.mark.parametrize(
     ("damage", "word"),
     [

@@ -258,6 +258,7 @@ def test_a_bf16_linear_keeps_a_change_far_below_its_rounding(size):
     assert max(kept(summed), kept(merged)) < (0.99 if size > 1e-3 else 0.6)
 
 
+@pytest.mark.workflow
 @pytest.mark.parametrize(
     ("size", "count"), [(4e-3, 64), pytest.param(1e-3, 256, marks=pytest.mark.slow)]
 )

@@ -412,6 +412,7 @@ def test_missing_ffmpeg_is_a_user_error_with_a_fix(tmp_path, monkeypatch):
     assert error.value.code == video.ExitCode.ENVIRONMENT
 
 
+@pytest.mark.workflow
 def test_a_4k_clip_is_never_in_memory_at_full_size(tmp_path):
     path = tmp_path / "a.mp4"
     source = ("-f", "lavfi", "-i", "color=s=3840x2160:r=24", "-frames:v", 20)

@@ -344,6 +344,7 @@ def test_invalid_and_oversized_parquet_files_give_one_line(v3, monkeypatch):
         lerobot.episodes(v3, "top")
 
 
+@pytest.mark.workflow
 def test_a_text_that_parquet_repeats_is_in_memory_once(v3):
     """100,000 episodes of the same text of a megabyte, which is 1 MB in the file."""
     import pyarrow

@@ -42,6 +42,7 @@ def test_hpz_shards_the_weights_within_a_node(monkeypatch, world, node, values, 
     assert config["zero_optimization"].get("zero_hpz_partition_size") == size
 
 
+@pytest.mark.workflow
 def test_a_failed_adamw_build_is_a_one_line_error(monkeypatch, tmp_path):
     monkeypatch.setenv("CXX", "/bin/false")
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
