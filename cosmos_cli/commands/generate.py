@@ -150,14 +150,13 @@ def generate(
         options.name_recipe(recipe, set_)
     overrides = [*(set_ or ()), *([] if seed is None else [f"sampling_seed={seed}"])]
     given = _given(image, video, num_input_frames)
-    requests = [] if prompts or print_recipe else _requests(prompt or [], batch_)
-    others = bool(prompt or batch_ or compare or num_processes)
-    if not print_recipe:
-        _check_options(prompts, others, bool(compare and rollout > 1), output, len(requests))
+    requests = _requests(prompt or [], batch_)
     frames = bool(given or rollout > 1 or any(request.has_input for request in requests))
     chosen = choice.choose_model(recipe, model, overrides, frames=frames)
     overrides = [*chosen.overrides, *overrides]
     r = options.open_recipe(chosen.recipe, overrides, print_recipe, json_, trains=False).recipe
+    others = bool(prompt or batch_ or compare or num_processes)
+    _check_options(prompts, others, bool(compare and rollout > 1), output, len(requests))
     weights = choice.add_loras(
         choice.find_weights(r, chosen.weights), tuple(map(choice.read_lora, lora or ()))
     )
@@ -195,6 +194,11 @@ def _check_options(prompts: str | None, others: bool, both: bool, output: Path, 
     Raises:
         UserError: two options contradict one another.
     """
+    if prompts is None and not count:
+        raise UserError(
+            "no prompt was given", code=ExitCode.USAGE, where="--prompt",
+            fix='use `--prompt "A red ball moves left."`, `--batch FILE` or `--prompts -`',
+        )  # fmt: skip
     if prompts is not None and (others or prompts != "-"):
         raise UserError(
             "reads from standard input only", code=ExitCode.USAGE, where="--prompts",
@@ -259,17 +263,11 @@ def _requests(prompts: list[str], file: Path | None) -> list[Request]:
     """Return the requests of --prompt and --batch.
 
     Raises:
-        UserError: there are none, or the batch cannot be read.
+        UserError: the batch cannot be read.
     """
     from cosmos_cli.generate.jobs import Request, read_batch
 
-    requests = [*map(Request, prompts), *(read_batch(files.expand(file)) if file else ())]
-    if not requests:
-        raise UserError(
-            "no prompt was given", code=ExitCode.USAGE, where="--prompt",
-            fix='use `--prompt "A red ball moves left."`, `--batch FILE` or `--prompts -`',
-        )  # fmt: skip
-    return requests
+    return [*map(Request, prompts), *(read_batch(files.expand(file)) if file else ())]
 
 
 def _finish(results: Iterator[Result], r: Recipe, *, streaming: bool) -> console.Result:
