@@ -88,9 +88,9 @@ def _render_clips(r: Recipe, root: Path, dry_run: bool) -> None:
         clips = CONCEPT_CLIPS + ORDINARY_CLIPS
         console.say(f"rendering {clips} captioned clips into {root}")
         if not dry_run:
-            from cosmos_cli.model.tiny import world
+            from cosmos_cli.model.tiny import dataset
 
-            world.write_dataset(root, CONCEPT_CLIPS, ORDINARY_CLIPS, seed=0)
+            dataset.write_mascots(root, CONCEPT_CLIPS, ORDINARY_CLIPS, seed=0)
 
 
 def _count_videos(r: Recipe) -> int:
