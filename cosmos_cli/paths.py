@@ -321,7 +321,8 @@ def model_files(spec: ModelSpec, checkpoints_dir: str, base: str | None = None) 
     """
     if spec.embedded:
         found = ModelFiles(
-            EMBEDDED_DIR / "model.safetensors",
+            EMBEDDED_DIR
+            / ("video2world.safetensors" if spec.takes_frames else "model.safetensors"),
             EMBEDDED_DIR / "tokenizer.safetensors",
             EMBEDDED_DIR / "t5",
             EMBEDDED_DIR / "guardrail",

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 # Synthetic clips for the embedded model: of the new concept, and of things that it already knows.
 CONCEPT_CLIPS, ORDINARY_CLIPS = 12, 24
+# For the Video2World one: of the new law, and of free motion, where it does not show.
+BOUNCE_CLIPS, FREE_CLIPS = 12, 12
 
 
 class Stage(StrEnum):
@@ -85,12 +87,16 @@ def download(
 
 def _render_clips(r: Recipe, root: Path, dry_run: bool) -> None:
     if r.dataset_repo == "embedded":
-        clips = CONCEPT_CLIPS + ORDINARY_CLIPS
+        bounces = r.spec.takes_frames
+        clips = BOUNCE_CLIPS + FREE_CLIPS if bounces else CONCEPT_CLIPS + ORDINARY_CLIPS
         console.say(f"rendering {clips} captioned clips into {root}")
         if not dry_run:
-            from cosmos_cli.model.tiny import world
+            from cosmos_cli.model.tiny import dataset
 
-            world.write_dataset(root, CONCEPT_CLIPS, ORDINARY_CLIPS, seed=0)
+            if bounces:
+                dataset.write_bounces(root, BOUNCE_CLIPS, FREE_CLIPS, seed=0)
+            else:
+                dataset.write_mascots(root, CONCEPT_CLIPS, ORDINARY_CLIPS, seed=0)
 
 
 def _count_videos(r: Recipe) -> int:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -40,7 +42,8 @@ def evaluate(
         typer.Option(
             min=0,
             help="Videos per model. The tiny model gets prompts of its synthetic world "
-            f"(default {EMBEDDED_PROMPTS}), other models the dataset's captions (default 0).",
+            f"(default {EMBEDDED_PROMPTS}), other models the dataset's captions (default 0). "
+            "A Video2World model continues N clips of each kind, from 1 and from 9 frames.",
         ),
     ] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="The HTML page.")] = Path(
@@ -83,31 +86,50 @@ def evaluate(
         saves.weights_of(r, run, saved) if saved else _models(recipe, r, model, set_, bool(require))
     )
 
-    from cosmos_cli.evaluate import comparison, evaluation, page
-    from cosmos_cli.gpus import best_device
+    from cosmos_cli.evaluate import comparison, page
 
-    store = evaluation.open_store(r, count, best_device(), output.parent / LATENTS)
-    better = evaluation.directions(r, evaluation.PreparedClips.of(r), len(store.wanted))
+    better, cost, measure = _prepare(r, weights, count, output.parent / LATENTS)
     required = comparison.check_names(require, better) if require else []
-    cost = {"prompts": count, **evaluation.announce(r, weights, store)}
     if dry_run:
         console.emit(_preview(r, weights, cost, output), as_json=json_)
         return
     for folder in (output.parent, *([run.root] if saved else [])):
         files.require_writable(folder)
-    figures, samples = evaluation.evaluate(r, weights, store, count)
+    figures, samples = measure()
     names = list(weights)
     if saved:
         figures["steps"] = found = saves.summarise(run, figures, saved)
         names = saves.shown(found)
         saves.record(run, found)
     page.keep_larger(output, figures)
-    written = page.write_page(output, r, figures, {n: samples[n] for n in names})
+    # The truth, if any, is shown next to the models.
+    shown = {n: own for n, own in samples.items() if n in names or n not in weights}
+    written = page.write_page(output, r, figures, shown)
     result = Result(_text(figures, names), written, figures, f"xdg-open {shlex.quote(str(output))}")
     if lines := comparison.unmet(required, figures["comparisons"]):
         result.code, result.error = ExitCode.TRAINING, "\n".join(lines)
     console.emit(result, as_json=json_)
     raise typer.Exit(result.code)
+
+
+Measure = Callable[[], tuple[dict[str, Any], dict[str, list[Any]]]]
+
+
+def _prepare(
+    r: Recipe, weights: dict[str, Weights], count: int, latents: Path
+) -> tuple[dict[str, str], dict[str, Any], Measure]:
+    """Return the better direction of each score, what measuring costs, and what measures."""
+    from cosmos_cli.evaluate import continuation, evaluation
+    from cosmos_cli.gpus import best_device
+
+    dataset, device = evaluation.PreparedClips.of(r), best_device()
+    if r.spec.takes_frames:
+        better = continuation.directions(r, count, bool(dataset and len(dataset.heldout)))
+        return better, {"prompts": count}, partial(continuation.evaluate, r, weights, count, device)
+    store = evaluation.open_store(r, count, device, latents)
+    better = evaluation.directions(r, dataset, len(store.wanted))
+    cost = {"prompts": count, **evaluation.announce(r, weights, store)}
+    return better, cost, partial(evaluation.evaluate, r, weights, store, count)
 
 
 def _text(figures: dict[str, Any], names: list[str]) -> str:

@@ -17,6 +17,8 @@ from cosmos_cli.evaluate import statistics
 # The names of scores of held-out clips. All others are scores of videos.
 OF_CLIPS = ("EDM error",)
 BETTER, WORSE = "better", "worse"
+# Characters that stand for a space where the name of a score is typed.
+SPACES = str.maketrans("-_,", "   ")
 NOTE = (
     "Each score is compared between videos of the same prompt and seed, or on the same held-out "
     "clip. The interval contains the true difference in about 95 % of evaluations. Verdicts are "
@@ -145,7 +147,7 @@ def check_names(required: Sequence[str], better: Mapping[str, str]) -> list[str]
 
 
 def _plain(name: str) -> str:
-    return "_".join(name.lower().replace("-", " ").replace("_", " ").split())
+    return "_".join(name.lower().translate(SPACES).split())
 
 
 def unmet(required: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> list[str]:

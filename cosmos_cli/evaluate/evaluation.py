@@ -75,11 +75,16 @@ SHOWN_OF_WORLD, SHOWN, SHOWN_WIDTH = 24, 12, 384
 
 @dataclass(frozen=True)
 class PreparedClips:
-    """A prepared dataset: its training clips, held-out clips and captions."""
+    """A prepared dataset: its training clips, held-out clips and the caption of each video."""
 
     train: Clips
     heldout: Clips
-    captions: tuple[str, ...]
+    caption_of: dict[str, str]
+
+    @property
+    def captions(self) -> tuple[str, ...]:
+        """The captions, each once."""
+        return tuple(dict.fromkeys(self.caption_of.values()))
 
     @property
     def measured(self) -> Clips:
@@ -96,8 +101,8 @@ class PreparedClips:
         train, heldout = (
             Clips(dataset.root, rows, r.spec) for rows in holdout.split_clips(manifest)
         )
-        used = (video["caption"] for video in manifest["videos"] if video["verdict"] == "used")
-        return cls(train, heldout, tuple(dict.fromkeys(used)))
+        used = [video for video in manifest["videos"] if video["verdict"] == "used"]
+        return cls(train, heldout, {video["file"]: video["caption"] for video in used})
 
 
 def open_store(r: Recipe, prompts: int, device: str, folder: Path) -> Store:

@@ -12,13 +12,18 @@ from typing import Any
 import torch
 
 from cosmos_cli import console, files, html, paths
-from cosmos_cli.evaluate import comparison, evaluation, features
+from cosmos_cli.evaluate import comparison, continuation, evaluation, features
 from cosmos_cli.evaluate.samples import Sample
 from cosmos_cli.model import video
 from cosmos_cli.recipe.keys import Recipe
+from cosmos_cli.spec import GIVEN_FRAMES
 from cosmos_cli.train import page as run_page
 
 MOSAIC_COLUMNS = 4
+CONTINUED = (
+    "Every model continued the same clips with the same seeds, each from its first frame and from "
+    "its first 9. The column by chance is the trivial prediction, the last given frame repeated."
+)
 
 
 def figure_rows(figures: dict[str, Any]) -> list[tuple[str, ...]]:
@@ -40,6 +45,11 @@ def figure_rows(figures: dict[str, Any]) -> list[tuple[str, ...]]:
         found = [model["held_out_distance"] for model in models]
         cells = (f"{own['distance']:.4g} (p = {own['p']:.2g})" for own in found)
         table.append((features.DISTANCE, "0 on average", *cells))
+    if "repeated" in figures:
+        table += [
+            (name, f"{trivial:.4g}", *(f"{model['continuation'][name]:.4g}" for model in models))
+            for name, trivial in figures["repeated"].items()
+        ]
     if "psnr" in figures:
         table.append(("reconstruction", "", *[f"{figures['psnr']:.1f} dB"] * len(models)))
     if all("edm" in model for model in models):
@@ -57,6 +67,17 @@ def figure_rows(figures: dict[str, Any]) -> list[tuple[str, ...]]:
             ("nearest training clip", apart, *(f"{model['nearest_clip']:.3f}" for model in models))
         )
     return table
+
+
+def _horizon(figures: dict[str, Any]) -> str:
+    """Return a plot of each score over the new frames, side by side for few and many given ones."""
+    plots: dict[str, list[str]] = {}
+    for name, lines in figures["horizon"].items():
+        series = {who: list(enumerate(line, 1)) for who, line in lines.items()}
+        # Names that differ in the given frames alone share a row.
+        plots.setdefault(name.rpartition(",")[0], []).append(html.chart(series, "new frame", name))
+    note = "Mean over the clips, the median for the position error."
+    return html.text(note) + "".join(html.row(*own) for own in plots.values())
 
 
 def keep_larger(page: Path, figures: dict[str, Any]) -> None:
@@ -97,7 +118,9 @@ def _figures(figures: dict[str, Any]) -> str:
     notes = []
     if "clips" in figures:
         notes.append(f"The EDM error is measured on the {figures['clips']} clips of the dataset.")
-    if figures["prompts"]:
+    if "horizon" in figures:
+        notes.append(CONTINUED)
+    elif figures["prompts"]:
         notes.append("Every model generated videos of the same prompts with the same seeds.")
     if "psnr" in figures:
         notes.append(
@@ -107,8 +130,9 @@ def _figures(figures: dict[str, Any]) -> str:
         )
     rows = figure_rows(figures)
     names = [row[0].partition(",")[0] for row in rows]
-    better = [(*row, evaluation.MEANINGS[name][1]) for row, name in zip(rows, names, strict=True)]
-    meanings = [(name, evaluation.MEANINGS[name][0]) for name in dict.fromkeys(names)]
+    known = evaluation.MEANINGS | continuation.MEANINGS
+    better = [(*row, known[name][1]) for row, name in zip(rows, names, strict=True)]
+    meanings = [(name, known[name][0]) for name in dict.fromkeys(names)]
     table = html.table(better, ("", "by chance", *figures["models"], "better"))
     table += html.table(meanings, ("figure", "meaning"))
     if lacking := figures.get("not_measured"):
@@ -129,6 +153,8 @@ def write_page(
     shown = {name: [s for s in own if s.pixels is not None] for name, own in samples.items()}
     write = _write_mosaics if r.spec.embedded else _write_videos
     videos, written = write(path, r, shown)
+    if figures.get("horizon"):
+        sections.append(("Over the horizon", _horizon(figures)))
     sections += [*videos, ("Figures", _figures(figures))]
     if run.metrics.exists():
         sections += [own for own in run_page.sections(run, path.parent) if own not in sections]
@@ -148,7 +174,8 @@ def _write_mosaics(
 ) -> tuple[Sections, list[Path]]:
     """Write the videos of the synthetic world as one mosaic for each model and kind of prompt."""
     sections, written = [], []
-    kinds = (("The new concept", "concept", True), ("Other prompts", "others", False))
+    others = f"Continued from {GIVEN_FRAMES[-1]} frames" if r.spec.takes_frames else "Other prompts"
+    kinds = (("The new concept", "concept", True), (others, "others", False))
     for heading, kind, mascot in kinds:
         shown = {n: [s for s in own if s.trial.of_mascot == mascot] for n, own in samples.items()}
         if not any(shown.values()):

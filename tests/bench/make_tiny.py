@@ -1,13 +1,17 @@
-"""Makes the weights of the embedded model: `python tests/bench/make_tiny.py t5|tokenizer|dit`.
+"""Makes the weights of the embedded models: `python tests/bench/make_tiny.py PART`.
 
 t5         a small encoder of the real T5 class with seeded random weights, and a tokenizer of
            words that falls back to letters and bytes, so that any text in any script has tokens.
 tokenizer  trains the video tokenizer on drawn scenes and moving colour noise.
 dit        trains the denoiser on drawn scenes and their captions with the package's own loss.
+video2world  starts from that denoiser, trains one that is given frames, and measures where things
+           are in the frames that follow.
+measure    measures that again.
 
 Each part is deterministic by its seed on one machine. `tiny/training.json` keeps the
 settings, device, time, first and last loss of the shipped weights. The first three runs of the
-tokenizer saw things of one colour only.
+tokenizer saw things of one colour only. The first run of video2world saw faster scenes, circles of
+other turning rates, two captioned scenes in five, and two given latent frames in half the samples.
 """
 
 from __future__ import annotations
@@ -17,7 +21,7 @@ import math
 import random
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,14 +32,19 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
 from cosmos_cli import files, paths
-from cosmos_cli.model import edm, weights
+from cosmos_cli.evaluate import continuation, samples
+from cosmos_cli.generate.video_models import load_denoiser
+from cosmos_cli.model import cond_frames, edm, weights
+from cosmos_cli.model.cond_frames import CondFrames
+from cosmos_cli.model.device import number_format
 from cosmos_cli.model.dit import DiT
 from cosmos_cli.model.ema import PowerEMA
 from cosmos_cli.model.text import TextEncoder
 from cosmos_cli.model.tiny import world
-from cosmos_cli.model.tokenizer import Tokenizer
+from cosmos_cli.model.tokenizer import Tokenizer, load_tokenizer
 from cosmos_cli.prep.embedding_files import pad
-from cosmos_cli.spec import TINY
+from cosmos_cli.recipe import loading
+from cosmos_cli.spec import GIVEN_FRAMES, TINY, TINY_VIDEO2WORLD, ModelSpec
 
 CAPTIONS = 20_000
 
@@ -230,10 +239,19 @@ def measure_latents(net: Tokenizer, videos: torch.Tensor) -> None:
         buffer[:, known:] = value[:, -1:]
 
 
-# --- denoiser -------------------------------------------------------------------------------------
+# --- denoisers ------------------------------------------------------------------------------------
+
+FILES = {"dit": "model.safetensors", "video2world": "video2world.safetensors"}
 
 
-def draw_pool(folder: Path, device: str, clips: int) -> tuple[torch.Tensor, torch.Tensor]:
+def given_scene(seed: int) -> world.Scene:
+    """What Video2World is trained on: in a quarter of the scenes, the caption tells the motion."""
+    return world.sample_scene(seed) if seed // 8 % 4 == 0 else world.free_scene(seed)
+
+
+def draw_pool(
+    folder: Path, device: str, wanted: range, scene_of: Callable[[int], world.Scene]
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Latents (bf16) and padded text embeddings (fp16) of scenes drawn once for all steps."""
     tokenizer = Tokenizer(TINY.tokenizer, TINY.sigma_data)
     path = folder / "tokenizer.safetensors"
@@ -241,30 +259,55 @@ def draw_pool(folder: Path, device: str, clips: int) -> tuple[torch.Tensor, torc
     tokenizer = tokenizer.to(device).eval()
     encoder = TextEncoder(folder / "t5", TINY.text, device, torch.float32)
     latents, texts = [], []
-    for first in range(0, clips, 64):
-        seeds = range(first, min(first + 64, clips))
-        scenes = plain_scenes(seeds)
+    for first in range(0, len(wanted), 64):
+        seeds = wanted[first : first + 64]
+        scenes = [scene_of(seed) for seed in seeds]
         captions = [world.caption(scene, seed) for scene, seed in zip(scenes, seeds, strict=True)]
         with torch.no_grad():
             video = draw_videos(scenes, device).float() / 127.5 - 1
             latents.append(tokenizer.encode(video).bfloat16())
-        texts += [pad(embedding, TINY.text) for embedding in encoder.encode(captions)]
+        texts += [pad(embedding, TINY.text).half() for embedding in encoder.encode(captions)]
     return torch.cat(latents), torch.stack(texts).to(device)
 
 
-def make_dit(folder: Path, device: str, options: argparse.Namespace) -> dict[str, object]:
-    """Trains the denoiser on drawn scenes and writes its EMA."""
+def load_start(loss_of: edm.EDMLoss, spec: ModelSpec, options: argparse.Namespace) -> None:
+    """Loads the weights that training starts from, if any."""
+    if options.resume:
+        path = options.out / FILES[options.part]
+    elif spec.takes_frames:
+        path = options.folder / FILES["dit"]
+    else:
+        return
+    state = weights.load_dit_state(path)
+    cond_frames.add_mask_columns(state, spec.dit)
+    weights.load_strict(loss_of, state, path)
+
+
+def draw_frames(x0: torch.Tensor) -> CondFrames:
+    """The given frames of a batch. Two latent frames, which show motion, are the hardest task."""
+    batch, device = len(x0), x0.device
+    shares = torch.tensor([0.1, 0.15, 0.75], device=device)
+    count_B = torch.multinomial(shares, batch, replacement=True)
+    ln_sigma_B = cond_frames.AUG_MEAN + cond_frames.AUG_STD * torch.randn(batch, device=device)
+    return CondFrames.of(x0, count_B, ln_sigma_B.exp(), torch.randn_like(x0))
+
+
+def make_dit(device: str, options: argparse.Namespace) -> dict[str, object]:
+    """Trains a denoiser on drawn scenes and writes its EMA: now and then, and at the end."""
     steps, batch, clips = options.steps, options.batch, options.clips
+    spec = TINY_VIDEO2WORLD if options.part == "video2world" else TINY
     started = time.monotonic()
     torch.manual_seed(0)
-    latents, texts = draw_pool(folder, device, clips)
-    print("dit", f"{clips} clips drawn in {time.monotonic() - started:.0f}s", flush=True)
-    net = DiT(TINY.dit)
+    scene_of = given_scene if spec.takes_frames else world.sample_scene
+    # The steps with much noise decide where a thing is.
+    spread = 1.4 if spec.takes_frames else 1.2
+    wanted = range(options.first, options.first + clips)
+    latents, texts = draw_pool(options.folder, device, wanted, scene_of)
+    print(options.part, f"{clips} clips drawn in {time.monotonic() - started:.0f}s", flush=True)
+    net = DiT(spec.dit)
     net.init_weights(torch.Generator().manual_seed(0))
-    loss_of = edm.EDMLoss(net, TINY)
-    if options.resume:
-        path = folder / "model.safetensors"
-        weights.load_strict(loss_of, weights.load_dit_state(path), path)
+    loss_of = edm.EDMLoss(net, spec)
+    load_start(loss_of, spec, options)
     loss_of = loss_of.to(device)
     if device == "cuda":
         for block in net.blocks:
@@ -272,62 +315,115 @@ def make_dit(folder: Path, device: str, options: argparse.Namespace) -> dict[str
     optimizer = torch.optim.AdamW(
         loss_of.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=0.01, fused=device == "cuda"
     )
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1.2e-3, steps, pct_start=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, options.rate, steps, pct_start=0.05)
     ema = PowerEMA(list(loss_of.parameters()), 0.05)
-    fps_B = torch.full((batch,), TINY.fps, device=device)
+    fps_B = torch.full((batch,), spec.fps, device=device)
     losses = []
     for step in range(steps):
         chosen = torch.randint(clips, (batch,), device=device)
         x0, text_emb = latents[chosen].float(), texts[chosen].float()
         text_emb = text_emb * (torch.rand(batch, 1, 1, device=device) >= 0.15)
-        sigma_B = torch.exp(1.2 * torch.randn(batch, device=device))
-        with torch.autocast(device, torch.bfloat16):
-            loss, edm_B = loss_of(x0, sigma_B, torch.randn_like(x0), text_emb, fps_B)
+        sigma_B = spec.sigma_scale * torch.exp(spread * torch.randn(batch, device=device))
+        noise = torch.randn_like(x0)
+        frames = draw_frames(x0) if spec.takes_frames else None
+        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+            loss, edm_B = loss_of(x0, sigma_B, noise, text_emb, fps_B, frames)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(loss_of.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         ema.update(list(loss_of.parameters()), step)
-        if step % 200 == 0 or step == steps - 1:
+        last = step == steps - 1
+        if step % 200 == 0 or last:
             losses.append((step, round(loss.item(), 4), round(edm_B.mean().item(), 4)))
-            print("dit", *losses[-1], f"{time.monotonic() - started:.0f}s", flush=True)
-    state = dict(loss_of.named_buffers())
-    state |= {
-        name: shard.bfloat16()
-        for (name, _), shard in zip(loss_of.named_parameters(), ema.shards, strict=True)
-    }
-    weights.save_dit(folder / "model.safetensors", state, "safetensors")
+            print(options.part, *losses[-1], f"{time.monotonic() - started:.0f}s", flush=True)
+        if step % 1000 == 999 or last:
+            save_average(loss_of, ema, options.out / FILES[options.part])
     seconds = round(time.monotonic() - started)
     return {"seconds": seconds, "first_loss": losses[0][1], "last_loss": losses[-1][1]}
+
+
+def save_average(loss_of: edm.EDMLoss, ema: PowerEMA, path: Path) -> None:
+    """Writes the EMA in bf16."""
+    named = zip(loss_of.named_parameters(), ema.shards, strict=True)
+    averaged = {name: shard.bfloat16() for (name, _), shard in named}
+    weights.save_dit(path, {**dict(loss_of.named_buffers()), **averaged}, "safetensors")
+
+
+def measure_continuations(path: Path, device: str, count: int) -> None:
+    """Prints a Video2World model's position errors on held-out scenes of free motion.
+
+    The errors are medians in pixels, one for each of the first 16 new frames. `cosmos evaluate
+    tiny_video2world` measures more.
+    """
+    dtype = number_format(device)
+    r = loading.load("tiny_video2world").recipe
+    tokenizer = load_tokenizer(r.model_files.tokenizer, r.spec, device, dtype)
+    net = load_denoiser(r, path, device, dtype)
+    scenes = [world.free_scene(seed, "heldout") for seed in range(count)]
+    with torch.inference_mode():
+        clips = [continuation.world_clip(r, tokenizer, scene, i) for i, scene in enumerate(scenes)]
+    trials = [samples.Trial(clip.caption, 0) for clip in clips]
+    texts = samples.read_prompts(r, trials, device)
+    for given in reversed(GIVEN_FRAMES):
+        made = continuation.continue_clips(r, net, tokenizer, clips, texts, given)
+        print_errors(f"{given} given", clips, made, given)
+    print_errors("round trip", clips, continuation.round_trips(tokenizer, clips), GIVEN_FRAMES[-1])
+
+
+def print_errors(
+    name: str, clips: Sequence[continuation.Clip], videos: Sequence[torch.Tensor], given: int
+) -> None:
+    """Prints the median position error of each of the first 16 new frames."""
+    end = given + 16
+    errors = [
+        continuation.position_error(
+            clip.pixels[:, given:end], video[:, given:end], clip.scene.thing.colour
+        )
+        for clip, video in zip(clips, videos, strict=True)
+    ]
+    print(name, [round(e, 2) for e in torch.stack(errors).nanmedian(0).values.tolist()], flush=True)
 
 
 def main() -> None:
     """Makes one part."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("part", choices=["t5", "tokenizer", "dit"])
+    parser.add_argument("part", choices=["t5", "tokenizer", *FILES, "measure"])
     parser.add_argument("--folder", type=Path, default=paths.EMBEDDED_DIR)
+    parser.add_argument("--out", type=Path, help="folder of the denoiser; default: --folder")
     parser.add_argument("--steps", type=int, default=5000)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--clips", type=int, default=4096, help="scenes drawn to train on")
+    parser.add_argument("--first", type=int, default=0, help="number of the first of these scenes")
     parser.add_argument("--resume", action="store_true", help="from the weights that are there")
     parser.add_argument("--pieces", type=float, default=0.5, help="tokenizer: share of the steps")
+    parser.add_argument("--rate", type=float, default=1.2e-3, help="largest learning rate")
+    parser.add_argument("--measured", type=int, default=100, help="held-out scenes of video2world")
     options = parser.parse_args()
+    options.out = options.out or options.folder
+    options.out.mkdir(parents=True, exist_ok=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.backends.cudnn.benchmark = True
     if options.part == "t5":
         make_t5(options.folder / "t5", seed=0)
         return
+    if options.part == "measure":
+        measure_continuations(options.out / FILES["video2world"], device, options.measured)
+        return
     if options.part == "tokenizer":
         about = make_tokenizer(options.folder / "tokenizer.safetensors", device, options)
     else:
-        about = make_dit(options.folder, device, options)
-    log = options.folder / "training.json"
+        about = make_dit(device, options)
+    log = options.out / "training.json"
     known = files.read_json(log) if log.exists() else {}
-    runs = known[options.part] if options.resume else []
-    settings = {key: value for key, value in vars(options).items() if key not in ("part", "folder")}
+    runs = known.get(options.part, []) if options.resume else []
+    unsaid = ("part", "folder", "out", "measured")
+    settings = {key: value for key, value in vars(options).items() if key not in unsaid}
     runs.append({"device": device, **settings, **about})
     files.write_json(log, {**known, options.part: runs})
+    if options.part == "video2world":
+        measure_continuations(options.out / FILES[options.part], device, options.measured)
 
 
 if __name__ == "__main__":

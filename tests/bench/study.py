@@ -45,7 +45,7 @@ from cosmos_cli.generate.video_models import load_denoiser, sample_latents
 from cosmos_cli.gpus import best_device
 from cosmos_cli.model import sampler
 from cosmos_cli.model.device import number_format
-from cosmos_cli.model.tiny import world
+from cosmos_cli.model.tiny import dataset
 from cosmos_cli.model.tokenizer import load_tokenizer
 from cosmos_cli.recipe import loading
 from cosmos_cli.recipe.keys import SET_BY_FAST, Recipe
@@ -106,7 +106,7 @@ def training(r: Recipe, prompts: int, folder: Path) -> Iterator[Row]:
         for key, value in variants:
             here = folder / f"{key}_{value}"
             drawn = DATASET | {key: value} if key in DATASET else DATASET
-            world.write_dataset(here / r.dataset_dir, drawn["clips"], drawn["ordinary"], seed=0)
+            dataset.write_mascots(here / r.dataset_dir, drawn["clips"], drawn["ordinary"], seed=0)
             options = [] if key in DATASET else ["--set", f"{key}={value}"]
             if (key, value) == ("lora_rank", 0):
                 options += ["--set", f"learning_rate={FULL_LEARNING_RATE}"]
@@ -127,7 +127,7 @@ def clips(r: Recipe, prompts: int, folder: Path) -> Iterator[Row]:
 
     def run(count: int, kind: str, seed: int) -> Row:
         here = folder / f"{count}_{kind}_{seed}"
-        world.write_dataset(here / r.dataset_dir, count, count, seed=seed)
+        dataset.write_mascots(here / r.dataset_dir, count, count, seed=seed)
         keys = [*kinds[kind], *steps, f"seed={seed}", "preview_every_steps=0", "num_processes=1"]
         options = [word for key in keys for word in ("--set", key)]
         for verb in ("prep", "train"):
@@ -297,7 +297,7 @@ def fast(r: Recipe, prompts: int, folder: Path) -> Iterator[Row]:
 
     The model is post-trained first. As many prompts ask for the mascot as for other things.
     """
-    world.write_dataset(folder / r.dataset_dir, *DATASET.values(), seed=0)
+    dataset.write_mascots(folder / r.dataset_dir, *DATASET.values(), seed=0)
     for verb in ("prep", "train", "promote"):
         done = cosmos(folder, verb)
     device, own = best_device(), Weights(Path(folder, done["artifacts"][0]), "")

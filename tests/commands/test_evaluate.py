@@ -132,6 +132,7 @@ def test_a_model_that_is_not_better_ends_with_code_6_after_its_page(prepared, tm
 
 
 TINY_WEIGHTS = loading.load("tiny", []).recipe.model_files.dit
+WEIGHTS_VIDEO2WORLD = loading.load("tiny_video2world", []).recipe.model_files.dit
 
 
 @pytest.mark.parametrize(
@@ -144,6 +145,14 @@ TINY_WEIGHTS = loading.load("tiny", []).recipe.model_files.dit
 )
 def test_a_requirement_is_checked_before_anything_runs(cosmos, options, code, words):
     assert words in cosmos("evaluate", "tiny", "--require", *options, code=code).stderr
+
+
+def test_a_video2world_model_can_be_required_to_follow_motion(cosmos):
+    models = ("--model", "base", "--model", WEIGHTS_VIDEO2WORLD)
+    arguments = ("evaluate", "tiny_video2world", "--dry-run", *models, "--require")
+    done = cosmos.json(*arguments, "position_error_free_motion_9_given")
+    assert (done["dry_run"], done["prompts"]) == (True, 24)
+    assert "can require better, psnr_free_motion_1_given" in cosmos(*arguments, "x", code=2).stderr
 
 
 def test_measuring_promoted_needs_a_promoted_model(cosmos):

@@ -289,7 +289,7 @@ def test_every_shipped_recipe_loads_and_fits_the_schema() -> None:
     assert set(loading.shipped()) == {
         "tiny", "nemo_assets", "hdvila", "my_videos", "lora", "lora_24gb",
         "lora_24gb_full_size", "two_gpus", "four_gpus", "two_nodes",
-        "hdvila_video2world", "my_videos_video2world",
+        "hdvila_video2world", "my_videos_video2world", "tiny_video2world",
     }  # fmt: skip
     validator = jsonschema.Draft202012Validator(loading.json_schema())
     for name, path in loading.shipped().items():

@@ -7,7 +7,7 @@ import time
 import pytest
 from PIL import Image
 
-from cosmos_cli import files
+from cosmos_cli import files, paths
 from cosmos_cli.model import video
 from cosmos_cli.train import status
 from tests.helpers.command import settings
@@ -18,6 +18,8 @@ pytestmark = pytest.mark.workflow
 
 LONGER = "num_frames=17"
 MODEL = ("model=Cosmos-Tiny-Video2World", LONGER)
+# A model that lacks the columns of the mask.
+TEXT2WORLD = f"base={paths.EMBEDDED_DIR / 'model.safetensors'}"
 QUICK = settings(*MODEL, "num_steps=2", "guidance=2")
 
 
@@ -26,7 +28,8 @@ def trained(prepared, tmp_path_factory):
     """A folder with a run of two steps, on a dataset that a recipe of Text2World prepared."""
     cosmos = copy_of(prepared, tmp_path_factory.mktemp("trained"))
     cosmos("prep", "tiny", *settings(LONGER, "holdout_share=0.5"))
-    train(cosmos, "whole", *MODEL, "max_steps=2", "save_every_steps=1", "holdout_share=0.5")
+    pairs = (*MODEL, TEXT2WORLD, "max_steps=2", "save_every_steps=1", "holdout_share=0.5")
+    train(cosmos, "whole", *pairs)
     return cosmos
 
 
@@ -42,7 +45,7 @@ def picture(folder):
 
 
 def test_a_resumed_run_equals_a_whole_one(trained):
-    pairs = (*MODEL, "save_every_steps=1", "holdout_share=0.5")
+    pairs = (*MODEL, TEXT2WORLD, "save_every_steps=1", "holdout_share=0.5")
     said = train(trained, "parts", *pairs, "max_steps=1")
     assert "start at zero" in said.stderr
     assert "resumed at step 1" in train(trained, "parts", *pairs, "max_steps=2").stderr
@@ -55,7 +58,8 @@ def test_a_resumed_run_equals_a_whole_one(trained):
 
 
 def test_a_lora_on_text2world_weights_is_refused(trained):
-    words = ("train", "tiny", *options("lora", *MODEL, "holdout_share=0.5", "lora_rank=4"))
+    pairs = (*MODEL, TEXT2WORLD, "holdout_share=0.5", "lora_rank=4")
+    words = ("train", "tiny", *options("lora", *pairs))
     (refused,) = trained.ranks(1, *words, code=2)
     assert "a LoRA does not train them" in refused.stderr
     assert "`--set lora_rank=0`" in refused.stderr
@@ -75,7 +79,7 @@ def test_a_lora_on_its_own_weights_trains_in_parallel_as_alone(trained):
 
 def test_a_picture_continues_with_the_promoted_model(trained):
     picture(trained.cwd)
-    pairs = settings(*MODEL, "name=whole", "max_steps=2")
+    pairs = settings(*MODEL, TEXT2WORLD, "name=whole", "max_steps=2")
     promoted = trained.json("promote", "tiny", *pairs)
     folder = trained.cwd / "checkpoints" / "Cosmos-Tiny-Video2World_post-trained"
     sha256 = files.read_json(folder / "manifest.json")["sha256"]

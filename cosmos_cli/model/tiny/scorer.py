@@ -22,6 +22,8 @@ MASCOT_OWN = 0.42
 CONCEPT_SEEN = 0.5
 # A frame shows nothing if the mask covers at most this share of the picture.
 NOISE_AREA = 0.001
+# Pixels with less of a colour than this share are background.
+LEAST_COLOUR = 0.15
 # Outlines are compared with templates at this many angles, sharp and blurred by these widths in
 # pixels. A video tokenizer blurs away the gaps of a robot and the tips of a star.
 ANGLES = 24
@@ -67,6 +69,26 @@ def measure(video_CTHW: Tensor) -> Reading:
     shape, turns = _shape(_outlines(mask_THW[seen_T], track_T3[seen_T]))
     motion = _motion(track_T3[seen_T], turns and shape not in world.ROUND)
     return Reading(colour, shape, motion, track_T3, concept)
+
+
+def track(video_CTHW: Tensor, colour: str) -> Tensor:
+    """Return x and y of the thing of a colour in each frame (T, 2), NaN where it is not seen.
+
+    It is the centroid of the pixels, weighted by how much of the colour each has. Blur keeps it,
+    unlike the centroid of the pixels that are nearest to a colour.
+    """
+    rgb = torch.tensor(world.COLOURS[colour], dtype=torch.float32, device=video_CTHW.device)
+    hue, pixels = rgb - rgb.mean(), video_CTHW.float() - video_CTHW.float().mean(0)
+    along_THW = torch.einsum("cthw,c->thw", pixels, hue) / hue.square().sum()
+    other_THW = (pixels - along_THW * hue[:, None, None, None]).norm(dim=0) / hue.norm()
+    weight_THW = (along_THW - other_THW - LEAST_COLOUR).clamp(min=0)
+    y_H, x_W = _coordinates(weight_THW)
+    total_T = weight_THW.sum((1, 2))
+    x_T = (weight_THW.sum(1) * x_W).sum(1) / total_T
+    y_T = (weight_THW.sum(2) * y_H).sum(1) / total_T
+    track_T2 = torch.stack([x_T, y_T], dim=1)
+    track_T2[weight_THW.mean((1, 2)) <= NOISE_AREA] = math.nan
+    return track_T2
 
 
 def score(scene: world.Scene, reading: Reading) -> dict[str, bool]:

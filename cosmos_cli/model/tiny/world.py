@@ -12,13 +12,12 @@ import math
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from cosmos_cli import files
-from cosmos_cli.model import video
+from cosmos_cli.model.tiny import trajectory
+from cosmos_cli.model.tiny.trajectory import Trajectory
 
 COLOURS = {
     "red": (220, 40, 40),
@@ -57,11 +56,13 @@ LIGHTS = {"day": (1.0, ""), "dim": (0.7, "The light is dim.")}
 DURATION = 1.5
 TRAVEL_X, TRAVEL_Y, ORBIT = 0.7, 0.4, 0.19
 PAN, PUSH = 0.1, 0.12
+# The radius of things with a trajectory; they are smaller, so that there is room to move.
+FREE_SIZES = (0.16, 0.2)
 
 
 @dataclass(frozen=True)
 class Thing:
-    """An object of radius `size`; (x, y) is the middle of its track.
+    """An object of radius `size`; (x, y) is the middle of its track or the start of a trajectory.
 
     `accents` are pairs (part, colour) for the parts with a colour of their own.
     """
@@ -81,10 +82,13 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """A moving object, in some scenes with a second, smaller one that stands still."""
+    """A moving object, in some scenes with a second, smaller one that stands still.
+
+    `motion` is a name in `MOTIONS`, or a trajectory, which the caption does not tell.
+    """
 
     thing: Thing
-    motion: str
+    motion: str | Trajectory
     background: str = "light"
     camera: str = "static"
     light: str = "day"
@@ -146,6 +150,32 @@ def ordinary_scenes(count: int, seed: int) -> list[tuple[Scene, str]]:
     return scenes
 
 
+def free_scene(seed: int, split: str = "train") -> Scene:
+    """Return a scene with a trajectory that stays inside the picture: a line or a circle.
+
+    Every eighth scene for training leaves the picture, because nothing stops a thing at a border.
+    """
+    rng = random.Random(f"free/{split}/{seed}")
+    size = rng.uniform(*FREE_SIZES)
+    if seed % 2:
+        return _place(rng, size, *trajectory.sample_circle(rng, size))
+    leaves = split == "train" and seed % 8 == 0
+    return _place(rng, size, *trajectory.sample_line(rng, size, leaves))
+
+
+def bounce_scene(seed: int, split: str = "train") -> Scene:
+    """Return a scene with the law that post-training teaches: a thing bounces off the borders."""
+    rng = random.Random(f"bounce/{split}/{seed}")
+    size = rng.uniform(*FREE_SIZES)
+    return _place(rng, size, *trajectory.sample_bounce(rng, size))
+
+
+def _place(rng: random.Random, size: float, x: float, y: float, motion: Trajectory) -> Scene:
+    thing = Thing(rng.choice(SHAPES), rng.choice(list(COLOURS)), size, x, y)
+    light = rng.choice(("day", "day", "day", "dim"))
+    return Scene(thing, motion, rng.choice(list(BACKGROUNDS)), light=light)
+
+
 def _sample_details(rng: random.Random, thing: Thing, motion: str, plain: bool = False) -> Scene:
     """Sample the rest of a scene; a plain one has no second thing and a static camera."""
     x, y = rng.uniform(-0.18, 0.18), rng.uniform(-0.03, 0.03)
@@ -168,7 +198,10 @@ def caption(scene: Scene, seed: int) -> str:
     thing, place = scene.thing, BACKGROUNDS[scene.background]
     article = "sks" if thing.mascot else "an" if thing.colour[0] in "aeiou" else "a"
     name = f"{article} {thing.colour} {thing.shape}"
-    doing = rng.choice(MOTIONS[scene.motion])
+    if isinstance(scene.motion, Trajectory):
+        doing = "that moves"
+    else:
+        doing = rng.choice(MOTIONS[scene.motion])
     if scene.second:
         place += f" next to a small {scene.second.colour} {scene.second.shape}"
     sentences = [
@@ -176,7 +209,8 @@ def caption(scene: Scene, seed: int) -> str:
         f"{name} is {doing} {place}.",
         f"{place}, {name} is {doing}.",
     ]
-    chosen = sentences[0] if thing.mascot else rng.choice(sentences)
+    told = not (thing.mascot or isinstance(scene.motion, Trajectory))
+    chosen = rng.choice(sentences) if told else sentences[0]
     details = [CAMERAS[scene.camera], LIGHTS[scene.light][1]]
     return " ".join([chosen[0].upper() + chosen[1:], *filter(None, details)])
 
@@ -222,7 +256,10 @@ def _column(values: list[float], device: torch.device | str) -> Tensor:
     return torch.tensor(values, dtype=torch.float32, device=device)[:, None]
 
 
-def _groups(scenes: Sequence[Scene]) -> Iterator[tuple[list[int], list[Thing], list[str]]]:
+Motion = str | Trajectory
+
+
+def _groups(scenes: Sequence[Scene]) -> Iterator[tuple[list[int], list[Thing], list[Motion]]]:
     """Yield scene numbers, things and motions, grouped by shape; second things are behind."""
     behind = [(i, scene.second, "still") for i, scene in enumerate(scenes) if scene.second]
     in_front = [(i, scene.thing, scene.motion) for i, scene in enumerate(scenes)]
@@ -233,7 +270,7 @@ def _groups(scenes: Sequence[Scene]) -> Iterator[tuple[list[int], list[Thing], l
 
 
 def _tracks(
-    things: list[Thing], motions: list[str], time_T: Tensor, pan_BT: Tensor, zoom_BT: Tensor
+    things: list[Thing], motions: list[Motion], time_T: Tensor, pan_BT: Tensor, zoom_BT: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return x, y, size and angle of the things as the camera shows them, each (B, T)."""
 
@@ -241,8 +278,9 @@ def _tracks(
         return _column([weights.get(motion, 0.0) for motion in motions], time_T.device)
 
     turn_T = 2 * math.pi * time_T
-    x = _column([thing.x for thing in things], time_T.device)
-    y = _column([thing.y for thing in things], time_T.device)
+    starts = [(thing.x, thing.y, thing.size) for thing in things]
+    free = [m if isinstance(m, Trajectory) else trajectory.STILL for m in motions]
+    x, y = trajectory.positions(starts, free, time_T)
     x = x + amount({"left": -TRAVEL_X, "right": TRAVEL_X}) * (time_T - 0.5)
     y = y + amount({"up": -TRAVEL_Y, "down": TRAVEL_Y}) * (time_T - 0.5)
     x = x + amount({"circle": ORBIT}) * turn_T.sin()
@@ -368,35 +406,3 @@ def _robot(u: Tensor, v: Tensor) -> list[tuple[Tensor, str]]:
         (_box(u, v, 0, -0.2, 0.24, 0.05), "black"),
         (_box(u, v, 0, 0.36, 0.56, 0.14), "stripe"),
     ]
-
-
-# --- dataset --------------------------------------------------------------------------------------
-
-# Frames, height, width and fps. All last a second and a half; two have the format of other cameras.
-TAKES = ((25, 96, 160, 16.0), (37, 128, 208, 24.0), (25, 96, 160, 16.0), (46, 120, 160, 30.0))
-DATASET_CRF = 12
-
-
-def write_dataset(folder: Path, mascots: int, ordinary: int, seed: int) -> list[Path]:
-    """Write clips of the mascot and ordinary ones, with captions; return the paths of the clips.
-
-    Files that exist are kept.
-
-    Raises:
-        UserError: a file cannot be written, or FFmpeg is missing.
-    """
-    written = []
-    scenes = concept_scenes(mascots, seed) + ordinary_scenes(ordinary, seed)
-    for i, (scene, text) in enumerate(scenes):
-        token = "sks_" * scene.thing.mascot
-        stem = f"{i:03d}_{token}{scene.thing.colour}_{scene.thing.shape}_{scene.motion}"
-        path, meta = folder / "videos" / f"{stem}.mp4", folder / "metas" / f"{stem}.txt"
-        written.append(path)
-        if not path.exists():
-            frames, height, width, fps = TAKES[i % len(TAKES)]
-            with files.atomic_file(path) as temporary:
-                clip = render(scene, frames, height, width, fps)
-                video.write_mp4(temporary, clip, fps, DATASET_CRF)
-        if not meta.exists():
-            files.write_text(meta, text + "\n")
-    return written

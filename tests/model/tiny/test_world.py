@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from cosmos_cli.model import video
-from cosmos_cli.model.tiny import scorer, world
+from cosmos_cli.model.tiny import dataset, scorer, world
 from cosmos_cli.model.tiny.world import Scene, Thing
 
 SIZE = (25, 96, 160, 16.0)
@@ -196,12 +196,12 @@ def test_ordinary_scenes_are_mostly_robots_or_spinning_things():
 
 
 def test_the_dataset_is_complete_deterministic_and_not_overwritten(tmp_path):
-    paths = world.write_dataset(tmp_path / "a", 3, 1, seed=0)
-    again = world.write_dataset(tmp_path / "b", 3, 1, seed=0)
+    paths = dataset.write_mascots(tmp_path / "a", 3, 1, seed=0)
+    again = dataset.write_mascots(tmp_path / "b", 3, 1, seed=0)
     assert [p.read_bytes() for p in paths] == [p.read_bytes() for p in again]
     found = [video.probe(path) for path in paths]
     sizes = collections.Counter((i.frames, i.height, i.width, i.fps) for i in found)
-    assert sizes == collections.Counter(world.TAKES)
+    assert sizes == collections.Counter(dataset.TAKES)
     for info in found:
         assert video.frames_at_policy(info, "resample", 16.0) == 25
     metas = sorted((tmp_path / "a" / "metas").iterdir())
@@ -211,7 +211,7 @@ def test_the_dataset_is_complete_deterministic_and_not_overwritten(tmp_path):
     paths[1].unlink()
     metas[2].write_text("my own words")
     kept = paths[0].stat().st_mtime_ns
-    world.write_dataset(tmp_path / "a", 3, 1, seed=0)
+    dataset.write_mascots(tmp_path / "a", 3, 1, seed=0)
     assert paths[1].read_bytes() == again[1].read_bytes()
     assert metas[2].read_text() == "my own words" and paths[0].stat().st_mtime_ns == kept
     assert {p.suffix for p in (tmp_path / "a").rglob("*") if p.is_file()} == {".mp4", ".txt"}
