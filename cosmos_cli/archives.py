@@ -55,7 +55,7 @@ def check_weights(path: Path) -> None:
     try:
         entries = json.loads(header)
         entries.pop("__metadata__", None)
-        needed = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+        needed = max((int(entry["data_offsets"][1]) for entry in entries.values()), default=0)
     except (AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
         what = "is damaged or not a safetensors file: its header is not readable"
         raise files.bad(path, files.WEIGHTS, what) from error

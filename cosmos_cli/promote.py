@@ -20,6 +20,7 @@ from cosmos_cli.model.finite import require_finite
 from cosmos_cli.paths import Run
 from cosmos_cli.recipe import loading
 from cosmos_cli.recipe.keys import Recipe
+from cosmos_cli.train import resumes
 
 
 def promote(r: Recipe, step: int, kind: str, format: str, target: Path) -> dict[str, Any]:
@@ -48,7 +49,7 @@ def promote(r: Recipe, step: int, kind: str, format: str, target: Path) -> dict[
     console.say(f"reading {source}")
     base = r.model_files.dit
     base_sha256 = files.sha256_path(base) if base.exists() else ""
-    require_base(run, base, base_sha256)
+    resumes.require_base(run, base, base_sha256)
     original = weights.load_dit_state(base)
     cond_frames.add_mask_columns(original, r.spec.dit)
     tuned = lora.merge(original, source, 1.0) if r.lora_rank else weights.load_dit_state(source)
@@ -91,23 +92,6 @@ def _lora(base: dict[str, Tensor], merged: dict[str, Tensor], source: Path) -> d
         f"{paths.LORA_FILE} keeps all of it, and generate uses that file if it finds the base"
     )
     return {"file": paths.LORA_FILE, "sha256": files.sha256_file(source), "kept": kept}
-
-
-def require_base(run: Run, base: Path, sha256: str) -> None:
-    """Refuse a base other than the one that a LoRA was trained on; resume states hold its hash.
-
-    Raises:
-        UserError: it is another file.
-    """
-    for step in run.resumable_steps()[-1:]:
-        known = files.read_json(run.resume_state(step) / paths.MANIFEST_FILE).get("base", sha256)
-        if sha256 and known != sha256:
-            raise UserError(
-                f"is not the base that the run was trained on: its sha256 is {sha256[:12]}, the "
-                f"run says {known[:12]}",
-                code=ExitCode.ASSET, where=str(base),
-                fix="name that file with `--set base=FILE`",
-            )  # fmt: skip
 
 
 def require_trained(changes: dict[str, float], source: Path) -> None:

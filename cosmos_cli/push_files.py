@@ -35,11 +35,11 @@ def planned(r: Recipe, run: Run, wanted: dict[str, Any], base: Path) -> list[Ite
     console.say("it is not promoted yet: the sizes are about those of the checkpoint and the base")
     step, kind = wanted["step"], wanted["weights"]
     weights = base if r.lora_rank else run.model(step, kind)
-    inside = sorted(weights.rglob("*.safetensors")) if weights.is_dir() else [weights]
+    parts = [path for path in sorted(weights.rglob("*")) if path.suffix in (".bin", ".safetensors")]
     name = paths.MODEL_FORMATS[wanted["format"]]
     if wanted["format"] == "diffusers":
         name += "/diffusion_pytorch_model.safetensors"
-    items = [Item(name, inside[0])]
+    items = [Item(name, path) for path in (parts if weights.is_dir() else [weights])]
     if r.lora_rank:
         names = (paths.LORA_FILE, paths.COMFYUI_LORA_FILE)
         items += [Item(name, run.lora(step, kind)) for name in names]

@@ -250,7 +250,7 @@ def test_the_card_shows_licence_data_samples_and_scores(cosmos):
     assert "text: 'A teal robot: it moves left.'" in card
     assert "url: samples/step_000000004_sample1.mp4" in card
     assert "## Data" in card
-    del record["models"]["base"]["edm"]["sigma_" + f"{FIXED_SIGMAS[0]:.2g}"]
+    del record["models"]["promoted"]["edm"]["sigma_" + f"{FIXED_SIGMAS[0]:.2g}"]
     page.write_text(json.dumps(record))
     said = cosmos("promote", *WHOLE, "--push", REPO[1]).stderr
     page.unlink()

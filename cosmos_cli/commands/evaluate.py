@@ -118,13 +118,23 @@ Measure = Callable[[], tuple[dict[str, Any], dict[str, list[Any]]]]
 def _prepare(
     r: Recipe, weights: dict[str, Weights], count: int, latents: Path
 ) -> tuple[dict[str, str], dict[str, Any], Measure]:
-    """Return the better direction of each score, what measuring costs, and what measures."""
+    """Return the better direction of each score, what measuring costs, and what measures.
+
+    Raises:
+        UserError: there is nothing to measure.
+    """
     from cosmos_cli.evaluate import continuation, evaluation
     from cosmos_cli.gpus import best_device
 
     dataset, device = evaluation.PreparedClips.of(r), best_device()
     if r.spec.takes_frames:
         better = continuation.directions(r, count, bool(dataset and len(dataset.heldout)))
+        if not better:
+            what = "a Video2World model is measured on clips that it continues, and there are none"
+            fix = "add `--prompts 24`"
+            if count:
+                fix = "run `cosmos prep RECIPE --set holdout_share=0.1`, and keep that key"
+            raise usage_error("--prompts", what, fix)
         return better, {"prompts": count}, partial(continuation.evaluate, r, weights, count, device)
     store = evaluation.open_store(r, count, device, latents)
     better = evaluation.directions(r, dataset, len(store.wanted))
@@ -244,7 +254,10 @@ def _preview(r: Recipe, weights: dict[str, Weights], cost: dict[str, Any], outpu
         from cosmos_cli.generate import batch
 
         batch.require_networks(r)
+    what = f"{cost['prompts']} videos"
+    if r.spec.takes_frames:
+        what = f"at most {cost['prompts']} clips of each kind, from 1 and from 9 frames"
     for name, own in weights.items():
-        console.say(f"would measure {name} with {cost['prompts']} videos: {own.path}")
+        console.say(f"would measure {name} with {what}: {own.path}")
     models = {name: {"path": str(own.path), "sha256": own.sha256} for name, own in weights.items()}
     return Result(str(output), figures={"dry_run": True, **cost, "models": models})

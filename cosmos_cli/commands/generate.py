@@ -181,13 +181,15 @@ def generate(
     console.emit(result, as_json=json_)
 
 
-def _check_options(prompts: str | None, others: bool, both: bool, output: Path, count: int) -> None:
+def _check_options(
+    prompts: str | None, others: bool, compares_rollout: bool, output: Path, count: int
+) -> None:
     """Refuse options that do not go together.
 
     Args:
         prompts: the value of --prompts.
         others: True if an option is given that does not go with --prompts.
-        both: True if --compare and --rollout are given.
+        compares_rollout: True if --compare and --rollout are given.
         output: the value of --output.
         count: the number of videos, 0 if it is not known.
 
@@ -204,7 +206,7 @@ def _check_options(prompts: str | None, others: bool, both: bool, output: Path, 
             "reads from standard input only", code=ExitCode.USAGE, where="--prompts",
             fix="use `--prompts -` without --prompt, --batch, --compare and --num-processes",
         )  # fmt: skip
-    if both:
+    if compares_rollout:
         raise UserError(
             "shows single videos side by side", code=ExitCode.USAGE, where="--compare",
             fix="leave out --rollout or --compare",
@@ -296,8 +298,8 @@ def _finish(results: Iterator[Result], r: Recipe, *, streaming: bool) -> console
         raise
     if r.passes < r.exact_passes and any(result.made for result in seen):
         console.say(
-            f"speed fast: a video took {r.passes} of {r.exact_passes} passes of the denoiser; "
-            f"{r.exact_passes - r.passes} were skipped"
+            f"speed fast: a video took {r.passes} passes of the denoiser; "
+            f"35 steps of `speed: exact` take {r.exact_passes}"
         )
     made = _paths(seen)
     shown = made[-1].with_suffix(".html") if made else Path()

@@ -11,7 +11,6 @@ from statistics import fmean
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from cosmos_cli import console
@@ -27,7 +26,6 @@ from cosmos_cli.model.dit import DiT
 from cosmos_cli.model.tiny import scorer, world
 from cosmos_cli.model.tiny.world import Scene
 from cosmos_cli.model.tokenizer import Tokenizer, load_tokenizer
-from cosmos_cli.model.video_scores import LUMINANCE
 from cosmos_cli.recipe.keys import Recipe
 from cosmos_cli.spec import GIVEN_FRAMES
 from cosmos_cli.train.heldout import spread
@@ -51,10 +49,6 @@ HELD_OUT = "held-out clips"
 REPEATED, ROUND_TRIP = "last frame repeated", "tokenizer round trip"
 # The page shows this many videos of each kind, of those that continue the most frames.
 SHOWN = 12
-# The PSNR of equal frames is infinite; it counts as this many dB.
-MOST_PSNR = 100.0
-# The window of SSIM is a Gaussian of this width and standard deviation in pixels.
-SSIM_WINDOW, SSIM_SIGMA = 11, 1.5
 
 
 @dataclass(frozen=True)
@@ -232,7 +226,7 @@ def measure(
     shown: list[Sample] = []
     for i, (clip, video) in enumerate(zip(clips, videos, strict=True)):
         truth, new = clip.pixels[:, given:], video[:, given:]
-        own = {"PSNR": psnr(truth, new), "SSIM": ssim(truth, new)}
+        own = {"PSNR": rgb.frame_psnr(truth, new), "SSIM": rgb.frame_ssim(truth, new)}
         if clip.scene:
             own["position error"] = position_error(truth, new, clip.scene.thing.colour)
         for score, line in own.items():
@@ -242,38 +236,6 @@ def measure(
             sample = Sample(Trial(clip.caption, i), video, clip.latent, means)
             shown.append(shrunk(sample, SHOWN_WIDTH))
     return {score: torch.stack(lines) for score, lines in found.items()}, shown
-
-
-def psnr(truth_CTHW: Tensor, made_CTHW: Tensor) -> Tensor:
-    """Return the PSNR of each uint8 frame in dB, (T), at most `MOST_PSNR`."""
-    error_T = (truth_CTHW.float() - made_CTHW.float()).square().mean((0, 2, 3)) / 255**2
-    return (-10 * error_T.log10()).clamp(max=MOST_PSNR)
-
-
-def ssim(truth_CTHW: Tensor, made_CTHW: Tensor) -> Tensor:
-    """Return the structural similarity of the luminance of each uint8 frame, (T), 1 if equal.
-
-    Source: Wang et al. 2004, "Image quality assessment: from error visibility to structural
-    similarity", equation 13 with its constants and window.
-    """
-    weight = torch.tensor(LUMINANCE)
-    x, y = (
-        torch.einsum("cthw,c->thw", v.float() / 255, weight)[:, None]
-        for v in (truth_CTHW, made_CTHW)
-    )
-    offset = torch.arange(SSIM_WINDOW) - SSIM_WINDOW // 2
-    line = torch.softmax(-(offset.float() ** 2) / (2 * SSIM_SIGMA**2), 0)
-    window = torch.outer(line, line)[None, None]
-
-    def mean(values: Tensor) -> Tensor:
-        return F.conv2d(values, window)
-
-    mean_x, mean_y = mean(x), mean(y)
-    var_x, var_y = mean(x * x) - mean_x**2, mean(y * y) - mean_y**2
-    covariance = mean(x * y) - mean_x * mean_y
-    c1, c2 = 0.01**2, 0.03**2
-    brightness = (2 * mean_x * mean_y + c1) / (mean_x**2 + mean_y**2 + c1)
-    return (brightness * (2 * covariance + c2) / (var_x + var_y + c2)).mean((1, 2, 3))
 
 
 def position_error(truth_CTHW: Tensor, made_CTHW: Tensor, colour: str) -> Tensor:

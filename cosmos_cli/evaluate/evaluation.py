@@ -135,8 +135,7 @@ def announce(r: Recipe, models: dict[str, Weights], store: Store) -> dict[str, A
             console.say(f"not measured: {score}: {reason}")
     if planned.missing:
         names = ", ".join(planned.missing)
-        fix = "run `cosmos download RECIPE --for evaluate`"
-        console.say(f"not measured, since a model is missing: {names}; {fix}")
+        console.say(f"not measured, since a model is missing: {names}; {features.FIX}")
     return {
         "videos": total, "videos_to_make": missing, "seconds": seconds,
         "not_measured": planned.reasons,
@@ -379,15 +378,14 @@ def decoded(tokenizer: Tokenizer, clips: Clips, most: int) -> Iterator[Tensor]:
 def clip_errors(r: Recipe, net: DiT, clips: Clips) -> dict[str, list[float]]:
     """Return the EDM error of each clip at each of `edm.FIXED_SIGMAS`, with fixed noise.
 
-    The keys are like sigma_0.32. The model's spec scales the noise levels. Of a Video2World model,
-    it is the error with one latent frame given.
+    The keys are like sigma_0.32. The model's spec scales the noise levels.
 
     Raises:
         UserError: an error is not finite.
     """
     device = next(net.parameters()).device
     loss = edm.EDMLoss(net, r.spec).to(device)
-    measured = HeldOut(clips, r.validate_clips, counts=(1,))
+    measured = HeldOut(clips, r.validate_clips)
     errors: dict[float, list[float]] = {sigma: [] for sigma in measured.sigmas}
     with console.progress("clips", len(measured.samples), "samples") as bar:
         for i, (_, level, _) in enumerate(measured.samples):

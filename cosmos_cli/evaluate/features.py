@@ -30,7 +30,7 @@ from cosmos_cli.train.heldout import spread
 
 LIKENESS, MATCH, DISTANCE = "likeness", "prompt match", "held-out distance"
 # The recipe key of each score's model.
-KEYS = {LIKENESS: "likeness_model", MATCH: "match_model", DISTANCE: "distance_model"}
+KEYS = dict(zip((LIKENESS, MATCH, DISTANCE), assets.FEATURE_KEYS, strict=True))
 # What each score means, and which direction is better.
 MEANINGS = {
     LIKENESS: (
@@ -52,7 +52,7 @@ FRAMES, CLIP_FRAMES = 8, 4
 TRAINING_CLIPS, HELD_OUT_CLIPS = 64, 256
 # SigLIP was trained on texts padded to this many tokens.
 TOKENS = 64
-_FIX = "run `cosmos download RECIPE --for evaluate`"
+FIX = "run `cosmos download RECIPE --for evaluate`"
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Plan:
 
 
 def plan(r: Recipe, videos: int, training: int, held_out: int) -> Plan:
-    """Return which scores can be measured on so many videos and clips.
+    """Return which scores can be measured on these numbers of videos and clips.
 
     A score whose model is off is not mentioned. With the embedded model, whose world has a scorer
     of its own, neither are scores whose default models are missing.
@@ -159,7 +159,7 @@ class Encoder:
 
     def __init__(self, kind: Any, folder: Path) -> None:
         self.folder = folder
-        with pretrained.reading_pretrained(folder, "is not a complete model", _FIX):
+        with pretrained.reading_pretrained(folder, "is not a complete model", FIX):
             self.prepare = Preparation(folder)
             self.model = pretrained.load_model(kind, folder, torch.float32).eval()
         require_finite(self.model.state_dict(), folder)
@@ -214,7 +214,7 @@ class Match(Encoder):
         from transformers import PreTrainedTokenizerFast, SiglipModel
 
         super().__init__(SiglipModel, folder)
-        with pretrained.reading_pretrained(folder, "has no complete tokenizer", _FIX):
+        with pretrained.reading_pretrained(folder, "has no complete tokenizer", FIX):
             if not (folder / "tokenizer.json").is_file():
                 raise ValueError("it has no tokenizer.json")
             self.tokenizer = pretrained.load_pretrained(PreTrainedTokenizerFast, folder)
@@ -259,7 +259,7 @@ class Distance(Encoder):
         super().__init__(VJEPA2Model, folder)
         # The positions of its tokens are computed for frames of this size, whatever it is given.
         side = self.model.config.crop_size
-        with pretrained.reading_pretrained(folder, "is not a complete model", _FIX):
+        with pretrained.reading_pretrained(folder, "is not a complete model", FIX):
             if self.prepare.shape != (side, side):
                 raise ValueError(f"it reads {side}x{side} pixels, not {self.prepare.shape}")
 
@@ -275,7 +275,7 @@ class Distance(Encoder):
 
 @dataclass
 class Models:
-    """The models that are here."""
+    """The feature models that are installed."""
 
     frames: dict[str, Likeness | Match]
     distance: Distance | None

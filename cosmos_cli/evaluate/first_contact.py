@@ -101,7 +101,7 @@ def check_model(r: Recipe, device: str) -> dict[str, Any]:
 
 
 def _misread(what: str, path: Path) -> UserError:
-    fix = "download it again; if it already is the hub's file, report this as a bug"
+    fix = "run `cosmos download RECIPE` again; if it is the hub's file already, report this bug"
     return UserError(what, code=ExitCode.ASSET, where=str(path), fix=fix)
 
 

@@ -13,7 +13,7 @@ from cosmos_cli.generate.jobs import Lora, Weights
 from cosmos_cli.paths import Run
 from cosmos_cli.recipe.keys import Recipe
 from cosmos_cli.train import page as run_page
-from cosmos_cli.train import status
+from cosmos_cli.train import resumes, status
 
 BASE = "base"
 # The weights that promote uses by default.
@@ -24,9 +24,10 @@ def weights_of(r: Recipe, run: Run, steps: Sequence[int]) -> dict[str, Weights]:
     """Return the base and the saves of some steps, by name.
 
     Raises:
-        UserError: weights are missing or damaged.
+        UserError: weights are missing or damaged, or the recipe names another base than the run.
     """
     base = read_weights(r, None)
+    resumes.require_base(run, base.path, base.sha256)
     found = {BASE: base}
     for step in steps:
         path = run.lora(step, KIND)
@@ -107,5 +108,4 @@ def shown(found: Mapping[str, Any]) -> list[str]:
     """Return the models to show: the base, and the steps that scores and held-out error choose."""
     measured = set(map(int, found["means"])) - {0}
     chosen = [step for step in (found["chosen_step"], found["best_step"]) if step in measured]
-    last = max(measured)
-    return [BASE, *map(_name, dict.fromkeys(chosen or [last]))]
+    return [BASE, *map(_name, dict.fromkeys(chosen or sorted(measured)[-1:]))]

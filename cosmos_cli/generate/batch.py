@@ -85,14 +85,19 @@ def require_networks(r: Recipe) -> None:
             guardrail.block_list(r)
 
 
-def _require_tokenizer(r: Recipe) -> None:
-    """Check that there is a decoder before the text encoder, which is loaded first, takes minutes.
+def _require_guards_and_tokenizer(r: Recipe) -> None:
+    """Check what is needed late, before the text encoder, which is loaded first, takes minutes.
 
     Raises:
-        UserError: there is none.
+        UserError: a guard or the tokenizer is missing.
     """
-    if not r.spec.embedded:
-        assets.require_networks(r, r.model_files.tokenizer)
+    if r.spec.embedded:
+        return
+    if r.guardrails == "on":
+        from cosmos_cli.generate.guards import guardrail
+
+        guardrail.block_list(r)
+    assets.require_networks(r, r.model_files.tokenizer)
 
 
 def plan_request(request: Request, settings: Settings) -> Result:
@@ -139,10 +144,11 @@ def batch(
             todo.append(result.job)
             continue
         if result.job:
-            made.add(_say_side(sides[result.job], result.job))
+            _say_side(sides[result.job], result.job)
+            made.add(result.job)
         yield result
     if todo:
-        _require_tokenizer(todo[0].r)
+        _require_guards_and_tokenizer(todo[0].r)
         for folder in dict.fromkeys(job.path.parent for job in todo):
             files.require_writable(folder)
             files.remove_own_stale(folder)
@@ -150,7 +156,8 @@ def batch(
             if result.job and result.made:
                 console.say(f"saved {result.job.path}")
                 _say_drift(result.job)
-                made.add(_say_side(sides[result.job], result.job))
+                _say_side(sides[result.job], result.job)
+                made.add(result.job)
             yield result
     if len(settings) > 1:
         wanted = [result.job for result in planned]
@@ -175,11 +182,10 @@ def _say_drift(job: Job) -> None:
     console.say(console.table(table, ("segment", "time", *names)))
 
 
-def _say_side(side: str, job: Job) -> Job:
-    """Return the job; say with --compare which of the two settings made its video."""
+def _say_side(side: str, job: Job) -> None:
+    """Say with --compare which of the two settings made a video."""
     if side:
         console.say(f"{side}: {job.path}")
-    return job
 
 
 def _generate(todo: list[Job], wanted: int | None) -> Iterator[Result]:
@@ -217,7 +223,7 @@ def _comparisons(settings: Sequence[Settings], pairs: list[tuple[Job, Job]]) -> 
 
 def stream(settings: Settings) -> Iterator[Result]:
     """Generate a video for each line of stdin; keep all networks in memory if they fit."""
-    _require_tokenizer(settings.r)
+    _require_guards_and_tokenizer(settings.r)
     files.require_writable(settings.output.absolute())
     files.remove_own_stale(settings.output.absolute())
     from cosmos_cli.generate.phases import one_by_one

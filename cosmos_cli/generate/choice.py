@@ -68,7 +68,7 @@ def choose_model(
             console.say(f"it comes from another run than this recipe's, {run}")
         return Choice(recipe, chosen.folder)
     if model == "promoted":
-        raise _none_promoted()
+        raise _none_promoted(r.model)
     console.say(
         f"no {r.model} was promoted in {Path(r.checkpoints_dir).absolute()}: using the base model"
     )
@@ -91,17 +91,20 @@ def _newest(model: str | None, overrides: list[str], frames: bool) -> Choice:
             return Choice(choice.recipe, None, choice.overrides)
         _say_promoted(models[0], models, choice.recipe)
         return choice
+    kind = spec.name if spec else "Video2World" if frames else "Text2World"
     if model == "promoted":
-        raise _none_promoted()
+        raise _none_promoted(kind)
     where = Path(checkpoints_dir).absolute()
     for base in specs:
         weights = paths.model_files(base, checkpoints_dir).dit
         if not base.embedded and os.path.lexists(weights):
-            console.say(f"nothing was promoted in {where}: using the base model {base.name}")
+            console.say(
+                f"no {kind} model was promoted in {where}: using the base model {base.name}"
+            )
             return _of_spec(base, None)
     console.say(
-        f"nothing was promoted and no base model downloaded in {where}: using the embedded tiny "
-        "model, whose videos are small; name a RECIPE or a --model to use another"
+        f"no {kind} model was promoted or downloaded in {where}: using the embedded tiny model, "
+        "whose videos are small; name a RECIPE or a --model to use another"
     )
     return _of_spec(TINY_VIDEO2WORLD if frames else TINY, None)
 
@@ -171,10 +174,11 @@ def _no_model(model: str, what: str, fix: str) -> UserError:
     return UserError(what, code=ExitCode.ASSET, where=f"--model {model}", fix=fix)
 
 
-def _none_promoted() -> UserError:
+def _none_promoted(kind: str) -> UserError:
     return _no_model(
-        "promoted", "nothing was promoted yet", "run `cosmos promote RECIPE`, or add `--model base`"
-    )
+        "promoted", f"no {kind} model was promoted yet",
+        "run `cosmos promote RECIPE`, or add `--model base`",
+    )  # fmt: skip
 
 
 # --- the recipe of a folder -----------------------------------------------------------------------

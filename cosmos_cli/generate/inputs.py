@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 import warnings
 from pathlib import Path
 
@@ -54,7 +55,7 @@ def read_picture(path: Path, r: Recipe) -> Tensor:
     except Image.DecompressionBombError as error:
         raise files.bad(path, files.INPUT, "has too many pixels") from error
     # Pillow reports damage with any of these.
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
+    except (OSError, SyntaxError, ValueError, TypeError, EOFError, struct.error) as error:
         raise files.bad(path, files.INPUT, f"is damaged: {error}") from error
     _say_if_enlarged(path, picture.width, picture.height, r)
     pixels_CTHW = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[:, None]

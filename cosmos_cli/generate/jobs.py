@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cosmos_cli import files
 from cosmos_cli.errors import ExitCode, UserError
+from cosmos_cli.generate import hashes
 from cosmos_cli.paths import VIDEO_SUFFIXES
 from cosmos_cli.spec import (
     FAST_EXTRAPOLATION,
@@ -156,7 +157,7 @@ class Request:
         """
         most = GIVEN_FRAMES[-1] if is_video else 1
         count = most if count is None else count
-        if not isinstance(count, int) or count not in GIVEN_FRAMES:
+        if type(count) is not int or count not in GIVEN_FRAMES:
             fix = f"use {' or '.join(map(str, GIVEN_FRAMES))}"
             raise self.error(f"the number of input frames is {count!r}", fix)
         if count > most:
@@ -397,10 +398,7 @@ def _with_hash(request: Request, r: Recipe, given: Given | None) -> Given | None
         what = f"{r.model} makes videos from text and continues none"
         raise request.error(what, _other_model(r))
     files.require_regular(given.path, files.INPUT)
-    try:
-        return replace(given, sha256=files.sha256_file(given.path))
-    except OSError as error:
-        raise files.unreadable(given.path, files.INPUT, error) from error
+    return replace(given, sha256=hashes.sha256_file(given.path))
 
 
 def _with_changes(request: Request, r: Recipe, changes: dict[str, Any]) -> Recipe:

@@ -51,7 +51,10 @@ def provenance(job: Job, words: str) -> dict[str, Any]:
         "upsampled_prompt": None if words == job.prompt else words,
         "guardrails": guardrail.guard_names(job.r),
         "seed": job.r.sampling_seed,
-        "passes": {"evaluated": job.r.passes, "exact": job.r.exact_passes},
+        "passes": {
+            "evaluated": job.segments * job.r.passes,
+            "exact": job.segments * job.r.exact_passes,
+        },
         "key": job.key,
         "model": job.r.model,
         "weights": {"path": str(job.weights.path), "sha256": job.weights.sha256},

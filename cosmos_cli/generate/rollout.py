@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 OVERLAP = GIVEN_FRAMES[-1]
 MAX_SEED = 2**32
 SHEET_FRAMES, SHEET_WIDTH = 8, 320
+# Facts of a segment that hold for the whole video.
+SAME = ("attention", "fp8", "compiled", "streamed_blocks")
 
 
 def make(pipeline: Pipeline, job: Job, text_emb: Conditioning, given: Tensor | None) -> None:
@@ -55,7 +57,7 @@ def make(pipeline: Pipeline, job: Job, text_emb: Conditioning, given: Tensor | N
         parts.add(new, given, {**about, **look(new)})
     faces = [row["blurred_faces"] for row in parts.rows]
     about = {
-        **parts.rows[-1],
+        **{key: parts.rows[-1][key] for key in SAME},
         **outputs.provenance(job, text_emb.prompt),
         "blurred_faces": None if None in faces else sum(faces),
         "segments": parts.rows,

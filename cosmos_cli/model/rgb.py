@@ -13,6 +13,8 @@ from torch import Tensor
 RESIZE_MODES = ("stretch", "crop", "pad")
 # ITU-R BT.709.
 LUMINANCE = (0.2126, 0.7152, 0.0722)
+# The PSNR of equal frames is infinite; it counts as this many dB.
+MOST_PSNR = 99.0
 
 
 def resize_frames(
@@ -62,13 +64,24 @@ def to_uint8(video: Tensor) -> Tensor:
 
 
 def psnr(a: Tensor, b: Tensor) -> float:
-    """Return the PSNR of two uint8 tensors in dB, 99 if they are equal."""
+    """Return the PSNR of two uint8 tensors in dB, `MOST_PSNR` if they are equal."""
     error = (a.double() - b.double()).square().mean().item()
-    return 10 * math.log10(255**2 / error) if error else 99.0
+    return 10 * math.log10(255**2 / error) if error else MOST_PSNR
+
+
+def frame_psnr(a_CTHW: Tensor, b_CTHW: Tensor) -> Tensor:
+    """Return the PSNR of each frame of two uint8 videos in dB, (T), at most `MOST_PSNR`."""
+    error_T = (a_CTHW.float() - b_CTHW.float()).square().mean((0, 2, 3)) / 255**2
+    return (-10 * error_T.log10()).clamp(max=MOST_PSNR)
 
 
 def ssim(a_CTHW: Tensor, b_CTHW: Tensor) -> float:
-    """Return the SSIM of two uint8 videos: the mean over the luminance of all frames, at most 1.
+    """Return the mean of `frame_ssim` over the frames."""
+    return frame_ssim(a_CTHW, b_CTHW).mean().item()
+
+
+def frame_ssim(a_CTHW: Tensor, b_CTHW: Tensor) -> Tensor:
+    """Return the SSIM of the luminance of each frame of two uint8 videos, (T), 1 if equal.
 
     Source: Wang et al. 2004, "Image Quality Assessment: From Error Visibility to Structural
     Similarity", equation 13, with a Gaussian window of 11x11 pixels and standard deviation 1.5.
@@ -83,8 +96,8 @@ def ssim(a_CTHW: Tensor, b_CTHW: Tensor) -> float:
         mean_a, mean_b, aa, bb, ab = F.conv2d(stack, window)[:, 0]
         var_a, var_b, cov = aa - mean_a**2, bb - mean_b**2, ab - mean_a * mean_b
         luminance = (2 * mean_a * mean_b + c1) / (mean_a**2 + mean_b**2 + c1)
-        frames.append((luminance * (2 * cov + c2) / (var_a + var_b + c2)).mean().item())
-    return sum(frames) / len(frames)
+        frames.append((luminance * (2 * cov + c2) / (var_a + var_b + c2)).mean())
+    return torch.stack(frames)
 
 
 def contact_sheet(

@@ -11,13 +11,13 @@ import json
 import os
 import re
 import shlex
+import shutil
 import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -367,11 +367,16 @@ def write_safetensors(
     """Write tensors. `about` has at most one entry, since the order of several is not fixed."""
     # Trap: save_file writes to a temporary file of its own, which stays behind after a kill. It is
     # put in a folder named after the process, so that the next run knows it may delete it.
-    own = {"dir": path.parent, "prefix": f".{os.getpid()}.", "suffix": ".tmp"}
-    with writing(path), files.atomic_file(path) as temporary, TemporaryDirectory(**own) as folder:
-        written = Path(folder, path.name)
-        save_file({key: value.contiguous() for key, value in state.items()}, written, about)
-        written.replace(temporary)
+    folder = path.with_name(f".{os.getpid()}.{files.sha256_text(path.name)[:8]}.tmp")
+    with writing(path), files.atomic_file(path) as temporary:
+        # A signal may come at any time, so the folder is made where it is sure to be removed.
+        try:
+            folder.mkdir(exist_ok=True)
+            written = folder / path.name
+            save_file({key: value.contiguous() for key, value in state.items()}, written, about)
+            written.replace(temporary)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _read_diffusers(folder: Path) -> State:

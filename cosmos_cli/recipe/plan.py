@@ -70,8 +70,8 @@ class Plan:
     """The predicted needs of a run. Times are None if the GPU is not known.
 
     `host_gb` is the offloaded state in CPU memory, `cpu_gb` an estimate of all CPU memory that the
-    run cannot do without, `staged_gb` the copy of a save, for which training waits if the memory
-    lacks. They are of all processes together.
+    run cannot do without, `staged_gb` the copy of a save. Without that memory, training waits while
+    a save is written. All three are of all processes together.
     """
 
     memory_gb: dict[str, float]

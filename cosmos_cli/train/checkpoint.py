@@ -6,6 +6,7 @@ import re
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import torch
@@ -130,7 +131,7 @@ def resume(engine: Any, ema: PowerEMA, run: Run, step: int) -> None:
             f"is damaged: its files or {path.name} are missing or differ from what was saved",
             code=ExitCode.ASSET,
             where=str(folder),
-            fix="delete this folder; the same command then resumes from the save before it",
+            fix=f"run `rm -r {quote(str(folder))}`; the same command resumes an older save",
         )
     console.say(f"checked the files of step {step} in {time.monotonic() - began:.1f} s")
     adapted, saved_by = lora.attached(module), manifest["world_size"]

@@ -82,7 +82,7 @@ def load_base(r: Recipe, base: Path) -> dict[str, torch.Tensor]:
         raise UserError(
             f"{remark}; a LoRA does not train them, so the network would never learn which frames "
             "are given", code=ExitCode.USAGE, where=str(base),
-            fix=f"start from the weights of {r.model}, or train all weights: `--set lora_rank=0`",
+            fix=f"use `--set lora_rank=0`, or `--set base=null` for the weights of {r.model}",
         )  # fmt: skip
     if remark:
         console.say(remark)

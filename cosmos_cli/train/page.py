@@ -33,7 +33,9 @@ def sections(run: Run, folder: Path) -> list[tuple[str, str]]:
     trained = [row for row in known if "loss" in row]
     measured = [row for row in known if HELD_OUT in row]
     bands = [key for key in (trained[0] if trained else {}) if key.startswith("edm_")]
-    levels = [key for key in (measured[0] if measured else {}) if key.startswith(f"{HELD_OUT}_")]
+    keys = measured[0] if measured else {}
+    levels = [key for key in keys if key.startswith(f"{HELD_OUT}_sigma_")]
+    counts = [key for key in keys if key.startswith(f"{HELD_OUT}_given_")]
     shown = [
         ("Status", html.table(_status(run))),
         ("Error on the training clips", html.text(EDM_ERROR) + html.row(
@@ -46,6 +48,8 @@ def sections(run: Run, folder: Path) -> list[tuple[str, str]]:
         shown.append(("Error on held-out clips", html.text(words) + html.row(
             html.chart(_against_base(measured), "step", "EDM error"),
             _curves(measured, {key: _band(key) for key in levels}, "EDM error by noise level"),
+            *([_curves(measured, {key: _band(key) for key in counts}, "EDM error by given frames")]
+              if counts else []),
         )))  # fmt: skip
     shown += scores(run)
     shown += _pictures(run, folder, [row for row in known if NEAREST in row])
@@ -78,8 +82,12 @@ def scores(run: Run) -> list[tuple[str, str]]:
     """Return a section with the scores of the saves, none if they were not evaluated."""
     if not run.scores.exists():
         return []
-    found = files.read_json(run.scores)
-    chosen, best = found["chosen_step"], found["best_step"]
+    try:
+        found = files.read_json(run.scores)
+        chosen, best = found["chosen_step"], found["best_step"]
+    except (files.BadFile, KeyError, TypeError):
+        # A page must not end the training that draws it.
+        return []
     by_scores = (
         f"step {chosen}, which has the most scores that are better than the base's, less those "
         "that are worse, and among equal steps the best mean rank"

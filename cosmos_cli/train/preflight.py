@@ -76,7 +76,7 @@ def check_dataset(r: Recipe) -> tuple[int, int]:
         wanted = wanted_settings.get(key, getattr(r, key, None))
         if wanted != prepared:
             raise UserError(
-                f"was prepared with {key} = {prepared}, the recipe says {wanted}",
+                f"was prepared with {key} = {prepared}, the recipe needs {wanted}",
                 code=ExitCode.DATASET,
                 where=where,
                 fix="run `cosmos prep RECIPE` again",
@@ -132,9 +132,6 @@ def check_recipe(r: Recipe, ranks: int) -> None:
             if r.base
             else "run `cosmos download RECIPE --for train`, or use `--set base=FILE`",
         )
-    # The ranks would find damage only after they have imported everything.
-    for path in sorted(base.rglob("*.safetensors")) if base.is_dir() else [base]:
-        archives.check_weights(path)
     tokenizer = r.model_files.tokenizer
     if (r.preview_every_steps or r.sample_every_saves) and not tokenizer.exists():
         raise UserError(
@@ -144,6 +141,9 @@ def check_recipe(r: Recipe, ranks: int) -> None:
             fix="run `cosmos download RECIPE --for prep`, or add "
             "`--set preview_every_steps=0 --set sample_every_saves=0`",
         )
+    # The ranks would find damage only after they have imported everything.
+    for path in sorted(base.rglob("*.safetensors")) if base.is_dir() else [base]:
+        archives.check_weights(path)
 
 
 def check_world(r: Recipe, ranks: int) -> None:

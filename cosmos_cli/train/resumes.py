@@ -180,3 +180,20 @@ def _another_run(folder: Path, with_what: str) -> UserError:
         f"this run was started with {with_what}", code=ExitCode.USAGE, where=str(folder),
         fix=f"start another: `cosmos train RECIPE --set name={free_name(Run(folder.parents[1]))}`",
     )  # fmt: skip
+
+
+def require_base(run: Run, base: Path, sha256: str) -> None:
+    """Refuse a base other than the one that a LoRA was trained on; resume states hold its hash.
+
+    Raises:
+        UserError: it is another file.
+    """
+    for step in run.resumable_steps()[-1:]:
+        known = files.read_json(run.resume_state(step) / paths.MANIFEST_FILE).get("base", sha256)
+        if sha256 and known != sha256:
+            raise UserError(
+                f"is not the base that the run was trained on: its sha256 is {sha256[:12]}, the "
+                f"run says {known[:12]}",
+                code=ExitCode.ASSET, where=str(base),
+                fix="name that file with `--set base=FILE`",
+            )  # fmt: skip

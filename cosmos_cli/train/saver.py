@@ -37,7 +37,7 @@ _POLL_SECONDS = 0.05
 
 @dataclass(frozen=True)
 class Save:
-    """A save in CPU memory, or where it trains if training waits for it.
+    """Holds one save: copies in CPU memory or, if training waits, the live tensors.
 
     `models` holds the model files that this rank writes, by kind. `states` holds DeepSpeed's state
     by the path of its file. `best` is the best step when training arrived at this one.
@@ -51,7 +51,7 @@ class Save:
 
 
 class Saver:
-    """Saves a run while it trains: copies a save to CPU memory, and writes it in a thread.
+    """Saves the steps of one run from a background thread.
 
     A rank reports its files by a file of its own in the unfinished folder, so that the threads need
     no collective. Rank 0 waits for all reports and gives the folder its name. Use it as a context:

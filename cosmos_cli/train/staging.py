@@ -31,7 +31,7 @@ from cosmos_cli import console
 
 # The memory is touched in pieces of this size, and only while this much more stays available.
 PIECE, SPARE = 2**30, 4 * 10**9
-# Each copy starts at a multiple of this, and so many may be on their way from the GPU.
+# The alignment of copies in bytes, and the number of copies under way from the GPU at a time.
 ALIGNMENT, ON_THEIR_WAY = 512, 4
 _CGROUPS = Path("/sys/fs/cgroup")
 

@@ -138,7 +138,7 @@ WEIGHTS_VIDEO2WORLD = loading.load("tiny_video2world", []).recipe.model_files.di
 @pytest.mark.parametrize(
     ("options", "code", "words"),
     [
-        (("better",), 4, "nothing was promoted yet"),
+        (("better",), 4, "no Cosmos-Tiny-Text2World model was promoted yet"),
         (("better", "--model", "base", "--model", "base"), 2, "no second model"),
         (("x", "--model", "base", "--model", TINY_WEIGHTS), 2, "no such score"),
     ],
@@ -155,9 +155,14 @@ def test_a_video2world_model_can_be_required_to_follow_motion(cosmos):
     assert "can require better, psnr_free_motion_1_given" in cosmos(*arguments, "x", code=2).stderr
 
 
+def test_a_video2world_model_without_clips_to_continue_is_refused(cosmos):
+    done = cosmos("evaluate", "tiny_video2world", "--prompts", "0", code=2)
+    assert "there are none; add `--prompts 24`" in done.stderr
+
+
 def test_measuring_promoted_needs_a_promoted_model(cosmos):
     done = cosmos("evaluate", "tiny", "--model", "promoted", "--prompts", "0", code=4)
-    assert "--model promoted: nothing was promoted yet" in done.stderr
+    assert "--model promoted: no Cosmos-Tiny-Text2World model was promoted yet" in done.stderr
 
 
 def test_without_a_prepared_dataset_there_is_nothing_to_measure_the_7b_on(cosmos):

@@ -8,6 +8,7 @@ import torch
 from cosmos_cli.evaluate import comparison, continuation, page
 from cosmos_cli.evaluate.continuation import REPEATED, ROUND_TRIP, Clip
 from cosmos_cli.generate.jobs import Weights
+from cosmos_cli.model import rgb
 from cosmos_cli.model.tiny import world
 from cosmos_cli.model.tiny.trajectory import Trajectory
 from cosmos_cli.model.tiny.world import Scene, Thing
@@ -25,27 +26,27 @@ def test_the_psnr_of_a_constant_difference_is_its_closed_form():
     grey = torch.full((3, 2, 24, 24), 100).byte()
     brighter = grey.clone()
     brighter[:, 1] += 10
-    found = continuation.psnr(grey, brighter).tolist()
-    assert found == pytest.approx([continuation.MOST_PSNR, 20 * math.log10(255 / 10)], abs=1e-3)
+    found = rgb.frame_psnr(grey, brighter).tolist()
+    assert found == pytest.approx([rgb.MOST_PSNR, 20 * math.log10(255 / 10)], abs=1e-3)
 
 
 def test_the_ssim_of_constant_frames_is_its_closed_form():
     x, y = (torch.full((3, 1, 16, 16), value).byte() for value in (51, 204))
     # Without variance, only the brightness 2 x y / (x^2 + y^2) is left.
     expected = (2 * 0.2 * 0.8 + 0.01**2) / (0.2**2 + 0.8**2 + 0.01**2)
-    assert continuation.ssim(x, y).item() == pytest.approx(expected, abs=1e-4)
+    assert rgb.frame_ssim(x, y).item() == pytest.approx(expected, abs=1e-4)
 
 
 def test_the_ssim_is_1_for_equal_frames_and_falls_with_noise():
     frames = noise(3, 2, 32, 32)
-    assert continuation.ssim(frames, frames).tolist() == pytest.approx([1, 1], abs=1e-5)
+    assert rgb.frame_ssim(frames, frames).tolist() == pytest.approx([1, 1], abs=1e-5)
     values = [
-        continuation.ssim(frames, (frames.float() * (1 - k) + 128 * k).byte())[0].item()
+        rgb.frame_ssim(frames, (frames.float() * (1 - k) + 128 * k).byte())[0].item()
         for k in (0.1, 0.5, 0.9)
     ]
     assert 1 > values[0] > values[1] > values[2] > 0
     # The mirror image of a pattern around its mean has the opposite covariance.
-    assert continuation.ssim(frames, 255 - frames)[0] < -0.8
+    assert rgb.frame_ssim(frames, 255 - frames)[0] < -0.8
 
 
 def glide(speed: float) -> torch.Tensor:

@@ -95,7 +95,7 @@ def test_without_a_promoted_model_the_base_is_used_and_reported(cosmos):
     put(cosmos, SEVEN)
     path, said = choose(cosmos)
     assert path == f"checkpoints/{SEVEN}/model.pt"
-    assert f"nothing was promoted in {cosmos.cwd}/checkpoints: using the base model" in said
+    assert f"no Text2World model was promoted in {cosmos.cwd}/checkpoints: using" in said
     assert "121 frames, 1280x704 at 24 fps" in said
     assert choose(cosmos, "--model", "base")[0] == path
     assert choose(cosmos, "--set", f"model={FOURTEEN}")[0] == f"checkpoints/{FOURTEEN}/model.pt"

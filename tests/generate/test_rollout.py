@@ -82,6 +82,7 @@ def test_a_rollout_is_one_video_of_all_segments(pipeline, tmp_path, monkeypatch)
     about = files.read_json(job.files[0])
     assert about["blurred_faces"] == 17 + 8 + 8
     assert [row["frames"] for row in about["segments"]] == [17, 8, 8]
+    assert "frames" not in about and about["attention"] == about["segments"][0]["attention"]
     assert about["mp4_sha256"] == files.sha256_file(job.path)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "ball.jpg", "ball.json", "ball.mp4", "ball.txt",

@@ -21,6 +21,7 @@ from cosmos_cli.paths import Run
 from cosmos_cli.recipe import loading
 from cosmos_cli.train import launch, previews, process, status
 from cosmos_cli.train.previews import Previews
+from tests.helpers.stand_ins import stand_in_weights
 
 pytestmark = pytest.mark.workflow
 
@@ -214,8 +215,8 @@ def test_errors_that_are_not_about_memory_are_not_hidden():
 def test_a_missing_tokenizer_is_refused_before_any_process_starts(tmp_path):
     from cosmos_cli.train import preflight
 
-    base = tmp_path / "base.pt"
-    base.touch()
+    base = tmp_path / "base.safetensors"
+    stand_in_weights(base)
     pairs = [f"checkpoints_dir={tmp_path}", f"base={base}"]
     r = loading.load("nemo_assets", pairs).recipe
     with pytest.raises(UserError, match="tokenizer is missing") as caught:
