@@ -100,7 +100,7 @@ def attend(q_BLNK: Tensor, k_BMNK: Tensor, v_BMNK: Tensor) -> Tensor:
     return (out.float() * scale_B1NK + shift_B1NK).to(q_BLNK.dtype)
 
 
-@torch.library.custom_op("cosmos::fp8_attention", mutates_args=())
+@torch.library.custom_op("cosmos_cli::fp8_attention", mutates_args=())
 def fp8_attention(
     q_BLNK: Tensor, k_BMNK: Tensor, v_BMNK: Tensor, scale_q: Tensor, scale_k: Tensor
 ) -> Tensor:
