@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
-from cosmos_cli.errors import ExitCode, UserError, fill_in
+from cosmos_cli.errors import ExitCode, UserError, asset_error, fill_in
 from cosmos_cli.files import disk_errors
 
 PLAIN_SECONDS = 5.0
@@ -190,10 +190,8 @@ def _print(text: str) -> None:
         gone = _is_gone(sys.stdout, error)
         _silence(sys.stdout)
         if not gone:
-            raise UserError(
-                f"cannot be written: {error.strerror}", code=ExitCode.ASSET,
-                where="standard output", fix="write it elsewhere: `> FILE`",
-            ) from error  # fmt: skip
+            what = f"cannot be written: {error.strerror}"
+            raise asset_error("standard output", what, "write it elsewhere: `> FILE`") from error
 
 
 def failure(error: UserError) -> Result:

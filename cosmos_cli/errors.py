@@ -79,9 +79,24 @@ class UserError(Exception):
         return "\n".join([fill_in(line), *map(str, self.also)])
 
 
-def usage_error(where: str, what: str, fix: str = "") -> UserError:
+def usage_error(where: object, what: str, fix: str = "") -> UserError:
     """Return the error for a mistake in a recipe or on the command line."""
-    return UserError(what, code=ExitCode.USAGE, where=where, fix=fix)
+    return UserError(what, code=ExitCode.USAGE, where=str(where), fix=fix)
+
+
+def environment_error(where: object, what: str, fix: str = "") -> UserError:
+    """Return the error for a machine or a setting of its environment that cannot be used."""
+    return UserError(what, code=ExitCode.ENVIRONMENT, where=str(where), fix=fix)
+
+
+def asset_error(where: object, what: str, fix: str = "") -> UserError:
+    """Return the error for a file that is missing, damaged or refused, or for a full disk."""
+    return UserError(what, code=ExitCode.ASSET, where=str(where), fix=fix)
+
+
+def dataset_error(where: object, what: str, fix: str = "") -> UserError:
+    """Return the error for a dataset that is rejected or not prepared."""
+    return UserError(what, code=ExitCode.DATASET, where=str(where), fix=fix)
 
 
 def together(errors: Sequence[UserError]) -> UserError:

@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from cosmos_cli import console, files, locks, paths
-from cosmos_cli.errors import ExitCode, UserError
+from cosmos_cli.errors import UserError, asset_error, usage_error
 
 # Linux: sys/fcntl.h and linux/fs.h.
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
@@ -67,11 +67,9 @@ def restore(folder: Path) -> None:
 
 
 def _not_restored(folder: Path, old: Path) -> UserError:
-    return UserError(
-        f"is missing: a cosmos promote that was stopped left the model in {old}",
-        code=ExitCode.ASSET, where=str(folder),
-        fix=f"once no cosmos promote is running: `mv '{old}' '{true_path(folder)}'`",
-    )  # fmt: skip
+    what = f"is missing: a cosmos promote that was stopped left the model in {old}"
+    fix = f"once no cosmos promote is running: `mv '{old}' '{true_path(folder)}'`"
+    return asset_error(folder, what, fix)
 
 
 @contextmanager
@@ -84,10 +82,8 @@ def alone(folder: Path) -> Iterator[None]:
     true = true_path(folder)
     with _lock(true) as locked:
         if not locked:
-            raise UserError(
-                "another cosmos promote is writing this model", code=ExitCode.USAGE,
-                where=str(folder), fix="wait for it, or promote under another --name",
-            )  # fmt: skip
+            fix = "wait for it, or promote under another --name"
+            raise usage_error(folder, "another cosmos promote is writing this model", fix)
         with files.disk_errors(true):
             _restore(true)
         yield
@@ -123,10 +119,7 @@ def replacing(folder: Path) -> Iterator[Path]:
 
 
 def _irreplaceable(folder: Path, why: str) -> UserError:
-    return UserError(
-        f"cannot be replaced: {why}", code=ExitCode.ASSET, where=str(folder),
-        fix="promote under another --name",
-    )  # fmt: skip
+    return asset_error(folder, f"cannot be replaced: {why}", "promote under another --name")
 
 
 def _put(building: Path, true: Path) -> None:

@@ -26,7 +26,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cosmos_cli.errors import ExitCode, UserError
+from cosmos_cli.errors import ExitCode, UserError, asset_error
 
 MB = 10**6
 
@@ -142,12 +142,9 @@ def path_errors() -> Iterator[None]:
     except OSError as error:
         if error.errno not in _PATH_ERRORS or error.filename is None:
             raise
-        raise UserError(
-            f"cannot be used: {os.strerror(error.errno)}",
-            code=ExitCode.ASSET,
-            where=os.fsdecode(error.filename),
-            fix="name another path, or allow access to it",
-        ) from error
+        what = f"cannot be used: {os.strerror(error.errno)}"
+        fix = "name another path, or allow access to it"
+        raise asset_error(os.fsdecode(error.filename), what, fix) from error
 
 
 # --- opening --------------------------------------------------------------------------------------
@@ -290,12 +287,9 @@ def disk_errors(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno not in _DISK_ERRORS:
             raise
-        raise UserError(
-            f"cannot be written: {os.strerror(error.errno or 0)}",
-            code=ExitCode.ASSET,
-            where=str(path),
-            fix=_DISK_FIXES.get(error.errno or 0, "choose another folder"),
-        ) from error
+        what = f"cannot be written: {os.strerror(error.errno or 0)}"
+        fix = _DISK_FIXES.get(error.errno or 0, "choose another folder")
+        raise asset_error(path, what, fix) from error
 
 
 @contextmanager
@@ -416,12 +410,8 @@ def require_free(path: Path, needed: float, what: str, fix: str) -> None:
     """
     free = free_bytes(path)
     if free < needed:
-        raise UserError(
-            f"{what} need {needed / 1e9:,.2f} GB, {free / 1e9:,.2f} GB are free",
-            code=ExitCode.ASSET,
-            where=str(path),
-            fix=fix,
-        )
+        what = f"{what} need {needed / 1e9:,.2f} GB, {free / 1e9:,.2f} GB are free"
+        raise asset_error(path, what, fix)
 
 
 def require_writable(folder: Path) -> None:

@@ -23,7 +23,7 @@ from functools import cache, partial
 from pathlib import Path
 
 from cosmos_cli import console, files
-from cosmos_cli.errors import ExitCode, UserError
+from cosmos_cli.errors import environment_error
 
 
 @contextmanager
@@ -85,9 +85,9 @@ def _granted(lock: Callable[[], None], folder: Path, command: str) -> bool:
 def _go_without(folder: Path, command: str, what: str) -> None:
     ranks = os.environ.get("WORLD_SIZE", "1")
     if ranks != "1":
-        raise UserError(
-            f"{what}, and WORLD_SIZE is {ranks}", code=ExitCode.ENVIRONMENT, where=str(folder),
-            fix="use a disk with locks (Lustre: mount it with -o flock), or start "
-            f"`{command} RECIPE` without a launcher",
-        )  # fmt: skip
+        fix = (
+            "use a disk with locks (Lustre: mount it with -o flock), or start "
+            f"`{command} RECIPE` without a launcher"
+        )
+        raise environment_error(folder, f"{what}, and WORLD_SIZE is {ranks}", fix)
     console.warn(f"{folder}: {what}: make sure that only one `{command}` runs there")

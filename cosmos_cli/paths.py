@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cosmos_cli import files
-from cosmos_cli.errors import ExitCode, UserError
+from cosmos_cli.errors import dataset_error
 
 if TYPE_CHECKING:
     from cosmos_cli.spec import ModelSpec
@@ -118,20 +118,12 @@ class Dataset:
             UserError: there is no manifest, or prep did not write it.
         """
         if not self.manifest.exists():
-            raise UserError(
-                "the dataset is not prepared",
-                code=ExitCode.DATASET,
-                where=str(self.manifest),
-                fix="run `cosmos prep RECIPE` first",
-            )
+            fix = "run `cosmos prep RECIPE` first"
+            raise dataset_error(self.manifest, "the dataset is not prepared", fix)
         manifest = files.read_json(self.manifest, files.MANIFEST)
         if not isinstance(manifest, dict) or not {"settings", "videos", "clips"} <= manifest.keys():
-            raise UserError(
-                "was not written by cosmos prep",
-                code=ExitCode.DATASET,
-                where=str(self.manifest),
-                fix="move it away and run `cosmos prep RECIPE`",
-            )
+            fix = "move it away and run `cosmos prep RECIPE`"
+            raise dataset_error(self.manifest, "was not written by cosmos prep", fix)
         return manifest
 
     def video_files(self) -> list[Path]:
@@ -147,12 +139,9 @@ class Dataset:
         try:
             return sorted(_videos_in(self.videos))
         except OSError as error:
-            raise UserError(
-                f"cannot be read: {os.strerror(error.errno or 0)}",
-                code=ExitCode.DATASET,
-                where=error.filename or str(self.videos),
-                fix="put the videos there, or use `--set videos_dir=FOLDER`",
-            ) from error
+            what = f"cannot be read: {os.strerror(error.errno or 0)}"
+            fix = "put the videos there, or use `--set videos_dir=FOLDER`"
+            raise dataset_error(error.filename or str(self.videos), what, fix) from error
 
     def name_of(self, video: Path) -> str:
         """Return the name of a video: its path in the folder, with "__" for each slash."""

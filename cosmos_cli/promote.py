@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from cosmos_cli import __version__, console, exchange, files, model_card, paths
-from cosmos_cli.errors import ExitCode, UserError
+from cosmos_cli.errors import asset_error
 from cosmos_cli.model import cond_frames, lora, lora_files, tensor_names, weights
 from cosmos_cli.model.dit import DiT
 from cosmos_cli.model.finite import require_finite
@@ -101,19 +101,11 @@ def require_trained(changes: dict[str, float], source: Path) -> None:
         UserError: they are not finite, or equal to the base.
     """
     if bad := [group for group, change in changes.items() if math.isnan(change)]:
-        raise UserError(
-            f"holds numbers that are not finite in {', '.join(bad)}",
-            code=ExitCode.ASSET,
-            where=str(source),
-            fix="promote an earlier step: `--step N`",
-        )
+        fix = "promote an earlier step: `--step N`"
+        raise asset_error(source, f"holds numbers that are not finite in {', '.join(bad)}", fix)
     if not any(changes.values()):
-        raise UserError(
-            "does not differ from the base weights",
-            code=ExitCode.ASSET,
-            where=str(source),
-            fix="train longer, or look at learning_rate and warmup_steps",
-        )
+        fix = "train longer, or look at learning_rate and warmup_steps"
+        raise asset_error(source, "does not differ from the base weights", fix)
 
 
 def relative_changes(tuned: dict[str, Tensor], base: dict[str, Tensor]) -> dict[str, float]:
@@ -159,12 +151,8 @@ def _fill_folder(
     if written.keys() != state.keys() or any(
         not torch.equal(written[name], tensor) for name, tensor in state.items()
     ):
-        raise UserError(
-            "does not read back as it was written",
-            code=ExitCode.ASSET,
-            where=str(path),
-            fix="check the disk, then run `cosmos promote RECIPE` again",
-        )
+        fix = "check the disk, then run `cosmos promote RECIPE` again"
+        raise asset_error(path, "does not read back as it was written", fix)
     del written
     if "lora" in manifest:
         _copy_lora(Path(manifest["checkpoint"]["path"]), building, manifest["lora"]["sha256"])
@@ -183,10 +171,8 @@ def _copy_lora(source: Path, folder: Path, sha256: str) -> None:
     with files.atomic_file(target) as temporary:
         shutil.copyfile(source, temporary)
     if files.sha256_file(target) != sha256:
-        raise UserError(
-            "was copied with errors", code=ExitCode.ASSET, where=str(source),
-            fix="check the disk, then run `cosmos promote RECIPE` again",
-        )  # fmt: skip
+        fix = "check the disk, then run `cosmos promote RECIPE` again"
+        raise asset_error(source, "was copied with errors", fix)
     lora_files.save_for_comfyui(folder / paths.COMFYUI_LORA_FILE, lora_files.load_lora(target))
 
 

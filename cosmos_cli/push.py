@@ -20,7 +20,7 @@ from typing import Any, cast
 from cosmos_cli import console, files, paths
 from cosmos_cli.download import hub
 from cosmos_cli.download.assets import Asset, RemoteFile
-from cosmos_cli.errors import ExitCode, UserError
+from cosmos_cli.errors import UserError, asset_error, usage_error
 from cosmos_cli.paths import Run
 
 TOKENS = "https://huggingface.co/settings/tokens"
@@ -118,10 +118,8 @@ def look(repo: str) -> Remote | None:
     asset = _asset(repo)
     with _errors(repo):
         if not get_token():
-            raise UserError(
-                "needs a token that may write", code=ExitCode.ASSET, where=asset.url,
-                fix=f"create one on {TOKENS}, then `hf auth login` or `export HF_TOKEN=hf_...`",
-            )  # fmt: skip
+            fix = f"create one on {TOKENS}, then `hf auth login` or `export HF_TOKEN=hf_...`"
+            raise asset_error(asset.url, "needs a token that may write", fix)
         try:
             info = hub.retrying(asset, lambda: HfApi().model_info(repo, files_metadata=True))
         except errors.RepositoryNotFoundError:
@@ -145,19 +143,15 @@ def require_own(repo: str, run: Run, public: bool, yes: bool) -> None:
     if remote is None:
         return
     if not remote.private and not public:
-        raise UserError(
-            "is public, so everybody would see the model", code=ExitCode.USAGE, where=where,
-            fix=f"add `--public`, or make it private on {where}/settings",
-        )  # fmt: skip
+        fix = f"add `--public`, or make it private on {where}/settings"
+        raise usage_error(where, "is public, so everybody would see the model", fix)
     if yes or not remote.files.keys() - {".gitattributes"}:
         return
     other = _run_in(repo, remote)
     if other != name_of(run.root):
         what = f"the model of another run, {other}" if other else "files that promote did not push"
-        raise UserError(
-            f"holds {what}", code=ExitCode.USAGE, where=where,
-            fix="push to another name, or replace it with `--yes`",
-        )  # fmt: skip
+        fix = "push to another name, or replace it with `--yes`"
+        raise usage_error(where, f"holds {what}", fix)
 
 
 def _run_in(repo: str, remote: Remote) -> str:
@@ -296,10 +290,8 @@ def _require_complete(repo: str, items: Sequence[Item]) -> None:
     there = remote.files if remote else {}
     lacking = [i.name for i in items if i.name not in there or there[i.name].size != i.size]
     if lacking:
-        raise UserError(
-            f"lacks {', '.join(lacking)} after the push", code=ExitCode.ASSET,
-            where=_asset(repo).url, fix="delete its .gitignore, then run the same command again",
-        )  # fmt: skip
+        fix = "delete its .gitignore, then run the same command again"
+        raise asset_error(_asset(repo).url, f"lacks {', '.join(lacking)} after the push", fix)
 
 
 @contextmanager
@@ -343,7 +335,7 @@ def _errors(repo: str) -> Iterator[None]:
 
 def _forbidden(repo: str, what: str = "the token may not write there") -> UserError:
     fix = f"use one with write access from {TOKENS}: `export HF_TOKEN=hf_...`"
-    return UserError(what, code=ExitCode.ASSET, where=_asset(repo).url, fix=fix)
+    return asset_error(_asset(repo).url, what, fix)
 
 
 def _interrupted(repo: str, error: Exception) -> UserError:
@@ -351,10 +343,8 @@ def _interrupted(repo: str, error: Exception) -> UserError:
 
 
 def _again(repo: str, what: str) -> UserError:
-    return UserError(
-        what, code=ExitCode.ASSET, where=_asset(repo).url,
-        fix="run the same command again: it uploads what is missing",
-    )  # fmt: skip
+    fix = "run the same command again: it uploads what is missing"
+    return asset_error(_asset(repo).url, what, fix)
 
 
 def _asset(repo: str) -> Asset:

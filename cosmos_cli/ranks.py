@@ -18,7 +18,7 @@ import sys
 from typing import Any
 
 from cosmos_cli import console
-from cosmos_cli.errors import ExitCode, UserError
+from cosmos_cli.errors import ExitCode, UserError, environment_error
 from cosmos_cli.gpus import gpu_names
 
 ADDRESS = "COSMOS_MAILBOX"
@@ -123,15 +123,13 @@ def check_environment() -> None:
     accelerator = os.environ.get("DS_ACCELERATOR", "cpu")
     if accelerator not in _ACCELERATORS:
         fix = "run `unset DS_ACCELERATOR`"
-        raise UserError(
-            f"must be {' or '.join(_ACCELERATORS)}, found {accelerator!r}",
-            code=ExitCode.ENVIRONMENT, where="DS_ACCELERATOR", fix=fix,
-        )  # fmt: skip
+        what = f"must be {' or '.join(_ACCELERATORS)}, found {accelerator!r}"
+        raise environment_error("DS_ACCELERATOR", what, fix)
 
 
 def _wrong_variable(name: str, what: str) -> UserError:
     fix = f"start the command with torchrun, or run `unset {name}`"
-    return UserError(what, code=ExitCode.ENVIRONMENT, where=name, fix=fix)
+    return environment_error(name, what, fix)
 
 
 def mute_all_but_first() -> None:

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from cosmos_cli import exchange, files, model_card, paths, promote
+from cosmos_cli.errors import UserError
 from cosmos_cli.model import weights
 from cosmos_cli.paths import Run
 from cosmos_cli.recipe import loading
@@ -345,6 +346,6 @@ def test_weights_that_do_not_read_back_as_written_are_not_put_in_place(tmp_path,
         true_save(path, {**state, "net.t_norm.weight": state["net.t_norm.weight"] + 1}, format_)
 
     monkeypatch.setattr(weights, "save_dit", save_damaged)
-    with pytest.raises(promote.UserError, match="does not read back as it was written"):
+    with pytest.raises(UserError, match="does not read back as it was written"):
         promote._write_folder(r, tmp_path / "model", state, about("pt"))
     assert not (tmp_path / "model").exists()

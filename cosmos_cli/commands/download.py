@@ -11,7 +11,7 @@ import typer
 from cosmos_cli import console, paths
 from cosmos_cli.commands import options
 from cosmos_cli.console import Result
-from cosmos_cli.errors import ExitCode, UserError
+from cosmos_cli.errors import asset_error, dataset_error, environment_error
 from cosmos_cli.paths import Dataset
 
 if TYPE_CHECKING:
@@ -112,12 +112,8 @@ def _count_videos(r: Recipe) -> int:
         return len(lerobot.episodes(dataset.videos, r.camera))
     count = len(dataset.video_files())
     if not count:
-        raise UserError(
-            "has no videos",
-            code=ExitCode.DATASET,
-            where=str(dataset.videos),
-            fix="put your videos there, or use `--set videos_dir=FOLDER`",
-        )
+        fix = "put your videos there, or use `--set videos_dir=FOLDER`"
+        raise dataset_error(dataset.videos, "has no videos", fix)
     return count
 
 
@@ -134,22 +130,15 @@ def _check(r: Recipe, next_: str, dry_run: bool) -> Result:
         return Result(figures={"dry_run": True})
     for path in (files.tokenizer, files.dit):
         if not path.exists():
-            raise UserError(
-                "is missing", code=ExitCode.ASSET, where=str(path),
-                fix="run `cosmos download RECIPE` first",
-            )  # fmt: skip
+            raise asset_error(path, "is missing", "run `cosmos download RECIPE` first")
     from cosmos_cli.evaluate import first_contact
     from cosmos_cli.gpus import best_device
     from cosmos_cli.model.device import gpu_memory_errors
 
     device = best_device()
     if device == "cpu" and not r.spec.embedded:
-        raise UserError(
-            "the downloaded files are complete, but testing the weights needs a GPU",
-            code=ExitCode.ENVIRONMENT,
-            where=r.model,
-            fix="run the same command on a machine with a GPU",
-        )
+        what = "the downloaded files are complete, but testing the weights needs a GPU"
+        raise environment_error(r.model, what, "run the same command on a machine with a GPU")
     with gpu_memory_errors("use a GPU with more memory"):
         figures = first_contact.check_model(r, device)
     return Result("the weights work", figures=figures, next=next_)

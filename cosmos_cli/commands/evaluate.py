@@ -13,7 +13,7 @@ import typer
 from cosmos_cli import console, files, paths
 from cosmos_cli.commands import options
 from cosmos_cli.console import Result
-from cosmos_cli.errors import ExitCode, UserError, usage_error
+from cosmos_cli.errors import ExitCode, asset_error, usage_error
 from cosmos_cli.paths import Run
 
 if TYPE_CHECKING:
@@ -183,10 +183,8 @@ def _steps(run: Run, text: str, count: int, others: list[str] | None) -> list[in
         raise usage_error("--steps", what, f"use `--steps {listed}`")
     steps = sorted({int(word) for word in wanted})
     if lacking := sorted({*steps} - {*saved}):
-        raise UserError(
-            f"step {lacking[0]} is not saved", code=ExitCode.ASSET, where=str(run.checkpoints),
-            fix=f"use `--steps {listed}`",
-        )  # fmt: skip
+        fix = f"use `--steps {listed}`"
+        raise asset_error(run.checkpoints, f"step {lacking[0]} is not saved", fix)
     return steps
 
 

@@ -12,7 +12,7 @@ from typer.core import TyperCommand
 
 from cosmos_cli import console, files, paths
 from cosmos_cli.commands import options
-from cosmos_cli.errors import ExitCode, Interrupted, UserError, together
+from cosmos_cli.errors import Interrupted, UserError, together, usage_error
 
 if TYPE_CHECKING:
     from cosmos_cli.generate.jobs import Given, Request, Result, Settings
@@ -197,30 +197,20 @@ def _check_options(
         UserError: two options contradict one another.
     """
     if prompts is None and not count:
-        raise UserError(
-            "no prompt was given", code=ExitCode.USAGE, where="--prompt",
-            fix='use `--prompt "A red ball moves left."`, `--batch FILE` or `--prompts -`',
-        )  # fmt: skip
+        fix = 'use `--prompt "A red ball moves left."`, `--batch FILE` or `--prompts -`'
+        raise usage_error("--prompt", "no prompt was given", fix)
     if prompts is not None and (others or prompts != "-"):
-        raise UserError(
-            "reads from standard input only", code=ExitCode.USAGE, where="--prompts",
-            fix="use `--prompts -` without --prompt, --batch, --compare and --num-processes",
-        )  # fmt: skip
+        fix = "use `--prompts -` without --prompt, --batch, --compare and --num-processes"
+        raise usage_error("--prompts", "reads from standard input only", fix)
     if compares_rollout:
-        raise UserError(
-            "shows single videos side by side", code=ExitCode.USAGE, where="--compare",
-            fix="leave out --rollout or --compare",
-        )  # fmt: skip
+        fix = "leave out --rollout or --compare"
+        raise usage_error("--compare", "shows single videos side by side", fix)
     if output.suffix.lower() == ".mp4" and (prompts or count > 1):
-        raise UserError(
-            f"one file for {count or 'many'} videos", code=ExitCode.USAGE, where="--output",
-            fix="give a folder, such as `--output outputs`",
-        )  # fmt: skip
+        fix = "give a folder, such as `--output outputs`"
+        raise usage_error("--output", f"one file for {count or 'many'} videos", fix)
     if output.suffix.lower() in paths.VIDEO_SUFFIXES - {".mp4"} and not output.is_dir():
-        raise UserError(
-            f"{output.suffix} files are not written", code=ExitCode.USAGE,
-            where=f"--output {output}", fix="name an .mp4 file, or a folder",
-        )  # fmt: skip
+        fix = "name an .mp4 file, or a folder"
+        raise usage_error(f"--output {output}", f"{output.suffix} files are not written", fix)
 
 
 def _given(image: Path | None, video: Path | None, frames: int | None) -> Given | None:
@@ -232,16 +222,13 @@ def _given(image: Path | None, video: Path | None, frames: int | None) -> Given 
     from cosmos_cli.generate.jobs import Request
 
     if image and video:
-        raise UserError(
-            "--image and --video are both given", code=ExitCode.USAGE, where="--image",
-            fix="give one of them",
-        )  # fmt: skip
+        raise usage_error("--image", "--image and --video are both given", "give one of them")
     path = image or video
     where = "--image" if image else "--video" if video else "--num-input-frames"
     if path:
         return Request("", where).given(files.expand(path), bool(video), frames)
     if frames is not None:
-        raise UserError("needs a video", code=ExitCode.USAGE, where=where, fix="add `--video FILE`")
+        raise usage_error(where, "needs a video", "add `--video FILE`")
     return None
 
 

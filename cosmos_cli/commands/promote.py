@@ -13,7 +13,7 @@ import typer
 from cosmos_cli import console, files, paths
 from cosmos_cli.commands import options
 from cosmos_cli.console import Result
-from cosmos_cli.errors import ExitCode, UserError
+from cosmos_cli.errors import asset_error, usage_error
 from cosmos_cli.paths import Run
 
 if TYPE_CHECKING:
@@ -174,15 +174,10 @@ def check_push(push: str | None, public: bool) -> None:
     from cosmos_cli.push import is_repository
 
     if public and push is None:
-        raise UserError(
-            "has no effect without --push", code=ExitCode.USAGE, where="--public",
-            fix="add `--push OWNER/NAME`",
-        )  # fmt: skip
+        raise usage_error("--public", "has no effect without --push", "add `--push OWNER/NAME`")
     if push is not None and not is_repository(push):
-        raise UserError(
-            f"{push[:LONGEST_NAME]!r} is not the name of a repository", code=ExitCode.USAGE,
-            where="--push", fix="give your name on the hub and a new one: `--push OWNER/NAME`",
-        )  # fmt: skip
+        fix = "give your name on the hub and a new one: `--push OWNER/NAME`"
+        raise usage_error("--push", f"{push[:LONGEST_NAME]!r} is not the name of a repository", fix)
 
 
 def is_promoted(target: Path, run: Run, wanted: dict[str, Any]) -> bool:
@@ -216,12 +211,7 @@ def check_format(format_: str) -> None:
     """
     if format_ not in paths.MODEL_FORMATS:
         known = ", ".join(paths.MODEL_FORMATS)
-        raise UserError(
-            f"{format_!r} is not one of {known}",
-            code=ExitCode.USAGE,
-            where="--format",
-            fix="use `--format pt`",
-        )
+        raise usage_error("--format", f"{format_!r} is not one of {known}", "use `--format pt`")
 
 
 def _base_of(r: Recipe, run: Run) -> Path:
@@ -247,7 +237,7 @@ def check_name(name: str) -> None:
     else:
         return
     fix = "choose another, such as `--name robots`"
-    raise UserError(what, code=ExitCode.USAGE, where="--name", fix=fix)
+    raise usage_error("--name", what, fix)
 
 
 def _chosen_options(step: str, weights: str, format_: str) -> str:
@@ -298,10 +288,8 @@ def require_own(target: Path, run: Run, yes: bool, aside: str) -> None:
         return
     other = promoted.run_of(target)
     what = f"the model of another run, {other}" if other else "files that promote did not write"
-    raise UserError(
-        f"holds {what}", code=ExitCode.USAGE, where=str(target),
-        fix=f"keep both with `{aside}`, or replace it with `--yes`",
-    )  # fmt: skip
+    fix = f"keep both with `{aside}`, or replace it with `--yes`"
+    raise usage_error(target, f"holds {what}", fix)
 
 
 def choose_step(run: Run, step: str, weights: str) -> int:
@@ -313,33 +301,21 @@ def choose_step(run: Run, step: str, weights: str) -> int:
     from cosmos_cli.train import status
 
     if weights not in ("ema", "reg"):
-        raise UserError(
-            f"{weights!r} is neither ema nor reg", code=ExitCode.USAGE, where="--weights",
-            fix="use `--weights ema`",
-        )  # fmt: skip
+        raise usage_error("--weights", f"{weights!r} is neither ema nor reg", "use `--weights ema`")
     saved = status.require_saved(run, weights)
     if step == "latest":
         return saved[-1]
     if step == "best":
         best = status.best_step(run)
         if best is None:
-            raise UserError(
-                "no saved step was measured on held-out clips",
-                code=ExitCode.ASSET,
-                where=str(run.metrics.absolute()),
-                fix="use `--step latest`; to measure, set holdout_share in the recipe before prep",
-            )
+            what = "no saved step was measured on held-out clips"
+            fix = "use `--step latest`; to measure, set holdout_share in the recipe before prep"
+            raise asset_error(run.metrics.absolute(), what, fix)
         return best
     if not step.isdecimal():
-        raise UserError(
-            f"{step!r} is neither latest, best nor a number", code=ExitCode.USAGE, where="--step",
-            fix="use `--step latest`",
-        )  # fmt: skip
+        fix = "use `--step latest`"
+        raise usage_error("--step", f"{step!r} is neither latest, best nor a number", fix)
     if int(step) not in saved:
-        raise UserError(
-            f"step {step} is not saved",
-            code=ExitCode.ASSET,
-            where=str(run.checkpoints.absolute()),
-            fix=f"use `--step {saved[-1]}`; saved: {', '.join(map(str, saved))}",
-        )
+        fix = f"use `--step {saved[-1]}`; saved: {', '.join(map(str, saved))}"
+        raise asset_error(run.checkpoints.absolute(), f"step {step} is not saved", fix)
     return int(step)

@@ -15,7 +15,7 @@ import typer
 from cosmos_cli import console, files, paths
 from cosmos_cli.commands import options
 from cosmos_cli.console import Result
-from cosmos_cli.errors import ExitCode, UserError, usage_error
+from cosmos_cli.errors import UserError, dataset_error, usage_error
 
 if TYPE_CHECKING:
     from cosmos_cli.model.video import VideoInfo
@@ -101,12 +101,8 @@ def _check_free(target: Path, yes: bool) -> None:
     with files.disk_errors(target):
         taken = target.exists()
     if taken and not yes:
-        raise UserError(
-            "exists already",
-            code=ExitCode.USAGE,
-            where=str(target),
-            fix="choose another name, or replace it with `--yes`",
-        )
+        fix = "choose another name, or replace it with `--yes`"
+        raise usage_error(target, "exists already", fix)
 
 
 @app.command()
@@ -278,14 +274,13 @@ def _probe(dataset: paths.Dataset) -> tuple[dict[Path, VideoInfo], list[str]]:
     if not usable:
         found = f"none of {len(listed)} videos can be used" if listed else "no videos"
         robot = next(filter(lerobot.is_lerobot, (dataset.root, dataset.videos)), None)
-        raise UserError(
-            f"{found} ({'; '.join(bad[:3])})" if bad else found,
-            code=ExitCode.DATASET,
-            where=str(dataset.videos),
-            fix=f"a LeRobot dataset needs a recipe by hand: set videos_dir to {robot}"
+        what = f"{found} ({'; '.join(bad[:3])})" if bad else found
+        fix = (
+            f"a LeRobot dataset needs a recipe by hand: set videos_dir to {robot}"
             if robot
-            else "name a folder of mp4 files",
+            else "name a folder of mp4 files"
         )
+        raise dataset_error(dataset.videos, what, fix)
     return usable, bad
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cosmos_cli import files, paths
-from cosmos_cli.errors import ExitCode, UserError
+from cosmos_cli.errors import asset_error
 
 if TYPE_CHECKING:
     from cosmos_cli.recipe.keys import Recipe
@@ -148,12 +148,8 @@ def require_networks(r: Recipe, *networks: Path) -> None:
     """
     for path in networks:
         if not path.exists():
-            raise UserError(
-                f"a file that {r.model} needs is missing",
-                code=ExitCode.ASSET,
-                where=str(path.absolute()),
-                fix="run `cosmos download RECIPE`",
-            )
+            fix = "run `cosmos download RECIPE`"
+            raise asset_error(path.absolute(), f"a file that {r.model} needs is missing", fix)
 
 
 def require_upsampler(folder: Path) -> None:
@@ -163,10 +159,7 @@ def require_upsampler(folder: Path) -> None:
         UserError: there is none.
     """
     if not any((folder / name).is_file() for name in (paths.MODEL_FILE, "config.json")):
-        raise UserError(
-            "there is no prompt upsampler", code=ExitCode.ASSET, where=str(folder.absolute()),
-            fix=UPSAMPLER_FIX,
-        )  # fmt: skip
+        raise asset_error(folder.absolute(), "there is no prompt upsampler", UPSAMPLER_FIX)
 
 
 def of_recipe(r: Recipe, stage: str = "all") -> list[Asset]:

@@ -19,7 +19,7 @@ from typing import Any
 from cosmos_cli import console, files, locks
 from cosmos_cli.download import assets, hub, t5
 from cosmos_cli.download.assets import Asset, RemoteFile
-from cosmos_cli.errors import ExitCode, UserError, together
+from cosmos_cli.errors import UserError, asset_error, together
 
 # The download threads share one progress bar.
 _COUNTING = threading.Lock()
@@ -190,20 +190,13 @@ def _look(asset: Asset) -> Listing:
     weights = [pattern for pattern in asset.patterns if pattern.endswith(assets.WEIGHTS)]
     lacking = [pattern for pattern in weights if not filter_names(names, pattern)]
     if lacking or not listed:
-        raise UserError(
-            f"has no file like {', '.join(lacking or asset.patterns)}",
-            code=ExitCode.ASSET,
-            where=asset.url,
-            fix="check the name and the revision",
-        )
+        what = f"has no file like {', '.join(lacking or asset.patterns)}"
+        raise asset_error(asset.url, what, "check the name and the revision")
     placed = Counter(asset.path(file.name) for file in listed)
     if twice := [path.name for path, count in placed.items() if count > 1]:
-        raise UserError(
-            f"has several files named {twice[0]}, but all videos go to one folder",
-            code=ExitCode.ASSET,
-            where=asset.url,
-            fix="match only one of them with `--set dataset_include=PATTERN`",
-        )
+        what = f"has several files named {twice[0]}, but all videos go to one folder"
+        fix = "match only one of them with `--set dataset_include=PATTERN`"
+        raise asset_error(asset.url, what, fix)
     tags: list[str] = getattr(info, "tags", None) or []
     licence = next((t.removeprefix("license:") for t in tags if t.startswith("license:")), "")
     return Listing(asset, str(info.sha), listed, _missing(asset, listed), licence)
@@ -302,12 +295,8 @@ def _fetch_file(listing: Listing, file: RemoteFile, counter: type) -> None:
             )
     if not file.is_at(arrival):
         arrival.unlink(missing_ok=True)
-        raise UserError(
-            "the hub sent other bytes than it announced; the file was deleted",
-            code=ExitCode.ASSET,
-            where=str(path),
-            fix="run the same command again",
-        )
+        what = "the hub sent other bytes than it announced; the file was deleted"
+        raise asset_error(path, what, "run the same command again")
     _compare_published(asset, file, arrival)
     if asset.target:
         t5.require_encoder(arrival, asset)

@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 from cosmos_cli import console
 from cosmos_cli.download.assets import HOME, Asset
-from cosmos_cli.errors import ExitCode, UserError
+from cosmos_cli.errors import UserError, asset_error, environment_error
 
 T = TypeVar("T")
 
@@ -36,7 +36,7 @@ def check_endpoint() -> None:
     found = os.environ.get("HF_ENDPOINT")
     if found is not None and not _is_url(found, ("http", "https")):
         what = f"must be a URL such as https://huggingface.co, found {found!r}"
-        raise _wrong_variable("HF_ENDPOINT", what, "correct it, or run `unset HF_ENDPOINT`")
+        raise environment_error("HF_ENDPOINT", what, "correct it, or run `unset HF_ENDPOINT`")
 
 
 def _check_token() -> None:
@@ -48,7 +48,7 @@ def _check_token() -> None:
             names = [n for n in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN") if os.environ.get(n)]
             what = f"holds {letter!a}, which no token has"
             fix = "copy the token again: `export HF_TOKEN=hf_...`"
-            raise _wrong_variable([*names, constants.HF_TOKEN_PATH][0], what, fix)
+            raise environment_error([*names, constants.HF_TOKEN_PATH][0], what, fix)
 
 
 def _proxies() -> dict[str, tuple[str, str]]:
@@ -70,10 +70,10 @@ def _proxies() -> dict[str, tuple[str, str]]:
             name = lower if os.environ.get(lower) else lower.upper()
             if not _is_url(url if "://" in url else f"http://{url}", PROXY_SCHEMES):
                 what = f"must be a URL of {', '.join(PROXY_SCHEMES)}, found {_masked(url)!r}"
-                raise _wrong_variable(name, what, f"correct it, or run `unset {name}`")
+                raise environment_error(name, what, f"correct it, or run `unset {name}`")
             if url.startswith("socks") and importlib.util.find_spec("socksio") is None:
                 what = "a SOCKS proxy needs the package socksio, which is not installed"
-                raise _wrong_variable(name, what, "run `pip install socksio`")
+                raise environment_error(name, what, "run `pip install socksio`")
             found[scheme] = name, url
     return found
 
@@ -102,10 +102,6 @@ def _is_url(text: str, schemes: tuple[str, ...]) -> bool:
 def _masked(url: str) -> str:
     """Return a URL without its user name and password."""
     return re.sub(r"[^/]*@", "***@", url)
-
-
-def _wrong_variable(name: str, what: str, fix: str) -> UserError:
-    return UserError(what, code=ExitCode.ENVIRONMENT, where=name, fix=fix)
 
 
 # --- requests -------------------------------------------------------------------------------------
@@ -170,7 +166,7 @@ def user_errors(asset: Asset) -> Iterator[None]:
     asked = asset.url.replace(HOME, constants.ENDPOINT, 1)
 
     def bad(what: str, fix: str, where: str = asked) -> UserError:
-        return UserError(what, code=ExitCode.ASSET, where=where, fix=fix)
+        return asset_error(where, what, fix)
 
     _check_token()
     _proxies()
@@ -227,4 +223,4 @@ def _unreachable(error: Exception, asked: str) -> UserError:
             what.replace(UNREACHABLE, through, 1),
             f"check the proxy, or run `unset {proxy[0]}`",
         )
-    return UserError(what, code=ExitCode.ASSET, where=asked, fix=fix)
+    return asset_error(asked, what, fix)

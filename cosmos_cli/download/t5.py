@@ -21,7 +21,7 @@ from typing import IO, Any
 from cosmos_cli import archives, console, files, pickles
 from cosmos_cli.download import assets
 from cosmos_cli.download.assets import Asset, RemoteFile
-from cosmos_cli.errors import ExitCode, UserError
+from cosmos_cli.errors import UserError, asset_error
 
 # For each torch storage, its dtype in safetensors and its bytes per element.
 STORAGES = {
@@ -101,12 +101,8 @@ def _require_shapes(found: dict[str, Any], asset: Asset) -> dict[str, list[int]]
     wanted = _shapes(asset.folder / "config.json")
     for name, shape in wanted.items():
         if found.get(name) != shape:
-            raise UserError(
-                f"{name} has the shape {found.get(name)}, T5's encoder has {shape}",
-                code=ExitCode.ASSET,
-                where=asset.url,
-                fix="set text_encoder_repo to the other source",
-            )
+            what = f"{name} has the shape {found.get(name)}, T5's encoder has {shape}"
+            raise asset_error(asset.url, what, "set text_encoder_repo to the other source")
     return wanted
 
 
@@ -121,12 +117,8 @@ def _shapes(path: Path) -> dict[str, list[int]]:
               "relative_attention_num_buckets")  # fmt: skip
     config = config if isinstance(config, dict) else {}
     if wrong := [key for key in needed if type(config.get(key)) is not int]:
-        raise UserError(
-            f"is not the configuration of a T5 encoder: {wrong[0]} is {config.get(wrong[0])!r}",
-            code=ExitCode.ASSET,
-            where=str(path),
-            fix="delete it and run `cosmos download RECIPE` again",
-        )
+        what = f"is not the configuration of a T5 encoder: {wrong[0]} is {config.get(wrong[0])!r}"
+        raise asset_error(path, what, "delete it and run `cosmos download RECIPE` again")
     width, inner, hidden = config["d_model"], config["d_kv"] * config["num_heads"], config["d_ff"]
     shapes = {
         "shared.weight": [config["vocab_size"], width],
@@ -209,12 +201,9 @@ def _read_old_format(path: Path) -> dict[str, Stored]:
         try:
             return _tensors(stream, files.size_of(path))
         except pickles.DAMAGE as error:
-            raise UserError(
-                f"is damaged or holds more than tensors; nothing in it was run ({error})",
-                code=ExitCode.ASSET,
-                where=str(path),
-                fix="delete it and run `cosmos download RECIPE` again",
-            ) from error
+            what = f"is damaged or holds more than tensors; nothing in it was run ({error})"
+            fix = "delete it and run `cosmos download RECIPE` again"
+            raise asset_error(path, what, fix) from error
 
 
 def _tensors(stream: IO[bytes], size: int) -> dict[str, Stored]:

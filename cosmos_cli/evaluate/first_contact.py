@@ -25,7 +25,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from cosmos_cli import console
-from cosmos_cli.errors import ExitCode, UserError
+from cosmos_cli.errors import UserError, asset_error
 from cosmos_cli.generate.video_models import load_denoiser
 from cosmos_cli.model import edm, rgb, sampler
 from cosmos_cli.model.cond_frames import CondFrames, Network
@@ -102,7 +102,7 @@ def check_model(r: Recipe, device: str) -> dict[str, Any]:
 
 def _misread(what: str, path: Path) -> UserError:
     fix = "run `cosmos download RECIPE` again; if it is the hub's file already, report this bug"
-    return UserError(what, code=ExitCode.ASSET, where=str(path), fix=fix)
+    return asset_error(path, what, fix)
 
 
 # --- tokenizer ------------------------------------------------------------------------------------

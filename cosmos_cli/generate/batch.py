@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from cosmos_cli import console, files
 from cosmos_cli.download import assets
-from cosmos_cli.errors import ExitCode, UserError
+from cosmos_cli.errors import UserError, usage_error
 from cosmos_cli.generate import choice, jobs, precision, processes
 from cosmos_cli.generate.jobs import Job, Request, Result, Settings, Weights
 
@@ -44,26 +44,20 @@ def compared(
     if compare == "exact":
         exact = loading.load(recipe, [*overrides, *EXACT]).recipe
         if exact == own.r:
-            raise UserError(
-                "needs a faster mode to compare with the exact one", code=ExitCode.USAGE,
-                where="--compare exact",
-                fix="add `--set speed=fast` or `--set sampling_precision=fp8`",
-            )  # fmt: skip
+            what = "needs a faster mode to compare with the exact one"
+            fix = "add `--set speed=fast` or `--set sampling_precision=fp8`"
+            raise usage_error("--compare exact", what, fix)
         side = "fast" if own.r.speed == "fast" else own.r.sampling_precision
         both = [replace(own, r=exact, side="exact"), replace(own, side=side)]
     else:
         base = choice.base_of(own.r, own.weights)
         if base.identity == own.weights.identity:
-            raise UserError(
-                "needs a second model to compare with the base", code=ExitCode.USAGE,
-                where="--compare", fix="run `cosmos promote RECIPE` first, or add `--model FOLDER`",
-            )  # fmt: skip
+            fix = "run `cosmos promote RECIPE` first, or add `--model FOLDER`"
+            raise usage_error("--compare", "needs a second model to compare with the base", fix)
         both = [replace(own, weights=base, side="base"), replace(own, side="post-trained")]
     if own.output.suffix.lower() == ".mp4":
-        raise UserError(
-            f"writes three videos per prompt, but --output is the file {own.output}",
-            code=ExitCode.USAGE, where="--compare", fix="use `--output FOLDER`",
-        )  # fmt: skip
+        what = f"writes three videos per prompt, but --output is the file {own.output}"
+        raise usage_error("--compare", what, "use `--output FOLDER`")
     return both
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cosmos_cli import archives, console, exchange, files, paths
-from cosmos_cli.errors import ExitCode, UserError
+from cosmos_cli.errors import UserError, asset_error, usage_error
 from cosmos_cli.generate import hashes, promoted
 from cosmos_cli.generate.jobs import Lora, Weights
 from cosmos_cli.generate.promoted import Promoted
@@ -171,7 +171,7 @@ def _by_name(recipe: str | None, model: str, overrides: list[str]) -> Choice:
 
 
 def _no_model(model: str, what: str, fix: str) -> UserError:
-    return UserError(what, code=ExitCode.ASSET, where=f"--model {model}", fix=fix)
+    return asset_error(f"--model {model}", what, fix)
 
 
 def _none_promoted(kind: str) -> UserError:
@@ -260,17 +260,13 @@ def read_weights(r: Recipe, folder: Path | None) -> Weights:
     again = "promote RECIPE" if folder and promoted.is_promoted(folder) else "download RECIPE"
     path = paths.weights_in(path)
     if not path.exists():
-        raise UserError(
-            "the weights are missing", code=ExitCode.ASSET, where=str(path),
-            fix=f"run `cosmos {again}`, or choose a --model",
-        )  # fmt: skip
+        fix = f"run `cosmos {again}`, or choose a --model"
+        raise asset_error(path, "the weights are missing", fix)
     # A folder of weights has diffusers' config.json or an index of its files. Hashing any other
     # folder would read all of it.
     if path.is_dir() and not [*path.glob("config.json"), *path.glob("*.index*.json")]:
-        raise UserError(
-            f"holds no {', '.join(paths.MODEL_FORMATS.values())}", code=ExitCode.ASSET,
-            where=str(path), fix="give a folder or file of weights",
-        )  # fmt: skip
+        fix = "give a folder or file of weights"
+        raise asset_error(path, f"holds no {', '.join(paths.MODEL_FORMATS.values())}", fix)
     if not path.is_dir():
         archives.check_weights(path)
     before = files.file_id(path)
@@ -282,12 +278,11 @@ def read_weights(r: Recipe, folder: Path | None) -> Weights:
             # A promotion exchanged the folder while the old weights were hashed.
             return read_weights(r, folder)
         name = paths.MANIFEST_FILE
-        raise UserError(
-            f"is damaged: its sha256 is {found.sha256[:12]}, {name} says "
-            f"{manifest['sha256'][:12]}",
-            code=ExitCode.ASSET, where=str(path),
-            fix=f"run `cosmos promote RECIPE` again; if the weights are yours, delete its {name}",
-        )  # fmt: skip
+        what = (
+            f"is damaged: its sha256 is {found.sha256[:12]}, {name} says {manifest['sha256'][:12]}"
+        )
+        fix = f"run `cosmos promote RECIPE` again; if the weights are yours, delete its {name}"
+        raise asset_error(path, what, fix)
     return found
 
 
@@ -326,11 +321,8 @@ def find_weights(r: Recipe, folder: Path | None) -> Weights:
 
 
 def _not_promoted(path: Path, merged: str) -> UserError:
-    return UserError(
-        "is missing or differs from what cosmos promote wrote",
-        code=ExitCode.ASSET, where=str(path),
-        fix=f"run `cosmos promote RECIPE` again, or use the merged weights: `--model {merged}`",
-    )  # fmt: skip
+    fix = f"run `cosmos promote RECIPE` again, or use the merged weights: `--model {merged}`"
+    return asset_error(path, "is missing or differs from what cosmos promote wrote", fix)
 
 
 def base_of(r: Recipe, weights: Weights) -> Weights:
@@ -351,11 +343,9 @@ def add_loras(weights: Weights, loras: tuple[Lora, ...]) -> Weights:
     runs = [Path(m["run"]) for m in manifests if "lora" in m and "run" in m]
     for lora in loras:
         if lora.sha256 in inside:
-            raise UserError(
-                "is in the promoted model already and would be applied twice", code=ExitCode.USAGE,
-                where=f"--lora {lora.path}",
-                fix="leave it out, or choose its strength: `--model base --lora FILE:0.8`",
-            )  # fmt: skip
+            what = "is in the promoted model already and would be applied twice"
+            fix = "leave it out, or choose its strength: `--model base --lora FILE:0.8`"
+            raise usage_error(f"--lora {lora.path}", what, fix)
         if any(lora.path.is_relative_to(run) for run in runs):
             console.warn(
                 f"{lora.path} comes from the same run as the promoted LoRA; both are applied"
@@ -380,9 +370,9 @@ def read_lora(text: str) -> Lora:
     if os.path.isdir(path):  # noqa: PTH112 - as below
         path = _lora_in(path, fix)
     if not os.path.exists(path):  # noqa: PTH110 - False, not an error, if unreachable
-        raise UserError("does not exist", code=ExitCode.ASSET, where=str(path), fix=fix)
+        raise asset_error(path, "does not exist", fix)
     if not math.isfinite(share):
-        raise UserError(f"{share} is not a strength", code=ExitCode.USAGE, where=text, fix=fix)
+        raise usage_error(text, f"{share} is not a strength", fix)
     archives.check_weights(path)
     config = path.with_name(paths.ADAPTER_CONFIG_FILE)
     about = hashes.sha256_file(config) if config.is_file() else ""
@@ -401,7 +391,5 @@ def _lora_in(folder: Path, fix: str) -> Path:
         names = ", ".join(path.name for path in found[:5])
         what = f"holds several LoRA files: {names}" if found else "holds no LoRA file"
         expected = " or ".join(paths.ADAPTER_FILES[:2])
-        raise UserError(
-            f"{what} (expected {expected})", code=ExitCode.ASSET, where=str(folder), fix=fix
-        )
+        raise asset_error(folder, f"{what} (expected {expected})", fix)
     return found[0]

@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cosmos_cli import files
-from cosmos_cli.errors import ExitCode, UserError
+from cosmos_cli.errors import ExitCode, UserError, usage_error
 from cosmos_cli.generate import hashes
 from cosmos_cli.paths import VIDEO_SUFFIXES
 from cosmos_cli.spec import (
@@ -200,7 +200,7 @@ class Request:
 
     def error(self, what: str, fix: str = "") -> UserError:
         """Return an error that names the place of the request."""
-        return UserError(what, code=ExitCode.USAGE, where=self.where, fix=fix)
+        return usage_error(self.where, what, fix)
 
 
 @dataclass(frozen=True)
@@ -342,7 +342,7 @@ def read_batch(path: Path) -> list[Request]:
         if line.strip()
     ]
     if not requests:
-        raise UserError("holds no prompts", code=ExitCode.USAGE, where=str(path))
+        raise usage_error(path, "holds no prompts")
     return requests
 
 
@@ -434,9 +434,6 @@ def is_made(wanted: Job) -> bool:
     if ours and about["key"] == wanted.key:
         return wanted.path.is_file() and files.sha256_file(wanted.path) == about["mp4_sha256"]
     if taken := next((path for path in wanted.files if path.exists()), None):
-        raise UserError(
-            "belongs to another video" if ours else "was not written by cosmos generate",
-            code=ExitCode.USAGE, where=str(taken),
-            fix="choose another --output, or replace it with `--overwrite`",
-        )  # fmt: skip
+        what = "belongs to another video" if ours else "was not written by cosmos generate"
+        raise usage_error(taken, what, "choose another --output, or replace it with `--overwrite`")
     return False

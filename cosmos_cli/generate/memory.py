@@ -9,7 +9,7 @@ import psutil
 import torch
 
 from cosmos_cli import console, files, paths
-from cosmos_cli.errors import ExitCode, UserError
+from cosmos_cli.errors import ExitCode, UserError, asset_error
 from cosmos_cli.generate.guards import guardrail
 from cosmos_cli.model.device import free_bytes, number_format
 from cosmos_cli.recipe import residence
@@ -67,14 +67,17 @@ def streamed_blocks(r: Recipe, device: str) -> int:
     pinned = count * residence.pinned_bytes(dit.block_parameters * size)
     available = psutil.virtual_memory().available
     if pinned * processes > available:
-        raise UserError(
+        what = (
             f"{count} of {dit.blocks} blocks do not fit on the GPU and need "
             f"{console.size(pinned)} of CPU memory for each of {processes} processes, "
-            f"{console.size(available)} are available",
-            code=ExitCode.ASSET, where=r.name,
-            fix="use one process: `CUDA_VISIBLE_DEVICES=0 cosmos generate ...`"
-            if processes > 1 else _smaller(r, free),
-        )  # fmt: skip
+            f"{console.size(available)} are available"
+        )
+        fix = (
+            "use one process: `CUDA_VISIBLE_DEVICES=0 cosmos generate ...`"
+            if processes > 1
+            else _smaller(r, free)
+        )
+        raise asset_error(r.name, what, fix)
     return count
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from cosmos_cli import console
-from cosmos_cli.errors import ExitCode, UserError
+from cosmos_cli.errors import UserError, asset_error
 from cosmos_cli.generate import inputs, memory, outputs, precision, rollout
 from cosmos_cli.generate.guards import guardrail
 from cosmos_cli.generate.jobs import Job, Result, Weights
@@ -267,8 +267,6 @@ def not_finite_video(what: str, job: Job) -> UserError:
 
     Its code is ASSET: the weights, or a LoRA's strength, are too large for this prompt.
     """
-    return UserError(
-        f"the {what} is not finite (NaN or infinity), so no video was written",
-        code=ExitCode.ASSET, where=job.path.stem,
-        fix="use another checkpoint, or lower the strength of a LoRA: `--lora FILE:0.8`",
-    )  # fmt: skip
+    what = f"the {what} is not finite (NaN or infinity), so no video was written"
+    fix = "use another checkpoint, or lower the strength of a LoRA: `--lora FILE:0.8`"
+    return asset_error(job.path.stem, what, fix)

@@ -6,7 +6,7 @@ import importlib.util
 from typing import TYPE_CHECKING
 
 from cosmos_cli import gpus
-from cosmos_cli.errors import ExitCode, UserError
+from cosmos_cli.errors import UserError, environment_error
 
 if TYPE_CHECKING:
     from cosmos_cli.recipe.keys import Recipe
@@ -46,6 +46,4 @@ def fp8_parts(r: Recipe) -> tuple[str, ...]:
 
 def _refusal(what: str, fix: str) -> UserError:
     key = "sampling_precision"
-    return UserError(
-        what, code=ExitCode.ENVIRONMENT, where=key, fix=f"{fix}, or add `--set {key}=bf16`"
-    )
+    return environment_error(key, what, f"{fix}, or add `--set {key}=bf16`")

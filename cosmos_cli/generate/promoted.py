@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from cosmos_cli import console, exchange, files, paths
-from cosmos_cli.errors import ExitCode, UserError
+from cosmos_cli.errors import UserError, asset_error
 from cosmos_cli.spec import MODELS, ModelSpec
 
 # NVIDIA's own scripts also write names such as <Model>_post-trained-lora.
@@ -147,10 +147,8 @@ def _changed_ns(folder: Path) -> int | None:
             # On a disk that cannot swap folders, a running promotion is about to put it back.
             exchange.restore(folder)
             return _changed_ns(folder) if folder.exists() else None
-        raise UserError(
-            "is a broken link", code=ExitCode.ASSET, where=str(folder),
-            fix="restore its target, delete the link, or choose another --model",
-        ) from error  # fmt: skip
+        fix = "restore its target, delete the link, or choose another --model"
+        raise asset_error(folder, "is a broken link", fix) from error
     except OSError as error:
         raise _unreadable(folder, error) from error
     holds = content & {*paths.MODEL_FORMATS.values(), paths.MANIFEST_FILE, "recipe.yaml"}
@@ -175,7 +173,5 @@ def _changed(path: Path) -> int:
 
 
 def _unreadable(folder: Path, error: OSError) -> UserError:
-    return UserError(
-        f"cannot be read: {error.strerror}", code=ExitCode.ASSET, where=str(folder),
-        fix="change its permissions, or choose a --model by its path",
-    )  # fmt: skip
+    fix = "change its permissions, or choose a --model by its path"
+    return asset_error(folder, f"cannot be read: {error.strerror}", fix)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from cosmos_cli import paths
 from cosmos_cli.download import assets
-from cosmos_cli.errors import ExitCode, UserError
+from cosmos_cli.errors import UserError, asset_error
 from cosmos_cli.model import pretrained, weights
 from cosmos_cli.model.finite import require_finite
 from cosmos_cli.prep import captions
@@ -65,10 +65,7 @@ class Upsampler:
             else:
                 model = pretrained.load_model(AutoModelForCausalLM, folder, dtype)
         if not self.tokenizer.chat_template:
-            raise UserError(
-                "has no chat template", code=ExitCode.ASSET, where=str(folder),
-                fix="choose a chat model",
-            )  # fmt: skip
+            raise asset_error(folder, "has no chat template", "choose a chat model")
         self.model = model.to(device=device, dtype=dtype).eval()
         require_finite(self.model.state_dict(), released if released.is_file() else folder)
 
@@ -158,7 +155,5 @@ def _regroup_rotary_rows(weight: Tensor) -> Tensor:
 
 
 def _another_model(path: Path, what: str) -> UserError:
-    return UserError(
-        f"is not a prompt upsampler as released: {what}", code=ExitCode.ASSET, where=str(path),
-        fix="download it again, or set upsampler to a chat model that transformers saved",
-    )  # fmt: skip
+    fix = "download it again, or set upsampler to a chat model that transformers saved"
+    return asset_error(path, f"is not a prompt upsampler as released: {what}", fix)

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from cosmos_cli.errors import ExitCode, UserError
+from cosmos_cli.errors import asset_error
 
 
 @torch.no_grad()
@@ -51,7 +51,5 @@ def require_finite(
     if bad := not_finite(tensors):
         shown = ", ".join(name_in_file(name) for name in bad[:3])
         more = f" and {len(bad) - 3} more tensors" if len(bad) > 3 else ""
-        raise UserError(
-            f"holds numbers that are not finite (NaN or infinity) in {shown}{more}",
-            code=ExitCode.ASSET, where=str(where), fix=fix,
-        )  # fmt: skip
+        what = f"holds numbers that are not finite (NaN or infinity) in {shown}{more}"
+        raise asset_error(where, what, fix)

@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from cosmos_cli import archives, files
-from cosmos_cli.errors import ExitCode, UserError
+from cosmos_cli.errors import UserError, asset_error
 from cosmos_cli.model import tensor_names, weights
 from cosmos_cli.model.finite import require_finite
 from cosmos_cli.model.tensor_names import (
@@ -378,7 +378,5 @@ def _linears() -> tuple[dict[str, str], dict[str, str]]:
 
 
 def _refused(path: Path, what: str) -> UserError:
-    return UserError(
-        what, code=ExitCode.ASSET, where=str(path),
-        fix="give a plain LoRA of this model, as peft, diffusers or cosmos train write it",
-    )  # fmt: skip
+    fix = "give a plain LoRA of this model, as peft, diffusers or cosmos train write it"
+    return asset_error(path, what, fix)

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError
 
 from cosmos_cli import archives, files
-from cosmos_cli.errors import ExitCode, UserError
+from cosmos_cli.errors import asset_error
 
 
 def load_pretrained(kind: Any, source: Path | str, **options: Any) -> Any:
@@ -69,6 +69,4 @@ def reading_pretrained(source: Path | str, what: str, fix: str) -> Iterator[None
     except (files.BadFile, OSError, ValueError, SafetensorError, *wrong_settings) as error:
         found = f"{error.where}: {error.what}" if isinstance(error, files.BadFile) else str(error)
         reason = " ".join(found.split())[:200]
-        raise UserError(
-            f"{what}: {reason}", code=ExitCode.ASSET, where=str(source), fix=fix
-        ) from error
+        raise asset_error(source, f"{what}: {reason}", fix) from error

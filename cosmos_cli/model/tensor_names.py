@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cosmos_cli.errors import ExitCode, UserError
+from cosmos_cli.errors import UserError, asset_error
 from cosmos_cli.spec import MODELS
 
 State = dict[str, Tensor]
@@ -218,10 +218,7 @@ _WHOLE = "the file is incomplete: save all of the model, or name the folder with
 
 def another_model(problems: list[str], where: Path, fix: str = _OTHER) -> UserError:
     """Return the error for a file that does not fit the model; it lists the problems."""
-    return UserError(
-        f"does not fit the model: {'; '.join(problems)}", code=ExitCode.ASSET, where=str(where),
-        fix=fix,
-    )  # fmt: skip
+    return asset_error(where, f"does not fit the model: {'; '.join(problems)}", fix)
 
 
 def some(names: list[str], kind: str) -> str:

@@ -19,7 +19,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from cosmos_cli.errors import ExitCode, UserError
+from cosmos_cli.errors import UserError, asset_error
 from cosmos_cli.model import kernels, pretrained
 from cosmos_cli.model.finite import require_finite
 from cosmos_cli.spec import TextSpec
@@ -37,12 +37,7 @@ class TextEncoder:
         from transformers import AutoTokenizer
 
         if not (folder / "config.json").is_file():
-            raise UserError(
-                "has no T5 encoder",
-                code=ExitCode.ASSET,
-                where=str(folder),
-                fix="run `cosmos download RECIPE`",
-            )
+            raise asset_error(folder, "has no T5 encoder", "run `cosmos download RECIPE`")
         self.folder, self.spec, self.device, self.dtype = folder, spec, device, dtype
         with pretrained.reading_pretrained(folder, *_INCOMPLETE):
             self.tokenizer = pretrained.load_pretrained(AutoTokenizer, folder)
@@ -146,7 +141,5 @@ class TextEncoder:
 
 def no_embedding(caption: str, folder: Path) -> UserError:
     """Return the error for a text whose embedding is not finite although all weights are."""
-    return UserError(
-        f"returns numbers that are not finite (NaN or infinity) for the text {caption[:60]!r}",
-        code=ExitCode.ASSET, where=str(folder), fix="reword the text",
-    )  # fmt: skip
+    what = f"returns numbers that are not finite (NaN or infinity) for the text {caption[:60]!r}"
+    return asset_error(folder, what, "reword the text")

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from cosmos_cli import files
-from cosmos_cli.errors import ExitCode, UserError
+from cosmos_cli.errors import environment_error
 from cosmos_cli.model import containers, rgb
 
 if TYPE_CHECKING:
@@ -339,7 +339,7 @@ def _needs_ffmpeg(what: str) -> Iterator[None]:
         yield
     except (ImportError, OSError, RuntimeError) as error:
         fix = "run `cosmos setup RECIPE --install`"
-        raise UserError(what, code=ExitCode.ENVIRONMENT, where="video", fix=fix) from error
+        raise environment_error("video", what, fix) from error
 
 
 def _open(path: Path) -> VideoDecoder:

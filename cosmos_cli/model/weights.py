@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from cosmos_cli import archives, files, pickles
-from cosmos_cli.errors import ExitCode, UserError
+from cosmos_cli.errors import asset_error
 from cosmos_cli.model.tensor_names import (
     DIFFUSERS,
     OURS,
@@ -95,10 +95,8 @@ def load_dit_state(path: Path) -> State:
         state = {k: v for k, v in content.items() if not _NOT_WEIGHTS.search(plain(k))}
         is_lora = any(_LORA.search(key) for key in state)
     if is_lora:
-        raise UserError(
-            "is a LoRA, not a whole model", code=ExitCode.ASSET, where=str(path),
-            fix=f"`cosmos generate --model base --lora {shlex.quote(str(path))} --prompt TEXT`",
-        )  # fmt: skip
+        fix = f"`cosmos generate --model base --lora {shlex.quote(str(path))} --prompt TEXT`"
+        raise asset_error(path, "is a LoRA, not a whole model", fix)
     return rename(_check_tensors(state, path), OURS, path)
 
 
@@ -117,10 +115,8 @@ def _state_dict(path: Path) -> dict[str, Any]:
         load = f"torch.load({json.dumps(str(path))}, weights_only=True){place}"
         new = json.dumps(str(path.with_name(f"{path.stem}_{names[-1]}.pt")))
         script = f"import torch; torch.save({load}, {new})"
-        raise UserError(
-            f"holds {len(found)} sets of weights: {', '.join(names)}", code=ExitCode.ASSET,
-            where=str(path), fix=f"save the one to use: `python -c {shlex.quote(script)}`",
-        )  # fmt: skip
+        fix = f"save the one to use: `python -c {shlex.quote(script)}`"
+        raise asset_error(path, f"holds {len(found)} sets of weights: {', '.join(names)}", fix)
     return found[0][1]
 
 
@@ -260,20 +256,13 @@ def reading(path: Path) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError as error:
-        raise UserError(
-            "does not exist",
-            code=ExitCode.ASSET,
-            where=str(path),
-            fix="run `cosmos download RECIPE`",
-        ) from error
+        raise asset_error(path, "does not exist", "run `cosmos download RECIPE`") from error
     except _DAMAGE as error:
         if refused := re.search(r"GLOBAL (\S+) was not an allowed", str(error)):
             # Loading it might run code, so only the user can decide.
-            raise UserError(
-                f"holds more than tensors, an object of {refused[1]}; nothing in it was run",
-                code=ExitCode.ASSET, where=str(path),
-                fix="save its state dict alone: `torch.save(model.state_dict(), FILE)`",
-            ) from error  # fmt: skip
+            what = f"holds more than tensors, an object of {refused[1]}; nothing in it was run"
+            fix = "save its state dict alone: `torch.save(model.state_dict(), FILE)`"
+            raise asset_error(path, what, fix) from error
         kind = type(error).__name__
         what = f"is damaged or holds more than tensors; nothing in it was run ({kind})"
         raise files.bad(path, files.WEIGHTS, what) from error
@@ -355,10 +344,8 @@ def writing(path: Path) -> Iterator[None]:
         except (RuntimeError, SafetensorError) as error:
             if not _WRITE_FAILED.search(str(error)):
                 raise
-            raise UserError(
-                "cannot be written, the disk is full or broken", code=ExitCode.ASSET,
-                where=str(path), fix="free some space or choose another folder",
-            ) from error  # fmt: skip
+            fix = "free some space or choose another folder"
+            raise asset_error(path, "cannot be written, the disk is full or broken", fix) from error
 
 
 def write_safetensors(

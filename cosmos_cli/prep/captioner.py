@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from cosmos_cli import console, files
-from cosmos_cli.errors import ExitCode, UserError
+from cosmos_cli.errors import asset_error
 from cosmos_cli.model import pretrained, video
 from cosmos_cli.model.device import number_format
 from cosmos_cli.model.finite import require_finite
@@ -49,9 +49,11 @@ class Captioner:
         except ImportError as error:
             # Some models resize images with torchvision, which this project does not depend on.
             why = " ".join(str(error).split())[:200]
-            raise _bad(source, f"{what}: {why}", "run `pip install torchvision`") from error
+            raise asset_error(source, f"{what}: {why}", "run `pip install torchvision`") from error
         if not getattr(self.processor, "chat_template", None):
-            raise _bad(source, "has no chat template", "choose a model that was trained to chat")
+            raise asset_error(
+                source, "has no chat template", "choose a model that was trained to chat"
+            )
         self.model = model.to(device)
         require_finite(self.model.state_dict(), Path(source))
 
@@ -154,7 +156,3 @@ def _describe_one(r: Recipe, dataset: Dataset, source: Source, captioner: Captio
         "caption": words,
     }
     files.write_json(dataset.descriptions / f"{source.stem}.json", value)
-
-
-def _bad(source: str, what: str, fix: str) -> UserError:
-    return UserError(what, code=ExitCode.ASSET, where=source, fix=fix)

@@ -18,7 +18,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from cosmos_cli import files
-from cosmos_cli.errors import ExitCode, UserError
+from cosmos_cli.errors import ExitCode, UserError, dataset_error
 
 COLUMNS = ("file", "caption")
 # Other names of the two columns, in datasets for diffusers, musubi-tuner and other trainers.
@@ -153,10 +153,8 @@ def files_in(folder: Path, *suffixes: str) -> list[Path]:
     except (FileNotFoundError, NotADirectoryError):
         return []
     except OSError as error:
-        raise UserError(
-            f"cannot be read: {error.strerror}", code=ExitCode.DATASET, where=str(folder),
-            fix="make this folder readable",
-        ) from error  # fmt: skip
+        fix = "make this folder readable"
+        raise dataset_error(folder, f"cannot be read: {error.strerror}", fix) from error
 
 
 def is_damaged_json(path: Path) -> bool:
@@ -255,7 +253,7 @@ def read(path: Path, videos: Collection[str]) -> tuple[dict[str, str], list[str]
 
 
 def _wrong_row(path: Path, number: int, what: str) -> UserError:
-    return UserError(what, code=ExitCode.DATASET, where=f"{path}:{number}")
+    return dataset_error(f"{path}:{number}", what)
 
 
 def _video_named(text: str, videos: Collection[str], alike: Collection[str]) -> str:
@@ -306,12 +304,8 @@ def _rows(path: Path) -> Iterator[tuple[int, dict[Any, Any] | str]]:
     elif path.suffix.lower() == ".jsonl":
         yield from _jsonl(text)
     else:
-        raise UserError(
-            "is neither .csv nor .jsonl",
-            code=ExitCode.DATASET,
-            where=str(path),
-            fix=f"write a row of {' and '.join(COLUMNS)} for each video",
-        )
+        fix = f"write a row of {' and '.join(COLUMNS)} for each video"
+        raise dataset_error(path, "is neither .csv nor .jsonl", fix)
 
 
 def _csv(path: Path, text: str) -> Iterator[tuple[int, dict[Any, Any] | str]]:
@@ -322,12 +316,8 @@ def _csv(path: Path, text: str) -> Iterator[tuple[int, dict[Any, Any] | str]]:
     lacks = [[c for c in COLUMNS if c not in _columns(reader)] for reader in readers]
     reader = readers[lacks.index(min(lacks, key=len))]
     if missing := min(lacks, key=len):
-        raise UserError(
-            f"has no column {missing[0]!r} in its first line",
-            code=ExitCode.DATASET,
-            where=f"{path}:1",
-            fix=f"start it with the line {','.join(COLUMNS)}",
-        )
+        fix = f"start it with the line {','.join(COLUMNS)}"
+        raise dataset_error(f"{path}:1", f"has no column {missing[0]!r} in its first line", fix)
     line = reader.line_num + 1
     try:
         for row in reader:

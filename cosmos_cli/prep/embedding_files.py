@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from cosmos_cli import files, pickles
-from cosmos_cli.errors import ExitCode, UserError
+from cosmos_cli.errors import UserError, asset_error
 from cosmos_cli.spec import TextSpec
 
 
@@ -63,12 +63,7 @@ def read_embedding(path: Path, spec: TextSpec) -> Tensor:
 
 
 def _bad(path: Path, what: str) -> UserError:
-    return UserError(
-        what,
-        code=ExitCode.ASSET,
-        where=str(path),
-        fix="delete it and run `cosmos prep RECIPE` again",
-    )
+    return asset_error(path, what, "delete it and run `cosmos prep RECIPE` again")
 
 
 def _names_in_arrays() -> dict[str, Any]:

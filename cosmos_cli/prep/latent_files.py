@@ -9,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from cosmos_cli import archives, files
-from cosmos_cli.errors import ExitCode, UserError
+from cosmos_cli.errors import asset_error
 
 if TYPE_CHECKING:
     from cosmos_cli.recipe.keys import Recipe
@@ -26,12 +26,8 @@ def read_latent(path: Path) -> Tensor:
         with safe_open(path, framework="pt") as stream:
             latent: Tensor = stream.get_tensor("latent")
     except (files.BadFile, OSError, SafetensorError) as error:
-        raise UserError(
-            f"is not a cached latent: {getattr(error, 'what', error)}",
-            code=ExitCode.ASSET,
-            where=str(path),
-            fix="run `cosmos prep RECIPE` again",
-        ) from error
+        what = f"is not a cached latent: {getattr(error, 'what', error)}"
+        raise asset_error(path, what, "run `cosmos prep RECIPE` again") from error
     return latent.float()
 
 

@@ -22,7 +22,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, ValidationError
 
 from cosmos_cli import archives, files, paths
-from cosmos_cli.errors import ExitCode, UserError
+from cosmos_cli.errors import UserError, dataset_error, environment_error
 
 VERSIONS = ("v2.0", "v2.1", "v3.0")
 # The largest published datasets have some 100,000 episodes.
@@ -202,12 +202,8 @@ def _info(folder: Path) -> Info:
     content = files.read_json(path, files.LEROBOT)
     version = content.get("codebase_version") if isinstance(content, dict) else None
     if isinstance(version, str) and version not in VERSIONS:
-        raise UserError(
-            f"is a LeRobot dataset of version {version[:60]!r}, not one of {', '.join(VERSIONS)}",
-            code=ExitCode.DATASET,
-            where=str(folder),
-            fix="convert it with LeRobot's conversion scripts",
-        )
+        what = f"is a LeRobot dataset of version {version[:60]!r}, not one of {', '.join(VERSIONS)}"
+        raise dataset_error(folder, what, "convert it with LeRobot's conversion scripts")
     try:
         return Info.model_validate(content)
     except ValidationError as error:
@@ -252,14 +248,12 @@ def _choose(folder: Path, camera: str | None, names: list[str]) -> str:
     if len(matches) == 1:
         return matches[0]
     what = f"has no camera {camera!r}" if camera else f"has {len(names)} cameras"
-    raise UserError(
-        what,
-        code=ExitCode.DATASET,
-        where=str(folder),
-        fix=f"use `--set camera={min(names)}`, or another of {', '.join(sorted(names)[:20])}"
+    fix = (
+        f"use `--set camera={min(names)}`, or another of {', '.join(sorted(names)[:20])}"
         if names
-        else "it has no videos",
+        else "it has no videos"
     )
+    raise dataset_error(folder, what, fix)
 
 
 def _v2_rows(folder: Path) -> Iterator[Found]:
@@ -292,12 +286,9 @@ def _v3_rows(folder: Path, key: str) -> Iterator[Found]:
         import pyarrow
         from pyarrow import parquet
     except ImportError as error:
-        raise UserError(
-            "reading a LeRobot dataset of version v3.0 needs pyarrow",
-            code=ExitCode.ENVIRONMENT,
-            where=str(folder),
-            fix='run `pip install -e ".[lerobot]"` in the clone',
-        ) from error
+        what = "reading a LeRobot dataset of version v3.0 needs pyarrow"
+        fix = 'run `pip install -e ".[lerobot]"` in the clone'
+        raise environment_error(folder, what, fix) from error
     names = {f"videos/{key}/{name}": name for name in _PLACE}
     names |= {name: name for name in ("episode_index", "length", "tasks")}
     root = folder / "meta" / "episodes"
@@ -385,9 +376,5 @@ def _contents(batch: Any, names: dict[str, str]) -> Iterator[Any]:
 
 
 def _damaged(path: Path, why: object) -> UserError:
-    return UserError(
-        f"is not part of a valid LeRobot dataset: {why}",
-        code=ExitCode.DATASET,
-        where=str(path),
-        fix="download the dataset again",
-    )
+    fix = "download the dataset again"
+    return dataset_error(path, f"is not part of a valid LeRobot dataset: {why}", fix)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cosmos_cli import console, files
-from cosmos_cli.errors import ExitCode, UserError
+from cosmos_cli.errors import ExitCode, UserError, dataset_error
 from cosmos_cli.model import video
 from cosmos_cli.paths import Dataset
 from cosmos_cli.prep import lerobot
@@ -132,10 +132,7 @@ def require_usable(r: Recipe, dataset: Dataset, sources: list[Source]) -> None:
         UserError: there is no video, none is usable, or the recipe is strict and one is unusable.
     """
     rejected = [source for source in sources if source.reason]
-    also = tuple(
-        UserError(source.reason, code=ExitCode.DATASET, where=str(source.path))
-        for source in rejected[:MOST_LINES]
-    )
+    also = tuple(dataset_error(source.path, source.reason) for source in rejected[:MOST_LINES])
     if len(rejected) == len(sources):
         found = f"none of {len(sources)} videos can be used" if sources else "holds no videos"
         empty = "put mp4 files there, or use `--set videos_dir=FOLDER`"

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from cosmos_cli import files, locks
-from cosmos_cli.errors import ExitCode, UserError
+from cosmos_cli.errors import UserError, usage_error
 
 # Byte 0 is locked by every process at work, byte 1 + N by the process that does piece N.
 _MEMBERS, _FIRST_PIECE = 0, 1
@@ -78,12 +78,9 @@ class Workers:
         return locks.lock_byte(self._file, byte, how, self._where, "cosmos prep")
 
     def _another(self) -> UserError:
-        return UserError(
-            "another `cosmos prep` is working here, with a different recipe or different videos",
-            code=ExitCode.USAGE,
-            where=str(self._where),
-            fix="wait until it ends, or use `--set dataset_dir=FOLDER`",
-        )
+        what = "another `cosmos prep` is working here, with a different recipe or different videos"
+        fix = "wait until it ends, or use `--set dataset_dir=FOLDER`"
+        return usage_error(self._where, what, fix)
 
 
 @contextmanager

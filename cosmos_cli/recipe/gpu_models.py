@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, replace
 
-from cosmos_cli.errors import ExitCode, UserError, usage_error
+from cosmos_cli.errors import usage_error
 
 # GB/s of copies between pinned CPU memory and a GPU, by PCIe generation: an assumed 70 % of the
 # nominal rate of 16 lanes.
@@ -69,11 +69,9 @@ def parse_gpus(text: str) -> tuple[int, GpuModel]:
     alike = [gpu.name for gpu in GPUS if _words(gpu.name)[0] in words] if int(count[:9]) else []
     known = ", ".join(gpu.name for gpu in GPUS)
     ways = " or ".join(f"`--gpus {count}x{name}`" for name in alike)
-    raise UserError(
-        f"{text!r} may be several GPUs" if alike else f"{text!r} is not a count of known GPUs",
-        code=ExitCode.USAGE, where="--gpus",
-        fix=f"which one? {ways}" if alike else f"write e.g. 8xH100-80GB; known GPUs: {known}",
-    )  # fmt: skip
+    what = f"{text!r} may be several GPUs" if alike else f"{text!r} is not a count of known GPUs"
+    fix = f"which one? {ways}" if alike else f"write e.g. 8xH100-80GB; known GPUs: {known}"
+    raise usage_error("--gpus", what, fix)
 
 
 def gpu_choices(incomplete: str) -> list[str]:

@@ -135,11 +135,11 @@ def find_recipe(name_or_path: str | Path) -> Path:
         # A broken link counts as found, so that opening it names the real problem.
         if path.suffix == ".jsonl" and path.is_file():
             fix = f"use `{shlex.join(['cosmos', 'generate', '--batch', str(path)])}`"
-            raise usage_error(str(path), "a batch of prompts, not a recipe", fix)
+            raise usage_error(path, "a batch of prompts, not a recipe", fix)
         if (path.exists() or path.is_symlink()) and not is_folder:
             return path
     except OSError as err:
-        raise usage_error(str(path), f"cannot be read ({err.strerror})") from err
+        raise usage_error(path, f"cannot be read ({err.strerror})") from err
     is_name = path.name == str(name_or_path) and path.suffix in ("", ".yaml", ".yml")
     if is_name and path.stem in known:
         found = known[path.stem]
@@ -148,7 +148,7 @@ def find_recipe(name_or_path: str | Path) -> Path:
     if is_folder:
         new = shlex.join(["cosmos", "recipes", "new", "my_videos", "--videos", str(path)])
         fix = f"name a file in it, or write a recipe for a folder of videos: `{new}`"
-        raise usage_error(str(path), "a folder, not a recipe", fix)
+        raise usage_error(path, "a folder, not a recipe", fix)
     key, equals, _ = str(name_or_path).partition("=")
     if equals and key in Recipe.model_fields:
         setting = shlex.quote(str(name_or_path))
@@ -159,7 +159,7 @@ def find_recipe(name_or_path: str | Path) -> Path:
         raise usage_error(prompt, "no such recipe", fix)
     what = "no such file" if path.suffix or not is_name else "no such recipe"
     fix = f"{_nearest(path.stem, known)} shipped recipes: {', '.join(known)}"
-    raise usage_error(str(name_or_path), what, fix.strip())
+    raise usage_error(name_or_path, what, fix.strip())
 
 
 def dump(recipe: Recipe) -> str:

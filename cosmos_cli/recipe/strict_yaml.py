@@ -39,7 +39,7 @@ def read_entries(path: Path) -> tuple[dict[str, Entry], list[UserError]]:
     """
     raw = files.read_bytes(path, files.RECIPE)
     if b"\0" in raw:
-        raise usage_error(str(path), "a binary file, not YAML", "save it as UTF-8 text")
+        raise usage_error(path, "a binary file, not YAML", "save it as UTF-8 text")
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as err:

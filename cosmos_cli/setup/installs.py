@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cosmos_cli import console, files
-from cosmos_cli.errors import ExitCode, UserError
+from cosmos_cli.errors import environment_error
 from cosmos_cli.generate.answers import cache_dir
 
 TORCHCODEC = "torchcodec>=0.13,<0.14"
@@ -117,12 +117,9 @@ def install(commands: Sequence[Command]) -> Path:
             )
             if done.returncode:
                 output = log.read_bytes()[begin:].decode(errors="replace")
-                raise UserError(
-                    f"`{shown}` failed with code {done.returncode}: {last_line(output)}",
-                    code=ExitCode.ENVIRONMENT,
-                    where=str(log),
-                    fix="run that command yourself, then `cosmos setup RECIPE` again",
-                )
+                what = f"`{shown}` failed with code {done.returncode}: {last_line(output)}"
+                fix = "run that command yourself, then `cosmos setup RECIPE` again"
+                raise environment_error(log, what, fix)
     return log
 
 

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from cosmos_cli import console, files
-from cosmos_cli.errors import ExitCode, UserError
+from cosmos_cli.errors import asset_error
 from cosmos_cli.model import lora, lora_files, tensor_names, weights
 from cosmos_cli.model.ema import PowerEMA
 from cosmos_cli.model.finite import require_finite
@@ -127,12 +127,9 @@ def resume(engine: Any, ema: PowerEMA, run: Run, step: int) -> None:
     path = model_file(run, module, step, "ema")
     began = time.monotonic()
     if not _is_whole(folder, path, manifest):
-        raise UserError(
-            f"is damaged: its files or {path.name} are missing or differ from what was saved",
-            code=ExitCode.ASSET,
-            where=str(folder),
-            fix=f"run `rm -r {quote(str(folder))}`; the same command resumes an older save",
-        )
+        what = f"is damaged: its files or {path.name} are missing or differ from what was saved"
+        fix = f"run `rm -r {quote(str(folder))}`; the same command resumes an older save"
+        raise asset_error(folder, what, fix)
     console.say(f"checked the files of step {step} in {time.monotonic() - began:.1f} s")
     adapted, saved_by = lora.attached(module), manifest["world_size"]
     if saved_by == dist.get_world_size():

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from cosmos_cli import console
-from cosmos_cli.errors import ExitCode, UserError
+from cosmos_cli.errors import environment_error, usage_error
 from cosmos_cli.model import cond_frames, edm, fp8, kernels, lora, streaming, weights
 from cosmos_cli.model.device import free_bytes, why_not_compiled
 from cosmos_cli.model.dit import DiT
@@ -79,11 +79,12 @@ def load_base(r: Recipe, base: Path) -> dict[str, torch.Tensor]:
     state = weights.load_dit_state(base)
     remark = cond_frames.add_mask_columns(state, r.spec.dit)
     if remark and r.lora_rank:
-        raise UserError(
+        what = (
             f"{remark}; a LoRA does not train them, so the network would never learn which frames "
-            "are given", code=ExitCode.USAGE, where=str(base),
-            fix=f"use `--set lora_rank=0`, or `--set base=null` for the weights of {r.model}",
-        )  # fmt: skip
+            "are given"
+        )
+        fix = f"use `--set lora_rank=0`, or `--set base=null` for the weights of {r.model}"
+        raise usage_error(base, what, fix)
     if remark:
         console.say(remark)
     return state
@@ -175,12 +176,9 @@ def build_optimizer(r: Recipe, parameters: list[torch.nn.Parameter], device: tor
         # TORCH_CUDA_ARCH_LIST.
         except Exception as error:
             reason = str(error.__cause__ or error).strip().rpartition("\n")[2].rstrip(".")
-            raise UserError(
-                f"DeepSpeed cannot compile its AdamW here: {reason}",
-                code=ExitCode.ENVIRONMENT,
-                where="optimizer",
-                fix="install a compiler (g++, and nvcc for a GPU) or add `--set optimizer=torch`",
-            ) from error
+            what = f"DeepSpeed cannot compile its AdamW here: {reason}"
+            fix = "install a compiler (g++, and nvcc for a GPU) or add `--set optimizer=torch`"
+            raise environment_error("optimizer", what, fix) from error
     return torch.optim.AdamW(parameters, fused=True, **settings)
 
 

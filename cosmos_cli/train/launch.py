@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 from cosmos_cli import __version__, console, files, gpus, locks, ranks, signals
-from cosmos_cli.errors import ExitCode, Interrupted, UserError
+from cosmos_cli.errors import ExitCode, Interrupted, UserError, environment_error, usage_error
 from cosmos_cli.paths import Run
 from cosmos_cli.train import resumes, status, trackers
 
@@ -54,10 +54,8 @@ def join(loaded: LoadedRecipe, overwrite: bool) -> dict[str, Any]:
     # Ranks of `start` get the same environment. Torch reads it when it is imported below.
     os.environ.update(ranks.environment(int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
     if missing := {"MASTER_ADDR", "MASTER_PORT"} - os.environ.keys():
-        raise UserError(
-            "is not set, but RANK is", code=ExitCode.ENVIRONMENT, where=min(missing),
-            fix="start it with torchrun or recipes/slurm.sh, or run `unset RANK`",
-        )  # fmt: skip
+        fix = "start it with torchrun or recipes/slurm.sh, or run `unset RANK`"
+        raise environment_error(min(missing), "is not set, but RANK is", fix)
     with contextlib.ExitStack() as stack:
         if rank == 0:
             stack.enter_context(_locked(run))
@@ -240,13 +238,11 @@ def _locked(run: Run) -> Iterator[int]:
     """
     with locks.held(run.root / ".lock", "cosmos train") as lock:
         if lock is None:
-            raise UserError(
-                "another process is training this run",
-                code=ExitCode.USAGE,
-                where=str(run.root),
-                fix="wait for it, or start another run: "
-                f"`cosmos train RECIPE --set name={resumes.free_name(run)}`",
+            fix = (
+                "wait for it, or start another run: "
+                f"`cosmos train RECIPE --set name={resumes.free_name(run)}`"
             )
+            raise usage_error(run.root, "another process is training this run", fix)
         yield lock
 
 

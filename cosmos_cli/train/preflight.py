@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import psutil
 
 from cosmos_cli import archives, console, files, gpus
-from cosmos_cli.errors import ExitCode, UserError
+from cosmos_cli.errors import asset_error, dataset_error, environment_error, usage_error
 from cosmos_cli.gpus import gpu_names
 from cosmos_cli.paths import Dataset, Run
 from cosmos_cli.prep import holdout
@@ -75,12 +75,8 @@ def check_dataset(r: Recipe) -> tuple[int, int]:
     for key, prepared in manifest["settings"].items():
         wanted = wanted_settings.get(key, getattr(r, key, None))
         if wanted != prepared:
-            raise UserError(
-                f"was prepared with {key} = {prepared}, the recipe needs {wanted}",
-                code=ExitCode.DATASET,
-                where=where,
-                fix="run `cosmos prep RECIPE` again",
-            )
+            what = f"was prepared with {key} = {prepared}, the recipe needs {wanted}"
+            raise dataset_error(where, what, "run `cosmos prep RECIPE` again")
     listed = {video["path"]: video["bytes"] for video in manifest["videos"]}
     names = {
         *listed,
@@ -88,12 +84,8 @@ def check_dataset(r: Recipe) -> tuple[int, int]:
     }
     present = {path: files.size_of(dataset.videos / path) for path in names}
     if changed := sorted(set(present.items()) ^ set(listed.items())):
-        raise UserError(
-            f"is older than the videos: {changed[0][0]} was added, removed or changed",
-            code=ExitCode.DATASET,
-            where=where,
-            fix="run `cosmos prep RECIPE` again",
-        )
+        what = f"is older than the videos: {changed[0][0]} was added, removed or changed"
+        raise dataset_error(where, what, "run `cosmos prep RECIPE` again")
     clips, held_out = holdout.split_clips(manifest)
     return len(clips), len(held_out)
 
@@ -107,40 +99,31 @@ def check_recipe(r: Recipe, ranks: int) -> None:
     """
     check_world(r, ranks)
     if unsafe := set("*?[") & {*str(r.run_dir)}:
-        raise UserError(
-            f"contains {min(unsafe)!r}: DeepSpeed globs this path and finds no checkpoint",
-            code=ExitCode.USAGE, where=str(r.run_dir),
-            fix="choose another folder with `--set output_root=FOLDER`",
-        )  # fmt: skip
+        what = f"contains {min(unsafe)!r}: DeepSpeed globs this path and finds no checkpoint"
+        raise usage_error(r.run_dir, what, "choose another folder with `--set output_root=FOLDER`")
     if os.environ.get("NNODES", "1") != "1" and not under_launcher():
-        raise UserError(
-            f"is {os.environ['NNODES']!r}, but this command starts ranks on one machine only",
-            code=ExitCode.USAGE,
-            where="NNODES",
-            fix="start it on every node with torchrun or recipes/slurm.sh, or run `unset NNODES`",
-        )
+        what = f"is {os.environ['NNODES']!r}, but this command starts ranks on one machine only"
+        fix = "start it on every node with torchrun or recipes/slurm.sh, or run `unset NNODES`"
+        raise usage_error("NNODES", what, fix)
     trackers.check_tracker(r)
     check_kernels(r)
     check_cpu_memory(r, ranks)
     base = r.model_files.dit
     if not base.exists():
-        raise UserError(
-            "the base weights are missing",
-            code=ExitCode.ASSET,
-            where=str(base),
-            fix="give a file of weights: `--set base=FILE`"
+        fix = (
+            "give a file of weights: `--set base=FILE`"
             if r.base
-            else "run `cosmos download RECIPE --for train`, or use `--set base=FILE`",
+            else "run `cosmos download RECIPE --for train`, or use `--set base=FILE`"
         )
+        raise asset_error(base, "the base weights are missing", fix)
     tokenizer = r.model_files.tokenizer
     if (r.preview_every_steps or r.sample_every_saves) and not tokenizer.exists():
-        raise UserError(
-            "the video tokenizer is missing, and previews and samples need it",
-            code=ExitCode.ASSET,
-            where=str(tokenizer),
-            fix="run `cosmos download RECIPE --for prep`, or add "
-            "`--set preview_every_steps=0 --set sample_every_saves=0`",
+        what = "the video tokenizer is missing, and previews and samples need it"
+        fix = (
+            "run `cosmos download RECIPE --for prep`, or add "
+            "`--set preview_every_steps=0 --set sample_every_saves=0`"
         )
+        raise asset_error(tokenizer, what, fix)
     # The ranks would find damage only after they have imported everything.
     for path in sorted(base.rglob("*.safetensors")) if base.is_dir() else [base]:
         archives.check_weights(path)
@@ -152,28 +135,26 @@ def check_world(r: Recipe, ranks: int) -> None:
     Raises:
         UserError: the model is for generation only, or the processes or the batch do not divide.
     """
-
-    def bad(key: str, what: str, fix: str) -> UserError:
-        return UserError(what, code=ExitCode.USAGE, where=key, fix=fix)
-
     if not r.spec.trainable:
         fix = f"use `--set model={COSMOS_7B.name}`"
-        raise bad("model", f"{r.model} is for generation only", fix)
+        raise usage_error("model", f"{r.model} is for generation only", fix)
     for key in ("hpz_partition_size", "sequence_parallel"):
         size = getattr(r, key)
         if size != "auto" and ranks % size:
             what = f"{ranks} processes do not divide into groups of {size}"
-            raise bad(key, what, f"use `--set {key}={math.gcd(ranks, size)}`")
+            raise usage_error(key, what, f"use `--set {key}={math.gcd(ranks, size)}`")
     if r.offload == "weights" and ranks > 1:
         fix = "use `--set num_processes=1`, or `--set zero_stage=3 --set offload=none`"
-        raise bad("offload", f"weights are streamed to one GPU, found {ranks} processes", fix)
+        raise usage_error(
+            "offload", f"weights are streamed to one GPU, found {ranks} processes", fix
+        )
     at_once = ranks // r.sequence_parallel * r.micro_batch_size
     if r.global_batch_size % at_once:
         what = (
             f"{r.global_batch_size} clips do not divide into micro batches of "
             f"{r.micro_batch_size} on {ranks} processes"
         )
-        raise bad(
+        raise usage_error(
             "global_batch_size",
             what,
             f"use `--set global_batch_size={-(-r.global_batch_size // at_once) * at_once}`",
@@ -189,11 +170,11 @@ def check_cpu_memory(r: Recipe, ranks: int) -> None:
     needed = 1e9 * plan.plan(r, ranks, smallest_gpu()).host_gb
     available = psutil.virtual_memory().available
     if needed > available:
-        raise UserError(
+        what = (
             f"offload {r.offload} needs {console.size(needed)} of CPU memory, "
-            f"{console.size(available)} are available",
-            code=ExitCode.ASSET, where=r.name, fix=_less_cpu_memory(r),
-        )  # fmt: skip
+            f"{console.size(available)} are available"
+        )
+        raise asset_error(r.name, what, _less_cpu_memory(r))
 
 
 def _less_cpu_memory(r: Recipe) -> str:
@@ -208,14 +189,10 @@ def check_kernels(r: Recipe) -> None:
     Raises:
         UserError: a package is not installed, or a GPU is too old.
     """
-
-    def missing(key: str, what: str, fix: str) -> UserError:
-        return UserError(what, code=ExitCode.ENVIRONMENT, where=key, fix=fix)
-
     # PyPI has an unrelated package named apex, so look for a module that only NVIDIA's has.
     if r.optimizer == "apex" and importlib.util.find_spec("amp_C") is None:
         fix = "run `cosmos setup RECIPE --install --with apex`, or add `--set optimizer=auto`"
-        raise missing("optimizer", "NVIDIA's Apex is not installed", fix)
+        raise environment_error("optimizer", "NVIDIA's Apex is not installed", fix)
     key = "transformer_engine"
     if r.transformer_engine == "off":
         return
@@ -224,13 +201,15 @@ def check_kernels(r: Recipe) -> None:
             "run `cosmos setup RECIPE --install --with transformer-engine`, "
             "or add `--set transformer_engine=off`"
         )
-        raise missing(key, "Transformer Engine is not installed", fix)
+        raise environment_error(key, "Transformer Engine is not installed", fix)
     fix = "use GPUs of compute capability 8.9 or above, or add `--set transformer_engine=off`"
     shown = gpus.visible()
     if not shown.gpus:
-        raise missing(key, f"fp8 needs a GPU, and none was found{_because(shown)}", fix)
+        raise environment_error(key, f"fp8 needs a GPU, and none was found{_because(shown)}", fix)
     if old := [gpu for gpu in shown.gpus if gpu.capability < (8, 9)]:
-        raise missing(key, f"GPU {old[0].index}, {old[0].name}, does not compute in fp8", fix)
+        raise environment_error(
+            key, f"GPU {old[0].index}, {old[0].name}, does not compute in fp8", fix
+        )
 
 
 def check_gpus(r: Recipe, ranks: int) -> None:
@@ -243,11 +222,9 @@ def check_gpus(r: Recipe, ranks: int) -> None:
     """
     found = len(gpu_names())
     if found < ranks and (found or not r.spec.embedded):
-        raise UserError(
-            f"{ranks} processes need {ranks} GPUs, found {found}{_because(gpus.visible())}",
-            code=ExitCode.ENVIRONMENT, where="num_processes",
-            fix="add `--set num_processes=auto` and a global_batch_size that fits, or see `--plan`",
-        )  # fmt: skip
+        what = f"{ranks} processes need {ranks} GPUs, found {found}{_because(gpus.visible())}"
+        fix = "add `--set num_processes=auto` and a global_batch_size that fits, or see `--plan`"
+        raise environment_error("num_processes", what, fix)
 
 
 def smallest_gpu() -> gpu_models.GpuModel | None:
@@ -284,9 +261,8 @@ def check_disk(r: Recipe, run: Run, start: int, freed: int = 0) -> None:
     elif plan.disk(r.model_copy(update=FEWEST_FILES), start).run_bytes < min(needed, free):
         options = " ".join(f"--set {key}={value}" for key, value in FEWEST_FILES.items())
         ways.append(f"`{options} --set min_free_disk_gb=0`")
-    raise UserError(
+    what = (
         f"the run needs {needed / 1e9:,.1f} GB, and min_free_disk_gb keeps {r.min_free_disk_gb:g} "
-        f"GB free; {free / 1e9:,.1f} GB are free",
-        code=ExitCode.ASSET, where=str(run.root),
-        fix=f"free some space, or use {' or '.join(ways)}",
-    )  # fmt: skip
+        f"GB free; {free / 1e9:,.1f} GB are free"
+    )
+    raise asset_error(run.root, what, f"free some space, or use {' or '.join(ways)}")

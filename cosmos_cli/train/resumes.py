@@ -10,7 +10,7 @@ from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from cosmos_cli import console, files, paths
-from cosmos_cli.errors import ExitCode, UserError
+from cosmos_cli.errors import UserError, asset_error, usage_error
 from cosmos_cli.paths import Dataset, Run
 from cosmos_cli.train import status
 
@@ -99,10 +99,8 @@ def check_overwrite(r: Recipe, run: Run, start: int, command: CommandLine) -> No
     else:
         return
     lost = f"the weights of {_steps(later)}" if later else "the metrics of the earlier training"
-    raise UserError(
-        f"this run {why}, overwriting {lost}", code=ExitCode.USAGE, where=str(run.root),
-        fix=_suggestions(r, run, later, command),
-    )  # fmt: skip
+    fix = _suggestions(r, run, later, command)
+    raise usage_error(run.root, f"this run {why}, overwriting {lost}", fix)
 
 
 def warn_of_overwriting(r: Recipe, run: Run, command: CommandLine) -> None:
@@ -176,10 +174,8 @@ def _is_moved(before: str | None, now: str | None) -> bool:
 
 
 def _another_run(folder: Path, with_what: str) -> UserError:
-    return UserError(
-        f"this run was started with {with_what}", code=ExitCode.USAGE, where=str(folder),
-        fix=f"start another: `cosmos train RECIPE --set name={free_name(Run(folder.parents[1]))}`",
-    )  # fmt: skip
+    fix = f"start another: `cosmos train RECIPE --set name={free_name(Run(folder.parents[1]))}`"
+    return usage_error(folder, f"this run was started with {with_what}", fix)
 
 
 def require_base(run: Run, base: Path, sha256: str) -> None:
@@ -191,9 +187,8 @@ def require_base(run: Run, base: Path, sha256: str) -> None:
     for step in run.resumable_steps()[-1:]:
         known = files.read_json(run.resume_state(step) / paths.MANIFEST_FILE).get("base", sha256)
         if sha256 and known != sha256:
-            raise UserError(
+            what = (
                 f"is not the base that the run was trained on: its sha256 is {sha256[:12]}, the "
-                f"run says {known[:12]}",
-                code=ExitCode.ASSET, where=str(base),
-                fix="name that file with `--set base=FILE`",
-            )  # fmt: skip
+                f"run says {known[:12]}"
+            )
+            raise asset_error(base, what, "name that file with `--set base=FILE`")

@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 
 from cosmos_cli import console, files
-from cosmos_cli.errors import ExitCode, UserError
+from cosmos_cli.errors import asset_error
 from cosmos_cli.paths import Run
 
 Row = dict[str, Any]
@@ -91,10 +91,8 @@ def require_saved(run: Run, weights: str) -> list[int]:
     """
     if saved := run.saved_steps(weights):
         return saved
-    raise UserError(
-        "the run has no checkpoint", code=ExitCode.ASSET, where=str(run.checkpoints.absolute()),
-        fix="run `cosmos train RECIPE` first",
-    )  # fmt: skip
+    fix = "run `cosmos train RECIPE` first"
+    raise asset_error(run.checkpoints.absolute(), "the run has no checkpoint", fix)
 
 
 def best_step(run: Run) -> int | None:
@@ -120,10 +118,7 @@ def state(run: Run) -> Row:
         UserError: there is no run.
     """
     if not run.status.exists():
-        raise UserError(
-            "there is no run", code=ExitCode.ASSET, where=str(run.root),
-            fix="start it with `cosmos train RECIPE`",
-        )  # fmt: skip
+        raise asset_error(run.root, "there is no run", "start it with `cosmos train RECIPE`")
     status = files.read_json(run.status)
     result = files.read_json(run.result) if run.result.exists() else None
     known = rows(run)

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from cosmos_cli import console, files
-from cosmos_cli.errors import ExitCode, UserError
+from cosmos_cli.errors import environment_error
 from cosmos_cli.paths import Run
 from cosmos_cli.train import status
 
@@ -40,10 +40,8 @@ def check_tracker(r: Recipe) -> None:
         UserError: the package is not installed.
     """
     if r.tracker != "none" and importlib.util.find_spec(r.tracker) is None:
-        raise UserError(
-            f"the package {r.tracker} is not installed", code=ExitCode.ENVIRONMENT,
-            where="tracker", fix=f"run `pip install {r.tracker}`, or add `--set tracker=none`",
-        )  # fmt: skip
+        fix = f"run `pip install {r.tracker}`, or add `--set tracker=none`"
+        raise environment_error("tracker", f"the package {r.tracker} is not installed", fix)
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchcodec.encoders import VideoEncoder
 
+from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.model import rgb, video
 from cosmos_cli.model.video import Clip, VideoError, VideoInfo
 
@@ -407,9 +408,9 @@ def test_contact_sheet_shows_first_and_last_frame():
 def test_missing_ffmpeg_is_a_user_error_with_a_fix(tmp_path, monkeypatch):
     # The import system answers None with ImportError, as the RuntimeError of missing libraries.
     monkeypatch.setitem(sys.modules, "torchcodec.decoders", None)
-    with pytest.raises(video.UserError, match="cosmos setup RECIPE --install") as error:
+    with pytest.raises(UserError, match="cosmos setup RECIPE --install") as error:
         video.probe(tmp_path / "a.mp4")
-    assert error.value.code == video.ExitCode.ENVIRONMENT
+    assert error.value.code == ExitCode.ENVIRONMENT
 
 
 @pytest.mark.workflow

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cosmos_cli.errors import ExitCode, UserError
+from cosmos_cli.errors import asset_error
 from cosmos_cli.model import weights
 
 # Mean of the training images. The network's channel order is blue, green, red.
@@ -51,10 +51,8 @@ class FaceBlur:
         counters = {k: v for k, v in net.state_dict().items() if k.endswith("_tracked")}
         weights.load_strict(net, counters | state, path)
         if not all(tensor.isfinite().all() for tensor in net.state_dict().values()):
-            raise UserError(
-                "has NaN or infinite weights", code=ExitCode.ASSET, where=str(path),
-                fix="run `cosmos download RECIPE --check`",
-            )  # fmt: skip
+            fix = "run `cosmos download RECIPE --check`"
+            raise asset_error(path, "has NaN or infinite weights", fix)
         self.net = net.to(device).eval()
         self.device = device
 
