@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cosmos_cli import console, files, paths
+from cosmos_cli import console, files, hashes, paths
 
 if TYPE_CHECKING:
     from cosmos_cli.recipe.keys import Recipe
@@ -146,7 +146,7 @@ def _data(r: Recipe, manifest: Mapping[str, Any]) -> str:
     """Describe the dataset in numbers; name neither its files nor its captions."""
     known = manifest.get("dataset_manifest_sha256")
     path = paths.Dataset.at(r.dataset_dir, r.videos_dir).manifest
-    if not known or not path.is_file() or files.sha256_file(path) != known:
+    if not known or not path.is_file() or hashes.sha256_file(path) != known:
         words = (
             f"`{Path(r.dataset_dir).name}`. Its videos are not counted here, since the prepared "
             "dataset is missing or was prepared again."

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cosmos_cli import __version__, console, exchange, files, model_card, paths
+from cosmos_cli import __version__, console, exchange, files, hashes, model_card, paths
 from cosmos_cli.errors import asset_error
 from cosmos_cli.model import cond_frames, lora, lora_files, tensor_names, weights
 from cosmos_cli.model.dit import DiT
@@ -48,7 +48,7 @@ def promote(r: Recipe, step: int, kind: str, format: str, target: Path) -> dict[
     source = run.lora(step, kind) if r.lora_rank else run.model(step, kind)
     console.say(f"reading {source}")
     base = r.model_files.dit
-    base_sha256 = files.sha256_path(base) if base.exists() else ""
+    base_sha256 = hashes.sha256_path(base) if base.exists() else ""
     resumes.require_base(run, base, base_sha256)
     original = weights.load_dit_state(base)
     cond_frames.add_mask_columns(original, r.spec.dit)
@@ -73,7 +73,7 @@ def promote(r: Recipe, step: int, kind: str, format: str, target: Path) -> dict[
         "weights": kind,
         "step": step,
         "run": str(run.root),
-        "checkpoint": {"path": str(source), "sha256": files.sha256_path(source)},
+        "checkpoint": {"path": str(source), "sha256": hashes.sha256_path(source)},
         "base": {"path": str(base), "sha256": base_sha256},
         "dataset_manifest_sha256": _dataset_hash(run, step),
         "relative_change": changes,
@@ -91,7 +91,7 @@ def _lora(base: dict[str, Tensor], merged: dict[str, Tensor], source: Path) -> d
         f"the merged weights in {precision or dtype} kept {kept:.0%} of the LoRA's change; "
         f"{paths.LORA_FILE} keeps all of it, and generate uses that file if it finds the base"
     )
-    return {"file": paths.LORA_FILE, "sha256": files.sha256_file(source), "kept": kept}
+    return {"file": paths.LORA_FILE, "sha256": hashes.sha256_file(source), "kept": kept}
 
 
 def require_trained(changes: dict[str, float], source: Path) -> None:
@@ -156,7 +156,7 @@ def _fill_folder(
     del written
     if "lora" in manifest:
         _copy_lora(Path(manifest["checkpoint"]["path"]), building, manifest["lora"]["sha256"])
-    manifest["sha256"] = files.sha256_path(path)
+    manifest["sha256"] = hashes.sha256_path(path)
     files.write_text(building / "recipe.yaml", loading.dump(r))
     files.write_text(building / "README.md", model_card.card(r, manifest))
     if not r.spec.embedded:
@@ -170,7 +170,7 @@ def _copy_lora(source: Path, folder: Path, sha256: str) -> None:
     target = folder / paths.LORA_FILE
     with files.atomic_file(target) as temporary:
         shutil.copyfile(source, temporary)
-    if files.sha256_file(target) != sha256:
+    if hashes.sha256_file(target) != sha256:
         fix = "check the disk, then run `cosmos promote RECIPE` again"
         raise asset_error(source, "was copied with errors", fix)
     lora_files.save_for_comfyui(folder / paths.COMFYUI_LORA_FILE, lora_files.load_lora(target))

@@ -4,7 +4,7 @@ import json
 
 import yaml
 
-from cosmos_cli import files, model_card, push_files
+from cosmos_cli import hashes, model_card, push_files
 from cosmos_cli.recipe import loading
 
 ABOUT = {"step": 4, "weights": "ema", "format": "diffusers", "dataset_manifest_sha256": None}
@@ -22,7 +22,7 @@ def prepared(tmp_path):
     path = tmp_path / "robots" / "manifest.json"
     path.parent.mkdir()
     path.write_text(json.dumps({"settings": {}, "videos": videos, "clips": [{}] * 7}))
-    return files.sha256_file(path)
+    return hashes.sha256_file(path)
 
 
 def test_the_data_are_counted_if_the_dataset_is_the_one_of_the_training(tmp_path):

@@ -12,7 +12,7 @@ import time
 import pytest
 import torch
 
-from cosmos_cli import exchange, files, model_card, paths, promote
+from cosmos_cli import exchange, hashes, model_card, paths, promote
 from cosmos_cli.errors import UserError
 from cosmos_cli.model import weights
 from cosmos_cli.paths import Run
@@ -59,7 +59,7 @@ def test_generate_loads_whichever_format_was_promoted_last(trained):
     assert len(digests) == 1
     manifest = json.loads((folder / "manifest.json").read_text())
     assert (manifest["step"], manifest["weights"], manifest["format"]) == (4, "ema", "diffusers")
-    assert manifest["base"]["sha256"] == files.sha256_file(TINY)
+    assert manifest["base"]["sha256"] == hashes.sha256_file(TINY)
     assert manifest["recipe"]["model"] == MODEL
     assert "license: apache-2.0" in (folder / "README.md").read_text()
 
@@ -150,7 +150,7 @@ def test_a_model_copied_by_hand_makes_a_video(trained):
     made = trained.json("generate", "--prompt", "A ball.", *settings("num_steps=2"))
     about = json.loads((trained.cwd / made["artifacts"][0]).with_suffix(".json").read_text())
     assert about["weights"] == made["weights"]
-    assert made["weights"]["sha256"] == files.sha256_file(saved)
+    assert made["weights"]["sha256"] == hashes.sha256_file(saved)
 
 
 @pytest.mark.workflow
@@ -203,7 +203,7 @@ def test_an_interrupted_promotion_leaves_the_old_model_and_nothing_else(twice, n
 def test_killed_at_any_moment_the_old_or_the_new_model_is_used(twice, kills):
     """Half of the kills hit the writing phase, which is shorter than the start."""
     rng = random.Random(kills)
-    hashes = {twice.json("promote", "tiny", *which, "--yes")["sha256"] for which in (SECOND, RUN)}
+    digests = {twice.json("promote", "tiny", *which, "--yes")["sha256"] for which in (SECOND, RUN)}
     building = twice.cwd / "checkpoints" / f".{FOLDER}.building"
     started = time.monotonic()
     twice.start("promote", "tiny", *RUN).communicate(timeout=100)
@@ -220,7 +220,7 @@ def test_killed_at_any_moment_the_old_or_the_new_model_is_used(twice, kills):
         process.communicate(timeout=100)
         found = used(twice)
         assert found["path"] == str(twice.cwd / "checkpoints" / FOLDER / "model.pt")
-        assert found["sha256"] in hashes
+        assert found["sha256"] in digests
     done = twice.json("promote", "tiny", *RUN, "--yes")
     assert used(twice)["sha256"] == done["sha256"]
     assert listing(twice) == [FOLDER]

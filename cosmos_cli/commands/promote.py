@@ -185,6 +185,7 @@ def is_promoted(target: Path, run: Run, wanted: dict[str, Any]) -> bool:
 
     So a push that failed continues without promoting again.
     """
+    from cosmos_cli import hashes
     from cosmos_cli.generate import promoted
 
     try:
@@ -198,7 +199,7 @@ def is_promoted(target: Path, run: Run, wanted: dict[str, Any]) -> bool:
             pairs.append((target / paths.LORA_FILE, manifest["lora"]["sha256"]))
             # Earlier versions did not write it.
             files.require_regular(target / paths.COMFYUI_LORA_FILE, files.WEIGHTS)
-        return all(files.sha256_path(path) == sha256 for path, sha256 in pairs)
+        return all(hashes.sha256_path(path) == sha256 for path, sha256 in pairs)
     except files.BadFile:
         return False
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cosmos_cli import files, paths
+from cosmos_cli import files, hashes, paths
 from cosmos_cli.errors import asset_error
 
 if TYPE_CHECKING:
@@ -132,7 +132,7 @@ class RemoteFile:
         if not path.is_file() or path.stat().st_size != self.size:
             return False
         if not self.is_git_hash:
-            return files.sha256_file(path) == self.digest
+            return hashes.sha256_file(path) == self.digest
         content = files.read_bytes(path, files.HUB_TEXT)
         header = f"blob {len(content)}\0".encode()
         return hashlib.sha1(header + content, usedforsecurity=False).hexdigest() == self.digest

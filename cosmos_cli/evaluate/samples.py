@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from cosmos_cli import archives, console, files
+from cosmos_cli import archives, console, files, hashes
 from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.generate.jobs import Job, Weights
 from cosmos_cli.generate.phases import Pipeline
@@ -152,7 +152,7 @@ class Store:
         for first in range(0, len(self.wanted), self.size):
             own = tuple(self.wanted[first : first + self.size])
             keys = (self._key(trial, weights_) for trial in own)
-            name = files.sha256_text(self.device, *keys)[:32]
+            name = hashes.sha256_text(self.device, *keys)[:32]
             found.append(Batch(self.folder / f"{name}.safetensors", own, first))
         return found
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from cosmos_cli import files
+from cosmos_cli import files, hashes
 from cosmos_cli.evaluate import comparison
 from cosmos_cli.generate.choice import read_weights
 from cosmos_cli.generate.jobs import Lora, Weights
@@ -34,7 +34,7 @@ def weights_of(r: Recipe, run: Run, steps: Sequence[int]) -> dict[str, Weights]:
         # The run may have trained a LoRA although the recipe has changed since.
         if path.exists():
             found[_name(step)] = Weights(
-                base.path, base.sha256, (Lora(path, 1.0, files.sha256_file(path)),)
+                base.path, base.sha256, (Lora(path, 1.0, hashes.sha256_file(path)),)
             )
         else:
             found[_name(step)] = read_weights(r, run.model(step, KIND))

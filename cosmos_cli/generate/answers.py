@@ -10,7 +10,7 @@ from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 
-from cosmos_cli import __version__, files
+from cosmos_cli import __version__, files, hashes
 from cosmos_cli.errors import UserError
 
 # The largest answers, T5-XXL embeddings of 512 tokens, take 1 MB each.
@@ -47,7 +47,7 @@ class Answers:
         code = Path(inspect.getfile(asker))
         stamps = [f"{path.resolve()} {files.stamp_of(path)}" for path in [*known, code]]
         versions = [__version__, *map(version, PACKAGES)]
-        self.identity = files.sha256_text(*stamps, *versions, *map(str, settings))
+        self.identity = hashes.sha256_text(*stamps, *versions, *map(str, settings))
         # transformers takes a path without files for a name on the hub. Such a model may change
         # unnoticed, so its answers are not cached.
         self.known = bool(known)
@@ -60,7 +60,7 @@ class Answers:
         """
         if not self.known:
             return make()
-        path = self.folder / files.sha256_text(self.identity, words)
+        path = self.folder / hashes.sha256_text(self.identity, words)
         with suppress(OSError):
             entry = path.read_bytes()
             digest, answer = entry[:32], entry[32:]

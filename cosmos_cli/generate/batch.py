@@ -10,7 +10,7 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cosmos_cli import console, files
+from cosmos_cli import console, files, hashes
 from cosmos_cli.download import assets
 from cosmos_cli.errors import UserError, usage_error
 from cosmos_cli.generate import choice, jobs, precision, processes
@@ -204,7 +204,7 @@ def _comparisons(settings: Sequence[Settings], pairs: list[tuple[Job, Job]]) -> 
     for one, two in pairs:
         parts = [one.weights.identity, two.weights.identity]
         parts += [one.key] if one.weights == two.weights else []
-        both = Weights(two.weights.path, files.sha256_text(*parts))
+        both = Weights(two.weights.path, hashes.sha256_text(*parts))
         joined = replace(second, r=two.r, weights=both, output=folder, given=two.given)
         result = plan_request(Request(two.prompt), joined)
         if result.job and not result.made:

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 
 from cosmos_cli import archives, console, exchange, files, paths
 from cosmos_cli.errors import UserError, asset_error, usage_error
-from cosmos_cli.generate import hashes, promoted
+from cosmos_cli.generate import promoted
+from cosmos_cli.generate.hash_cache import cached_sha256
 from cosmos_cli.generate.jobs import Lora, Weights
 from cosmos_cli.generate.promoted import Promoted
 from cosmos_cli.recipe import strict_yaml
@@ -270,7 +271,7 @@ def read_weights(r: Recipe, folder: Path | None) -> Weights:
     if not path.is_dir():
         archives.check_weights(path)
     before = files.file_id(path)
-    found = Weights(path, hashes.sha256_path(path))
+    found = Weights(path, cached_sha256(path))
     named = path.name in paths.MODEL_FORMATS.values()
     manifest = promoted.manifest_of(path.parent) if named else {}
     if manifest and manifest["sha256"] != found.sha256:
@@ -304,13 +305,13 @@ def find_weights(r: Recipe, folder: Path | None) -> Weights:
         candidates, kept = [Path(wanted["path"])], f"{manifest['lora']['kept']:.0%}"
     except (KeyError, TypeError, ValueError) as error:
         raise _not_promoted(folder / paths.MANIFEST_FILE, merged) from error
-    if not path.is_file() or hashes.sha256_file(path) != sha256:
+    if not path.is_file() or cached_sha256(path) != sha256:
         raise _not_promoted(path, merged)
     candidates += [
         paths.model_files(r.spec, r.checkpoints_dir, base).dit for base in (r.base, None)
     ]
     for base in dict.fromkeys(candidates):
-        if base.exists() and hashes.sha256_path(base) == wanted["sha256"]:
+        if base.exists() and cached_sha256(base) == wanted["sha256"]:
             console.say(f"using the base {base} with the LoRA {path}, unmerged")
             return Weights(base, wanted["sha256"], (Lora(path, 1.0, sha256),))
     console.say(
@@ -375,8 +376,8 @@ def read_lora(text: str) -> Lora:
         raise usage_error(text, f"{share} is not a strength", fix)
     archives.check_weights(path)
     config = path.with_name(paths.ADAPTER_CONFIG_FILE)
-    about = hashes.sha256_file(config) if config.is_file() else ""
-    return Lora(path, share, hashes.sha256_file(path), about)
+    about = cached_sha256(config) if config.is_file() else ""
+    return Lora(path, share, cached_sha256(path), about)
 
 
 def _lora_in(folder: Path, fix: str) -> Path:

@@ -10,9 +10,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from cosmos_cli import files
+from cosmos_cli import files, hashes
 from cosmos_cli.errors import ExitCode, UserError, usage_error
-from cosmos_cli.generate import hashes
+from cosmos_cli.generate.hash_cache import cached_sha256
 from cosmos_cli.paths import VIDEO_SUFFIXES
 from cosmos_cli.spec import (
     FAST_EXTRAPOLATION,
@@ -70,7 +70,7 @@ class Weights:
         applied = (
             f"{lora.sha256} {lora.strength!r} {lora.config_sha256}".rstrip() for lora in self.loras
         )
-        return files.sha256_text(self.sha256, *applied)
+        return hashes.sha256_text(self.sha256, *applied)
 
 
 @dataclass(frozen=True)
@@ -252,7 +252,7 @@ class Job:
         if self.segments > 1:
             more.append(self.segments)
         parts = (self.prompt, self.weights.identity, json.dumps(values), *map(str, more))
-        return files.sha256_text(*parts)
+        return hashes.sha256_text(*parts)
 
     @property
     def num_frames(self) -> int:
@@ -398,7 +398,7 @@ def _with_hash(request: Request, r: Recipe, given: Given | None) -> Given | None
         what = f"{r.model} makes videos from text and continues none"
         raise request.error(what, _other_model(r))
     files.require_regular(given.path, files.INPUT)
-    return replace(given, sha256=hashes.sha256_file(given.path))
+    return replace(given, sha256=cached_sha256(given.path))
 
 
 def _with_changes(request: Request, r: Recipe, changes: dict[str, Any]) -> Recipe:
@@ -432,7 +432,7 @@ def is_made(wanted: Job) -> bool:
         about = None
     ours = isinstance(about, dict) and {"key", "mp4_sha256"} <= about.keys()
     if ours and about["key"] == wanted.key:
-        return wanted.path.is_file() and files.sha256_file(wanted.path) == about["mp4_sha256"]
+        return wanted.path.is_file() and hashes.sha256_file(wanted.path) == about["mp4_sha256"]
     if taken := next((path for path in wanted.files if path.exists()), None):
         what = "belongs to another video" if ours else "was not written by cosmos generate"
         raise usage_error(taken, what, "choose another --output, or replace it with `--overwrite`")

@@ -13,7 +13,7 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from cosmos_cli import __version__, files
+from cosmos_cli import __version__, files, hashes
 from cosmos_cli.generate.guards import guardrail
 from cosmos_cli.generate.jobs import Job
 from cosmos_cli.generate.text_models import negative_prompt
@@ -38,7 +38,7 @@ def write_outputs(
     sidecar, prompt, picture, mp4 = job.files
     with files.atomic_file(mp4) as temporary:
         save(temporary)
-        files.write_json(sidecar, {**about, "mp4_sha256": files.sha256_file(temporary)})
+        files.write_json(sidecar, {**about, "mp4_sha256": hashes.sha256_file(temporary)})
         files.write_text(prompt, words + "\n")
         with files.atomic_file(picture) as image:
             sheet.save(image, quality=90)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from cosmos_cli import console, files
+from cosmos_cli import console, files, hashes
 from cosmos_cli.errors import UserError
 from cosmos_cli.generate import outputs
 from cosmos_cli.generate.jobs import Job
@@ -110,7 +110,7 @@ class Parts:
         names = [self._video(i) for i in range(len(state["segments"]))]
         rows: list[dict[str, Any]] = state["segments"]
         whole = all(
-            path.is_file() and files.sha256_file(path) == row["sha256"]
+            path.is_file() and hashes.sha256_file(path) == row["sha256"]
             for path, row in zip(names, rows, strict=True)
         )
         return rows if whole else []
@@ -133,7 +133,7 @@ class Parts:
         with files.atomic_file(path) as temporary:
             outputs.write_video(self.job, pixels, temporary)
         weights.write_safetensors(self._frames(count), {"frames": last})
-        row = {**about, "frames": pixels.shape[1], "sha256": files.sha256_file(path)}
+        row = {**about, "frames": pixels.shape[1], "sha256": hashes.sha256_file(path)}
         self.rows.append(row)
         files.write_json(self.state, {"key": self.job.key, "segments": self.rows})
         with files.disk_errors(self.folder):

@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from cosmos_cli import archives, files, pickles
+from cosmos_cli import archives, files, hashes, pickles
 from cosmos_cli.errors import asset_error
 from cosmos_cli.model.tensor_names import (
     DIFFUSERS,
@@ -295,7 +295,7 @@ class _Hashing(io.BufferedWriter):
 
     def __init__(self, path: Path, threads: Executor) -> None:
         super().__init__(io.FileIO(path, "wb"))
-        self.digest, self.pieces, self.threads = hashlib.sha256(), files.PieceHash(), threads
+        self.digest, self.pieces, self.threads = hashlib.sha256(), hashes.PieceHash(), threads
 
     def write(self, data: Any) -> int:
         if len(data) < _WORTH_A_THREAD:
@@ -354,7 +354,7 @@ def write_safetensors(
     """Write tensors. `about` has at most one entry, since the order of several is not fixed."""
     # Trap: save_file writes to a temporary file of its own, which stays behind after a kill. It is
     # put in a folder named after the process, so that the next run knows it may delete it.
-    folder = path.with_name(f".{os.getpid()}.{files.sha256_text(path.name)[:8]}.tmp")
+    folder = path.with_name(f".{os.getpid()}.{hashes.sha256_text(path.name)[:8]}.tmp")
     with writing(path), files.atomic_file(path) as temporary:
         # A signal may come at any time, so the folder is made where it is sure to be removed.
         try:

@@ -9,7 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from cosmos_cli import files
+from cosmos_cli import files, hashes
 from cosmos_cli.paths import Dataset
 from cosmos_cli.prep import captions
 from cosmos_cli.prep.sources import Source
@@ -176,7 +176,7 @@ def _is_ours(meta: str, known: Mapping[str, str]) -> bool:
 def description_key(r: Recipe, source: Source) -> str:
     """Return a hash of all that decides a captioning model's description of a video."""
     file = map(str, files.stamp_of(source.path))
-    return files.sha256_text(str(r.caption_model), str(source.span), *file)
+    return hashes.sha256_text(str(r.caption_model), str(source.span), *file)
 
 
 def content_key(r: Recipe, source: Source) -> str:
@@ -185,13 +185,13 @@ def content_key(r: Recipe, source: Source) -> str:
     It reads the whole file, so it is compared only if `description_key` differs.
     """
     content = _sha256_of(source.path, files.stamp_of(source.path))
-    return files.sha256_text(str(r.caption_model), str(source.span), content)
+    return hashes.sha256_text(str(r.caption_model), str(source.span), content)
 
 
 @lru_cache(maxsize=1)
 def _sha256_of(path: Path, _version: tuple[int, int]) -> str:
     """Return the sha256 of a file. It is cached, because a file may hold many episodes."""
-    return files.sha256_file(path)
+    return hashes.sha256_file(path)
 
 
 def read_description(r: Recipe, dataset: Dataset, source: Source) -> str | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from cosmos_cli import files
+from cosmos_cli import hashes
 
 
 def choose_held_out(content: Mapping[str, str], share: float) -> set[str]:
@@ -17,7 +17,7 @@ def choose_held_out(content: Mapping[str, str], share: float) -> set[str]:
     together: otherwise a run would be measured on clips that it was trained on.
     """
     copies: dict[str, list[str]] = {}
-    for name in sorted(content, key=files.sha256_text):
+    for name in sorted(content, key=hashes.sha256_text):
         copies.setdefault(content[name], []).append(name)
     wanted = max(round(share * len(content)), 1) if share else 0
     chosen: set[str] = set()

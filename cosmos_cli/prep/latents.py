@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from cosmos_cli import archives, console, files
+from cosmos_cli import archives, console, files, hashes
 from cosmos_cli.model import rgb, video, weights
 from cosmos_cli.model.device import number_format, why_not_compiled
 from cosmos_cli.model.tokenizer import load_tokenizer
@@ -44,7 +44,7 @@ class Latents:
                 console.warn(f"nothing is compiled here, so {lost}: {reason}")
             else:
                 self.tokenizer.compile_blocks()
-        identity = files.sha256_path(r.model_files.tokenizer)
+        identity = hashes.sha256_path(r.model_files.tokenizer)
         settings = {key: getattr(r, key) for key in ("height", "width", "num_frames", "resize")}
         self.settings = (json.dumps(settings), identity)
         self.rows: dict[str, list[dict[str, Any]]] = {}
@@ -57,7 +57,7 @@ class Latents:
         if source.reason:
             return ""
         if source.path not in self._digests:
-            self._digests[source.path] = files.sha256_file(source.path)
+            self._digests[source.path] = hashes.sha256_file(source.path)
         return self._digests[source.path]
 
     def make(self, videos: list[Source], workers: Workers) -> None:
@@ -75,7 +75,7 @@ class Latents:
 
     def _make_one(self, source: Source) -> None:
         keys = {
-            clip: files.sha256_text(self.digest(source), json.dumps(asdict(clip)), *self.settings)
+            clip: hashes.sha256_text(self.digest(source), json.dumps(asdict(clip)), *self.settings)
             for clip in source.clips
         }
         try:
@@ -159,7 +159,7 @@ class Latents:
         root, path = self.dataset.root, self.dataset.latents / source.latent_name(clip)
         return {
             "latent": str(path.relative_to(root)),
-            "sha256": files.sha256_file(path),
+            "sha256": hashes.sha256_file(path),
             "text": str((self.dataset.embeddings / f"{source.stem}.pickle").relative_to(root)),
             "video": source.name,
             "first_frame": clip.start,

@@ -11,7 +11,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from cosmos_cli import console, files
+from cosmos_cli import console, files, hashes
 from cosmos_cli.console import Stopwatch
 from cosmos_cli.download.assets import require_networks
 from cosmos_cli.model import text
@@ -107,7 +107,7 @@ def _job(r: Recipe, videos: list[Source]) -> str:
     Processes with different hashes must not prepare the same dataset at once.
     """
     listed = [f"{v.name} {v.reason} {v.path} {files.stamp_of(v.path)}" for v in videos]
-    return files.sha256_text(loading.dump(r), *listed)
+    return hashes.sha256_text(loading.dump(r), *listed)
 
 
 def _remove_stale(dataset: Dataset) -> None:

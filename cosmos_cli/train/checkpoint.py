@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from cosmos_cli import console, files
+from cosmos_cli import console, files, hashes
 from cosmos_cli.errors import asset_error
 from cosmos_cli.model import lora, lora_files, tensor_names, weights
 from cosmos_cli.model.ema import PowerEMA
@@ -153,11 +153,6 @@ def model_file(run: Run, module: nn.Module, step: int, kind: str) -> Path:
     return run.lora(step, kind) if lora.attached(module) else run.model(step, kind)
 
 
-def piece_count(path: Path) -> int:
-    """Return the number of pieces in which a file is hashed; an empty file has one."""
-    return max(-(-files.size_of(path) // files.PIECE), 1)
-
-
 def _is_whole(folder: Path, ema: Path, manifest: dict[str, Any]) -> bool:
     """True if the files of a resume state and its EMA are what was saved.
 
@@ -165,9 +160,9 @@ def _is_whole(folder: Path, ema: Path, manifest: dict[str, Any]) -> bool:
     files that it is going to load.
     """
     pieces = manifest.get("pieces", {})
-    if pieces.get("bytes") != files.PIECE:
+    if pieces.get("bytes") != hashes.PIECE:
         # Saved by an earlier version.
-        same = ema.is_file() and files.sha256_file(ema) == manifest["ema_sha256"]
+        same = ema.is_file() and hashes.sha256_file(ema) == manifest["ema_sha256"]
         return _hash_files(folder) == manifest["files"] and same
     found = {name: folder / name for name in _names(folder)}
     sizes = {name: entry["bytes"] for name, entry in manifest["files"].items()}
@@ -180,17 +175,21 @@ def _is_whole(folder: Path, ema: Path, manifest: dict[str, Any]) -> bool:
     is_own_file = manifest["world_size"] == ranks
     own = []
     for i, (name, index) in enumerate(
-        (name, index) for name, path in everything.items() for index in range(piece_count(path))
+        (name, index)
+        for name, path in everything.items()
+        for index in range(hashes.piece_count(path))
     ):
         owner = _OWNER.search(name) if is_own_file else None
         if (int(owner[1]) if owner else i % ranks) == rank:
             own.append((name, index))
     with ThreadPoolExecutor(torch.get_num_threads()) as threads:
-        digests = threads.map(lambda piece: files.sha256_piece(everything[piece[0]], piece[1]), own)
+        digests = threads.map(
+            lambda piece: hashes.sha256_piece(everything[piece[0]], piece[1]), own
+        )
         hashed = _merge_ranks(dict(zip(own, digests, strict=True)))
     wanted = {**pieces["files"], "": pieces["ema"]}
     return all(
-        files.sha256_pieces([hashed[name, index] for index in range(piece_count(path))])
+        hashes.sha256_pieces([hashed[name, index] for index in range(hashes.piece_count(path))])
         == wanted[name]
         for name, path in everything.items()
     )
@@ -214,7 +213,7 @@ def _hash_files(folder: Path) -> dict[str, dict[str, Any]]:
     return _merge_ranks({
         name: {
             "bytes": (folder / name).stat().st_size,
-            "sha256": files.sha256_file(folder / name),
+            "sha256": hashes.sha256_file(folder / name),
         }
         for name in names[dist.get_rank() :: dist.get_world_size()]
     })  # fmt: skip

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from cosmos_cli import console, files, ranks
+from cosmos_cli import console, files, hashes, ranks
 from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.model.device import gpu_memory_errors
 from cosmos_cli.paths import Dataset, Run
@@ -105,12 +105,12 @@ def open_dataset(r: Recipe) -> tuple[data.Clips, HeldOut | None, dict[str, Any]]
     )
     about = {
         "recipe": json.loads(r.model_dump_json()),
-        "dataset": files.sha256_file(dataset.manifest),
+        "dataset": hashes.sha256_file(dataset.manifest),
     }
     if r.lora_rank and dist.get_rank() == 0:
         # The factors of a LoRA are valid only together with the base weights they were trained on.
         base = r.model_files.dit
-        about["base"] = files.sha256_path(base)
+        about["base"] = hashes.sha256_path(base)
     return clips, HeldOut(held_out, r.validate_clips) if len(held_out) else None, about
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Any
 
-from cosmos_cli import console, files, paths
+from cosmos_cli import console, files, hashes, paths
 from cosmos_cli.errors import UserError, asset_error, usage_error
 from cosmos_cli.paths import Dataset, Run
 from cosmos_cli.train import status
@@ -42,7 +42,7 @@ def check_resume(r: Recipe, run: Run, ranks: int) -> int:
             raise _another_run(folder, f"{key} = {before}, the recipe says {now}{clips}")
     if "base" in saved:
         base = r.model_files.dit
-        if files.sha256_path(base) != saved["base"]:
+        if hashes.sha256_path(base) != saved["base"]:
             raise _another_run(folder, f"other base weights than those now in {base}")
     if saved["world_size"] != ranks:
         changes["num_processes"] = (saved["world_size"], ranks)
@@ -67,7 +67,7 @@ def _changes(r: Recipe, saved: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
         if hasattr(r, key) and getattr(r, key) != value
     }
     dataset = Dataset.at(r.dataset_dir, r.videos_dir).manifest
-    now = files.sha256_file(dataset) if dataset.exists() else "is missing"
+    now = hashes.sha256_file(dataset) if dataset.exists() else "is missing"
     if saved["dataset"] != now:
         changes["clips"] = (f"manifest {saved['dataset'][:12]}", f"manifest {now[:12]}")
     return changes
@@ -168,7 +168,7 @@ def _is_moved(before: str | None, now: str | None) -> bool:
         return False
     old, new = (paths.weights_in(Path(path).absolute()) for path in (before, now))
     if old.exists():
-        return files.sha256_path(old) == files.sha256_path(new)
+        return hashes.sha256_path(old) == hashes.sha256_path(new)
     console.warn(f"base was {before}, which is not there: the run continues from its own weights")
     return True
 

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from cosmos_cli import console, files
+from cosmos_cli import console, files, hashes
 from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.model import lora, lora_files, weights
 from cosmos_cli.model.ema import PowerEMA
@@ -296,7 +296,7 @@ class Saver:
                 for name, one in written.items()
             },
             "pieces": {
-                "bytes": files.PIECE,
+                "bytes": hashes.PIECE,
                 "ema": ema["pieces"],
                 "files": {name: one["pieces"] for name, one in written.items()},
             },
@@ -335,7 +335,7 @@ def _save_model(module: nn.Module, state: dict[str, Tensor], path: Path) -> weig
     if not lora.attached(module):
         return weights.save_released(path, state)
     lora_files.save_lora(path, state, lora.scale(module))
-    digests = [files.sha256_piece(path, i) for i in range(checkpoint.piece_count(path))]
+    digests = [hashes.sha256_piece(path, i) for i in range(hashes.piece_count(path))]
     return weights.Written(
-        path.stat().st_size, files.sha256_file(path), files.sha256_pieces(digests)
+        path.stat().st_size, hashes.sha256_file(path), hashes.sha256_pieces(digests)
     )

@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from cosmos_cli import console, files
+from cosmos_cli import console, files, hashes
 from cosmos_cli.errors import environment_error
 from cosmos_cli.paths import Run
 from cosmos_cli.train import status
@@ -82,7 +82,7 @@ def _environment(run: Run) -> dict[str, str]:
     defaults = {
         "WANDB_MODE": "online" if "WANDB_API_KEY" in os.environ else "offline",
         "WANDB_DIR": str(run.root),
-        "WANDB_RUN_ID": files.sha256_text(str(run.root))[:16],
+        "WANDB_RUN_ID": hashes.sha256_text(str(run.root))[:16],
         "TRACKIO_DIR": str(run.root / "trackio"),
         "PYTHONSAFEPATH": "1",
     }

@@ -12,7 +12,7 @@ import psutil
 import pytest
 import torch
 
-from cosmos_cli import files, paths
+from cosmos_cli import files, hashes, paths
 from cosmos_cli.generate.memory import bytes_together
 from cosmos_cli.generate.text_models import Conditioning
 from cosmos_cli.generate.video_models import load_denoiser, sample_latents, worth_compiling
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.workflow
 
 
 def digest(result, index=0):
-    return files.sha256_file(result["artifacts"][index])
+    return hashes.sha256_file(result["artifacts"][index])
 
 
 def test_a_prompt_becomes_an_mp4_with_sidecar_text_and_contact_sheet(cosmos):
@@ -36,9 +36,11 @@ def test_a_prompt_becomes_an_mp4_with_sidecar_text_and_contact_sheet(cosmos):
     info = video.probe(path)
     assert (info.frames, info.fps, info.height, info.width) == (9, 16.0, 64, 96)
     about = json.loads(path.with_suffix(".json").read_text())
-    assert about["mp4_sha256"] == files.sha256_file(path)
+    assert about["mp4_sha256"] == hashes.sha256_file(path)
     assert about["seed"] == 1
-    assert about["weights"]["sha256"] == files.sha256_file(paths.EMBEDDED_DIR / "model.safetensors")
+    assert about["weights"]["sha256"] == hashes.sha256_file(
+        paths.EMBEDDED_DIR / "model.safetensors"
+    )
     assert about["recipe"]["num_steps"] == 3
     assert path.with_suffix(".txt").read_text() == "A red [bold]ball[/bold] moves left.\n"
     assert path.with_suffix(".jpg").read_bytes()[:2] == b"\xff\xd8"
@@ -74,7 +76,7 @@ def test_compiled_blocks_give_the_same_video_and_need_no_compiler(cosmos, monkey
     (warning,) = (line for line in done.stderr.splitlines() if "is compiled" in line)
     assert "compiler" in warning
     (without,) = cosmos.cwd.glob("c/*.mp4")
-    assert files.sha256_file(without) == digest(plain)
+    assert hashes.sha256_file(without) == digest(plain)
     noted = [
         json.loads(next(cosmos.cwd.glob(f"{folder}/*.json")).read_text())["compiled"]
         for folder in "abc"
@@ -188,7 +190,7 @@ def test_an_existing_video_is_not_generated_again(cosmos):
     assert 0 < len(left) < 6
     again = generate(cosmos, "--batch", batch, "-o", "cut")["artifacts"]
     assert [path.name for path in again] == [path.name for path in whole]
-    assert [files.sha256_file(p) for p in again] == [files.sha256_file(p) for p in whole]
+    assert [hashes.sha256_file(p) for p in again] == [hashes.sha256_file(p) for p in whole]
     assert {path: path.stat().st_mtime_ns for path in left} == left
     assert sorted(p.suffix for p in cosmos.cwd.glob("cut/[!.]*")) == sorted(
         [".mp4", ".json", ".txt", ".jpg"] * 6
@@ -196,7 +198,7 @@ def test_an_existing_video_is_not_generated_again(cosmos):
     # A damaged video is generated again; --overwrite generates all again.
     again[0].write_bytes(b"damaged")
     assert "not again" in cosmos("generate", "--batch", batch, "-o", "cut", *QUICK).stderr
-    assert files.sha256_file(again[0]) == files.sha256_file(whole[0])
+    assert hashes.sha256_file(again[0]) == hashes.sha256_file(whole[0])
     forced = cosmos("generate", "--batch", batch, "-o", "cut", "--overwrite", *QUICK)
     assert "not again" not in forced.stderr
 
@@ -235,7 +237,7 @@ def test_prompts_from_standard_input_become_videos_as_they_come(cosmos):
     first = answer("A red ball moves left.")
     assert first["status"] == "ok"
     # The video exists while the command still waits for input.
-    digest = files.sha256_file(Path(first["path"]))
+    digest = hashes.sha256_file(Path(first["path"]))
     assert process.poll() is None
     assert answer('{"prompt": "红色的球向左移动。", "seed": 4}')["seed"] == 4
     refused = [answer('{"prompt": ""}'), answer('{"text": 1}'), answer("x" * 100_000)]
@@ -247,7 +249,7 @@ def test_prompts_from_standard_input_become_videos_as_they_come(cosmos):
     assert "not again" in err
     assert "Traceback" not in err
     alone = generate(cosmos, "--prompt", "A red ball moves left.", "-o", "alone")
-    assert files.sha256_file(alone["artifacts"][0]) == digest
+    assert hashes.sha256_file(alone["artifacts"][0]) == digest
 
 
 def test_networks_together_or_in_turn_make_the_same_files(cosmos):
@@ -269,7 +271,7 @@ def test_networks_together_or_in_turn_make_the_same_files(cosmos):
     assert len(made) == 2
     for name in made:
         copies = (cosmos.cwd / folder / name for folder in ("turn", "together", "stream"))
-        assert len({files.sha256_file(file) for file in copies}) == 1
+        assert len({hashes.sha256_file(file) for file in copies}) == 1
 
 
 def test_memory_of_all_networks_is_their_files_plus_one_pass(tmp_path):
@@ -355,7 +357,7 @@ def test_two_processes_make_the_same_videos_as_one(cosmos):
     assert len(names) == 3
     for name in names:
         copies = (cosmos.cwd / folder / name for folder in ("one", "two"))
-        assert len({files.sha256_file(file) for file in copies}) == 1
+        assert len({hashes.sha256_file(file) for file in copies}) == 1
     assert "nude" in two["error"]
     assert not list(cosmos.cwd.glob("two/.*"))
 
@@ -436,7 +438,7 @@ def test_promote_describes_the_model_and_generate_finds_it(trained):
     manifest = json.loads((folder / "manifest.json").read_text())
     assert promoted["step"] == manifest["step"] == 2
     assert manifest["weights"] == "ema"
-    assert manifest["sha256"] == files.sha256_file(folder / "model.pt")
+    assert manifest["sha256"] == hashes.sha256_file(folder / "model.pt")
     assert manifest["base"]["sha256"]
     assert min(manifest["relative_change"].values()) > 0
     assert "# Cosmos-Tiny-Text2World, post-trained as tiny" in (folder / "README.md").read_text()
@@ -474,10 +476,10 @@ def test_compare_shows_base_and_promoted_side_by_side(trained):
         assert place[:, :, :label].max() > 200
     about = json.loads(both.with_suffix(".json").read_text())["compared"]
     assert {side["seed"] for side in about.values()} == {1}
-    hashes = [side["weights"]["sha256"] for side in about.values()]
-    assert len(set(hashes)) == 2
+    digests = [side["weights"]["sha256"] for side in about.values()]
+    assert len(set(digests)) == 2
     page = both.with_suffix(".html").read_text()
-    assert all(digest in page for digest in hashes)
+    assert all(digest in page for digest in digests)
     assert page.count("data:video/mp4;base64,") == 2
     assert "http" not in page
     again = trained(*ask).stderr

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save
 from transformers import T5Config, T5EncoderModel
 
-from cosmos_cli import files, paths
+from cosmos_cli import hashes, paths
 from cosmos_cli.model import video
 from tests.helpers.hub import Online, commit_of, serve, socks_proxy
 from tests.helpers.stand_ins import moving_square
@@ -253,10 +253,10 @@ def test_the_tiny_recipe_needs_no_hub(cosmos):
     first = cosmos.json("download", "tiny")
     assert first["videos"] == 36
     videos = cosmos.cwd / "datasets" / "tiny" / "videos"
-    hashes = {path.name: files.sha256_file(path) for path in videos.iterdir()}
+    before = {path.name: hashes.sha256_file(path) for path in videos.iterdir()}
     next(videos.iterdir()).unlink()
     cosmos("download", "tiny")
-    assert {path.name: files.sha256_file(path) for path in videos.iterdir()} == hashes
+    assert {path.name: hashes.sha256_file(path) for path in videos.iterdir()} == before
     sizes = {(info.height, info.width, info.fps) for info in map(video.probe, videos.iterdir())}
     assert len(sizes) > 1
 

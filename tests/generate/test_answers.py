@@ -11,7 +11,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 import cosmos_cli
-from cosmos_cli import files
+from cosmos_cli import files, hashes
 from cosmos_cli.generate import answers
 from tests.helpers.chat_model import chat_folder
 from tests.helpers.command import Cosmos, settings
@@ -113,7 +113,7 @@ def make(cosmos, folder, *words, code=0):
     """Return the mp4's sha256, the encoded text and stderr."""
     done = cosmos("generate", "--prompt", *words, "-o", folder, *QUICK, code=code)
     (mp4,) = (cosmos.cwd / folder).glob("*.mp4")
-    return files.sha256_file(mp4), mp4.with_suffix(".txt").read_text(), done.stderr
+    return hashes.sha256_file(mp4), mp4.with_suffix(".txt").read_text(), done.stderr
 
 
 def replace_weights(path, content):
@@ -171,7 +171,7 @@ def test_a_run_killed_while_caching_answers_changes_no_video(own, kills):
     own(*ask, "-o", "last")
     assert not [path for path in entries(own.cwd) if path.name.startswith(".")]
     plain, last = (
-        {path.name: files.sha256_file(path) for path in (own.cwd / folder).glob("*.mp4")}
+        {path.name: hashes.sha256_file(path) for path in (own.cwd / folder).glob("*.mp4")}
         for folder in ("plain", "last")
     )
     assert len(plain) == 6

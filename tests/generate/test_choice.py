@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from cosmos_cli import files, paths
+from cosmos_cli import files, hashes, paths
 from tests.helpers.stand_ins import stand_in_weights
 
 pytestmark = pytest.mark.workflow
@@ -38,7 +38,7 @@ def choose(cosmos, *arguments, code=0):
     if code:
         return done.stderr
     weights = json.loads(done.stdout)["weights"]
-    assert weights["sha256"] == files.sha256_path(cosmos.cwd / weights["path"])
+    assert weights["sha256"] == hashes.sha256_path(cosmos.cwd / weights["path"])
     assert f"({weights['path']})" in done.stderr
     return os.path.relpath(weights["path"], cosmos.cwd), done.stderr
 
@@ -55,7 +55,7 @@ def put(cosmos, name, content="weights", file="model.pt", changed=None):
 def promoted(cosmos, name, run="/runs/one", changed=None):
     """Write a folder with all files of `cosmos promote`."""
     folder = put(cosmos, name, name, changed=changed)
-    manifest = {"sha256": files.sha256_path(folder / "model.pt"), "run": run}
+    manifest = {"sha256": hashes.sha256_path(folder / "model.pt"), "run": run}
     files.write_json(folder / "manifest.json", manifest)
     recipe = f"model: {name.partition('_')[0]}\ndataset_dir: d\nnum_frames: 17\n"
     (folder / "recipe.yaml").write_text(recipe)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from cosmos_cli import files
+from cosmos_cli import hashes
 from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.generate import inputs, jobs
 from cosmos_cli.generate.jobs import Given, Request, Settings, Weights
@@ -209,7 +209,7 @@ def test_the_content_of_the_input_is_part_of_a_jobs_identity(tmp_path):
         assert jobs.from_json(json.loads(json.dumps(jobs.to_json(job)))) == job
     given = Given(tmp_path / "a.png", is_video=False, frames=1)
     assert jobs.resolve(request, settings(tmp_path, given=given)).key == made["a.png"].key
-    assert made["a.png"].given.sha256 == files.sha256_file(tmp_path / "a.png")
+    assert made["a.png"].given.sha256 == hashes.sha256_file(tmp_path / "a.png")
 
 
 def test_a_text2world_model_continues_nothing(tmp_path):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from cosmos_cli import files
+from cosmos_cli import hashes
 from cosmos_cli.errors import UserError
 from cosmos_cli.generate import jobs
 from cosmos_cli.generate.jobs import Request, Settings, Weights
@@ -23,7 +23,7 @@ def test_an_exact_video_keeps_the_hash_that_it_had_before_the_key_speed():
     job = jobs.resolve(Request("A ball."), settings())
     names = [name for name in job.r.deciding("video") if name not in jobs.LATER_KEYS]
     values = json.dumps([getattr(job.r, name) for name in names])
-    assert job.key == files.sha256_text("A ball.", "1", values)
+    assert job.key == hashes.sha256_text("A ball.", "1", values)
 
 
 def test_a_fast_video_is_another_than_an_exact_one_with_the_same_steps():

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from cosmos_cli import files, paths
+from cosmos_cli import files, hashes, paths
 from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.generate import batch, rollout
 from cosmos_cli.generate.jobs import Given, Job, Weights
@@ -47,7 +47,7 @@ def pipeline():
 def roll(pipeline, job, given=None):
     job.path.parent.mkdir(exist_ok=True)
     rollout.make(pipeline, job, prompt(job.r), given)
-    return files.sha256_file(job.path)
+    return hashes.sha256_file(job.path)
 
 
 def test_a_rollout_is_one_video_of_all_segments(pipeline, tmp_path, monkeypatch):
@@ -83,7 +83,7 @@ def test_a_rollout_is_one_video_of_all_segments(pipeline, tmp_path, monkeypatch)
     assert about["blurred_faces"] == 17 + 8 + 8
     assert [row["frames"] for row in about["segments"]] == [17, 8, 8]
     assert "frames" not in about and about["attention"] == about["segments"][0]["attention"]
-    assert about["mp4_sha256"] == files.sha256_file(job.path)
+    assert about["mp4_sha256"] == hashes.sha256_file(job.path)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "ball.jpg", "ball.json", "ball.mp4", "ball.txt",
     ]  # fmt: skip

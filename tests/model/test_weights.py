@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from cosmos_cli import files, paths
+from cosmos_cli import files, hashes, paths
 from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.model import edm, weights
 from cosmos_cli.model.dit import DiT
@@ -485,8 +485,8 @@ def test_many_damaged_files_are_refused_in_one_line(released):
 
 
 def test_the_hashes_of_a_written_file_are_those_of_what_is_on_disk(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "PIECE", 10**6)
+    monkeypatch.setattr(hashes, "PIECE", 10**6)
     path = tmp_path / "a.pt"
     written = weights.write_pt({"small": torch.ones(3), "large": torch.rand(700_000)}, path)
-    pieces = [files.sha256_piece(path, i) for i in range(3)]
-    assert written == (path.stat().st_size, files.sha256_file(path), files.sha256_pieces(pieces))
+    pieces = [hashes.sha256_piece(path, i) for i in range(3)]
+    assert written == (path.stat().st_size, hashes.sha256_file(path), hashes.sha256_pieces(pieces))

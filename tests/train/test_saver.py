@@ -10,9 +10,10 @@ from multiprocessing import get_context
 import pytest
 import torch
 
-from cosmos_cli import files
+from cosmos_cli import files, hashes
 from cosmos_cli.errors import ExitCode, UserError
-from cosmos_cli.files import read_json, sha256_file, write_json
+from cosmos_cli.files import read_json, write_json
+from cosmos_cli.hashes import sha256_file
 from cosmos_cli.paths import MANIFEST_FILE
 from cosmos_cli.recipe import loading, plan
 from cosmos_cli.train import process, saver, staging
@@ -22,17 +23,17 @@ from tests.helpers.runs import find_run, losses, train
 
 
 def test_a_piecewise_hash_does_not_depend_on_how_the_data_arrives(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "PIECE", 100)
+    monkeypatch.setattr(hashes, "PIECE", 100)
     data = bytes(range(203))
     path = tmp_path / "data"
     path.write_bytes(data)
     for parts in ([data], [data[:1], data[1:105], data[105:]], [data[:100], data[100:]]):
-        written = files.PieceHash()
+        written = hashes.PieceHash()
         for part in parts:
             written.update(part)
-        read = [files.sha256_piece(path, i) for i in range(3)]
-        assert written.hexdigest() == files.sha256_pieces(read)
-    assert files.PieceHash().hexdigest() != written.hexdigest()
+        read = [hashes.sha256_piece(path, i) for i in range(3)]
+        assert written.hexdigest() == hashes.sha256_pieces(read)
+    assert hashes.PieceHash().hexdigest() != written.hexdigest()
 
 
 def reserved(size=10**7):

@@ -7,7 +7,8 @@ import time
 import psutil
 import pytest
 
-from cosmos_cli.files import read_json, sha256_file, stamp_of
+from cosmos_cli.files import read_json, stamp_of
+from cosmos_cli.hashes import sha256_file
 from cosmos_cli.paths import MANIFEST_FILE
 from cosmos_cli.train import status
 from tests.helpers.command import Cosmos

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from cosmos_cli import files, paths
+from cosmos_cli import files, hashes, paths
 from cosmos_cli.model import lora, lora_files, weights
 from cosmos_cli.model.tensor_names import DIFFUSERS, rename
 from cosmos_cli.spec import TINY
@@ -103,9 +103,11 @@ def test_promote_keeps_the_lora_beside_the_merged_weights(cosmos, whole, promote
     for linear, change in own.items():
         assert torch.equal(comfyui[linear].b, change.scale * change.b)
     manifest = files.read_json(promoted / "manifest.json")
-    assert manifest["lora"]["sha256"] == files.sha256_file(whole.lora(6, "reg"))
+    assert manifest["lora"]["sha256"] == hashes.sha256_file(whole.lora(6, "reg"))
     assert 0.98 < manifest["lora"]["kept"] < 1
-    assert manifest["base"]["sha256"] == files.sha256_file(paths.EMBEDDED_DIR / "model.safetensors")
+    assert manifest["base"]["sha256"] == hashes.sha256_file(
+        paths.EMBEDDED_DIR / "model.safetensors"
+    )
 
 
 ASK = ("--set", "num_steps=2", "--prompt", "A teal robot.")
@@ -131,9 +133,9 @@ def test_promoted_and_beside_the_base_it_makes_the_same_video(cosmos, whole, pro
     base = paths.EMBEDDED_DIR / "model.safetensors"
     assert f"using the base {base} with the LoRA {promoted / 'lora.safetensors'}" in said
     for used_by, path in ((about, promoted / "lora.safetensors"), (sidecar, file)):
-        assert used_by["weights"] == {"path": str(base), "sha256": files.sha256_file(base)}
+        assert used_by["weights"] == {"path": str(base), "sha256": hashes.sha256_file(base)}
         assert used_by["loras"] == [
-            {"path": str(path), "strength": 1.0, "sha256": files.sha256_file(file),
+            {"path": str(path), "strength": 1.0, "sha256": hashes.sha256_file(file),
              "config_sha256": ""}
         ]  # fmt: skip
     assert of_merged["weights"]["path"] == str(promoted / "model.pt")

@@ -8,7 +8,7 @@ import time
 import psutil
 import pytest
 
-from cosmos_cli.files import sha256_file
+from cosmos_cli.hashes import sha256_file
 from cosmos_cli.train import status
 from tests.helpers.command import Cosmos
 from tests.helpers.runs import find_run, options, train

@@ -7,7 +7,7 @@ import time
 import pytest
 from PIL import Image
 
-from cosmos_cli import files, paths
+from cosmos_cli import files, hashes, paths
 from cosmos_cli.model import video
 from cosmos_cli.train import status
 from tests.helpers.command import settings
@@ -35,7 +35,7 @@ def trained(prepared, tmp_path_factory):
 
 def generate(cosmos, *arguments, code=0):
     done = cosmos.json("generate", *arguments, *QUICK, code=code)
-    return {path: files.sha256_file(cosmos.cwd / path) for path in done["artifacts"]}, done
+    return {path: hashes.sha256_file(cosmos.cwd / path) for path in done["artifacts"]}, done
 
 
 def picture(folder):
@@ -132,6 +132,6 @@ def test_a_killed_rollout_resumes_after_its_last_segment(cosmos):
     assert "segments were generated before" in again.stderr
     assert "sharpness" in again.stderr
     (made,) = cosmos.cwd.glob("cut/*.mp4")
-    assert files.sha256_file(made) == whole[path]
+    assert hashes.sha256_file(made) == whole[path]
     assert not list(cosmos.cwd.glob("cut/.*"))
     assert isinstance(done["videos"][0]["input"], str)

@@ -7,7 +7,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from cosmos_cli import files
+from cosmos_cli import files, hashes
 from cosmos_cli.errors import UserError
 from cosmos_cli.generate.answers import cache_dir
 
@@ -18,29 +18,28 @@ MOST_HASHES = 1000
 SETTLED_SECONDS = 2.0
 
 
-def sha256_path(path: Path) -> str:
-    """Return `files.sha256_path`, without hashing files again that have not changed since."""
-    return files.sha256_path(path, sha256_file)
+def cached_sha256(path: Path) -> str:
+    """Return `hashes.sha256_path`, without hashing files again that have not changed since.
 
-
-def sha256_file(path: Path) -> str:
-    """Return the sha256 of a file as hex, from the cache if the file has not changed since.
-
-    A change shows in its path, size, inode or time stamps. A program can reset the mtime but not
-    the ctime.
+    A change shows in the path, size, inode or time stamps of a file. A program can reset the mtime
+    but not the ctime.
 
     Raises:
-        UserError: as of `files.sha256_file`.
+        UserError: as of `hashes.sha256_file`.
     """
+    return hashes.sha256_path(path, _of_file)
+
+
+def _of_file(path: Path) -> str:
     began, before = time.time(), _state(path)
     if before is None:
-        return files.sha256_file(path)
-    entry = cache_dir() / "hashes" / files.sha256_text(str(path.resolve()), *map(str, before))
+        return hashes.sha256_file(path)
+    entry = cache_dir() / "hashes" / hashes.sha256_text(str(path.resolve()), *map(str, before))
     with suppress(OSError, ValueError):
         kept = entry.read_text(encoding="ascii")
         if re.fullmatch("[0-9a-f]{64}", kept):
             return kept
-    digest = files.sha256_file(path)
+    digest = hashes.sha256_file(path)
     newest = max(before[2:]) / 1e9
     if _state(path) == before and began - newest > SETTLED_SECONDS:
         with suppress(OSError, UserError):
