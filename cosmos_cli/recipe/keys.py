@@ -47,7 +47,17 @@ else:
     LoraTargets = Literal[tuple(LORA_TARGETS)]
 THIRD_PARTY_T5 = "comfyanonymous/cosmos_1.0_text_encoder_and_VAE_ComfyUI"
 TextEncoders = Literal["comfyanonymous/cosmos_1.0_text_encoder_and_VAE_ComfyUI", "google-t5/t5-11b"]
+Text = Annotated[str, Field(pattern=TEXT)]
+AnyText = Annotated[str, Field(pattern=ANY_TEXT)]
+Name = Annotated[str, Field(pattern=NAME)]
+Repo = Annotated[str, Field(pattern=REPO)]
+Count = Annotated[int, Field(ge=1)]
+CountOrZero = Annotated[int, Field(ge=0)]
 Processes = Annotated[int, Field(ge=1, le=65536)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+Factor = Annotated[float, Field(gt=0, le=1)]
+FactorOrZero = Annotated[float, Field(ge=0, le=1)]
+FactorBelowOne = Annotated[float, Field(ge=0, lt=1)]
 
 
 def _key(
@@ -91,91 +101,74 @@ class Recipe(BaseModel):
     model: ModelName = _model(
         "Model to post-train and to generate with.", COSMOS_7B.name, decides="dataset run video"
     )
-    checkpoints_dir: str = _model(
-        "Folder of downloaded and promoted models.", "checkpoints", pattern=TEXT
-    )
+    checkpoints_dir: Text = _model("Folder of downloaded and promoted models.", "checkpoints")
     text_encoder_repo: TextEncoders = _model(
         "Hub repository of the T5 encoder. comfyanonymous/cosmos_1.0_text_encoder_and_VAE_ComfyUI: "
         "a third party's copy in fp16 (10 GB). google-t5/t5-11b: the original (a download of "
         "45 GB, of which 19.5 GB are kept).",
         THIRD_PARTY_T5,
     )
-    base: str | None = _model(
+    base: Text | None = _model(
         "Weights to start from: a .pt or .safetensors file, or a folder that holds one or a "
         "diffusers model; null uses the model's own weights.",
         None,
-        pattern=TEXT,
         decides="run",
     )
-    likeness_model: str = _model(
+    likeness_model: Text = _model(
         "DINOv2 model with which evaluate measures the likeness to the training clips: a hub "
         "repository, a folder, or off.",
         "facebook/dinov2-base",
-        pattern=TEXT,
     )
-    match_model: str = _model(
+    match_model: Text = _model(
         "SigLIP model with which evaluate measures the match with the prompt: a hub repository, a "
         "folder, or off.",
         paths.SIGLIP_DIR,
-        pattern=TEXT,
     )
-    distance_model: str = _model(
+    distance_model: Text = _model(
         "V-JEPA 2 model with which evaluate measures the distance to the held-out clips: a hub "
         "repository, a folder, or off.",
         "facebook/vjepa2-vitl-fpc64-256",
-        pattern=TEXT,
     )
 
-    dataset_dir: str = _data(
-        "Folder of the dataset: videos, captions, embeddings and latents.",
-        pattern=TEXT,
-        decides="run",
+    dataset_dir: Text = _data(
+        "Folder of the dataset: videos, captions, embeddings and latents.", decides="run"
     )
-    dataset_repo: str | None = _data(
+    dataset_repo: Repo | None = _data(
         "Hub dataset that `cosmos download` fetches into dataset_dir; embedded renders synthetic "
         "clips instead.",
         None,
-        pattern=REPO,
     )
-    dataset_revision: str | None = _data(
+    dataset_revision: Text | None = _data(
         "Commit, tag or branch of dataset_repo; null takes the newest commit at the first download "
         "and stays with it.",
         None,
-        pattern=TEXT,
     )
-    dataset_include: str | None = _data(
-        "Glob of the files to fetch from dataset_repo; null fetches all.", None, pattern=TEXT
+    dataset_include: Text | None = _data(
+        "Glob of the files to fetch from dataset_repo; null fetches all.", None
     )
-    videos_dir: str | None = _data(
-        "Folder of the videos, or a LeRobot dataset; null means videos/ inside dataset_dir.",
-        None,
-        pattern=TEXT,
+    videos_dir: Text | None = _data(
+        "Folder of the videos, or a LeRobot dataset; null means videos/ inside dataset_dir.", None
     )
-    captions_file: str | None = _data(
+    captions_file: Text | None = _data(
         "CSV or JSONL file with the columns file and caption, or file_name and text; null means "
         "metadata.csv or metadata.jsonl in the dataset, if there is one.",
         None,
-        pattern=TEXT,
     )
-    prompt: str | None = _data(
+    prompt: Text | None = _data(
         "Caption of every video that has none; with caption vlm, the text in front of each "
         "caption that the model writes.",
         None,
-        pattern=TEXT,
     )
     caption: Literal["given", "vlm"] = _data(
         "Source of missing captions. given: the key prompt. vlm: a vision-language model describes "
         "the video.",
         "given",
     )
-    caption_model: str | None = _data(
+    caption_model: Text | None = _data(
         "Vision-language model for caption vlm: a folder, or a repository in the local hub cache.",
         None,
-        pattern=TEXT,
     )
-    num_frames: int = _clip(
-        "Frames per clip, 8k + 1.", "num_frames", ge=1, decides="dataset run video"
-    )
+    num_frames: Count = _clip("Frames per clip, 8k + 1.", "num_frames", decides="dataset run video")
     height: int = _clip(
         "Height of a clip in pixels, a multiple of 16.",
         "height",
@@ -196,17 +189,14 @@ class Recipe(BaseModel):
         "crop: keep the centre and cut off the edges. pad: add black bars.",
         "crop",
     )
-    camera: str | None = _dataset(
-        "Camera of a LeRobot dataset; null takes the only one.", None, pattern=TEXT
-    )
-    clip_stride_frames: int | None = _dataset(
+    camera: Text | None = _dataset("Camera of a LeRobot dataset; null takes the only one.", None)
+    clip_stride_frames: Count | None = _dataset(
         "Frames from the start of one clip to the start of the next; null means num_frames, so "
         "that clips do not overlap.",
         None,
-        ge=1,
     )
-    max_clips_per_video: int | None = _dataset(
-        "Maximum number of clips from one video; null takes all.", None, ge=1
+    max_clips_per_video: Count | None = _dataset(
+        "Maximum number of clips from one video; null takes all.", None
     )
     holdout_share: float = _dataset(
         "Share of the videos held out from training for validation; at least one video if above 0.",
@@ -214,69 +204,57 @@ class Recipe(BaseModel):
         ge=0,
         le=0.5,
     )
-    check_every_clips: int = _data(
+    check_every_clips: Count = _data(
         "prep decodes one clip in N from its latent and shows it in its report, at most 12 clips.",
         50,
-        ge=1,
     )
     strict: bool = _data(
         "true fails prep when a video is rejected; false counts rejected videos and continues.",
         False,
     )
 
-    learning_rate: float = _steps(
+    learning_rate: Factor = _steps(
         "Learning rate of AdamW after the warm-up; the default, 2^-14.3, is the reference's.",
         4.957595e-5,
-        gt=0,
-        le=1,
     )
-    beta1: float = _steps("AdamW's decay rate for the mean of the gradient.", 0.9, ge=0, lt=1)
-    beta2: float = _steps(
-        "AdamW's decay rate for the mean of the squared gradient.", 0.99, ge=0, lt=1
-    )
-    adam_eps: float = _steps("AdamW's epsilon, which keeps its division finite.", 1e-10, gt=0, le=1)
+    beta1: FactorBelowOne = _steps("AdamW's decay rate for the mean of the gradient.", 0.9)
+    beta2: FactorBelowOne = _steps("AdamW's decay rate for the mean of the squared gradient.", 0.99)
+    adam_eps: Factor = _steps("AdamW's epsilon, which keeps its division finite.", 1e-10)
     weight_decay: float = _steps("Decoupled weight decay of every weight.", 0.1, ge=0, le=10)
     grad_clip: float = _steps("Maximum global norm of the gradient.", 1.0, gt=0)
-    warmup_steps: int = _steps(
-        "Steps over which the learning rate rises linearly to learning_rate.", 100, ge=0
+    warmup_steps: CountOrZero = _steps(
+        "Steps over which the learning rate rises linearly to learning_rate.", 100
     )
-    lr_start_factor: float = _steps(
-        "Learning rate at the first step of the warm-up, as a share of learning_rate.",
-        1e-6,
-        ge=0,
-        le=1,
+    lr_start_factor: FactorOrZero = _steps(
+        "Learning rate at the first step of the warm-up, as a share of learning_rate.", 1e-6
     )
-    lr_end_factor: float = _steps(
+    lr_end_factor: FactorOrZero = _steps(
         "Learning rate at max_steps, as a share of learning_rate; after the warm-up it changes "
         "linearly.",
         1.0,
-        ge=0,
-        le=1,
     )
     max_steps: int = _steps("Optimizer steps of the whole run.", 1000, ge=1, le=10**8)
-    save_every_steps: int = _training("Steps between checkpoints.", 200, ge=1)
+    save_every_steps: Count = _training("Steps between checkpoints.", 200)
     saves: Literal["background", "blocking"] = _training(
         "How checkpoints are written. background: from a copy in CPU memory while training "
         "continues, if there is enough of it. blocking: while training waits.",
         "background",
     )
-    log_every_steps: int = _training("Steps between lines of metrics.", 10, ge=1)
-    validate_every_steps: int = _training(
-        "Steps between validations on held-out clips; every checkpoint is validated too.", 100, ge=1
+    log_every_steps: Count = _training("Steps between lines of metrics.", 10)
+    validate_every_steps: Count = _training(
+        "Steps between validations on held-out clips; every checkpoint is validated too.", 100
     )
-    validate_clips: int = _training(
-        "Maximum number of held-out clips per validation, each at four noise levels.", 8, ge=1
+    validate_clips: Count = _training(
+        "Maximum number of held-out clips per validation, each at four noise levels.", 8
     )
-    preview_every_steps: int = _training(
+    preview_every_steps: CountOrZero = _training(
         "Steps between previews, pictures of a few clips after one denoising step; 0 makes none.",
         100,
-        ge=0,
     )
-    sample_every_saves: int = _training(
+    sample_every_saves: CountOrZero = _training(
         "Every N-th checkpoint also samples whole videos from the preview clips' captions; 0 "
         "samples none.",
         5,
-        ge=0,
     )
     preview_clips: int = _training(
         "Clips per preview and videos per sampling; held-out clips, or training clips if none are "
@@ -285,12 +263,10 @@ class Recipe(BaseModel):
         ge=1,
         le=16,
     )
-    preview_share: float = _training(
+    preview_share: Factor = _training(
         "Maximum share of the run's time for previews and samples. After the first of each, they "
         "are skipped whenever they would exceed it.",
         0.02,
-        gt=0,
-        le=1,
     )
     tracker: Literal["none", "tensorboard", "wandb", "trackio"] = _training(
         "Experiment tracker for the metrics. none: only the run's own files. tensorboard, wandb, "
@@ -303,33 +279,29 @@ class Recipe(BaseModel):
         1800.0,
         ge=1,
     )
-    max_restarts: int = _training(
-        "How often training restarts from its last checkpoint after a process is lost.", 0, ge=0
+    max_restarts: CountOrZero = _training(
+        "How often training restarts from its last checkpoint after a process is lost.", 0
     )
-    keep_last: int = _training("Number of newest resume states to keep on disk.", 2, ge=1)
-    keep_every_steps: int = _training(
-        "Also keep the resume states of steps that are a multiple of this; 0 keeps none of them.",
-        0,
-        ge=0,
+    keep_last: Count = _training("Number of newest resume states to keep on disk.", 2)
+    keep_every_steps: CountOrZero = _training(
+        "Also keep the resume states of steps that are a multiple of this; 0 keeps none of them.", 0
     )
-    keep_models: int = _training(
+    keep_models: CountOrZero = _training(
         "Number of newest saves whose model files are kept, besides those of the best save and of "
         "the resume states; 0 keeps all.",
         0,
-        ge=0,
     )
-    global_batch_size: int = _run("Clips per optimizer step over all processes.", 8, ge=1)
-    micro_batch_size: int = _training(
-        "Clips that one process computes in one forward and backward pass.", 1, ge=1
+    global_batch_size: Count = _run("Clips per optimizer step over all processes.", 8)
+    micro_batch_size: Count = _training(
+        "Clips that one process computes in one forward and backward pass.", 1
     )
     num_processes: Processes | Literal["auto"] = _training(
         "Processes of prep and train; auto is one per GPU, or one on a CPU.", "auto"
     )
-    sequence_parallel: int = _training(
+    sequence_parallel: Count = _training(
         "Processes in a sequence-parallel group, which splits the tokens of one clip to save "
         "memory per GPU and to shorten a step. It must divide the number of attention heads.",
         1,
-        ge=1,
     )
     zero_stage: int = _run(
         "ZeRO stage. 0 and 1: shard the optimizer state. 2: shard the gradients too. 3: shard the "
@@ -375,11 +347,8 @@ class Recipe(BaseModel):
         "million weights).",
         "auto",
     )
-    text_dropout: float = _run(
-        "Share of clips trained without their text, which classifier-free guidance needs.",
-        0.2,
-        ge=0,
-        lt=1,
+    text_dropout: FactorBelowOne = _run(
+        "Share of clips trained without their text, which classifier-free guidance needs.", 0.2
     )
     # Above 12^-0.5 = 0.2887 no positive exponent of EDM2's power function gives this width.
     ema_rate: float = _run(
@@ -389,7 +358,7 @@ class Recipe(BaseModel):
         gt=0,
         le=0.28,
     )
-    seed: int = _run("Seed of clip order, noise and dropout.", 0, ge=0, lt=2**32)
+    seed: Seed = _run("Seed of clip order, noise and dropout.", 0)
     lora_rank: int = _run(
         "Rank of a LoRA, which freezes the weights and trains two small factors next to some of "
         "them; 0 trains all weights instead.",
@@ -416,22 +385,20 @@ class Recipe(BaseModel):
     guidance: float = _video(
         "Classifier-free guidance g in cond + g (cond - uncond); 0 turns it off.", 7.0, ge=0, le=100
     )
-    negative_prompt: str | None = _video(
-        'Text to steer away from; null uses the model\'s own, "" uses none.',
-        None,
-        pattern=ANY_TEXT,
+    negative_prompt: AnyText | None = _video(
+        'Text to steer away from; null uses the model\'s own, "" uses none.', None
     )
-    sampling_seed: int = _video(
-        "Seed of a video's noise; the same seed and prompt give the same video.", 1, ge=0, lt=2**32
+    sampling_seed: Seed = _video(
+        "Seed of a video's noise; the same seed and prompt give the same video.", 1
     )
     video_crf: float = _video(
         "x264's CRF for the mp4; smaller is better quality.", 18.0, ge=0, le=51
     )
-    upsampler: str = _video(
-        "Folder of the language model that expands short prompts, or off.", "off", pattern=TEXT
+    upsampler: Text = _video(
+        "Folder of the language model that expands short prompts, or off.", "off"
     )
-    upsampler_word_limit: int = _video(
-        "Maximum number of words of a prompt to expand; longer prompts stay as they are.", 250, ge=0
+    upsampler_word_limit: CountOrZero = _video(
+        "Maximum number of words of a prompt to expand; longer prompts stay as they are.", 250
     )
     guardrails: Literal["on", "off"] = _video(
         "Safety checks of prompts and videos. on: nothing that a check blocks is made. off: no "
@@ -465,16 +432,12 @@ class Recipe(BaseModel):
         "auto",
     )
 
-    output_root: str = _output(
-        "Folder of all runs; the environment variable OUTPUT_ROOT wins.", "outputs", pattern=TEXT
+    output_root: Text = _output(
+        "Folder of all runs; the environment variable OUTPUT_ROOT wins.", "outputs"
     )
-    project: str = _output(
-        "First folder of the run under output_root.", "posttraining", pattern=NAME
-    )
-    group: str = _output(
-        "Second folder of the run under output_root.", "diffusion_text2world", pattern=NAME
-    )
-    name: str = _output("Folder of the run itself.", "my_run", pattern=NAME)
+    project: Name = _output("First folder of the run under output_root.", "posttraining")
+    group: Name = _output("Second folder of the run under output_root.", "diffusion_text2world")
+    name: Name = _output("Folder of the run itself.", "my_run")
     min_free_disk_gb: float = _output(
         "Disk space in GB that must remain free after all that train will save; otherwise it "
         "refuses to start.",
