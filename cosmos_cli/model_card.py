@@ -145,7 +145,7 @@ def _diffusers(r: Recipe, manifest: Mapping[str, Any], extras: Extras) -> str:
 def _data(r: Recipe, manifest: Mapping[str, Any]) -> str:
     """Describe the dataset in numbers; name neither its files nor its captions."""
     known = manifest.get("dataset_manifest_sha256")
-    path = paths.Dataset.at(r.dataset_dir, r.videos_dir).manifest
+    path = r.dataset.manifest
     if not known or not path.is_file() or hashes.sha256_file(path) != known:
         words = (
             f"`{Path(r.dataset_dir).name}`. Its videos are not counted here, since the prepared "

@@ -12,7 +12,6 @@ from cosmos_cli import console, paths
 from cosmos_cli.commands import options
 from cosmos_cli.console import Result
 from cosmos_cli.errors import asset_error, dataset_error, environment_error
-from cosmos_cli.paths import Dataset
 
 if TYPE_CHECKING:
     from cosmos_cli.recipe.keys import Recipe
@@ -107,7 +106,7 @@ def _count_videos(r: Recipe) -> int:
     """
     from cosmos_cli.prep import lerobot
 
-    dataset = Dataset.at(r.dataset_dir, r.videos_dir)
+    dataset = r.dataset
     if lerobot.is_lerobot(dataset.videos):
         return len(lerobot.episodes(dataset.videos, r.camera))
     count = len(dataset.video_files())

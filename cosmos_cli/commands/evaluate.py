@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cosmos_cli import console, files, paths
+from cosmos_cli import console, files
 from cosmos_cli.commands import options
 from cosmos_cli.console import Result
 from cosmos_cli.errors import ExitCode, asset_error, usage_error
@@ -221,7 +221,7 @@ def _check_dataset(r: Recipe) -> None:
     Raises:
         UserError: prep has not run, or its manifest is damaged.
     """
-    dataset = paths.Dataset.at(r.dataset_dir, r.videos_dir)
+    dataset = r.dataset
     if dataset.manifest.exists() or not r.spec.embedded:
         dataset.read_manifest()
 

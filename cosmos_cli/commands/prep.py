@@ -28,7 +28,7 @@ def prep(
 
     ranks.mute_all_but_first()
     r = options.open_recipe(recipe, set_, print_recipe, json_).recipe
-    dataset = paths.Dataset.at(r.dataset_dir, r.videos_dir)
+    dataset = r.dataset
     console.say(f"preparing {dataset.videos} into {dataset.root}")
     dataset.video_files()
     from cosmos_cli.gpus import best_device

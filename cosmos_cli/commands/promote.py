@@ -252,7 +252,7 @@ def _generate_command(r: Recipe, target: Path, name: str | None) -> list[str]:
 
     A Video2World model is found by its input, which the user must name.
     """
-    manifest = paths.Dataset.at(r.dataset_dir, r.videos_dir).manifest
+    manifest = r.dataset.manifest
     captions = [
         video["caption"]
         for video in (files.read_json(manifest)["videos"] if manifest.exists() else ())

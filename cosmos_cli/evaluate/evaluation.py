@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cosmos_cli import console, paths
+from cosmos_cli import console
 from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.evaluate import comparison, features, samples, statistics
 from cosmos_cli.evaluate.samples import Sample, Store, Trial
@@ -94,7 +94,7 @@ class PreparedClips:
     @classmethod
     def of(cls, r: Recipe) -> PreparedClips | None:
         """Return the dataset of a recipe, or None if prep has not run."""
-        dataset = paths.Dataset.at(r.dataset_dir, r.videos_dir)
+        dataset = r.dataset
         if not dataset.manifest.exists():
             return None
         manifest = dataset.read_manifest()

@@ -101,7 +101,7 @@ def _bytes_besides_blocks(r: Recipe) -> int:
 
 
 def _pass_values(r: Recipe) -> int:
-    return PASS_ACTIVATIONS * r.spec.tokens(r.num_frames, r.height, r.width) * r.spec.dit.width
+    return PASS_ACTIVATIONS * r.tokens * r.spec.dit.width
 
 
 def _model_bytes(folder: Path) -> int:

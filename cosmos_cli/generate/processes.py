@@ -38,7 +38,7 @@ def _can_split(job: Job, processes: int) -> bool:
     r = job.r
     if job.segments > 1:
         return False
-    tokens, per_pass = r.spec.tokens(r.num_frames, r.height, r.width), processes // 2
+    tokens, per_pass = r.tokens, processes // 2
     return r.guidance > 0 and not tokens % per_pass and not r.spec.dit.heads % per_pass
 
 

@@ -176,7 +176,7 @@ def worth_compiling(r: Recipe, device: str) -> bool:
     """
     if r.compile != "auto":
         return r.compile == "on"
-    tokens = r.spec.tokens(r.num_frames, r.height, r.width)
+    tokens = r.tokens
     values = r.passes * tokens * r.spec.dit.width * r.spec.dit.blocks
     share = FP8_SHARE if r.sampling_precision == "fp8" else 1
     return device != "cpu" and values > share * WORTH_COMPILING
@@ -195,7 +195,7 @@ def compile_blocks(net: DiT) -> bool:
 
 def self_attention_backend(r: Recipe, net: DiT) -> str:
     """Return the backend of self-attention at the recipe's video size: cudnn, flash, ..."""
-    size = r.spec.tokens(r.num_frames, r.height, r.width), net.spec.heads, net.spec.head_width
+    size = r.tokens, net.spec.heads, net.spec.head_width
     q_BLNK = next(net.parameters()).new_empty(1, *size)
     return kernels.attention_backend(q_BLNK, q_BLNK, q_BLNK)
 
@@ -209,7 +209,7 @@ def given_frames(
     """
     if not r.spec.takes_frames:
         return None
-    channels, frames, *size = r.spec.latent_shape(r.num_frames, r.height, r.width)
+    channels, frames, *size = r.latent_shape
     none = torch.zeros(channels, 0, *size)
     x0 = [none if text.frames is None else text.frames.float().cpu() for text in text_embs]
     return cond_frames.for_sampling(torch.stack(x0).to(device), frames, list(seeds))
@@ -228,7 +228,7 @@ def sample_latents(
     The noise of a seed does not depend on the other seeds; the last bits of a result may.
     """
     weight = next(net.parameters())
-    shape = (1, *r.spec.latent_shape(r.num_frames, r.height, r.width))
+    shape = (1, *r.latent_shape)
     noise = torch.cat([sampler.start_noise(seed, shape) for seed in seeds]).to(weight.device)
     fps_B = torch.full((len(seeds),), r.fps, device=weight.device)
     place = net.locate(patch_grid(net.spec, noise), fps_B)

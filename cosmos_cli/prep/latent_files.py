@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,5 +34,4 @@ def read_latent(path: Path) -> Tensor:
 
 def latent_bytes(r: Recipe) -> int:
     """Return the size of one cached latent on disk in bytes."""
-    channels, t, h, w = r.spec.latent_shape(r.num_frames, r.height, r.width)
-    return channels * t * h * w * 2
+    return 2 * prod(r.latent_shape)

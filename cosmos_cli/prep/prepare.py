@@ -42,7 +42,7 @@ def prepare(r: Recipe, device: str) -> dict[str, Any]:
     Raises:
         UserError: no video is usable, or one is unusable and the recipe is strict.
     """
-    dataset = Dataset.at(r.dataset_dir, r.videos_dir)
+    dataset = r.dataset
     times = Stopwatch()
     with times("inspect"):
         videos = sources.inspect(r, dataset)

@@ -178,7 +178,7 @@ def remarks(r: Recipe, sources: list[Source]) -> list[str]:
     if small:
         (size, _), *_ = Counter(f"{info.width}x{info.height}" for info in small).most_common(1)
         count = "1 video is" if len(small) == 1 else f"{len(small)} videos are"
-        folder = shlex.quote(str(Dataset.at(r.dataset_dir, r.videos_dir).videos))
+        folder = shlex.quote(str(r.dataset.videos))
         lines.append(
             f"{count} enlarged to {r.width}x{r.height}, most from {size}: that adds cost and no "
             f"detail; `cosmos recipes new {r.name}_small --videos {folder}` keeps it"

@@ -65,10 +65,7 @@ def _key(
 ) -> Any:
     """Define a key. `decides` names the results that change with it, see `deciding`."""
     marks: dict[str, Any] = {"group": group, "decides": decides.split()}
-    if callable(default):
-        bounds["default_factory"] = default
-    else:
-        bounds["default"] = default
+    bounds["default_factory" if callable(default) else "default"] = default
     return Field(description=description, json_schema_extra=marks, **bounds)
 
 
@@ -463,6 +460,26 @@ class Recipe(BaseModel):
     @property
     def spec(self) -> ModelSpec:
         return MODELS[self.model]
+
+    @property
+    def element_size(self) -> int:
+        """Bytes of a weight or activation in training."""
+        return 2 if self.precision == "bf16" else 4
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int, int]:
+        """Shape (C, T, H, W) of the latent of a clip."""
+        return self.spec.latent_shape(self.num_frames, self.height, self.width)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the denoiser for a clip."""
+        return self.spec.tokens(self.num_frames, self.height, self.width)
+
+    @property
+    def dataset(self) -> paths.Dataset:
+        """The paths of the dataset."""
+        return paths.Dataset.at(self.dataset_dir, self.videos_dir)
 
     @property
     def dataset_settings(self) -> dict[str, Any]:

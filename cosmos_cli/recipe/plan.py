@@ -96,9 +96,8 @@ def plan(r: Recipe, ranks: int, gpu: GpuModel | None) -> Plan:
     host = ranks * sum(memory.pop(part) for part in OFFLOADED[r.offload])
     host += _streamed_bytes(r, streamed_parts(r, gpu)) / 1e9
     seconds = None if gpu is None else step_seconds(r, ranks, gpu)
-    element_size = 2 if r.precision == "bf16" else 4
     # A save gathers the weights and the EMA. The base weights are read from a mapped file.
-    whole = r.trained_parameters * (element_size + 4)
+    whole = r.trained_parameters * (r.element_size + 4)
     space = disk(r, 0)
     return Plan(
         memory_gb=memory,
@@ -147,12 +146,11 @@ def blocks_kept(r: Recipe, ranks: int, gpu: GpuModel | None) -> tuple[int, int]:
 def _memory(r: Recipe, ranks: int, gpu: GpuModel | None) -> dict[str, float]:
     """Return the bytes per GPU at the peak, by part."""
     whole, trained, stage = r.spec.dit.parameters, r.trained_parameters, r.zero_stage
-    element_size = 2 if r.precision == "bf16" else 4
     frozen = whole if r.lora_rank else 0
-    held = float((whole if not r.lora_rank else frozen + trained) * element_size)
+    held = float((whole if not r.lora_rank else frozen + trained) * r.element_size)
     # fp32 master weights if the weights have 16 bits, and two moments.
-    optimizer = trained * (12 if element_size == 2 else 8)
-    gradients = trained * element_size
+    optimizer = trained * (12 if r.element_size == 2 else 8)
+    gradients = trained * r.element_size
     activation = activation_bytes(r)
     blocks = r.spec.dit.blocks
     kept: float = blocks * {"none": BLOCK_KEPT, "all": 1}.get(r.activation_checkpointing, 2)
@@ -162,16 +160,16 @@ def _memory(r: Recipe, ranks: int, gpu: GpuModel | None) -> dict[str, float]:
     work += FP8_WORK if r.transformer_engine != "off" else 0
     work += EXCHANGED if r.sequence_parallel > 1 else 0
     # The fp32 gradients of the optimizer step are left out: the activations are free by then.
-    buffers = float(min(REDUCE_BUCKET, trained) * element_size)
+    buffers = float(min(REDUCE_BUCKET, trained) * r.element_size)
     if stage == 3 and ranks > 1:
         # The gathered weights of the current block, of the next one, and a part of a third.
-        buffers += 3 * whole / blocks * element_size
+        buffers += 3 * whole / blocks * r.element_size
         if node := second_copy(r, ranks):
             buffers += held / node
     resident = streamed_parts(r, gpu)
     if resident.streamed:
-        held -= blocks * r.spec.dit.block_parameters * element_size
-        held += residence.block_weights(r.spec.dit, element_size, resident.streamed)
+        held -= blocks * r.spec.dit.block_parameters * r.element_size
+        held += residence.block_weights(r.spec.dit, r.element_size, resident.streamed)
     if resident.stored:
         kept -= resident.stored * kept / blocks - residence.IN_TRANSIT
     return {
@@ -193,8 +191,7 @@ def streamed_parts(r: Recipe, gpu: GpuModel | None) -> Residence:
         return Residence(blocks, blocks)
     resident = r.model_copy(update={"offload": "none"})
     parts = _memory(resident, 1, gpu)
-    element_size = 2 if r.precision == "bf16" else 4
-    in_blocks = blocks * r.spec.dit.block_parameters * element_size
+    in_blocks = blocks * r.spec.dit.block_parameters * r.element_size
     stored = activation_bytes(r) * blocks * (1 if r.activation_checkpointing == "all" else 2)
     room = gpu.memory_gb * 1e9 * COMFORTABLE - (sum(parts.values()) - in_blocks - stored)
     return residence.of_training(r, activation_bytes(r), room)
@@ -202,8 +199,7 @@ def streamed_parts(r: Recipe, gpu: GpuModel | None) -> Residence:
 
 def _streamed_bytes(r: Recipe, parts: Residence) -> float:
     """Return the pinned CPU memory of streamed weights and stored activations."""
-    element_size = 2 if r.precision == "bf16" else 4
-    weights = residence.pinned_bytes(r.spec.dit.block_parameters * element_size)
+    weights = residence.pinned_bytes(r.spec.dit.block_parameters * r.element_size)
     per_block = 1 if r.activation_checkpointing == "all" else 2
     return float(
         parts.streamed * weights
@@ -216,9 +212,8 @@ def _copied_bytes(r: Recipe, parts: Residence) -> float:
 
     Weights are read twice, for the forward and the backward pass. Activations go out and back.
     """
-    element_size = 2 if r.precision == "bf16" else 4
     per_block = 1 if r.activation_checkpointing == "all" else 2
-    weights = parts.streamed * r.spec.dit.block_parameters * element_size
+    weights = parts.streamed * r.spec.dit.block_parameters * r.element_size
     return 2.0 * (weights + parts.stored * per_block * activation_bytes(r))
 
 
@@ -227,7 +222,7 @@ def forward_bytes(r: Recipe, ranks: int) -> float:
 
     It needs less than the backward pass of one block, so it fits wherever training does.
     """
-    weights = r.spec.dit.parameters * (2 if r.precision == "bf16" else 4)
+    weights = r.spec.dit.parameters * r.element_size
     gathered = 3 * weights / r.spec.dit.blocks if r.zero_stage == 3 and ranks > 1 else 0
     return BLOCK_WORK * activation_bytes(r) + gathered
 
@@ -237,12 +232,11 @@ def staged_bytes(r: Recipe, ranks: int, rank: int) -> float:
     if r.saves == "blocking":
         return 0
     weights = r.trained_parameters
-    element_size = 2 if r.precision == "bf16" else 4
     # Master weights and two moments.
     size = 12 * weights / ranks
     if rank == 0:
         # The model file, and below stage 3 the weights in DeepSpeed's state.
-        size += weights * element_size * (1 if r.zero_stage == 3 else 2)
+        size += weights * r.element_size * (1 if r.zero_stage == 3 else 2)
     if rank == 1 % ranks:
         size += 4 * weights
     # Parts are padded to whole elements per rank and aligned.
@@ -257,9 +251,8 @@ def second_copy(r: Recipe, ranks: int, node: int = NODE) -> int:
 
 def activation_bytes(r: Recipe) -> float:
     """Return the bytes of one activation (tokens x width) of a micro batch on one GPU."""
-    clip = r.spec.tokens(r.num_frames, r.height, r.width) / r.sequence_parallel
-    tokens = clip * r.micro_batch_size
-    return tokens * r.spec.dit.width * (2 if r.precision == "bf16" else 4)
+    tokens = r.tokens / r.sequence_parallel * r.micro_batch_size
+    return tokens * r.spec.dit.width * r.element_size
 
 
 # --- time -----------------------------------------------------------------------------------------
@@ -268,7 +261,7 @@ def activation_bytes(r: Recipe) -> float:
 def forward_flops(r: Recipe) -> tuple[float, float]:
     """Return the FLOPs of one clip's forward pass in linear layers and in attention."""
     dit, text = r.spec.dit, r.spec.text.tokens
-    tokens, d = r.spec.tokens(r.num_frames, r.height, r.width), dit.width
+    tokens, d = r.tokens, dit.width
     per_token = 2 * (4 + 2 + 2 * dit.mlp_ratio) * d * d
     linear = dit.blocks * (tokens * per_token + 4 * text * d * dit.text_channels)
     attention = dit.blocks * 4 * tokens * (tokens + text) * d
@@ -321,15 +314,14 @@ def video_seconds(r: Recipe, gpu: GpuModel) -> float:
     """
     linear, attention = forward_flops(r)
     arithmetic = (linear / LINEAR + attention / ATTENTION) / (gpu.tflops * 1e12)
-    activation = 2 * r.spec.tokens(r.num_frames, r.height, r.width) * r.spec.dit.width
+    activation = 2 * r.tokens * r.spec.dit.width
     moved = r.spec.dit.blocks * ELEMENTWISE_PASSES * activation / (gpu.memory_rate * 1e9)
     return r.passes * (arithmetic + moved)
 
 
 def traffic_seconds(r: Recipe, ranks: int, gpu: GpuModel) -> float:
     """Return the seconds to gather weights and reduce gradients in a micro step, not overlapped."""
-    element_size = 2 if r.precision == "bf16" else 4
-    whole, gradients = r.spec.dit.parameters * element_size, r.trained_parameters * element_size
+    whole, gradients = r.spec.dit.parameters * r.element_size, r.trained_parameters * r.element_size
     across = gpu.link_rate if ranks <= NODE else min(gpu.link_rate, NODE_RATE)
     # Weights are gathered for the forward pass and again for the backward pass, there within a node
     # if hpZ is on. Below stage 3, the updated weights are gathered once.
@@ -372,6 +364,5 @@ def disk(r: Recipe, start: int) -> Disk:
     models = min(saves, max(r.keep_models + 1, states) + 1) if r.keep_models else saves
     # Model files: one in the recipe's precision, one in fp32. Resume state: fp32 master weights and
     # two moments.
-    element_size = 2 if r.precision == "bf16" else 4
     weights = r.trained_parameters
-    return Disk(models, weights * (element_size + 4), states, weights * 12)
+    return Disk(models, weights * (r.element_size + 4), states, weights * 12)

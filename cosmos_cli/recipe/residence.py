@@ -64,12 +64,12 @@ def of_training(r: Recipe, activation: float, room: float) -> Residence:
         activation: bytes of one activation (tokens x width).
         room: bytes of GPU memory for the weights of blocks and for what they store.
     """
-    dit, element_size = r.spec.dit, 2 if r.precision == "bf16" else 4
+    dit = r.spec.dit
     stores = activation * (1 if r.activation_checkpointing == "all" else 2)
-    buffers = BUFFERS * dit.block_parameters * element_size
+    buffers = BUFFERS * dit.block_parameters * r.element_size
     stored = 0
     if room - buffers < dit.blocks * stores:
         held = max(int((room - buffers - IN_TRANSIT * activation) / stores), 0)
         stored = dit.blocks - held
     left = room - (dit.blocks - stored) * stores - (IN_TRANSIT * activation if stored else 0)
-    return Residence(streamed(dit, element_size, left), stored)
+    return Residence(streamed(dit, r.element_size, left), stored)

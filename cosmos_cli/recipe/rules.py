@@ -37,7 +37,7 @@ def conflicts(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str, str]]:
         what += f"found zero_stage {recipe.zero_stage}"
         yield ("hpz_partition_size", "zero_stage"), what, "use `--set zero_stage=3`"
     group_size = recipe.sequence_parallel
-    tokens = spec.tokens(recipe.num_frames, recipe.height, recipe.width)
+    tokens = recipe.tokens
     if spec.dit.heads % group_size or tokens % group_size:
         what = f"must divide {spec.dit.heads} heads and {tokens} tokens, found {group_size}"
         yield (

@@ -14,7 +14,7 @@ import psutil
 from cosmos_cli import archives, console, files, gpus
 from cosmos_cli.errors import asset_error, dataset_error, environment_error, usage_error
 from cosmos_cli.gpus import gpu_names
-from cosmos_cli.paths import Dataset, Run
+from cosmos_cli.paths import Run
 from cosmos_cli.prep import holdout
 from cosmos_cli.ranks import under_launcher
 from cosmos_cli.recipe import advice, gpu_models, plan
@@ -68,7 +68,7 @@ def check_dataset(r: Recipe) -> tuple[int, int]:
     Raises:
         UserError: prep has not run, or ran with other settings or other videos.
     """
-    dataset = Dataset.at(r.dataset_dir, r.videos_dir)
+    dataset = r.dataset
     where = str(dataset.manifest)
     manifest = dataset.read_manifest()
     wanted_settings = r.dataset_settings

@@ -28,7 +28,7 @@ from cosmos_cli.model import cond_frames, edm, rgb, sampler, video
 from cosmos_cli.model.cond_frames import CondFrames
 from cosmos_cli.model.device import gpu_memory_errors, has_room, is_out_of_memory
 from cosmos_cli.model.tokenizer import Tokenizer, load_tokenizer
-from cosmos_cli.paths import Dataset, Run
+from cosmos_cli.paths import Run
 from cosmos_cli.recipe import advice, plan
 from cosmos_cli.recipe.keys import Recipe
 from cosmos_cli.spec import PREVIEW_SIGMAS
@@ -227,7 +227,7 @@ class Previews:
         x0, cond, _ = self.shown.clips.read(self.shown.chosen[i])
         cond = cond[None].to(device, next(net.parameters()).dtype)
         text_embs = [cond, torch.zeros_like(cond)] if r.guidance else [cond]
-        shape = (1, *r.spec.latent_shape(r.num_frames, r.height, r.width))
+        shape = (1, *r.latent_shape)
         given: CondFrames | None = None
         if r.spec.takes_frames:
             first = x0[None, :, :GIVEN].to(device)
@@ -264,7 +264,7 @@ class Previews:
             sheet.save(temporary, quality=90)
 
     def _caption(self, clip: int) -> str:
-        metas = Dataset.at(self.r.dataset_dir, self.r.videos_dir).metas
+        metas = self.r.dataset.metas
         name = Path(self.shown.clips.clips[clip]["text"]).stem
         try:
             return files.read_text(metas / f"{name}.txt", files.CAPTION).strip()

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from cosmos_cli import console, files, hashes, ranks
 from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.model.device import gpu_memory_errors
-from cosmos_cli.paths import Dataset, Run
+from cosmos_cli.paths import Run
 from cosmos_cli.prep import holdout
 from cosmos_cli.recipe import advice, loading
 from cosmos_cli.recipe.keys import Recipe
@@ -98,7 +98,7 @@ def train_on_dataset(r: Recipe, device: torch.device) -> dict[str, Any]:
 
 def open_dataset(r: Recipe) -> tuple[data.Clips, HeldOut | None, dict[str, Any]]:
     """Return the training clips, the held-out clips if any, and the provenance for checkpoints."""
-    dataset = Dataset.at(r.dataset_dir, r.videos_dir)
+    dataset = r.dataset
     clips, held_out = (
         data.Clips(dataset.root, rows, r.spec)
         for rows in holdout.split_clips(dataset.read_manifest())

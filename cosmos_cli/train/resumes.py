@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from cosmos_cli import console, files, hashes, paths
 from cosmos_cli.errors import UserError, asset_error, usage_error
-from cosmos_cli.paths import Dataset, Run
+from cosmos_cli.paths import Run
 from cosmos_cli.train import status
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def _changes(r: Recipe, saved: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
         for key, value in saved["recipe"].items()
         if hasattr(r, key) and getattr(r, key) != value
     }
-    dataset = Dataset.at(r.dataset_dir, r.videos_dir).manifest
+    dataset = r.dataset.manifest
     now = hashes.sha256_file(dataset) if dataset.exists() else "is missing"
     if saved["dataset"] != now:
         changes["clips"] = (f"manifest {saved['dataset'][:12]}", f"manifest {now[:12]}")

@@ -162,6 +162,7 @@ def our_latent(net, x0, count, texts, steps=8):
     r = SimpleNamespace(
         spec=SPEC, num_frames=25, height=64, width=96, fps=24.0, guidance=7.0, sampler="euler",
         num_steps=steps, speed="exact", evaluations=steps,
+        latent_shape=SPEC.latent_shape(25, 64, 96),
     )  # fmt: skip
     prompt = Conditioning("", *texts, frames=x0[0, :, :count] if count else None)
     with torch.no_grad():
