@@ -28,42 +28,47 @@ LATENTS = "evaluation_latents"
 OTHER_PAGES = (".pdf", ".png", ".json", ".md", ".csv", ".mp4")
 
 
+ModelOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="base, promoted, the name of a model in checkpoints_dir, or a folder or file of "
+        "weights; may be repeated. Default: base, and promoted if there is one."
+    ),
+]
+PromptsOption = Annotated[
+    int | None,
+    typer.Option(
+        min=0,
+        help="Videos per model. The tiny model gets prompts of its synthetic world "
+        f"(default {EMBEDDED_PROMPTS}), other models the dataset's captions (default 0). "
+        "A Video2World model continues N clips of each kind, from 1 and from 9 frames.",
+    ),
+]
+OutputOption = Annotated[Path, typer.Option("--output", "-o", help="The HTML page.")]
+RequireOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="better, or the name of a score such as concept or edm_error: exit with code 6 "
+        "unless each model is better than the first. better needs one score that is better "
+        "and none that is worse. May be repeated."
+    ),
+]
+StepsOption = Annotated[
+    str | None,
+    typer.Option(
+        help="all, or saved steps such as 200,400: measure the base and these saves of the "
+        "recipe's run, draw their scores as curves, and name the step that they choose."
+    ),
+]
+
+
 def evaluate(
     recipe: options.RecipeArgument = "tiny",
-    model: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="base, promoted, the name of a model in checkpoints_dir, or a folder or file of "
-            "weights; may be repeated. Default: base, and promoted if there is one."
-        ),
-    ] = None,
-    prompts: Annotated[
-        int | None,
-        typer.Option(
-            min=0,
-            help="Videos per model. The tiny model gets prompts of its synthetic world "
-            f"(default {EMBEDDED_PROMPTS}), other models the dataset's captions (default 0). "
-            "A Video2World model continues N clips of each kind, from 1 and from 9 frames.",
-        ),
-    ] = None,
-    output: Annotated[Path, typer.Option("--output", "-o", help="The HTML page.")] = Path(
-        "outputs/evaluation.html"
-    ),
-    require: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="better, or the name of a score such as concept or edm_error: exit with code 6 "
-            "unless each model is better than the first. better needs one score that is better "
-            "and none that is worse. May be repeated."
-        ),
-    ] = None,
-    steps: Annotated[
-        str | None,
-        typer.Option(
-            help="all, or saved steps such as 200,400: measure the base and these saves of the "
-            "recipe's run, draw their scores as curves, and name the step that they choose."
-        ),
-    ] = None,
+    model: ModelOption = None,
+    prompts: PromptsOption = None,
+    output: OutputOption = Path("outputs/evaluation.html"),
+    require: RequireOption = None,
+    steps: StepsOption = None,
     set_: options.SetOption = None,
     print_recipe: options.PrintRecipeOption = False,
     dry_run: options.DryRunOption = False,
@@ -78,14 +83,14 @@ def evaluate(
     count = prompts if prompts is not None else EMBEDDED_PROMPTS if r.spec.embedded else 0
     run = Run(r.run_dir)
     saved = _steps(run, steps, count, model or require) if steps is not None else []
-    _check_dataset(r)
-
+    # The tiny model can do without a prepared dataset.
+    if r.dataset.manifest.exists() or not r.spec.embedded:
+        r.dataset.read_manifest()
     from cosmos_cli.evaluate import saves
 
     weights = (
         saves.weights_of(r, run, saved) if saved else _models(recipe, r, model, set_, bool(require))
     )
-
     from cosmos_cli.evaluate import comparison, page
 
     better, cost, measure = _prepare(r, weights, count, output.parent / LATENTS)
@@ -215,17 +220,6 @@ def _models(
     return weights
 
 
-def _check_dataset(r: Recipe) -> None:
-    """Check the dataset that models are measured on; the tiny model can do without.
-
-    Raises:
-        UserError: prep has not run, or its manifest is damaged.
-    """
-    dataset = r.dataset
-    if dataset.manifest.exists() or not r.spec.embedded:
-        dataset.read_manifest()
-
-
 def _page(output: Path) -> Path:
     """Return the path of the page that --output names: a file, or evaluation.html in a folder.
 
@@ -235,10 +229,9 @@ def _page(output: Path) -> Path:
     if output.is_dir():
         return (output / "evaluation.html").absolute()
     if output.suffix.lower() in OTHER_PAGES:
-        raise usage_error(
-            f"--output {output}", f"{output.suffix} files are not written",
-            f"name an .html file: `--output {shlex.quote(str(output.with_suffix('.html')))}`",
-        )  # fmt: skip
+        page = shlex.quote(str(output.with_suffix(".html")))
+        fix = f"name an .html file: `--output {page}`"
+        raise usage_error(f"--output {output}", f"{output.suffix} files are not written", fix)
     return output.absolute()
 
 

@@ -20,8 +20,7 @@ if TYPE_CHECKING:
 
 Compared = Literal["base", "exact"]
 RecipeArgument = Annotated[
-    str | None,
-    typer.Argument(metavar="[RECIPE]", help="Default: the model's own recipe."),
+    str | None, typer.Argument(metavar="[RECIPE]", help="Default: the model's own recipe.")
 ]
 PromptOption = Annotated[
     list[str] | None, typer.Option(help="A description of the video; may be repeated.")
@@ -88,7 +87,7 @@ CompareOption = Annotated[
     Compared | None,
     typer.Option(
         help="Also generate with the base model, or with `speed: exact`, and show both side by "
-        "side. Default: base.",
+        "side. Default: base."
     ),
 ]
 OverwriteOption = Annotated[
@@ -143,14 +142,15 @@ def generate(
     Example: cosmos generate --prompt "A video of sks teal robot." --set num_steps=20
     """
     from cosmos_cli.generate import batch, choice
-    from cosmos_cli.generate.jobs import Settings
+    from cosmos_cli.generate.jobs import Request, Settings, read_batch
 
     output = files.expand(output)
     if recipe is not None:
         options.name_recipe(recipe, set_)
     overrides = [*(set_ or ()), *([] if seed is None else [f"sampling_seed={seed}"])]
     given = _given(image, video, num_input_frames)
-    requests = _requests(prompt or [], batch_)
+    requests = [Request(text) for text in prompt or ()]
+    requests += read_batch(files.expand(batch_)) if batch_ else []
     frames = bool(given or rollout > 1 or any(request.has_input for request in requests))
     chosen = choice.choose_model(recipe, model, overrides, frames=frames)
     overrides = [*chosen.overrides, *overrides]
@@ -164,13 +164,7 @@ def generate(
     both = [settings]
     if compare:
         both = batch.compared(settings, compare, chosen.recipe, overrides)
-    steps = "fast" if r.speed == "fast" else f"{r.num_steps} steps"
-    segments = f"{rollout} segments of " if rollout > 1 else ""
-    console.say(
-        f"{r.model} ({weights.path}): {segments}{r.num_frames} frames, {r.width}x{r.height} at "
-        f"{r.fps:g} fps, {steps}, guidance {r.guidance:g}"
-    )
-    _say_what_is_short(r, requests)
+    _announce(settings, requests)
     if dry_run:
         result = _preview(both, requests)
     elif prompts is None:
@@ -232,8 +226,15 @@ def _given(image: Path | None, video: Path | None, frames: int | None) -> Given 
     return None
 
 
-def _say_what_is_short(r: Recipe, requests: list[Request]) -> None:
-    """Say if NVIDIA's command would lengthen a prompt that is used here as it is."""
+def _announce(settings: Settings, requests: list[Request]) -> None:
+    """Say what is to be generated, and if NVIDIA's command would lengthen a prompt of it."""
+    r = settings.r
+    steps = "fast" if r.speed == "fast" else f"{r.num_steps} steps"
+    segments = f"{settings.segments} segments of " if settings.segments > 1 else ""
+    console.say(
+        f"{r.model} ({settings.weights.path}): {segments}{r.num_frames} frames, "
+        f"{r.width}x{r.height} at {r.fps:g} fps, {steps}, guidance {r.guidance:g}"
+    )
     words = [len(request.prompt.split()) for request in requests if request.prompt]
     short = [count for count in words if count <= r.upsampler_word_limit]
     if r.spec.embedded or r.spec.takes_frames or r.upsampler != "off" or not short:
@@ -246,17 +247,6 @@ def _say_what_is_short(r: Recipe, requests: list[Request]) -> None:
         f"{first} {max(short)} words: NVIDIA's command lengthens such prompts by default, here the "
         f"upsampler is off; to turn it on, {'' if folder.is_dir() else fetch}add `{option}`"
     )
-
-
-def _requests(prompts: list[str], file: Path | None) -> list[Request]:
-    """Return the requests of --prompt and --batch.
-
-    Raises:
-        UserError: the batch cannot be read.
-    """
-    from cosmos_cli.generate.jobs import Request, read_batch
-
-    return [*map(Request, prompts), *(read_batch(files.expand(file)) if file else ())]
 
 
 def _finish(results: Iterator[Result], r: Recipe, *, streaming: bool) -> console.Result:
