@@ -65,6 +65,7 @@ def promote(r: Recipe, step: int, kind: str, format: str, target: Path) -> dict[
     require_trained(changes, source)
     # The diffusers format has no place for the log-variance head, which only training needs.
     written = net if format == "diffusers" else tuned
+    state = run.resume_state(step) / paths.MANIFEST_FILE
     kept = {"lora": _lora(original, tuned, source)} if r.lora_rank else {}
     return _write_folder(r, target, written, {
         **kept,
@@ -75,7 +76,7 @@ def promote(r: Recipe, step: int, kind: str, format: str, target: Path) -> dict[
         "run": str(run.root),
         "checkpoint": {"path": str(source), "sha256": hashes.sha256_path(source)},
         "base": {"path": str(base), "sha256": base_sha256},
-        "dataset_manifest_sha256": _dataset_hash(run, step),
+        "dataset_manifest_sha256": files.read_json(state)["dataset"] if state.exists() else None,
         "relative_change": changes,
         "recipe": json.loads(r.model_dump_json()),
         "cosmos": __version__,
@@ -125,43 +126,34 @@ def relative_changes(tuned: dict[str, Tensor], base: dict[str, Tensor]) -> dict[
     }
 
 
-def _dataset_hash(run: Run, step: int) -> str | None:
-    path = run.resume_state(step) / paths.MANIFEST_FILE
-    return str(files.read_json(path)["dataset"]) if path.exists() else None
-
-
 def _write_folder(
     r: Recipe, target: Path, state: dict[str, Tensor], manifest: dict[str, Any]
 ) -> dict[str, Any]:
-    """Build the folder next to the old one, exchange the two, return the completed manifest."""
+    """Build the folder next to the old one, exchange the two, return the completed manifest.
+
+    The weights are verified by reading them back.
+    """
     with exchange.replacing(target) as building:
-        return _fill_folder(r, building, state, manifest)
-
-
-def _fill_folder(
-    r: Recipe, building: Path, state: dict[str, Tensor], manifest: dict[str, Any]
-) -> dict[str, Any]:
-    """Write all files of the folder and verify its weights by reading them back."""
-    path = building / paths.MODEL_FORMATS[manifest["format"]]
-    if manifest["format"] == "diffusers":
-        weights.save_diffusers(path, state, r.spec.dit)
-    else:
-        weights.save_dit(path, state, manifest["format"])
-    written = weights.load_dit_state(path)
-    if written.keys() != state.keys() or any(
-        not torch.equal(written[name], tensor) for name, tensor in state.items()
-    ):
-        fix = "check the disk, then run `cosmos promote RECIPE` again"
-        raise asset_error(path, "does not read back as it was written", fix)
-    del written
-    if "lora" in manifest:
-        _copy_lora(Path(manifest["checkpoint"]["path"]), building, manifest["lora"]["sha256"])
-    manifest["sha256"] = hashes.sha256_path(path)
-    files.write_text(building / "recipe.yaml", loading.dump(r))
-    files.write_text(building / "README.md", model_card.card(r, manifest))
-    if not r.spec.embedded:
-        files.write_text(building / "NOTICE", model_card.NOTICE)
-    files.write_json(building / paths.MANIFEST_FILE, manifest)
+        path = building / paths.MODEL_FORMATS[manifest["format"]]
+        if manifest["format"] == "diffusers":
+            weights.save_diffusers(path, state, r.spec.dit)
+        else:
+            weights.save_dit(path, state, manifest["format"])
+        written = weights.load_dit_state(path)
+        if written.keys() != state.keys() or any(
+            not torch.equal(written[name], tensor) for name, tensor in state.items()
+        ):
+            fix = "check the disk, then run `cosmos promote RECIPE` again"
+            raise asset_error(path, "does not read back as it was written", fix)
+        del written
+        if "lora" in manifest:
+            _copy_lora(Path(manifest["checkpoint"]["path"]), building, manifest["lora"]["sha256"])
+        manifest["sha256"] = hashes.sha256_path(path)
+        files.write_text(building / "recipe.yaml", loading.dump(r))
+        files.write_text(building / "README.md", model_card.card(r, manifest))
+        if not r.spec.embedded:
+            files.write_text(building / "NOTICE", model_card.NOTICE)
+        files.write_json(building / paths.MANIFEST_FILE, manifest)
     return manifest
 
 
@@ -174,9 +166,3 @@ def _copy_lora(source: Path, folder: Path, sha256: str) -> None:
         fix = "check the disk, then run `cosmos promote RECIPE` again"
         raise asset_error(source, "was copied with errors", fix)
     lora_files.save_for_comfyui(folder / paths.COMFYUI_LORA_FILE, lora_files.load_lora(target))
-
-
-def change_table(changes: dict[str, float]) -> str:
-    """Return a table of the relative change of each group of weights."""
-    rows = [(group, f"{change:.2e}") for group, change in changes.items()]
-    return console.table(rows, ("weights", "relative change"))
