@@ -37,14 +37,6 @@ def learning_rate(r: Recipe, step: int) -> float:
     return r.learning_rate * factor
 
 
-def set_learning_rate(engine: Any, r: Recipe, step: int) -> float:
-    """Set the optimizer's learning rate for a step and return it."""
-    rate = learning_rate(r, step)
-    for group in engine.optimizer.param_groups:
-        group["lr"] = rate
-    return rate
-
-
 def train(
     r: Recipe,
     device: torch.device,
@@ -59,20 +51,15 @@ def train(
     """
     run = Run(r.run_dir)
     sequence = neighbours(r.sequence_parallel)
-    share = data.Share.of(
-        dist.get_rank() // sequence.size,
-        dist.get_world_size() // sequence.size,
-        r.global_batch_size,
-        r.micro_batch_size,
-    )
+    rank, world = (n // sequence.size for n in (dist.get_rank(), dist.get_world_size()))
+    share = data.Share.of(rank, world, r.global_batch_size, r.micro_batch_size)
     settings = data.BatchSettings(r.seed, r.global_batch_size, r.text_dropout)
 
     console.say(f"loading the base weights {r.model_files.dit}")
     engine = engines.build(r, share, device)
     engine.module.net.share(sequence)
-    ema = PowerEMA(
-        checkpoint.shards(engine.module), r.ema_rate, None if r.offload == "none" else "cpu"
-    )
+    ema_device = None if r.offload == "none" else "cpu"
+    ema = PowerEMA(checkpoint.shards(engine.module), r.ema_rate, ema_device)
     start = resume_run(r, run, engine, ema)
     saver = Saver(engine, ema, run, r, about)
     record = metrics.Metrics(run, r, start, device)
@@ -112,12 +99,7 @@ def train(
 
 
 def optimize(
-    r: Recipe,
-    engine: Any,
-    ema: PowerEMA,
-    saver: Saver,
-    step: int,
-    micro_batches: list[data.Batch],
+    r: Recipe, engine: Any, ema: PowerEMA, saver: Saver, step: int, micro_batches: list[data.Batch]
 ) -> tuple[metrics.Stats, dict[str, Any]]:
     """Run one optimizer step. Return its statistics with any requests, and its metrics.jsonl row.
 
@@ -125,7 +107,9 @@ def optimize(
         UserError: the loss or the gradient is not finite.
     """
     began = time.monotonic()
-    rate = set_learning_rate(engine, r, step)
+    rate = learning_rate(r, step)
+    for group in engine.optimizer.param_groups:
+        group["lr"] = rate
     losses, errors_B, sigmas_B = [], [], []
     for batch in micro_batches:
         loss, edm_B = engine(*batch.to(engine.device))
@@ -140,7 +124,8 @@ def optimize(
     metrics.require_finite_loss(stats, step, micro_batches, errors_B)
     saver.wait_copied()
     engine.step()
-    norm = metrics.grad_norm(engine)
+    # Before clipping.
+    norm = float(engine.get_global_grad_norm())
     metrics.require_finite_gradient(norm, step, micro_batches)
     ema.update(checkpoint.shards(engine.module), step)
     row = {

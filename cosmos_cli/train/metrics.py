@@ -165,11 +165,6 @@ def gpu_row(r: Recipe, device: torch.device, seconds: float) -> dict[str, float]
     return row
 
 
-def grad_norm(engine: Any) -> float:
-    """Return the global norm of the gradient before clipping."""
-    return float(engine.get_global_grad_norm())
-
-
 def require_finite_loss(
     stats: Stats, step: int, micro_batches: list[data.Batch], errors_B: list[torch.Tensor]
 ) -> None:

@@ -28,11 +28,7 @@ def since_last_step(run: Run) -> tuple[int, bool, bool]:
     """Return the requests since the last step: the exit code to stop with or 0, save, sample."""
     global _save_asked
     save, _save_asked = _save_asked or _stop_code > 0, False
-    return (
-        _stop_code,
-        save or _consume(run.save_request),
-        _consume(run.sample_request),
-    )
+    return _stop_code, save or _consume(run.save_request), _consume(run.sample_request)
 
 
 def stop_code(device: torch.device) -> int:
