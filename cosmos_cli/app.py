@@ -14,16 +14,7 @@ from typing import Annotated, Any, cast
 import typer
 
 from cosmos_cli import __version__, console, files, signals
-from cosmos_cli.commands import (
-    download,
-    evaluate,
-    generate,
-    prep,
-    promote,
-    recipes,
-    setup,
-    train,
-)
+from cosmos_cli.commands import download, evaluate, generate, prep, promote, recipes, setup, train
 from cosmos_cli.errors import ExitCode, Interrupted, UserError, usage_error
 
 # More than rank 0 needs to print its error on a busy machine.

@@ -84,13 +84,10 @@ DATA = Kind("a file", 10**12, ExitCode.ASSET, "name a regular file")
 _BEFORE_VALUES = ",[{"
 MOST_VALUES = 3_000_000
 
-_NO_FILES = (
-    (stat.S_ISDIR, "a folder"),
-    (stat.S_ISFIFO, "a pipe"),
-    (stat.S_ISSOCK, "a socket"),
-    (stat.S_ISCHR, "a device"),
-    (stat.S_ISBLK, "a device"),
-)
+_NO_FILES = {
+    stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device", stat.S_IFBLK: "a device",
+}  # fmt: skip
 
 
 class BadFile(UserError):
@@ -103,8 +100,7 @@ class NoSuchFile(BadFile):
 
 def bad(path: Path, kind: Kind, what: str) -> BadFile:
     """Return the error for a file that is not of its kind."""
-    if kind is WEIGHTS and (mistaken := _mistaken_for_weights(path)):
-        what = mistaken
+    what = (_mistaken_for_weights(path) if kind is WEIGHTS else "") or what
     return BadFile(what, code=kind.code, where=str(path), fix=kind.fix)
 
 
@@ -189,7 +185,7 @@ def require_regular(path: Path, kind: Kind) -> None:
 
 def _require_regular(path: Path, kind: Kind, status: os.stat_result) -> None:
     if not stat.S_ISREG(status.st_mode):
-        found = next((name for test, name in _NO_FILES if test(status.st_mode)), "something else")
+        found = _NO_FILES.get(stat.S_IFMT(status.st_mode), "something else")
         raise bad(path, kind, f"is {found}, not a file")
     if status.st_size > kind.limit:
         raise _too_large(path, kind)
@@ -257,10 +253,9 @@ def read_json(path: Path, kind: Kind = JSON) -> Any:
         raise bad(path, kind, f"holds more than {MOST_VALUES:,} values, too much for {kind.name}")
     try:
         return json.loads(text)
-    except ValueError as error:
-        raise bad(path, kind, f"is damaged: {error}") from error
-    except RecursionError as error:
-        raise bad(path, kind, "is damaged: it is nested too deeply") from error
+    except (ValueError, RecursionError) as error:
+        why = "it is nested too deeply" if isinstance(error, RecursionError) else error
+        raise bad(path, kind, f"is damaged: {why}") from error
 
 
 # --- writing --------------------------------------------------------------------------------------
@@ -296,9 +291,7 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary path next to `path`. On success it is synced and renamed to `path`.
-
-    It has the same suffix as `path`.
+    """Yield a temporary path next to `path`, with its suffix; on success sync and rename it.
 
     Raises:
         UserError: the disk is full or read-only, or the permission is missing.
@@ -431,10 +424,7 @@ def require_writable(folder: Path) -> None:
 
 def size_of(path: Path) -> int:
     """Return the size of a file in bytes, 0 if it cannot be read, as with a broken link."""
-    try:
-        return path.stat().st_size
-    except OSError:
-        return 0
+    return stamp_of(path)[0]
 
 
 def size_within(path: Path) -> int:

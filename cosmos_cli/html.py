@@ -83,11 +83,8 @@ def table(rows: Iterable[Sequence[object]], header: Sequence[str] = ()) -> str:
     """Return a table. Its cells are escaped, except those that are `Html`."""
     head = "".join(f"<th>{html.escape(name)}</th>" for name in header)
     lines = ["<tr>" + "".join(map(_cell, row)) + "</tr>" for row in rows]
-    return (
-        f"<table><tr>{head}</tr>{''.join(lines)}</table>"
-        if head
-        else (f"<table>{''.join(lines)}</table>")
-    )
+    first = f"<tr>{head}</tr>" if head else ""
+    return f"<table>{first}{''.join(lines)}</table>"
 
 
 class Html(str):

@@ -85,8 +85,7 @@ SetOption = Annotated[
     ),
 ]
 PrintRecipeOption = Annotated[
-    bool,
-    typer.Option("--print-recipe", help="Print every value with its origin and exit."),
+    bool, typer.Option("--print-recipe", help="Print every value with its origin and exit.")
 ]
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Print what would be done and exit.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]

@@ -63,7 +63,7 @@ PUBLISHED_MD5 = {
         "mean_std.pt": "f07680ad7eefae57d698778e2a0c7c96",
     },
     "nvidia/Cosmos-UpsamplePrompt1-12B-Text2World": {
-        "model.pt": "52d7a6b8b1ac44d856b4c1ea3f8c8c74",
+        "model.pt": "52d7a6b8b1ac44d856b4c1ea3f8c8c74"
     },
     "google-t5/t5-11b": {"pytorch_model.bin": "f890878d8a162e0045a25196e27089a3"},
     "google/siglip-so400m-patch14-384": {"model.safetensors": "f4c887e55e159f96453e18a1d6ca984f"},

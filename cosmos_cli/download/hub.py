@@ -219,8 +219,6 @@ def _unreachable(error: Exception, asked: str) -> UserError:
         what, fix = f"{UNREACHABLE}: HF_HUB_OFFLINE is set", "run `unset HF_HUB_OFFLINE`"
     elif proxy := _proxy_of(asked):
         through = f"{UNREACHABLE} through the proxy {_masked(proxy[1])} ({proxy[0]})"
-        what, fix = (
-            what.replace(UNREACHABLE, through, 1),
-            f"check the proxy, or run `unset {proxy[0]}`",
-        )
+        what = what.replace(UNREACHABLE, through, 1)
+        fix = f"check the proxy, or run `unset {proxy[0]}`"
     return asset_error(asked, what, fix)

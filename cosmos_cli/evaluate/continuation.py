@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from statistics import fmean
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from cosmos_cli import console
 from cosmos_cli.evaluate import comparison
-from cosmos_cli.evaluate.evaluation import SHOWN_WIDTH, PreparedClips
+from cosmos_cli.evaluate.evaluation import SHOWN_WIDTH, PreparedClips, means
 from cosmos_cli.evaluate.samples import Sample, Trial, decode, read_prompts, shrunk
 from cosmos_cli.generate.jobs import Weights
 from cosmos_cli.generate.text_models import Conditioning
@@ -125,11 +124,11 @@ def evaluate(
             for given in GIVEN_FRAMES:
                 videos = continue_clips(r, net, tokenizer, clips, texts[kind], given)
                 record(name, kind, given, videos)
-        means = _means(values.get(name, {}))
-        figures["models"][name] = {"weights": weights.identity, "continuation": means}
+        own = means(values.get(name, {}))
+        figures["models"][name] = {"weights": weights.identity, "continuation": own}
         # Free its memory before the next one is loaded.
         del net
-    figures |= {"repeated": _means(values.get(REPEATED, {})), "horizon": curves}
+    figures |= {"repeated": means(values.get(REPEATED, {})), "horizon": curves}
     compared = {name: values[name] for name in models if name in values}
     better = directions(r, count, HELD_OUT in groups)
     figures["comparisons"] = comparison.compare(compared, better) if compared else []
@@ -138,10 +137,6 @@ def evaluate(
 
 def _texts(r: Recipe, clips: Sequence[Clip], device: str) -> list[Conditioning]:
     return read_prompts(r, [Trial(clip.caption, 0) for clip in clips], device)
-
-
-def _means(values: Mapping[str, Sequence[float]]) -> dict[str, float]:
-    return {name: fmean(own) for name, own in values.items()}
 
 
 def _curve(score: str, found: Tensor) -> list[float]:
@@ -232,8 +227,8 @@ def measure(
         for score, line in own.items():
             found.setdefault(score, []).append(line)
         if i < SHOWN:
-            means = {score: float(line.nanmean()) for score, line in own.items()}
-            sample = Sample(Trial(clip.caption, i), video, clip.latent, means)
+            scores = {score: float(line.nanmean()) for score, line in own.items()}
+            sample = Sample(Trial(clip.caption, i), video, clip.latent, scores)
             shown.append(shrunk(sample, SHOWN_WIDTH))
     return {score: torch.stack(lines) for score, lines in found.items()}, shown
 

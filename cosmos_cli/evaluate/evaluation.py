@@ -115,7 +115,9 @@ def open_store(r: Recipe, prompts: int, device: str, folder: Path) -> Store:
         device: cpu or cuda.
         folder: where the latents of the videos are kept.
     """
-    return Store(folder, r, wanted_trials(r, PreparedClips.of(r), prompts), device)
+    dataset = PreparedClips.of(r)
+    wanted = samples.trials(r, dataset.captions if dataset else (), prompts)
+    return Store(folder, r, wanted, device)
 
 
 def announce(r: Recipe, models: dict[str, Weights], store: Store) -> dict[str, Any]:
@@ -186,11 +188,6 @@ def evaluate(
             figures["models"][name]["nearest_clip"], figures["clips_apart"] = found
     figures["comparisons"] = comparison.compare(values, better, vectors)
     return figures, measured
-
-
-def wanted_trials(r: Recipe, dataset: PreparedClips | None, prompts: int) -> list[Trial]:
-    """Return the prompts and seeds of an evaluation."""
-    return samples.trials(r, dataset.captions if dataset else (), prompts)
 
 
 def plan_features(r: Recipe, dataset: PreparedClips | None, videos: int) -> features.Plan:

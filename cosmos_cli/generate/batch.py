@@ -71,12 +71,8 @@ def require_networks(r: Recipe) -> None:
     if r.upsampler != "off":
         assets.require_upsampler(Path(r.upsampler))
     if not r.spec.embedded:
-        networks = r.model_files
-        assets.require_networks(r, networks.text_encoder / "config.json", networks.tokenizer)
-        if r.guardrails == "on":
-            from cosmos_cli.generate.guards import guardrail
-
-            guardrail.block_list(r)
+        assets.require_networks(r, r.model_files.text_encoder / "config.json")
+    _require_guards_and_tokenizer(r)
 
 
 def _require_guards_and_tokenizer(r: Recipe) -> None:

@@ -74,11 +74,7 @@ class SelectiveCheckpoint(TorchDispatchMode):
     """
 
     def __init__(
-        self,
-        chosen: Callable[[Any, tuple[Any, ...]], bool],
-        stored: Queue,
-        *,
-        recomputing: bool,
+        self, chosen: Callable[[Any, tuple[Any, ...]], bool], stored: Queue, *, recomputing: bool
     ) -> None:
         super().__init__()
         self.chosen, self.stored, self.recomputing = chosen, stored, recomputing

@@ -144,9 +144,7 @@ class AttentionGraph:
 
         def tensor(like: Tensor) -> Any:
             return graph.tensor(
-                dim=list(like.shape),
-                stride=list(like.stride()),
-                data_type=cudnn.data_type.FP8_E4M3,
+                dim=list(like.shape), stride=list(like.stride()), data_type=cudnn.data_type.FP8_E4M3
             )
 
         def scalar() -> Any:

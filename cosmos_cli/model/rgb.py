@@ -36,9 +36,7 @@ def resize_frames(
     if mode == "crop":
         scale = max(height / old_height, width / old_width)
         scaled = _interpolate(
-            frames,
-            max(height, round(old_height * scale)),
-            max(width, round(old_width * scale)),
+            frames, max(height, round(old_height * scale)), max(width, round(old_width * scale))
         )
         top, left = (scaled.shape[-2] - height) // 2, (scaled.shape[-1] - width) // 2
         return scaled[..., top : top + height, left : left + width]

@@ -125,7 +125,7 @@ def _share(
     r: Recipe, dataset: Dataset, videos: list[Source], workers: work_sharing.Workers, device: str
 ) -> None:
     """Describe the videos that no other process has described or is working on."""
-    captioner: Captioner | None = None
+    captioner, dtype = None, number_format(device)
     unseen = {source.name for source in caption_choice.find_captions(r, dataset, videos)}
     with console.progress("describe", len(unseen), "videos") as bar:
         for number, source in enumerate(videos):
@@ -133,14 +133,9 @@ def _share(
                 continue
             with workers.piece(number) as ours:
                 if ours and caption_choice.read_description(r, dataset, source) is None:
-                    captioner = captioner or _load(r, device)
+                    captioner = captioner or Captioner(str(r.caption_model), device, dtype)
                     _describe_one(r, dataset, source, captioner)
             bar.advance(source.name)
-
-
-def _load(r: Recipe, device: str) -> Captioner:
-    assert r.caption_model
-    return Captioner(r.caption_model, device, number_format(device))
 
 
 def _describe_one(r: Recipe, dataset: Dataset, source: Source, captioner: Captioner) -> None:

@@ -107,11 +107,7 @@ def _clips(r: Recipe) -> list[dict[str, int]]:
 
 
 def _fit(
-    r: Recipe,
-    changes: dict[str, Any],
-    savers: Sequence[dict[str, Any]],
-    ranks: int,
-    gpu: GpuModel,
+    r: Recipe, changes: dict[str, Any], savers: Sequence[dict[str, Any]], ranks: int, gpu: GpuModel
 ) -> dict[str, Any] | None:
     """Return `changes` with the fewest savers that make the recipe fit, or None if none do."""
     # With smaller clips there is a choice, so leave a margin for the error of the plan.

@@ -108,11 +108,7 @@ def _streaming_needs(recipe: Recipe) -> Iterator[tuple[str, str, str]]:
         what += recipe.activation_checkpointing
         yield "activation_checkpointing", what, "activation_checkpointing=attention"
     if recipe.zero_stage == 3:
-        yield (
-            "zero_stage",
-            "needs zero_stage 0 to 2, found 3",
-            "zero_stage=1",
-        )
+        yield "zero_stage", "needs zero_stage 0 to 2, found 3", "zero_stage=1"
     if recipe.num_processes not in ("auto", 1):
         what = f"works in one process, found num_processes {recipe.num_processes}"
         yield "num_processes", what, "num_processes=1"
