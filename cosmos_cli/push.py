@@ -124,12 +124,7 @@ def look(repo: str) -> Remote | None:
             info = hub.retrying(asset, lambda: HfApi().model_info(repo, files_metadata=True))
         except errors.RepositoryNotFoundError:
             return None
-    listed = [
-        RemoteFile(s.rfilename, s.lfs.size, s.lfs.sha256, is_git_hash=False)
-        if s.lfs
-        else RemoteFile(s.rfilename, s.size or 0, s.blob_id or "", is_git_hash=True)
-        for s in info.siblings or []
-    ]
+    listed = map(RemoteFile.listed, info.siblings or ())
     return Remote(str(info.sha), bool(info.private), {file.name: file for file in listed})
 
 

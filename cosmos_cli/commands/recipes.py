@@ -23,9 +23,6 @@ if TYPE_CHECKING:
 
 app = typer.Typer(no_args_is_help=True, help="Find, read, check and write recipes.")
 
-# A message names at most this many videos and counts the others.
-MOST_LINES = 50
-
 NameArgument = Annotated[
     str,
     typer.Argument(
@@ -220,17 +217,10 @@ def new(
         console.say(line)
     for warning in (*bad, *loaded.unexpected):
         console.warn(warning)
-    result = Result(
-        str(target.absolute()),
-        [target.absolute()],
-        {
-            "videos": len(usable),
-            "left_out": bad,
-            "needs": needs,
-            "choices": [row._asdict() for row in choices],
-        },
-        f"cosmos setup {shlex.quote(str(target))}",
-    )
+    written = [row._asdict() for row in choices]
+    figures = {"videos": len(usable), "left_out": bad, "needs": needs, "choices": written}
+    following = f"cosmos setup {shlex.quote(str(target))}"
+    result = Result(str(target.absolute()), [target.absolute()], figures, following)
     console.emit(result, as_json=json_)
 
 
@@ -260,6 +250,7 @@ def _probe(dataset: paths.Dataset) -> tuple[dict[Path, VideoInfo], list[str]]:
         raise
     from cosmos_cli.model import video
     from cosmos_cli.prep import lerobot
+    from cosmos_cli.prep.sources import MOST_LINES
 
     usable, bad = {}, []
     with console.progress("probing", len(listed), "videos") as progress:

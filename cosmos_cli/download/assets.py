@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cosmos_cli import files, hashes, paths
 from cosmos_cli.errors import asset_error
@@ -126,6 +126,13 @@ class RemoteFile:
     size: int
     digest: str
     is_git_hash: bool
+
+    @classmethod
+    def listed(cls, sibling: Any) -> RemoteFile:
+        """Return a file as huggingface_hub lists it."""
+        if lfs := sibling.lfs:
+            return cls(sibling.rfilename, lfs.size, lfs.sha256, is_git_hash=False)
+        return cls(sibling.rfilename, sibling.size or 0, sibling.blob_id or "", is_git_hash=True)
 
     def is_at(self, path: Path) -> bool:
         """True if the file at `path` has the hub's size and hash."""

@@ -177,15 +177,7 @@ def _look(asset: Asset) -> Listing:
         return Listing(asset, revision, listed, [])
     # Only kernel repositories have no attribute `siblings`. Ours are models and datasets.
     siblings: list[Any] = getattr(info, "siblings", None) or []
-    listed = _matching(
-        asset,
-        [
-            RemoteFile(s.rfilename, s.lfs.size, s.lfs.sha256, is_git_hash=False)
-            if s.lfs
-            else RemoteFile(s.rfilename, s.size, s.blob_id, is_git_hash=True)
-            for s in siblings
-        ],
-    )
+    listed = _matching(asset, list(map(RemoteFile.listed, siblings)))
     names = [file.name for file in listed]
     weights = [pattern for pattern in asset.patterns if pattern.endswith(assets.WEIGHTS)]
     lacking = [pattern for pattern in weights if not filter_names(names, pattern)]

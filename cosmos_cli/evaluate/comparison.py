@@ -68,23 +68,13 @@ def compare(
     for (model, score, result), p_holm in zip(pairs, adjusted, strict=True):
         unit = "clip" if score in OF_CLIPS else "video"
         bounds = (result.low, result.high) if math.isfinite(result.low) else (None, None)
-        rows.append(
-            {
-                "model": model,
-                "reference": reference,
-                "score": score,
-                "better": better[score],
-                "count": result.count,
-                "before": result.before,
-                "after": result.after,
-                "difference": result.difference,
-                "low": bounds[0],
-                "high": bounds[1],
-                "p": result.p,
-                "p_holm": p_holm,
-                "verdict": verdict(result, p_holm, better[score], unit),
-            }
-        )
+        rows.append({
+            "model": model, "reference": reference, "score": score, "better": better[score],
+            "count": result.count, "before": result.before, "after": result.after,
+            "difference": result.difference, "low": bounds[0], "high": bounds[1],
+            "p": result.p, "p_holm": p_holm,
+            "verdict": verdict(result, p_holm, better[score], unit),
+        })  # fmt: skip
     return rows
 
 

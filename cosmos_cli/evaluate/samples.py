@@ -14,10 +14,9 @@ from pathlib import Path
 from statistics import fmean
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from cosmos_cli import archives, console, files, hashes
+from cosmos_cli import console, files, hashes
 from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.generate.jobs import Job, Weights
 from cosmos_cli.generate.phases import Pipeline
@@ -113,13 +112,7 @@ class Batch:
     @cached_property
     def seconds(self) -> float | None:
         """The seconds that sampling it took, None if it must be sampled."""
-        try:
-            archives.check_safetensors(self.path)
-            with safe_open(self.path, framework="pt") as stream:
-                about = json.loads((stream.metadata() or {}).get("about", "{}"))
-        except (files.BadFile, OSError, SafetensorError, ValueError, RecursionError):
-            return None
-        return about.get("seconds")
+        return latent_files.read_about(self.path).get("seconds")
 
     def read(self) -> Tensor:
         """Return the latents x0 (B, C, T, H, W) in fp32.
@@ -127,9 +120,8 @@ class Batch:
         Raises:
             UserError: the file is missing or damaged.
         """
-        with weights.reading(self.path), safe_open(self.path, framework="pt") as stream:
-            x0: Tensor = stream.get_tensor("x0")
-        return x0
+        with weights.reading(self.path):
+            return weights.read_safetensors(self.path)["x0"]
 
 
 class Store:

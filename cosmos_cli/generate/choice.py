@@ -15,7 +15,6 @@ from cosmos_cli.errors import UserError, asset_error, usage_error
 from cosmos_cli.generate import promoted
 from cosmos_cli.generate.hash_cache import cached_sha256
 from cosmos_cli.generate.jobs import Lora, Weights
-from cosmos_cli.generate.promoted import Promoted
 from cosmos_cli.recipe import strict_yaml
 from cosmos_cli.spec import COSMOS_7B, MODELS, TINY, TINY_VIDEO2WORLD, VIDEO2WORLD_7B, ModelSpec
 
@@ -62,12 +61,12 @@ def choose_model(
 
     r = load(recipe, overrides).recipe
     models = promoted.found(r.checkpoints_dir, r.spec)
-    own = [one for one in models if promoted.is_of(one.folder, r.run_dir)]
+    own = [folder for folder in models if promoted.is_of(folder, r.run_dir)]
     if chosen := next(iter(own or models), None):
         _say_promoted(chosen, models, recipe)
-        if (run := promoted.run_of(chosen.folder)) and not own:
+        if (run := promoted.run_of(chosen)) and not own:
             console.say(f"it comes from another run than this recipe's, {run}")
-        return Choice(recipe, chosen.folder)
+        return Choice(recipe, chosen)
     if model == "promoted":
         raise _none_promoted(r.model)
     console.say(
@@ -84,10 +83,9 @@ def _newest(model: str | None, overrides: list[str], frames: bool) -> Choice:
     spec = MODELS.get(_typed(overrides, "model") or "")
     specs = [spec] if spec else [one for one in MODELS.values() if one.takes_frames == frames]
     models = promoted.found(checkpoints_dir, spec)
-    models = [one for one in models if spec or _spec(one.folder) in specs]
+    models = [folder for folder in models if spec or _spec(folder) in specs]
     if models:
-        folder = models[0].folder
-        choice = _with_own_recipe(folder, overrides)
+        choice = _with_own_recipe(models[0], overrides)
         if model == "base":
             return Choice(choice.recipe, None, choice.overrides)
         _say_promoted(models[0], models, choice.recipe)
@@ -152,7 +150,7 @@ def _by_name(recipe: str | None, model: str, overrides: list[str]) -> Choice:
         listed = ", ".join(folder.name for folder in folders)
         raise _no_model(model, f"is the name of {len(folders)} models", f"give one of {listed}")
     else:
-        names = [one.folder.name for one in promoted.found(checkpoints_dir)]
+        names = [folder.name for folder in promoted.found(checkpoints_dir)]
         there = f", such as {', '.join(names[:_NAMES_SHOWN])}" if names else ""
         raise _no_model(
             model, f"does not exist, neither as a path nor in {Path(checkpoints_dir).absolute()}",
@@ -229,13 +227,13 @@ def _of_spec(spec: ModelSpec, weights: Path | None) -> Choice:
 # --- for people -----------------------------------------------------------------------------------
 
 
-def _say_promoted(chosen: Promoted, models: list[Promoted], recipe: str) -> None:
-    others = [one.folder.name for one in models if one is not chosen]
+def _say_promoted(chosen: Path, models: list[Path], recipe: str) -> None:
+    others = [folder.name for folder in models if folder != chosen]
     more = f" and {len(others) - _NAMES_SHOWN} more" if len(others) > _NAMES_SHOWN else ""
     others = others[:_NAMES_SHOWN]
     tail = f", one of {len(models)}; choose with --model: {', '.join(others)}{more}"
-    console.say(f"using the promoted model {chosen.folder}{tail if others else ''}")
-    _say_unverified(chosen.folder, recipe)
+    console.say(f"using the promoted model {chosen}{tail if others else ''}")
+    _say_unverified(chosen, recipe)
 
 
 def _say_unverified(folder: Path, recipe: str) -> None:

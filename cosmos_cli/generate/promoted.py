@@ -11,7 +11,6 @@ import contextlib
 import errno
 import os
 import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +20,6 @@ from cosmos_cli.spec import MODELS, ModelSpec
 
 # NVIDIA's own scripts also write names such as <Model>_post-trained-lora.
 _FOLDER = re.compile(r"(?P<model>[^.].*?)_post-trained([-_].+)?")
-
-
-@dataclass(frozen=True)
-class Promoted:
-    """Name a promoted model, and when its weights or manifest last changed, in ns."""
-
-    folder: Path
-    changed_ns: int
 
 
 def is_promoted(folder: Path) -> bool:
@@ -76,8 +67,8 @@ def is_of(folder: Path, run: Path) -> bool:
     return same_name and not os.path.exists(known)  # noqa: PTH110 - False if unreachable
 
 
-def found(checkpoints_dir: str, spec: ModelSpec | None = None) -> list[Promoted]:
-    """Return the promoted models, of `spec` if given, the newest first.
+def found(checkpoints_dir: str, spec: ModelSpec | None = None) -> list[Path]:
+    """Return the folders of promoted models, of `spec` if given, the newest first.
 
     First restore models that an interrupted promotion moved aside. Warn about folders without a
     model.
@@ -91,13 +82,10 @@ def found(checkpoints_dir: str, spec: ModelSpec | None = None) -> list[Promoted]
         place = path.with_name(hidden[1]) if hidden else path
         if is_promoted(place):
             exchange.restore(place)
-    models = []
-    for path in _entries(root):
-        if is_promoted(path) and (spec is None or model_of(path) == spec):
-            changed_ns = _changed_ns(path)
-            if changed_ns is not None:
-                models.append(Promoted(path, changed_ns))
-    return sorted(models, key=lambda model: model.changed_ns, reverse=True)
+    folders = filter(is_promoted, _entries(root))
+    changed = {path: _changed_ns(path) for path in folders if spec in (None, model_of(path))}
+    known = {path: ns for path, ns in changed.items() if ns is not None}
+    return sorted(known, key=known.__getitem__, reverse=True)
 
 
 def named(word: str, checkpoints_dir: str, spec: ModelSpec | None = None) -> list[Path]:

@@ -15,7 +15,7 @@ from cosmos_cli import paths
 from cosmos_cli.model import text
 from cosmos_cli.paths import Dataset
 from cosmos_cli.prep import caption_choice, captions, embedding_files
-from cosmos_cli.prep.sources import Source
+from cosmos_cli.prep.sources import Source, first_of
 from cosmos_cli.recipe.keys import Recipe
 
 # What prep may leave unused: its singular and its plural, each with the reason, and the fix.
@@ -41,8 +41,6 @@ _UNUSED = {
         'a caption looks like {"caption": "..."}',
     ),
 }
-# A line names at most this many files or videos and counts the others.
-MOST_NAMED = 5
 
 
 @dataclass(frozen=True)
@@ -69,14 +67,14 @@ class CaptionNotes:
         for kind, names in self.unused.items():
             one, several, fix = _UNUSED[kind]
             what = f"{one} and is" if len(names) == 1 else f"{several} and are"
-            text = f"{len(names)} {what} not used: {_shown(names)}; {fix}"
+            text = f"{len(names)} {what} not used: {first_of(names)}; {fix}"
             lines.append(text)
         if self.cut:
             named = [f"{name} ({tokens} tokens)" for name, tokens in self.cut.items()]
             what = "1 caption is" if len(named) == 1 else f"{len(named)} captions are"
             lines.append(
                 f"{what} longer than the {r.spec.text.tokens} tokens that the text encoder reads; "
-                f"the rest is not used: {_shown(named)}"
+                f"the rest is not used: {first_of(named)}"
             )
         return lines
 
@@ -136,9 +134,3 @@ def _cut_captions(r: Recipe, dataset: Dataset, videos: list[Source]) -> dict[str
         if path.exists()
     }
     return {name: length for name, length in lengths.items() if length == most}
-
-
-def _shown(names: list[str]) -> str:
-    """Return the first names as text, and the number of the others."""
-    more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
-    return ", ".join(names[:MOST_NAMED]) + more

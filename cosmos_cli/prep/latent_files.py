@@ -1,10 +1,11 @@
-"""Read cached latents."""
+"""Read cached latents and what their files say about them."""
 
 from __future__ import annotations
 
+import json
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -30,6 +31,17 @@ def read_latent(path: Path) -> Tensor:
         what = f"is not a cached latent: {getattr(error, 'what', error)}"
         raise asset_error(path, what, "run `cosmos prep RECIPE` again") from error
     return latent.float()
+
+
+def read_about(path: Path) -> dict[str, Any]:
+    """Return the metadata in a file of latents, {} if the file is missing or damaged."""
+    try:
+        archives.check_safetensors(path)
+        with safe_open(path, framework="pt") as stream:
+            about = json.loads((stream.metadata() or {}).get("about", "{}"))
+    except (files.BadFile, OSError, SafetensorError, ValueError, RecursionError):
+        return {}
+    return about if isinstance(about, dict) else {}
 
 
 def latent_bytes(r: Recipe) -> int:

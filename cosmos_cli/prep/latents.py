@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
-from cosmos_cli import archives, console, files, hashes
+from cosmos_cli import console, hashes
 from cosmos_cli.model import rgb, video, weights
 from cosmos_cli.model.device import number_format, why_not_compiled
 from cosmos_cli.model.tokenizer import load_tokenizer
 from cosmos_cli.paths import Dataset
-from cosmos_cli.prep import clip_statistics, damage
+from cosmos_cli.prep import clip_statistics, damage, latent_files
 from cosmos_cli.prep.sources import Source
 from cosmos_cli.prep.work_sharing import Workers
 from cosmos_cli.recipe.keys import Recipe
@@ -98,7 +97,7 @@ class Latents:
         Earlier versions did not check the decoded frames for damage. Their latents are kept if the
         clip still has the same cut and the same motion.
         """
-        about = _about(self.dataset.latents / source.latent_name(clip))
+        about = latent_files.read_about(self.dataset.latents / source.latent_name(clip))
         if about.get("key") != key:
             return {}
         if not about.get("checked"):
@@ -176,14 +175,3 @@ def _trim_memory() -> None:
     libc = ctypes.CDLL(None)
     if hasattr(libc, "malloc_trim"):
         libc.malloc_trim(0)
-
-
-def _about(path: Path) -> dict[str, Any]:
-    """Return the metadata in a latent's file, {} if the file is missing or damaged."""
-    try:
-        archives.check_safetensors(path)
-        with safe_open(path, framework="pt") as stream:
-            about = json.loads((stream.metadata() or {}).get("about", "{}"))
-    except (files.BadFile, OSError, SafetensorError, ValueError, RecursionError):
-        return {}
-    return about if isinstance(about, dict) else {}

@@ -17,7 +17,7 @@ from cosmos_cli.prep import lerobot
 from cosmos_cli.recipe.keys import Recipe
 from cosmos_cli.recipe.rules import LEAST_SHARE_OF_PIXELS
 
-# A warning names at most this many videos and counts the others.
+# A warning names at most this many videos or files and counts the others.
 MOST_NAMED = 5
 # A message names at most this many videos, one on a line, and counts the others.
 MOST_LINES = 50
@@ -186,12 +186,17 @@ def remarks(r: Recipe, sources: list[Source]) -> list[str]:
     for mark, (what, how) in _MARKS.items():
         found = [v for v in sources if v.info and not v.reason and getattr(v.info, mark)]
         if found:
-            names = ", ".join(v.name for v in found[:MOST_NAMED])
-            more = f" and {len(found) - MOST_NAMED} more" if len(found) > MOST_NAMED else ""
             count = "1 video is" if len(found) == 1 else f"{len(found)} videos are"
             fix = video.repair(found[0].path, how)
-            lines.append(f"{count} {what}: {names}{more}; {fix} converts {found[0].name}")
+            names = first_of([v.name for v in found])
+            lines.append(f"{count} {what}: {names}; {fix} converts {found[0].name}")
     return lines
+
+
+def first_of(names: list[str]) -> str:
+    """Return the first names as text, and the number of the others."""
+    more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
+    return ", ".join(names[:MOST_NAMED]) + more
 
 
 def verdict_table(videos: list[dict[str, Any]]) -> str:

@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 from cosmos_cli import console, files, gpus
-from cosmos_cli import gpus as selection
 from cosmos_cli.download import assets, fetch
 from cosmos_cli.errors import UserError
 from cosmos_cli.generate.answers import cache_dir
@@ -95,19 +94,19 @@ def mending(checks: Iterable[Check]) -> list[installs.Command]:
     return list(dict.fromkeys(command for check in failed for command in check.commands))
 
 
-def _probes(gpus: list[str], absent: list[assets.Asset]) -> Iterator[Probe]:
+def _probes(names: list[str], absent: list[assets.Asset]) -> Iterator[Probe]:
     # If unset, DeepSpeed guesses the accelerator and prints the guess on stdout. The probe with
     # 2 processes uses the CPU unless there are 2 GPUs.
     on_cpu = {"DS_ACCELERATOR": "cpu"}
     yield Probe("torch", "torch")
     yield Probe("video", "video")
-    yield Probe("deepspeed", "deepspeed", environment={} if gpus else on_cpu)
-    two = {} if len(gpus) > 1 else on_cpu
+    yield Probe("deepspeed", "deepspeed", environment={} if names else on_cpu)
+    two = {} if len(names) > 1 else on_cpu
     yield Probe("deepspeed in 2 processes", "deepspeed", ranks=2, environment=two)
     yield Probe("transformers", "transformers")
-    if gpus and importlib.util.find_spec("transformer_engine"):
+    if names and importlib.util.find_spec("transformer_engine"):
         yield Probe("transformer_engine", "transformer_engine")
-    if gpus and importlib.util.find_spec("amp_C"):
+    if names and importlib.util.find_spec("amp_C"):
         yield Probe("apex", "apex")
     if absent:
         yield Probe("hub", "hub", tuple(sorted({f"{a.kind}:{a.repo}" for a in absent})))
@@ -143,12 +142,12 @@ def _gpus(outcome: Outcome, names: list[str], r: Recipe) -> Check:
         found = f"{len(names)} x {names[0]}, but torch cannot use it"
         cuda, driver = outcome.facts.get("cuda"), _driver_version()
         return Check("GPUs", missing, f"{found} (driver {driver})", _fix_of_driver(cuda, driver))
-    remark = selection.visible().remark
+    remark = gpus.visible().remark
     found = f"none: {remark}" if remark else "none"
     if r.spec.embedded:
         return Check("GPUs", "warn", f"{found}; this model also trains on the CPU")
     fix = "use a machine with NVIDIA GPUs, or start with the tiny model: `cosmos setup tiny`"
-    return Check("GPUs", "fail", found, f"unset {selection.VARIABLE}" if remark else fix)
+    return Check("GPUs", "fail", found, f"unset {gpus.VARIABLE}" if remark else fix)
 
 
 def _driver_version() -> str:
@@ -171,23 +170,22 @@ def _fix_of_driver(cuda: str | None, driver: str) -> str:
     return f"bash recipes/install.sh --torch {build}"
 
 
-def _usable_gpus(gpus: list[dict[str, Any]]) -> Check:
+def _usable_gpus(usable: list[dict[str, Any]]) -> Check:
     kinds = Counter(
         f"{gpu['name']}, {console.size(gpu['bytes'])}, "
         f"compute capability {'.'.join(map(str, gpu['capability']))}"
-        for gpu in gpus
+        for gpu in usable
     )
     driver, health, damaged = _driver_facts()
     found = "; ".join(f"{count} x {text}" for text, count in kinds.items())
-    remark = selection.visible().remark
+    remark = gpus.visible().remark
     found = ", ".join(filter(None, [found, *health, driver, remark]))
     if damaged:
         fix = "restart the machine; if the errors return, have the GPU replaced"
         return Check("GPUs", "warn", f"{found}; uncorrected memory errors on GPU {damaged}", fix)
-    if any(gpu["capability"] < OLDEST_CAPABILITY for gpu in gpus):
-        return Check(
-            "GPUs", "warn", found, "bf16 is slow before Ampere: use `--set precision=fp32`"
-        )
+    if any(gpu["capability"] < OLDEST_CAPABILITY for gpu in usable):
+        fix = "bf16 is slow before Ampere: use `--set precision=fp32`"
+        return Check("GPUs", "warn", found, fix)
     return Check("GPUs", "ok", found)
 
 
@@ -195,14 +193,13 @@ def _driver_facts() -> tuple[str, list[str], str]:
     """Return the driver, the ECC and NVLink state, and the indices of GPUs with memory errors."""
     import pynvml
 
-    shown = selection.visible().gpus
+    shown = gpus.visible().gpus
     pynvml.nvmlInit()
     indices = sorted({gpu.index for gpu in shown})
     handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in indices]
     cuda = pynvml.nvmlSystemGetCudaDriverVersion()
-    driver = (
-        f"driver {pynvml.nvmlSystemGetDriverVersion()} (CUDA {cuda // 1000}.{cuda % 1000 // 10})"
-    )
+    version = pynvml.nvmlSystemGetDriverVersion()
+    driver = f"driver {version} (CUDA {cuda // 1000}.{cuda % 1000 // 10})"
     ecc: set[str] = set()
     links: set[int] = set()
     damaged = []
@@ -231,7 +228,7 @@ def _has_link(handle: Any, link: int) -> bool:
         return False
 
 
-def _nccl(outcome: Outcome | None, gpus: int, r: Recipe) -> list[Check]:
+def _nccl(outcome: Outcome | None, count: int, r: Recipe) -> list[Check]:
     if outcome is None:
         return []
     if outcome.error:
@@ -239,7 +236,7 @@ def _nccl(outcome: Outcome | None, gpus: int, r: Recipe) -> list[Check]:
         fix = "in a container: docker run --ipc=host; try NCCL_P2P_DISABLE=1 or NCCL_IB_DISABLE=1"
         return [Check("NCCL", status, last_line(outcome.error), fix)]
     rate = console.size(outcome.facts["bytes_per_second"])
-    return [Check("NCCL", "ok", f"all-reduce over {gpus} GPUs at {rate}/s")]
+    return [Check("NCCL", "ok", f"all-reduce over {count} GPUs at {rate}/s")]
 
 
 def _hevc() -> Check:
@@ -321,11 +318,8 @@ def _hub(outcome: Outcome | None) -> list[Check]:
     if not closed:
         return [Check("model hub", "ok", f"{len(repositories)} repositories can be read")]
     if all(what == "unknown" for what, _ in closed):
-        return [
-            Check(
-                "model hub", "warn", closed[0][1], "files that are not on disk cannot be downloaded"
-            )
-        ]
+        fix = "files that are not on disk cannot be downloaded"
+        return [Check("model hub", "warn", closed[0][1], fix)]
     refused = dict.fromkeys(text for what, text in closed if what == "refused")
     return [Check("model hub", "fail", *text.rsplit("; ", 1)) for text in refused]
 

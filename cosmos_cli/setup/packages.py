@@ -18,6 +18,7 @@ from cosmos_cli.setup.probes import Outcome
 
 # Plain pip would download the CUDA build, several gigabytes, on every machine.
 TORCH_FIX = "bash recipes/install.sh"
+INSTALL = "`cosmos setup RECIPE --install`"
 
 Status = Literal["ok", "warn", "fail"]
 
@@ -72,26 +73,16 @@ def _video(outcome: Outcome) -> Check:
     others = [reason for reason in reasons if not re.search(r"lib(av|sw)\w*\.so", reason)]
     if reasons and not others:
         commands = installs.apt("ffmpeg")
-        fix = (
-            "`cosmos setup RECIPE --install`"
-            if commands
-            else "install FFmpeg 4 to 8: apt-get install ffmpeg"
-        )
+        fix = INSTALL if commands else "install FFmpeg 4 to 8: apt-get install ffmpeg"
         return Check(name, "fail", "FFmpeg's libraries are missing", fix, commands)
     if others and "libpython" in others[0]:
         return _shared_python(name)
     if others:
         found = f"torchcodec does not match torch: {others[0][:100]}"
-        return Check(
-            name,
-            "fail",
-            found,
-            "`cosmos setup RECIPE --install`",
-            installs.pip(installs.TORCHCODEC),
-        )
+        return Check(name, "fail", found, INSTALL, installs.pip(installs.TORCHCODEC))
     if "No module named 'torchcodec'" in outcome.error:
-        fix = "`cosmos setup RECIPE --install`"
-        return Check(name, "fail", "torchcodec is missing", fix, installs.pip(installs.TORCHCODEC))
+        commands = installs.pip(installs.TORCHCODEC)
+        return Check(name, "fail", "torchcodec is missing", INSTALL, commands)
     return Check(name, "fail", last_line(outcome.error), "fix the problem named here")
 
 
@@ -101,12 +92,9 @@ def _shared_python(name: str) -> Check:
     found = f"torchcodec needs {library}, which is missing"
     if Path(str(folder), str(library)).exists():
         return Check(name, "fail", found, f"export LD_LIBRARY_PATH={folder}")
-    commands = (
-        installs.apt(f"libpython3.{sys.version_info.minor}") if sys.base_prefix == "/usr" else ()
-    )
-    fix = (
-        "`cosmos setup RECIPE --install`" if commands else "use a Python built with --enable-shared"
-    )
+    package = f"libpython3.{sys.version_info.minor}"
+    commands = installs.apt(package) if sys.base_prefix == "/usr" else ()
+    fix = INSTALL if commands else "use a Python built with --enable-shared"
     return Check(name, "fail", found, fix, commands)
 
 
@@ -118,8 +106,7 @@ def _deepspeed(alone: Outcome, in_two: Outcome) -> Check:
         )
         return Check("DeepSpeed", "ok", found)
     if "No module named 'deepspeed'" in alone.error:
-        fix = "`cosmos setup RECIPE --install`"
-        return Check("DeepSpeed", "fail", "missing", fix, installs.pip(installs.DEEPSPEED))
+        return Check("DeepSpeed", "fail", "missing", INSTALL, installs.pip(installs.DEEPSPEED))
     found = last_line(alone.error) if alone.error else f"in 2 processes: {last_line(in_two.error)}"
     fix = f"pip install --force-reinstall --no-deps '{installs.DEEPSPEED}'"
     return Check("DeepSpeed", "fail", found, fix)
@@ -160,9 +147,8 @@ def _apex(outcome: Outcome | None, torch: Outcome, wanted: Iterable[str]) -> lis
         return []
     if not torch.facts.get("cuda") or not shutil.which("nvcc"):
         found = "NVIDIA's Apex is missing, and building it needs nvcc and a CUDA build of torch"
-        fix = (
-            f"install CUDA's toolkit and a CUDA build of torch ({torch.facts.get('cuda') or 'CPU'})"
-        )
+        build = torch.facts.get("cuda") or "CPU"
+        fix = f"install CUDA's toolkit and a CUDA build of torch ({build})"
         return [Check("Apex", "fail", found, fix)]
     fix = "`cosmos setup RECIPE --install --with apex`"
     return [Check("Apex", "fail", "NVIDIA's Apex is missing", fix, installs.apex())]

@@ -330,9 +330,8 @@ def main(folder: Path, seconds: int, probes: Sequence[dict[str, Any]]) -> None:
     with suppress(ImportError, OSError, RuntimeError):
         importlib.import_module("torch._dynamo")
     if probe := _fork(folder, [Probe(**about) for about in probes], seconds):
-        rendezvous = (
-            (str(folder / f"{probe.label}.store"),) if probe.function in DISTRIBUTED else ()
-        )
+        store = str(folder / f"{probe.label}.store")
+        rendezvous = (store,) if probe.function in DISTRIBUTED else ()
         print(json.dumps(PROBES[probe.function](*rendezvous, *probe.arguments)))
     # A regular exit of Python with torch loaded takes as long as a probe.
     sys.stdout.flush()

@@ -87,9 +87,8 @@ def load_weights(module: nn.Module, state: dict[str, Tensor], where: Path) -> No
     """
     parameters, buffers = dict(module.named_parameters()), dict(module.named_buffers())
     if not any(name.startswith("logvar.") for name in state):
-        own = {**parameters, **buffers}
         parameters = {n: p for n, p in parameters.items() if not n.startswith("logvar.")}
-        buffers = {n: own[n] for n in buffers if not n.startswith("logvar.")}
+        buffers = {n: b for n, b in buffers.items() if not n.startswith("logvar.")}
     shapes = {name: full_shape(parameter) for name, parameter in parameters.items()}
     shapes |= {name: buffer.shape for name, buffer in buffers.items()}
     tensor_names.check_keys(shapes, state, where)

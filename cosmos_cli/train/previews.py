@@ -210,10 +210,8 @@ class Previews:
             minima = torch.cat(nearest.distances(latents, self.clips, rank, world)).to(device)
         _require(missing, device)
         dist.all_reduce(minima, dist.ReduceOp.MIN)
-        closest, typical = (
-            minima[: len(latents)].min().item(),
-            minima[len(latents) :].median().item(),
-        )
+        closest = minima[: len(latents)].min().item()
+        typical = minima[len(latents) :].median().item()
         console.say(
             f"step {step}: samples compared with training clips: nearest {closest:.3f} "
             f"(typical between clips {typical:.3f}; far below means memorised)"

@@ -19,7 +19,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from cosmos_cli import console, files, hashes
 from cosmos_cli.errors import environment_error
@@ -87,19 +87,6 @@ def _environment(run: Run) -> dict[str, str]:
         "PYTHONSAFEPATH": "1",
     }
     return {**defaults, **os.environ}
-
-
-class Writer(Protocol):
-    """The interface of a tracker."""
-
-    def figure(self, step: int, name: str, value: float) -> None:
-        """Show a figure of a step."""
-
-    def picture(self, step: int, name: str, path: Path) -> None:
-        """Show a picture of a step."""
-
-    def close(self) -> None:
-        """Flush what is left and close the tracker."""
 
 
 class TensorBoard:
@@ -178,7 +165,7 @@ class UnreadRows:
         self.known.update(keys)
         return sorted(new, key=lambda item: item[0])
 
-    def show(self, writer: Writer) -> None:
+    def show(self, writer: TensorBoard | Wandb) -> None:
         """Pass all unread rows and pictures to a tracker."""
         for step, values in self.read():
             for name, value in values.items():
@@ -204,7 +191,7 @@ def main(root: str) -> None:
         ended.set()
 
     threading.Thread(target=wait_for_end, daemon=True).start()
-    writer: Writer
+    writer: TensorBoard | Wandb
     if r.tracker == "tensorboard":
         writer = TensorBoard(run)
     else:
