@@ -2,7 +2,7 @@ import shutil
 
 import pytest
 
-from cosmos_cli.model import video
+from cosmos_cli.model import mp4
 
 pytest.register_assert_rewrite("tests.helpers")
 
@@ -40,7 +40,7 @@ def prepared_once(tmp_path_factory):
         [(64, 96, 12), (96, 160, 24), (128, 96, 30), (80, 80, 12)]
     ):
         clip = moving_square(9 * fps // 12 + 4, height, width)
-        video.write_mp4(folder / "videos" / f"clip{i}.mp4", clip, fps, 18)
+        mp4.write_mp4(folder / "videos" / f"clip{i}.mp4", clip, fps, 18)
         (folder / "metas" / f"clip{i}.txt").write_text(f"A square moves right, take {i}.\n")
     Cosmos(root)("prep", "tiny", *settings())
     return root

@@ -23,7 +23,7 @@ import cosmos_cli
 from cosmos_cli import archives, files, hashes, paths, pickles
 from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.generate import jobs
-from cosmos_cli.model import text, video, weights
+from cosmos_cli.model import mp4, text, weights
 from cosmos_cli.paths import Run
 from cosmos_cli.prep import embedding_files
 from cosmos_cli.recipe import strict_yaml
@@ -378,7 +378,7 @@ def test_prep_rejects_videos_whose_caption_is_not_a_file(tmp_path):
     videos = tmp_path / "datasets" / "tiny" / "videos"
     videos.mkdir(parents=True)
     for name in ("good", *KINDS):
-        video.write_mp4(videos / f"{name}.mp4", moving_square(13, 64, 96), 12, 18)
+        mp4.write_mp4(videos / f"{name}.mp4", moving_square(13, 64, 96), 12, 18)
         if name != "good":
             KINDS[name][0](videos / f"{name}.txt")
     (videos / "good.txt").write_text("A square.")
@@ -441,6 +441,7 @@ ALLOWED = {
     "train/reshard.py": "a resume state, whose hashes were compared",
     "prep/embedding_files.py": "a pickle that is written",
     "model/pretrained.py": "transformers, behind check_model_folder",
+    "model/mp4.py": "mp4 files that were just written",
     "model/video.py": "FFmpeg, behind a look of its own at the kind of file",
     "model/weights.py": "torch and safetensors, behind check_torch and check_safetensors",
 }

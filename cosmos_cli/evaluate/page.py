@@ -14,7 +14,7 @@ import torch
 from cosmos_cli import console, files, html, paths
 from cosmos_cli.evaluate import comparison, continuation, evaluation, features
 from cosmos_cli.evaluate.samples import Sample
-from cosmos_cli.model import video
+from cosmos_cli.model import mp4
 from cosmos_cli.recipe.keys import Recipe
 from cosmos_cli.spec import GIVEN_FRAMES
 from cosmos_cli.train import page as run_page
@@ -206,7 +206,7 @@ def _write_videos(
         for name, sample in zip(samples, made, strict=True):
             copy = path.with_name(f"{path.stem}_{_slug(name)}_{index + 1}.mp4")
             with files.atomic_file(copy) as temporary:
-                video.write_mp4(temporary, sample.pixels, r.fps, r.video_crf)
+                mp4.write_mp4(temporary, sample.pixels, r.fps, r.video_crf)
             written.append(copy)
             found = (f"{score} {value:.3g}" for score, value in sample.scores.items())
             cells.append(html.media(copy, f"{name}: {', '.join(found)}"))
@@ -227,4 +227,4 @@ def write_mosaic(path: Path, samples: Iterable[Sample], r: Recipe) -> None:
         for first in range(0, len(pixels), MOSAIC_COLUMNS)
     ]
     with files.atomic_file(path) as temporary:
-        video.write_mp4(temporary, torch.cat(strips, dim=2), r.fps, r.video_crf)
+        mp4.write_mp4(temporary, torch.cat(strips, dim=2), r.fps, r.video_crf)

@@ -17,12 +17,12 @@ from cosmos_cli import __version__, files, hashes
 from cosmos_cli.generate.guards import guardrail
 from cosmos_cli.generate.jobs import Job
 from cosmos_cli.generate.text_models import negative_prompt
-from cosmos_cli.model import video
+from cosmos_cli.model import mp4
 
 
 def write_video(job: Job, pixels: Tensor, path: Path) -> None:
     """Write the mp4 of a job."""
-    video.write_mp4(path, pixels, job.r.fps, job.r.video_crf)
+    mp4.write_mp4(path, pixels, job.r.fps, job.r.video_crf)
 
 
 def write_outputs(
@@ -35,8 +35,8 @@ def write_outputs(
     Raises:
         UserError: a file cannot be written.
     """
-    sidecar, prompt, picture, mp4 = job.files
-    with files.atomic_file(mp4) as temporary:
+    sidecar, prompt, picture, path = job.files
+    with files.atomic_file(path) as temporary:
         save(temporary)
         files.write_json(sidecar, {**about, "mp4_sha256": hashes.sha256_file(temporary)})
         files.write_text(prompt, words + "\n")

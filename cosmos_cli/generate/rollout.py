@@ -19,7 +19,7 @@ from cosmos_cli import console, files, hashes
 from cosmos_cli.errors import UserError
 from cosmos_cli.generate import outputs
 from cosmos_cli.generate.jobs import Job
-from cosmos_cli.model import containers, rgb, video, video_scores, weights
+from cosmos_cli.model import mp4, rgb, video, video_scores, weights
 from cosmos_cli.spec import GIVEN_FRAMES
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def make(pipeline: Pipeline, job: Job, text_emb: Conditioning, given: Tensor | N
         "segments": parts.rows,
         "seconds": round(time.monotonic() - began, 2),
     }
-    save = partial(containers.join_mp4, parts.videos)
+    save = partial(mp4.join_mp4, parts.videos)
     outputs.write_outputs(job, text_emb.prompt, save, parts.sheet(), about)
     parts.remove()
 

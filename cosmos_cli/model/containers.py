@@ -237,26 +237,3 @@ def nals(packet: bytes, sizes: int | None) -> Iterator[bytes]:
         if size:
             yield packet[at + width : at + width + size]
         at += width + size
-
-
-def join_mp4(parts: Iterable[Path], path: Path) -> None:
-    """Write the mp4 files `parts` as one, without decoding; all were written by `write_mp4` alike.
-
-    The index is in front of the frames. No more than a packet is in memory.
-    """
-    options = {"movflags": "+faststart"}
-    with av.open(str(path), "w", format="mp4", options=options) as joined:
-        stream, begin = None, 0
-        for part in parts:
-            with av.open(str(part)) as file:
-                source = file.streams.video[0]
-                if stream is None:
-                    stream = joined.add_stream_from_template(source)
-                for packet in file.demux(source):
-                    # The last packet is empty.
-                    if packet.dts is None or packet.pts is None:
-                        continue
-                    packet.pts, packet.dts = packet.pts + begin, packet.dts + begin
-                    packet.stream = stream
-                    joined.mux(packet)
-                begin += source.duration or 0

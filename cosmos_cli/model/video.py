@@ -1,4 +1,4 @@
-"""Read and write video files as uint8 frames: probe, select clips, decode, resize, encode.
+"""Read video files as uint8 frames: probe, select clips, decode, resize.
 
 Dimension letters: C channels (RGB), T frames, H height, W width.
 """
@@ -40,12 +40,6 @@ SQUARE = 0.01
 # Frames are decoded in chunks of about this size, so that a 4K clip is never in memory as a whole.
 # Below 32 MiB, glibc reuses the memory of a chunk; above, it maps every page anew for the next one.
 CHUNK_BYTES = 2**24
-# Makes the same frames give the same bytes. With AVX-512, the macroblock tree of x264 (build 164)
-# depends on memory addresses, and every stream depends on the number of threads.
-X264_REPRODUCIBLE = {"threads": 4, "x264-params": "cpu-independent=1"}
-# The index of an mp4 has at most five numbers of 4 to 8 bytes per frame: its size, its times, and a
-# chunk and a keyframe of its own.
-INDEX_BYTES_PER_FRAME = 40
 
 
 class VideoError(Exception):
@@ -178,10 +172,9 @@ def _check_first_frame(path: Path, decoder: VideoDecoder) -> None:
     try:
         reader.read([0])
     except (RuntimeError, VideoError) as error:
-        what = (
-            "its first frames do not decode: their key frame was cut off, or time stamps are wrong"
-        )
-        raise VideoError(f"{what}: {repair(path)} keeps what can be decoded") from error
+        why = "their key frame was cut off, or time stamps are wrong"
+        what = f"its first frames do not decode: {why}: {repair(path)} keeps what can be decoded"
+        raise VideoError(what) from error
 
 
 # Re-encodes with hardly any loss.
@@ -243,9 +236,8 @@ def select_clips(
     available = frames_at_policy(info, policy, fps)
     if available < num_frames:
         source = f" (from {info.frames} at {info.fps:.4g})" if policy == "resample" else ""
-        raise VideoError(
-            f"too short: {available} frames at {rate:.4g} fps{source}, {num_frames} are needed"
-        )
+        found = f"{available} frames at {rate:.4g} fps{source}"
+        raise VideoError(f"too short: {found}, {num_frames} are needed")
     starts = range(0, available - num_frames + 1, stride)[:max_clips]
     begin = info.begin if policy == "resample" else None
     return [Clip(s, rate, num_frames, info.first, begin) for s in starts]
@@ -291,49 +283,13 @@ def read_small(path: Path, info: VideoInfo, count: int, width: int) -> Tensor:
     return torch.cat([chunk.transpose(0, 1) for chunk in chunks], dim=1)
 
 
-def write_mp4(path: Path, video_CTHW: Tensor, fps: float, crf: float) -> None:
-    """Write H.264 yuv420p in an mp4 container, whatever the suffix of `path`.
-
-    The index is in front of the frames, so a browser plays the file while it loads. The same frames
-    give the same bytes in every run.
-
-    Raises:
-        UserError: FFmpeg is missing or has no H.264 encoder.
-    """
-    _, frames, height, width = video_CTHW.shape
-    if video_CTHW.dtype != torch.uint8 or frames == 0:
-        raise ValueError(f"video must be uint8 with frames, got {video_CTHW.dtype}, {frames}")
-    if height % 2 or width % 2:
-        raise ValueError(f"height and width must be even for yuv420p, got {width}x{height}")
-    with _needs_ffmpeg("FFmpeg is missing"):
-        from torchcodec.encoders import VideoEncoder
-    frames_TCHW = video_CTHW.transpose(0, 1).contiguous().cpu()
-    with _needs_ffmpeg("this FFmpeg cannot encode H.264 with libx264"):
-        data = VideoEncoder(frames_TCHW, frame_rate=fps).to_tensor(
-            "mp4",
-            codec="libx264",
-            pixel_format="yuv420p",
-            crf=crf,
-            # The encoder uses the BT.601 matrix; without tags, players assume BT.709 for HD.
-            extra_options={
-                **X264_REPRODUCIBLE,
-                # Space for the index in front. FFmpeg's faststart cannot move it in memory.
-                "moov_size": str(2048 + INDEX_BYTES_PER_FRAME * frames),
-                "colorspace": "smpte170m",
-                "color_primaries": "bt709",
-                "color_trc": "bt709",
-                "color_range": "tv",
-            },
-        )
-    path.write_bytes(data.numpy().tobytes())
-
-
 def _same_rate(a: float, b: float) -> bool:
     return abs(a - b) <= FPS_TOLERANCE * b
 
 
 @contextmanager
-def _needs_ffmpeg(what: str) -> Iterator[None]:
+def needs_ffmpeg(what: str) -> Iterator[None]:
+    """Turn the errors of a missing FFmpeg into a UserError that says `what`."""
     # Without FFmpeg's libraries, torchcodec raises RuntimeError, even on import.
     try:
         yield
@@ -343,7 +299,7 @@ def _needs_ffmpeg(what: str) -> Iterator[None]:
 
 
 def _open(path: Path) -> VideoDecoder:
-    with _needs_ffmpeg("FFmpeg is missing"):
+    with needs_ffmpeg("FFmpeg is missing"):
         from torchcodec.decoders import VideoDecoder
     try:
         status = path.stat()
@@ -400,9 +356,8 @@ class _Reader:
         try:
             self.packets = containers.scan_packets(path, self.decoder.stream_index)
         except ValueError as error:
-            raise VideoError(
-                f"some frames have no time stamps: {repair(path)} makes them"
-            ) from error
+            what = f"some frames have no time stamps: {repair(path)} makes them"
+            raise VideoError(what) from error
         found, counted = self.decoder.metadata.num_frames, len(self.packets.pts)
         if found != counted:
             raise VideoError(f"damaged: torchcodec finds {found} frames in it, PyAV {counted}")
@@ -482,9 +437,8 @@ class _Reader:
         pts = self.packets.pts
         for n in numbers:
             if n < len(pts) and pts[n] in (*pts[max(0, n - 1) : n], *pts[n + 1 : n + 2]):
-                raise VideoError(
-                    f"two frames have the same time stamp, {pts[n] * self.packets.tick:.2f} s"
-                )
+                at = pts[n] * self.packets.tick
+                raise VideoError(f"two frames have the same time stamp, {at:.2f} s")
 
 
 @lru_cache(maxsize=1)

@@ -14,7 +14,7 @@ import torch
 
 from cosmos_cli import console, files, html
 from cosmos_cli.html import Html
-from cosmos_cli.model import rgb, video
+from cosmos_cli.model import mp4, rgb, video
 from cosmos_cli.model.tokenizer import Tokenizer
 from cosmos_cli.paths import Dataset
 from cosmos_cli.prep import clip_statistics
@@ -190,7 +190,7 @@ def _reconstructions(
             again = rgb.to_uint8(tokenizer.decode(x0[None])[0]).cpu()
             found.append(rgb.psnr(pixels, again))
             path = folder / "check.mp4"
-            video.write_mp4(path, _side_by_side(pixels, again), clip.fps, CHECK_CRF)
+            mp4.write_mp4(path, _side_by_side(pixels, again), clip.fps, CHECK_CRF)
             what = f"{source.name} from frame {clip.start}: PSNR {found[-1]:.1f} dB"
             shown.append(html.media(path, what))
             bar.advance(source.name)

@@ -157,14 +157,14 @@ def probe_video() -> dict[str, Any]:
     import torch
     import torchcodec
 
-    from cosmos_cli.model import video
+    from cosmos_cli.model import mp4, video
 
     frames, height, width, fps = 48, 64, 96, 24.0
     ramp = torch.arange(width).expand(3, frames, height, width)
     moving = (ramp * 2 + torch.arange(frames).view(1, -1, 1, 1)).to(torch.uint8)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "two_seconds.mp4"
-        video.write_mp4(path, moving, fps, 18)
+        mp4.write_mp4(path, moving, fps, 18)
         decoded = video.read_frames(path, range(frames))
     error = (decoded.float() - moving.float()).abs().mean().item()
     if decoded.shape != moving.shape or error > 4:

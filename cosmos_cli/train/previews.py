@@ -24,7 +24,7 @@ from torch import Tensor
 
 from cosmos_cli import console, files
 from cosmos_cli.errors import UserError
-from cosmos_cli.model import cond_frames, edm, rgb, sampler, video
+from cosmos_cli.model import cond_frames, edm, mp4, rgb, sampler
 from cosmos_cli.model.cond_frames import CondFrames
 from cosmos_cli.model.device import gpu_memory_errors, has_room, is_out_of_memory
 from cosmos_cli.model.tokenizer import Tokenizer, load_tokenizer
@@ -256,7 +256,7 @@ class Previews:
 
     def _write_sample(self, path: Path, pixels: Tensor) -> None:
         with files.atomic_file(path) as temporary:
-            video.write_mp4(temporary, pixels, self.r.fps, self.r.video_crf)
+            mp4.write_mp4(temporary, pixels, self.r.fps, self.r.video_crf)
         with files.atomic_file(path.with_suffix(".jpg")) as temporary:
             sheet = rgb.contact_sheet(pixels, SHEET_COLUMNS, 1, CELL_PIXELS)
             sheet.save(temporary, quality=90)

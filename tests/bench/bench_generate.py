@@ -59,6 +59,7 @@ from cosmos_cli.model import (
     fp8_sampling,
     kernels,
     lora,
+    mp4,
     rgb,
     streaming,
     text,
@@ -514,7 +515,7 @@ def bench_sample(bench: Bench, net: DiT) -> Row:
             pixels = rgb.to_uint8(tokenizer.decode(x0.to(bench.dtype))[0]).cpu()
     path = bench.scratch / "bench.mp4"
     with measured("write mp4", device, rows):
-        video.write_mp4(path, pixels, r.fps, r.video_crf)
+        mp4.write_mp4(path, pixels, r.fps, r.video_crf)
     shape = video.probe(path)
     assert (shape.frames, shape.height, shape.width) == bench.size
     backend = video_models.self_attention_backend(r, net)

@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from cosmos_cli.commands import prep
-from cosmos_cli.model import video
+from cosmos_cli.model import mp4
 from cosmos_cli.paths import Dataset
 from cosmos_cli.prep import page, prepare, sources, work_sharing
 from cosmos_cli.recipe import loading
@@ -32,7 +32,7 @@ PROMPT = "prompt=A video of a square."
 
 def write(folder, name, frames=25, size=(64, 96), fps=12):
     folder.mkdir(parents=True, exist_ok=True)
-    video.write_mp4(folder / name, moving_square(frames, *size), fps, 18)
+    mp4.write_mp4(folder / name, moving_square(frames, *size), fps, 18)
 
 
 @pytest.fixture
@@ -278,7 +278,7 @@ def test_the_report_shows_every_video_and_loads_nothing(tmp_path):
     write(videos, "a <b>.mp4", 60)
     shutil.copy(videos / "a <b>.mp4", videos / "copy.mp4")
     halves = torch.cat([moving_square(9, 64, 96), 255 - moving_square(9, 64, 96)], dim=1)
-    video.write_mp4(videos / "cut.mp4", halves, 16, 18)
+    mp4.write_mp4(videos / "cut.mp4", halves, 16, 18)
     write(videos, "short.mp4", 5)
     (videos / "text.mp4").write_text("words")
     arguments = settings("prompt=A <i>square</i>.", "num_frames=17", "check_every_clips=2")

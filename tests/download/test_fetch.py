@@ -17,7 +17,7 @@ from safetensors.torch import save
 from transformers import T5Config, T5EncoderModel
 
 from cosmos_cli import hashes, paths
-from cosmos_cli.model import video
+from cosmos_cli.model import mp4, video
 from tests.helpers.hub import Online, commit_of, serve, socks_proxy
 from tests.helpers.stand_ins import moving_square
 
@@ -60,7 +60,7 @@ def old_format(weights):
 @pytest.fixture
 def repos(tmp_path):
     clip = tmp_path / "clip.mp4"
-    video.write_mp4(clip, moving_square(9, 64, 96), 24, 18)
+    mp4.write_mp4(clip, moving_square(9, 64, 96), 24, 18)
     return {
         MODEL: {
             "model.pt": b"weights" * 999,

@@ -16,7 +16,7 @@ from cosmos_cli import hashes
 from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.generate import inputs, jobs
 from cosmos_cli.generate.jobs import Given, Request, Settings, Weights
-from cosmos_cli.model import rgb, video
+from cosmos_cli.model import mp4, rgb, video
 from cosmos_cli.recipe import loading
 from tests.helpers.stand_ins import moving_square
 
@@ -90,7 +90,7 @@ def test_an_enlarged_input_is_reported(tmp_path, capsys):
 @pytest.mark.parametrize(("policy", "rate"), [("resample", 12.0), ("resample", 24.0), ("keep", 24)])
 def test_the_last_frames_of_a_video_are_given(tmp_path, count, policy, rate):
     clip, path = moving_square(30, 64, 96), tmp_path / "a.mp4"
-    video.write_mp4(path, clip, rate, 0)
+    mp4.write_mp4(path, clip, rate, 0)
     r = SimpleNamespace(**{**vars(R), "fps_policy": policy})
     pixels = inputs.read(Given(path, is_video=True, frames=count), r)
     step = 2 if (policy, rate) == ("resample", 24.0) else 1
@@ -129,7 +129,7 @@ def test_a_bad_input_is_one_clear_line(tmp_path, content, is_video, words):
     elif content == "large":
         path.write_bytes(oversized())
     elif content == "short":
-        video.write_mp4(path, moving_square(5, 64, 96), 12, 18)
+        mp4.write_mp4(path, moving_square(5, 64, 96), 12, 18)
     elif content is not None:
         path.write_bytes(content)
     with pytest.raises(UserError, match=words) as caught:

@@ -14,7 +14,7 @@ from cosmos_cli.generate import batch, rollout
 from cosmos_cli.generate.jobs import Given, Job, Weights
 from cosmos_cli.generate.phases import Pipeline
 from cosmos_cli.generate.text_models import Conditioning
-from cosmos_cli.model import containers, video
+from cosmos_cli.model import mp4, video
 from cosmos_cli.recipe import loading
 from tests.helpers.stand_ins import moving_square
 
@@ -177,9 +177,9 @@ def test_drift_is_told_segment_by_segment(tmp_path, capsys):
 def test_joined_files_have_the_frames_of_their_parts(tmp_path):
     clips = [moving_square(17, 64, 96), moving_square(8, 64, 96).flip(3)]
     for number, clip in enumerate(clips):
-        video.write_mp4(tmp_path / f"{number}.mp4", clip, 16, 18)
+        mp4.write_mp4(tmp_path / f"{number}.mp4", clip, 16, 18)
     parts = [tmp_path / "0.mp4", tmp_path / "1.mp4", tmp_path / "0.mp4"]
-    containers.join_mp4(parts, tmp_path / "joined")
+    mp4.join_mp4(parts, tmp_path / "joined")
     info = video.probe(tmp_path / "joined")
     assert (info.frames, info.fps, info.seconds) == (42, 16.0, 42 / 16)
     decoded = [

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torchcodec.encoders import VideoEncoder
 
 from cosmos_cli.errors import ExitCode, UserError
-from cosmos_cli.model import rgb, video
+from cosmos_cli.model import mp4, rgb, video
 from cosmos_cli.model.video import Clip, VideoError, VideoInfo
 
 
@@ -42,7 +42,7 @@ def clips(source: VideoInfo, policy: str, fps: float, frames: int, stride: int =
 
 @pytest.mark.parametrize("fps", [12, 23.976023976, 24, 29.97, 30, 60000 / 1001])
 def test_a_written_file_has_the_frames_rate_and_size_it_was_given(tmp_path, fps):
-    video.write_mp4(tmp_path / "clip", numbered_frames(9), fps, 18)
+    mp4.write_mp4(tmp_path / "clip", numbered_frames(9), fps, 18)
     found = video.probe(tmp_path / "clip")
     assert (found.frames, found.height, found.width, found.codec) == (9, 32, 48, "h264")
     assert found.fps == pytest.approx(fps, rel=1e-5)
@@ -55,7 +55,7 @@ def test_the_same_frames_give_the_same_bytes_in_an_mp4_container(tmp_path):
     smooth = F.interpolate(coarse, (25, 96, 160), mode="trilinear")[0].mul(255).byte()
     written, elsewhere = set(), []
     for i in range(12):
-        video.write_mp4(tmp_path / "clip.tmp", smooth, 24, 18)
+        mp4.write_mp4(tmp_path / "clip.tmp", smooth, 24, 18)
         written.add((tmp_path / "clip.tmp").read_bytes())
         elsewhere.append(torch.rand(1000 + 777 * i))  # the next encoder's memory lies elsewhere
     (data,) = written
@@ -67,7 +67,7 @@ def test_the_same_frames_give_the_same_bytes_in_an_mp4_container(tmp_path):
 def test_flat_colours_survive_the_round_trip(tmp_path):
     colours = torch.tensor([[255, 0, 0], [0, 255, 0], [0, 0, 255], [128, 128, 128], [0, 128, 128]])
     frames = colours.T[:, :, None, None].expand(3, 5, 32, 48).byte()
-    video.write_mp4(tmp_path / "a.mp4", frames, 24, 10)
+    mp4.write_mp4(tmp_path / "a.mp4", frames, 24, 10)
     read = video.read_frames(tmp_path / "a.mp4", range(5))
     assert (read.int() - frames.int()).abs().max() <= 3
 
@@ -75,7 +75,7 @@ def test_flat_colours_survive_the_round_trip(tmp_path):
 @pytest.mark.parametrize(("height", "width"), [(33, 48), (32, 47)])
 def test_odd_sizes_are_refused_when_writing(tmp_path, height, width):
     with pytest.raises(ValueError, match=f"{width}x{height}"):
-        video.write_mp4(tmp_path / "a.mp4", numbered_frames(2, height, width), 24, 18)
+        mp4.write_mp4(tmp_path / "a.mp4", numbered_frames(2, height, width), 24, 18)
     assert not (tmp_path / "a.mp4").exists()
 
 
@@ -148,7 +148,7 @@ def test_one_frame_is_a_video_of_one_frame_and_too_short_for_more(tmp_path):
 def faststart(tmp_path_factory):
     """60 frames with the index before the data."""
     folder = tmp_path_factory.mktemp("faststart")
-    video.write_mp4(folder / "a.mp4", numbered_frames(60), 30, 18)
+    mp4.write_mp4(folder / "a.mp4", numbered_frames(60), 30, 18)
     return (folder / "a.mp4").read_bytes()
 
 
@@ -160,7 +160,7 @@ def test_a_truncated_file_names_its_frames(tmp_path, faststart, part):
 
 
 def test_a_file_without_its_index_is_truncated(tmp_path):
-    video.write_mp4(tmp_path / "b.mp4", numbered_frames(30), 30, 18)
+    mp4.write_mp4(tmp_path / "b.mp4", numbered_frames(30), 30, 18)
     # FFmpeg writes the index at the end.
     ffmpeg("-i", tmp_path / "b.mp4", "-c", "copy", tmp_path / "a.mp4")
     data = (tmp_path / "a.mp4").read_bytes()

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from cosmos_cli import paths
-from cosmos_cli.model import text, video
+from cosmos_cli.model import mp4, text
 from cosmos_cli.prep import embedding_files
 from cosmos_cli.spec import TINY
 from tests.helpers.command import Cosmos, settings
@@ -26,7 +26,7 @@ def write_videos(root, *stems):
         (dataset / folder).mkdir(parents=True, exist_ok=True)
     for i, stem in enumerate(stems):
         clip = moving_square(13, 64, 96).roll(7 * i, dims=3)
-        video.write_mp4(dataset / "videos" / f"{stem}.mp4", clip, 12, 18)
+        mp4.write_mp4(dataset / "videos" / f"{stem}.mp4", clip, 12, 18)
     return dataset
 
 

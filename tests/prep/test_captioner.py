@@ -17,7 +17,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from cosmos_cli.model import video
+from cosmos_cli.model import mp4
 from tests.helpers.command import settings
 from tests.helpers.stand_ins import moving_square
 
@@ -72,7 +72,7 @@ def write_videos(cosmos, count):
     videos.mkdir(parents=True)
     for i in range(count):
         shades = moving_square(9, 64, 96 + 32 * i) // (i + 1)
-        video.write_mp4(videos / f"{i}.mp4", shades, 16, 18)
+        mp4.write_mp4(videos / f"{i}.mp4", shades, 16, 18)
     return videos
 
 
@@ -124,7 +124,7 @@ def test_descriptions_replace_a_bare_prompt_and_follow_the_video(cosmos, vlm):
     ((first, origin),) = rows(videos.parent)
     assert origin == "vlm"
     assert first != "A clip."
-    video.write_mp4(videos / "0.mp4", 255 - moving_square(9, 64, 96), 16, 18)
+    mp4.write_mp4(videos / "0.mp4", 255 - moving_square(9, 64, 96), 16, 18)
     cosmos("prep", "tiny", *write_by_vlm(vlm))
     assert rows(videos.parent)[0][0] != first
 

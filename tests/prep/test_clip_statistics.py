@@ -1,6 +1,6 @@
 """Which clips are near-duplicates."""
 
-from cosmos_cli.model import video
+from cosmos_cli.model import mp4, video
 from cosmos_cli.model.tiny import world
 from cosmos_cli.prep import clip_statistics
 
@@ -13,7 +13,7 @@ def test_a_clip_that_was_encoded_again_is_a_near_duplicate(tmp_path):
     clips = {}
     for seed in range(4):
         pixels = rendered(seed)
-        video.write_mp4(tmp_path / "again.mp4", pixels, 16, 23)
+        mp4.write_mp4(tmp_path / "again.mp4", pixels, 16, 23)
         again = video.read_frames(tmp_path / "again.mp4", range(9))
         clips[f"{seed}"] = clip_statistics.measure_clip(pixels)
         clips[f"{seed} again"] = clip_statistics.measure_clip(again)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from cosmos_cli.errors import ExitCode, UserError
-from cosmos_cli.model import video
+from cosmos_cli.model import mp4, video
 from cosmos_cli.prep import lerobot
 from tests.helpers.command import Cosmos, settings
 
@@ -39,7 +39,7 @@ def write_info(root, version, video_path):
 
 def write_video(path, frames):
     path.parent.mkdir(parents=True, exist_ok=True)
-    video.write_mp4(path, frames, FPS, 4)
+    mp4.write_mp4(path, frames, FPS, 4)
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from cosmos_cli.model import video
+from cosmos_cli.model import mp4
 from cosmos_cli.paths import Dataset
 from cosmos_cli.prep import captions, sources
 from cosmos_cli.recipe.keys import Recipe
@@ -118,7 +118,7 @@ def test_nested_videos_are_prepared_and_train_finds_them_unchanged(tmp_path):
     for i, name in enumerate(("flat", "2024/cam1/a", "2024/cam2/a", "2024/cam2/bad")):
         (videos / name).parent.mkdir(parents=True, exist_ok=True)
         clip = moving_square(13 if i < 3 else 3, 64, 96).roll(7 * i, dims=3)
-        video.write_mp4(videos / f"{name}.mp4", clip, 12, 18)
+        mp4.write_mp4(videos / f"{name}.mp4", clip, 12, 18)
     (videos / "metadata.csv").write_text("file_name,text\n2024/cam2/a.mp4,A table.\n")
     (videos / "2024" / "cam1" / "a.txt").write_text("Beside it.")
     (videos / "flat.json").write_text('{"caption": "Cut o')

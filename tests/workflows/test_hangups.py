@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from cosmos_cli.files import read_json
-from cosmos_cli.model import video
+from cosmos_cli.model import mp4, video
 from tests.helpers.command import UNCOMPILED, Cosmos, settings
 from tests.helpers.runs import find_run, options
 from tests.helpers.stand_ins import moving_square
@@ -108,7 +108,7 @@ def videos(tmp_path):
     folder = tmp_path / "datasets" / "tiny" / "videos"
     folder.mkdir(parents=True)
     for i in range(15):
-        video.write_mp4(folder / f"{i:02d}.mp4", moving_square(60, 64, 96), 12, 18)
+        mp4.write_mp4(folder / f"{i:02d}.mp4", moving_square(60, 64, 96), 12, 18)
     return Cosmos(tmp_path)
 
 

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from cosmos_cli import files, hashes, paths
-from cosmos_cli.model import video
+from cosmos_cli.model import mp4, video
 from cosmos_cli.train import status
 from tests.helpers.command import settings
 from tests.helpers.runs import assert_same_model, copy_of, find_run, losses, options, train
@@ -40,7 +40,7 @@ def generate(cosmos, *arguments, code=0):
 
 def picture(folder):
     clip = moving_square(20, 64, 96)
-    video.write_mp4(folder / "clip.mp4", clip, 16, 18)
+    mp4.write_mp4(folder / "clip.mp4", clip, 16, 18)
     Image.fromarray(clip[:, 0].permute(1, 2, 0).numpy()).save(folder / "first.png")
 
 

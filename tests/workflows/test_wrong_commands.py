@@ -9,7 +9,7 @@ import shlex
 
 import pytest
 
-from cosmos_cli.model import video
+from cosmos_cli.model import mp4
 from cosmos_cli.paths import Run
 from tests.helpers.command import Cosmos, settings
 from tests.helpers.stand_ins import moving_square, stand_in_weights
@@ -151,7 +151,7 @@ def cosmos(prepared, tmp_path_factory):
         (prepared / "datasets" / name / "videos").mkdir(parents=True)
         (prepared / "datasets" / name / "videos" / f"{name}.mp4").write_bytes(content)
     (prepared / "datasets/short/videos").mkdir(parents=True)
-    video.write_mp4(prepared / "datasets/short/videos/short.mp4", moving_square(4, 64, 96), 12, 18)
+    mp4.write_mp4(prepared / "datasets/short/videos/short.mp4", moving_square(4, 64, 96), 12, 18)
     return cosmos
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cosmos_cli import files
-from cosmos_cli.model import video
+from cosmos_cli.model import mp4
 from cosmos_cli.model.tiny import world
 from cosmos_cli.model.tiny.world import Scene
 
@@ -52,7 +52,7 @@ def write(
             frames, height, width, fps = takes[i % len(takes)]
             with files.atomic_file(path) as temporary:
                 clip = world.render(scene, frames, height, width, fps)
-                video.write_mp4(temporary, clip, fps, CRF)
+                mp4.write_mp4(temporary, clip, fps, CRF)
         if not meta.exists():
             files.write_text(meta, text + "\n")
     return written

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from cosmos_cli.model import video
+from cosmos_cli.model import mp4, video
 from cosmos_cli.model.tiny import dataset, scorer, world
 from cosmos_cli.model.tiny.world import Scene, Thing
 
@@ -53,7 +53,7 @@ def test_readings_survive_compression_and_noise(tmp_path):
     scenes = [world.sample_scene(i) for i in range(16)]
     readings = []
     for scene in scenes:
-        video.write_mp4(tmp_path / "a.mp4", world.render(scene, *SIZE), 16.0, 28)
+        mp4.write_mp4(tmp_path / "a.mp4", world.render(scene, *SIZE), 16.0, 28)
         read = video.read_frames(tmp_path / "a.mp4", range(25)).float()
         noise = torch.randn(read.shape, generator=torch.Generator().manual_seed(0))
         readings.append(scorer.measure((read + 8 * noise).clamp(0, 255).byte()))
