@@ -810,6 +810,8 @@ def main() -> None:
     about = (options.model, r, device, dtype, options.scratch, options.rounds, options.limits)
     about += (options.set,)
     bench = Bench(*about)
+    # As load_denoiser does: diffusers imports Transformer Engine where it is installed.
+    kernels.put_cudnn_first()
     with torch.inference_mode():
         net = random_denoiser(r.spec.dit, device, dtype)
         backend = video_models.self_attention_backend(r, net)
