@@ -55,7 +55,7 @@ def propose(
     places = _places(name, folder)
     held_out = _holdout(len(videos))
     clip = training_plan.Clip(frames.value, height.value, width.value)
-    chosen = training_plan.choose(clip, lengths, held_out.value, machine)
+    chosen = training_plan.choose_way(clip, lengths, held_out.value, machine)
     if chosen.clip != clip:
         smaller = f"larger or longer clips do not fit on {machine} or do not end in time"
         frames = Line("num_frames", chosen.clip.frames, smaller)
@@ -78,7 +78,7 @@ def propose(
         Line("output_root", "outputs", "the run is saved in output_root/project/group/name"),
         Line("name", name, "it is the name of this recipe"),
     ]
-    needs = training_plan.describe(chosen, machine)
+    needs = training_plan.describe_way(chosen, machine)
     shortest = 1 + SPEC.tokenizer.temporal
     if lengths[len(lengths) // 4] < shortest:
         needs += [

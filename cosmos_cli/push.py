@@ -128,7 +128,7 @@ def look(repo: str) -> Remote | None:
     return Remote(str(info.sha), bool(info.private), {file.name: file for file in listed})
 
 
-def require_own(repo: str, run: Run, public: bool, yes: bool) -> None:
+def require_allowed(repo: str, run: Run, public: bool, yes: bool) -> None:
     """Refuse to publish without --public, and to replace anything but a model of this run.
 
     Raises:
@@ -143,7 +143,7 @@ def require_own(repo: str, run: Run, public: bool, yes: bool) -> None:
     if yes or not remote.files.keys() - {".gitattributes"}:
         return
     other = _run_in(repo, remote)
-    if other != name_of(run.root):
+    if other != run_name(run.root):
         what = f"the model of another run, {other}" if other else "files that promote did not push"
         fix = "push to another name, or replace it with `--yes`"
         raise usage_error(where, f"holds {what}", fix)
@@ -164,12 +164,12 @@ def _run_in(repo: str, remote: Remote) -> str:
     return str(manifest.get("run", "")) if isinstance(manifest, dict) else ""
 
 
-def name_of(run: Path | str) -> str:
+def run_name(run: Path | str) -> str:
     """Return the last folders of a run's path, which name it: project, group and name."""
     return "/".join(Path(run).parts[-3:])
 
 
-def compare(items: Sequence[Item], remote: Remote | None) -> Plan:
+def plan_push(items: Sequence[Item], remote: Remote | None) -> Plan:
     """Return what a push of these files would do."""
     there = remote.files if remote else {}
     unchanged = [item for item in items if item.is_at(there.get(item.name))]
@@ -181,7 +181,7 @@ def compare(items: Sequence[Item], remote: Remote | None) -> Plan:
 
 def preview(repo: str, items: Sequence[Item]) -> dict[str, Any]:
     """Print what a push of these files would do; return its figures."""
-    plan = compare(items, look(repo))
+    plan = plan_push(items, look(repo))
     plan.say(repo)
     return {"repo": repo, "uploaded": len(plan.changed), "bytes": plan.bytes}
 
@@ -207,7 +207,7 @@ def push(repo: str, items: Sequence[Item], title: str, public: bool) -> dict[str
         remote = look(repo)
         if remote is None:
             raise _forbidden(repo)
-    plan = compare(items, remote)
+    plan = plan_push(items, remote)
     plan.say(repo)
     commit = remote.revision
     if plan.changed or plan.gone:

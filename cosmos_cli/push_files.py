@@ -11,7 +11,7 @@ from cosmos_cli.generate import promoted
 from cosmos_cli.generate.jobs import Lora, Weights
 from cosmos_cli.model_card import Extras
 from cosmos_cli.paths import Run
-from cosmos_cli.push import Item, name_of
+from cosmos_cli.push import Item, run_name
 
 if TYPE_CHECKING:
     from cosmos_cli.recipe.keys import Recipe
@@ -84,7 +84,7 @@ def texts_of(r: Recipe, manifest: dict[str, Any], extras: Extras) -> list[Item]:
     kept = portable(r)
     named = {
         **manifest,
-        "run": name_of(manifest["run"]),
+        "run": run_name(manifest["run"]),
         "recipe": json.loads(kept.model_dump_json()),
     }
     for key in ("base", "checkpoint"):

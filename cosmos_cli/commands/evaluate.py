@@ -105,7 +105,7 @@ def evaluate(
     if saved:
         figures["steps"] = found = saves.summarise(run, figures, saved)
         names = saves.shown(found)
-        saves.record(run, found)
+        saves.keep_scores(run, found)
     page.keep_larger(output, figures)
     # The truth, if any, is shown next to the models.
     shown = {n: own for n, own in samples.items() if n in names or n not in weights}
@@ -244,7 +244,7 @@ def _preview(r: Recipe, weights: dict[str, Weights], cost: dict[str, Any], outpu
     if cost["prompts"]:
         from cosmos_cli.generate import batch
 
-        batch.require_networks(r)
+        batch.require_other_networks(r)
     what = f"{cost['prompts']} videos"
     if r.spec.takes_frames:
         what = f"at most {cost['prompts']} clips of each kind, from 1 and from 9 frames"

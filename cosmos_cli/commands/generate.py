@@ -305,7 +305,7 @@ def _preview(settings: list[Settings], requests: list[Request]) -> console.Resul
     if errors := [result.error for result in results if result.error]:
         raise together(errors)
     if todo := [result.job for result in results if result.job and not result.made]:
-        batch.require_networks(todo[0].r)
+        batch.require_other_networks(todo[0].r)
     text = "\n".join(str(result.job.path) for result in results if result.job)
     figures = {"videos": [result.record() for result in results], "dry_run": True}
     return console.Result(text, figures=figures)

@@ -84,8 +84,8 @@ def promote(
     if push:
         from cosmos_cli import push as hub_push
 
-        hub_push.require_own(push, run, public, yes)
-    if push and is_promoted(target, run, wanted):
+        hub_push.require_allowed(push, run, public, yes)
+    if push and is_up_to_date(target, run, wanted):
         console.say(f"step {number} ({weights}) of {r.run_dir} is promoted to {target}")
         manifest = files.read_json(target / paths.MANIFEST_FILE)
     else:
@@ -117,11 +117,11 @@ def _promote(
 
     run = Run(r.run_dir)
     if dry_run:
-        require_own(target, run, yes, aside)
+        require_replaceable(target, run, yes, aside)
         assets.require_networks(r, _base_of(r, run))
         return {}
     with exchange.alone(target):
-        require_own(target, run, yes, aside)
+        require_replaceable(target, run, yes, aside)
 
         from cosmos_cli import promote as model_promote
 
@@ -169,7 +169,7 @@ def check_push(push: str | None, public: bool) -> None:
         raise usage_error("--push", f"{push[:LONGEST_NAME]!r} is not the name of a repository", fix)
 
 
-def is_promoted(target: Path, run: Run, wanted: dict[str, Any]) -> bool:
+def is_up_to_date(target: Path, run: Run, wanted: dict[str, Any]) -> bool:
     """True if a folder holds, undamaged, what promote would write of a checkpoint.
 
     So a push that failed continues without promoting again.
@@ -244,7 +244,7 @@ def _generate_command(r: Recipe, target: Path, name: str | None) -> list[str]:
     return ["cosmos", "generate", *shown, "--prompt", prompt, *own]
 
 
-def require_own(target: Path, run: Run, yes: bool, aside: str) -> None:
+def require_replaceable(target: Path, run: Run, yes: bool, aside: str) -> None:
     """Refuse to replace files other than a model of this run, unless --yes is given.
 
     Args:

@@ -68,7 +68,7 @@ def directions(r: Recipe, count: int, held_out: bool) -> dict[str, str]:
     """Return the better direction of each score: "higher", "lower" or ""."""
     kinds = [*(SCENES if r.spec.embedded else ()), *([HELD_OUT] if held_out else ())]
     return {
-        name_of(score, kind, given): better
+        score_name(score, kind, given): better
         for given in GIVEN_FRAMES
         for kind in kinds
         for score, (_, better) in MEANINGS.items()
@@ -76,7 +76,7 @@ def directions(r: Recipe, count: int, held_out: bool) -> dict[str, str]:
     }
 
 
-def name_of(score: str, kind: str, given: int) -> str:
+def score_name(score: str, kind: str, given: int) -> str:
     """Return the name of a score of the clips of one kind, from so many given frames."""
     return f"{score}, {kind}, {given} given"
 
@@ -105,9 +105,9 @@ def evaluate(
     shown: dict[str, list[Sample]] = {}
 
     def record(name: str, kind: str, given: int, videos: Iterable[Tensor]) -> None:
-        scores, first = measure(groups[kind], videos, given)
+        scores, first = measure_clips(groups[kind], videos, given)
         for score, found in scores.items():
-            key = name_of(score, kind, given)
+            key = score_name(score, kind, given)
             values.setdefault(name, {})[key] = found.nanmean(1).tolist()
             curves.setdefault(key, {})[name] = _curve(score, found)
         if given == GIVEN_FRAMES[-1] and name != REPEATED:
@@ -213,7 +213,7 @@ def repeat_last(clip: Clip, given: int) -> Tensor:
     return torch.cat([clip.pixels[:, :given], last.expand(-1, repeats, -1, -1)], dim=1)
 
 
-def measure(
+def measure_clips(
     clips: Sequence[Clip], videos: Iterable[Tensor], given: int
 ) -> tuple[dict[str, Tensor], list[Sample]]:
     """Return each score of each clip and new frame, (clips, T), and the first videos to show."""

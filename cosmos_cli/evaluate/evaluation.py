@@ -168,14 +168,14 @@ def evaluate(
     planned = plan_features(r, dataset, len(store.wanted))
     figures["not_measured"] = planned.reasons
     # A damaged model is found before the first video is made.
-    scorers = features.load(planned)
+    scorers = features.load_models(planned)
     errors = run_models(r, models, store, dataset)
     for name, weights in models.items():
         figures["models"][name] = {"weights": weights.identity}
         if dataset:
             figures["models"][name]["edm"] = means(errors[name])
     with torch.inference_mode():
-        measured, vectors = measure(r, models, store, dataset, scorers)
+        measured, vectors = measure_models(r, models, store, dataset, scorers)
     values: dict[str, dict[str, list[float]]] = {name: {} for name in models}
     better = directions(r, dataset, len(store.wanted))
     for name in models:
@@ -193,7 +193,7 @@ def evaluate(
 def plan_features(r: Recipe, dataset: PreparedClips | None, videos: int) -> features.Plan:
     """Return which scores of feature models can be measured on so many videos."""
     clips = (len(dataset.train), len(dataset.heldout)) if dataset else (0, 0)
-    return features.plan(r, videos, *clips)
+    return features.measurable(r, videos, *clips)
 
 
 def directions(r: Recipe, dataset: PreparedClips | None, videos: int) -> dict[str, str]:
@@ -231,7 +231,7 @@ def run_models(
     return errors
 
 
-def measure(
+def measure_models(
     r: Recipe, models: dict[str, Weights], store: Store, dataset: PreparedClips | None,
     scorers: features.Models,
 ) -> tuple[dict[str, list[Sample]], comparison.Features | None]:  # fmt: skip
@@ -254,7 +254,7 @@ def measure(
             for sample in samples.read_samples(store, tokenizer, weights):
                 if scorers.distance:
                     vectors[name].append(scorers.distance.embed(sample.pixels))
-                found = replace(sample, scores=score(sample, scorers))
+                found = replace(sample, scores=score_sample(sample, scorers))
                 small = samples.shrunk(found, SHOWN_WIDTH) if sample.trial in shown else None
                 measured[name].append(small or replace(found, pixels=None))
                 bar.advance(name)
@@ -266,12 +266,12 @@ def measure(
     return measured, comparison.Features(features.DISTANCE, stacked, held_out)
 
 
-def score(sample: Sample, scorers: features.Models) -> dict[str, float]:
+def score_sample(sample: Sample, scorers: features.Models) -> dict[str, float]:
     """Return all scores of one video."""
     own, on_cpu = scorers.frames.items(), replace(sample, pixels=sample.pixels.cpu())
     return {
         **(world_scores(on_cpu) if sample.trial.scene else {}),
-        **video_scores.measure(on_cpu.pixels),
+        **video_scores.measure_video(on_cpu.pixels),
         **{name: model.score(sample.pixels, sample.trial.prompt) for name, model in own},
     }
 

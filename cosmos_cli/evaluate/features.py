@@ -64,7 +64,7 @@ class Plan:
     missing: tuple[str, ...]
 
 
-def plan(r: Recipe, videos: int, training: int, held_out: int) -> Plan:
+def measurable(r: Recipe, videos: int, training: int, held_out: int) -> Plan:
     """Return which scores can be measured on these numbers of videos and clips.
 
     A score whose model is off is not mentioned. With the embedded model, whose world has a scorer
@@ -295,7 +295,7 @@ class Models:
             )
 
 
-def load(found: Plan) -> Models:
+def load_models(found: Plan) -> Models:
     """Load the models of a plan into CPU memory.
 
     Raises:

@@ -145,7 +145,7 @@ def write_page(
 ) -> list[Path]:
     """Write one self-contained page and, next to it, its videos; return all paths."""
     run = paths.Run(r.run_dir)
-    sections = run_page.scores(run) if "steps" in figures else []
+    sections = run_page.scores_section(run) if "steps" in figures else []
     note = html.text(comparison.NOTE)
     for heading, table in comparison.tables(figures["comparisons"]):
         sections.append((heading, note + html.table(*table)))

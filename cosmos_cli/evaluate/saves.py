@@ -94,7 +94,7 @@ def summarise(run: Run, figures: Mapping[str, Any], steps: Sequence[int]) -> dic
     }
 
 
-def record(run: Run, found: Mapping[str, Any]) -> None:
+def keep_scores(run: Run, found: Mapping[str, Any]) -> None:
     """Keep the scores in the run's folder, and draw them on its page.
 
     Raises:

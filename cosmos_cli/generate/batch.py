@@ -61,7 +61,7 @@ def compared(
     return both
 
 
-def require_networks(r: Recipe) -> None:
+def require_other_networks(r: Recipe) -> None:
     """Check that the networks around the denoiser exist, without loading them, and that fp8 works.
 
     Raises:
@@ -192,7 +192,7 @@ def _generate(todo: list[Job], wanted: int | None) -> Iterator[Result]:
 
 def _comparisons(settings: Sequence[Settings], pairs: list[tuple[Job, Job]]) -> Iterator[Result]:
     """Yield a side-by-side video for each pair of jobs that both settings have rendered."""
-    from cosmos_cli.generate.comparison import compare, in_words
+    from cosmos_cli.generate.comparison import in_words, write_comparison
 
     first, second = settings
     folder = second.output / "compare"
@@ -204,7 +204,7 @@ def _comparisons(settings: Sequence[Settings], pairs: list[tuple[Job, Job]]) -> 
         joined = replace(second, r=two.r, weights=both, output=folder, given=two.given)
         result = plan_request(Request(two.prompt), joined)
         if result.job and not result.made:
-            compare({first.side: one, second.side: two}, result.job)
+            write_comparison({first.side: one, second.side: two}, result.job)
             result = replace(result, made=True)
         if result.job and (found := files.read_json(result.job.files[0]).get("difference")):
             console.say(f"{second.side} against exact: {in_words(found)}")

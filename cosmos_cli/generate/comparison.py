@@ -22,7 +22,7 @@ from cosmos_cli.recipe.keys import Recipe
 LABEL_SHARE = 0.08
 
 
-def compare(sides: dict[str, Job], joined: Job) -> None:
+def write_comparison(sides: dict[str, Job], joined: Job) -> None:
     """Write the mp4, its sidecar and contact sheet, and a page with all three videos.
 
     If one side is the exact video, also measure how far the other is from it.

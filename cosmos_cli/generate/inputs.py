@@ -20,7 +20,7 @@ from cosmos_cli.recipe.keys import Recipe
 FORMATS = ("PNG", "JPEG", "WEBP")
 
 
-def read(given: Given, r: Recipe) -> Tensor:
+def read_given(given: Given, r: Recipe) -> Tensor:
     """Return the given frames, resized as prep resizes clips, uint8 (3, T, height, width).
 
     Raises:

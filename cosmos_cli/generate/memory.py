@@ -11,7 +11,7 @@ import torch
 from cosmos_cli import console, files, paths
 from cosmos_cli.errors import ExitCode, UserError, asset_error
 from cosmos_cli.generate.guards import guardrail
-from cosmos_cli.model.device import free_bytes, number_format
+from cosmos_cli.model.device import free_gpu_bytes, number_format
 from cosmos_cli.recipe import residence
 from cosmos_cli.recipe.keys import Recipe
 
@@ -52,7 +52,7 @@ def streamed_blocks(r: Recipe, device: str) -> int:
     dit, size = r.spec.dit, number_format(device).itemsize
     if device == "cpu":
         return dit.blocks if r.memory == "streamed" else 0
-    free, others = free_bytes(torch.device(device)), _bytes_besides_blocks(r)
+    free, others = free_gpu_bytes(torch.device(device)), _bytes_besides_blocks(r)
     count = residence.streamed(dit, size, free - others)
     needed = others + residence.block_weights(dit, size, count)
     if needed > free:
@@ -81,7 +81,7 @@ def streamed_blocks(r: Recipe, device: str) -> int:
     return count
 
 
-def describe(r: Recipe, count: int) -> str:
+def weights_line(r: Recipe, count: int) -> str:
     """Return the line that says where the weights of the denoiser are."""
     dit = r.spec.dit
     if not count:

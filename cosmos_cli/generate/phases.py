@@ -216,7 +216,7 @@ class Pipeline:
             UserError: the file cannot be used, or the frame filter blocks it.
         """
         assert job.given and self.videos
-        pixels = inputs.read(job.given, job.r)
+        pixels = inputs.read_given(job.given, job.r)
         frame_filter = self.videos.frame_filter
         if frame_filter and (reason := frame_filter.reason(pixels)):
             reason = f"{reason} of the input {job.given.path.name}"

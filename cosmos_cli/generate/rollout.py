@@ -54,7 +54,7 @@ def make(pipeline: Pipeline, job: Job, text_emb: Conditioning, given: Tensor | N
         given = pixels[:, -OVERLAP:].clone()
         new = pixels[:, OVERLAP:] if number else pixels
         about["blurred_faces"] = pipeline.blur(new)
-        parts.add(new, given, {**about, **look(new)})
+        parts.add(new, given, {**about, **drift_figures(new)})
     faces = [row["blurred_faces"] for row in parts.rows]
     about = {
         **{key: parts.rows[-1][key] for key in SAME},
@@ -75,7 +75,7 @@ def segment_job(job: Job, number: int) -> Job:
     return replace(job, r=job.r.model_copy(update={"sampling_seed": seed}), path=path, segments=1)
 
 
-def look(pixels_CTHW: Tensor) -> dict[str, float]:
+def drift_figures(pixels_CTHW: Tensor) -> dict[str, float]:
     """Return the figures that show drift: sharpness, brightness and saturation."""
     y_THW = video_scores.luminance(pixels_CTHW)
     return {

@@ -96,7 +96,7 @@ def load_released(path: Path) -> Any:
     """
     from transformers import MistralConfig, MistralForCausalLM
 
-    state = rename(weights.load_tensors(path), path)
+    state = to_transformers(weights.load_tensors(path), path)
     layers = sum(name.endswith("input_layernorm.weight") for name in state)
     try:
         vocabulary, width = state["model.embed_tokens.weight"].shape
@@ -128,7 +128,7 @@ def load_released(path: Path) -> Any:
     return model
 
 
-def rename(state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+def to_transformers(state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
     """Return released tensors with the names and the row order of transformers.
 
     Raises:

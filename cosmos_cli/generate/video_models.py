@@ -86,7 +86,7 @@ class VideoModels:
             self.face_blur = FaceBlur(guards.faces, device)
         self.dtype = number_format(device)
         self.streamed = memory.streamed_blocks(r, device) if r.memory != "together" else 0
-        console.say(memory.describe(r, self.streamed))
+        console.say(memory.weights_line(r, self.streamed))
         self.net = load_denoiser(
             r, weights_.path, device, self.dtype, weights_.loras, self.streamed
         )

@@ -89,7 +89,7 @@ class CondFrames:
         return 1 - self.fixed.float().mean(dim=(1, 2, 3, 4))
 
 
-def draw(key: tuple[int, int, int], shape: tuple[int, ...]) -> tuple[int, float, Tensor]:
+def draw_given(key: tuple[int, int, int], shape: tuple[int, ...]) -> tuple[int, float, Tensor]:
     """Sample the number of given latent frames, their noise level and noise (CPU) of one sample.
 
     They depend only on `key`, as in `edm.draw`, whose values they leave as they are.

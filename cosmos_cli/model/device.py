@@ -63,7 +63,7 @@ def has_room(device: torch.device, needed: float) -> bool:
     return len(parts) == 8
 
 
-def free_bytes(device: torch.device) -> int:
+def free_gpu_bytes(device: torch.device) -> int:
     """Return the bytes of a GPU that this process can still allocate.
 
     This is below the free memory if the process is limited to a share of the GPU.

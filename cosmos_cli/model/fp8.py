@@ -11,7 +11,7 @@ from cosmos_cli.model.kernels import rotate
 from cosmos_cli.model.lora import LoRALinear
 
 
-def use_fp8(blocks: nn.ModuleList) -> None:
+def train_in_fp8(blocks: nn.ModuleList) -> None:
     """Make the linears of the blocks compute in fp8, with the same weights and parameter names.
 
     The first and last block, the AdaLN linears and LoRA factors keep their precision. Each tensor

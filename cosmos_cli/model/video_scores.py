@@ -95,7 +95,7 @@ def names(frames: int) -> list[str]:
     return list(SCORES) if frames > 2 else ["sharpness"]
 
 
-def measure(video_CTHW: Tensor) -> dict[str, float]:
+def measure_video(video_CTHW: Tensor) -> dict[str, float]:
     """Return each score of a uint8 video (3, T, H, W)."""
     y_THW = luminance(video_CTHW)
     return {name: SCORES[name](y_THW) for name in names(len(y_THW))}

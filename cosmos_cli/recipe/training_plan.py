@@ -71,7 +71,7 @@ class Choice:
         return self.plan.run_hours
 
 
-def choose(clip: Clip, lengths: Sequence[int], held_out: float, machine: Machine) -> Choice:
+def choose_way(clip: Clip, lengths: Sequence[int], held_out: float, machine: Machine) -> Choice:
     """Return the first way to train that fits and ends within MOST_HOURS, the best first.
 
     If none ends in time, it is the fastest that fits; if none fits, the one that needs least.
@@ -207,7 +207,7 @@ def _reasons(values: dict[str, Any], clips: int, machine: Machine) -> dict[str, 
     }
 
 
-def describe(way: Choice, machine: Machine) -> list[str]:
+def describe_way(way: Choice, machine: Machine) -> list[str]:
     """Return the lines that say what the run needs, and why it may not end in time."""
     found, disk = way.plan, plan.disk(way.recipe, 0).run_bytes / 1e9
     lines = [

@@ -136,7 +136,7 @@ class Clips:
             key, shape = (settings.seed, step, sample), tuple(latent.shape)
             drawn = edm.draw(key, shape, settings.text_dropout)
             if self.spec.takes_frames:
-                given.append(cond_frames.draw(key, shape))
+                given.append(cond_frames.draw_given(key, shape))
             x0.append(latent)
             sigma.append(drawn.sigma * self.spec.sigma_scale)
             noise.append(drawn.noise)

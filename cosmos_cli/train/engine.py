@@ -12,7 +12,7 @@ import torch.distributed as dist
 from cosmos_cli import console
 from cosmos_cli.errors import environment_error, usage_error
 from cosmos_cli.model import cond_frames, edm, fp8, kernels, lora, streaming, weights
-from cosmos_cli.model.device import free_bytes, why_not_compiled
+from cosmos_cli.model.device import free_gpu_bytes, why_not_compiled
 from cosmos_cli.model.dit import DiT
 from cosmos_cli.recipe import gpu_models, plan
 from cosmos_cli.recipe.residence import Residence
@@ -27,7 +27,7 @@ def build(r: Recipe, share: data.Share, device: torch.device) -> Any:
     import deepspeed
 
     config = deepspeed_config(r, share, device)
-    streamed = streamed_parts(r, device)
+    streamed = parts_to_stream(r, device)
     on_cpu = streamed.streamed_blocks(r.spec.dit.blocks)
     if r.zero_stage == 3:
         with deepspeed.zero.Init(config_dict_or_path=config):
@@ -48,7 +48,7 @@ def build(r: Recipe, share: data.Share, device: torch.device) -> Any:
         fused = False
     kernels.fuse(fused)
     if r.transformer_engine != "off":
-        fp8.use_fp8(net.blocks)
+        fp8.train_in_fp8(net.blocks)
     if r.transformer_engine == "all":
         fp8.use_engine_attention(net.blocks)
     kernels.put_cudnn_first()
@@ -90,7 +90,7 @@ def load_base(r: Recipe, base: Path) -> dict[str, torch.Tensor]:
     return state
 
 
-def streamed_parts(r: Recipe, device: torch.device) -> Residence:
+def parts_to_stream(r: Recipe, device: torch.device) -> Residence:
     """Return what `offload: weights` streams, given the free memory of the GPU.
 
     Raises:
@@ -101,7 +101,7 @@ def streamed_parts(r: Recipe, device: torch.device) -> Residence:
     gpu = None
     if device.type == "cuda":
         # Only the memory of this entry matters here.
-        gpu = gpu_models.GpuModel("GPU", free_bytes(device) / 1e9, 1, 1, 1)
+        gpu = gpu_models.GpuModel("GPU", free_gpu_bytes(device) / 1e9, 1, 1, 1)
         from cosmos_cli.recipe import advice
 
         advice.require_fit(r, gpu)

@@ -51,7 +51,7 @@ def sections(run: Run, folder: Path) -> list[tuple[str, str]]:
             *([_curves(measured, {key: _band(key) for key in counts}, "EDM error by given frames")]
               if counts else []),
         )))  # fmt: skip
-    shown += scores(run)
+    shown += scores_section(run)
     shown += _pictures(run, folder, [row for row in known if NEAREST in row])
     words = (
         "The loss is edm * exp(-v) + v, where v is a learned log-variance, so it may be negative. "
@@ -78,7 +78,7 @@ def _status(run: Run) -> list[tuple[str, str]]:
             for name, words in rows]  # fmt: skip
 
 
-def scores(run: Run) -> list[tuple[str, str]]:
+def scores_section(run: Run) -> list[tuple[str, str]]:
     """Return a section with the scores of the saves, none if they were not evaluated."""
     if not run.scores.exists():
         return []

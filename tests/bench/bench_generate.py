@@ -617,7 +617,7 @@ def streamed_denoiser(bench: Bench, state: dict[str, Tensor], limit: float, foun
         torch.cuda.empty_cache()
         torch.cuda.set_per_process_memory_fraction(limit * 2**30 / total)
     count = memory.streamed_blocks(bench.r.model_copy(update={"memory": "streamed"}), bench.device)
-    found[f"{limit:g} GiB"] = memory.describe(bench.r, count)
+    found[f"{limit:g} GiB"] = memory.weights_line(bench.r, count)
     with torch.device("meta"):
         net = DiT(bench.spec.dit).to(bench.dtype).requires_grad_(False)
     indices = Residence(count).streamed_blocks(bench.spec.dit.blocks)

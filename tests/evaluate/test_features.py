@@ -136,7 +136,7 @@ def test_a_damaged_model_is_one_line_with_the_command(tmp_path, name, change, wo
         (folder / change).unlink()
     score = {DINO: features.LIKENESS, SIGLIP: features.MATCH, VJEPA: features.DISTANCE}[name]
     with pytest.raises(UserError) as error:
-        features.load(features.Plan({score: folder}, {}, ()))
+        features.load_models(features.Plan({score: folder}, {}, ()))
     assert error.value.code == ExitCode.ASSET
     assert words in str(error.value) and "--for evaluate" in str(error.value)
     assert str(folder) in str(error.value)
@@ -144,27 +144,31 @@ def test_a_damaged_model_is_one_line_with_the_command(tmp_path, name, change, wo
 
 def test_what_cannot_be_measured_has_a_reason(root, tmp_path):
     r = loading.load("my_videos", [f"checkpoints_dir={root}"]).recipe
-    assert list(features.plan(r, 4, 3, 2).folders) == list(features.KEYS)
-    found = features.plan(r, 4, 0, 1)
+    assert list(features.measurable(r, 4, 3, 2).folders) == list(features.KEYS)
+    found = features.measurable(r, 4, 0, 1)
     assert found.folders.keys() == {features.MATCH}
     assert found.reasons == {
         features.LIKENESS: "there are no training clips",
         features.DISTANCE: "it needs 2 held-out clips",
     }
-    assert features.plan(r, 1, 3, 2).reasons == {features.DISTANCE: "it needs 2 videos"}
+    assert features.measurable(r, 1, 3, 2).reasons == {features.DISTANCE: "it needs 2 videos"}
     picture = r.model_copy(update={"num_frames": 1})
-    assert features.plan(picture, 4, 3, 2).reasons.keys() == {features.DISTANCE}
+    assert features.measurable(picture, 4, 3, 2).reasons.keys() == {features.DISTANCE}
     elsewhere = r.model_copy(update={"checkpoints_dir": str(tmp_path), "match_model": "off"})
-    assert features.plan(elsewhere, 4, 3, 2).missing == (features.LIKENESS, features.DISTANCE)
-    assert features.plan(r, 0, 3, 2) == features.Plan({}, {}, ())
+    assert features.measurable(elsewhere, 4, 3, 2).missing == (features.LIKENESS, features.DISTANCE)
+    assert features.measurable(r, 0, 3, 2) == features.Plan({}, {}, ())
     tiny = loading.load("tiny", []).recipe
-    assert features.plan(tiny, 4, 3, 2) == features.Plan({}, {}, ())
+    assert features.measurable(tiny, 4, 3, 2) == features.Plan({}, {}, ())
     typed = tiny.model_copy(update={"likeness_model": str(tmp_path), "match_model": "a/b"})
-    assert features.plan(typed, 4, 3, 2).missing == (features.MATCH,)
-    assert features.plan(typed, 4, 3, 2).reasons[features.LIKENESS].startswith("there is no model")
-    own = replace(features.plan(r, 4, 3, 2))
+    assert features.measurable(typed, 4, 3, 2).missing == (features.MATCH,)
+    assert (
+        features.measurable(typed, 4, 3, 2)
+        .reasons[features.LIKENESS]
+        .startswith("there is no model")
+    )
+    own = replace(features.measurable(r, 4, 3, 2))
     chosen = r.model_copy(update={"likeness_model": str(root / DINO)})
-    assert features.plan(chosen, 4, 3, 2) == own
+    assert features.measurable(chosen, 4, 3, 2) == own
 
 
 def test_cost_and_missing_models_are_said_before_anything_runs(tmp_path, capsys, monkeypatch):

@@ -13,10 +13,10 @@ from cosmos_cli.recipe import loading
 def test_a_folder_without_an_upsampler_is_refused_by_a_dry_run(tmp_path):
     r = loading.load("tiny", [f"upsampler={tmp_path}"]).recipe
     with pytest.raises(UserError, match="there is no prompt upsampler") as caught:
-        batch.require_networks(r)
+        batch.require_other_networks(r)
     assert (caught.value.where, caught.value.code) == (str(tmp_path), ExitCode.ASSET)
     (tmp_path / "config.json").touch()
-    batch.require_networks(r)
+    batch.require_other_networks(r)
 
 
 def test_a_missing_decoder_is_named_before_the_text_encoder_is_read(tmp_path):

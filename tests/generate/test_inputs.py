@@ -31,7 +31,7 @@ def photo(height=80, width=120):
 
 
 def read(path, r=R):
-    return inputs.read(Given(path, is_video=False, frames=1), r)
+    return inputs.read_given(Given(path, is_video=False, frames=1), r)
 
 
 def expected(picture, r=R):
@@ -92,7 +92,7 @@ def test_the_last_frames_of_a_video_are_given(tmp_path, count, policy, rate):
     clip, path = moving_square(30, 64, 96), tmp_path / "a.mp4"
     mp4.write_mp4(path, clip, rate, 0)
     r = SimpleNamespace(**{**vars(R), "fps_policy": policy})
-    pixels = inputs.read(Given(path, is_video=True, frames=count), r)
+    pixels = inputs.read_given(Given(path, is_video=True, frames=count), r)
     step = 2 if (policy, rate) == ("resample", 24.0) else 1
     last = 28 if step == 2 else 29
     numbers = range(last - step * (count - 1), 30, step)
@@ -133,7 +133,7 @@ def test_a_bad_input_is_one_clear_line(tmp_path, content, is_video, words):
     elif content is not None:
         path.write_bytes(content)
     with pytest.raises(UserError, match=words) as caught:
-        inputs.read(Given(path, is_video, 9 if is_video else 1), R)
+        inputs.read_given(Given(path, is_video, 9 if is_video else 1), R)
     assert caught.value.code == ExitCode.ASSET
     assert str(caught.value).count("\n") == 0
     assert str(path) in str(caught.value)

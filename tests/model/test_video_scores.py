@@ -56,9 +56,9 @@ def test_sharpness_is_the_frequency_of_stripes_at_any_contrast():
 
 def test_uint8_videos_are_measured_and_a_picture_has_only_sharpness():
     video = (255 * waves(1.0)).byte().expand(3, -1, -1, -1)
-    found = video_scores.measure(video)
+    found = video_scores.measure_video(video)
     assert found["motion amount"] == pytest.approx(1, rel=0.05)
     assert found.keys() == video_scores.SCORES.keys() == video_scores.MEANINGS.keys()
-    assert video_scores.measure(video[:, :1]).keys() == {"sharpness"}
-    black = video_scores.measure(torch.zeros(3, 9, 8, 8, dtype=torch.uint8))
+    assert video_scores.measure_video(video[:, :1]).keys() == {"sharpness"}
+    black = video_scores.measure_video(torch.zeros(3, 9, 8, 8, dtype=torch.uint8))
     assert set(black.values()) == {0.0}

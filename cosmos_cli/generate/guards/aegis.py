@@ -94,10 +94,10 @@ class Aegis:
             do_sample=False,
             pad_token_id=self.tokenizer.eos_token_id,
         )
-        return verdict(self.tokenizer.decode(output[0, length:], skip_special_tokens=True))
+        return block_reason(self.tokenizer.decode(output[0, length:], skip_special_tokens=True))
 
 
-def verdict(answer: str) -> str:
+def block_reason(answer: str) -> str:
     """Return why an answer blocks a prompt, or "" if it says that the prompt is safe."""
     if "unsafe" in answer.lower():
         numbers = dict.fromkeys(re.findall(r"\bO(\d+)\b", answer))

@@ -65,7 +65,7 @@ class FaceBlur:
         for frames_CTHW in pixels_CTHW.split(FRAMES_AT_ONCE, dim=1):
             frames = frames_CTHW.flip(0).transpose(0, 1).to(self.device, torch.float32)
             scores_TP, offsets_TP4 = self.net(frames - mean)
-            boxes_TP4 = decode(offsets_TP4, prior_boxes)
+            boxes_TP4 = decode_boxes(offsets_TP4, prior_boxes)
             for frame_CHW, scores, boxes in zip(
                 frames_CTHW.unbind(1), scores_TP, boxes_TP4, strict=True
             ):
@@ -89,7 +89,7 @@ def priors(height: int, width: int) -> Tensor:
     return torch.cat(levels)
 
 
-def decode(offsets: Tensor, grid: Tensor) -> Tensor:
+def decode_boxes(offsets: Tensor, grid: Tensor) -> Tensor:
     """Turn offsets (..., P, 4) from the priors `grid` (P, 4) into boxes (..., P, 4)."""
     centre = grid[:, :2] + CENTRE_VARIANCE * offsets[..., :2] * grid[:, 2:]
     half = grid[:, 2:] * torch.exp(SIZE_VARIANCE * offsets[..., 2:]) / 2

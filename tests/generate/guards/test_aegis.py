@@ -20,7 +20,7 @@ from transformers import (
 from cosmos_cli import paths
 from cosmos_cli.errors import UserError
 from cosmos_cli.generate.guards import guardrail
-from cosmos_cli.generate.guards.aegis import CATEGORIES, Aegis, verdict
+from cosmos_cli.generate.guards.aegis import CATEGORIES, Aegis, block_reason
 from cosmos_cli.generate.jobs import Job, Weights
 from cosmos_cli.generate.phases import Pipeline
 from cosmos_cli.generate.text_models import TextModels
@@ -117,7 +117,7 @@ def test_without_its_lora_the_model_finds_nothing(released, tmp_path):
     ],
 )  # fmt: skip
 def test_what_is_not_plainly_safe_is_blocked(answer, reason):
-    assert verdict(answer) == reason
+    assert block_reason(answer) == reason
 
 
 def test_the_policy_has_the_eleven_categories_of_the_reference():

@@ -144,9 +144,9 @@ def test_every_cell_has_priors_of_two_sizes_in_row_order():
 
 def test_offsets_shift_and_scale_a_prior():
     grid = torch.tensor([[100.0, 60.0, 20.0, 10.0]])
-    assert faces.decode(torch.zeros(2, 1, 4), grid).tolist() == [[[90, 55, 110, 65]]] * 2
+    assert faces.decode_boxes(torch.zeros(2, 1, 4), grid).tolist() == [[[90, 55, 110, 65]]] * 2
     twice = 5 * torch.tensor(2.0).log()
-    box = faces.decode(torch.tensor([[5.0, -2.0, twice, -twice]]), grid)[0]
+    box = faces.decode_boxes(torch.tensor([[5.0, -2.0, twice, -twice]]), grid)[0]
     assert torch.allclose(box, torch.tensor([90.0, 55.5, 130.0, 60.5]))
 
 
