@@ -308,12 +308,6 @@ def shown_trials(r: Recipe, wanted: Sequence[Trial]) -> list[Trial]:
 # --- the synthetic world --------------------------------------------------------------------------
 
 
-def scores(samples_: Iterable[Sample]) -> dict[str, float]:
-    """Return the means of `world_scores`, each over the videos that it applies to."""
-    read = [replace(sample, scores=world_scores(sample)) for sample in samples_]
-    return means(by_score(read, CHANCE))
-
-
 def world_scores(sample: Sample) -> dict[str, float]:
     """Return the scores of the synthetic world that apply to a video.
 

@@ -96,7 +96,8 @@ def sampling(r: Recipe, prompts: int, _folder: Path) -> Iterator[Row]:
             samples.sample_trials(store, net, Weights(path, ""), text_embs, len(trials))
             with torch.inference_mode():
                 made = samples.read_samples(store, tokenizer, Weights(path, ""))
-                scores = evaluation.scores(made)
+                read = [replace(s, scores=evaluation.world_scores(s)) for s in made]
+        scores = evaluation.means(evaluation.by_score(read, evaluation.CHANCE))
         del scores["concept"]
         yield {"study": study, "value": value, "seconds": time.monotonic() - began, **scores}
 
