@@ -180,9 +180,8 @@ def user_errors(asset: Asset) -> Iterator[None]:
         fix = "accept the licence there, then `export HF_TOKEN=hf_...`"
         raise bad("needs a token", fix, page) from error
     except errors.RepositoryNotFoundError as error:
-        raise bad(
-            "does not exist, or is private", "check the name, or `export HF_TOKEN=hf_...`"
-        ) from error
+        fix = "check the name, or `export HF_TOKEN=hf_...`"
+        raise bad("does not exist, or is private", fix) from error
     except errors.RevisionNotFoundError as error:
         held = f"delete {asset.record} to take the newest"
         fix = "use `--set dataset_revision=main`" if asset.revision else held

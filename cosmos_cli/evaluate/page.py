@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,8 @@ from cosmos_cli.recipe.keys import Recipe
 from cosmos_cli.spec import GIVEN_FRAMES
 from cosmos_cli.train import page as run_page
 
+Rows = list[tuple[str, ...]]
+
 MOSAIC_COLUMNS = 4
 CONTINUED = (
     "Every model continued the same clips with the same seeds, each from its first frame and from "
@@ -26,46 +28,38 @@ CONTINUED = (
 )
 
 
-def figure_rows(figures: dict[str, Any]) -> list[tuple[str, ...]]:
+def figure_rows(figures: dict[str, Any]) -> Rows:
     """Return the figures as table rows: a name, the value of chance, and each model's value."""
-    models = figures["models"].values()
-    table: list[tuple[str, ...]] = []
-    if all("scores" in model for model in models):
-        table += [
-            (name, f"{chance:.0%}", *(f"{model['scores'][name]:.1%}" for model in models))
-            for name, chance in evaluation.CHANCE.items()
+    models = list(figures["models"].values())
+
+    def rows(group: str, form: str, chance: Mapping[str, str] | None = None) -> Rows:
+        """Return the rows of a group of figures, none if a model lacks it."""
+        if not all(group in model for model in models):
+            return []
+        by_chance = dict.fromkeys(models[0][group], "") if chance is None else chance
+        return [
+            (name, words, *(format(model[group][name], form) for model in models))
+            for name, words in by_chance.items()
         ]
-    if all("video_scores" in model for model in models):
-        names = next(iter(models))["video_scores"]
-        table += [(name, "", *(f"{m['video_scores'][name]:.4g}" for m in models)) for name in names]
-    if all("features" in model for model in models):
-        names = next(iter(models))["features"]
-        table += [(name, "", *(f"{m['features'][name]:.4f}" for m in models)) for name in names]
+
+    shares = {name: f"{share:.0%}" for name, share in evaluation.CHANCE.items()}
+    table = rows("scores", ".1%", shares)
+    table += rows("video_scores", ".4g") + rows("features", ".4f")
     if all("held_out_distance" in model for model in models):
         found = [model["held_out_distance"] for model in models]
         cells = (f"{own['distance']:.4g} (p = {own['p']:.2g})" for own in found)
         table.append((features.DISTANCE, "0 on average", *cells))
     if "repeated" in figures:
-        table += [
-            (name, f"{trivial:.4g}", *(f"{model['continuation'][name]:.4g}" for model in models))
-            for name, trivial in figures["repeated"].items()
-        ]
+        trivial = {name: f"{value:.4g}" for name, value in figures["repeated"].items()}
+        table += rows("continuation", ".4g", trivial)
     if "psnr" in figures:
         table.append(("reconstruction", "", *[f"{figures['psnr']:.1f} dB"] * len(models)))
-    if all("edm" in model for model in models):
-        table += [
-            (
-                f"EDM error, {level.replace('_', ' ')}",
-                "",
-                *(f"{m['edm'][level]:.4f}" for m in models),
-            )
-            for level in next(iter(models))["edm"]
-        ]
+    for level, *cells in rows("edm", ".4f"):
+        table.append((f"EDM error, {level.replace('_', ' ')}", *cells))
     if all("nearest_clip" in model for model in models):
+        nearest = (f"{model['nearest_clip']:.3f}" for model in models)
         apart = f"{figures['clips_apart']:.3f} between clips"
-        table.append(
-            ("nearest training clip", apart, *(f"{model['nearest_clip']:.3f}" for model in models))
-        )
+        table.append(("nearest training clip", apart, *nearest))
     return table
 
 

@@ -30,17 +30,13 @@ def fp8_parts(r: Recipe) -> tuple[str, ...]:
         return ()
     shown = gpus.visible().gpus
     if old := [gpu for gpu in shown if gpu.capability < FP8_LINEARS]:
-        raise _refusal(
-            f"GPU {old[0].index}, {old[0].name}, does not compute in fp8",
-            "use a GPU of compute capability 8.9 or above",
-        )
+        what = f"GPU {old[0].index}, {old[0].name}, does not compute in fp8"
+        raise _refusal(what, "use a GPU of compute capability 8.9 or above")
     if not all(gpu.capability in FP8_ATTENTION for gpu in shown):
         return ("linears",)
     if shown and importlib.util.find_spec("cudnn") is None:
-        raise _refusal(
-            "fp8 attention needs the package nvidia-cudnn-frontend, which is not installed",
-            f"run `pip install '{CUDNN_FRONTEND}'`",
-        )
+        what = "fp8 attention needs the package nvidia-cudnn-frontend, which is not installed"
+        raise _refusal(what, f"run `pip install '{CUDNN_FRONTEND}'`")
     return ("linears", "attention")
 
 

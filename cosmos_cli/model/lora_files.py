@@ -253,9 +253,8 @@ def _tensors(path: Path) -> dict[str, Tensor]:
 def _refuse_other_methods(path: Path, stored: Mapping[str, Tensor]) -> None:
     for mark, method in _METHODS.items():
         if found := [key for key in stored if mark in key]:
-            raise _refused(
-                path, f"is {method}, which is not supported ({len(found)} tensors as {found[0]})"
-            )
+            what = f"is {method}, which is not supported ({len(found)} tensors as {found[0]})"
+            raise _refused(path, what)
 
 
 def _settings(path: Path) -> tuple[LoraSettings | None, Path]:

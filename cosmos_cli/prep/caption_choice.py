@@ -236,15 +236,13 @@ def write_captions(r: Recipe, dataset: Dataset, videos: list[Source]) -> None:
         noted = known.get("videos", {}).get(source.name, {}).get("caption", source.caption)
         if known.get("model", r.model) != r.model or noted != source.caption:
             (dataset.embeddings / f"{source.stem}.pickle").unlink(missing_ok=True)
-    if any(stale.values()):
-        during = {n: {**note, "replaced": stale.get(n, "")} for n, note in notes.items()}
-        files.write_json(dataset.captions, {"model": r.model, "videos": during})
-    else:
-        files.write_json(dataset.captions, {"model": r.model, "videos": notes})
+    replaces = any(stale.values())
+    during = {n: {**note, "replaced": stale.get(n, "")} for n, note in notes.items()}
+    files.write_json(dataset.captions, {"model": r.model, "videos": during if replaces else notes})
     for source in used:
         if source.name in stale:
             files.write_text(metas[source.name], source.caption + "\n")
             if source.caption_file:
                 _copy_time(source.caption_file, metas[source.name])
-    if any(stale.values()):
+    if replaces:
         files.write_json(dataset.captions, {"model": r.model, "videos": notes})

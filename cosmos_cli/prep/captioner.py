@@ -51,9 +51,8 @@ class Captioner:
             why = " ".join(str(error).split())[:200]
             raise asset_error(source, f"{what}: {why}", "run `pip install torchvision`") from error
         if not getattr(self.processor, "chat_template", None):
-            raise asset_error(
-                source, "has no chat template", "choose a model that was trained to chat"
-            )
+            fix = "choose a model that was trained to chat"
+            raise asset_error(source, "has no chat template", fix)
         self.model = model.to(device)
         require_finite(self.model.state_dict(), Path(source))
 

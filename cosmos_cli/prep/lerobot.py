@@ -235,9 +235,8 @@ def _check_path(folder: Path, info: Info, key: str) -> None:
     except ValueError as error:
         raise _damaged(folder / paths.LEROBOT_INFO, error) from error
     if Path(path).is_absolute() or Path(path).parts[:1] == (os.pardir,):
-        raise _damaged(
-            folder / paths.LEROBOT_INFO, f"video_path leads to {path[:200]}, outside of the dataset"
-        )
+        what = f"video_path leads to {path[:200]}, outside of the dataset"
+        raise _damaged(folder / paths.LEROBOT_INFO, what)
 
 
 def _choose(folder: Path, camera: str | None, names: list[str]) -> str:

@@ -61,10 +61,8 @@ def parse_gpus(text: str) -> tuple[int, GpuModel]:
         sizes = [int(word[:-2]) for word in words if re.fullmatch(r"\d+GB", word)]
         # "24GB" may be in GB or GiB. A slice of a GPU names the memory of the GPU and its own.
         if len(sizes) == 1 and not 0.85 < sizes[0] / gpu.memory_gb < 1.15:
-            raise usage_error(
-                "--gpus", f"{text!r} is not known: a {gpu.name} has {gpu.memory_gb:g} GB",
-                f"use `--gpus {count}x{gpu.name}`",
-            )  # fmt: skip
+            what = f"{text!r} is not known: a {gpu.name} has {gpu.memory_gb:g} GB"
+            raise usage_error("--gpus", what, f"use `--gpus {count}x{gpu.name}`")
         return int(count[:9]), gpu
     alike = [gpu.name for gpu in GPUS if _words(gpu.name)[0] in words] if int(count[:9]) else []
     known = ", ".join(gpu.name for gpu in GPUS)

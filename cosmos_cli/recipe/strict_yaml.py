@@ -69,14 +69,12 @@ def parse(text: str, source: str) -> tuple[dict[str, Entry], list[UserError]]:
         raise usage_error(f"{source}:{line}", what) from err
     starts = [event for event in events if isinstance(event, yaml.DocumentStartEvent)]
     if len(starts) > 1:
-        raise usage_error(
-            _at(source, starts[1]), "a second YAML document", "write one recipe per file"
-        )
+        where = _at(source, starts[1])
+        raise usage_error(where, "a second YAML document", "write one recipe per file")
     root = events[2] if starts else None
     if root is None or (isinstance(root, yaml.ScalarEvent) and not root.value):
-        raise usage_error(
-            source, "empty", "`cosmos recipes copy my_videos` writes one to start from"
-        )
+        fix = "`cosmos recipes copy my_videos` writes one to start from"
+        raise usage_error(source, "empty", fix)
     if not isinstance(root, yaml.MappingStartEvent):
         raise usage_error(_at(source, root), f"{_kind(root)} instead of lines of key: value")
     return _entries(events, source)

@@ -145,20 +145,17 @@ def check_world(r: Recipe, ranks: int) -> None:
             raise usage_error(key, what, f"use `--set {key}={math.gcd(ranks, size)}`")
     if r.offload == "weights" and ranks > 1:
         fix = "use `--set num_processes=1`, or `--set zero_stage=3 --set offload=none`"
-        raise usage_error(
-            "offload", f"weights are streamed to one GPU, found {ranks} processes", fix
-        )
+        what = f"weights are streamed to one GPU, found {ranks} processes"
+        raise usage_error("offload", what, fix)
     at_once = ranks // r.sequence_parallel * r.micro_batch_size
     if r.global_batch_size % at_once:
         what = (
             f"{r.global_batch_size} clips do not divide into micro batches of "
             f"{r.micro_batch_size} on {ranks} processes"
         )
-        raise usage_error(
-            "global_batch_size",
-            what,
-            f"use `--set global_batch_size={-(-r.global_batch_size // at_once) * at_once}`",
-        )
+        next_multiple = -(-r.global_batch_size // at_once) * at_once
+        fix = f"use `--set global_batch_size={next_multiple}`"
+        raise usage_error("global_batch_size", what, fix)
 
 
 def check_cpu_memory(r: Recipe, ranks: int) -> None:
@@ -207,9 +204,8 @@ def check_kernels(r: Recipe) -> None:
     if not shown.gpus:
         raise environment_error(key, f"fp8 needs a GPU, and none was found{_because(shown)}", fix)
     if old := [gpu for gpu in shown.gpus if gpu.capability < (8, 9)]:
-        raise environment_error(
-            key, f"GPU {old[0].index}, {old[0].name}, does not compute in fp8", fix
-        )
+        what = f"GPU {old[0].index}, {old[0].name}, does not compute in fp8"
+        raise environment_error(key, what, fix)
 
 
 def check_gpus(r: Recipe, ranks: int) -> None:
