@@ -51,13 +51,7 @@ MEDIA = {".mp4": "video/mp4", ".jpg": "image/jpeg", ".png": "image/png"}
 
 
 def page(title: str, sections: Iterable[tuple[str, str]], note: str = "") -> str:
-    """Return a whole document.
-
-    Args:
-        title: the title and first heading.
-        sections: a heading and its HTML for each section.
-        note: a paragraph below the title.
-    """
+    """Return a document of sections, (heading, HTML) each, with the note below the title."""
     parts = [f"<h2>{html.escape(heading)}</h2>\n{body}" for heading, body in sections]
     return (
         '<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n'

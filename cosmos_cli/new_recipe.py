@@ -33,16 +33,9 @@ class Line(NamedTuple):
 def propose(
     name: str, folder: Path, videos: Sequence[VideoInfo], captioned: int, machine: Machine
 ) -> tuple[list[Line], list[str]]:
-    """Choose a value for each key from the videos and the GPUs.
+    """Choose a value for each key from the usable videos and the GPUs.
 
     Return the lines of the recipe, and lines that say what the run needs.
-
-    Args:
-        name: the name of the recipe and of its run.
-        folder: the folder of the videos.
-        videos: the usable videos.
-        captioned: the number of videos that have a caption.
-        machine: the GPUs to train on.
     """
     from cosmos_cli.model.video import frames_at_policy
 

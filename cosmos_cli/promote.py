@@ -26,14 +26,8 @@ from cosmos_cli.train import resumes
 def promote(r: Recipe, step: int, kind: str, format: str, target: Path) -> dict[str, Any]:
     """Check the weights of a step against the base, write the model folder, return its manifest.
 
-    The recipe that the run was trained with is used instead of `r`, if it still exists.
-
-    Args:
-        r: names the run and the base.
-        step: a saved step.
-        kind: ema or reg.
-        format: one of `paths.MODEL_FORMATS`.
-        target: the folder, which is replaced as a whole. The caller must hold `exchange.alone`.
+    The recipe that the run was trained with is used instead of `r`, if it still exists. The folder
+    is replaced as a whole. The caller must hold `exchange.alone`.
 
     Raises:
         UserError: the checkpoint is missing, damaged, not finite, or equal to the base.

@@ -180,12 +180,8 @@ def _check_options(
 ) -> None:
     """Refuse options that do not go together.
 
-    Args:
-        prompts: the value of --prompts.
-        others: True if an option is given that does not go with --prompts.
-        compares_rollout: True if --compare and --rollout are given.
-        output: the value of --output.
-        count: the number of videos, 0 if it is not known.
+    `others` is True if an option is given that does not go with --prompts, `compares_rollout` if
+    --compare and --rollout are given. `count` is the number of videos, 0 if it is not known.
 
     Raises:
         UserError: two options contradict one another.

@@ -112,12 +112,7 @@ def open_recipe(
 ) -> LoadedRecipe:
     """Load the recipe of a command; with --print-recipe print it and exit.
 
-    Args:
-        name: the path or shipped name of the recipe.
-        overrides: the values of --set.
-        print_recipe: True with --print-recipe.
-        as_json: True with --json.
-        trains: False for verbs that follow a training, when warnings about it come too late.
+    `trains` is False for verbs that follow a training, when warnings about it come too late.
     """
     from cosmos_cli import ranks
     from cosmos_cli.download import hub

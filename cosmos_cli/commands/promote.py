@@ -247,11 +247,7 @@ def _generate_command(r: Recipe, target: Path, name: str | None) -> list[str]:
 def require_replaceable(target: Path, run: Run, yes: bool, aside: str) -> None:
     """Refuse to replace files other than a model of this run, unless --yes is given.
 
-    Args:
-        target: the folder to replace.
-        run: the promoted run.
-        yes: replace the folder in any case.
-        aside: the command that keeps both models.
+    `aside` is the command that keeps both models.
 
     Raises:
         UserError: the folder holds something else.

@@ -115,11 +115,10 @@ def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def check_names(required: Sequence[str], better: Mapping[str, str]) -> list[str]:
-    """Return the required scores under their own names; `better` stands for all scores.
+    """Return the required scores under their own names; the word better stands for all scores.
 
-    Args:
-        required: what was typed; case, spaces, - and _ do not matter.
-        better: the scores of this evaluation: "higher", "lower" or "".
+    In a required score, case, spaces, - and _ do not matter. `better` is the better direction of
+    each score of this evaluation: "higher", "lower" or "".
 
     Raises:
         UserError: there is no such score, or neither direction of it is better.

@@ -86,11 +86,8 @@ def evaluate(
 ) -> tuple[dict[str, Any], dict[str, list[Sample]]]:
     """Return the figures of some models, and videos to show of each and of the truth, by name.
 
-    Args:
-        r: the recipe; held-out clips of its dataset are continued if prep has run.
-        models: the weights to measure, by name.
-        count: the largest number of clips of each kind.
-        device: cpu or cuda.
+    At most `count` clips of each kind are continued. If prep has run, held-out clips of its dataset
+    are one kind.
 
     Raises:
         UserError: a file is missing or damaged.

@@ -108,12 +108,8 @@ class PreparedClips:
 def open_store(r: Recipe, prompts: int, device: str, folder: Path) -> Store:
     """Return the store of the videos of an evaluation.
 
-    Args:
-        r: the recipe.
-        prompts: the number of videos per model, from prompts of the synthetic world, with half as
-            many of its new concept, or from the captions of the dataset.
-        device: cpu or cuda.
-        folder: where the latents of the videos are kept.
+    Each model makes `prompts` videos: from prompts of the synthetic world, with half as many more
+    of its new concept, or from the captions of the dataset.
     """
     dataset = PreparedClips.of(r)
     wanted = samples.trials(r, dataset.captions if dataset else (), prompts)
@@ -149,11 +145,7 @@ def evaluate(
 ) -> tuple[dict[str, Any], dict[str, list[Sample]]]:
     """Return the figures of some models and the videos to show of each, by name.
 
-    Args:
-        r: the recipe; its dataset is used if prep has run.
-        models: the weights to measure, by name.
-        store: the videos of these models, made or not, as of `open_store`.
-        prompts: the number of prompts that were asked for.
+    The store is that of `open_store`. The recipe's dataset is used if prep has run.
 
     Raises:
         UserError: a file is missing or damaged.

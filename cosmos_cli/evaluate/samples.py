@@ -127,11 +127,8 @@ class Batch:
 class Store:
     """The latents of an evaluation in one folder, named by all that decides them.
 
-    Args:
-        folder: where they are kept, also for later evaluations of the same videos.
-        r: the recipe.
-        wanted: the prompts and seeds, the same for all models.
-        device: cpu or cuda.
+    They are kept for later evaluations of the same videos. `wanted` are the prompts and seeds, the
+    same for all models.
     """
 
     def __init__(self, folder: Path, r: Recipe, wanted: Sequence[Trial], device: str) -> None:

@@ -52,9 +52,7 @@ def choose(rows: Sequence[Mapping[str, Any]], steps: Sequence[int]) -> int:
     Equal steps are ordered by their mean rank over all scores, then the earlier one is chosen. The
     base is chosen if no step has more better scores than worse ones.
 
-    Args:
-        rows: comparisons of the steps with the base, as of `comparison.compare`.
-        steps: the steps, ascending.
+    The rows compare the steps, which ascend, with the base, as `comparison.compare` does.
     """
     judged = [row for row in rows if row["better"] and row["score"] not in comparison.OF_CLIPS]
     votes = dict.fromkeys(steps, 0)

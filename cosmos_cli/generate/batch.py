@@ -29,12 +29,6 @@ def compared(
 ) -> list[Settings]:
     """Return the two settings of --compare: those of the base or of exact sampling, and their own.
 
-    Args:
-        settings: the settings of the command.
-        compare: base or exact.
-        recipe: the name or path of the recipe of `settings`.
-        overrides: what was set in it.
-
     Raises:
         UserError: the base is missing, both are the same, or the output is a single file.
     """

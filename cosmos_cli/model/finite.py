@@ -39,11 +39,8 @@ def require_finite(
 ) -> None:
     """Refuse tensors that hold a NaN or an infinity.
 
-    Args:
-        tensors: the weights, by name.
-        where: the file or folder that they were read from.
-        name_in_file: maps a name to the name in the file.
-        fix: the fix of the error.
+    `where` is the file or folder that they were read from, `name_in_file` gives a tensor's name
+    there.
 
     Raises:
         UserError: (ASSET) a tensor is not finite. The error names the file and the tensor.

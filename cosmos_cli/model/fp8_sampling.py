@@ -39,9 +39,7 @@ LINEARS = (
 def use_fp8(blocks: nn.ModuleList, attention: bool) -> None:
     """Make all blocks but the first and last sample in fp8; quantise their weights in place.
 
-    Args:
-        blocks: the blocks of the denoiser, with the weights loaded.
-        attention: True to compute self-attention in fp8 too.
+    With `attention`, they compute self-attention in fp8 too.
     """
     for block in blocks[1:-1]:
         for name in LINEARS:

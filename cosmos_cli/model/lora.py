@@ -221,10 +221,7 @@ def check_fit(
 ) -> None:
     """Refuse a LoRA whose linears are not in the model or have other sizes.
 
-    Args:
-        changes: the changes of a file, by our names of the linears.
-        shapes: the weight shapes of the model's linears, by the same names.
-        where: the file.
+    The changes and the shapes of the weights are given by our names of the linears.
 
     Raises:
         UserError: (ASSET) a linear does not fit; the error names file and key.

@@ -33,11 +33,8 @@ CHECK_WIDTH, CHECK_CRF = 320, 23
 class Findings:
     """The results of prep that the report shows.
 
-    Args:
-        manifest: the content of manifest.json.
-        statistics: the statistics of each video's clips, in the order of the clips.
-        seconds: the time that each phase took.
-        notes: warnings about captions.
+    The statistics of each video are in the order of its clips. `seconds` is the time of each phase,
+    `notes` are warnings about captions.
     """
 
     manifest: dict[str, Any]

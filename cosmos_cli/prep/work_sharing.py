@@ -85,11 +85,9 @@ class Workers:
 
 @contextmanager
 def workers(path: Path, job: str) -> Iterator[Workers]:
-    """Join the processes that do the same job.
+    """Join the processes that do the same job, with the locks in the file `path`.
 
-    Args:
-        path: the file that holds the locks.
-        job: a text that identifies the job by all that decides its result.
+    The text `job` identifies the job by all that decides its result.
 
     Raises:
         UserError: other processes do a different job, or the file cannot be written.

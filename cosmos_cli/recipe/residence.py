@@ -59,10 +59,8 @@ def block_weights(dit: DiTSpec, element_size: int, count: int) -> float:
 def of_training(r: Recipe, activation: float, room: float) -> Residence:
     """Return what a LoRA training streams, given the room for block weights and activations.
 
-    Args:
-        r: the recipe.
-        activation: bytes of one activation (tokens x width).
-        room: bytes of GPU memory for the weights of blocks and for what they store.
+    `activation` is the bytes of one activation (tokens x width), `room` the bytes of GPU memory for
+    the weights of blocks and for what they store.
     """
     dit = r.spec.dit
     stores = activation * (1 if r.activation_checkpointing == "all" else 2)

@@ -117,9 +117,7 @@ def _streaming_needs(recipe: Recipe) -> Iterator[tuple[str, str, str]]:
 def engine_conflicts(recipe: Recipe, tokens: int) -> Iterator[tuple[tuple[str, ...], str, str]]:
     """Yield the conflicts of Transformer Engine, like `conflicts`.
 
-    Args:
-        recipe: one that uses Transformer Engine.
-        tokens: the tokens of a micro batch in each process.
+    `tokens` is the number of tokens of a micro batch in each process.
     """
     key, mode = "transformer_engine", recipe.activation_checkpointing
     if recipe.precision != "bf16":

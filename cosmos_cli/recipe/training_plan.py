@@ -75,12 +75,8 @@ def choose_way(clip: Clip, lengths: Sequence[int], held_out: float, machine: Mac
     """Return the first way to train that fits and ends within MOST_HOURS, the best first.
 
     If none ends in time, it is the fastest that fits; if none fits, the one that needs least.
-
-    Args:
-        clip: the clip to train on if possible.
-        lengths: the frames of each video at the rate of the clips.
-        held_out: the share of the videos that is held out.
-        machine: the GPUs.
+    `lengths` are the frames of each video at the rate of the clips, `held_out` is the share of the
+    videos that is held out.
     """
     ways: list[Choice] = []
     for smaller in _clips(clip):

@@ -126,9 +126,7 @@ def install(commands: Sequence[Command]) -> Path:
 def script(commands: Sequence[Command], by_hand: Sequence[str]) -> str:
     """Return the commands as a shell script that stops at the first failure.
 
-    Args:
-        commands: the commands to run.
-        by_hand: what no command can fix; each becomes a comment.
+    `by_hand` is what no command can fix; each becomes a comment.
     """
     notes = [f"# by hand: {text}" for text in by_hand]
     lines = [shlex.join(command) for command in commands]

@@ -46,11 +46,8 @@ safety policy with the below categories.
 class Aegis:
     """Judge prompts with the safety language model.
 
-    Args:
-        base: a folder of meta-llama/LlamaGuard-7b.
-        adapter: a folder of nvidia/Aegis-AI-Content-Safety-LlamaGuard-Defensive-1.0.
-        device: cpu or cuda.
-        dtype: the type of weights and activations.
+    `base` is a folder of meta-llama/LlamaGuard-7b, `adapter` one of
+    nvidia/Aegis-AI-Content-Safety-LlamaGuard-Defensive-1.0.
 
     Raises:
         OSError, ValueError: a file is missing or damaged.

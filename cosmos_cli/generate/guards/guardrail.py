@@ -193,10 +193,8 @@ class BlockList:
 class FrameFilter:
     """Classify each frame of a video as safe or unsafe, from its SigLIP features.
 
-    Args:
-        classifier: the released `safety_filter.pt`.
-        siglip: a folder of google/siglip-so400m-patch14-384.
-        device: cpu or cuda.
+    `classifier` is the released `safety_filter.pt`, `siglip` a folder of
+    google/siglip-so400m-patch14-384.
 
     Raises:
         UserError: (ASSET) a file is missing or damaged.
