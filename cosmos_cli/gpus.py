@@ -170,11 +170,9 @@ def _slice_ids(uuid: str, handle: Any) -> tuple[str, ...]:
     """Return both names of a slice: its UUID, and the name for drivers before R470."""
     import pynvml
 
-    instances = (
-        pynvml.nvmlDeviceGetGpuInstanceId(handle),
-        pynvml.nvmlDeviceGetComputeInstanceId(handle),
-    )
-    return str(pynvml.nvmlDeviceGetUUID(handle)), "/".join(map(str, (f"MIG-{uuid}", *instances)))
+    gpu = pynvml.nvmlDeviceGetGpuInstanceId(handle)
+    compute = pynvml.nvmlDeviceGetComputeInstanceId(handle)
+    return str(pynvml.nvmlDeviceGetUUID(handle)), f"MIG-{uuid}/{gpu}/{compute}"
 
 
 def _slice_name(name: str, handle: Any) -> str:

@@ -82,11 +82,8 @@ def texts_of(r: Recipe, manifest: dict[str, Any], extras: Extras) -> list[Item]:
     from cosmos_cli.recipe import loading
 
     kept = portable(r)
-    named = {
-        **manifest,
-        "run": run_name(manifest["run"]),
-        "recipe": json.loads(kept.model_dump_json()),
-    }
+    recipe = json.loads(kept.model_dump_json())
+    named = {**manifest, "run": run_name(manifest["run"]), "recipe": recipe}
     for key in ("base", "checkpoint"):
         named[key] = {**manifest[key], "path": Path(manifest[key]["path"]).name}
     texts = {

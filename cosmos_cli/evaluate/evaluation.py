@@ -98,9 +98,8 @@ class PreparedClips:
         if not dataset.manifest.exists():
             return None
         manifest = dataset.read_manifest()
-        train, heldout = (
-            Clips(dataset.root, rows, r.spec) for rows in holdout.split_clips(manifest)
-        )
+        splits = holdout.split_clips(manifest)
+        train, heldout = (Clips(dataset.root, rows, r.spec) for rows in splits)
         used = [video for video in manifest["videos"] if video["verdict"] == "used"]
         return cls(train, heldout, {video["file"]: video["caption"] for video in used})
 

@@ -78,9 +78,8 @@ def check_model(r: Recipe, device: str) -> dict[str, Any]:
         UserError: the weights are missing, damaged, untrained or misread.
     """
     size = r.spec.height, r.spec.width, r.spec.fps
-    latents, figures = check_tokenizer(
-        r, [world.render(scene, FRAMES, *size) for scene in SCENES], device
-    )
+    videos = [world.render(scene, FRAMES, *size) for scene in SCENES]
+    latents, figures = check_tokenizer(r, videos, device)
     files = r.model_files
     denoiser = Denoiser(load_denoiser(r, files.dit, device, number_format(device)), r)
     rows = [

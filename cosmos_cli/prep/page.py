@@ -126,15 +126,9 @@ def _histograms(findings: Findings) -> str:
 
 def _table(findings: Findings, pictures: dict[str, Html]) -> str:
     header = (
-        "contact sheet",
-        "video",
-        "verdict",
-        "frames, size, length",
-        "clips",
-        "motion",
-        "caption",
-        "from",
-    )
+        "contact sheet", "video", "verdict", "frames, size, length", "clips", "motion",
+        "caption", "from",
+    )  # fmt: skip
     rows = []
     for v in findings.manifest["videos"]:
         clips = findings.statistics.get(v["file"], [])
