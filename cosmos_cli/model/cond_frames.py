@@ -101,7 +101,7 @@ def draw_given(key: tuple[int, int, int], shape: tuple[int, ...]) -> tuple[int, 
 
 
 def stack(samples: list[tuple[int, float, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the values that `draw` sampled for a batch as tensors."""
+    """Return the values that `draw_given` sampled for a batch as tensors."""
     counts, sigmas, noises = zip(*samples, strict=True)
     return torch.tensor(counts), torch.tensor(sigmas), torch.stack(noises)
 

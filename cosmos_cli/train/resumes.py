@@ -140,9 +140,9 @@ def _suggestions(r: Recipe, run: Run, later: list[int], command: CommandLine) ->
     if later:
         newest = run.weight_files()[later[-1]][0]
         base, first = newest, ""
-        if newest == run.lora(later[-1], "ema") or newest == run.lora(later[-1], "reg"):
+        loras = {run.lora(later[-1], kind): kind for kind in ("ema", "reg")}
+        if kind := loras.get(newest):
             # A LoRA is not a base by itself: promote merges it into the weights it was trained on.
-            kind = "ema" if newest == run.lora(later[-1], "ema") else "reg"
             first = command("promote", extra=f"--step {later[-1]} --weights {kind}") + " && "
             base = paths.promoted_dir(r.spec, r.checkpoints_dir) / paths.MODEL_FILE
         ways.append(f"one that starts from them: `{first}{another} --set {quote(f'base={base}')}`")
