@@ -16,7 +16,8 @@ from tests.helpers import forks
 SMALL = ("num_frames=9", "height=64", "width=96", "lora_rank=0")
 
 
-# Nothing is compiled on a CPU, but torch's compiler takes each training process a second to import.
+# Nothing is compiled on a CPU unless a test asks for it, but torch's compiler takes each process of
+# a training a second to import.
 UNCOMPILED = {} if torch.cuda.is_available() else {"TORCHDYNAMO_DISABLE": "1"}
 
 
@@ -39,7 +40,7 @@ class Cosmos:
     def environment(self):
         clean = {k: v for k, v in os.environ.items() if k not in ("OUTPUT_ROOT", "HF_TOKEN")}
         own = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(self.cache)}
-        return {**clean, **own}
+        return {**UNCOMPILED, **clean, **own}
 
     def start(self, *arguments, **options):
         """Starts the command; its pipes are read by communicate()."""
@@ -49,7 +50,7 @@ class Cosmos:
             stderr=subprocess.PIPE,
             text=True,
             **{
-                "env": self.environment() | UNCOMPILED,
+                "env": self.environment(),
                 "stdin": subprocess.DEVNULL,
                 "stdout": subprocess.PIPE,
                 **options,

@@ -1,8 +1,9 @@
-"""The command in a process that is forked with its libraries imported.
+"""The command, or a function, in a process that is forked with its libraries imported.
 
 A start of `cosmos` takes seconds of imports, and most tests are about what comes after them.
 """
 
+import gc
 import importlib.util
 import multiprocessing
 import multiprocessing.connection
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import forkserver
 from pathlib import Path
 
@@ -44,7 +46,23 @@ def _ensure_server():
         os.environ.update(before)
 
 
+def _begin():
+    # Otherwise each collection would go through all objects of the imported libraries.
+    gc.freeze()
+
+
+def pool(processes):
+    """Runs so many functions at a time, each in a process of its own."""
+    options = {"max_tasks_per_child": 1}
+    if not POSSIBLE:
+        spawn = multiprocessing.get_context("spawn")
+        return ProcessPoolExecutor(processes, mp_context=spawn, **options)
+    _ensure_server()
+    return ProcessPoolExecutor(processes, mp_context=context, initializer=_begin, **options)
+
+
 def _run(arguments, cwd, environment, streams):
+    _begin()
     for number, path in enumerate((os.devnull, *streams)):
         stream = os.open(path, os.O_RDWR)
         os.dup2(stream, number)

@@ -4,8 +4,6 @@ import contextlib
 import io
 import os
 import threading
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 
 import pytest
 import torch
@@ -16,7 +14,7 @@ from cosmos_cli.files import read_json, sha256_file, write_json
 from cosmos_cli.paths import MANIFEST_FILE
 from cosmos_cli.recipe import loading, plan
 from cosmos_cli.train import process, saver, staging
-from tests.helpers import faulty_saves
+from tests.helpers import faulty_saves, forks
 from tests.helpers.command import SMALL, Cosmos
 from tests.helpers.runs import find_run, losses, train
 
@@ -133,7 +131,7 @@ def small_saves(folder):
 
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory):
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+    with forks.pool(1) as pool:
         return pool.submit(small_saves, tmp_path_factory.mktemp("small")).result()
 
 

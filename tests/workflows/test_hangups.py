@@ -13,7 +13,7 @@ import pytest
 
 from cosmos_cli.files import read_json
 from cosmos_cli.model import video
-from tests.helpers.command import UNCOMPILED, Cosmos, settings
+from tests.helpers.command import Cosmos, settings
 from tests.helpers.runs import find_run, options
 from tests.helpers.stand_ins import moving_square
 
@@ -38,7 +38,7 @@ class Window:
             signal.signal(signal.SIGHUP, hangup)
             os.chdir(cosmos.cwd)
             words = [sys.executable, "-m", module, *map(str, arguments)]
-            os.execve(sys.executable, words, cosmos.environment() | UNCOMPILED)
+            os.execve(sys.executable, words, cosmos.environment())
         self.text = b""
 
     def wait_for(self, condition, seconds=120):
