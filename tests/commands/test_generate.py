@@ -259,13 +259,10 @@ def test_networks_together_or_in_turn_make_the_same_files(cosmos):
     assert "in memory in turn" in cosmos(*ask, "-o", "turn", code=8).stderr
     together = cosmos(*ask, "--set", "memory=together", "-o", "together", code=8).stderr
     assert together.count("loading denoiser") == together.count("in memory together") == 1
-    process = cosmos.start(
-        "generate", "--prompts", "-", "--set", "memory=in_turn", "-o", "stream", *QUICK,
-        stdin=subprocess.PIPE,
-    )  # fmt: skip
-    out, err = process.communicate("\n".join(map(json.dumps, prompts)), timeout=90)
-    assert [json.loads(line)["exit_code"] for line in out.splitlines()] == [0, 8, 0]
-    assert err.count("loading denoiser") == 2
+    ask = ["generate", "--prompts", "-", "--set", "memory=in_turn", "-o", "stream", *QUICK]
+    stream = cosmos(*ask, stdin="\n".join(map(json.dumps, prompts)), code=8)
+    assert [json.loads(line)["exit_code"] for line in stream.stdout.splitlines()] == [0, 8, 0]
+    assert stream.stderr.count("loading denoiser") == 2
     made = sorted(path.name for path in cosmos.cwd.glob("turn/*.mp4"))
     assert len(made) == 2
     for name in made:

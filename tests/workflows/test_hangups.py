@@ -83,7 +83,7 @@ def test_a_closed_window_saves_the_step_and_the_same_command_resumes(cosmos):
 
 
 def test_a_closed_window_does_not_end_what_nohup_started(cosmos):
-    pairs = ("num_processes=2", "micro_batch_size=1", "save_every_steps=500", "max_steps=10")
+    pairs = ("num_processes=1", "save_every_steps=500", "max_steps=10")
     window = Window(cosmos, "train", "tiny", *options("nohup", *pairs), hangup=signal.SIG_IGN)
     window.wait_for(lambda: steps(cosmos, "nohup") >= 2)
     assert window.close() == 0
@@ -122,8 +122,15 @@ def test_prep_ends_in_order_or_under_nohup_goes_on(videos, hangup, code):
     assert (dataset / "manifest.json").exists() == (code == 0)
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-@pytest.mark.parametrize(("hangup", "code"), [(signal.SIG_DFL, 143), (signal.SIG_IGN, 0)])
+@pytest.mark.parametrize(
+    ("processes", "hangup", "code"),
+    [
+        (1, signal.SIG_IGN, 0),
+        (2, signal.SIG_DFL, 143),
+        pytest.param(1, signal.SIG_DFL, 143, marks=pytest.mark.slow),
+        pytest.param(2, signal.SIG_IGN, 0, marks=pytest.mark.slow),
+    ],
+)
 def test_generate_ends_in_order_or_under_nohup_goes_on(tmp_path, processes, hangup, code):
     cosmos = Cosmos(tmp_path)
     count = 12 if code == 0 else 200

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import subprocess
 
 import pytest
 import torch
@@ -217,8 +216,7 @@ def test_two_processes_and_standard_input_apply_a_lora_too(cosmos, whole, tmp_pa
     for memory in ("together", "in_turn"):
         folder = tmp_path / memory
         more = ("--prompts", "-", "--set", f"memory={memory}", "-o", folder)
-        process = cosmos.start(*words, *more, stdin=subprocess.PIPE)
-        process.communicate("A teal robot.\n", timeout=300)
+        cosmos(*words, *more, stdin="A teal robot.\n")
         assert next(folder.glob("*.mp4")).read_bytes() == alone
 
 
