@@ -10,6 +10,8 @@ lora     one pass with compiled blocks, plain and with a LoRA of rank 16 and 64 
 fp8      one pass in bf16, with fp8 linears, and with fp8 self-attention too, blocks compiled; the
          error of each against fp32; and the error of fp8 attention alone, on three kinds of input
          and on those of the tiny model.
+fast     a video by `speed: fast` in fp8, blocks compiled; and its decoding, plain and with
+         compiled blocks.
 split    the same steps by one process and by all together, guidance halves first; started by
          `torchrun --standalone --nproc-per-node 2 tests/bench/bench_generate.py --parts split`.
 command  the whole command `generate` from files of full size, line by line of what it says, next to
@@ -71,9 +73,9 @@ from cosmos_cli.model.lora_files import Change
 from cosmos_cli.model.sequence import SequenceGroup, neighbours
 from cosmos_cli.model.tensor_names import DIFFUSERS, rename
 from cosmos_cli.model.tiny import world
-from cosmos_cli.model.tokenizer import Tokenizer, load_tokenizer
+from cosmos_cli.model.tokenizer import ResBlock, Tokenizer, load_tokenizer
 from cosmos_cli.recipe import loading
-from cosmos_cli.recipe.keys import Recipe
+from cosmos_cli.recipe.keys import SET_BY_FAST, Recipe
 from cosmos_cli.recipe.residence import Residence
 from cosmos_cli.spec import COSMOS_7B, MODELS, TINY, DiTSpec, ModelSpec
 
@@ -353,6 +355,32 @@ def bench_fp8(bench: Bench, net: DiT) -> Row:
         with measured(f"{variant}, {steps} steps", bench.device, rows):
             video_models.sample_latents(all_, nets[variant], conditioning, [1], variant)
     return {"rows": rows, "attention": attention, "errors": errors}
+
+
+def bench_fast(bench: Bench, net: DiT) -> Row:
+    """A video by `speed: fast`, then its decoding."""
+    r, device, rows = bench.r, bench.device, []
+    embedding = torch.randn(r.spec.text.tokens, r.spec.text.channels, device=device)
+    conditioning = [text_models.Conditioning(PROMPT, embedding, -embedding)]
+    fast = r.model_copy(update={"speed": "fast", **SET_BY_FAST})
+    few = r.model_copy(update={"num_steps": 1})
+    variant = in_fp8(net, attention=True)
+    if device != "cpu":
+        video_models.compile_blocks(variant)
+    video_models.sample_latents(few, variant, conditioning, [1], "warm up")
+    with measured("speed: fast, fp8", device, rows):
+        x0 = video_models.sample_latents(fast, variant, conditioning, [1], "fast")
+    tokenizer = Tokenizer(bench.spec.tokenizer, bench.spec.sigma_data)
+    tokenizer = tokenizer.to(device, bench.dtype).eval()
+    for kind in ("plain", "compiled"):
+        if kind == "compiled" and device != "cpu":
+            for block in tokenizer.decoder.modules():
+                if isinstance(block, ResBlock):
+                    block.compile(dynamic=False)
+        for turn in range(3):
+            with measured(f"decode, {kind}, call {turn}", device, rows):
+                rgb.to_uint8(tokenizer.decode(x0.to(bench.dtype))[0]).cpu()
+    return {"rows": rows}
 
 
 def attention_errors(bench: Bench) -> dict[str, float]:
@@ -755,9 +783,9 @@ class HostMemory:
 
 
 PARTS = {
-    "forward": bench_forward, "fp8": bench_fp8, "lora": bench_lora, "sample": bench_sample,
-    "split": bench_split, "given": bench_given, "command": bench_command, "load": bench_load,
-    "streamed": bench_streamed,
+    "forward": bench_forward, "fp8": bench_fp8, "fast": bench_fast, "lora": bench_lora,
+    "sample": bench_sample, "split": bench_split, "given": bench_given, "command": bench_command,
+    "load": bench_load, "streamed": bench_streamed,
 }  # fmt: skip
 
 
@@ -782,6 +810,8 @@ def main() -> None:
     about = (options.model, r, device, dtype, options.scratch, options.rounds, options.limits)
     about += (options.set,)
     bench = Bench(*about)
+    # As load_denoiser does: diffusers imports Transformer Engine where it is installed.
+    kernels.put_cudnn_first()
     with torch.inference_mode():
         net = random_denoiser(r.spec.dit, device, dtype)
         backend = video_models.self_attention_backend(r, net)

@@ -85,11 +85,11 @@ def base_file(options: argparse.Namespace) -> Path:
 
 
 def shorten(model: str, blocks: int) -> None:
-    """Gives a shipped model fewer blocks in this process; 0 leaves it as it is."""
-    name = loading.load(SHIPPED[model][0]).recipe.model
-    if blocks:
-        whole = MODELS[name]
-        MODELS[name] = replace(whole, dit=replace(whole.dit, blocks=blocks))
+    """Gives the models of this size fewer blocks in this process; 0 leaves them as they are."""
+    size = loading.load(SHIPPED[model][0]).recipe.spec.embedded
+    for name, whole in MODELS.items():
+        if blocks and whole.embedded == size:
+            MODELS[name] = replace(whole, dit=replace(whole.dit, blocks=blocks))
 
 
 # --- what is trained ------------------------------------------------------------------------------

@@ -3,7 +3,8 @@
 sampling  scores of the embedded model by solver and steps, then by guidance.
 training  scores after one post-training on the mascot for each value of each key, through the real
           commands.
-clips     scores by steps for 3, 12, 24 and 200 clips, of a LoRA and of all weights, on three seeds.
+clips     scores by steps for 3, 12, 24 and 200 clips, of a LoRA and of all weights, on three seeds;
+          FOLDER keeps what each training scored, so the study continues where it was stopped.
 search    finds the levels of `speed: fast`: distance of its latents from those of 100 steps of res,
           by number, spacing and lowest of the levels, and by what is kept between them.
 fast      scores of `speed: fast`, of fp8 and of 35 Euler steps in pairs, after one post-training.
@@ -127,13 +128,18 @@ def clips(r: Recipe, prompts: int, folder: Path) -> Iterator[Row]:
 
     def run(count: int, kind: str, seed: int) -> Row:
         here = folder / f"{count}_{kind}_{seed}"
+        kept = folder / f"{here.name}.json"
+        if kept.exists():
+            found: Row = files.read_json(kept)
+            return found
         dataset.write_mascots(here / r.dataset_dir, count, count, seed=seed)
         keys = [*kinds[kind], *steps, f"seed={seed}", "preview_every_steps=0", "num_processes=1"]
         options = [word for key in keys for word in ("--set", key)]
         for verb in ("prep", "train"):
             cosmos(here, verb, *options)
         own = ["--steps", "all", "--prompts", str(prompts)]
-        found: Row = cosmos(here, "evaluate", *options, *own)["steps"]["means"]
+        found = cosmos(here, "evaluate", *options, *own)["steps"]["means"]
+        files.write_json(kept, found)
         print(f"{here.name}: {json.dumps(found)}", flush=True)
         return found
 

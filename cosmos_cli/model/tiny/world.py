@@ -164,7 +164,7 @@ def free_scene(seed: int, split: str = "train") -> Scene:
 
 
 def bounce_scene(seed: int, split: str = "train") -> Scene:
-    """Return a scene with the law that post-training teaches: a thing bounces off the borders."""
+    """Return a scene with the law that post-training teaches: a thing bounces off a border."""
     rng = random.Random(f"bounce/{split}/{seed}")
     size = rng.uniform(*FREE_SIZES)
     return _place(rng, size, *trajectory.sample_bounce(rng, size))
