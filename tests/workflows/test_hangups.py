@@ -20,7 +20,6 @@ from tests.helpers.stand_ins import moving_square
 pytestmark = pytest.mark.workflow
 
 ALONE = ("save_every_steps=500", "max_steps=500")
-LONG = ("num_processes=2", "micro_batch_size=1", *ALONE)
 QUICK = settings("num_steps=2", "guardrails=off")
 
 
@@ -70,7 +69,7 @@ def steps(cosmos, name):
 
 
 def test_a_closed_window_saves_the_step_and_the_same_command_resumes(cosmos):
-    words = options("closed", *LONG, "tracker=tensorboard")
+    words = options("closed", *ALONE, "tracker=tensorboard")
     window = Window(cosmos, "train", "tiny", *words)
     window.wait_for(lambda: steps(cosmos, "closed") >= 2)
     assert window.close() == 143
@@ -126,9 +125,10 @@ def test_prep_ends_in_order_or_under_nohup_goes_on(videos, hangup, code):
     ("processes", "hangup", "code"),
     [
         (1, signal.SIG_IGN, 0),
-        (2, signal.SIG_DFL, 143),
-        pytest.param(1, signal.SIG_DFL, 143, marks=pytest.mark.slow),
+        (1, signal.SIG_DFL, 143),
+        # SIGTERM ends two processes in commands/test_generate.py.
         pytest.param(2, signal.SIG_IGN, 0, marks=pytest.mark.slow),
+        pytest.param(2, signal.SIG_DFL, 143, marks=pytest.mark.slow),
     ],
 )
 def test_generate_ends_in_order_or_under_nohup_goes_on(tmp_path, processes, hangup, code):
@@ -155,7 +155,7 @@ def test_under_torchrun_a_closed_window_saves_the_step(cosmos, hangup):
     """Under nohup too: torchrun then ends its ranks in spite of it, and kills those that stay."""
     name = f"torchrun{int(hangup)}"
     launcher = ("--standalone", "--nproc-per-node", "2", "-m", "cosmos_cli")
-    words = (*launcher, "train", "tiny", *options(name, *LONG[1:]))
+    words = (*launcher, "train", "tiny", *options(name, "micro_batch_size=1", *ALONE))
     window = Window(cosmos, *words, hangup=hangup, module="torch.distributed.run")
     window.wait_for(lambda: steps(cosmos, name) >= 2)
     assert window.close() != 0

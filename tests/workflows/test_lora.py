@@ -209,6 +209,7 @@ def test_a_folder_without_one_lora_is_refused(cosmos, tmp_path):
 
 def test_two_processes_and_standard_input_apply_a_lora_too(cosmos, whole, tmp_path):
     lora_of = ("--model", "base", "--lora", f"{whole.lora(6, 'reg')}:0.5")
+    lora_of += ("--set", "negative_prompt=a blue box")
     alone, _, _ = video(cosmos, *lora_of)
     two, _, _ = video(cosmos, *lora_of, "--num-processes", "2", "-o", tmp_path)
     assert two == alone
