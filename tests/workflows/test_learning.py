@@ -65,3 +65,24 @@ def test_verdicts_tell_a_learned_concept_from_a_spoiled_run(cosmos):
     verdicts, done = evaluate("spoiled", "learning_rate=6e-2", required="better", code=6)
     assert "worse" in verdicts.values()
     assert "spoiled is not better: worse in" in done["error"]
+
+
+def test_twelve_clips_teach_bounces_and_ordinary_motion_stays(cosmos):
+    for verb in ("download", "prep", "train", "promote"):
+        cosmos(verb, "tiny_video2world", seconds=3600)
+    words = ("tiny_video2world", "--prompts", "100", "--json")
+    horizon = json.loads(cosmos("evaluate", *words, seconds=7200).stdout)["horizon"]
+
+    def error(name, kind, given=9):
+        """The median distance in pixels at the 16th new frame."""
+        found = horizon[f"position error, {kind}, {given} given"][name][15]
+        print(name, kind, given, found)
+        return found
+
+    assert error("tokenizer round trip", "free motion") < 1
+    assert error("base", "free motion") <= 2
+    # The first frame alone does not show the velocity.
+    assert error("base", "free motion", given=1) >= 2 * error("base", "free motion")
+    assert error("promoted", "bounces") <= error("base", "bounces") / 2
+    assert error("promoted", "free motion") <= 1.5 * error("base", "free motion")
+    assert error("promoted", "bounces") < error("last frame repeated", "bounces") / 2
