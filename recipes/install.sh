@@ -155,7 +155,7 @@ version=$(sed -n 's/^torch==//p' .ci/constraints.txt)
 if [[ $torch != cu130 && $torch != "$built" ]]; then
   # PyPI has only the CUDA 13 build; `+cpu` cannot match it. Retry only once: if PyTorch's index
   # cannot be reached, an index in pip's own configuration may have the file.
-  "${pip[@]}" install --no-deps --retries 1 --timeout 30 "torch==$version+$torch" \
+  "${pip[@]}" install --no-compile --no-deps --retries 1 --timeout 30 "torch==$version+$torch" \
     --extra-index-url "https://download.pytorch.org/whl/$torch" ||
     fail "no $torch build of torch $version for $("$python" --version) could be fetched; try again," \
       "or install another build that the driver runs: bash recipes/install.sh --torch BUILD"
@@ -163,7 +163,10 @@ fi
 
 echo "Installing the packages takes about a minute."
 # setuptools prints long warnings about every editable installation.
-PYTHONWARNINGS=ignore "${pip[@]}" install --quiet --constraint "$constraints" --editable ".[$extras]"
+PYTHONWARNINGS=ignore "${pip[@]}" install --quiet --no-compile --constraint "$constraints" \
+  --editable ".[$extras]"
+# pip would compile on one core. Some packages have files that are no Python, on which this fails.
+.venv/bin/python -m compileall -qq -j 0 .venv/lib || true
 .venv/bin/cosmos setup tiny --install
 
 # Optional: without it, prep does not notice most damage in HEVC videos.

@@ -184,7 +184,9 @@ def test_a_full_disk_leaves_the_old_model_and_nothing_unfinished(twice):
 
 
 @pytest.mark.workflow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
+)
 def test_an_interrupted_promotion_leaves_the_old_model_and_nothing_else(twice, number):
     first = twice.json("promote", "tiny", *RUN)
     process = twice.start("promote", "tiny", *SECOND, "--yes")

@@ -56,7 +56,7 @@ LORA = ("tiny", *settings("name=small"), "--set", "lora_rank=2", "--name", "smal
 
 @pytest.fixture
 def cosmos(root):
-    cosmos = Online(root, fresh=True)
+    cosmos = Online(root)
     cosmos.token = "right"
     cosmos.variables = {"HF_HUB_DISABLE_XET": "1"}
     with serve({}) as cosmos.hub:

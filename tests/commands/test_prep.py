@@ -227,7 +227,10 @@ def test_a_latent_is_made_again_when_its_video_changes(tmp_path):
     assert "latents/b.000000.safetensors" not in second
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow), (signal.SIGTERM, 143)],
+)
 def test_a_signal_leaves_no_partial_file_and_the_command_resumes(tmp_path, number, code):
     videos = tmp_path / "datasets" / "tiny" / "videos"
     for i in range(15):
@@ -382,17 +385,11 @@ def wait_for(path, process):
         time.sleep(0.01)
 
 
-def test_the_tasks_of_an_array_end_with_the_bytes_of_one_process(
-    undisturbed, tmp_path, monkeypatch
-):
+def test_the_tasks_of_an_array_end_with_the_bytes_of_one_process(undisturbed, tmp_path):
     cosmos, dataset = fresh(undisturbed, tmp_path)
-    tasks = []
-    for number in range(3):
-        monkeypatch.setenv("SLURM_ARRAY_TASK_ID", str(number))
-        tasks.append(cosmos.start("prep", "tiny", *settings(PROMPT)))
-    for process in tasks:
-        _, err = process.communicate(timeout=120)
-        assert process.returncode == 0, err
+    numbers = [{"SLURM_ARRAY_TASK_ID": number} for number in range(3)]
+    for task in cosmos.together(numbers, "prep", "tiny", *settings(PROMPT)):
+        assert task.returncode == 0, task.stderr
     assert snapshot(dataset) == undisturbed[1]
     # The copies are told by the order of the videos, whoever made them.
     text = (dataset / "report.html").read_text()

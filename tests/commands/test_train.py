@@ -2,6 +2,8 @@
 
 import contextlib
 import fcntl
+import functools
+import json
 import shutil
 import signal
 import time
@@ -36,65 +38,75 @@ def cosmos(prepared):
     return Cosmos(prepared)
 
 
+@pytest.fixture(scope="module")
+def whole(prepared):
+    """Trains, once, with a number of processes that have one clip at a time."""
+
+    @functools.cache
+    def trained(processes):
+        cosmos, name = Cosmos(prepared), f"whole{processes}"
+        pairs = (f"num_processes={processes}", "micro_batch_size=1")
+        train(cosmos, name, *pairs, "max_steps=6" if processes == 1 else "max_steps=8")
+        return find_run(cosmos, name)
+
+    return trained
+
+
+@pytest.fixture(scope="module")
+def at_once(prepared):
+    """The losses of four steps of one process with two clips at a time."""
+    cosmos = Cosmos(prepared)
+    train(cosmos, "at_once", "num_processes=1", "micro_batch_size=2", "max_steps=4")
+    return losses(find_run(cosmos, "at_once"))
+
+
 @pytest.mark.parametrize("processes", [1, 2])
-def test_six_steps_equal_three_a_stop_and_three_more(cosmos, processes):
-    ranks = f"num_processes={processes}"
-    micro = "micro_batch_size=1"
-    train(cosmos, f"whole{processes}", ranks, micro, "max_steps=6")
-    train(cosmos, f"parts{processes}", ranks, micro, "max_steps=3")
-    again = train(cosmos, f"parts{processes}", ranks, micro, "max_steps=6")
+def test_six_steps_equal_three_a_stop_and_three_more(cosmos, whole, processes):
+    name, pairs = f"parts{processes}", (f"num_processes={processes}", "micro_batch_size=1")
+    train(cosmos, name, *pairs, "max_steps=3")
+    again = train(cosmos, name, *pairs, "max_steps=6")
     assert "resumed at step 3" in again.stderr
-    whole, parts = find_run(cosmos, f"whole{processes}"), find_run(cosmos, f"parts{processes}")
-    assert [row[0] for row in losses(whole)] == [1, 2, 3, 4, 5, 6]
-    assert losses(whole) == losses(parts)
-    assert_same_model(whole, parts, 6)
-    assert whole.model(6, "ema").read_bytes() == parts.model(6, "ema").read_bytes()
+    one, parts = whole(processes), find_run(cosmos, name)
+    assert [row[0] for row in losses(parts)] == [1, 2, 3, 4, 5, 6]
+    assert losses(one)[:6] == losses(parts)
+    assert_same_model(one, parts, 6)
+    assert one.model(6, "ema").read_bytes() == parts.model(6, "ema").read_bytes()
 
 
-def test_one_process_with_two_clips_equals_two_processes_with_one(cosmos):
-    for name, ranks, micro in (("alone", 1, 2), ("pair", 2, 1)):
-        pairs = (f"num_processes={ranks}", f"micro_batch_size={micro}", "max_steps=4")
-        train(cosmos, name, *pairs)
-    alone, pair = losses(find_run(cosmos, "alone")), losses(find_run(cosmos, "pair"))
-    assert len(alone) == len(pair) == 4
-    for row, other in zip(alone, pair, strict=True):
+def test_one_process_with_two_clips_equals_two_processes_with_one(whole, at_once):
+    pair = losses(whole(2))[:4]
+    assert len(at_once) == len(pair) == 4
+    for row, other in zip(at_once, pair, strict=True):
         assert row == pytest.approx(other, rel=1e-5)
 
 
-def test_under_a_launcher_the_command_is_one_rank(cosmos):
+def test_under_a_launcher_the_command_is_one_rank(cosmos, whole):
+    """The ranks of the command itself are compared with the same run where one of them is lost."""
     done = under_torchrun(cosmos, "joined", "max_steps=2")
     assert done.returncode == 0, done.stderr
-    pairs = ("num_processes=2", "micro_batch_size=1", "max_steps=2")
-    cosmos("train", "tiny", *options("own", *pairs))
-    assert losses(find_run(cosmos, "joined")) == losses(find_run(cosmos, "own"))
+    assert losses(find_run(cosmos, "joined")) == losses(whole(2))[:2]
 
 
-def test_accumulated_gradients_equal_those_of_one_batch(cosmos):
-    for name, micro in (("accumulated", 1), ("at_once", 2)):
-        pairs = ("num_processes=1", f"micro_batch_size={micro}", "max_steps=3")
-        train(cosmos, name, *pairs)
-    accumulated, at_once = (losses(find_run(cosmos, n)) for n in ("accumulated", "at_once"))
-    for row, other in zip(accumulated, at_once, strict=True):
+def test_accumulated_gradients_equal_those_of_one_batch(whole, at_once):
+    for row, other in zip(losses(whole(1))[:4], at_once, strict=True):
         assert row == pytest.approx(other, rel=1e-5)
 
 
 # A LoRA is trained at stage 1 in workflows/test_lora.py.
 @pytest.mark.parametrize("stage", [0, 2, pytest.param(1, marks=pytest.mark.slow)])
-def test_every_zero_stage_trains_alike(cosmos, stage):
+def test_every_zero_stage_trains_alike(cosmos, whole, stage):
     pairs = ("num_processes=2", "micro_batch_size=1", "max_steps=3")
     train(cosmos, f"stage{stage}", *pairs, f"zero_stage={stage}")
-    train(cosmos, "stage3", *pairs)
-    stages = losses(find_run(cosmos, f"stage{stage}")), losses(find_run(cosmos, "stage3"))
-    for row, other in zip(*stages, strict=True):
+    rows = losses(find_run(cosmos, f"stage{stage}"))
+    for row, other in zip(rows, losses(whole(2))[:3], strict=True):
         assert row == pytest.approx(other, rel=1e-4)
 
 
 @pytest.mark.parametrize("mode", ["most", "all", pytest.param("attention", marks=pytest.mark.slow)])
-def test_activation_checkpointing_does_not_change_the_training(cosmos, mode):
+def test_activation_checkpointing_does_not_change_the_training(cosmos, whole, mode):
     pairs = ("num_processes=2", "micro_batch_size=1", "max_steps=2")
     train(cosmos, mode, *pairs, f"activation_checkpointing={mode}")
-    train(cosmos, "none", *pairs)
-    assert losses(find_run(cosmos, mode)) == losses(find_run(cosmos, "none"))
+    assert losses(find_run(cosmos, mode)) == losses(whole(2))[:2]
 
 
 def test_training_lowers_the_error(cosmos):
@@ -104,7 +116,11 @@ def test_training_lowers_the_error(cosmos):
     assert sum(row[2] for row in rows[-8:]) < 0.9 * sum(row[2] for row in rows[:8])
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+# SIGTERM ends a run in workflows/test_run_history.py.
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)],
+)
 def test_a_signal_saves_the_step_and_the_same_command_resumes(cosmos, number, code):
     name = f"stopped{code}"
     pairs = ("num_processes=2", "micro_batch_size=1", "save_every_steps=500")
@@ -131,7 +147,9 @@ def test_a_signal_in_the_first_second_ends_the_command(cosmos):
     assert "Traceback" not in err
 
 
-@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "number", [pytest.param(signal.SIGUSR1, marks=pytest.mark.slow), signal.SIGTERM]
+)
 def test_a_failed_save_is_reported_even_if_a_signal_asked_for_it(cosmos, number):
     name = f"failing{int(number)}"
     pairs = ("num_processes=1", "save_every_steps=500", "max_steps=500")
@@ -313,8 +331,8 @@ def test_a_run_killed_before_its_last_measurement_makes_it_up(finished):
     assert "heldout" in rows[-1]
     run.metrics.write_text("".join(rows[:-1]))
     run.result.unlink()
-    done = finished.json("train", "tiny", *options("finished", *pairs))
-    assert done["best_step"] == 2
+    done = train(finished, "finished", *pairs, words=["--json"])
+    assert json.loads(done.stdout)["best_step"] == 2
     assert run.metrics.read_text().splitlines(keepends=True) == rows
     assert read_json(run.result)["step"] == 2
 
@@ -357,7 +375,7 @@ def test_a_damaged_resume_state_is_refused(finished):
     try:
         shard.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
         pairs = ("num_processes=1", "max_steps=3")
-        refused = finished("train", "tiny", *options("finished", *pairs), code=4)
+        refused = train(finished, "finished", *pairs, code=4)
         assert "is damaged" in refused.stderr
     finally:
         shard.write_bytes(whole)
@@ -371,22 +389,34 @@ def test_an_indivisible_batch_is_refused_before_any_process_starts(cosmos):
     assert time.monotonic() - started < 5
 
 
-@pytest.mark.parametrize("split", ["train", "heldout"])
-def test_a_nan_in_the_data_stops_the_run_and_names_clip_and_sigma(prepared, tmp_path, split):
-    cosmos = copy_of(prepared, tmp_path / "poisoned")
+def poison(cosmos, split):
+    """Puts a NaN into a clip of a split, and returns the name of its latent."""
     folder = cosmos.cwd / "datasets" / "tiny"
     clips = split_clips(read_json(folder / "manifest.json"))[split == "heldout"]
     victim = folder / clips[0]["latent"]
     latent = load_file(victim)["latent"]
     latent[0, 0, 0, 0] = float("nan")
     save_file({"latent": latent}, victim)
+    return victim.name
+
+
+def test_a_nan_in_the_data_stops_the_run_and_names_clip_and_sigma(prepared, tmp_path):
+    cosmos = copy_of(prepared, tmp_path / "poisoned")
+    victim = poison(cosmos, "train")
     pairs = ("num_processes=1", "max_steps=30", "max_restarts=2")
     refused = cosmos("train", "tiny", *options("nan", *pairs), code=6)
     # It would come again.
     assert "restart" not in refused.stderr
-    assert victim.name in refused.stderr
-    assert "sigma" in refused.stderr
-    assert ("held-out" if split == "heldout" else "step ") in refused.stderr
+    for words in (victim, "sigma", "step "):
+        assert words in refused.stderr
+
+
+def test_a_nan_in_a_held_out_clip_stops_the_run_and_names_clip_and_sigma(prepared, tmp_path):
+    cosmos = copy_of(prepared, tmp_path / "poisoned")
+    victim = poison(cosmos, "heldout")
+    refused = train(cosmos, "nan", "num_processes=1", "max_steps=30", code=6)
+    for words in (victim, "sigma", "held-out"):
+        assert words in refused.stderr
 
 
 def test_an_unprepared_or_stale_dataset_is_refused(prepared, tmp_path):
@@ -401,8 +431,8 @@ def test_an_unprepared_or_stale_dataset_is_refused(prepared, tmp_path):
     assert "older than the videos" in stale.stderr
 
 
-def test_a_lost_process_restarts_the_run_from_its_last_save(cosmos):
-    pairs = ("num_processes=2", "micro_batch_size=1", "save_every_steps=2", "max_steps=10")
+def test_a_lost_process_restarts_the_run_from_its_last_save(cosmos, whole):
+    pairs = ("num_processes=2", "micro_batch_size=1", "save_every_steps=2", "max_steps=8")
     process = start_training(cosmos, "lost", *pairs, "max_restarts=1", step=3)
     launcher, *_ = psutil.Process(process.pid).children()
     launcher.children()[1].kill()
@@ -410,5 +440,4 @@ def test_a_lost_process_restarts_the_run_from_its_last_save(cosmos):
     assert process.returncode == 0, err
     assert "rank 1: was killed" in err
     assert "restart 1 of 1" in err
-    train(cosmos, "kept", *pairs)
-    assert losses(find_run(cosmos, "lost")) == losses(find_run(cosmos, "kept"))
+    assert losses(find_run(cosmos, "lost")) == losses(whole(2))

@@ -39,7 +39,7 @@ T5 = T5Config(vocab_size=32, d_model=16, d_kv=4, d_ff=32, num_layers=2, num_head
 
 @pytest.fixture
 def online(tmp_path):
-    return Online(tmp_path, fresh=True)
+    return Online(tmp_path)
 
 
 def t5_weights():

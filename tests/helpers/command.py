@@ -16,7 +16,8 @@ from tests.helpers import forks
 SMALL = ("num_frames=9", "height=64", "width=96", "lora_rank=0")
 
 
-# Nothing is compiled on a CPU, but torch's compiler takes each training process a second to import.
+# Nothing is compiled on a CPU unless a test asks for it, but torch's compiler takes each process of
+# a training a second to import.
 UNCOMPILED = {} if torch.cuda.is_available() else {"TORCHDYNAMO_DISABLE": "1"}
 
 
@@ -39,7 +40,7 @@ class Cosmos:
     def environment(self):
         clean = {k: v for k, v in os.environ.items() if k not in ("OUTPUT_ROOT", "HF_TOKEN")}
         own = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(self.cache)}
-        return {**clean, **own}
+        return {**UNCOMPILED, **clean, **own}
 
     def start(self, *arguments, **options):
         """Starts the command; its pipes are read by communicate()."""
@@ -49,41 +50,46 @@ class Cosmos:
             stderr=subprocess.PIPE,
             text=True,
             **{
-                "env": self.environment() | UNCOMPILED,
+                "env": self.environment(),
                 "stdin": subprocess.DEVNULL,
                 "stdout": subprocess.PIPE,
                 **options,
             },
         )
 
-    def __call__(self, *arguments, code=0, seconds=300):
+    def __call__(self, *arguments, code=0, seconds=300, stdin=""):
         """Runs the command to its end; fails when it ends with another code, if one is given."""
-        (done,) = self._run([(arguments, self.environment())], seconds)
+        (done,) = self._run([(arguments, self.environment())], seconds, stdin)
         assert code in (done.returncode, None), _report([done])
         return done
+
+    def together(self, environments, *arguments, seconds=300):
+        """Runs the command to its end once for each set of variables, side by side."""
+        own = [{name: str(value) for name, value in each.items()} for each in environments]
+        return self._run([(arguments, self.environment() | each) for each in own], seconds)
 
     def ranks(self, count, *arguments, code=0, seconds=300):
         """Runs the command as the ranks of a launcher; those that end with the code, or all."""
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        commands = []
-        for rank in range(count):
-            own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "MASTER_PORT": port}
-            own |= {"LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1"}
-            own = {name: str(value) for name, value in own.items()}
-            commands.append((arguments, self.environment() | own))
-        done = self._run(commands, seconds)
+        same = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
+        same |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        each = [{"RANK": rank, "LOCAL_RANK": rank, **same} for rank in range(count)]
+        done = self.together(each, *arguments, seconds=seconds)
         ended = [rank for rank in done if code in (rank.returncode, None)]
         # The others fail because the first did.
         assert ended if code != 0 else len(ended) == count, _report(done)
         return ended
 
-    def _run(self, commands, seconds):
+    def _run(self, commands, seconds, stdin=""):
         if not self.fresh and forks.POSSIBLE:
-            return forks.run(self.cwd, commands, seconds)
-        processes = [self.start(*words, env=environment) for words, environment in commands]
-        streams = [process.communicate(timeout=seconds) for process in processes]
+            return forks.run(self.cwd, commands, seconds, stdin)
+        processes = [
+            self.start(*words, env=environment, stdin=subprocess.PIPE)
+            for words, environment in commands
+        ]
+        streams = [process.communicate(stdin, timeout=seconds) for process in processes]
         return [
             subprocess.CompletedProcess(process.args, process.returncode, *two)
             for process, two in zip(processes, streams, strict=True)

@@ -1,8 +1,9 @@
-"""The command in a process that is forked with its libraries imported.
+"""The command, or a function, in a process that is forked with its libraries imported.
 
 A start of `cosmos` takes seconds of imports, and most tests are about what comes after them.
 """
 
+import gc
 import importlib.util
 import multiprocessing
 import multiprocessing.connection
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import forkserver
 from pathlib import Path
 
@@ -22,9 +24,9 @@ IMPORTED = (
     "cosmos_cli.train.process", "deepspeed.runtime.zero.muon.muon_optimizer", "torchcodec.decoders",
     "transformers.models.t5.modeling_t5",
 )  # fmt: skip
-# Libraries read these when they are imported.
+# Libraries read these when they are imported. The hub's is imported again where they differ.
 VARIABLES = {"DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-SECONDS_AFTER_A_FAILURE = 10
+SECONDS_AFTER_A_FAILURE = 5
 # A process that has asked CUDA for its devices cannot be forked.
 POSSIBLE = not torch.cuda.is_available()
 
@@ -44,32 +46,55 @@ def _ensure_server():
         os.environ.update(before)
 
 
+def _begin():
+    # Otherwise each collection would go through all objects of the imported libraries.
+    gc.freeze()
+
+
+def pool(processes):
+    """Runs so many functions at a time, each in a process of its own."""
+    options = {"max_tasks_per_child": 1}
+    if not POSSIBLE:
+        spawn = multiprocessing.get_context("spawn")
+        return ProcessPoolExecutor(processes, mp_context=spawn, **options)
+    _ensure_server()
+    return ProcessPoolExecutor(processes, mp_context=context, initializer=_begin, **options)
+
+
 def _run(arguments, cwd, environment, streams):
-    for number, path in enumerate((os.devnull, *streams)):
+    _begin()
+    for number, path in enumerate(streams):
         stream = os.open(path, os.O_RDWR)
         os.dup2(stream, number)
         os.close(stream)
+    # multiprocessing has opened another.
+    sys.stdin = open(0, closefd=False)  # noqa: SIM115
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(environment)
+    if environment.get("HF_HUB_OFFLINE") != VARIABLES["HF_HUB_OFFLINE"]:
+        for name in [name for name in sys.modules if name.partition(".")[0] == "huggingface_hub"]:
+            del sys.modules[name]
     sys.argv = ["cosmos", *arguments]
     from cosmos_cli.__main__ import main
 
     main()
 
 
-def run(cwd, commands, seconds):
+def run(cwd, commands, seconds, stdin=""):
     """Run [(arguments, environment)] side by side to their ends, one process each.
 
-    Those that wait for one that failed are killed, as a launcher does.
+    Each reads the same standard input. Those that wait for one that failed are killed, as a
+    launcher does.
     """
     _ensure_server()
     with tempfile.TemporaryDirectory() as folder:
         processes, streams = [], []
         for number, (arguments, environment) in enumerate(commands):
-            streams.append([Path(folder) / f"{number}.{name}" for name in ("out", "err")])
+            streams.append([Path(folder) / f"{number}.{name}" for name in ("in", "out", "err")])
             for stream in streams[-1]:
                 stream.touch()
+            streams[-1][0].write_text(stdin)
             words = [str(word) for word in arguments]
             processes.append(
                 context.Process(target=_run, args=(words, cwd, environment, streams[-1]))
@@ -82,8 +107,8 @@ def run(cwd, commands, seconds):
                 process.kill()
                 process.join()
         return [
-            subprocess.CompletedProcess(words, process.exitcode, *(x.read_text() for x in two))
-            for (words, _), process, two in zip(commands, processes, streams, strict=True)
+            subprocess.CompletedProcess(words, process.exitcode, out.read_text(), err.read_text())
+            for (words, _), process, (_, out, err) in zip(commands, processes, streams, strict=True)
         ]
 
 

@@ -1,7 +1,5 @@
 import os
 import sys
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
@@ -14,6 +12,7 @@ from cosmos_cli.model.dit import DiT
 from cosmos_cli.recipe.keys import Recipe
 from cosmos_cli.train import engine, process
 from cosmos_cli.train.data import Share
+from tests.helpers import forks
 
 STAND_IN = Path(__file__).parent / "data/stand_in"
 SMALL = spec.ModelSpec(
@@ -83,8 +82,7 @@ def losses_of_three_steps(folder, stage, kernels):
 @pytest.mark.workflow
 @pytest.mark.parametrize("stage", [0, 3])
 def test_transformer_engine_uses_our_weights_at_any_zero_stage(tmp_path, stage):
-    spawn = get_context("spawn")
-    with ProcessPoolExecutor(2, mp_context=spawn, max_tasks_per_child=1) as pool:
+    with forks.pool(2) as pool:
         folders = [tmp_path / name for name in ("off", "all")]
         for folder in folders:
             folder.mkdir()

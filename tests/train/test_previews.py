@@ -4,8 +4,6 @@ import contextlib
 import io
 import os
 import sys
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,6 +19,7 @@ from cosmos_cli.paths import Run
 from cosmos_cli.recipe import loading
 from cosmos_cli.train import launch, previews, process, status
 from cosmos_cli.train.previews import Previews
+from tests.helpers import forks
 from tests.helpers.stand_ins import stand_in_weights
 
 pytestmark = pytest.mark.workflow
@@ -140,7 +139,7 @@ def rank_of_a_run(place, broken, victim, pairs):
 
 
 def run_ranks(prepared, name, broken, *pairs, world=2, victim=(0, 1), fixed=PAIRS):
-    with ProcessPoolExecutor(world, mp_context=get_context("spawn")) as pool:
+    with forks.pool(world) as pool:
         port = 20000 + os.getpid() % 20000 + len(name)
         same = (*fixed, *pairs, f"name={name}", f"num_processes={world}")
         places = [(prepared, rank, world, port) for rank in range(world)]

@@ -4,8 +4,6 @@ import contextlib
 import io
 import os
 import threading
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 
 import pytest
 import torch
@@ -17,7 +15,7 @@ from cosmos_cli.hashes import sha256_file
 from cosmos_cli.paths import MANIFEST_FILE
 from cosmos_cli.recipe import loading, plan
 from cosmos_cli.train import process, saver, staging
-from tests.helpers import faulty_saves
+from tests.helpers import faulty_saves, forks
 from tests.helpers.command import SMALL, Cosmos
 from tests.helpers.runs import find_run, losses, train
 
@@ -134,7 +132,7 @@ def small_saves(folder):
 
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory):
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+    with forks.pool(1) as pool:
         return pool.submit(small_saves, tmp_path_factory.mktemp("small")).result()
 
 

@@ -13,14 +13,13 @@ import pytest
 
 from cosmos_cli.files import read_json
 from cosmos_cli.model import mp4, video
-from tests.helpers.command import UNCOMPILED, Cosmos, settings
+from tests.helpers.command import Cosmos, settings
 from tests.helpers.runs import find_run, options
 from tests.helpers.stand_ins import moving_square
 
 pytestmark = pytest.mark.workflow
 
 ALONE = ("save_every_steps=500", "max_steps=500")
-LONG = ("num_processes=2", "micro_batch_size=1", *ALONE)
 QUICK = settings("num_steps=2", "guardrails=off")
 
 
@@ -38,7 +37,7 @@ class Window:
             signal.signal(signal.SIGHUP, hangup)
             os.chdir(cosmos.cwd)
             words = [sys.executable, "-m", module, *map(str, arguments)]
-            os.execve(sys.executable, words, cosmos.environment() | UNCOMPILED)
+            os.execve(sys.executable, words, cosmos.environment())
         self.text = b""
 
     def wait_for(self, condition, seconds=120):
@@ -70,7 +69,7 @@ def steps(cosmos, name):
 
 
 def test_a_closed_window_saves_the_step_and_the_same_command_resumes(cosmos):
-    words = options("closed", *LONG, "tracker=tensorboard")
+    words = options("closed", *ALONE, "tracker=tensorboard")
     window = Window(cosmos, "train", "tiny", *words)
     window.wait_for(lambda: steps(cosmos, "closed") >= 2)
     assert window.close() == 143
@@ -83,7 +82,7 @@ def test_a_closed_window_saves_the_step_and_the_same_command_resumes(cosmos):
 
 
 def test_a_closed_window_does_not_end_what_nohup_started(cosmos):
-    pairs = ("num_processes=2", "micro_batch_size=1", "save_every_steps=500", "max_steps=10")
+    pairs = ("num_processes=1", "save_every_steps=500", "max_steps=10")
     window = Window(cosmos, "train", "tiny", *options("nohup", *pairs), hangup=signal.SIG_IGN)
     window.wait_for(lambda: steps(cosmos, "nohup") >= 2)
     assert window.close() == 0
@@ -122,8 +121,16 @@ def test_prep_ends_in_order_or_under_nohup_goes_on(videos, hangup, code):
     assert (dataset / "manifest.json").exists() == (code == 0)
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-@pytest.mark.parametrize(("hangup", "code"), [(signal.SIG_DFL, 143), (signal.SIG_IGN, 0)])
+@pytest.mark.parametrize(
+    ("processes", "hangup", "code"),
+    [
+        (1, signal.SIG_IGN, 0),
+        (1, signal.SIG_DFL, 143),
+        # SIGTERM ends two processes in commands/test_generate.py.
+        pytest.param(2, signal.SIG_IGN, 0, marks=pytest.mark.slow),
+        pytest.param(2, signal.SIG_DFL, 143, marks=pytest.mark.slow),
+    ],
+)
 def test_generate_ends_in_order_or_under_nohup_goes_on(tmp_path, processes, hangup, code):
     cosmos = Cosmos(tmp_path)
     count = 12 if code == 0 else 200
@@ -148,7 +155,7 @@ def test_under_torchrun_a_closed_window_saves_the_step(cosmos, hangup):
     """Under nohup too: torchrun then ends its ranks in spite of it, and kills those that stay."""
     name = f"torchrun{int(hangup)}"
     launcher = ("--standalone", "--nproc-per-node", "2", "-m", "cosmos_cli")
-    words = (*launcher, "train", "tiny", *options(name, *LONG[1:]))
+    words = (*launcher, "train", "tiny", *options(name, "micro_batch_size=1", *ALONE))
     window = Window(cosmos, *words, hangup=hangup, module="torch.distributed.run")
     window.wait_for(lambda: steps(cosmos, name) >= 2)
     assert window.close() != 0

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import subprocess
 
 import pytest
 import torch
@@ -212,6 +211,7 @@ def test_a_folder_without_one_lora_is_refused(cosmos, tmp_path):
 
 def test_two_processes_and_standard_input_apply_a_lora_too(cosmos, whole, tmp_path):
     lora_of = ("--model", "base", "--lora", f"{whole.lora(6, 'reg')}:0.5")
+    lora_of += ("--set", "negative_prompt=a blue box")
     alone, _, _ = video(cosmos, *lora_of)
     two, _, _ = video(cosmos, *lora_of, "--num-processes", "2", "-o", tmp_path)
     assert two == alone
@@ -219,8 +219,7 @@ def test_two_processes_and_standard_input_apply_a_lora_too(cosmos, whole, tmp_pa
     for memory in ("together", "in_turn"):
         folder = tmp_path / memory
         more = ("--prompts", "-", "--set", f"memory={memory}", "-o", folder)
-        process = cosmos.start(*words, *more, stdin=subprocess.PIPE)
-        process.communicate("A teal robot.\n", timeout=300)
+        cosmos(*words, *more, stdin="A teal robot.\n")
         assert next(folder.glob("*.mp4")).read_bytes() == alone
 
 
