@@ -82,8 +82,7 @@ WRONG = [
     ("generate tiny --prompt a --set memory=streamd", 2, "memory=streamd 'streamed'", None),
     # Files that are missing, damaged or of another kind.
     ("download lora --check", 4, "CV8x8x8-720p: missing", "cosmos download lora"),
-    ("train lora_24gb", 4,
-     "7B-Text2World/model.pt: missing", "cosmos download lora_24gb --for train"),
+    ("train lora", 4, "7B-Text2World/model.pt: missing", "cosmos download lora --for train"),
     ("train tiny --status --set name=none", 4, "none: no run", "cosmos train tiny --set name=none"),
     ("train tiny --set dataset_dir=none", 5,
      "none/manifest.json not prepared", "cosmos prep tiny --set dataset_dir=none"),
