@@ -26,8 +26,9 @@ from cosmos_cli.train import resumes
 def promote(r: Recipe, step: int, kind: str, format: str, target: Path) -> dict[str, Any]:
     """Check the weights of a step against the base, write the model folder, return its manifest.
 
-    The recipe that the run was trained with is used instead of `r`, if it still exists. The folder
-    is replaced as a whole. The caller must hold `exchange.alone`.
+    The recipe that the run was trained with is used instead of `r`, if it still exists. `kind` is
+    ema or reg, `format` a key of `paths.MODEL_FORMATS`. `target` is replaced as a whole; the caller
+    must hold `exchange.alone` of it.
 
     Raises:
         UserError: the checkpoint is missing, damaged, not finite, or equal to the base.

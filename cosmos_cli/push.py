@@ -124,7 +124,7 @@ def look(repo: str) -> Remote | None:
             info = hub.retrying(asset, lambda: HfApi().model_info(repo, files_metadata=True))
         except errors.RepositoryNotFoundError:
             return None
-    listed = map(RemoteFile.listed, info.siblings or ())
+    listed = map(RemoteFile.of_sibling, info.siblings or ())
     return Remote(str(info.sha), bool(info.private), {file.name: file for file in listed})
 
 

@@ -165,7 +165,8 @@ echo "Installing the packages takes about a minute."
 # setuptools prints long warnings about every editable installation.
 PYTHONWARNINGS=ignore "${pip[@]}" install --quiet --no-compile --constraint "$constraints" \
   --editable ".[$extras]"
-# pip would compile on one core. Some packages have files that are no Python, on which this fails.
+# pip would compile on one core. A few packages have .py files that are not valid Python, so the exit
+# code is ignored.
 .venv/bin/python -m compileall -qq -j 0 .venv/lib || true
 .venv/bin/cosmos setup tiny --install
 

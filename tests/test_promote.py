@@ -8,11 +8,13 @@ import signal
 import subprocess
 import sys
 import time
+from typing import get_args
 
 import pytest
 import torch
 
 from cosmos_cli import exchange, hashes, model_card, paths, promote
+from cosmos_cli.commands.promote import FormatOption
 from cosmos_cli.errors import UserError
 from cosmos_cli.model import weights
 from cosmos_cli.paths import Run
@@ -184,6 +186,7 @@ def test_a_full_disk_leaves_the_old_model_and_nothing_unfinished(twice):
 
 
 @pytest.mark.workflow
+# Both signals raise the same exception.
 @pytest.mark.parametrize(
     "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
 )
@@ -351,3 +354,7 @@ def test_weights_that_do_not_read_back_as_written_are_not_put_in_place(tmp_path,
     with pytest.raises(UserError, match="does not read back as it was written"):
         promote._write_folder(r, tmp_path / "model", state, about("pt"))
     assert not (tmp_path / "model").exists()
+
+
+def test_every_format_is_offered():
+    assert {*get_args(get_args(FormatOption)[0])} == {*paths.MODEL_FORMATS}

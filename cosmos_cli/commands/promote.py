@@ -30,10 +30,17 @@ StepOption = Annotated[
         autocompletion=options.one_of("latest", "best"),
     ),
 ]
-WeightsOption = Annotated[Literal["ema", "reg"], typer.Option(help="ema or reg.")]
+WeightsOption = Annotated[
+    Literal["ema", "reg"],
+    typer.Option(help="ema: the averaged weights. reg: those of the last step."),
+]
 FormatOption = Annotated[
     Literal["pt", "safetensors", "diffusers"],
-    typer.Option("--format", help="pt (NVIDIA's scripts read it too), safetensors or diffusers."),
+    typer.Option(
+        "--format",
+        metavar="FORMAT",
+        help="pt (NVIDIA's scripts read it too), safetensors or diffusers.",
+    ),
 ]
 NameOption = Annotated[
     str | None,

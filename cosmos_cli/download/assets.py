@@ -128,8 +128,8 @@ class RemoteFile:
     is_git_hash: bool
 
     @classmethod
-    def listed(cls, sibling: Any) -> RemoteFile:
-        """Return a file as huggingface_hub lists it."""
+    def of_sibling(cls, sibling: Any) -> RemoteFile:
+        """Return the file that an entry of huggingface_hub's `siblings` describes."""
         if lfs := sibling.lfs:
             return cls(sibling.rfilename, lfs.size, lfs.sha256, is_git_hash=False)
         return cls(sibling.rfilename, sibling.size or 0, sibling.blob_id or "", is_git_hash=True)

@@ -177,7 +177,7 @@ def _look(asset: Asset) -> Listing:
         return Listing(asset, revision, listed, [])
     # Only kernel repositories have no attribute `siblings`. Ours are models and datasets.
     siblings: list[Any] = getattr(info, "siblings", None) or []
-    listed = _matching(asset, list(map(RemoteFile.listed, siblings)))
+    listed = _matching(asset, list(map(RemoteFile.of_sibling, siblings)))
     names = [file.name for file in listed]
     weights = [pattern for pattern in asset.patterns if pattern.endswith(assets.WEIGHTS)]
     lacking = [pattern for pattern in weights if not filter_names(names, pattern)]

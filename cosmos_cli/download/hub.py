@@ -165,9 +165,6 @@ def user_errors(asset: Asset) -> Iterator[None]:
     # A mirror may be asked, but licences are accepted on huggingface.co.
     asked = asset.url.replace(HOME, constants.ENDPOINT, 1)
 
-    def bad(what: str, fix: str, where: str = asked) -> UserError:
-        return asset_error(where, what, fix)
-
     _check_token()
     _proxies()
     try:
@@ -176,33 +173,35 @@ def user_errors(asset: Asset) -> Iterator[None]:
         page = asset.url
         if get_token():
             fix = "accept the licence on that page"
-            raise bad("your account has no access", fix, page) from error
+            raise asset_error(page, "your account has no access", fix) from error
         fix = "accept the licence there, then `export HF_TOKEN=hf_...`"
-        raise bad("needs a token", fix, page) from error
+        raise asset_error(page, "needs a token", fix) from error
     except errors.RepositoryNotFoundError as error:
         fix = "check the name, or `export HF_TOKEN=hf_...`"
-        raise bad("does not exist, or is private", fix) from error
+        raise asset_error(asked, "does not exist, or is private", fix) from error
     except errors.RevisionNotFoundError as error:
         held = f"delete {asset.record} to take the newest"
         fix = "use `--set dataset_revision=main`" if asset.revision else held
-        raise bad("has no such revision", fix) from error
+        raise asset_error(asked, "has no such revision", fix) from error
     except errors.LocalEntryNotFoundError as error:
         raise _unreachable(error, asked) from error
     except errors.EntryNotFoundError as error:
-        raise bad(f"has no such file: {error}", "check the revision") from error
+        raise asset_error(asked, f"has no such file: {error}", "check the revision") from error
     except errors.HFValidationError as error:
         names = asset.kind == "dataset"
         fix = "use `--set dataset_repo=OWNER/NAME`" if names else "use OWNER/NAME, a folder or off"
-        raise bad("is not a valid repository name", fix) from error
+        raise asset_error(asked, "is not a valid repository name", fix) from error
     except errors.HfHubHTTPError as error:
-        raise bad(f"the hub answered: {error}", "try again later") from error
+        raise asset_error(asked, f"the hub answered: {error}", "try again later") from error
     except (transport_error, errors.OfflineModeIsEnabled, ConnectionError) as error:
         raise _unreachable(error, asked) from error
     except OSError as error:
         if error.errno is not None:
             raise
         # huggingface_hub raises an OSError without errno if a file arrives incomplete.
-        raise bad("sent only a part of a file", "run the same command again") from error
+        raise asset_error(
+            asked, "sent only a part of a file", "run the same command again"
+        ) from error
 
 
 def _unreachable(error: Exception, asked: str) -> UserError:

@@ -184,7 +184,7 @@ def evaluate(
 def plan_features(r: Recipe, dataset: PreparedClips | None, videos: int) -> features.Plan:
     """Return which scores of feature models can be measured on so many videos."""
     clips = (len(dataset.train), len(dataset.heldout)) if dataset else (0, 0)
-    return features.measurable(r, videos, *clips)
+    return features.plan_scores(r, videos, *clips)
 
 
 def directions(r: Recipe, dataset: PreparedClips | None, videos: int) -> dict[str, str]:

@@ -64,7 +64,7 @@ class Plan:
     missing: tuple[str, ...]
 
 
-def measurable(r: Recipe, videos: int, training: int, held_out: int) -> Plan:
+def plan_scores(r: Recipe, videos: int, training: int, held_out: int) -> Plan:
     """Return which scores can be measured on these numbers of videos and clips.
 
     A score whose model is off is not mentioned. With the embedded model, whose world has a scorer

@@ -52,7 +52,7 @@ def choose(rows: Sequence[Mapping[str, Any]], steps: Sequence[int]) -> int:
     Equal steps are ordered by their mean rank over all scores, then the earlier one is chosen. The
     base is chosen if no step has more better scores than worse ones.
 
-    The rows compare the steps, which ascend, with the base, as `comparison.compare` does.
+    `rows` are those of `comparison.compare`, each step against the base; `steps` are ascending.
     """
     judged = [row for row in rows if row["better"] and row["score"] not in comparison.OF_CLIPS]
     votes = dict.fromkeys(steps, 0)

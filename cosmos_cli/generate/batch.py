@@ -29,6 +29,8 @@ def compared(
 ) -> list[Settings]:
     """Return the two settings of --compare: those of the base or of exact sampling, and their own.
 
+    `recipe` and `overrides` are those that `settings` was loaded from.
+
     Raises:
         UserError: the base is missing, both are the same, or the output is a single file.
     """

@@ -25,8 +25,8 @@ LABEL_SHARE = 0.08
 def write_comparison(sides: dict[str, Job], joined: Job) -> None:
     """Write the mp4, its sidecar and contact sheet, and a page with all three videos.
 
-    `sides` are two finished jobs, by name; the files are those of `joined`. If one side is the
-    exact video, also measure how far the other is from it.
+    `sides` maps the name of each side to its finished job. The files of `joined` are written. If
+    one side is the exact video, also measure how far the other is from it.
 
     Raises:
         UserError: a file cannot be written.

@@ -1,4 +1,4 @@
-"""Hash weights, and keep the hashes in `$XDG_CACHE_HOME/cosmos` for later runs. No torch."""
+"""Hash large files, and keep the hashes in `$XDG_CACHE_HOME/cosmos` for later runs. No torch."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ def cached_sha256(path: Path) -> str:
     Raises:
         UserError: as of `hashes.sha256_file`.
     """
-    return hashes.sha256_path(path, _of_file)
+    return hashes.sha256_path(path, _cached_file_sha256)
 
 
-def _of_file(path: Path) -> str:
+def _cached_file_sha256(path: Path) -> str:
     began, before = time.time(), _state(path)
     if before is None:
         return hashes.sha256_file(path)

@@ -39,7 +39,7 @@ LINEARS = (
 def use_fp8(blocks: nn.ModuleList, attention: bool) -> None:
     """Make all blocks but the first and last sample in fp8; quantise their weights in place.
 
-    With `attention`, they compute self-attention in fp8 too.
+    Load the weights first. With `attention`, the same blocks compute self-attention in fp8 too.
     """
     for block in blocks[1:-1]:
         for name in LINEARS:

@@ -15,7 +15,7 @@ from cosmos_cli import paths
 from cosmos_cli.model import text
 from cosmos_cli.paths import Dataset
 from cosmos_cli.prep import caption_choice, captions, embedding_files
-from cosmos_cli.prep.sources import Source, first_of
+from cosmos_cli.prep.sources import Source, first_names
 from cosmos_cli.recipe.keys import Recipe
 
 # What prep may leave unused: its singular and its plural, each with the reason, and the fix.
@@ -67,14 +67,14 @@ class CaptionNotes:
         for kind, names in self.unused.items():
             one, several, fix = _UNUSED[kind]
             what = f"{one} and is" if len(names) == 1 else f"{several} and are"
-            text = f"{len(names)} {what} not used: {first_of(names)}; {fix}"
+            text = f"{len(names)} {what} not used: {first_names(names)}; {fix}"
             lines.append(text)
         if self.cut:
             named = [f"{name} ({tokens} tokens)" for name, tokens in self.cut.items()]
             what = "1 caption is" if len(named) == 1 else f"{len(named)} captions are"
             lines.append(
                 f"{what} longer than the {r.spec.text.tokens} tokens that the text encoder reads; "
-                f"the rest is not used: {first_of(named)}"
+                f"the rest is not used: {first_names(named)}"
             )
         return lines
 

@@ -124,6 +124,7 @@ def _share(
     r: Recipe, dataset: Dataset, videos: list[Source], workers: work_sharing.Workers, device: str
 ) -> None:
     """Describe the videos that no other process has described or is working on."""
+    assert r.caption_model
     captioner, dtype = None, number_format(device)
     unseen = {source.name for source in caption_choice.find_captions(r, dataset, videos)}
     with console.progress("describe", len(unseen), "videos") as bar:
@@ -132,7 +133,7 @@ def _share(
                 continue
             with workers.piece(number) as ours:
                 if ours and caption_choice.read_description(r, dataset, source) is None:
-                    captioner = captioner or Captioner(str(r.caption_model), device, dtype)
+                    captioner = captioner or Captioner(r.caption_model, device, dtype)
                     _describe_one(r, dataset, source, captioner)
             bar.advance(source.name)
 

@@ -188,13 +188,13 @@ def remarks(r: Recipe, sources: list[Source]) -> list[str]:
         if found:
             count = "1 video is" if len(found) == 1 else f"{len(found)} videos are"
             fix = video.repair(found[0].path, how)
-            names = first_of([v.name for v in found])
+            names = first_names([v.name for v in found])
             lines.append(f"{count} {what}: {names}; {fix} converts {found[0].name}")
     return lines
 
 
-def first_of(names: list[str]) -> str:
-    """Return the first names as text, and the number of the others."""
+def first_names(names: list[str]) -> str:
+    """Return at most MOST_NAMED names as text, and the number of the others."""
     more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
     return ", ".join(names[:MOST_NAMED]) + more
 

@@ -243,7 +243,7 @@ def link_rank(options: argparse.Namespace, r: Recipe) -> None:
 
 def activation_bytes(r: Recipe, dit: DiTSpec) -> int:
     """Of the tokens of one clip, in bf16."""
-    return 2 * r.spec.tokens(r.num_frames, r.height, r.width) * dit.width
+    return 2 * r.tokens * dit.width
 
 
 def bench_predict(options: argparse.Namespace) -> Iterator[Row]:

@@ -85,10 +85,10 @@ def base_file(options: argparse.Namespace) -> Path:
 
 
 def shorten(model: str, blocks: int) -> None:
-    """Gives the models of this size fewer blocks in this process; 0 leaves them as they are."""
-    size = loading.load(SHIPPED[model][0]).recipe.spec.embedded
+    """Gives all models of the size of `model` fewer blocks; 0 leaves them as they are."""
+    embedded = loading.load(SHIPPED[model][0]).recipe.spec.embedded
     for name, whole in MODELS.items():
-        if blocks and whole.embedded == size:
+        if blocks and whole.embedded == embedded:
             MODELS[name] = replace(whole, dit=replace(whole.dit, blocks=blocks))
 
 
@@ -104,9 +104,7 @@ def make_dataset(root: Path, r: Recipe) -> None:
     text = torch.randn(r.spec.text.tokens, r.spec.text.channels, generator=generator) * 0.1
     (root / "text.pickle").write_bytes(pickle.dumps([text.half().numpy()]))
     for i in range(CLIPS):
-        latent = r.spec.sigma_data * torch.randn(
-            r.spec.latent_shape(r.num_frames, r.height, r.width), generator=generator
-        )
+        latent = r.spec.sigma_data * torch.randn(r.latent_shape, generator=generator)
         save_file({"latent": latent.bfloat16()}, root / f"{i}.safetensors")
         clips.append(
             {"video": f"{i}.mp4", "latent": f"{i}.safetensors", "text": "text.pickle", "fps": r.fps}
@@ -360,7 +358,7 @@ def peer_rank(options: argparse.Namespace, r: Recipe) -> None:
     net.enable_gradient_checkpointing()
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-5, fused=True)
     engine, *_ = deepspeed.initialize(model=net, config=config, optimizer=optimizer)
-    size = r.spec.latent_shape(r.num_frames, r.height, r.width)
+    size = r.latent_shape
     times = []
     for step in range(PEER_STEPS):
         clip = latent_files.read_latent(
@@ -439,7 +437,7 @@ def main() -> None:
     about = {
         "name": options.name, "model": r.model, "gpus": options.gpus, "world": options.world,
         "blocks": r.spec.dit.blocks, "set": options.set,
-        "tokens": r.spec.tokens(r.num_frames, r.height, r.width), "torch": torch.__version__,
+        "tokens": r.tokens, "torch": torch.__version__,
         "device": common.device_name(best_device()),
     }  # fmt: skip
     common.append(options.out, about | found)

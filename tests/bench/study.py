@@ -4,7 +4,8 @@ sampling  scores of the embedded model by solver and steps, then by guidance.
 training  scores after one post-training on the mascot for each value of each key, through the real
           commands.
 clips     scores by steps for 3, 12, 24 and 200 clips, of a LoRA and of all weights, on three seeds;
-          FOLDER keeps what each training scored, so the study continues where it was stopped.
+          FOLDER keeps the scores of each training, so a study with the same `--prompts` continues
+          where it was stopped.
 search    finds the levels of `speed: fast`: distance of its latents from those of 100 steps of res,
           by number, spacing and lowest of the levels, and by what is kept between them.
 fast      scores of `speed: fast`, of fp8 and of 35 Euler steps in pairs, after one post-training.
@@ -129,7 +130,7 @@ def clips(r: Recipe, prompts: int, folder: Path) -> Iterator[Row]:
 
     def run(count: int, kind: str, seed: int) -> Row:
         here = folder / f"{count}_{kind}_{seed}"
-        kept = folder / f"{here.name}.json"
+        kept = folder / f"{here.name}_{prompts}.json"
         if kept.exists():
             found: Row = files.read_json(kept)
             return found

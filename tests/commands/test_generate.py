@@ -547,7 +547,7 @@ def test_sampling_follows_the_guided_estimate_of_both_prompts():
         ]
         return of[0] + 2 * (of[0] - of[1])
 
-    noise = sampler.start_noise(5, (1, *r.spec.latent_shape(r.num_frames, r.height, r.width)))
+    noise = sampler.start_noise(5, (1, *r.latent_shape))
     with torch.inference_mode():
         expected = sampler.sample(denoise, noise, r, lambda _: None)
         made = sample_latents(r, net, [Conditioning("", cond, uncond)], [5], "test")

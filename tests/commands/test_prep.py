@@ -19,7 +19,6 @@ from safetensors.torch import save_file
 
 from cosmos_cli.commands import prep
 from cosmos_cli.model import mp4
-from cosmos_cli.paths import Dataset
 from cosmos_cli.prep import page, prepare, sources, work_sharing
 from cosmos_cli.recipe import loading
 from tests.helpers.command import SMALL, Cosmos, settings
@@ -402,7 +401,7 @@ def test_the_last_process_removes_the_files_of_a_killed_one(undisturbed, tmp_pat
     cosmos("prep", "tiny", *settings(PROMPT))
     monkeypatch.chdir(tmp_path)
     r = loading.load("tiny", [*SMALL, PROMPT]).recipe
-    job = prepare._job(r, sources.inspect(r, prepare.Dataset.at(r.dataset_dir, r.videos_dir)))
+    job = prepare._job(r, sources.inspect(r, r.dataset))
     with work_sharing.workers(dataset / "prep.lock", job) as workers:
         workers.start()
         (dataset / ".99999999.report.tmp").mkdir()
@@ -555,7 +554,7 @@ def test_an_old_latent_is_kept_only_if_it_shows_the_right_frames(tmp_path):
 
 def test_min_free_disk_gb_is_not_asked_for_by_prep(tmp_path):
     r = loading.load("tiny", [f"dataset_dir={tmp_path}", "min_free_disk_gb=1e9"]).recipe
-    prepare._check_disk(r, Dataset.at(r.dataset_dir, r.videos_dir), [])
+    prepare._check_disk(r, r.dataset, [])
 
 
 def test_a_holdout_share_that_holds_out_nothing_is_said(capsys):

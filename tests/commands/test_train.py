@@ -81,7 +81,7 @@ def test_one_process_with_two_clips_equals_two_processes_with_one(whole, at_once
 
 
 def test_under_a_launcher_the_command_is_one_rank(cosmos, whole):
-    """The ranks of the command itself are compared with the same run where one of them is lost."""
+    """Ranks that the command starts itself are compared with this run where one of them is lost."""
     done = under_torchrun(cosmos, "joined", "max_steps=2")
     assert done.returncode == 0, done.stderr
     assert losses(find_run(cosmos, "joined")) == losses(whole(2))[:2]
@@ -148,7 +148,7 @@ def test_a_signal_in_the_first_second_ends_the_command(cosmos):
 
 
 @pytest.mark.parametrize(
-    "number", [pytest.param(signal.SIGUSR1, marks=pytest.mark.slow), signal.SIGTERM]
+    "number", [signal.SIGUSR1, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
 )
 def test_a_failed_save_is_reported_even_if_a_signal_asked_for_it(cosmos, number):
     name = f"failing{int(number)}"

@@ -144,31 +144,34 @@ def test_a_damaged_model_is_one_line_with_the_command(tmp_path, name, change, wo
 
 def test_what_cannot_be_measured_has_a_reason(root, tmp_path):
     r = loading.load("my_videos", [f"checkpoints_dir={root}"]).recipe
-    assert list(features.measurable(r, 4, 3, 2).folders) == list(features.KEYS)
-    found = features.measurable(r, 4, 0, 1)
+    assert list(features.plan_scores(r, 4, 3, 2).folders) == list(features.KEYS)
+    found = features.plan_scores(r, 4, 0, 1)
     assert found.folders.keys() == {features.MATCH}
     assert found.reasons == {
         features.LIKENESS: "there are no training clips",
         features.DISTANCE: "it needs 2 held-out clips",
     }
-    assert features.measurable(r, 1, 3, 2).reasons == {features.DISTANCE: "it needs 2 videos"}
+    assert features.plan_scores(r, 1, 3, 2).reasons == {features.DISTANCE: "it needs 2 videos"}
     picture = r.model_copy(update={"num_frames": 1})
-    assert features.measurable(picture, 4, 3, 2).reasons.keys() == {features.DISTANCE}
+    assert features.plan_scores(picture, 4, 3, 2).reasons.keys() == {features.DISTANCE}
     elsewhere = r.model_copy(update={"checkpoints_dir": str(tmp_path), "match_model": "off"})
-    assert features.measurable(elsewhere, 4, 3, 2).missing == (features.LIKENESS, features.DISTANCE)
-    assert features.measurable(r, 0, 3, 2) == features.Plan({}, {}, ())
+    assert features.plan_scores(elsewhere, 4, 3, 2).missing == (
+        features.LIKENESS,
+        features.DISTANCE,
+    )
+    assert features.plan_scores(r, 0, 3, 2) == features.Plan({}, {}, ())
     tiny = loading.load("tiny", []).recipe
-    assert features.measurable(tiny, 4, 3, 2) == features.Plan({}, {}, ())
+    assert features.plan_scores(tiny, 4, 3, 2) == features.Plan({}, {}, ())
     typed = tiny.model_copy(update={"likeness_model": str(tmp_path), "match_model": "a/b"})
-    assert features.measurable(typed, 4, 3, 2).missing == (features.MATCH,)
+    assert features.plan_scores(typed, 4, 3, 2).missing == (features.MATCH,)
     assert (
-        features.measurable(typed, 4, 3, 2)
+        features.plan_scores(typed, 4, 3, 2)
         .reasons[features.LIKENESS]
         .startswith("there is no model")
     )
-    own = replace(features.measurable(r, 4, 3, 2))
+    own = replace(features.plan_scores(r, 4, 3, 2))
     chosen = r.model_copy(update={"likeness_model": str(root / DINO)})
-    assert features.measurable(chosen, 4, 3, 2) == own
+    assert features.plan_scores(chosen, 4, 3, 2) == own
 
 
 def test_cost_and_missing_models_are_said_before_anything_runs(tmp_path, capsys, monkeypatch):

@@ -24,8 +24,9 @@ IMPORTED = (
     "cosmos_cli.train.process", "deepspeed.runtime.zero.muon.muon_optimizer", "torchcodec.decoders",
     "transformers.models.t5.modeling_t5",
 )  # fmt: skip
-# Libraries read these when they are imported. The hub's is imported again where they differ.
+# Libraries read these when they are imported. The hub's is imported again if its own differ.
 VARIABLES = {"DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+OF_THE_HUB = ("HF_HUB_OFFLINE", "HF_HOME", "HF_ENDPOINT")
 SECONDS_AFTER_A_FAILURE = 5
 # A process that has asked CUDA for its devices cannot be forked.
 POSSIBLE = not torch.cuda.is_available()
@@ -39,6 +40,8 @@ def _ensure_server():
     assert all(importlib.util.find_spec(name) for name in IMPORTED if name.startswith("cosmos"))
     before = dict(os.environ)
     os.environ.update(VARIABLES)
+    for name in OF_THE_HUB[1:]:
+        os.environ.pop(name, None)
     try:
         forkserver.ensure_running()
     finally:
@@ -72,7 +75,7 @@ def _run(arguments, cwd, environment, streams):
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(environment)
-    if environment.get("HF_HUB_OFFLINE") != VARIABLES["HF_HUB_OFFLINE"]:
+    if any(environment.get(name) != VARIABLES.get(name) for name in OF_THE_HUB):
         for name in [name for name in sys.modules if name.partition(".")[0] == "huggingface_hub"]:
             del sys.modules[name]
     sys.argv = ["cosmos", *arguments]

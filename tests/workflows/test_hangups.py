@@ -68,6 +68,7 @@ def steps(cosmos, name):
     return sum(path.read_text().count('"loss"') for path in paths)
 
 
+# Two ranks are stopped in commands/test_train.py.
 def test_a_closed_window_saves_the_step_and_the_same_command_resumes(cosmos):
     words = options("closed", *ALONE, "tracker=tensorboard")
     window = Window(cosmos, "train", "tiny", *words)
@@ -126,8 +127,8 @@ def test_prep_ends_in_order_or_under_nohup_goes_on(videos, hangup, code):
     [
         (1, signal.SIG_IGN, 0),
         (1, signal.SIG_DFL, 143),
+        (2, signal.SIG_IGN, 0),
         # SIGTERM ends two processes in commands/test_generate.py.
-        pytest.param(2, signal.SIG_IGN, 0, marks=pytest.mark.slow),
         pytest.param(2, signal.SIG_DFL, 143, marks=pytest.mark.slow),
     ],
 )

@@ -99,7 +99,7 @@ def live_and_be_killed(cosmos, name, rng):
     return False
 
 
-# The two are a rank at the end of a save, and all processes in a step.
+# The three are a rank in a step, a rank at the start of a save, and all processes in a step.
 @pytest.mark.parametrize("kills", [3, pytest.param(100, marks=pytest.mark.slow)])
 def test_a_killed_run_resumes_bit_for_bit(prepared, undisturbed, kills):
     cosmos, rng = Cosmos(prepared), random.Random(kills)

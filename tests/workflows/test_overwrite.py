@@ -92,7 +92,7 @@ def test_the_suggested_commands_can_be_pasted(cosmos, copy):
     another, from_them, again = refused(cosmos, "stuck").split("`")[1::2]
     try:
         assert cosmos.json(*shlex.split(another)[1:], "--dry-run")["from"] == 0
-        cosmos.ranks(1, *shlex.split(from_them)[1:], "--set", "max_steps=1")
+        cosmos(*shlex.split(from_them)[1:], "--set", "max_steps=1")
         log = find_run(cosmos, "stuck-2").resolved.read_text()
         assert f"base: {run.model(6, 'ema')}" in log
         # A name that is taken is not proposed.

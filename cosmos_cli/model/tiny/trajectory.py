@@ -94,8 +94,8 @@ def sample_circle(rng: random.Random, size: float) -> tuple[float, float, Trajec
 def sample_bounce(rng: random.Random, size: float) -> tuple[float, float, Trajectory]:
     """Return a start and a motion to the left or right whose first bounce is in `FIRST_BOUNCE`.
 
-    12 clips of bounces in all directions were too few: 100 steps of all weights lowered the tiny
-    model's error by an eighth.
+    12 clips of bounces in all directions are too few: 100 steps of all weights lowered the tiny
+    model's error by only an eighth.
     """
     low, high = FIRST_BOUNCE
     while True:

@@ -73,8 +73,11 @@ def test_the_first_bounce_is_after_the_nine_given_frames():
         start = [(scene.thing.x, scene.thing.y, scene.thing.size)]
         line = replace(scene.motion, walls=False)
         (x, free_x), (y, free_y) = trajectory.positions(start * 2, [scene.motion, line], TIME)
-        bounced = ((x != free_x) & ((x - free_x).abs() > 1e-4)) | ((y - free_y).abs() > 1e-4)
+        bounced = (x - free_x).abs() > 1e-4
         assert not bounced[:9].any() and bounced[18:].any()
+        torch.testing.assert_close(y, free_y)
+        speed, upwards = scene.motion.velocity
+        assert abs(speed) >= trajectory.SMALLEST_BOUNCE_SPEED and not upwards
 
 
 def test_the_caption_does_not_tell_the_motion():
