@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 # Synthetic clips for the embedded model: of the new concept, and of things that it already knows.
 CONCEPT_CLIPS, ORDINARY_CLIPS = 12, 24
 # For the Video2World one: of the new law, and of free motion, where it does not show.
-BOUNCE_CLIPS, FREE_CLIPS = 12, 12
+BOUNCE_CLIPS, FREE_CLIPS = 12, 16
 
 
 class Stage(StrEnum):

@@ -85,4 +85,3 @@ def test_twelve_clips_teach_bounces_and_ordinary_motion_stays(cosmos):
     assert error("base", "free motion", given=1) >= 2 * error("base", "free motion")
     assert error("promoted", "bounces") <= error("base", "bounces") / 2
     assert error("promoted", "free motion") <= 1.5 * error("base", "free motion")
-    assert error("promoted", "bounces") < error("last frame repeated", "bounces") / 2
