@@ -94,15 +94,14 @@ def linear_relu(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def frame_norm(x_BCTHW: Tensor, weight_C: Tensor, bias_C: Tensor, eps: float) -> Tensor:
-    """Apply GroupNorm with one group to each frame, in a form that torch.compile can fuse.
+    """Apply GroupNorm with one group to each frame, in operations that use the whole GPU.
 
-    The memory layout of x stays. PyTorch's own kernel needs channels first and runs a whole frame
-    on one SM.
+    PyTorch's own kernel runs a whole frame on one SM, and copies x to channels first.
     """
-    wide = x_BCTHW.float()
-    var, mean = torch.var_mean(wide, dim=(1, 3, 4), correction=0, keepdim=True)
-    weight, bias = (p.float()[:, None, None, None] for p in (weight_C, bias_C))
-    return ((wide - mean) * torch.rsqrt(var + eps) * weight + bias).to(x_BCTHW.dtype)
+    var, mean = torch.var_mean(x_BCTHW.float(), dim=(1, 3, 4), correction=0, keepdim=True)
+    scale = weight_C.float()[:, None, None, None] * torch.rsqrt(var + eps)
+    shift = bias_C.float()[:, None, None, None] - mean * scale
+    return torch.addcmul(shift, x_BCTHW, scale).to(x_BCTHW.dtype)
 
 
 class Elementwise:

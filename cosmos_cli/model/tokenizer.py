@@ -234,12 +234,16 @@ class CausalConv(nn.Module):
         (step, *stride), (_, *border) = self.conv3d.stride, self.conv3d.padding
         if weight.shape[2:] == POINT:
             return rearrange(F.linear(x, weight.flatten(1), bias), "B T H W C -> B C T H W")
-        if weight.shape[2] == 1:
+        weight = weight.squeeze(2 if weight.shape[2] == 1 else 4)
+        if x.is_cuda:
+            # Otherwise a convolution in time copies its input to channels first.
+            weight = weight.contiguous(memory_format=torch.channels_last)
+        if weight.shape[3] > 1:
             frames = rearrange(x, "B T H W C -> (B T) C H W")
-            frames = F.conv2d(frames, weight[:, :, 0], bias, stride, border)
+            frames = F.conv2d(frames, weight, bias, stride, border)
             return rearrange(frames, "(B T) C H W -> B C T H W", B=len(x))
         flat = rearrange(x, "B T H W C -> B C T (H W)")
-        flat = F.conv2d(flat, weight[..., 0], bias, (step, 1))
+        flat = F.conv2d(flat, weight, bias, (step, 1))
         return flat.unflatten(3, (height, width))
 
 
@@ -264,7 +268,7 @@ class FrameNorm(nn.Module):
         self.norm = nn.GroupNorm(1, channels, eps=1e-6)
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.compiler.is_compiling():
+        if x.is_cuda:
             return kernels.frame_norm(x, self.norm.weight, self.norm.bias, self.norm.eps)
         frames = self.norm(rearrange(x, "B C T H W -> (B T) C H W"))
         return rearrange(frames, "(B T) C H W -> B C T H W", B=len(x))

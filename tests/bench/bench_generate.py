@@ -10,9 +10,9 @@ lora     one pass with compiled blocks, plain and with a LoRA of rank 16 and 64 
 fp8      one pass in bf16, with fp8 linears, and with fp8 self-attention too, blocks compiled; the
          error of each against fp32; and the error of fp8 attention alone, on three kinds of input
          and on those of the tiny model.
-fast     a video by `speed: fast` in fp8, blocks compiled; and its decoding, plain and with
-         compiled blocks.
-split    the same steps by one process and by all together, guidance halves first; started by
+fast     a video by `speed: fast` in fp8, blocks compiled; and its decoding.
+split    the same steps by one process and by all together, then a whole video by `speed: fast`;
+         started by
          `torchrun --standalone --nproc-per-node 2 tests/bench/bench_generate.py --parts split`.
 command  the whole command `generate` from files of full size, line by line of what it says, next to
          dd of the same files: the first run fills the caches, the second has other words.
@@ -74,7 +74,7 @@ from cosmos_cli.model.lora_files import Change
 from cosmos_cli.model.sequence import SequenceGroup, neighbours
 from cosmos_cli.model.tensor_names import DIFFUSERS, rename
 from cosmos_cli.model.tiny import world
-from cosmos_cli.model.tokenizer import ResBlock, Tokenizer, load_tokenizer
+from cosmos_cli.model.tokenizer import Tokenizer, load_tokenizer
 from cosmos_cli.recipe import loading
 from cosmos_cli.recipe.keys import SET_BY_FAST, Recipe
 from cosmos_cli.recipe.residence import Residence
@@ -373,14 +373,9 @@ def bench_fast(bench: Bench, net: DiT) -> Row:
         x0 = video_models.sample_latents(fast, variant, conditioning, [1], "fast")
     tokenizer = Tokenizer(bench.spec.tokenizer, bench.spec.sigma_data)
     tokenizer = tokenizer.to(device, bench.dtype).eval()
-    for kind in ("plain", "compiled"):
-        if kind == "compiled" and device != "cpu":
-            for block in tokenizer.decoder.modules():
-                if isinstance(block, ResBlock):
-                    block.compile(dynamic=False)
-        for turn in range(3):
-            with measured(f"decode, {kind}, call {turn}", device, rows):
-                rgb.to_uint8(tokenizer.decode(x0.to(bench.dtype))[0]).cpu()
+    for turn in range(3):
+        with measured(f"decode, call {turn}", device, rows):
+            rgb.to_uint8(tokenizer.decode(x0.to(bench.dtype))[0]).cpu()
     return {"rows": rows}
 
 
@@ -637,23 +632,30 @@ def bench_split(bench: Bench, net: DiT) -> Row:
     spec, generator = bench.spec.text, torch.Generator(device).manual_seed(1)
     embedding = torch.randn(spec.tokens, spec.channels, generator=generator, device=device)
     conditioning = [text_models.Conditioning(PROMPT, embedding, embedding.flip(0))]
+    if r.sampling_precision == "fp8":
+        net = in_fp8(net, attention=True)
     if video_models.worth_compiling(loading.load(*SHIPPED[bench.model]).recipe, device):
         video_models.compile_blocks(net)
     few, made = r.model_copy(update={"num_steps": 2}), []
-    world = dist.get_world_size()
-    variants = [("one", SequenceGroup(), None), (f"{world}, guidance halves", pair.sequence, pair)]
+    fast = r.model_copy(update={"speed": "fast", **SET_BY_FAST})
+    steps, world = f"{r.num_steps} steps", dist.get_world_size()
+    alone = ("one", SequenceGroup(), None)
+    halves = (f"{world}, guidance halves", pair.sequence, pair)
+    variants = [(steps, r, *alone), (steps, r, *halves)]
     if world == 2:
-        variants.append(("2 that share the tokens", neighbours(2), None))
-    for label, sequence, own in variants:
+        variants.append((steps, r, "2 that share the tokens", neighbours(2), None))
+    variants += [("speed: fast", fast, *alone), ("speed: fast", fast, *halves)]
+    for what, keys, label, sequence, own in variants:
         net.share(sequence)
         video_models.sample_latents(few, net, conditioning, [1], "warm up", own)
         dist.barrier()
-        with measured(f"{r.num_steps} steps by {label}", device, rows):
-            made.append(video_models.sample_latents(r, net, conditioning, [1], label, own))
+        with measured(f"{what} by {label}", device, rows):
+            made.append(video_models.sample_latents(keys, net, conditioning, [1], label, own))
+        first = next(i for i, other in enumerate(variants) if other[0] == what)
+        rows[-1]["times_faster"] = round(rows[first]["seconds"] / rows[-1]["seconds"], 3)
+        rows[-1]["relative_l2"] = ((made[-1] - made[first]).norm() / made[first].norm()).item()
+        print(rows[-1], flush=True)
     dist.destroy_process_group()
-    for row, video_ in zip(rows, made, strict=True):
-        row["times_faster"] = round(rows[0]["seconds"] / row["seconds"], 3)
-        row["relative_l2"] = ((video_ - made[0]).norm() / made[0].norm()).item()
     return {"rows": rows}
 
 
@@ -692,7 +694,8 @@ def bench_command(bench: Bench, net: DiT) -> Row:
     root = (bench.scratch / "checkpoints").absolute()
     found = paths.model_files(bench.spec, str(root))
     if not bench.spec.embedded and not found.dit.exists():
-        found.tokenizer.mkdir(parents=True)
+        for folder in (found.dit.parent, found.tokenizer, found.text_encoder.parent):
+            folder.mkdir(parents=True, exist_ok=True)
         found.text_encoder.symlink_to(t5_folder(bench).absolute())
         tokenizer = Tokenizer(bench.spec.tokenizer, bench.spec.sigma_data).state_dict()
         save_file(tokenizer, found.tokenizer / weights.TOKENIZER_FILE)
@@ -799,13 +802,14 @@ def main() -> None:
     parser.add_argument(
         "--limits", type=float, nargs="*", default=[12.0], help="GiB of the GPU, for streamed"
     )
-    parser.add_argument("--set", action="append", default=[], help="KEY=VALUE, for command")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--attention", help="fail when another backend would run, e.g. cudnn")
     options = parser.parse_args()
     options.scratch.mkdir(parents=True, exist_ok=True)
     shipped, settings = SHIPPED[options.model]
     if options.steps:
         settings = [*settings, f"num_steps={options.steps}"]
+    settings = [*settings, *options.set]
     r, device = loading.load(shipped, settings).recipe, best_device()
     dtype = number_format(device)
     about = (options.model, r, device, dtype, options.scratch, options.rounds, options.limits)

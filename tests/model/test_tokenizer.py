@@ -288,3 +288,30 @@ def test_wide_attention_on_a_gpu_equals_pytorch():
     torch.testing.assert_close(
         module.kernels.wide_attention(q, k, v).double(), expected, atol=2e-2, rtol=0
     )
+
+
+def test_the_norm_of_a_gpu_is_group_norm_of_each_frame():
+    generator = torch.Generator().manual_seed(0)
+    norm = module.FrameNorm(8).requires_grad_(False)
+    randomize(norm)
+    # The mean of one frame is far from 0. Another frame is 0 everywhere.
+    x = 3 * torch.randn(2, 8, 3, 5, 7, generator=generator)
+    x[:, :, 1] += 50
+    x[:, :, 2] = 0
+    given = norm.norm.weight, norm.norm.bias, norm.norm.eps
+    torch.testing.assert_close(module.kernels.frame_norm(x, *given), norm(x), atol=2e-5, rtol=0)
+    half = x.bfloat16()
+    found = module.kernels.frame_norm(half, *(p.bfloat16() for p in given[:2]), given[2])
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.float(), norm(half.float()), atol=0.05, rtol=0)
+
+
+@pytest.mark.gpu
+def test_a_tokenizer_on_a_gpu_equals_one_on_the_cpu(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    tok, x = tokenizer(), video(49)
+    latent = tok.encode(x)
+    expected = latent, tok.decode(latent)
+    tok = tok.cuda()
+    found = tok.encode(x.cuda()).cpu(), tok.decode(latent.cuda()).cpu()
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
