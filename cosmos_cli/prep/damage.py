@@ -21,7 +21,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from ctypes.util import find_library
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
 import av
 import av.logging
@@ -51,7 +51,14 @@ logging.getLogger("libav").propagate = False
 Span = tuple[float, float]
 
 
-def find(path: Path, clips: Sequence[Clip]) -> list[Span]:
+class Frames(NamedTuple):
+    """The frames of a clip, by their numbers in the file or by their time stamps in seconds."""
+
+    indices: Sequence[int]
+    seconds: Sequence[float]
+
+
+def find(path: Path, clips: Sequence[Clip | Frames]) -> list[Span]:
     """Return the spans with damaged frames in the clips of a file.
 
     Spans are in seconds from the first frame of the file. A damaged frame also spoils the frames

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import json
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,8 @@ from cosmos_cli.model import rgb, video, weights
 from cosmos_cli.model.device import number_format, why_not_compiled
 from cosmos_cli.model.tokenizer import load_tokenizer
 from cosmos_cli.paths import Dataset
-from cosmos_cli.prep import clip_statistics, damage, latent_files
+from cosmos_cli.prep import checks, clip_statistics, damage, latent_files
+from cosmos_cli.prep.checks import Check, Checks
 from cosmos_cli.prep.sources import Source
 from cosmos_cli.prep.work_sharing import Workers
 from cosmos_cli.recipe.keys import Recipe
@@ -25,6 +26,16 @@ from cosmos_cli.recipe.keys import Recipe
 WORTH_COMPILING = 300
 # Free memory is returned to the system after this many videos. That takes milliseconds.
 TRIM_EVERY_VIDEOS = 50
+
+
+@dataclass
+class _Begun:
+    """A video that is to be encoded now or soon; without keys, another process has taken it."""
+
+    number: int
+    source: Source
+    keys: dict[video.Clip, str] = field(default_factory=dict)
+    check: Check | None = None
 
 
 class Latents:
@@ -62,25 +73,36 @@ class Latents:
     def make(self, videos: list[Source], workers: Workers) -> None:
         """Encode every video that is not done and that no other process works on."""
         todo = [(i, v) for i, v in enumerate(videos) if not v.reason and v.name not in self.rows]
-        with console.progress("encode", sum(len(v.clips) for _, v in todo), "clips") as bar:
-            for number, source in todo:
-                count = len(source.clips)
-                with workers.piece(number) as ours:
-                    if ours:
-                        self._make_one(source)
-                bar.advance(source.name, count)
-                if number % TRIM_EVERY_VIDEOS == 0:
+        clips = sum(len(source.clips) for _, source in todo)
+        with console.progress("encode", clips, "clips") as bar, checks.running() as checking:
+            begun = (self._begin(number, source, workers, checking) for number, source in todo)
+            for one in checking.in_time(begun):
+                if one.keys:
+                    self._make_one(one.source, one.keys, one.check)
+                    workers.release(one.number)
+                bar.advance(one.source.name, len(one.source.clips))
+                if one.number % TRIM_EVERY_VIDEOS == 0:
                     _trim_memory()
 
-    def _make_one(self, source: Source) -> None:
+    def _begin(self, number: int, source: Source, workers: Workers, checking: Checks) -> _Begun:
+        """Take a video, unless another process has it, and begin to look for damage in it."""
+        if not workers.take(number):
+            return _Begun(number, source)
         keys = {
             clip: hashes.sha256_text(self.digest(source), json.dumps(asdict(clip)), *self.settings)
             for clip in source.clips
         }
+        abouts = [latent_files.read_about(self._path(source, clip)) for clip in keys]
+        known = zip(abouts, keys.values(), strict=True)
+        if all(about.get("checked") and about.get("key") == key for about, key in known):
+            return _Begun(number, source, keys)
+        return _Begun(number, source, keys, checking.begin(source.path, source.clips))
+
+    def _make_one(self, source: Source, keys: dict[video.Clip, str], check: Check | None) -> None:
         try:
             abouts = {clip: self._kept(source, clip, key) for clip, key in keys.items()}
-            if not all(about.get("checked") for about in abouts.values()):
-                self._refuse_damage(source)
+            if check:
+                self._refuse_damage(source, check)
             for clip, key in keys.items():
                 abouts[clip] = abouts[clip] or self._encode(source, clip, key)
         except video.VideoError as error:
@@ -97,7 +119,7 @@ class Latents:
         Earlier versions did not check the decoded frames for damage. Their latents are kept if the
         clip still has the same cut and the same motion.
         """
-        about = latent_files.read_about(self.dataset.latents / source.latent_name(clip))
+        about = latent_files.read_about(self._path(source, clip))
         if about.get("key") != key:
             return {}
         if not about.get("checked"):
@@ -107,7 +129,7 @@ class Latents:
                 return {}
         return about
 
-    def _refuse_damage(self, source: Source) -> None:
+    def _refuse_damage(self, source: Source, check: Check) -> None:
         """Refuse a video if any of its clips shows damaged frames.
 
         One damaged clip rejects the whole video: the other clips may have damage that no decoder
@@ -123,13 +145,15 @@ class Latents:
                 "run `apt-get install libde265-0`"
             )
             self._warned = True
-        spans = damage.find(source.path, source.clips)
-        if spans:
+        if spans := check():
             more = f" and {len(spans) - 3} more times" if len(spans) > 3 else ""
             times = ", ".join(f"{a:.2f} to {b:.2f} s" for a, b in spans[:3]) + more
             raise video.VideoError(
                 f"damaged from {times}: replace the video, or cut these times out"
             )
+
+    def _path(self, source: Source, clip: video.Clip) -> Path:
+        return self.dataset.latents / source.latent_name(clip)
 
     def _pixels(self, source: Source, clip: video.Clip) -> torch.Tensor:
         r, device = self.recipe, next(self.tokenizer.parameters()).device.type
@@ -150,12 +174,12 @@ class Latents:
             "checked": True,
         }
         latent = x0.to("cpu", torch.bfloat16)
-        path = self.dataset.latents / source.latent_name(clip)
+        path = self._path(source, clip)
         weights.write_safetensors(path, {"latent": latent}, {"about": json.dumps(about)})
         return about
 
     def _row(self, source: Source, clip: video.Clip) -> dict[str, Any]:
-        root, path = self.dataset.root, self.dataset.latents / source.latent_name(clip)
+        root, path = self.dataset.root, self._path(source, clip)
         return {
             "latent": str(path.relative_to(root)),
             "sha256": hashes.sha256_file(path),

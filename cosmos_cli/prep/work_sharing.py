@@ -43,15 +43,23 @@ class Workers:
             os.pwrite(self._file, self._job, 0)
             self._lock(_MEMBERS, fcntl.LOCK_SH)
 
+    def take(self, number: int) -> bool:
+        """Lock piece `number` until `release`; return False if another process has it."""
+        return self._lock(_FIRST_PIECE + number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+    def release(self, number: int) -> None:
+        """Unlock a piece that was taken. When this process ends, all of its pieces are unlocked."""
+        self._lock(_FIRST_PIECE + number, fcntl.LOCK_UN)
+
     @contextmanager
     def piece(self, number: int) -> Iterator[bool]:
         """Lock piece `number` while the context lasts; False if another process does it."""
-        ours = self._lock(_FIRST_PIECE + number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        ours = self.take(number)
         try:
             yield ours
         finally:
             if ours:
-                self._lock(_FIRST_PIECE + number, fcntl.LOCK_UN)
+                self.release(number)
 
     def wait_for_others(self) -> bool:
         """Wait until no other process is at work; True if one of them finished the job.

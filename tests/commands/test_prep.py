@@ -518,19 +518,37 @@ def test_prep_killed_at_any_moment_and_rerun_gives_the_same_bytes(undisturbed, t
     assert unfinished >= kills // 3
 
 
-def test_flipped_bits_in_a_video_are_rejected_with_their_times(tmp_path):
-    videos = tmp_path / "datasets" / "tiny" / "videos"
-    write(videos, "good.mp4", 60)
-    data = bytearray((videos / "good.mp4").read_bytes())
-    # In the middle of the frames, which stand behind the index.
+def flip_bits(path):
+    """Damage a video in the middle of its frames, which stand behind the index."""
+    data = bytearray(path.read_bytes())
     middle = (data.index(b"mdat") + len(data)) // 2
     for place in range(middle, middle + 4):
         data[place] ^= 0x5A
-    (videos / "flipped.mp4").write_bytes(data)
+    path.write_bytes(data)
+
+
+def test_flipped_bits_in_a_video_are_rejected_with_their_times(tmp_path):
+    videos = tmp_path / "datasets" / "tiny" / "videos"
+    write(videos, "good.mp4", 60)
+    shutil.copy(videos / "good.mp4", videos / "flipped.mp4")
+    flip_bits(videos / "flipped.mp4")
     found = verdicts(Cosmos(tmp_path).json("prep", "tiny", *settings(PROMPT)))
     assert found["good.mp4"] == ("used", "")
     verdict, reason = found["flipped.mp4"]
     assert verdict == "rejected" and re.match(r"damaged from \d\.\d\d to \d\.\d\d s", reason)
+
+
+def test_checks_in_processes_change_nothing(undisturbed, tmp_path, monkeypatch):
+    _, dataset = fresh(undisturbed, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    r = loading.load("tiny", [*SMALL, PROMPT]).recipe
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    prepare.prepare(r, "cpu")
+    assert snapshot(dataset) == undisturbed[1]
+    flip_bits(dataset / "videos" / "5.mp4")
+    found = {row["file"]: row["reason"] for row in prepare.prepare(r, "cpu")["videos"]}
+    assert found.pop("5.mp4").startswith("damaged from ")
+    assert set(found.values()) == {"", found["truncated.mp4"]}
 
 
 def test_an_old_latent_is_kept_only_if_it_shows_the_right_frames(tmp_path):
