@@ -66,14 +66,14 @@ class Checks:
 
         return result
 
-    def in_time(self, items: Iterable[Item]) -> Iterator[Item]:
-        """Yield the items, each after `ahead` more were drawn, so that checks of those can run."""
-        drawn: deque[Item] = deque()
+    def delayed(self, items: Iterable[Item]) -> Iterator[Item]:
+        """Yield each item after `ahead` further ones were read, so that its check has time."""
+        waiting: deque[Item] = deque()
         for item in items:
-            drawn.append(item)
-            if len(drawn) > self.ahead:
-                yield drawn.popleft()
-        yield from drawn
+            waiting.append(item)
+            if len(waiting) > self.ahead:
+                yield waiting.popleft()
+        yield from waiting
 
     def stop(self) -> None:
         """End the processes, also in the middle of a check."""

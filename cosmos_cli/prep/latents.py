@@ -76,7 +76,7 @@ class Latents:
         clips = sum(len(source.clips) for _, source in todo)
         with console.progress("encode", clips, "clips") as bar, checks.running() as checking:
             begun = (self._begin(number, source, workers, checking) for number, source in todo)
-            for one in checking.in_time(begun):
+            for one in checking.delayed(begun):
                 if one.keys:
                     self._make_one(one.source, one.keys, one.check)
                     workers.release(one.number)
