@@ -1,3 +1,3 @@
-"""Post-train Cosmos-Predict1 Text2World on your own videos and generate videos with the result."""
+"""Post-train Cosmos-Predict1-7B on your own videos and generate videos with the result."""
 
 __version__ = "0.1.0"

@@ -29,8 +29,9 @@ app = typer.Typer(
     add_completion=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
-    help="Post-train Cosmos-Predict1 Text2World on your own videos and generate videos with it. "
-    "Every command takes a recipe: a YAML file or a name from `cosmos recipes list`.",
+    help="Post-train Cosmos-Predict1-7B (Text2World or Video2World) on your own videos, and "
+    "generate videos with the result. Every verb reads a recipe: a YAML file or a name from "
+    "`cosmos recipes list`.",
 )
 for _verb in (setup, download, prep, train, promote, generate, evaluate):
     app.command(cls=getattr(_verb, "Command", None))(

@@ -18,7 +18,7 @@
 #SBATCH --ntasks-per-node=8
 #SBATCH --cpus-per-task=8
 # Ten to eleven minutes before the time limit the ranks get SIGTERM: they finish the step, save, and
-# end with 143. --time must be much longer than that: unsaved steps are computed again.
+# end with 143. --time must be much longer than that: a job that is killed repeats its unsaved steps.
 #SBATCH --signal=TERM@600
 # Slurm may requeue the job, also after a node fails. Its log is then appended to.
 #SBATCH --requeue

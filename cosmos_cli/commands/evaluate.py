@@ -245,10 +245,11 @@ def _preview(r: Recipe, weights: dict[str, Weights], cost: dict[str, Any], outpu
         from cosmos_cli.generate import batch
 
         batch.require_other_networks(r)
-    what = f"{cost['prompts']} videos"
+    what = f"{cost.get('videos', 0) // len(weights)} videos"
     if r.spec.takes_frames:
         what = f"at most {cost['prompts']} clips of each kind, from 1 and from 9 frames"
     for name, own in weights.items():
-        console.say(f"would measure {name} with {what}: {own.path}")
+        loras = "".join(f" with the LoRA {lora.path}" for lora in own.loras)
+        console.say(f"would measure {name} with {what}: {own.path}{loras}")
     models = {name: {"path": str(own.path), "sha256": own.sha256} for name, own in weights.items()}
     return Result(str(output), figures={"dry_run": True, **cost, "models": models})

@@ -54,7 +54,7 @@ VideoOption = Annotated[
 ]
 InputFramesOption = Annotated[
     int | None,
-    typer.Option(help="How many frames of --video are continued, the last 1 or 9. Default: 9."),
+    typer.Option(help="Continue the last 1 or 9 frames of --video. Default: 9."),
 ]
 RolloutOption = Annotated[
     int,

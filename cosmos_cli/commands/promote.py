@@ -60,6 +60,10 @@ PushOption = Annotated[
 PublicOption = Annotated[
     bool, typer.Option("--public", help="Make the repository of --push public.")
 ]
+YesOption = Annotated[
+    bool,
+    typer.Option("--yes", help="Replace files of other runs; without it, they are refused."),
+]
 
 
 def promote(
@@ -73,7 +77,7 @@ def promote(
     set_: options.SetOption = None,
     print_recipe: options.PrintRecipeOption = False,
     dry_run: options.DryRunOption = False,
-    yes: options.YesOption = False,
+    yes: YesOption = False,
     json_: options.JsonOption = False,
 ) -> None:
     """Turn a checkpoint of a run into the model that generate loads.

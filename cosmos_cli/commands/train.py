@@ -76,7 +76,8 @@ def train(
     what = f"LoRA of rank {r.lora_rank} on {r.model}" if r.lora_rank else r.model
     console.say(
         f"{what}: {ready.clips} clips, {ready.held_out} more held out, "
-        f"{r.global_batch_size} a step, {processes} processes, ZeRO-{r.zero_stage}, {r.precision}, "
+        f"{r.global_batch_size} clips a step, {processes} process{'es' if processes > 1 else ''}, "
+        f"ZeRO-{r.zero_stage}, {r.precision}, "
         f"steps {ready.start} to {r.max_steps}; run {run.root}"
     )
     figures = {

@@ -1,1 +1,1 @@
-"""Scores before and after post-training, and the first contact with released weights."""
+"""Score models before and after post-training, and check the released weights at first contact."""

@@ -1,4 +1,4 @@
-"""Compares the scores of models pair by pair, with a verdict in words for each score. No torch."""
+"""Compare the scores of models pair by pair, with a verdict in words for each score. No torch."""
 
 from __future__ import annotations
 

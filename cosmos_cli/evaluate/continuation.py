@@ -1,4 +1,4 @@
-"""Scores of videos that continue given frames: each new frame against what really came next.
+"""Score videos that continue given frames: compare each new frame with the true one.
 
 Dimension letters: C channels, T new frames, H height, W width.
 """
@@ -77,7 +77,7 @@ def directions(r: Recipe, count: int, held_out: bool) -> dict[str, str]:
 
 
 def score_name(score: str, kind: str, given: int) -> str:
-    """Return the name of a score of the clips of one kind, from so many given frames."""
+    """Return the name of a score of one kind of clips, for `given` given frames."""
     return f"{score}, {kind}, {given} given"
 
 

@@ -1,8 +1,9 @@
-"""Evaluates models without a second model as the judge.
+"""Measure models by their videos and by their EDM error on held-out clips.
 
 In the synthetic world of the tiny model, colour, shape and motion are read from the pixels of
 generated videos. On a prepared dataset it measures the EDM error of held-out clips, and the
-distance from generated videos to the nearest training clip.
+distance from generated videos to the nearest training clip. features.py adds scores in the features
+of pretrained models, if these are there.
 
 Dimension letters: C channels, T frames, H height, W width.
 """
@@ -182,7 +183,7 @@ def evaluate(
 
 
 def plan_features(r: Recipe, dataset: PreparedClips | None, videos: int) -> features.Plan:
-    """Return which scores of feature models can be measured on so many videos."""
+    """Return which feature scores can be measured on this number of videos."""
     clips = (len(dataset.train), len(dataset.heldout)) if dataset else (0, 0)
     return features.plan_scores(r, videos, *clips)
 

@@ -100,7 +100,10 @@ def check_model(r: Recipe, device: str) -> dict[str, Any]:
 
 
 def _misread(what: str, path: Path) -> UserError:
-    fix = "run `cosmos download RECIPE` again; if it is the hub's file already, report this bug"
+    fix = (
+        "choose another `base` if you made this file; the hub's own files were verified before, so "
+        "report a failure of those as a bug"
+    )
     return asset_error(path, what, fix)
 
 

@@ -72,7 +72,7 @@ def require_other_networks(r: Recipe) -> None:
 
 
 def _require_guards_and_tokenizer(r: Recipe) -> None:
-    """Check what is needed late, before the text encoder, which is loaded first, takes minutes.
+    """Check the files of the later phases first, because loading the text encoder takes minutes.
 
     Raises:
         UserError: a guard or the tokenizer is missing.

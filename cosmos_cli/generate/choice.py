@@ -30,7 +30,7 @@ _NAMES_SHOWN = 5
 
 @dataclass(frozen=True)
 class Choice:
-    """Name a recipe, overrides that the user's own replace, and a folder or file of weights.
+    """Name a recipe, its weights, and overrides that the user's --set replaces.
 
     Weights of None stand for the recipe's base model.
     """

@@ -153,7 +153,7 @@ class Request:
         """Return an input of which `count` frames are used; None takes as many as it can give.
 
         Raises:
-            UserError: the model cannot be given so many frames, or a picture has not as many.
+            UserError: `count` is not 1 or 9, or is above 1 for a picture.
         """
         most = GIVEN_FRAMES[-1] if is_video else 1
         count = most if count is None else count

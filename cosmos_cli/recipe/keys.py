@@ -261,8 +261,8 @@ class Recipe(BaseModel):
         le=16,
     )
     preview_share: Factor = _training(
-        "Maximum share of the run's time for previews and samples. After the first of each, they "
-        "are skipped whenever they would exceed it.",
+        "Maximum share of the run's time for previews and samples. The first preview and the first "
+        "samples are always made; later ones are skipped when they would exceed this share.",
         0.02,
     )
     tracker: Literal["none", "tensorboard", "wandb", "trackio"] = _training(
@@ -277,7 +277,7 @@ class Recipe(BaseModel):
         ge=1,
     )
     max_restarts: CountOrZero = _training(
-        "How often training restarts from its last checkpoint after a process is lost.", 0
+        "Maximum number of restarts from the last checkpoint after a process is lost.", 0
     )
     keep_last: Count = _training("Number of newest resume states to keep on disk.", 2)
     keep_every_steps: CountOrZero = _training(
@@ -310,8 +310,8 @@ class Recipe(BaseModel):
     offload: Literal["none", "ema", "optimizer", "parameters", "weights"] = _training(
         "State to keep in CPU memory instead of GPU memory. none: nothing. ema: the EMA. "
         "optimizer: the optimizer state and gradients too. parameters: the weights too. weights: "
-        "for a LoRA, those of the frozen weights and stored activations that do not fit on the "
-        "GPU; they are copied while other blocks compute.",
+        "for a LoRA, only the frozen weights and stored activations that do not fit on the GPU, "
+        "which are copied while other blocks compute.",
         "none",
     )
     precision: Literal["bf16", "fp32"] = _run(

@@ -95,7 +95,7 @@ def _streaming_conflicts(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str,
         keys = ("offload", *(key for key, _, _ in found))
         ways = " ".join(f"--set {way}" for _, _, way in found)
         other = "none" if recipe.zero_stage < 3 else "parameters"
-        what = f"offload weights {', '.join(what for _, what, _ in found)}"
+        what = f"offload weights {'; it '.join(what for _, what, _ in found)}"
         yield keys, what, f"use `{ways}` or `--set offload={other}`"
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from cosmos_cli import console
 from cosmos_cli.recipe import plan
 from cosmos_cli.recipe.gpu_models import GpuModel
 from cosmos_cli.recipe.keys import Recipe
@@ -15,9 +16,9 @@ from cosmos_cli.spec import COSMOS_7B as SPEC
 
 # A run should end within this time.
 MOST_HOURS = 12
-# From so many clips on, all weights are trained. Fewer are memorised sooner than a LoRA does.
+# With at least this many clips, all weights are trained. They memorise fewer sooner than a LoRA.
 FULL_FROM_CLIPS = 100
-# A machine with one GPU of less memory is a desktop, which has so much CPU memory, both in GB.
+# A machine with one GPU of less memory is a desktop, which has DESKTOP_GB of CPU memory.
 DESKTOP_GPU_GB, DESKTOP_GB = 40, 30
 # How often the run shows each clip, within the limits on its number of steps.
 PASSES = 50
@@ -191,13 +192,13 @@ def _reasons(values: dict[str, Any], clips: int, machine: Machine) -> dict[str, 
         "zero_stage": stage,
         "activation_checkpointing": CHECKPOINTING[values["activation_checkpointing"]],
         "offload": offload,
-        "learning_rate": "usual for a LoRA" if reasons else "NVIDIA's own training uses it",
+        "learning_rate": "it is usual for a LoRA" if reasons else "NVIDIA's own training uses it",
         "warmup_steps": "it is a twentieth of the run",
         "max_steps": f"each of {clips} clips is seen {steps * batch / clips:.0f} times",
         "save_every_steps": f"{SAVES} checkpoints can be compared",
         "keep_models": "older model files than these and the best one are deleted",
         "global_batch_size": "it is a multiple of the number of GPUs",
-        "micro_batch_size": "one clip fills a GPU",
+        "micro_batch_size": "one clip at a time needs the least memory",
         "num_processes": machine.found,
         "precision": "the weights are in bf16, and NVIDIA GPUs since 2020 compute in it",
     }
@@ -206,10 +207,11 @@ def _reasons(values: dict[str, Any], clips: int, machine: Machine) -> dict[str, 
 def describe_way(way: Choice, machine: Machine) -> list[str]:
     """Return the lines that say what the run needs, and why it may not end in time."""
     found, disk = way.plan, plan.disk(way.recipe, 0).run_bytes / 1e9
+    time = f"{way.hours:.1f} hours" if way.hours >= 0.1 else console.duration(way.hours * 3600)
     lines = [
         f"On {machine}: {found.total_gb:.1f} GB of {machine.gpu.memory_gb:.1f} GB of each GPU, "
         f"{found.cpu_gb:.0f} GB of CPU memory,",
-        f"{disk:.0f} GB of disk for the run, {way.hours:.1f} hours (predicted).",
+        f"{disk:.0f} GB of disk for the run, {time} (predicted).",
     ]
     if not found.fits:
         lines.append(f"It does not fit on {machine}. Use a GPU with more memory: see --gpus.")
