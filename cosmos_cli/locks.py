@@ -23,7 +23,25 @@ from functools import cache, partial
 from pathlib import Path
 
 from cosmos_cli import console, files
-from cosmos_cli.errors import environment_error
+from cosmos_cli.errors import environment_error, usage_error
+
+
+@contextmanager
+def writing(path: Path, lock: str, command: str) -> Iterator[None]:
+    """Keep other processes from writing a file while the block runs; `lock` is a name next to it.
+
+    Raises:
+        UserError: another process writes it, or the lock cannot be made.
+    """
+    name = path.with_name(lock)
+    with held(name, command) as alone:
+        if alone is None:
+            what, fix = f"another `{command}` is writing it", "wait for it, or choose another file"
+            raise usage_error(path, what, fix)
+        try:
+            yield
+        finally:
+            name.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -143,7 +143,8 @@ def _shape(videos: Sequence[VideoInfo]) -> tuple[Line, Line, Line]:
         size, reason = size[::-1], f"most videos are in portrait format ({reason})"
     if height * width < LEAST_SHARE_OF_PIXELS * size[0] * size[1]:
         step = SPEC.size_multiple
-        size = (max(height // step, 1) * step, max(width // step, 1) * step)
+        most = SPEC.max_size // step
+        size = (min(max(height // step, 1), most) * step, min(max(width // step, 1), most) * step)
         reason = f"enlarging them to {SPEC.width}x{SPEC.height} would add cost and no detail"
     shape = size[1] / size[0]
     shares = [

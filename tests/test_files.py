@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 import cosmos_cli
 from cosmos_cli import archives, files, hashes, paths, pickles
 from cosmos_cli.errors import ExitCode, UserError
-from cosmos_cli.generate import jobs
+from cosmos_cli.generate import requests
 from cosmos_cli.model import mp4, text, weights
 from cosmos_cli.paths import Run
 from cosmos_cli.prep import embedding_files
@@ -74,7 +74,7 @@ KINDS = {
 }
 READERS = {
     "recipe": (strict_yaml.read_entries, ExitCode.USAGE),
-    "batch": (jobs.read_batch, ExitCode.USAGE),
+    "batch": (requests.read_batch, ExitCode.USAGE),
     "json": (files.read_json, ExitCode.ASSET),
     "hash": (hashes.sha256_file, ExitCode.ASSET),
     "embedding": (lambda path: embedding_files.read_embedding(path, TINY.text), ExitCode.ASSET),
@@ -261,7 +261,7 @@ import resource, sys, time
 from pathlib import Path
 from cosmos_cli import files
 from cosmos_cli.errors import UserError
-from cosmos_cli.generate import jobs
+from cosmos_cli.generate import requests
 from cosmos_cli.model import weights
 from cosmos_cli.prep import embedding_files
 from cosmos_cli.recipe import loading
@@ -270,7 +270,7 @@ readers = {
     ".pt": weights.load_dit_state, ".jit": weights._read_torchscript,
     ".safetensors": weights.load_dit_state, ".json": files.read_json,
     ".pickle": lambda path: embedding_files.read_embedding(path, TINY.text),
-    ".jsonl": lambda path: [request.read() for request in jobs.read_batch(path)],
+    ".jsonl": lambda path: [request.read() for request in requests.read_batch(path)],
     ".yaml": loading.load,
 }
 def peak():

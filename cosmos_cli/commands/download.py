@@ -80,7 +80,8 @@ def download(
             figures["videos"] = _count_videos(r)
             console.say(f"{figures['videos']} videos in {root}")
     following = "prep" if for_ == Stage.all else for_.value
-    next_ = options.command_line(following, recipe, set_)
+    extra = '--prompt "A red ball moves left."' if following == "generate" else ""
+    next_ = options.command_line(following, recipe, set_, extra)
     console.emit(Result(str(root), [root], figures, next_), as_json=json_)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
@@ -15,7 +16,8 @@ from cosmos_cli.commands import options
 from cosmos_cli.errors import Interrupted, UserError, together, usage_error
 
 if TYPE_CHECKING:
-    from cosmos_cli.generate.jobs import Given, Request, Result, Settings
+    from cosmos_cli.generate.jobs import Result, Settings
+    from cosmos_cli.generate.requests import Given, Request
     from cosmos_cli.recipe.keys import Recipe
 
 Compared = Literal["base", "exact"]
@@ -142,7 +144,8 @@ def generate(
     Example: cosmos generate --prompt "A video of sks teal robot." --set num_steps=20
     """
     from cosmos_cli.generate import batch, choice
-    from cosmos_cli.generate.jobs import Request, Settings, read_batch
+    from cosmos_cli.generate.jobs import Settings
+    from cosmos_cli.generate.requests import Request, read_batch
 
     output = files.expand(output)
     if recipe is not None:
@@ -166,7 +169,7 @@ def generate(
         both = batch.compared(settings, compare, chosen.recipe, overrides)
     _announce(settings, requests)
     if dry_run:
-        result = _preview(both, requests)
+        result = _preview(both, [*requests, *(batch.stdin_requests() if prompts else ())])
     elif prompts is None:
         result = _finish(batch.batch(both, requests, num_processes), r, streaming=False)
     else:
@@ -192,9 +195,15 @@ def _check_options(
     if prompts is not None and (others or prompts != "-"):
         fix = "use `--prompts -` without --prompt, --batch, --compare and --num-processes"
         raise usage_error("--prompts", "reads from standard input only", fix)
+    if prompts is not None and sys.stdin is None:
+        fix = "pipe prompts into it: `cosmos generate --prompts - < prompts.txt`"
+        raise usage_error("--prompts", "standard input is closed", fix)
     if compares_rollout:
         fix = "leave out --rollout or --compare"
         raise usage_error("--compare", "shows single videos side by side", fix)
+    if output.suffix.lower() == ".mp4" and output.is_dir():
+        fix = f"name a file in it: `--output {shlex.quote(str(output / 'video.mp4'))}`"
+        raise usage_error(f"--output {output}", "is a folder", fix)
     if output.suffix.lower() == ".mp4" and (prompts or count > 1):
         fix = "give a folder, such as `--output outputs`"
         raise usage_error("--output", f"one file for {count or 'many'} videos", fix)
@@ -209,7 +218,7 @@ def _given(image: Path | None, video: Path | None, frames: int | None) -> Given 
     Raises:
         UserError: they contradict one another.
     """
-    from cosmos_cli.generate.jobs import Request
+    from cosmos_cli.generate.requests import Request
 
     if image and video:
         raise usage_error("--image", "--image and --video are both given", "give one of them")
@@ -300,8 +309,9 @@ def _preview(settings: list[Settings], requests: list[Request]) -> console.Resul
     results = list(batch.plan_all(settings, requests))
     if errors := [result.error for result in results if result.error]:
         raise together(errors)
-    if todo := [result.job for result in results if result.job and not result.made]:
-        batch.require_other_networks(todo[0].r)
+    todo = [result.job for result in results if result.job and not result.made]
+    for own in {job.r.sampling_precision: job.r for job in todo}.values():
+        batch.require_other_networks(own)
     text = "\n".join(str(result.job.path) for result in results if result.job)
     figures = {"videos": [result.record() for result in results], "dry_run": True}
     return console.Result(text, figures=figures)

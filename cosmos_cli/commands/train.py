@@ -11,6 +11,7 @@ import typer
 from cosmos_cli import console
 from cosmos_cli.commands import options
 from cosmos_cli.console import Result
+from cosmos_cli.errors import usage_error
 from cosmos_cli.paths import Run
 
 if TYPE_CHECKING:
@@ -101,6 +102,9 @@ def _plan(r: Recipe, processes: int, gpus: str | None, pcie: int | None) -> Resu
     count, gpu = processes, preflight.smallest_gpu()
     if gpus is not None:
         count, gpu = gpu_models.parse_gpus(gpus)
+        if r.offload == "weights" and count > 1:
+            fix = f"use `--gpus 1x{gpu.name}`, or `--set zero_stage=3 --set offload=none`"
+            raise usage_error("--gpus", f"weights are streamed to one GPU, found {count}", fix)
     gpu = replace(gpu, pcie=pcie) if gpu and pcie else gpu
     preflight.check_world(r, count)
     figures = advice.check_memory(r, count, gpu)

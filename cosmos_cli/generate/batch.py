@@ -10,11 +10,12 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cosmos_cli import console, files, hashes
+from cosmos_cli import console, files, hashes, locks
 from cosmos_cli.download import assets
 from cosmos_cli.errors import UserError, usage_error
 from cosmos_cli.generate import choice, jobs, precision, processes
-from cosmos_cli.generate.jobs import Job, Request, Result, Settings, Weights
+from cosmos_cli.generate.jobs import Job, Result, Settings, Weights
+from cosmos_cli.generate.requests import Request, read_lines
 
 if TYPE_CHECKING:
     from cosmos_cli.recipe.keys import Recipe
@@ -116,18 +117,36 @@ def plan_all(settings: Sequence[Settings], requests: Sequence[Request]) -> Itera
 def batch(
     settings: Sequence[Settings], requests: Sequence[Request], processes: int | None
 ) -> Iterator[Result]:
-    """Yield videos that exist and refused requests first, then new videos, then comparisons."""
+    """Yield videos that exist and refused requests first, then new videos, then comparisons.
+
+    Raises:
+        UserError: the output is a file that another command is writing.
+    """
+    output = settings[0].output.absolute()
+    if output.suffix.lower() != ".mp4":
+        yield from _batch(settings, requests, processes)
+        return
+    with locks.writing(output, f".{output.stem}.lock", "cosmos generate"):
+        yield from _batch(settings, requests, processes)
+
+
+def _batch(
+    settings: Sequence[Settings], requests: Sequence[Request], processes: int | None
+) -> Iterator[Result]:
     todo: list[Job] = []
     made: set[Job] = set()
     planned = list(plan_all(settings, requests))
+    # A comparison needs both sides, so a request that one side refuses is not generated.
+    refused = {i % len(requests) for i, result in enumerate(planned) if result.error}
     sides = {
         result.job: own.side
         for result, (own, _) in zip(planned, product(settings, requests), strict=True)
         if result.job
     }
-    for result in planned:
+    for i, result in enumerate(planned):
         if result.job and not result.made:
-            todo.append(result.job)
+            if i % len(requests) not in refused:
+                todo.append(result.job)
             continue
         if result.job:
             _say_side(sides[result.job], result.job)
@@ -207,6 +226,15 @@ def _comparisons(settings: Sequence[Settings], pairs: list[tuple[Job, Job]]) -> 
         yield result
 
 
+def stdin_requests() -> Iterator[Request]:
+    """Return the requests of standard input, one per line, as they arrive."""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        # surrogateescape: a line that is not UTF-8 is refused and does not end the stream.
+        start = sys.stdin.buffer.peek(2)[:2]
+        sys.stdin.reconfigure(encoding=files.encoding_of(start), errors="surrogateescape")
+    return read_lines(sys.stdin)
+
+
 def stream(settings: Settings) -> Iterator[Result]:
     """Generate a video for each line of stdin; keep all networks in memory if they fit."""
     _require_guards_and_tokenizer(settings.r)
@@ -216,10 +244,7 @@ def stream(settings: Settings) -> Iterator[Result]:
     from cosmos_cli.gpus import best_device
 
     make = one_by_one(settings.r, settings.weights, best_device())
-    if isinstance(sys.stdin, io.TextIOWrapper):
-        # surrogateescape: a line that is not UTF-8 is refused and does not end the stream.
-        start = sys.stdin.buffer.peek(2)[:2]
-        sys.stdin.reconfigure(encoding=files.encoding_of(start), errors="surrogateescape")
-    for request in jobs.read_lines(sys.stdin):
+    # Reading waits for the first line, so the networks are loaded before.
+    for request in stdin_requests():
         result = plan_request(request, settings)
         yield make(result.job) if result.job and not result.made else result

@@ -101,6 +101,8 @@ def _newest(model: str | None, overrides: list[str], frames: bool) -> Choice:
                 f"no {kind} model was promoted in {where}: using the base model {base.name}"
             )
             return _of_spec(base, None)
+    if spec:
+        return _of_spec(spec, None)
     console.say(
         f"no {kind} model was promoted or downloaded in {where}: using the embedded tiny model, "
         "whose videos are small; name a RECIPE or a --model to use another"

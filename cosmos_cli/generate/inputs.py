@@ -12,7 +12,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from cosmos_cli import console, files
-from cosmos_cli.generate.jobs import Given
+from cosmos_cli.generate.requests import Given
 from cosmos_cli.model import rgb, video
 from cosmos_cli.model.video import VideoError
 from cosmos_cli.recipe.keys import Recipe

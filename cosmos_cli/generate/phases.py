@@ -35,10 +35,11 @@ def generate(jobs: list[Job], device: str, pair: Pair | None = None) -> Iterator
     """
     r = jobs[0].r
     in_turn = r.memory != "together"
-    if in_turn:
-        # Refuse before anything is loaded.
-        memory.streamed_blocks(r, device)
-    precision.fp8_parts(r)
+    # Refuse before anything is loaded. With --compare exact, jobs differ in precision.
+    for own in {job.r.sampling_precision: job.r for job in jobs}.values():
+        if in_turn:
+            memory.streamed_blocks(own, device)
+        precision.fp8_parts(own)
     _say_networks(r, in_turn)
     pipeline = Pipeline(r, device, pair, in_turn=in_turn)
     for part in [jobs] if in_turn else [[job] for job in jobs]:
@@ -62,7 +63,7 @@ def one_by_one(r: Recipe, weights: Weights, device: str) -> Callable[[Job], Resu
         return lambda job: next(generate([job], device))
     _say_networks(r, in_turn=False)
     pipeline = Pipeline(r, device, in_turn=False)
-    pipeline.load(weights)
+    pipeline.load(r, weights)
     return lambda job: next(pipeline.run([job]))
 
 
@@ -138,7 +139,7 @@ class Pipeline:
         prepared, failed = self.prepare(jobs)
         for job in jobs:
             if job in prepared:
-                self.load(job.weights)
+                self.load(job.r, job.weights)
                 each([job], lambda job: self._make(job, prepared[job]), failed)
             yield Result(job.prompt, job, failed.get(job), made=job not in failed)
 
@@ -172,14 +173,14 @@ class Pipeline:
         self._free("encoder")
         return prepared, failed
 
-    def load(self, weights: Weights) -> None:
-        """Load the denoiser and the decoder, unless they are in memory."""
-        if self.videos and self.videos.weights == weights:
+    def load(self, r: Recipe, weights: Weights) -> None:
+        """Load the denoiser and the decoder, unless they are in memory in this precision."""
+        if self.videos and self.videos.holds(r, weights):
             return
         # Free the memory of other weights first.
         self.videos = None
         with phase("loading denoiser and decoder", self.device):
-            self.videos = VideoModels(self.r, weights, self.device, self.pair)
+            self.videos = VideoModels(r, weights, self.device, self.pair)
         console.say(f"attention: {self.videos.attention}{_in_fp8(self.videos.fp8, self.device)}")
 
     def _free(self, model: str) -> None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from cosmos_cli import console, files, hashes
+from cosmos_cli import console, files, hashes, locks
 from cosmos_cli.errors import UserError
 from cosmos_cli.generate import outputs
 from cosmos_cli.generate.jobs import Job
@@ -41,8 +41,14 @@ def make(pipeline: Pipeline, job: Job, text_emb: Conditioning, given: Tensor | N
     Each segment continues pixels of the one before as they were before any face was pixelated.
 
     Raises:
-        UserError: a segment is not finite or blocked, or a file cannot be written.
+        UserError: a segment is not finite or blocked, a file cannot be written, or another command
+            makes the same video.
     """
+    with locks.writing(job.path, f".{job.path.stem}.segments.lock", "cosmos generate"):
+        _make(pipeline, job, text_emb, given)
+
+
+def _make(pipeline: Pipeline, job: Job, text_emb: Conditioning, given: Tensor | None) -> None:
     began, parts = time.monotonic(), Parts(job)
     if parts.rows:
         console.say(f"{len(parts.rows)} of {job.segments} segments were generated before")
@@ -104,6 +110,8 @@ class Parts:
         try:
             state = files.read_json(self.state)
         except UserError:
+            return []
+        if not isinstance(state, dict) or not {"key", "segments"} <= state.keys():
             return []
         if state["key"] != self.job.key or not self._frames(len(state["segments"])).is_file():
             return []

@@ -75,7 +75,7 @@ class VideoModels:
     """Hold the denoiser and the decoder, with the guards of the video."""
 
     def __init__(self, r: Recipe, weights_: Weights, device: str, pair: Pair | None) -> None:
-        self.weights = weights_
+        self.weights, self.precision = weights_, r.sampling_precision
         self.device = device
         self.pair = pair
         self.frame_filter: FrameFilter | None = None
@@ -95,6 +95,10 @@ class VideoModels:
             self.net.share(pair.sequence)
         self.attention = self_attention_backend(r, self.net)
         self.fp8 = precision.fp8_parts(r)
+
+    def holds(self, r: Recipe, weights_: Weights) -> bool:
+        """True if these are the weights and the precision that a video needs."""
+        return (self.weights, self.precision) == (weights_, r.sampling_precision)
 
     @cached_property
     def compiles(self) -> bool:

@@ -307,13 +307,13 @@ def _open(path: Path) -> VideoDecoder:
         if not stat.S_ISREG(status.st_mode):
             raise VideoError("not a file")
         path.open("rb").close()
-        path.name.encode()
+        str(path).encode()
     except FileNotFoundError as error:
         raise VideoError("no such file") from error
     except OSError as error:
         raise VideoError(f"cannot be read: {os.strerror(error.errno or 0)}") from error
     except UnicodeEncodeError as error:
-        raise VideoError("its name is not UTF-8; rename it") from error
+        raise VideoError("its path is not UTF-8; rename it") from error
     if status.st_size == 0:
         raise VideoError("the file is empty")
     try:

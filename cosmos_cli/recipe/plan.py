@@ -140,7 +140,7 @@ def blocks_kept(r: Recipe, ranks: int, gpu: GpuModel | None) -> tuple[int, int]:
         whole = max(0, min(blocks, int(left / LINEARS_KEPT)))
         return whole, whole
     mlps = max(0, min(blocks, int(left)))
-    return mlps, min(mlps, int((left - mlps) / (LINEARS_KEPT - 1)))
+    return mlps, max(0, min(mlps, int((left - mlps) / (LINEARS_KEPT - 1))))
 
 
 def _memory(r: Recipe, ranks: int, gpu: GpuModel | None) -> dict[str, float]:

@@ -52,6 +52,7 @@ def conflicts(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str, str]]:
     if recipe.num_processes % group_size:
         what = f"must be a multiple of sequence_parallel {group_size}, found {recipe.num_processes}"
         fix = _nearest("num_processes", recipe.num_processes, group_size)
+        fix += f" or `--set sequence_parallel={math.gcd(recipe.num_processes, group_size)}`"
         yield ("num_processes", "sequence_parallel"), what, fix
         return
     micro, total = recipe.micro_batch_size, recipe.global_batch_size

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -81,7 +80,9 @@ def choose_way(clip: Clip, lengths: Sequence[int], held_out: float, machine: Mac
     """
     ways: list[Choice] = []
     for smaller in _clips(clip):
-        videos = math.ceil(len(lengths) * (1 - held_out))
+        # As prep holds them out.
+        held = min(max(round(held_out * len(lengths)), 1), len(lengths) - 1) if held_out else 0
+        videos = len(lengths) - held
         clips = max(sum(n // smaller.frames for n in lengths) * videos // len(lengths), 1)
         for settings in _methods(clips, machine):
             for way in _schedules(smaller, clips, settings, machine):

@@ -263,7 +263,7 @@ def _memory(r: Recipe) -> Check:
     limit = Path("/sys/fs/cgroup/memory.max")
     if limit.exists() and (text := limit.read_text().strip()).isdigit():
         total = min(total, int(text))
-    needed = 1e9 * plan.plan(r, launch.world_size(r), None).cpu_gb
+    needed = 1e9 * plan.plan(r, launch.world_size(r), preflight.smallest_gpu()).cpu_gb
     found = f"{console.size(total)}"
     if total < needed:
         fix = "close other programs or use a larger machine"

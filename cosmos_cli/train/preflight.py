@@ -154,7 +154,8 @@ def check_world(r: Recipe, ranks: int) -> None:
             f"{r.micro_batch_size} on {ranks} processes"
         )
         next_multiple = -(-r.global_batch_size // at_once) * at_once
-        fix = f"use `--set global_batch_size={next_multiple}`"
+        count = "" if r.num_processes in ("auto", ranks) else f" --set num_processes={ranks}"
+        fix = f"use `--set global_batch_size={next_multiple}{count}`"
         raise usage_error("global_batch_size", what, fix)
 
 

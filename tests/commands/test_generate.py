@@ -12,7 +12,7 @@ import psutil
 import pytest
 import torch
 
-from cosmos_cli import files, hashes, paths
+from cosmos_cli import files, hashes, locks, paths
 from cosmos_cli.generate.memory import bytes_together
 from cosmos_cli.generate.text_models import Conditioning
 from cosmos_cli.generate.video_models import load_denoiser, sample_latents, worth_compiling
@@ -110,10 +110,12 @@ def test_only_a_video_with_enough_work_is_compiled():
         (["--prompt", "a", "--prompt", "b", "-o", "one.mp4"], "one file for 2"),
         (["--prompt", "a", "-o", "one.mov"], ".mov files are not written"),
         (["--prompt", "a", "--lora", "bad.jsonl:nan"], "nan is not a strength"),
+        (["--prompt", "a", "-o", "folder.mp4"], "folder.mp4: is a folder"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_two(cosmos, arguments, word):
     (cosmos.cwd / "bad.jsonl").write_text('\n{"text": "no prompt"}\n')
+    (cosmos.cwd / "folder.mp4").mkdir()
     done = cosmos("generate", *arguments, code=2)
     assert word in done.stderr
     assert "Traceback" not in done.stderr
@@ -409,6 +411,31 @@ def test_compare_exact_makes_both_and_tells_the_difference(cosmos):
     assert again.count("not again") == 3
     refused = cosmos(*ask[:-2], "--compare", "exact", "--dry-run", code=2).stderr
     assert "`--set speed=fast`" in refused
+
+
+def test_compare_exact_shows_what_fp8_changes(cosmos):
+    ask = ["generate", "--prompt", "A ball.", *settings("guidance=0", "sampling_precision=fp8")]
+    exact, fp8, both = json.loads(cosmos(*ask, "--compare", "exact", "--json").stdout)["artifacts"]
+    about = [json.loads((cosmos.cwd / path).with_suffix(".json").read_text())
+             for path in (exact, fp8, both)]  # fmt: skip
+    assert [one["fp8"] for one in about[:2]] == [[], ["linears", "attention"]]
+    assert 0 < about[2]["difference"]["latent_distance"] < 1
+    alone = json.loads(cosmos(*ask, "-o", "alone.mp4", "--json").stdout)["artifacts"][0]
+    assert Path(cosmos.cwd, alone).read_bytes() == Path(cosmos.cwd, fp8).read_bytes()
+
+
+def test_two_commands_cannot_write_the_same_file(cosmos):
+    with locks.held(cosmos.cwd / ".one.lock", "cosmos generate"):
+        refused = cosmos("generate", "--prompt", "A ball.", *settings(), "-o", "one.mp4", code=2)
+    assert "one.mp4: another `cosmos generate` is writing it" in refused.stderr
+    assert not (cosmos.cwd / "one.mp4").exists()
+
+
+def test_a_dry_run_reads_standard_input(cosmos):
+    ask = ("generate", "--prompts", "-", "--dry-run", *settings(), "--json")
+    found = json.loads(cosmos(*ask, stdin="A ball.\nA cube.\n").stdout)
+    assert [one["prompt"] for one in found["videos"]] == ["A ball.", "A cube."]
+    assert cosmos(*ask, stdin="A ball.\n{bad\n", code=2)
 
 
 def test_several_processes_end_together(cosmos):

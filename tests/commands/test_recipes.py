@@ -14,6 +14,7 @@ from cosmos_cli.commands.recipes import app
 from cosmos_cli.console import duration
 from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.model.video import VideoInfo
+from cosmos_cli.prep import holdout
 from cosmos_cli.recipe import gpu_models, loading, plan
 from cosmos_cli.recipe.training_plan import Machine
 
@@ -165,6 +166,17 @@ def test_the_shape_follows_the_videos() -> None:
     assert shape((1920, 1080)) == (1280, 704, "crop")
     assert shape((720, 1280), (720, 1280), (1080, 1080)) == (704, 1280, "crop")
     assert shape((1000, 1000)) == (704, 1280, "pad")
+    # A strip is wider than any size that the model can take.
+    assert shape((100, 3000)) == (96, 1920, "crop")
+
+
+def test_clips_are_counted_as_prep_holds_videos_out() -> None:
+    for count in (1, 2, 3, 4, 8, 9, 24):
+        rows, _ = new_recipe.propose("robot", Path("clips"), [info(121)] * count, 0, machine())
+        found = {row.key: row for row in rows}
+        content = {f"{i}.mp4": str(i) for i in range(count)}
+        held_out = holdout.choose_held_out(content, found["holdout_share"].value)
+        assert f"each of {count - len(held_out)} clips" in found["max_steps"].because
 
 
 GPUS = ("1xRTX-4090", "1xH100-80GB", "4xL40S", "8xH100-80GB")
@@ -252,7 +264,10 @@ def test_new_writes_a_recipe_that_loads_from_real_videos(workplace: Path) -> Non
     assert (r.num_frames, r.fps_policy, r.videos_dir, r.name) == (25, "keep", "clips", "robot")
     error = fail("new", "robot", "--videos", "clips")
     assert (error.code, error.where) == (ExitCode.USAGE, "robot.yaml")
+    assert r.prompt
+    (clips / "metadata.csv").write_text("file_name,text\na.mp4,A robot waves.\n")
     run("new", "robot", "--videos", "clips", "--yes")
+    assert loading.load("robot.yaml").recipe.prompt is None, "its caption is in the table"
 
 
 def test_new_refuses_a_bad_name_and_a_folder_without_videos(workplace: Path) -> None:

@@ -6,7 +6,8 @@ import pytest
 
 from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.generate import batch
-from cosmos_cli.generate.jobs import Request, Settings, Weights
+from cosmos_cli.generate.jobs import Settings, Weights
+from cosmos_cli.generate.requests import Request
 from cosmos_cli.recipe import loading
 
 

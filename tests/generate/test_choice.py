@@ -101,6 +101,13 @@ def test_without_a_promoted_model_the_base_is_used_and_reported(cosmos):
     assert choose(cosmos, "--set", f"model={FOURTEEN}")[0] == f"checkpoints/{FOURTEEN}/model.pt"
 
 
+def test_a_model_that_is_named_has_its_own_sizes(cosmos):
+    put(cosmos, SEVEN)
+    (cosmos.cwd / "checkpoints" / SEVEN).rename(cosmos.cwd / "elsewhere")
+    base = ("--set", f"model={SEVEN}", "--set", "base=elsewhere/model.pt")
+    assert "121 frames, 1280x704 at 24 fps" in choose(cosmos, *base)[1]
+
+
 def test_a_base_that_is_a_broken_link_is_an_error(cosmos):
     put(cosmos, SEVEN)
     model = cosmos.cwd / "checkpoints" / SEVEN / "model.pt"

@@ -15,7 +15,8 @@ from PIL import Image
 from cosmos_cli import hashes
 from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.generate import inputs, jobs
-from cosmos_cli.generate.jobs import Given, Request, Settings, Weights
+from cosmos_cli.generate.jobs import Settings, Weights
+from cosmos_cli.generate.requests import Given, Request
 from cosmos_cli.model import mp4, rgb, video
 from cosmos_cli.recipe import loading
 from tests.helpers.stand_ins import moving_square

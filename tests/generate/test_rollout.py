@@ -8,11 +8,12 @@ import pytest
 import torch
 from PIL import Image
 
-from cosmos_cli import files, hashes, paths
+from cosmos_cli import files, hashes, locks, paths
 from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.generate import batch, rollout
-from cosmos_cli.generate.jobs import Given, Job, Weights
+from cosmos_cli.generate.jobs import Job, Weights
 from cosmos_cli.generate.phases import Pipeline
+from cosmos_cli.generate.requests import Given
 from cosmos_cli.generate.text_models import Conditioning
 from cosmos_cli.model import mp4, video
 from cosmos_cli.recipe import loading
@@ -39,7 +40,7 @@ def prompt(r):
 def pipeline():
     job = job_at(paths.EMBEDDED_DIR, 1)
     pipeline = Pipeline(job.r, "cpu", in_turn=True)
-    pipeline.load(job.weights)
+    pipeline.load(job.r, job.weights)
     return pipeline
 
 
@@ -134,7 +135,18 @@ def test_an_interrupted_rollout_resumes_bit_for_bit(
     assert len(made) == 3
 
 
-@pytest.mark.parametrize("damage", ["mp4", "frames", "key"])
+def test_two_commands_cannot_make_the_same_rollout(pipeline, tmp_path):
+    job = job_at(tmp_path / "both", 2)
+    job.path.parent.mkdir()
+    with (
+        locks.held(job.path.with_name(".ball.segments.lock"), "cosmos generate"),
+        pytest.raises(UserError, match="another `cosmos generate` is writing it"),
+    ):
+        roll(pipeline, job)
+    assert not job.path.exists()
+
+
+@pytest.mark.parametrize("damage", ["mp4", "frames", "key", "list"])
 def test_segments_of_another_job_or_damaged_ones_are_made_again(
     pipeline, whole, tmp_path, monkeypatch, damage
 ):
@@ -154,6 +166,8 @@ def test_segments_of_another_job_or_damaged_ones_are_made_again(
         (folder / "0000.mp4").write_bytes(b"cut")
     elif damage == "frames":
         (folder / "after_0001.safetensors").unlink()
+    elif damage == "list":
+        (folder / "state.json").write_text("[]")
     made = []
     monkeypatch.setattr(pipeline, "segment", lambda *args: made.append(1) or original(*args))
     assert roll(pipeline, job) == whole[2]

@@ -204,6 +204,10 @@ def test_most_keeps_linear_outputs_of_only_the_blocks_that_fit():
     # Eight ranks have more free memory each than two.
     assert plan.blocks_kept(most, 2, FAST) < plan.blocks_kept(most, 8, FAST) < (28, 28)
     assert plan.blocks_kept(most, 1, None) == (28, 28)
+    # Nothing is kept, and nothing is negative, where the weights alone do not fit.
+    small = gpu_models.find_gpu("RTX-4080")
+    assert plan.blocks_kept(most, 1, small) == (0, 0)
+    assert not plan.plan(most, 1, small).fits
     # With a LoRA, the MLP's output is kept only together with all other linear outputs.
     mlps, blocks = plan.blocks_kept(most.model_copy(update={"lora_rank": 16}), 1, H100)
     assert 0 < mlps == blocks < 28
@@ -241,5 +245,13 @@ def test_traffic_is_3_times_the_weights_and_2_times_across_nodes():
 def test_a_batch_that_the_processes_cannot_divide_is_refused(cosmos):
     refused = cosmos.json("train", "nemo_assets", "--gpus", "64xH100-80GB", code=2)
     assert "8 clips do not divide" in refused["error"]
+    odd = ("train", "hdvila", "--plan", "--gpus", "3xH200")
+    fix = cosmos.json(*odd, code=2)["error"]
+    assert "`--set global_batch_size=9 --set num_processes=3`" in fix
+    cosmos.json(*odd, "--set", "global_batch_size=9", "--set", "num_processes=3")
+    pairs = ("train", "two_gpus", "--plan", "--set", "num_processes=1")
+    assert "`--set sequence_parallel=1`" in cosmos.json(*pairs, code=2)["error"]
+    streamed = ("train", "lora_24gb", "--plan", "--gpus", "2xRTX-4090", "--set", "num_processes=1")
+    assert "`--gpus 1xRTX-4090`" in cosmos.json(*streamed, code=2)["error"]
     wide = ["--set", "global_batch_size=64"]
     cosmos.json("train", "nemo_assets", "--gpus", "64xH100-80GB", *wide)

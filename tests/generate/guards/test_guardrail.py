@@ -161,7 +161,7 @@ def test_a_blocked_video_is_not_written(tmp_path):
     base = Weights(paths.model_files(r.spec, r.checkpoints_dir).dit, "")
     job = Job("A red ball.", r, base, tmp_path / "out" / "x.mp4")
     pipeline = Pipeline(r, "cpu", in_turn=False)
-    pipeline.load(base)
+    pipeline.load(r, base)
     pipeline.videos.frame_filter = FrameFilter(
         tmp_path / "safety_filter.pt", tmp_path / "siglip", "cpu"
     )
