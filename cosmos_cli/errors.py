@@ -6,7 +6,9 @@ import os
 import re
 from collections.abc import Sequence
 from enum import IntEnum
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 
 class ExitCode(IntEnum):
@@ -71,6 +73,9 @@ class UserError(Exception):
         # The files finished before the failure, and further fields for --json.
         self.artifacts: tuple[Path, ...] = ()
         self.figures: dict[str, object] = {}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return partial(type(self), code=self.code), (self.what,), self.__dict__
 
     def __str__(self) -> str:
         head = f"{self.where}: " if self.where else ""

@@ -406,7 +406,8 @@ def require_free(path: Path, needed: float, what: str, fix: str) -> None:
     """
     free = free_bytes(path)
     if free < needed:
-        what = f"{what} need {needed / 1e9:,.2f} GB, {free / 1e9:,.2f} GB are free"
+        unit, name = (1e9, "GB") if needed > 1e9 else (1e6, "MB")
+        what = f"{what} need {needed / unit:,.2f} {name}, {free / unit:,.2f} {name} are free"
         raise asset_error(path, what, fix)
 
 

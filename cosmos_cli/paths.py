@@ -230,10 +230,9 @@ class Run:
         """Return the sample video of a step. Its contact sheet has the same name, with .jpg."""
         return self.samples / f"step_{step:09d}_sample{index}.mp4"
 
-    @property
-    def sample_prompts(self) -> Path:
-        """The prompts of the samples, in the order of their indices."""
-        return self.samples / "prompts.json"
+    def sample_prompts(self, step: int) -> Path:
+        """Return the file of the prompts of a step's samples, in the order of their indices."""
+        return self.samples / f"step_{step:09d}_prompts.json"
 
     @property
     def resolved(self) -> Path:

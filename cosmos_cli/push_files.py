@@ -12,6 +12,7 @@ from cosmos_cli.generate.jobs import Lora, Weights
 from cosmos_cli.model_card import Extras
 from cosmos_cli.paths import Run
 from cosmos_cli.push import Item, run_name
+from cosmos_cli.train import status
 
 if TYPE_CHECKING:
     from cosmos_cli.recipe.keys import Recipe
@@ -70,9 +71,7 @@ def _licence(r: Recipe) -> list[Item]:
 
 def samples_of(run: Run, step: int) -> list[tuple[Item, str]]:
     """Return the videos that a run sampled at a step, with their prompts."""
-    if not run.sample(step, 0).is_file() or not run.sample_prompts.is_file():
-        return []
-    prompts = files.read_json(run.sample_prompts)
+    prompts = status.sample_prompts(run, step)
     videos = ((run.sample(step, i), prompt) for i, prompt in enumerate(prompts))
     return [(Item(f"samples/{p.name}", p), prompt) for p, prompt in videos if p.is_file()]
 

@@ -291,6 +291,23 @@ def test_on_a_disk_without_locks_promote_warns_and_continues(twice, tmp_path):
 
 
 @pytest.mark.workflow
+def test_a_recipe_of_another_model_than_the_run_is_refused(trained):
+    run = Run(trained.cwd / "outputs/posttraining/diffusion_text2world/tiny")
+    run.resolved.write_text(loading.dump(loading.load("tiny").recipe))
+    other = (
+        "tiny",
+        "--set",
+        "model=Cosmos-Tiny-Video2World",
+        "--set",
+        "group=diffusion_text2world",
+    )
+    refused = trained("promote", *other, code=2)
+    assert f"this run trained {MODEL}" in refused.stderr
+    refused = trained("evaluate", *other, "--steps", "all", code=2)
+    assert f"this run trained {MODEL}" in refused.stderr
+
+
+@pytest.mark.workflow
 def test_an_unknown_format_is_refused(trained):
     refused = trained("promote", "tiny", "--format", "gguf", code=2)
     assert "safetensors" in refused.stderr

@@ -40,7 +40,7 @@ def root(tmp_path_factory):
     run.samples.mkdir()
     for i in range(2):
         run.sample(4, i).write_bytes(b"mp4 %d" % i)
-    run.sample_prompts.write_text(json.dumps(PROMPTS))
+    run.sample_prompts(4).write_text(json.dumps(PROMPTS))
     width = TINY.dit.width
     factors = {
         f"net.blocks.0.self_attn.q.lora_{side}.weight": torch.full(shape, 0.02)

@@ -39,9 +39,10 @@ PromptsOption = Annotated[
     int | None,
     typer.Option(
         min=0,
-        help="Videos per model. The tiny model gets prompts of its synthetic world "
-        f"(default {EMBEDDED_PROMPTS}), other models the dataset's captions (default 0). "
-        "A Video2World model continues N clips of each kind, from 1 and from 9 frames.",
+        help="Prompts per model. The tiny model gets prompts of its synthetic world, and half as "
+        f"many more of its new concept (default {EMBEDDED_PROMPTS}), other models the dataset's "
+        "captions (default 0). A Video2World model continues N clips of each kind, from 1 and "
+        "from 9 frames.",
     ),
 ]
 OutputOption = Annotated[Path, typer.Option("--output", "-o", help="The HTML page.")]
@@ -81,11 +82,15 @@ def evaluate(
     r = options.open_recipe(recipe, set_, print_recipe, json_, trains=False).recipe
     output = _page(files.expand(output))
     count = prompts if prompts is not None else EMBEDDED_PROMPTS if r.spec.embedded else 0
+    from cosmos_cli.train import preflight, resumes
+
     run = Run(r.run_dir)
+    if steps is not None:
+        resumes.require_model(r, run)
     saved = _steps(run, steps, count, model or require) if steps is not None else []
     # The tiny model can do without a prepared dataset.
     if r.dataset.manifest.exists() or not r.spec.embedded:
-        r.dataset.read_manifest()
+        preflight.require_settings(r, r.dataset.read_manifest())
     from cosmos_cli.evaluate import saves
 
     weights = (

@@ -83,7 +83,8 @@ def _warn_of_rejected(dataset: paths.Dataset, rejected: list[dict[str, Any]]) ->
         # An episode has a name of its own; other videos are named by their path.
         is_file = dataset.name_of(dataset.videos / video["path"]) == video["file"]
         where = dataset.videos / video["path" if is_file else "file"]
-        console.warn(f"{where}: rejected: {video['reason']}")
+        shown = str(where).replace("\n", "\\n")
+        console.warn(f"{shown}: rejected: {video['reason']}")
     if len(rejected) > MOST_LINES:
         console.warn(f"{len(rejected) - MOST_LINES} more videos are rejected")
 

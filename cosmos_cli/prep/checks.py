@@ -11,10 +11,9 @@ import os
 import signal
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -25,10 +24,13 @@ from cosmos_cli.prep import damage
 if TYPE_CHECKING:
     from cosmos_cli.model.video import Clip
 
-# Reading clips takes other cores, so one in four checks.
+# Reading clips takes cores too, so there is one check for every four.
 CORES_PER_CHECK = 4
 # More at once would gain nothing: four check an H.264 clip in less time than a GPU encodes it.
 MOST_AT_ONCE = 4
+
+# A process that uses a GPU must not be forked.
+_SPAWN = multiprocessing.get_context("spawn")
 
 Check = Callable[[], list[damage.Span]]
 Item = TypeVar("Item")
@@ -39,30 +41,30 @@ class Checks:
 
     def __init__(self, ahead: int) -> None:
         self.ahead = ahead
-        self._processes: set[BaseProcess] = set()
-        # A process that uses a GPU must not be forked.
-        spawn = multiprocessing.get_context("spawn")
         self._pool = (
-            ProcessPoolExecutor(ahead, spawn, initializer=ranks.die_with_parent) if ahead else None
+            ProcessPoolExecutor(ahead, _SPAWN, initializer=ranks.die_with_parent) if ahead else None
         )
 
     def begin(self, path: Path, clips: Sequence[Clip]) -> Check:
         """Return a function that waits for `damage.find` of these clips and returns its result.
 
-        Raises:
-            UserError: the process of a check was killed. The returned function raises it too.
+        That function raises a UserError if the process of the check crashes or is killed.
         """
         frames = [damage.Frames(clip.indices, clip.seconds) for clip in clips]
         if not self._pool:
             return lambda: damage.find(path, frames)
-        with _named(path), _interrupts_stay_here():
-            others = {*multiprocessing.active_children()}
-            found: Future[list[damage.Span]] = self._pool.submit(damage.find, path, frames)
-            self._processes |= {*multiprocessing.active_children()} - others
+        try:
+            with _interrupts_stay_here():
+                found = self._pool.submit(damage.find, path, frames)
+        except BrokenProcessPool:
+            return lambda: _find_alone(path, frames)
 
         def result() -> list[damage.Span]:
-            with _named(path):
+            try:
                 return found.result()
+            except BrokenProcessPool:
+                # One dead process fails the checks of all videos, so it is unknown which did it.
+                return _find_alone(path, frames)
 
         return result
 
@@ -78,30 +80,42 @@ class Checks:
     def stop(self) -> None:
         """End the processes, also in the middle of a check."""
         if self._pool:
-            for process in self._processes:
+            for process in multiprocessing.active_children():
                 process.kill()
             self._pool.shutdown(cancel_futures=True)
 
 
 @contextmanager
-def running() -> Iterator[Checks]:
-    """Run as many checks ahead as this process may use cores for, none on a small machine."""
-    cores = len(os.sched_getaffinity(0)) // max(len(gpus.gpu_names()), 1)
-    checks = Checks(min(cores // CORES_PER_CHECK, MOST_AT_ONCE))
+def running(videos: int) -> Iterator[Checks]:
+    """Run as many checks ahead as this process may use cores for, none on a small machine.
+
+    A process takes at most a quarter of its share of the `videos` ahead, for others may be idle.
+    """
+    processes = max(len(gpus.gpu_names()), 1)
+    cores = len(os.sched_getaffinity(0)) // processes
+    ahead = min(cores // CORES_PER_CHECK, MOST_AT_ONCE, videos // (4 * processes))
+    try:
+        checks = Checks(ahead)
+    except OSError:
+        # A pool needs semaphores, and with them a /dev/shm that can be written.
+        checks = Checks(0)
     try:
         yield checks
     finally:
         checks.stop()
 
 
-@contextmanager
-def _named(path: Path) -> Iterator[None]:
-    """Turn the death of a process into a UserError that names the video."""
-    try:
-        yield
-    except BrokenProcessPool as error:
-        what = "a process that looks for damaged frames was killed"
-        raise environment_error(path, what, "run the same command again") from error
+def _find_alone(path: Path, frames: Sequence[damage.Frames]) -> list[damage.Span]:
+    """Return `damage.find` from a process of its own, whose death can only be due to this video."""
+    with ProcessPoolExecutor(1, _SPAWN, initializer=ranks.die_with_parent) as alone:
+        try:
+            with _interrupts_stay_here():
+                found = alone.submit(damage.find, path, frames)
+            return found.result()
+        except BrokenProcessPool as error:
+            what = "the process that looks for damaged frames in it crashed or was killed"
+            fix = "replace or remove the video if this happens again, else close other programs"
+            raise environment_error(path, what, fix) from error
 
 
 @contextmanager

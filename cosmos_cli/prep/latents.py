@@ -30,11 +30,17 @@ TRIM_EVERY_VIDEOS = 50
 
 @dataclass
 class _Begun:
-    """A video that is to be encoded now or soon; without keys, another process has taken it."""
+    """A video of which a check has begun, or which another process has.
+
+    `keys` are the hashes that its latents should have, `abouts` what is in the files of those that
+    do.
+    """
 
     number: int
     source: Source
+    ours: bool = True
     keys: dict[video.Clip, str] = field(default_factory=dict)
+    abouts: dict[video.Clip, dict[str, Any]] = field(default_factory=dict)
     check: Check | None = None
 
 
@@ -73,37 +79,48 @@ class Latents:
     def make(self, videos: list[Source], workers: Workers) -> None:
         """Encode every video that is not done and that no other process works on."""
         todo = [(i, v) for i, v in enumerate(videos) if not v.reason and v.name not in self.rows]
-        clips = sum(len(source.clips) for _, source in todo)
-        with console.progress("encode", clips, "clips") as bar, checks.running() as checking:
+        if not todo:
+            return
+        total = sum(len(source.clips) for _, source in todo)
+        with (
+            console.progress("encode", total, "clips") as bar,
+            checks.running(len(todo)) as checking,
+        ):
             begun = (self._begin(number, source, workers, checking) for number, source in todo)
             for one in checking.delayed(begun):
-                if one.keys:
-                    self._make_one(one.source, one.keys, one.check)
+                # A rejected video loses its clips.
+                clips = len(one.source.clips)
+                if one.ours:
+                    self._make_one(one)
                     workers.release(one.number)
-                bar.advance(one.source.name, len(one.source.clips))
+                bar.advance(one.source.name, clips)
                 if one.number % TRIM_EVERY_VIDEOS == 0:
                     _trim_memory()
 
     def _begin(self, number: int, source: Source, workers: Workers, checking: Checks) -> _Begun:
         """Take a video, unless another process has it, and begin to look for damage in it."""
         if not workers.take(number):
-            return _Begun(number, source)
+            return _Begun(number, source, ours=False)
         keys = {
             clip: hashes.sha256_text(self.digest(source), json.dumps(asdict(clip)), *self.settings)
             for clip in source.clips
         }
-        abouts = [latent_files.read_about(self._path(source, clip)) for clip in keys]
-        known = zip(abouts, keys.values(), strict=True)
-        if all(about.get("checked") and about.get("key") == key for about, key in known):
-            return _Begun(number, source, keys)
-        return _Begun(number, source, keys, checking.begin(source.path, source.clips))
+        abouts = {}
+        for clip, key in keys.items():
+            about = latent_files.read_about(self._path(source, clip))
+            abouts[clip] = about if about.get("key") == key else {}
+        begun = _Begun(number, source, keys=keys, abouts=abouts)
+        if not all(about.get("checked") for about in abouts.values()):
+            begun.check = checking.begin(source.path, source.clips)
+        return begun
 
-    def _make_one(self, source: Source, keys: dict[video.Clip, str], check: Check | None) -> None:
+    def _make_one(self, begun: _Begun) -> None:
+        source = begun.source
         try:
-            abouts = {clip: self._kept(source, clip, key) for clip, key in keys.items()}
-            if check:
-                self._refuse_damage(source, check)
-            for clip, key in keys.items():
+            abouts = {clip: self._kept(source, clip, begun.abouts[clip]) for clip in begun.keys}
+            if begun.check:
+                self._refuse_damage(source, begun.check)
+            for clip, key in begun.keys.items():
                 abouts[clip] = abouts[clip] or self._encode(source, clip, key)
         except video.VideoError as error:
             source.reject(str(error))
@@ -113,16 +130,13 @@ class Latents:
             clip_statistics.ClipStatistics(*abouts[c]["look"]) for c in source.clips
         ]
 
-    def _kept(self, source: Source, clip: video.Clip, key: str) -> dict[str, Any]:
+    def _kept(self, source: Source, clip: video.Clip, about: dict[str, Any]) -> dict[str, Any]:
         """Return the metadata of a clip's latent, {} if the clip must be encoded.
 
         Earlier versions did not check the decoded frames for damage. Their latents are kept if the
         clip still has the same cut and the same motion.
         """
-        about = latent_files.read_about(self._path(source, clip))
-        if about.get("key") != key:
-            return {}
-        if not about.get("checked"):
+        if about and not about.get("checked"):
             now = clip_statistics.measure_clip(self._pixels(source, clip))
             then = clip_statistics.ClipStatistics(*about["look"])
             if now.cut != then.cut or abs(now.motion - then.motion) > 1e-3 * (1 + then.motion):

@@ -2,7 +2,7 @@
 
 Every file is written atomically and kept as long as its inputs stay the same, so prep can be killed
 at any point and run again. Several processes can prepare one dataset at once: each takes the next
-video that no other process works on, and the last one writes the manifest. On a machine with
+videos that no other process works on, and the last one writes the manifest. On a machine with
 several GPUs, helper processes describe and encode videos on the others.
 """
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pickle
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -20,6 +21,10 @@ from cosmos_cli.errors import UserError
 
 if TYPE_CHECKING:
     from cosmos_cli.recipe.keys import Recipe
+
+
+# The time that helpers get to end before they are killed.
+END_SECONDS = 3.0
 
 
 def processes_for(r: Recipe, pieces: int) -> int:
@@ -58,8 +63,12 @@ def helping(
             yield
             codes = [helper.poll() for helper in helpers]
         finally:
-            # Every file is written atomically, so they need no time to clean up.
+            # Every file is written atomically. They only remove the semaphores of their checks.
             for helper in helpers:
+                helper.terminate()
+            for helper in helpers:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    helper.wait(END_SECONDS)
                 ranks.kill_group(helper.pid)
                 helper.wait()
         reasons = {message["error"]: message["rank"] for message in box.read()}
@@ -89,6 +98,7 @@ def _start(task: bytes, environment: dict[str, str]) -> subprocess.Popen[bytes]:
 def main() -> int:
     """Do the work that `helping` sends on standard input, and return the exit code."""
     ranks.die_with_parent()
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     console.mute()
     rank = int(os.environ["LOCAL_RANK"])
     try:

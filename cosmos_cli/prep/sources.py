@@ -205,7 +205,7 @@ def verdict_table(videos: list[dict[str, Any]]) -> str:
         videos = sorted(videos, key=lambda video: video["verdict"] != "rejected")
     rows = [
         (
-            row["file"],
+            row["file"].replace("\n", "\\n"),
             "held out" if row.get("split") == "heldout" else row["verdict"],
             f"{row['frames']} at {row['fps']:.4g}" if row["frames"] else "-",
             f"{row['width']}x{row['height']}" if row["frames"] else "-",

@@ -12,7 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cosmos_cli.errors import ExitCode, UserError
+from cosmos_cli import hashes
+from cosmos_cli.errors import ExitCode, UserError, dataset_error
 from cosmos_cli.model import cond_frames, edm
 from cosmos_cli.model.cond_frames import CondFrames
 from cosmos_cli.prep import embedding_files, latent_files
@@ -124,8 +125,18 @@ class Clips:
         return self.latent(index), text_emb, float(clip["fps"])
 
     def latent(self, index: int) -> Tensor:
-        """Return x0 (C, T, H, W) fp32."""
-        return latent_files.read_latent(self.root / self.clips[index]["latent"])
+        """Return x0 (C, T, H, W) fp32.
+
+        Raises:
+            UserError: the file is missing or damaged, or is not the one that the manifest lists.
+        """
+        clip = self.clips[index]
+        path = self.root / clip["latent"]
+        # Manifests of early versions have no hashes.
+        if "sha256" in clip and hashes.sha256_file(path) != clip["sha256"]:
+            what = "is not the latent that the manifest lists: prep has run since, or it is damaged"
+            raise dataset_error(path, what, "run `cosmos prep RECIPE`, then this command again")
+        return latent_files.read_latent(path)
 
     def batch(self, step: int, samples: range, settings: BatchSettings) -> Batch:
         """Return the micro batch of these samples of an optimizer step."""

@@ -155,7 +155,7 @@ def _failure(messages: list[dict[str, Any]], launcher_code: int) -> UserError:
 
 
 def _outcome(run: Run) -> dict[str, Any]:
-    result: dict[str, Any] = files.read_json(run.result)
+    result: dict[str, Any] = files.read_json(run.result, files.FIGURES)
     if result["exit_code"]:
         raise Interrupted(ExitCode(result["exit_code"]))
     return result

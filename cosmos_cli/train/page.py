@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator
+from functools import partial
+from itertools import groupby
 from pathlib import Path
 
 from cosmos_cli import files, html, paths
@@ -83,7 +85,7 @@ def scores_section(run: Run) -> list[tuple[str, str]]:
     if not run.scores.exists():
         return []
     try:
-        found = files.read_json(run.scores)
+        found = files.read_json(run.scores, files.FIGURES)
         chosen, best = found["chosen_step"], found["best_step"]
     except (files.BadFile, KeyError, TypeError):
         # A page must not end the training that draws it.
@@ -120,16 +122,17 @@ def _pictures(run: Run, folder: Path, samples: list[Row]) -> Iterator[tuple[str,
         rows = ((f"step {step}", html.media(run.preview(step), heads=heads)) for step in steps)
         yield "Previews", html.text(note) + html.table(rows)
     if steps := _thin_out(run.picture_steps("sample0")):
-        prompts = files.read_json(run.sample_prompts)
-        pictures = (
-            (f"step {step}", *(_sample(run, step, i, folder) for i in range(len(prompts))))
-            for step in steps
-        )
+        tables = ""
+        for prompts, own in groupby(steps, partial(status.sample_prompts, run)):
+            pictures = (
+                (f"step {step}", *(_sample(run, step, i, folder) for i in range(len(prompts))))
+                for step in own
+            )
+            tables += html.table(pictures, ("", *prompts))
         note = "Videos of captions of the dataset. A picture shows four frames and opens the video."
         names = {NEAREST: "nearest sample", "clips_apart": "typical between training clips"}
         distances = _curves(samples, names, "distance to the nearest training clip")
-        table = html.table(pictures, ("", *prompts))
-        yield "Samples", html.text(note) + table + (distances if samples else "")
+        yield "Samples", html.text(note) + tables + (distances if samples else "")
 
 
 def _sample(run: Run, step: int, index: int, folder: Path) -> str:

@@ -7,14 +7,14 @@ import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import psutil
 
 from cosmos_cli import archives, console, files, gpus
 from cosmos_cli.errors import asset_error, dataset_error, environment_error, usage_error
 from cosmos_cli.gpus import gpu_names
-from cosmos_cli.paths import Run
+from cosmos_cli.paths import Dataset, Run
 from cosmos_cli.prep import holdout
 from cosmos_cli.ranks import under_launcher
 from cosmos_cli.recipe import advice, gpu_models, plan
@@ -71,12 +71,7 @@ def check_dataset(r: Recipe) -> tuple[int, int]:
     dataset = r.dataset
     where = str(dataset.manifest)
     manifest = dataset.read_manifest()
-    wanted_settings = r.dataset_settings
-    for key, prepared in manifest["settings"].items():
-        wanted = wanted_settings.get(key, getattr(r, key, None))
-        if wanted != prepared:
-            what = f"was prepared with {key} = {prepared}, the recipe needs {wanted}"
-            raise dataset_error(where, what, "run `cosmos prep RECIPE` again")
+    require_settings(r, manifest)
     listed = {video["path"]: video["bytes"] for video in manifest["videos"]}
     names = {
         *listed,
@@ -86,8 +81,35 @@ def check_dataset(r: Recipe) -> tuple[int, int]:
     if changed := sorted(set(present.items()) ^ set(listed.items())):
         what = f"is older than the videos: {changed[0][0]} was added, removed or changed"
         raise dataset_error(where, what, "run `cosmos prep RECIPE` again")
+    _require_captions(dataset, manifest)
     clips, held_out = holdout.split_clips(manifest)
     return len(clips), len(held_out)
+
+
+def _require_captions(dataset: Dataset, manifest: dict[str, Any]) -> None:
+    captions = {video["file"]: video.get("caption", "") for video in manifest["videos"]}
+    texts = {Path(clip["text"]).stem: captions.get(clip["video"]) for clip in manifest["clips"]}
+    for stem, embedded in texts.items():
+        meta = dataset.metas / f"{stem}.txt"
+        if embedded and meta.exists():
+            now = files.read_text(meta, files.CAPTION)
+            if now.split() != embedded.split():
+                what = "was edited since prep, which embedded another caption"
+                raise dataset_error(meta, what, "run `cosmos prep RECIPE` again")
+
+
+def require_settings(r: Recipe, manifest: dict[str, Any]) -> None:
+    """Refuse a dataset that was prepared with other settings than the recipe's.
+
+    Raises:
+        UserError: a setting differs.
+    """
+    wanted_settings = r.dataset_settings
+    for key, prepared in manifest["settings"].items():
+        wanted = wanted_settings.get(key, getattr(r, key, None))
+        if wanted != prepared:
+            what = f"was prepared with {key} = {prepared}, the recipe needs {wanted}"
+            raise dataset_error(r.dataset.manifest, what, "run `cosmos prep RECIPE` again")
 
 
 def check_recipe(r: Recipe, ranks: int) -> None:
@@ -259,7 +281,7 @@ def check_disk(r: Recipe, run: Run, start: int, freed: int = 0) -> None:
         options = " ".join(f"--set {key}={value}" for key, value in FEWEST_FILES.items())
         ways.append(f"`{options} --set min_free_disk_gb=0`")
     what = (
-        f"the run needs {needed / 1e9:,.1f} GB, and min_free_disk_gb keeps {r.min_free_disk_gb:g} "
-        f"GB free; {free / 1e9:,.1f} GB are free"
+        f"the run needs {console.size(needed)}, and min_free_disk_gb keeps "
+        f"{r.min_free_disk_gb:g} GB free; {console.size(free)} are free"
     )
     raise asset_error(run.root, what, f"free some space, or use {' or '.join(ways)}")

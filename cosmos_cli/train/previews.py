@@ -82,7 +82,8 @@ class Previews:
         samples = _due(step, r.sample_every_saves * r.save_every_steps, r.max_steps)
         # A resumed run may have made the pictures of its first step already.
         previews = previews and not self.run.preview(step).exists()
-        samples = samples and not self.run.sample(step, 0).with_suffix(".jpg").exists()
+        shown = (self.run.sample(step, i) for i in range(len(self.shown.chosen)))
+        samples = samples and not all(path.with_suffix(".jpg").exists() for path in shown)
         if previews and self.budget.allows("previews", step, engine.device):
             self._attempt("previews", engine, step, self._preview)
         if asked or (samples and self.budget.allows("samples", step, engine.device)):
@@ -195,14 +196,16 @@ class Previews:
             return {}
         _require(missing, device)
         rank, world = dist.get_rank(), dist.get_world_size()
+        if rank == 0:
+            # Before the videos: the page of a run shows no sample without its prompt.
+            captions = [self._caption(clip) for clip in chosen]
+            files.write_json(self.run.sample_prompts(step), captions)
         with _spared(missing), self._decoder(device) as decode:
             for i in range(rank, len(chosen), world):
                 self._write_sample(self.run.sample(step, i), decode(x0[i]))
         if why := _failure_of_any(missing, device):
             self._warn("samples", engine, step, why)
             missing.clear()
-        if rank == 0:
-            files.write_json(self.run.sample_prompts, [self._caption(clip) for clip in chosen])
         if len(self.clips) < 2:
             return {}
         latents = [latent[0].cpu() for latent in x0]

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from cosmos_cli import console, files, hashes, paths
 from cosmos_cli.errors import UserError, asset_error, usage_error
 from cosmos_cli.paths import Run
+from cosmos_cli.recipe import loading
 from cosmos_cli.train import status
 
 if TYPE_CHECKING:
@@ -176,6 +177,18 @@ def _is_moved(before: str | None, now: str | None) -> bool:
 def _another_run(folder: Path, with_what: str) -> UserError:
     fix = f"start another: `cosmos train RECIPE --set name={free_name(Run(folder.parents[1]))}`"
     return usage_error(folder, f"this run was started with {with_what}", fix)
+
+
+def require_model(r: Recipe, run: Run) -> None:
+    """Refuse a recipe of another model than the one that the run trained.
+
+    Raises:
+        UserError: the models differ.
+    """
+    trained = loading.load(run.resolved).recipe.model if run.resolved.exists() else r.model
+    if trained != r.model:
+        what = f"this run trained {trained}, the recipe says {r.model}"
+        raise usage_error(run.root, what, f"use `--set model={trained}`, or another `name`")
 
 
 def require_base(run: Run, base: Path, sha256: str) -> None:

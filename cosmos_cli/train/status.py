@@ -69,7 +69,7 @@ def saved_step(run: Run) -> int:
     count only if status.json is missing, damaged or from a version that did not record the step.
     """
     try:
-        return int(files.read_json(run.status)["saved_step"])
+        return int(files.read_json(run.status, files.FIGURES)["saved_step"])
     except files.NoSuchFile:
         # Training writes status.json before its first row, so the rows show that it was deleted.
         steps = [row["step"] for row in rows(run)]
@@ -78,9 +78,18 @@ def saved_step(run: Run) -> int:
     return max([*run.weight_files(), *steps], default=0)
 
 
+def sample_prompts(run: Run, step: int) -> list[str]:
+    """Return the prompts of a step's samples, in the order of their indices."""
+    path = run.sample_prompts(step)
+    # Earlier versions wrote one file for all steps.
+    path = path if path.exists() else run.samples / "prompts.json"
+    prompts: list[str] = files.read_json(path, files.FIGURES) if path.exists() else []
+    return prompts
+
+
 def is_finished(run: Run) -> bool:
     """True if a run has finished, including the measurements and pictures after its last save."""
-    return run.result.exists() and not files.read_json(run.result)["exit_code"]
+    return run.result.exists() and not files.read_json(run.result, files.FIGURES)["exit_code"]
 
 
 def require_saved(run: Run, weights: str) -> list[int]:
@@ -119,8 +128,8 @@ def state(run: Run) -> Row:
     """
     if not run.status.exists():
         raise asset_error(run.root, "there is no run", "start it with `cosmos train RECIPE`")
-    status = files.read_json(run.status)
-    result = files.read_json(run.result) if run.result.exists() else None
+    status = files.read_json(run.status, files.FIGURES)
+    result = files.read_json(run.result, files.FIGURES) if run.result.exists() else None
     known = rows(run)
     trained = [row for row in known if "loss" in row]
     measured = [row for row in known if HELD_OUT in row]

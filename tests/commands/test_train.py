@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from cosmos_cli.errors import UserError
 from cosmos_cli.files import read_json, write_json
+from cosmos_cli.hashes import sha256_file
 from cosmos_cli.paths import EMBEDDED_DIR
 from cosmos_cli.prep.holdout import split_clips
 from cosmos_cli.recipe.keys import Recipe
@@ -178,7 +179,10 @@ def test_under_a_launcher_ranks_report_errors_and_a_run_is_locked(cosmos):
             path.write_bytes(content)
     assert all(rank.returncode for rank in failed)
     told = "".join(rank.stderr for rank in failed).splitlines()
-    assert any(line.startswith("error") and "cached latent" in line for line in told), told
+    assert any(
+        line.startswith("error") and "is not the latent that the manifest lists" in line
+        for line in told
+    ), told
     with (find_run(cosmos, "torn").root / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         (second,) = cosmos.ranks(1, *words, code=2)
@@ -392,11 +396,14 @@ def test_an_indivisible_batch_is_refused_before_any_process_starts(cosmos):
 def poison(cosmos, split):
     """Puts a NaN into a clip of a split, and returns the name of its latent."""
     folder = cosmos.cwd / "datasets" / "tiny"
-    clips = split_clips(read_json(folder / "manifest.json"))[split == "heldout"]
-    victim = folder / clips[0]["latent"]
+    manifest = read_json(folder / "manifest.json")
+    clip = split_clips(manifest)[split == "heldout"][0]
+    victim = folder / clip["latent"]
     latent = load_file(victim)["latent"]
     latent[0, 0, 0, 0] = float("nan")
     save_file({"latent": latent}, victim)
+    clip["sha256"] = sha256_file(victim)
+    write_json(folder / "manifest.json", manifest)
     return victim.name
 
 
@@ -426,6 +433,12 @@ def test_an_unprepared_or_stale_dataset_is_refused(prepared, tmp_path):
     shutil.copytree(prepared / "datasets", tmp_path / "datasets")
     stale = cosmos("train", "tiny", *options("x", "num_frames=17"), code=5)
     assert "num_frames = 9" in stale.stderr
+    meta = next((tmp_path / "datasets" / "tiny" / "metas").iterdir())
+    caption = meta.read_text()
+    meta.write_text("Something else.")
+    edited = cosmos("train", "tiny", *options("x"), code=5)
+    assert f"{meta.name}: was edited since prep" in edited.stderr
+    meta.write_text(caption)
     next((tmp_path / "datasets" / "tiny" / "videos").iterdir()).unlink()
     stale = cosmos("train", "tiny", *options("x"), code=5)
     assert "older than the videos" in stale.stderr

@@ -1,14 +1,16 @@
 """Checks that run ahead in processes find what `damage.find` finds, and end with this process."""
 
+import multiprocessing
 import os
-import signal
+import pickle
 import subprocess
+import threading
 import time
 
 import psutil
 import pytest
 
-from cosmos_cli.errors import ExitCode, UserError
+from cosmos_cli.errors import ExitCode, UserError, usage_error
 from cosmos_cli.model.video import Clip
 from cosmos_cli.prep import checks, damage
 
@@ -40,48 +42,81 @@ def damaged(whole):
 
 def test_a_check_finds_the_same_in_a_process(whole, many_cores):
     other = damaged(whole)
-    with checks.running() as running:
+    with checks.running(100) as running:
         assert running.ahead == 2
         begun = [running.begin(path, CLIPS) for path in (whole, other, whole)]
         found = [check() for check in begun]
     assert found == [[], damage.find(other, CLIPS), []]
     assert found[1]
-    assert not any(process.is_alive() for process in running._processes)
+    assert not multiprocessing.active_children()
 
 
 def test_a_small_machine_checks_in_its_own_process(whole, monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
-    with checks.running() as running:
+    with checks.running(100) as running:
         assert running.ahead == 0
         assert running.begin(whole, CLIPS)() == []
         assert running.begin(damaged(whole), CLIPS)()
 
 
-def workers(running):
-    """The processes of the checks, once they decode."""
-    found = [psutil.Process(process.pid) for process in running._processes]
+def workers():
+    """The processes of the checks that run."""
+    found = [psutil.Process(process.pid) for process in multiprocessing.active_children()]
     assert found
     return found
 
 
-def test_a_killed_check_is_a_clear_error(whole, many_cores):
-    with checks.running() as running:
+def test_a_check_whose_process_is_killed_is_repeated(whole, many_cores):
+    other = damaged(whole)
+    with checks.running(100) as running:
         running.begin(whole, CLIPS)()
-        (worker,) = workers(running)
-        worker.send_signal(signal.SIGKILL)
-        worker.wait(10)
+        for worker in workers():
+            worker.kill()
+            worker.wait(10)
+        begun = [running.begin(path, CLIPS) for path in (whole, other)]
+        assert [bool(check()) for check in begun] == [False, True]
+
+
+def test_a_video_whose_check_always_dies_is_named(tmp_path, many_cores):
+    # A check of a pipe that nobody writes does not end by itself.
+    pipe, stop = tmp_path / "crashes.mp4", threading.Event()
+    os.mkfifo(pipe)
+
+    def kill():
+        while not stop.wait(0.5):
+            for worker in multiprocessing.active_children():
+                worker.kill()
+
+    with checks.running(100) as running:
+        check = running.begin(pipe, CLIPS)
+        killer = threading.Thread(target=kill)
+        killer.start()
         with pytest.raises(UserError) as caught:
-            running.begin(whole, CLIPS)()
+            check()
+        stop.set()
+        killer.join()
     assert caught.value.code == ExitCode.ENVIRONMENT
-    assert "whole.mp4: a process that looks for damaged frames was killed" in str(caught.value)
+    assert "crashes.mp4: the process that looks for damaged frames in it" in str(caught.value)
 
 
 def test_an_error_ends_checks_at_once(tmp_path, many_cores):
     pipe = tmp_path / "never_written.mp4"
     os.mkfifo(pipe)
-    with pytest.raises(KeyboardInterrupt), checks.running() as running:
+    with pytest.raises(KeyboardInterrupt), checks.running(100) as running:
         running.begin(pipe, CLIPS)
-        (worker,) = workers(running)
+        (worker,) = workers()
         time.sleep(0.5)
         raise KeyboardInterrupt
     assert not worker.is_running()
+
+
+def test_few_videos_are_left_for_other_processes(many_cores):
+    for videos, ahead in ((3, 0), (4, 1), (8, 2), (100, 2)):
+        with checks.running(videos) as running:
+            assert running.ahead == ahead
+
+
+def test_an_error_of_a_check_keeps_what_it_says():
+    error = usage_error("a", "b", "c")
+    again = pickle.loads(pickle.dumps(error))
+    assert (str(again), again.code) == (str(error), error.code)

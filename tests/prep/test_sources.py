@@ -94,7 +94,7 @@ STREAMS = ("transport.ts", "program.mpg", "disc.m2ts")
 
 BAD = {
     LONG: "its name is 4 bytes too long",
-    NOT_UTF8: "its name is not UTF-8",
+    NOT_UTF8: "its path is not UTF-8",
     **dict.fromkeys(STREAMS, "an MPEG stream has no index"),
     "audio only.mp4": "no video stream",
     "behind a lock.mp4": "cannot be read: Permission denied",

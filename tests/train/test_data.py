@@ -1,9 +1,13 @@
+import shutil
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+from cosmos_cli import hashes
+from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.model import cond_frames
 from cosmos_cli.prep import embedding_files
 from cosmos_cli.spec import TINY, TINY_VIDEO2WORLD
@@ -49,6 +53,16 @@ def rows(tmp_path):
         latent = torch.randn(16, 4, 4, 6, generator=generator)
         save_file({"latent": latent}, tmp_path / f"{i}.safetensors")
     return [{"latent": f"{i}.safetensors", "text": "text.pickle", "fps": 16.0} for i in range(3)]
+
+
+def test_a_latent_that_changed_since_prep_is_refused(tmp_path, rows):
+    hashed = [{**row, "sha256": hashes.sha256_file(tmp_path / row["latent"])} for row in rows]
+    clips = Clips(tmp_path, hashed, TINY)
+    assert clips.latent(0).shape == (16, 4, 4, 6)
+    shutil.copy(tmp_path / "1.safetensors", tmp_path / "0.safetensors")
+    with pytest.raises(UserError, match=r"0\.safetensors: is not the latent") as caught:
+        clips.latent(0)
+    assert caught.value.code == ExitCode.DATASET
 
 
 def test_given_frames_are_drawn_beside_the_other_values_of_a_sample(tmp_path, rows):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from cosmos_cli import files
+from cosmos_cli import console, files
 from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.paths import Run
 from cosmos_cli.recipe import loading, plan
@@ -17,7 +17,7 @@ def test_a_full_disk_names_the_plans_figure_the_key_and_a_setting_that_fits(tmp_
     r = loading.load("tiny", [f"output_root={tmp_path}", "min_free_disk_gb=1e9"]).recipe
     with pytest.raises(UserError) as caught:
         preflight.check_disk(r, Run(r.run_dir), 0)
-    assert f"needs {plan.disk(r, 0).run_bytes / 1e9:,.1f} GB" in caught.value.what
+    assert f"needs {console.size(plan.disk(r, 0).run_bytes)}," in caught.value.what
     assert "min_free_disk_gb keeps 1e+09 GB" in caught.value.what
     setting = re.search(r"`--set (min_free_disk_gb=\S+)`", caught.value.fix)[1]
     fitting = loading.load("tiny", [f"output_root={tmp_path}", setting]).recipe

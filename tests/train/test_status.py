@@ -146,8 +146,28 @@ def test_the_page_draws_each_curve_and_escapes_the_recipe(run):
     assert "name: &lt;run&gt;" in text
 
 
+def test_each_sample_stands_under_its_own_prompt(run):
+    run.samples.mkdir()
+    for step, prompts in ((1, ["A ball.", "A cube."]), (2, ["A star."]), (3, ["A star."])):
+        for i in range(len(prompts)):
+            Image.new("RGB", (8, 8)).save(run.sample(step, i).with_suffix(".jpg"))
+            run.sample(step, i).touch()
+        # Earlier versions wrote one file for all steps.
+        place = run.samples / "prompts.json" if step == 1 else run.sample_prompts(step)
+        files.write_json(place, prompts)
+    page.write_page(run)
+    text = run.report.read_text()
+    tables = [part.split("</table>")[0] for part in text.split("<table")[1:]]
+    samples = [table for table in tables if "_sample0.mp4" in table]
+    assert [re.findall(r"A \w+\.", table) for table in samples] == [
+        ["A ball.", "A cube."],
+        ["A star."],
+    ]
+    assert [table.count(">step ") for table in samples] == [1, 2]
+
+
 def test_the_page_shows_no_age_and_links_to_the_samples(run, tmp_path):
-    files.write_json(run.sample_prompts, ["A <ball>."])
+    files.write_json(run.sample_prompts(2), ["A <ball>."])
     Image.new("RGB", (8, 8)).save(run.sample(2, 0).with_suffix(".jpg"))
     Image.new("RGB", (8, 8)).save(run.preview(2))
     run.sample(2, 0).touch()

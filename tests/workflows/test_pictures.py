@@ -39,7 +39,7 @@ def test_pictures_are_made_at_step_0_when_due_and_at_the_end(cosmos, shown):
     assert run.picture_steps("preview") == [0, 2, 4, 5]
     assert run.picture_steps("sample0") == [0, 3, 5]
     assert "pictures took" in shown
-    clips = len(files.read_json(run.sample_prompts))
+    clips = len(files.read_json(run.sample_prompts(5)))
     assert picture(run.preview(0)).size == (800, clips * round(64 * 200 / 96))
     assert all(run.sample(5, i).exists() for i in range(clips))
 
