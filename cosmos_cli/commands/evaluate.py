@@ -79,11 +79,11 @@ def evaluate(
 
     Example: cosmos evaluate tiny --prompts 200
     """
+    from cosmos_cli.train import preflight, resumes
+
     r = options.open_recipe(recipe, set_, print_recipe, json_, trains=False).recipe
     output = _page(files.expand(output))
     count = prompts if prompts is not None else EMBEDDED_PROMPTS if r.spec.embedded else 0
-    from cosmos_cli.train import preflight, resumes
-
     run = Run(r.run_dir)
     if steps is not None:
         resumes.require_model(r, run)

@@ -84,9 +84,9 @@ def promote(
 
     Example: cosmos promote nemo_assets --step 2000
     """
-    r = options.open_recipe(recipe, set_, print_recipe, json_, trains=False).recipe
     from cosmos_cli.train import resumes
 
+    r = options.open_recipe(recipe, set_, print_recipe, json_, trains=False).recipe
     run = Run(r.run_dir)
     resumes.require_model(r, run)
     number = choose_step(run, step, weights)

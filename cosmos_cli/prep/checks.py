@@ -80,9 +80,7 @@ class Checks:
     def stop(self) -> None:
         """End the processes, also in the middle of a check."""
         if self._pool:
-            for process in multiprocessing.active_children():
-                process.kill()
-            self._pool.shutdown(cancel_futures=True)
+            _end(self._pool)
 
 
 @contextmanager
@@ -107,15 +105,24 @@ def running(videos: int) -> Iterator[Checks]:
 
 def _find_alone(path: Path, frames: Sequence[damage.Frames]) -> list[damage.Span]:
     """Return `damage.find` from a process of its own, whose death can only be due to this video."""
-    with ProcessPoolExecutor(1, _SPAWN, initializer=ranks.die_with_parent) as alone:
-        try:
-            with _interrupts_stay_here():
-                found = alone.submit(damage.find, path, frames)
-            return found.result()
-        except BrokenProcessPool as error:
-            what = "the process that looks for damaged frames in it crashed or was killed"
-            fix = "replace or remove the video if this happens again, else close other programs"
-            raise environment_error(path, what, fix) from error
+    alone = ProcessPoolExecutor(1, _SPAWN, initializer=ranks.die_with_parent)
+    try:
+        with _interrupts_stay_here():
+            found = alone.submit(damage.find, path, frames)
+        return found.result()
+    except BrokenProcessPool as error:
+        what = "the process that looks for damaged frames in it crashed or was killed"
+        fix = "replace or remove the video if this happens again, else close other programs"
+        raise environment_error(path, what, fix) from error
+    finally:
+        _end(alone)
+
+
+def _end(pool: ProcessPoolExecutor) -> None:
+    """End a pool in the middle of its work. It is the only one of this process that works."""
+    for process in multiprocessing.active_children():
+        process.kill()
+    pool.shutdown(cancel_futures=True)
 
 
 @contextmanager

@@ -48,7 +48,7 @@ def test_a_check_finds_the_same_in_a_process(whole, many_cores):
         found = [check() for check in begun]
     assert found == [[], damage.find(other, CLIPS), []]
     assert found[1]
-    assert not multiprocessing.active_children()
+    assert not running_checks()
 
 
 def test_a_small_machine_checks_in_its_own_process(whole, monkeypatch):
@@ -59,20 +59,19 @@ def test_a_small_machine_checks_in_its_own_process(whole, monkeypatch):
         assert running.begin(damaged(whole), CLIPS)()
 
 
-def workers():
-    """The processes of the checks that run."""
-    found = [psutil.Process(process.pid) for process in multiprocessing.active_children()]
-    assert found
-    return found
+def running_checks():
+    """The processes of the checks; commands of other tests are forked, these are spawned."""
+    spawned = (one for one in multiprocessing.active_children() if "Spawn" in type(one).__name__)
+    return [one for one in spawned if psutil.pid_exists(one.pid)]
 
 
 def test_a_check_whose_process_is_killed_is_repeated(whole, many_cores):
     other = damaged(whole)
     with checks.running(100) as running:
         running.begin(whole, CLIPS)()
-        for worker in workers():
+        for worker in running_checks():
             worker.kill()
-            worker.wait(10)
+            worker.join(10)
         begun = [running.begin(path, CLIPS) for path in (whole, other)]
         assert [bool(check()) for check in begun] == [False, True]
 
@@ -84,7 +83,7 @@ def test_a_video_whose_check_always_dies_is_named(tmp_path, many_cores):
 
     def kill():
         while not stop.wait(0.5):
-            for worker in multiprocessing.active_children():
+            for worker in running_checks():
                 worker.kill()
 
     with checks.running(100) as running:
@@ -104,10 +103,10 @@ def test_an_error_ends_checks_at_once(tmp_path, many_cores):
     os.mkfifo(pipe)
     with pytest.raises(KeyboardInterrupt), checks.running(100) as running:
         running.begin(pipe, CLIPS)
-        (worker,) = workers()
+        (worker,) = running_checks()
         time.sleep(0.5)
         raise KeyboardInterrupt
-    assert not worker.is_running()
+    assert not psutil.pid_exists(worker.pid)
 
 
 def test_few_videos_are_left_for_other_processes(many_cores):

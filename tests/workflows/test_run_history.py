@@ -5,12 +5,13 @@ import re
 import shutil
 import signal
 import time
+from pathlib import Path
 
 import psutil
 import pytest
 from safetensors.torch import load_file, save_file
 
-from cosmos_cli import files
+from cosmos_cli import files, hashes
 from cosmos_cli.prep import holdout
 from cosmos_cli.train import page, status
 from tests.helpers.command import Cosmos
@@ -59,10 +60,13 @@ def test_held_out_clips_are_measured_and_not_trained_on(cosmos, measured, tmp_pa
     _, one, pairs = measured
     shutil.copytree(cosmos.cwd / "datasets", tmp_path / "datasets")
     other = Cosmos(tmp_path)
-    manifest = files.read_json(tmp_path / "datasets" / "tiny" / "manifest.json")
+    path = tmp_path / "datasets" / "tiny" / "manifest.json"
+    manifest = files.read_json(path)
     for clip in holdout.split_clips(manifest)[1]:
-        latent = tmp_path / "datasets" / "tiny" / clip["latent"]
+        latent = path.with_name("latents") / Path(clip["latent"]).name
         save_file({"latent": load_file(latent)["latent"] + 1}, latent)
+        clip["sha256"] = hashes.sha256_file(latent)
+    files.write_json(path, manifest)
     train(other, "one", *pairs, "num_processes=1")
     run = find_run(other, "one")
     assert losses(run) == losses(one)
