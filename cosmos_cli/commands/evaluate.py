@@ -13,7 +13,7 @@ import typer
 from cosmos_cli import console, files
 from cosmos_cli.commands import options
 from cosmos_cli.console import Result
-from cosmos_cli.errors import ExitCode, asset_error, usage_error
+from cosmos_cli.errors import ExitCode, asset_error, dataset_error, usage_error
 from cosmos_cli.paths import Run
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ def evaluate(
     saved = _steps(run, steps, count, model or require) if steps is not None else []
     # The tiny model can do without a prepared dataset.
     if r.dataset.manifest.exists() or not r.spec.embedded:
-        preflight.require_settings(r, r.dataset.read_manifest())
+        _check_settings(r, preflight.other_setting(r, r.dataset.read_manifest()))
     from cosmos_cli.evaluate import saves
 
     weights = (
@@ -238,6 +238,18 @@ def _page(output: Path) -> Path:
         fix = f"name an .html file: `--output {page}`"
         raise usage_error(f"--output {output}", f"{output.suffix} files are not written", fix)
     return output.absolute()
+
+
+def _check_settings(r: Recipe, other: str) -> None:
+    """Warn of a dataset that was prepared with another setting than the recipe's.
+
+    Raises:
+        UserError: the model continues frames, and the clips do not have the size of its videos.
+    """
+    if other and r.spec.takes_frames:
+        raise dataset_error(r.dataset.manifest, other, "run `cosmos prep RECIPE` again")
+    if other:
+        console.warn(f"{r.dataset.manifest}: {other}; errors are those of its clips as they are")
 
 
 def _preview(r: Recipe, weights: dict[str, Weights], cost: dict[str, Any], output: Path) -> Result:

@@ -71,7 +71,8 @@ def check_dataset(r: Recipe) -> tuple[int, int]:
     dataset = r.dataset
     where = str(dataset.manifest)
     manifest = dataset.read_manifest()
-    require_settings(r, manifest)
+    if what := other_setting(r, manifest):
+        raise dataset_error(where, what, "run `cosmos prep RECIPE` again")
     listed = {video["path"]: video["bytes"] for video in manifest["videos"]}
     names = {
         *listed,
@@ -98,18 +99,14 @@ def _require_captions(dataset: Dataset, manifest: dict[str, Any]) -> None:
                 raise dataset_error(meta, what, "run `cosmos prep RECIPE` again")
 
 
-def require_settings(r: Recipe, manifest: dict[str, Any]) -> None:
-    """Refuse a dataset that was prepared with other settings than the recipe's.
-
-    Raises:
-        UserError: a setting differs.
-    """
+def other_setting(r: Recipe, manifest: dict[str, Any]) -> str:
+    """Return in words a setting in which dataset and recipe differ, "" if none does."""
     wanted_settings = r.dataset_settings
     for key, prepared in manifest["settings"].items():
         wanted = wanted_settings.get(key, getattr(r, key, None))
         if wanted != prepared:
-            what = f"was prepared with {key} = {prepared}, the recipe needs {wanted}"
-            raise dataset_error(r.dataset.manifest, what, "run `cosmos prep RECIPE` again")
+            return f"was prepared with {key} = {prepared}, the recipe needs {wanted}"
+    return ""
 
 
 def check_recipe(r: Recipe, ranks: int) -> None:

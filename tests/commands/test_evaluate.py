@@ -34,9 +34,13 @@ def test_a_model_is_measured_on_the_synthetic_world_and_the_dataset(prepared, tm
     assert 'src="http' not in html
 
 
-def test_clips_of_another_size_are_not_measured(prepared):
-    ask = ("evaluate", "--prompts", "0", "--model", "base", *QUICK, "--set", "num_frames=17")
-    assert "was prepared with num_frames = 9" in Cosmos(prepared)(*ask, code=5).stderr
+def test_clips_of_another_size_are_measured_with_a_warning_or_refused(prepared, tmp_path):
+    ask = ("evaluate", "--prompts", "0", "--model", "base", "--dry-run", *QUICK)
+    longer = (*ask, "-o", tmp_path / "e.html", "--set", "num_frames=17")
+    words = "was prepared with num_frames = 9"
+    assert words in Cosmos(prepared)(*longer).stderr
+    frames = ("--set", "model=Cosmos-Tiny-Video2World")
+    assert words in Cosmos(prepared)(*longer, *frames, code=5).stderr
 
 
 def test_each_model_is_read_once(prepared, monkeypatch, tmp_path):
