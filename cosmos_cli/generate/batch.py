@@ -123,19 +123,24 @@ def batch(
         UserError: the output is a file that another command is writing.
     """
     output = settings[0].output.absolute()
-    if output.suffix.lower() != ".mp4":
-        yield from _batch(settings, requests, processes)
+    planned = list(plan_all(settings, requests))
+    if output.suffix.lower() != ".mp4" or not any(one.job and not one.made for one in planned):
+        yield from _batch(settings, requests, planned, processes)
         return
     with locks.writing(output, f".{output.stem}.lock", "cosmos generate"):
-        yield from _batch(settings, requests, processes)
+        # Another command may have written the file before the lock was free.
+        planned = list(plan_all(settings, requests))
+        yield from _batch(settings, requests, planned, processes)
 
 
 def _batch(
-    settings: Sequence[Settings], requests: Sequence[Request], processes: int | None
+    settings: Sequence[Settings],
+    requests: Sequence[Request],
+    planned: list[Result],
+    processes: int | None,
 ) -> Iterator[Result]:
     todo: list[Job] = []
     made: set[Job] = set()
-    planned = list(plan_all(settings, requests))
     # A comparison needs both sides, so a request that one side refuses is not generated.
     refused = {i % len(requests) for i, result in enumerate(planned) if result.error}
     sides = {

@@ -31,7 +31,8 @@ T = TypeVar("T")
 def generate(jobs: list[Job], device: str, pair: Pair | None = None) -> Iterator[Result]:
     """Generate the jobs; yield each result, in order, when its files are written or it has failed.
 
-    All jobs must share a model and its sizes, and jobs with the same weights must be adjacent.
+    All jobs must share a model and its sizes. Jobs with the same weights and precision must be
+    adjacent.
     """
     r = jobs[0].r
     in_turn = r.memory != "together"

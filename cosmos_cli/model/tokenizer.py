@@ -234,11 +234,12 @@ class CausalConv(nn.Module):
         (step, *stride), (_, *border) = self.conv3d.stride, self.conv3d.padding
         if weight.shape[2:] == POINT:
             return rearrange(F.linear(x, weight.flatten(1), bias), "B T H W C -> B C T H W")
-        weight = weight.squeeze(2 if weight.shape[2] == 1 else 4)
+        in_space = weight.shape[2] == 1
+        weight = weight.squeeze(2 if in_space else 4)
         if x.is_cuda:
-            # Otherwise a convolution in time copies its input to channels first.
+            # With other weights, cuDNN copies the input of a convolution in time to channels first.
             weight = weight.contiguous(memory_format=torch.channels_last)
-        if weight.shape[3] > 1:
+        if in_space:
             frames = rearrange(x, "B T H W C -> (B T) C H W")
             frames = F.conv2d(frames, weight, bias, stride, border)
             return rearrange(frames, "(B T) C H W -> B C T H W", B=len(x))

@@ -14,10 +14,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from cosmos_cli import gpus, ranks
+from cosmos_cli import ranks
 from cosmos_cli.errors import environment_error
 from cosmos_cli.prep import damage
 
@@ -41,23 +42,23 @@ class Checks:
 
     def __init__(self, ahead: int) -> None:
         self.ahead = ahead
-        self._pool = (
-            ProcessPoolExecutor(ahead, _SPAWN, initializer=ranks.die_with_parent) if ahead else None
-        )
+        self._pool = _pool(ahead) if ahead else None
 
     def begin(self, path: Path, clips: Sequence[Clip]) -> Check:
         """Return a function that waits for `damage.find` of these clips and returns its result.
 
-        That function raises a UserError if the process of the check crashes or is killed.
+        A check whose process crashes or is killed is repeated in a process of its own. If that one
+        dies too, the function raises a UserError.
         """
         frames = [damage.Frames(clip.indices, clip.seconds) for clip in clips]
         if not self._pool:
             return lambda: damage.find(path, frames)
-        try:
-            with _interrupts_stay_here():
+        with _interrupts_stay_here():
+            try:
                 found = self._pool.submit(damage.find, path, frames)
-        except BrokenProcessPool:
-            return lambda: _find_alone(path, frames)
+            except BrokenProcessPool:
+                self._pool = _pool(self.ahead)
+                found = self._pool.submit(damage.find, path, frames)
 
         def result() -> list[damage.Span]:
             try:
@@ -80,16 +81,16 @@ class Checks:
     def stop(self) -> None:
         """End the processes, also in the middle of a check."""
         if self._pool:
-            _end(self._pool)
+            _end(self._pool, multiprocessing.active_children())
 
 
 @contextmanager
-def running(videos: int) -> Iterator[Checks]:
+def running(videos: int, processes: int) -> Iterator[Checks]:
     """Run as many checks ahead as this process may use cores for, none on a small machine.
 
-    A process takes at most a quarter of its share of the `videos` ahead, for others may be idle.
+    `processes` of this machine share the `videos`. Each takes at most a quarter of its share ahead:
+    otherwise others may be idle.
     """
-    processes = max(len(gpus.gpu_names()), 1)
     cores = len(os.sched_getaffinity(0)) // processes
     ahead = min(cores // CORES_PER_CHECK, MOST_AT_ONCE, videos // (4 * processes))
     try:
@@ -105,7 +106,7 @@ def running(videos: int) -> Iterator[Checks]:
 
 def _find_alone(path: Path, frames: Sequence[damage.Frames]) -> list[damage.Span]:
     """Return `damage.find` from a process of its own, whose death can only be due to this video."""
-    alone = ProcessPoolExecutor(1, _SPAWN, initializer=ranks.die_with_parent)
+    others, alone = multiprocessing.active_children(), _pool(1)
     try:
         with _interrupts_stay_here():
             found = alone.submit(damage.find, path, frames)
@@ -115,12 +116,16 @@ def _find_alone(path: Path, frames: Sequence[damage.Frames]) -> list[damage.Span
         fix = "replace or remove the video if this happens again, else close other programs"
         raise environment_error(path, what, fix) from error
     finally:
-        _end(alone)
+        _end(alone, [one for one in multiprocessing.active_children() if one not in others])
 
 
-def _end(pool: ProcessPoolExecutor) -> None:
-    """End a pool in the middle of its work. It is the only one of this process that works."""
-    for process in multiprocessing.active_children():
+def _pool(size: int) -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(size, _SPAWN, initializer=ranks.die_with_parent)
+
+
+def _end(pool: ProcessPoolExecutor, its_processes: Sequence[BaseProcess]) -> None:
+    """End a pool in the middle of its work."""
+    for process in its_processes:
         process.kill()
     pool.shutdown(cancel_futures=True)
 

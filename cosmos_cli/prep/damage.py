@@ -52,7 +52,10 @@ Span = tuple[float, float]
 
 
 class Frames(NamedTuple):
-    """The frames of a clip, by their numbers in the file or by their time stamps in seconds."""
+    """The frames of a clip, by their numbers in the file or by their time stamps in seconds.
+
+    Another process can read a pickled `Frames` without importing torch, unlike a `Clip`.
+    """
 
     indices: Sequence[int]
     seconds: Sequence[float]

@@ -10,15 +10,17 @@ from typing import Any
 
 import torch
 
-from cosmos_cli import console, hashes
+from cosmos_cli import console, gpus, hashes
 from cosmos_cli.model import rgb, video, weights
 from cosmos_cli.model.device import number_format, why_not_compiled
 from cosmos_cli.model.tokenizer import load_tokenizer
 from cosmos_cli.paths import Dataset
 from cosmos_cli.prep import checks, clip_statistics, damage, latent_files
 from cosmos_cli.prep.checks import Check, Checks
+from cosmos_cli.prep.processes import processes_for
 from cosmos_cli.prep.sources import Source
 from cosmos_cli.prep.work_sharing import Workers
+from cosmos_cli.ranks import under_launcher
 from cosmos_cli.recipe.keys import Recipe
 
 # From this many clips on, compiling the tokenizer's blocks pays for itself. It takes half a minute;
@@ -30,10 +32,10 @@ TRIM_EVERY_VIDEOS = 50
 
 @dataclass
 class _Begun:
-    """A video of which a check has begun, or which another process has.
+    """A video that this process has taken (`ours`), or that another process has.
 
-    `keys` are the hashes that its latents should have, `abouts` what is in the files of those that
-    do.
+    `keys` holds the hash that the latent of each clip should have. `abouts` holds the metadata of
+    each latent that has it, {} for the others. `check` is None if all of them were checked before.
     """
 
     number: int
@@ -81,10 +83,13 @@ class Latents:
         todo = [(i, v) for i, v in enumerate(videos) if not v.reason and v.name not in self.rows]
         if not todo:
             return
+        # Under a launcher, there is one process for each GPU.
+        visible = max(len(gpus.gpu_names()), 1)
+        sharing = visible if under_launcher() else processes_for(self.recipe, len(todo))
         total = sum(len(source.clips) for _, source in todo)
         with (
             console.progress("encode", total, "clips") as bar,
-            checks.running(len(todo)) as checking,
+            checks.running(len(todo), sharing) as checking,
         ):
             begun = (self._begin(number, source, workers, checking) for number, source in todo)
             for one in checking.delayed(begun):

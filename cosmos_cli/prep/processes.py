@@ -12,6 +12,7 @@ import pickle
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from cosmos_cli.recipe.keys import Recipe
 
 
-# The time that helpers get to end before they are killed.
+# The time that all helpers together get to end before they are killed.
 END_SECONDS = 3.0
 
 
@@ -63,12 +64,14 @@ def helping(
             yield
             codes = [helper.poll() for helper in helpers]
         finally:
-            # Every file is written atomically. They only remove the semaphores of their checks.
+            # Files are written atomically, so helpers have none to finish. They need the time to
+            # remove the semaphores of their checks.
             for helper in helpers:
                 helper.terminate()
+            deadline = time.monotonic() + END_SECONDS
             for helper in helpers:
                 with contextlib.suppress(subprocess.TimeoutExpired):
-                    helper.wait(END_SECONDS)
+                    helper.wait(max(deadline - time.monotonic(), 0))
                 ranks.kill_group(helper.pid)
                 helper.wait()
         reasons = {message["error"]: message["rank"] for message in box.read()}

@@ -15,7 +15,7 @@ from cosmos_cli.spec import COSMOS_7B as SPEC
 
 # A run should end within this time.
 MOST_HOURS = 12
-# With at least this many clips, all weights are trained. They memorise fewer sooner than a LoRA.
+# With at least this many clips, all weights are trained. With fewer, a LoRA memorises them later.
 FULL_FROM_CLIPS = 100
 # A machine with one GPU of less memory is a desktop, which has DESKTOP_GB of CPU memory.
 DESKTOP_GPU_GB, DESKTOP_GB = 40, 30

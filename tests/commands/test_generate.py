@@ -429,6 +429,8 @@ def test_two_commands_cannot_write_the_same_file(cosmos):
         refused = cosmos("generate", "--prompt", "A ball.", *settings(), "-o", "one.mp4", code=2)
     assert "one.mp4: another `cosmos generate` is writing it" in refused.stderr
     assert not (cosmos.cwd / "one.mp4").exists()
+    cosmos("generate", "--prompt", "", *settings(), "-o", "new/one.mp4", code=2)
+    assert not (cosmos.cwd / "new").exists()
 
 
 def test_a_dry_run_reads_standard_input(cosmos):

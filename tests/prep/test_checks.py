@@ -42,7 +42,7 @@ def damaged(whole):
 
 def test_a_check_finds_the_same_in_a_process(whole, many_cores):
     other = damaged(whole)
-    with checks.running(100) as running:
+    with checks.running(100, 1) as running:
         assert running.ahead == 2
         begun = [running.begin(path, CLIPS) for path in (whole, other, whole)]
         found = [check() for check in begun]
@@ -53,7 +53,7 @@ def test_a_check_finds_the_same_in_a_process(whole, many_cores):
 
 def test_a_small_machine_checks_in_its_own_process(whole, monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
-    with checks.running(100) as running:
+    with checks.running(100, 1) as running:
         assert running.ahead == 0
         assert running.begin(whole, CLIPS)() == []
         assert running.begin(damaged(whole), CLIPS)()
@@ -67,13 +67,15 @@ def running_checks():
 
 def test_a_check_whose_process_is_killed_is_repeated(whole, many_cores):
     other = damaged(whole)
-    with checks.running(100) as running:
+    with checks.running(100, 1) as running:
         running.begin(whole, CLIPS)()
         for worker in running_checks():
             worker.kill()
             worker.join(10)
         begun = [running.begin(path, CLIPS) for path in (whole, other)]
         assert [bool(check()) for check in begun] == [False, True]
+        assert running.begin(whole, CLIPS)() == []
+        assert running_checks(), "the pool is replaced"
 
 
 def test_a_video_whose_check_always_dies_is_named(tmp_path, many_cores):
@@ -86,7 +88,7 @@ def test_a_video_whose_check_always_dies_is_named(tmp_path, many_cores):
             for worker in running_checks():
                 worker.kill()
 
-    with checks.running(100) as running:
+    with checks.running(100, 1) as running:
         check = running.begin(pipe, CLIPS)
         killer = threading.Thread(target=kill)
         killer.start()
@@ -101,7 +103,7 @@ def test_a_video_whose_check_always_dies_is_named(tmp_path, many_cores):
 def test_an_error_ends_checks_at_once(tmp_path, many_cores):
     pipe = tmp_path / "never_written.mp4"
     os.mkfifo(pipe)
-    with pytest.raises(KeyboardInterrupt), checks.running(100) as running:
+    with pytest.raises(KeyboardInterrupt), checks.running(100, 1) as running:
         running.begin(pipe, CLIPS)
         (worker,) = running_checks()
         time.sleep(0.5)
@@ -111,8 +113,10 @@ def test_an_error_ends_checks_at_once(tmp_path, many_cores):
 
 def test_few_videos_are_left_for_other_processes(many_cores):
     for videos, ahead in ((3, 0), (4, 1), (8, 2), (100, 2)):
-        with checks.running(videos) as running:
+        with checks.running(videos, 1) as running:
             assert running.ahead == ahead
+    with checks.running(100, 2) as running:
+        assert running.ahead == 1, "eight cores are shared by two processes"
 
 
 def test_an_error_of_a_check_keeps_what_it_says():
