@@ -404,8 +404,7 @@ def require_free(path: Path, needed: float, what: str, fix: str) -> None:
     Raises:
         UserError: less than `needed` bytes are free.
     """
-    free = free_bytes(path)
-    if free < needed:
+    if (free := free_bytes(path)) < needed:
         unit, name = (1e9, "GB") if needed > 1e9 else (1e6, "MB")
         what = f"{what} need {needed / unit:,.2f} {name}, {free / unit:,.2f} {name} are free"
         raise asset_error(path, what, fix)
