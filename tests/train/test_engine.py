@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cosmos_cli import paths, spec
+from cosmos_cli import spec
 from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.model import edm, weights
 from cosmos_cli.model.dit import DiT
@@ -39,23 +39,6 @@ def test_hpz_shards_the_weights_within_a_node(monkeypatch, world, node, values, 
     r = Recipe(dataset_dir="none", **values)
     config = engine.deepspeed_config(r, Share(0, 1, 1), torch.device("cpu"))
     assert config["zero_optimization"].get("zero_hpz_partition_size") == size
-
-
-def test_only_all_weights_can_learn_the_mask_of_a_text2world_base(capsys):
-    r = Recipe(dataset_dir="none", model=spec.TINY_VIDEO2WORLD.name, lora_rank=4)
-    text2world = paths.EMBEDDED_DIR / "model.safetensors"
-    with pytest.raises(UserError) as caught:
-        engine.load_base(r, text2world)
-    assert caught.value.code == ExitCode.USAGE
-    assert "a LoRA does not train them" in str(caught.value)
-    assert "`--set lora_rank=0`" in str(caught.value)
-    whole = r.model_copy(update={"lora_rank": 0})
-    state = engine.load_base(whole, text2world)
-    assert "given start at zero" in capsys.readouterr().err
-    columns = state["net.x_embedder.weight"].shape[1]
-    assert columns == spec.TINY_VIDEO2WORLD.dit.patch_inputs
-    # Its own weights have the columns.
-    engine.load_base(r, r.model_files.dit)
 
 
 @pytest.mark.workflow
