@@ -281,7 +281,7 @@ def _captioned(dataset: paths.Dataset, videos: list[Path]) -> int:
 
     named = {dataset.name_of(path): path for path in videos}
     texts = captions.files_in(dataset.metas, captions.SUFFIX)
-    table = captions.table_in(dataset.videos) or captions.table_in(dataset.root)
+    table = captions.table_in(dataset.videos, dataset.root)
     listed = captions.read(table, list(named))[0] if table else {}
     own = captions.owners(texts, list(named)).files
     return len({*own, *captions.beside(named).files, *listed})

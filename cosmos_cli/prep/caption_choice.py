@@ -63,7 +63,7 @@ def caption_files(r: Recipe, dataset: Dataset, videos: list[Source]) -> CaptionF
     own = {f"{source.stem}{captions.SUFFIX}" for source in videos}
     metas = captions.files_in(dataset.metas, captions.SUFFIX)
     path = Path(r.captions_file).absolute() if r.captions_file else None
-    path = path or captions.table_in(dataset.videos) or captions.table_in(dataset.root)
+    path = path or captions.table_in(dataset.videos, dataset.root)
     listed, unknown = captions.read(path, names) if path else ({}, [])
     return CaptionFiles(
         captions.owners([path for path in metas if path.name not in own], names),

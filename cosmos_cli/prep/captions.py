@@ -181,10 +181,9 @@ def caption_in(path: Path) -> str:
 # --- captions_file --------------------------------------------------------------------------------
 
 
-def table_in(folder: Path) -> Path | None:
-    """Return the metadata.csv or metadata.jsonl of a folder if it is a table of captions."""
-    for name in _TABLES:
-        path = folder / name
+def table_in(*folders: Path) -> Path | None:
+    """Return the first metadata.csv or metadata.jsonl of the folders that has captions."""
+    for path in (folder / name for folder in folders for name in _TABLES):
         if path.is_file():
             try:
                 row = next(_rows(path), (1, {}))[1]
