@@ -116,7 +116,7 @@ def evaluate(
             record(ROUND_TRIP, kind, given, round_trips(tokenizer, clips))
     for name, weights in models.items():
         console.say(f"measuring {name}: {weights.path}")
-        net = load_denoiser(r, weights.path, device, dtype, weights.loras)
+        net = load_denoiser(r, weights.path, device, weights.loras)
         for kind, clips in groups.items():
             for given in GIVEN_FRAMES:
                 videos = continue_clips(r, net, tokenizer, clips, texts[kind], given)

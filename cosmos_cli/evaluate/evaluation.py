@@ -214,7 +214,7 @@ def run_models(
         if not dataset and not store.cost([weights])[0]:
             continue
         console.say(f"measuring {name}: {weights.path}")
-        net = load_denoiser(r, weights.path, device, number_format(device), weights.loras)
+        net = load_denoiser(r, weights.path, device, weights.loras)
         if dataset:
             errors[name] = clip_errors(r, net, dataset.measured)
         left = samples.sample_trials(store, net, weights, text_embs, left)

@@ -81,7 +81,7 @@ def check_model(r: Recipe, device: str) -> dict[str, Any]:
     videos = [world.render(scene, FRAMES, *size) for scene in SCENES]
     latents, figures = check_tokenizer(r, videos, device)
     files = r.model_files
-    denoiser = Denoiser(load_denoiser(r, files.dit, device, number_format(device)), r)
+    denoiser = Denoiser(load_denoiser(r, files.dit, device), r)
     rows = [
         Losses(
             sigma,

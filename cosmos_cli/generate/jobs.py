@@ -94,6 +94,11 @@ class Job:
     segments: int = 1
 
     @property
+    def denoiser(self) -> tuple[Weights, str]:
+        """Return what decides the denoiser's weights in memory: their files and the precision."""
+        return self.weights, self.r.sampling_precision
+
+    @property
     def key(self) -> str:
         """Return a hash that is equal for jobs that produce the same video."""
         names = self.r.deciding("video")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import psutil
@@ -11,12 +10,17 @@ import torch
 from cosmos_cli import console, files, paths
 from cosmos_cli.errors import ExitCode, UserError, asset_error
 from cosmos_cli.generate.guards import guardrail
+from cosmos_cli.generate.jobs import Weights
 from cosmos_cli.model.device import free_gpu_bytes, number_format
 from cosmos_cli.recipe import residence
 from cosmos_cli.recipe.keys import Recipe
 
+# The file in memory that holds the streamed weights of a denoiser: see model/shared_weights.py.
+Shared = dict[tuple[Weights, str], Path]
 # Bytes of a bf16 value.
 BYTES = 2
+# Bytes of a block of stat(2).
+BLOCK_OF_STAT = 512
 # Peak memory of a pass of the denoiser without its weights, in units of one activation of all
 # tokens. Measured: 14.2, and 10.3 with compiled blocks. The two passes of guidance share one more.
 PASS_ACTIVATIONS = 16
@@ -47,7 +51,7 @@ def streamed_blocks(r: Recipe, device: str) -> int:
     On a CPU it is all of them, if the recipe asks for it.
 
     Raises:
-        UserError: (GPU_MEMORY) the GPU cannot hold a pass, or (ASSET) CPU memory is short.
+        UserError: (GPU_MEMORY) the GPU cannot hold a pass.
     """
     dit, size = r.spec.dit, number_format(device).itemsize
     if device == "cpu":
@@ -61,33 +65,38 @@ def streamed_blocks(r: Recipe, device: str) -> int:
             f"{console.size(free)} are free",
             code=ExitCode.GPU_MEMORY, where=r.name, fix=_smaller(r, free),
         )  # fmt: skip
-    if not count:
-        return 0
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    pinned = count * residence.pinned_bytes(dit.block_parameters * size)
-    available = psutil.virtual_memory().available
-    if pinned * processes > available:
-        what = (
-            f"{count} of {dit.blocks} blocks do not fit on the GPU and need "
-            f"{console.size(pinned)} of CPU memory for each of {processes} processes, "
-            f"{console.size(available)} are available"
-        )
-        fix = (
-            "use one process: `CUDA_VISIBLE_DEVICES=0 cosmos generate ...`"
-            if processes > 1
-            else _smaller(r, free)
-        )
-        raise asset_error(r.name, what, fix)
     return count
 
 
-def weights_line(r: Recipe, count: int) -> str:
+def require_cpu_memory(r: Recipe, count: int, device: str, shared: Shared | None = None) -> None:
+    """Refuse to stream `count` blocks if CPU memory is short.
+
+    Processes share one copy of each denoiser. What they have filled of it is not counted twice.
+
+    Raises:
+        UserError: (ASSET) CPU memory is short.
+    """
+    dit, copies = r.spec.dit, list((shared or {}).values())
+    block = dit.block_parameters * number_format(device).itemsize
+    needed = count * (block * len(copies) if copies else residence.pinned_bytes(block))
+    filled = sum(BLOCK_OF_STAT * path.stat().st_blocks for path in copies)
+    available = psutil.virtual_memory().available + filled
+    if needed > available:
+        what = (
+            f"{count} of {dit.blocks} blocks do not fit on the GPU and need "
+            f"{console.size(needed)} of CPU memory, {console.size(available)} are available"
+        )
+        free = 0 if device == "cpu" else free_gpu_bytes(torch.device(device))
+        raise asset_error(r.name, what, _smaller(r, free))
+
+
+def weights_line(r: Recipe, count: int, shared: Shared | None = None) -> str:
     """Return the line that says where the weights of the denoiser are."""
     dit = r.spec.dit
     if not count:
         return "denoiser: all weights are on the device"
-    held = dit.blocks - count
-    return f"denoiser: {count} of {dit.blocks} blocks are streamed from CPU memory, {held} stay"
+    held, place = dit.blocks - count, "CPU memory" + (", one copy for all processes" * bool(shared))
+    return f"denoiser: {count} of {dit.blocks} blocks are streamed from {place}; {held} stay"
 
 
 def _bytes_besides_blocks(r: Recipe) -> int:

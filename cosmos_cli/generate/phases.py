@@ -20,6 +20,7 @@ from cosmos_cli.errors import UserError, asset_error
 from cosmos_cli.generate import inputs, memory, outputs, precision, rollout
 from cosmos_cli.generate.guards import guardrail
 from cosmos_cli.generate.jobs import Job, Result, Weights
+from cosmos_cli.generate.memory import Shared
 from cosmos_cli.generate.text_models import Conditioning, TextModels, negative_prompt
 from cosmos_cli.generate.video_models import Pair, VideoModels
 from cosmos_cli.model import rgb
@@ -28,21 +29,24 @@ from cosmos_cli.recipe.keys import Recipe
 T = TypeVar("T")
 
 
-def generate(jobs: list[Job], device: str, pair: Pair | None = None) -> Iterator[Result]:
+def generate(
+    jobs: list[Job], device: str, pair: Pair | None = None, shared: Shared | None = None
+) -> Iterator[Result]:
     """Generate the jobs; yield each result, in order, when its files are written or it has failed.
 
     All jobs must share a model and its sizes. Jobs with the same weights and precision must be
-    adjacent.
+    adjacent. `shared` is where all processes of a command keep the weights that they stream.
     """
     r = jobs[0].r
     in_turn = r.memory != "together"
     # Refuse before anything is loaded. With --compare exact, jobs differ in precision.
     for own in {job.r.sampling_precision: job.r for job in jobs}.values():
         if in_turn:
-            memory.streamed_blocks(own, device)
+            count = memory.streamed_blocks(own, device)
+            memory.require_cpu_memory(own, count, device, shared)
         precision.fp8_parts(own)
     _say_networks(r, in_turn)
-    pipeline = Pipeline(r, device, pair, in_turn=in_turn)
+    pipeline = Pipeline(r, device, pair, shared, in_turn=in_turn)
     for part in [jobs] if in_turn else [[job] for job in jobs]:
         yield from pipeline.run(part)
 
@@ -120,13 +124,23 @@ class Pipeline:
         r: the recipe, whose model and sizes all jobs share.
         device: cpu or cuda.
         pair: this rank's part in a video that several ranks share.
+        shared: where several processes keep the weights that they stream.
         in_turn: free each network before the next is loaded.
     """
 
-    def __init__(self, r: Recipe, device: str, pair: Pair | None = None, *, in_turn: bool) -> None:
+    def __init__(
+        self,
+        r: Recipe,
+        device: str,
+        pair: Pair | None = None,
+        shared: Shared | None = None,
+        *,
+        in_turn: bool,
+    ) -> None:
         self.r = r
         self.device = device
         self.pair = pair
+        self.shared = shared
         self.in_turn = in_turn
         self.texts = TextModels(r, device)
         self.videos: VideoModels | None = None
@@ -181,7 +195,7 @@ class Pipeline:
         # Free the memory of other weights first.
         self.videos = None
         with phase("loading denoiser and decoder", self.device):
-            self.videos = VideoModels(r, weights, self.device, self.pair)
+            self.videos = VideoModels(r, weights, self.device, self.pair, self.shared)
         console.say(f"attention: {self.videos.attention}{_in_fp8(self.videos.fp8, self.device)}")
 
     def _free(self, model: str) -> None:

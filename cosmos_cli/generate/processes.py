@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -49,9 +50,12 @@ def run(todo: list[Job], processes: int) -> Iterator[Result]:
         UserError: a process ended with an error.
     """
     listed = files.temporary_beside(todo[0].path.with_name("jobs.json"))
+    # Memory for streamed weights, empty until a process fills it.
+    memory = [os.memfd_create("cosmos-weights") for _ in {job.denoiser for job in todo}]
     command = [
         sys.executable, "-m", "cosmos_cli.ranks", "--nproc-per-node", str(processes),
         "-m", "cosmos_cli.generate.worker", str(listed),
+        *(f"/proc/{os.getpid()}/fd/{file}" for file in memory),
     ]  # fmt: skip
     with ranks.Mailbox() as box:
         process = None
@@ -72,6 +76,8 @@ def run(todo: list[Job], processes: int) -> Iterator[Result]:
             if process:
                 _stop(process)
             listed.unlink(missing_ok=True)
+            for file in memory:
+                os.close(file)
         failed = next((message for message in box.read() if "first" in message), None)
     if process.returncode:
         where = f"process {failed['first']}" if failed else "torchrun"

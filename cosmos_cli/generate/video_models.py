@@ -36,6 +36,7 @@ from cosmos_cli.model.device import number_format, why_not_compiled
 from cosmos_cli.model.dit import DiT, Prompt, patch_grid
 from cosmos_cli.model.finite import require_finite
 from cosmos_cli.model.sequence import SequenceGroup
+from cosmos_cli.model.shared_weights import SharedWeights
 from cosmos_cli.model.tokenizer import load_tokenizer
 from cosmos_cli.recipe.keys import Recipe
 from cosmos_cli.recipe.residence import Residence
@@ -74,7 +75,14 @@ class Pair:
 class VideoModels:
     """Hold the denoiser and the decoder, with the guards of the video."""
 
-    def __init__(self, r: Recipe, weights_: Weights, device: str, pair: Pair | None) -> None:
+    def __init__(
+        self,
+        r: Recipe,
+        weights_: Weights,
+        device: str,
+        pair: Pair | None = None,
+        shared: memory.Shared | None = None,
+    ) -> None:
         self.weights, self.precision = weights_, r.sampling_precision
         self.device = device
         self.pair = pair
@@ -86,10 +94,9 @@ class VideoModels:
             self.face_blur = FaceBlur(guards.faces, device)
         self.dtype = number_format(device)
         self.streamed = memory.streamed_blocks(r, device) if r.memory != "together" else 0
-        console.say(memory.weights_line(r, self.streamed))
-        self.net = load_denoiser(
-            r, weights_.path, device, self.dtype, weights_.loras, self.streamed
-        )
+        console.say(memory.weights_line(r, self.streamed, shared))
+        copy = (shared or {}).get((weights_, r.sampling_precision))
+        self.net = load_denoiser(r, weights_.path, device, weights_.loras, self.streamed, copy)
         self.tokenizer = load_tokenizer(r.model_files.tokenizer, r.spec, device, self.dtype)
         if pair:
             self.net.share(pair.sequence)
@@ -134,14 +141,14 @@ def load_denoiser(
     r: Recipe,
     base: Path,
     device: str,
-    dtype: torch.dtype,
     loras: tuple[Lora, ...] = (),
     streamed: int = 0,
+    shared: Path | None = None,
 ) -> DiT:
-    """Load the denoiser from a model file, with unmerged LoRAs, in `dtype` on `device`.
+    """Load the denoiser from a model file, with unmerged LoRAs, onto `device`.
 
-    The weights of `streamed` blocks stay in CPU memory. With `sampling_precision: fp8`, those of
-    most linears are quantised.
+    The weights of `streamed` blocks stay in CPU memory, in the file `shared` if several processes
+    stream the same. With `sampling_precision: fp8`, those of most linears are quantised.
 
     Raises:
         UserError: a file is missing, damaged or of another model, or holds NaN or infinity.
@@ -152,11 +159,14 @@ def load_denoiser(
     if remark := cond_frames.add_mask_columns(state, r.spec.dit):
         console.say(remark)
     state = {k.removeprefix("net."): v for k, v in state.items() if k.startswith("net.")}
-    net = net.to(dtype).requires_grad_(False)
+    net = net.to(number_format(device)).requires_grad_(False)
     on_cpu = Residence(streamed).streamed_blocks(r.spec.dit.blocks)
-    streaming.allocate(net, net.blocks, on_cpu, torch.device(device))
+    copy = SharedWeights(shared) if shared and on_cpu else None
+    own = copy.missing(on_cpu) if copy else on_cpu
+    absent = set(on_cpu).difference(own)
+    streaming.allocate(net, net.blocks, own, torch.device(device), absent)
     weights.load_strict(net, state, base)
-    loaded = {f"net.{name}": tensor for name, tensor in net.state_dict().items()}
+    loaded = {f"net.{name}": w for name, w in net.state_dict().items() if not w.is_meta}
     require_finite(loaded, base, tensor_names.name_in_file(base))
     del loaded
     for about, remarks in lora.load_beside(net, ((used.path, used.strength) for used in loras)):
@@ -166,7 +176,7 @@ def load_denoiser(
     if parts := precision.fp8_parts(r):
         fp8_sampling.use_fp8(net.blocks, attention="attention" in parts)
     if on_cpu:
-        net.weights = streaming.WeightStream(net.blocks, on_cpu, torch.device(device))
+        net.weights = streaming.WeightStream(net.blocks, on_cpu, torch.device(device), copy)
         if net.weights.pageable:
             console.warn(streaming.PAGEABLE)
     kernels.put_cudnn_first()

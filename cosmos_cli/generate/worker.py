@@ -25,12 +25,16 @@ from cosmos_cli.recipe import advice
 MAX_CHARACTERS = 500
 
 
-def main(listed: str) -> int:
-    """Generate this rank's share of the jobs in a file; print a line of JSON for each."""
+def main(listed: str, *memory: str) -> int:
+    """Generate this rank's share of the jobs in a file; print a line of JSON for each.
+
+    `memory` are files for the streamed weights of each denoiser of the jobs, in their order.
+    """
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if rank:
         console.mute()
     todo = [jobs.from_json(entry) for entry in files.read_json(Path(listed))]
+    shared = dict(zip(dict.fromkeys(job.denoiser for job in todo), map(Path, memory), strict=True))
     device = best_device()
     pair, teams = None, world
     if world > len(todo):
@@ -38,7 +42,7 @@ def main(listed: str) -> int:
         pair, teams = pair_of(world // len(todo)), len(todo)
     try:
         with gpu_memory_errors(f"use {advice.smaller_clip(todo[0].r)}"):
-            for result in generate(todo[rank * teams // world :: teams], device, pair):
+            for result in generate(todo[rank * teams // world :: teams], device, pair, shared):
                 if pair is None or pair.writes:
                     _report(todo.index(result.job), result.error)
     except UserError as error:
@@ -78,4 +82,4 @@ def _interrupt(_number: int, _frame: FrameType | None) -> None:
 if __name__ == "__main__":
     for number in signals.ending().keys() - {signal.SIGINT}:
         signal.signal(number, _interrupt)
-    sys.exit(main(sys.argv[1]))
+    sys.exit(main(*sys.argv[1:]))

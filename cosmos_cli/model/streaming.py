@@ -9,10 +9,13 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from cosmos_cli.model.shared_weights import SharedWeights
 
 # Inductor recompiles a block whose weights start at other offsets than multiples of this.
 ALIGNED_BYTES = 16
@@ -26,12 +29,20 @@ PAGEABLE = (
 
 
 def allocate(
-    module: nn.Module, blocks: Sequence[nn.Module], streamed: Sequence[int], device: torch.device
+    module: nn.Module,
+    blocks: Sequence[nn.Module],
+    streamed: Sequence[int],
+    device: torch.device,
+    absent: Sequence[int] = (),
 ) -> None:
-    """Allocate a module of the meta device: streamed blocks in CPU memory, the rest on `device`."""
-    on_cpu = {child for index in streamed for child in blocks[index].modules()}
+    """Allocate a module of the meta device: streamed blocks in CPU memory, the rest on `device`.
+
+    Blocks in `absent` stay on the meta device: another process has loaded them.
+    """
+    places = {child: "cpu" for index in streamed for child in blocks[index].modules()}
+    places |= {child: "meta" for index in absent for child in blocks[index].modules()}
     for child in module.modules():
-        child.to_empty(device="cpu" if child in on_cpu else device, recurse=False)
+        child.to_empty(device=places.get(child, device), recurse=False)
 
 
 def pinned(size: int, device: torch.device) -> Tensor:
@@ -48,16 +59,24 @@ def pinned(size: int, device: torch.device) -> Tensor:
 class WeightStream:
     """Brings the frozen weights of some blocks to the device just before each block runs.
 
-    The weights stay in CPU memory. On the device, blocks share two buffers in turn. Autograd does
-    not notice that a buffer is overwritten, so a backward pass must recompute whole blocks:
-    activation checkpointing is required.
+    The weights stay in CPU memory: in `shared`, if other processes stream the same. On the device,
+    blocks share two buffers in turn. Autograd does not notice that a buffer is overwritten, so a
+    backward pass must recompute whole blocks: activation checkpointing is required.
     """
 
     def __init__(
-        self, blocks: Sequence[nn.Module], streamed: Sequence[int], device: torch.device
+        self,
+        blocks: Sequence[nn.Module],
+        streamed: Sequence[int],
+        device: torch.device,
+        shared: SharedWeights | None = None,
     ) -> None:
         self.places = {index: place for place, index in enumerate(streamed)}
-        self.weights = [_pack(blocks[index], device) for index in streamed]
+        self.weights = (
+            _pack_shared(blocks, streamed, device, shared)
+            if shared
+            else [_pack(b, pinned(block_bytes(b), device)) for b in (blocks[i] for i in streamed)]
+        )
         self.pageable = device.type == "cuda" and not all(w.is_pinned() for w in self.weights)
         size = max(map(len, self.weights), default=0)
         self.buffers = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(BUFFERS)]
@@ -139,13 +158,35 @@ def _views(block: nn.Module, flat: Tensor) -> list[tuple[nn.Parameter, Tensor]]:
     return views
 
 
-def _pack(block: nn.Module, device: torch.device) -> Tensor:
+def _pack(block: nn.Module, flat: Tensor) -> Tensor:
     """Move a block's frozen weights into one piece of CPU memory, and return it."""
-    flat = pinned(block_bytes(block), device)
     for parameter, view in _views(block, flat):
         view.copy_(parameter.data)
         parameter.data = view
     return flat
+
+
+def _pack_shared(
+    blocks: Sequence[nn.Module],
+    streamed: Sequence[int],
+    device: torch.device,
+    shared: SharedWeights,
+) -> list[Tensor]:
+    """Move the streamed blocks that are loaded into shared memory; return that of each.
+
+    The blocks on the meta device are there already.
+    """
+    sizes = [block_bytes(block) for block in blocks]
+    memory = {index: shared.memory(sizes, index, device) for index in streamed}
+    for index, flat in memory.items():
+        if any(parameter.is_meta for parameter in _frozen(blocks[index])):
+            for parameter, view in _views(blocks[index], flat):
+                torch.utils.swap_tensors(parameter, nn.Parameter(view, requires_grad=False))
+        else:
+            _pack(blocks[index], flat)
+            shared.mark_filled(index)
+    shared.close()
+    return list(memory.values())
 
 
 def _point_to(block: nn.Module, buffer: Tensor) -> None:

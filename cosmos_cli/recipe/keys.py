@@ -418,8 +418,8 @@ class Recipe(BaseModel):
         "Which networks generate holds in GPU memory. auto: all, if they fit and prompts come one "
         "by one; else like in_turn. together: all. in_turn: one after another, each loaded once "
         "per batch; if the denoiser does not fit, like streamed. streamed: like in_turn, and the "
-        "blocks of the denoiser that do not fit stay in CPU memory and are copied while others "
-        "compute.",
+        "blocks of the denoiser that do not fit stay in CPU memory, in one copy for all processes, "
+        "and are copied while others compute.",
         "auto",
     )
     compile: Literal["auto", "on", "off"] = _sampling(

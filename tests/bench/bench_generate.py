@@ -411,7 +411,7 @@ def attention_errors(bench: Bench) -> dict[str, float]:
 def tiny_attention_inputs(bench: Bench) -> dict[str, tuple[Tensor, ...]]:
     """q, k and v of the tiny model's middle block, on a rendered clip at three noise levels."""
     device, dtype, r = bench.device, bench.dtype, loading.load("tiny", []).recipe
-    net = video_models.load_denoiser(r, r.model_files.dit, device, dtype)
+    net = video_models.load_denoiser(r, r.model_files.dit, device)
     tokenizer = load_tokenizer(r.model_files.tokenizer, r.spec, device, dtype)
     scene, rendered = world.ordinary_scenes(1, 0)[0][0], (bench.size, bench.spec.fps)
     clip = world.render(scene, *rendered[0], rendered[1]).to(device, dtype)
@@ -749,7 +749,7 @@ def bench_load(bench: Bench, net: DiT) -> Row:
     net.to("meta")
     found = {"file_gb": round(path.stat().st_size / 1e9, 2)}
     with measured("load model file", bench.device, rows), HostMemory() as memory:
-        loaded = video_models.load_denoiser(bench.r, path, bench.device, bench.dtype)
+        loaded = video_models.load_denoiser(bench.r, path, bench.device)
     found["host_gb_above_the_mapping"] = round(memory.peak / 1e9, 3)
     assert next(loaded.parameters()).device.type == bench.device
     return {**found, "rows": rows}

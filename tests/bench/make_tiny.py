@@ -360,7 +360,7 @@ def measure_continuations(path: Path, device: str, count: int) -> None:
     dtype = number_format(device)
     r = loading.load("tiny_video2world").recipe
     tokenizer = load_tokenizer(r.model_files.tokenizer, r.spec, device, dtype)
-    net = load_denoiser(r, path, device, dtype)
+    net = load_denoiser(r, path, device)
     scenes = [world.free_scene(seed, "heldout") for seed in range(count)]
     with torch.inference_mode():
         clips = [continuation.world_clip(r, tokenizer, scene, i) for i, scene in enumerate(scenes)]

@@ -90,7 +90,7 @@ def sampling(r: Recipe, prompts: int, _folder: Path) -> Iterator[Row]:
     for study, value, changes in variants:
         began = time.monotonic()
         changed, trials = r.model_copy(update=changes), [*wanted, mascot]
-        net = load_denoiser(r, path, device, number_format(device))
+        net = load_denoiser(r, path, device)
         text_embs = samples.read_prompts(changed, trials, device)
         with TemporaryDirectory() as folder:
             store = samples.Store(Path(folder), changed, trials, device)
@@ -237,7 +237,7 @@ def search(r: Recipe, prompts: int, _folder: Path) -> Iterator[Row]:
     trials = [trial for trial in samples.world_trials(prompts) if not trial.of_mascot]
     path, device = paths.EMBEDDED_DIR / "model.safetensors", best_device()
     # In bf16, rounding alone moves the latents.
-    net = load_denoiser(r, path, device, torch.float32)
+    net = load_denoiser(r, path, device).float()
     texts = samples.read_prompts(r, trials, device)
     fast = r.model_copy(update={"speed": "fast", "sampler": "res"})
 
@@ -323,7 +323,7 @@ def fast(r: Recipe, prompts: int, folder: Path) -> Iterator[Row]:
     values = {}
     for name, changes in settings.items():
         began, changed = time.monotonic(), r.model_copy(update=changes)
-        net = load_denoiser(changed, own.path, device, number_format(device))
+        net = load_denoiser(changed, own.path, device)
         store = samples.Store(folder / "latents", changed, trials, device)
         samples.sample_trials(store, net, own, texts, len(trials))
         measured = [

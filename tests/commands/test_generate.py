@@ -315,7 +315,7 @@ def test_the_14b_is_loaded_and_sampled_with_its_own_spec(tmp_path, monkeypatch):
     for dit in (small, replace(small, rope_ratio=(2.0, 1.0, 1.0))):
         monkeypatch.setitem(MODELS, COSMOS_14B.name, replace(COSMOS_14B, dit=dit, text=text))
         r = loading.load("nemo_assets", [f"model={COSMOS_14B.name}", *small_size]).recipe
-        loaded = load_denoiser(r, tmp_path / "model.pt", "cpu", torch.float32)
+        loaded = load_denoiser(r, tmp_path / "model.pt", "cpu")
         with torch.inference_mode():
             made.append(sample_latents(r, loaded, [Conditioning("", words, 0 * words)], [1], "14B"))
     assert made[0].shape == (1, 16, 2, 8, 12)
@@ -563,7 +563,7 @@ def test_promote_refuses_weights_that_do_not_differ_from_the_base(trained):
 
 def test_sampling_follows_the_guided_estimate_of_both_prompts():
     r = loading.load("tiny", ["num_steps=3", "guidance=2"]).recipe
-    net = load_denoiser(r, paths.model_files(r.spec, r.checkpoints_dir).dit, "cpu", torch.float32)
+    net = load_denoiser(r, paths.model_files(r.spec, r.checkpoints_dir).dit, "cpu")
     generator = torch.Generator().manual_seed(0)
     shape = 2, r.spec.text.tokens, r.spec.text.channels
     cond, uncond = torch.randn(shape, generator=generator)

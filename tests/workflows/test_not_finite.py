@@ -119,7 +119,7 @@ def test_the_tensor_has_the_name_that_the_file_has_for_it(tmp_path, format):
     r = loading.load("tiny").recipe
     names = {"pt": "net.final_layer.linear", "safetensors": "net.final.linear"}
     with pytest.raises(UserError, match="not finite") as caught:
-        load_denoiser(r, path, "cpu", torch.float32)
+        load_denoiser(r, path, "cpu")
     assert f"{path}: " in str(caught.value)
     assert f" {names.get(format, 'proj_out')}.weight;" in str(caught.value)
 

@@ -56,3 +56,19 @@ def test_a_streamed_video_has_the_same_bytes_and_says_so(cosmos, resident):
         assert record["streamed_blocks"] == (6 if memory == "streamed" else 0)
     assert "6 of 6 blocks are streamed from CPU memory" in done.stderr
     assert videos[0] == videos[1]
+
+
+def test_two_processes_stream_one_copy_and_make_the_same_videos(cosmos, resident):
+    adapted = ("--model", "base", "--lora", str(resident.lora(4, "ema")))
+    ask = (*adapted, "--prompt", "A teal robot.", "--prompt", "A red ball.")
+    for folder, pairs in {"one_copy": ("memory=streamed",), "resident": ()}.items():
+        sets = [word for pair in ("num_steps=2", *pairs) for word in ("--set", pair)]
+        target = ("--output", cosmos.cwd / folder, "--num-processes", "2")
+        done = cosmos("generate", "tiny", *ask, *sets, *target)
+        assert ("streamed from CPU memory, one copy for all processes" in done.stderr) == bool(
+            pairs
+        )
+    videos = {path.name: path.read_bytes() for path in (cosmos.cwd / "resident").glob("*.mp4")}
+    assert len(videos) == 2
+    for name, content in videos.items():
+        assert (cosmos.cwd / "one_copy" / name).read_bytes() == content
