@@ -91,6 +91,10 @@ def main(arguments: list[str]) -> int:
         return int(ExitCode.SIGTERM)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
+        for other, ended in error.failures.items():
+            # A rank that lost its connection to a killed one may have ended by then, too.
+            if ended.exitcode == -signal.SIGKILL:
+                rank, failure = other, ended
         post({"first": rank, "process_code": failure.exitcode})
         return int(ExitCode.TRAINING)
     return 0

@@ -1,4 +1,5 @@
 import os
+import signal
 import subprocess
 import sys
 
@@ -25,3 +26,29 @@ def test_without_a_receiver_the_message_is_printed():
     clean = {key: value for key, value in os.environ.items() if key != ADDRESS}
     assert '"rank": 1' in run(clean).stderr
     assert '"rank": 1' in run({**clean, ADDRESS: "nobody"}).stderr
+
+
+RANK = """
+import os, signal, sys, time
+from pathlib import Path
+told = Path(sys.argv[1])
+if os.environ["RANK"] == "1":
+    told.write_text(str(os.getpid()))
+    os.kill(os.getpid(), signal.SIGKILL)
+while not (told.exists() and told.read_text()) or " Z " not in Path(
+    "/proc", told.read_text(), "stat"
+).read_text():
+    time.sleep(0.001)
+os._exit(6)
+"""
+
+
+def test_a_killed_rank_is_named_though_another_failed_because_of_it(tmp_path):
+    script = tmp_path / "rank.py"
+    script.write_text(RANK)
+    command = ["-m", "cosmos_cli.ranks", "--nproc-per-node", "2", script, tmp_path / "told"]
+    with Mailbox() as box:
+        environment = {**os.environ, ADDRESS: box.address}
+        done = subprocess.run([sys.executable, *command], env=environment, check=False)
+        assert box.read() == [{"first": 1, "process_code": -signal.SIGKILL}]
+    assert done.returncode == 6

@@ -10,6 +10,7 @@ them.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import mmap
 import os
@@ -74,3 +75,7 @@ def _pin(memory: Tensor) -> None:
     cuda = torch.cuda.cudart()
     if int(cuda.cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)) == 0:
         weakref.finalize(memory, cuda.cudaHostUnregister, memory.data_ptr()).atexit = False
+        return
+    # CUDA reports the refusal once more, at the next operation.
+    with contextlib.suppress(RuntimeError):
+        torch.zeros(1, device="cuda")
