@@ -9,10 +9,10 @@ import json
 import math
 import os
 import stat
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING
@@ -441,7 +441,20 @@ class _Reader:
                 raise VideoError(f"two frames have the same time stamp, {at:.2f} s")
 
 
-@lru_cache(maxsize=1)
-def _open_again(path: Path, _version: tuple[int, int]) -> _Reader:
-    """Return the reader of a file. It is cached, because opening one scans all packets."""
-    return _Reader(path)
+class _Opened(threading.local):
+    """The reader that a thread opened last. Two threads must not share one."""
+
+    key: tuple[Path, tuple[int, int]] | None = None
+    reader: _Reader
+
+
+_opened = _Opened()
+
+
+def _open_again(path: Path, version: tuple[int, int]) -> _Reader:
+    """Return the reader of a file. The last one is kept, because opening one scans all packets."""
+    if _opened.key != (path, version):
+        _opened.key = None
+        _opened.reader = _Reader(path)
+        _opened.key = path, version
+    return _opened.reader

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from cosmos_cli import console, gpus, hashes
 from cosmos_cli.model import rgb, video, weights
@@ -18,6 +19,7 @@ from cosmos_cli.paths import Dataset
 from cosmos_cli.prep import checks, clip_statistics, damage, latent_files
 from cosmos_cli.prep.checks import Check, Checks
 from cosmos_cli.prep.processes import processes_for
+from cosmos_cli.prep.reading import Reader
 from cosmos_cli.prep.sources import Source
 from cosmos_cli.prep.work_sharing import Workers
 from cosmos_cli.ranks import under_launcher
@@ -90,19 +92,23 @@ class Latents:
         with (
             console.progress("encode", total, "clips") as bar,
             checks.running(len(todo), sharing) as checking,
+            # A machine with cores for checks has some to read ahead.
+            Reader(self._pixels, ahead=checking.ahead > 0) as reader,
         ):
-            begun = (self._begin(number, source, workers, checking) for number, source in todo)
+            begun = (self._begin(i, source, workers, checking, reader) for i, source in todo)
             for one in checking.delayed(begun):
                 # A rejected video loses its clips.
                 clips = len(one.source.clips)
                 if one.ours:
-                    self._make_one(one)
+                    self._make_one(one, reader)
                     workers.release(one.number)
                 bar.advance(one.source.name, clips)
                 if one.number % TRIM_EVERY_VIDEOS == 0:
                     _trim_memory()
 
-    def _begin(self, number: int, source: Source, workers: Workers, checking: Checks) -> _Begun:
+    def _begin(
+        self, number: int, source: Source, workers: Workers, checking: Checks, reader: Reader
+    ) -> _Begun:
         """Take a video, unless another process has it, and begin to look for damage in it."""
         if not workers.take(number):
             return _Begun(number, source, ours=False)
@@ -114,19 +120,23 @@ class Latents:
         for clip, key in keys.items():
             about = latent_files.read_about(self._path(source, clip))
             abouts[clip] = about if about.get("key") == key else {}
+        reader.plan(source.path, (clip for clip, about in abouts.items() if not about))
         begun = _Begun(number, source, keys=keys, abouts=abouts)
         if not all(about.get("checked") for about in abouts.values()):
             begun.check = checking.begin(source.path, source.clips)
         return begun
 
-    def _make_one(self, begun: _Begun) -> None:
+    def _make_one(self, begun: _Begun, reader: Reader) -> None:
         source = begun.source
         try:
-            abouts = {clip: self._kept(source, clip, begun.abouts[clip]) for clip in begun.keys}
+            abouts = {
+                clip: self._kept(source, clip, begun.abouts[clip], reader) for clip in begun.keys
+            }
             if begun.check:
                 self._refuse_damage(source, begun.check)
             for clip, key in begun.keys.items():
-                abouts[clip] = abouts[clip] or self._encode(source, clip, key)
+                if not abouts[clip]:
+                    abouts[clip] = self._encode(source, clip, key, reader.get(source.path, clip))
         except video.VideoError as error:
             source.reject(str(error))
             return
@@ -135,14 +145,16 @@ class Latents:
             clip_statistics.ClipStatistics(*abouts[c]["look"]) for c in source.clips
         ]
 
-    def _kept(self, source: Source, clip: video.Clip, about: dict[str, Any]) -> dict[str, Any]:
+    def _kept(
+        self, source: Source, clip: video.Clip, about: dict[str, Any], reader: Reader
+    ) -> dict[str, Any]:
         """Return the metadata of a clip's latent, {} if the clip must be encoded.
 
         Earlier versions did not check the decoded frames for damage. Their latents are kept if the
         clip still has the same cut and the same motion.
         """
         if about and not about.get("checked"):
-            now = clip_statistics.measure_clip(self._pixels(source, clip))
+            now = clip_statistics.measure_clip(reader.get(source.path, clip))
             then = clip_statistics.ClipStatistics(*about["look"])
             if now.cut != then.cut or abs(now.motion - then.motion) > 1e-3 * (1 + then.motion):
                 return {}
@@ -174,14 +186,15 @@ class Latents:
     def _path(self, source: Source, clip: video.Clip) -> Path:
         return self.dataset.latents / source.latent_name(clip)
 
-    def _pixels(self, source: Source, clip: video.Clip) -> torch.Tensor:
-        r, device = self.recipe, next(self.tokenizer.parameters()).device.type
-        return video.read_clip(source.path, clip, r.height, r.width, r.resize, device)
+    def _pixels(self, path: Path, clip: video.Clip) -> Tensor:
+        # With its index: the current device belongs to a thread.
+        r, device = self.recipe, str(next(self.tokenizer.parameters()).device)
+        return video.read_clip(path, clip, r.height, r.width, r.resize, device)
 
     @torch.inference_mode()
-    def _encode(self, source: Source, clip: video.Clip, key: str) -> dict[str, Any]:
+    def _encode(self, source: Source, clip: video.Clip, key: str, pixels: Tensor) -> dict[str, Any]:
         """Encode a clip, write its latent and return the metadata in the file."""
-        parameter, pixels = next(self.tokenizer.parameters()), self._pixels(source, clip)
+        parameter = next(self.tokenizer.parameters())
         x0 = self.tokenizer.encode(rgb.to_model(pixels)[None].to(parameter))[0]
         about = {
             "key": key,

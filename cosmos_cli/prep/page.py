@@ -6,11 +6,13 @@ import os
 import random
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from cosmos_cli import console, files, html
 from cosmos_cli.html import Html
@@ -27,6 +29,8 @@ MOST_PICTURES, MOST_CHECKED, MOST_WARNINGS = 200, 12, 200
 # Columns and rows of frames in a contact sheet, and the width of a frame in pixels.
 COLUMNS, ROWS, CELL = 4, 2, 160
 CHECK_WIDTH, CHECK_CRF = 320, 23
+# Decoding uses several cores, so there is one contact sheet at a time for every four.
+CORES_PER_SHEET = 4
 
 
 @dataclass(frozen=True)
@@ -151,17 +155,27 @@ def _pictures(r: Recipe, videos: list[Source], folder: Path) -> dict[str, Html]:
         readable = random.Random(r.seed).sample(readable, MOST_PICTURES)
     pictures = {}
     path = folder / "sheet.jpg"
-    with console.progress("contact sheets", len(readable), "videos") as bar:
-        for source in readable:
-            assert source.info
-            bar.advance(source.name)
-            try:
-                frames = video.read_small(source.path, source.info, COLUMNS * ROWS, CELL)
-            except video.VideoError:
-                continue
-            rgb.contact_sheet(frames, COLUMNS, ROWS, CELL).save(path, quality=75)
-            pictures[source.name] = html.media(path)
+    pool = ThreadPoolExecutor(max(len(os.sched_getaffinity(0)) // CORES_PER_SHEET, 1))
+    try:
+        frames = pool.map(_small_frames, readable)
+        with console.progress("contact sheets", len(readable), "videos") as bar:
+            for source, shown in zip(readable, frames, strict=True):
+                if shown is not None:
+                    rgb.contact_sheet(shown, COLUMNS, ROWS, CELL).save(path, quality=75)
+                    pictures[source.name] = html.media(path)
+                bar.advance(source.name)
+    finally:
+        pool.shutdown(cancel_futures=True)
     return pictures
+
+
+def _small_frames(source: Source) -> Tensor | None:
+    """Return the frames of a video's contact sheet, None if one does not decode."""
+    assert source.info
+    try:
+        return video.read_small(source.path, source.info, COLUMNS * ROWS, CELL)
+    except video.VideoError:
+        return None
 
 
 @torch.inference_mode()
@@ -193,7 +207,7 @@ def _reconstructions(
     return html.text(note) + html.row(*shown)
 
 
-def _side_by_side(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+def _side_by_side(left: Tensor, right: Tensor) -> Tensor:
     height = max(2, round(left.shape[2] * CHECK_WIDTH / left.shape[3] / 2) * 2)
     both = [rgb.resize_frames(part, height, CHECK_WIDTH, "stretch") for part in (left, right)]
     return torch.cat(both, dim=3)
