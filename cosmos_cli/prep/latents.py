@@ -28,6 +28,8 @@ from cosmos_cli.recipe.keys import Recipe
 # From this many clips on, compiling the tokenizer's blocks pays for itself. It takes half a minute;
 # then a clip of 121 frames of 704x1280 takes 0.12 s on an H200 instead of 0.22 s.
 WORTH_COMPILING = 300
+# Clips that are decoded while another one is encoded. Each takes 0.33 GB at 121 frames of 704x1280.
+READ_AHEAD = 2
 # Free memory is returned to the system after this many videos. That takes milliseconds.
 TRIM_EVERY_VIDEOS = 50
 
@@ -92,8 +94,7 @@ class Latents:
         with (
             console.progress("encode", total, "clips") as bar,
             checks.running(len(todo), sharing) as checking,
-            # A machine with cores for checks has some to read ahead.
-            Reader(self._pixels, ahead=checking.ahead > 0) as reader,
+            Reader(self._pixels, min(checking.ahead, READ_AHEAD)) as reader,
         ):
             begun = (self._begin(i, source, workers, checking, reader) for i, source in todo)
             for one in checking.delayed(begun):

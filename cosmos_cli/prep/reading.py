@@ -1,7 +1,6 @@
-"""Read the next clip in a thread while another one is encoded.
+"""Read the next clips in threads while another one is encoded.
 
-Decoding runs on the CPU, and on a fast GPU a clip takes longer to decode than to encode. One thread
-is enough to keep it busy, and no file is ever read by two threads at once.
+Decoding runs on the CPU, and on a fast GPU a clip takes longer to decode than to encode.
 """
 
 from __future__ import annotations
@@ -9,6 +8,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 
 from torch import Tensor
@@ -20,13 +20,13 @@ Item = tuple[Path, Clip]
 
 
 class Reader:
-    """Reads clips with `read`, with `ahead` the planned ones before they are asked for."""
+    """Reads clips with `read`; `ahead` of the planned ones before they are asked for."""
 
-    def __init__(self, read: Callable[[Path, Clip], Tensor], *, ahead: bool) -> None:
-        self.read = read
-        self._pool = ThreadPoolExecutor(1) if ahead else None
+    def __init__(self, read: Callable[[Path, Clip], Tensor], ahead: int) -> None:
+        self.read, self.ahead = read, ahead
+        self._pool = ThreadPoolExecutor(ahead) if ahead else None
         self._planned: deque[Item] = deque()
-        self._next: tuple[Item, Future[Tensor]] | None = None
+        self._begun: dict[Item, Future[Tensor]] = {}
 
     def plan(self, path: Path, clips: Iterable[Clip]) -> None:
         """Note that these clips will be asked for, after those that were planned before."""
@@ -34,29 +34,20 @@ class Reader:
             self._planned.extend((path, clip) for clip in clips)
 
     def get(self, path: Path, clip: Clip) -> Tensor:
-        """Return the pixels of a clip, and begin to read the planned one after it.
+        """Return the pixels of a clip, and begin to read the planned ones after it.
 
         Planned clips that come before it are not read: their video was rejected.
         """
         if not self._pool:
             return self.read(path, clip)
         item = path, clip
-        begun = self._begun(item)
         if item in self._planned:
-            while self._planned.popleft() != item:
-                pass
-        pixels = begun.result()
-        if self._planned:
-            following = self._planned[0]
-            self._next = following, self._pool.submit(self.read, *following)
-        return pixels
-
-    def _begun(self, item: Item) -> Future[Tensor]:
-        assert self._pool
-        begun, self._next = self._next, None
-        if begun and begun[0] == item:
-            return begun[1]
-        return self._pool.submit(self.read, *item)
+            while (passed := self._planned.popleft()) != item:
+                self._begun.pop(passed, Future()).cancel()
+        for following in (item, *islice(self._planned, self.ahead)):
+            if following not in self._begun:
+                self._begun[following] = self._pool.submit(self.read, *following)
+        return self._begun.pop(item).result()
 
     def __enter__(self) -> Reader:
         return self

@@ -37,24 +37,25 @@ def expected(path, clip):
     return [ord(path.stem), clip.start]
 
 
-def test_the_next_clip_is_read_while_one_is_encoded():
+def test_the_next_clips_are_read_while_one_is_encoded():
     found = Files()
-    with Reader(found, ahead=True) as reader:
+    with Reader(found, 2) as reader:
         reader.plan(A, CLIPS)
-        reader.plan(C, CLIPS[:1])
+        reader.plan(C, CLIPS)
         assert reader.get(A, CLIPS[0]).tolist() == expected(A, CLIPS[0])
-        # Nobody has asked for the second one yet.
-        assert found.wait_for(2) == [(A, 0), (A, 12)]
+        # Nobody has asked for the second and the third one yet.
+        assert sorted(found.wait_for(3)) == [(A, 0), (A, 12), (C, 0)]
         assert reader.get(A, CLIPS[1]).tolist() == expected(A, CLIPS[1])
-        assert found.wait_for(3)[2] == (C, 0)
+        assert found.wait_for(4)[3] == (C, 12)
         assert reader.get(C, CLIPS[0]).tolist() == expected(C, CLIPS[0])
-    assert len(found.read) == 3
-    assert len({thread for *_, thread in found.read} - {threading.get_ident()}) == 1
+        assert reader.get(C, CLIPS[1]).tolist() == expected(C, CLIPS[1])
+    assert len(found.read) == 4
+    assert threading.get_ident() not in {thread for *_, thread in found.read}
 
 
 def test_clips_of_a_rejected_video_are_skipped_and_others_are_read_on_request():
     found = Files()
-    with Reader(found, ahead=True) as reader:
+    with Reader(found, 1) as reader:
         for path in (A, B, C):
             reader.plan(path, CLIPS)
         with pytest.raises(VideoError):
@@ -67,7 +68,7 @@ def test_clips_of_a_rejected_video_are_skipped_and_others_are_read_on_request():
 
 def test_a_small_machine_reads_in_its_own_thread():
     found = Files()
-    with Reader(found, ahead=False) as reader:
+    with Reader(found, 0) as reader:
         reader.plan(A, CLIPS)
         assert reader.get(A, CLIPS[0]).tolist() == expected(A, CLIPS[0])
     assert [thread for *_, thread in found.read] == [threading.get_ident()]
