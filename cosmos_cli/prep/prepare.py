@@ -134,10 +134,13 @@ def _finish(
     held_out = holdout.choose_held_out(content, r.holdout_share)
     for row in rows:
         row["split"] = "heldout" if row["file"] in held_out else "train"
+    clips = [clip for v in videos for clip in latents.rows.get(v.name, ())]
+    texts = {clip["text"] for clip in clips}
+    text_hashes = {text: hashes.sha256_file(dataset.root / text) for text in texts}
     manifest = {
         "settings": r.dataset_settings,
         "videos": rows,
-        "clips": [clip for v in videos for clip in latents.rows.get(v.name, ())],
+        "clips": [{**clip, "text_sha256": text_hashes[clip["text"]]} for clip in clips],
         **notes.figures(),
     }
     listed = {Path(clip["latent"]).name for clip in manifest["clips"]}

@@ -118,8 +118,13 @@ class Clips:
         return len(self.clips)
 
     def read(self, index: int) -> tuple[Tensor, Tensor, float]:
-        """Return x0 (C, T, H, W) fp32, the padded text embedding (M, D) fp32, and frames/s."""
+        """Return x0 (C, T, H, W) fp32, the padded text embedding (M, D) fp32, and frames/s.
+
+        Raises:
+            UserError: a file is missing or damaged, or is not the one that the manifest lists.
+        """
         clip = self.clips[index]
+        self._require_listed(self.root / clip["text"], clip.get("text_sha256"), "embedding")
         embedding = embedding_files.read_embedding(self.root / clip["text"], self.spec.text)
         text_emb = embedding_files.pad(embedding.float(), self.spec.text)
         return self.latent(index), text_emb, float(clip["fps"])
@@ -132,11 +137,14 @@ class Clips:
         """
         clip = self.clips[index]
         path = self.root / clip["latent"]
-        # Manifests of early versions have no hashes.
-        if "sha256" in clip and hashes.sha256_file(path) != clip["sha256"]:
-            what = "is not the latent that the manifest lists: prep has run since, or it is damaged"
-            raise dataset_error(path, what, "run `cosmos prep RECIPE`, then this command again")
+        self._require_listed(path, clip.get("sha256"), "latent")
         return latent_files.read_latent(path)
+
+    def _require_listed(self, path: Path, sha256: str | None, kind: str) -> None:
+        # Manifests of earlier versions have no hashes.
+        if sha256 and path.exists() and hashes.sha256_file(path) != sha256:
+            what = f"is not the {kind} that the manifest lists: prep has run since, or it is damaged"
+            raise dataset_error(path, what, "run `cosmos prep RECIPE`, then this command again")
 
     def batch(self, step: int, samples: range, settings: BatchSettings) -> Batch:
         """Return the micro batch of these samples of an optimizer step."""

@@ -65,6 +65,18 @@ def test_a_latent_that_changed_since_prep_is_refused(tmp_path, rows):
     assert caught.value.code == ExitCode.DATASET
 
 
+def test_an_embedding_that_changed_since_prep_is_refused(tmp_path, rows):
+    file = tmp_path / "text.pickle"
+    hashed = [{**row, "text_sha256": hashes.sha256_file(file)} for row in rows]
+    clips = Clips(tmp_path, hashed, TINY)
+    _, text_emb, _ = clips.read(0)
+    assert not text_emb.any()
+    embedding_files.write_embedding(file, torch.ones(3, TINY.text.channels))
+    with pytest.raises(UserError, match=r"text\.pickle: is not the embedding") as caught:
+        clips.read(0)
+    assert caught.value.code == ExitCode.DATASET
+
+
 def test_given_frames_are_drawn_beside_the_other_values_of_a_sample(tmp_path, rows):
     settings, samples = BatchSettings(seed=3, global_batch=4, text_dropout=0.2), range(1, 4)
     text = Clips(tmp_path, rows, TINY).batch(7, samples, settings)
