@@ -55,8 +55,10 @@ class Latents:
 
     def __init__(self, r: Recipe, dataset: Dataset, videos: list[Source], device: str) -> None:
         self.recipe, self.dataset = r, dataset
-        dtype = number_format(device)
-        self.tokenizer = load_tokenizer(r.model_files.tokenizer, r.spec, device, dtype)
+        self.dtype = number_format(device)
+        self.tokenizer = load_tokenizer(r.model_files.tokenizer, r.spec, device, self.dtype)
+        # With its index: threads have current devices of their own.
+        self.device = next(self.tokenizer.parameters()).device
         # Count the clips that are already encoded too: a resumed run must write the same bits.
         clips = sum(len(source.clips) for source in videos if not source.reason)
         worth_it = device != "cpu" and clips >= WORTH_COMPILING
@@ -94,7 +96,7 @@ class Latents:
         with (
             console.progress("encode", total, "clips") as bar,
             checks.running(len(todo), sharing) as checking,
-            Reader(self._pixels, min(checking.ahead, READ_AHEAD)) as reader,
+            Reader(self._pixels, min(checking.ahead, READ_AHEAD), self.device) as reader,
         ):
             begun = (self._begin(i, source, workers, checking, reader) for i, source in todo)
             for one in checking.delayed(begun):
@@ -188,15 +190,13 @@ class Latents:
         return self.dataset.latents / source.latent_name(clip)
 
     def _pixels(self, path: Path, clip: video.Clip) -> Tensor:
-        # With its index: the current device belongs to a thread.
-        r, device = self.recipe, str(next(self.tokenizer.parameters()).device)
-        return video.read_clip(path, clip, r.height, r.width, r.resize, device)
+        r = self.recipe
+        return video.read_clip(path, clip, r.height, r.width, r.resize, str(self.device))
 
     @torch.inference_mode()
     def _encode(self, source: Source, clip: video.Clip, key: str, pixels: Tensor) -> dict[str, Any]:
         """Encode a clip, write its latent and return the metadata in the file."""
-        parameter = next(self.tokenizer.parameters())
-        x0 = self.tokenizer.encode(rgb.to_model(pixels)[None].to(parameter))[0]
+        x0 = self.tokenizer.encode(rgb.to_model(pixels)[None].to(self.dtype))[0]
         about = {
             "key": key,
             "fps": clip.fps,

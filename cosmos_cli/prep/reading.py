@@ -11,6 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from cosmos_cli.model.video import Clip
@@ -20,11 +21,17 @@ Item = tuple[Path, Clip]
 
 
 class Reader:
-    """Reads clips with `read`; `ahead` of the planned ones before they are asked for."""
+    """Reads clips with `read`; `ahead` of the planned ones before they are asked for.
 
-    def __init__(self, read: Callable[[Path, Clip], Tensor], ahead: int) -> None:
-        self.read, self.ahead = read, ahead
-        self._pool = ThreadPoolExecutor(ahead) if ahead else None
+    `read` returns pixels on `device`. Their memory belongs to the stream of a thread, so the GPU
+    must have finished with them when they are freed.
+    """
+
+    def __init__(
+        self, read: Callable[[Path, Clip], Tensor], ahead: int, device: torch.device
+    ) -> None:
+        self.read, self.ahead, self.device = read, ahead, device
+        self._pool = ThreadPoolExecutor(ahead, initializer=self._use_own_stream) if ahead else None
         self._planned: deque[Item] = deque()
         self._begun: dict[Item, Future[Tensor]] = {}
 
@@ -46,8 +53,19 @@ class Reader:
                 self._begun.pop(passed, Future()).cancel()
         for following in (item, *islice(self._planned, self.ahead)):
             if following not in self._begun:
-                self._begun[following] = self._pool.submit(self.read, *following)
+                self._begun[following] = self._pool.submit(self._read_whole, *following)
         return self._begun.pop(item).result()
+
+    def _use_own_stream(self) -> None:
+        # On the stream of the encoder, each copy to the GPU would wait for the clip being encoded.
+        if self.device.type == "cuda":
+            torch.cuda.set_stream(torch.cuda.Stream(self.device))
+
+    def _read_whole(self, path: Path, clip: Clip) -> Tensor:
+        pixels = self.read(path, clip)
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()
+        return pixels
 
     def __enter__(self) -> Reader:
         return self

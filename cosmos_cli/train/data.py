@@ -143,7 +143,9 @@ class Clips:
     def _require_listed(self, path: Path, sha256: str | None, kind: str) -> None:
         # Manifests of earlier versions have no hashes.
         if sha256 and path.exists() and hashes.sha256_file(path) != sha256:
-            what = f"is not the {kind} that the manifest lists: prep has run since, or it is damaged"
+            what = (
+                f"is not the {kind} that the manifest lists: prep has run since, or it is damaged"
+            )
             raise dataset_error(path, what, "run `cosmos prep RECIPE`, then this command again")
 
     def batch(self, step: int, samples: range, settings: BatchSettings) -> Batch:

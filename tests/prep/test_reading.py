@@ -9,6 +9,7 @@ import torch
 from cosmos_cli.model.video import Clip, VideoError
 from cosmos_cli.prep.reading import Reader
 
+CPU = torch.device("cpu")
 A, B, C = Path("a.mp4"), Path("b.mp4"), Path("c.mp4")
 CLIPS = [Clip(start, 24, 12) for start in (0, 12)]
 
@@ -39,7 +40,7 @@ def expected(path, clip):
 
 def test_the_next_clips_are_read_while_one_is_encoded():
     found = Files()
-    with Reader(found, 2) as reader:
+    with Reader(found, 2, CPU) as reader:
         reader.plan(A, CLIPS)
         reader.plan(C, CLIPS)
         assert reader.get(A, CLIPS[0]).tolist() == expected(A, CLIPS[0])
@@ -55,7 +56,7 @@ def test_the_next_clips_are_read_while_one_is_encoded():
 
 def test_clips_of_a_rejected_video_are_skipped_and_others_are_read_on_request():
     found = Files()
-    with Reader(found, 1) as reader:
+    with Reader(found, 1, CPU) as reader:
         for path in (A, B, C):
             reader.plan(path, CLIPS)
         with pytest.raises(VideoError):
@@ -68,7 +69,7 @@ def test_clips_of_a_rejected_video_are_skipped_and_others_are_read_on_request():
 
 def test_a_small_machine_reads_in_its_own_thread():
     found = Files()
-    with Reader(found, 0) as reader:
+    with Reader(found, 0, CPU) as reader:
         reader.plan(A, CLIPS)
         assert reader.get(A, CLIPS[0]).tolist() == expected(A, CLIPS[0])
     assert [thread for *_, thread in found.read] == [threading.get_ident()]
