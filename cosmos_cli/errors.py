@@ -95,7 +95,7 @@ def environment_error(where: object, what: str, fix: str = "") -> UserError:
 
 
 def asset_error(where: object, what: str, fix: str = "") -> UserError:
-    """Return the error for a file that is missing, damaged or refused, or for a full disk."""
+    """Return the error for a missing, damaged or refused file, or for too little disk or memory."""
     return UserError(what, code=ExitCode.ASSET, where=str(where), fix=fix)
 
 

@@ -298,7 +298,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
     """
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = temporary_beside(path)
+        temporary = temporary_next_to(path)
         try:
             temporary.touch()
             mode = stat.S_IMODE(temporary.stat().st_mode)
@@ -312,7 +312,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
-def temporary_beside(path: Path) -> Path:
+def temporary_next_to(path: Path) -> Path:
     """Return a name for this process to write to before the file is renamed to `path`."""
     # A hash is shorter than most names, so the temporary name stays within the length limit.
     mark = hashlib.sha256(os.fsencode(path.name)).hexdigest()[:8]

@@ -21,12 +21,12 @@ from cosmos_cli import console
 from cosmos_cli.errors import ExitCode, UserError, environment_error
 from cosmos_cli.gpus import gpu_names
 
-ADDRESS = "COSMOS_MAILBOX"
+ADDRESS = "COSMOS_RANK_ERRORS"
 MAX_CHARACTERS = 20_000
 
 
-class Mailbox:
-    """Receive messages from the ranks, which read the socket's address from COSMOS_MAILBOX."""
+class RankErrors:
+    """Receive messages from the ranks, which read the socket's address from COSMOS_RANK_ERRORS."""
 
     def __init__(self) -> None:
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
@@ -42,7 +42,7 @@ class Mailbox:
                 messages.append(json.loads(self.socket.recv(2**20)))
         return messages
 
-    def __enter__(self) -> Mailbox:
+    def __enter__(self) -> RankErrors:
         return self
 
     def __exit__(self, *_: object) -> None:

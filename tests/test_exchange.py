@@ -1,4 +1,4 @@
-"""A folder takes the place of another: in one step, in renames, after a kill, beside others."""
+"""A folder takes the place of another: in one step, in renames, after a kill, next to others."""
 
 import fcntl
 import time

@@ -88,7 +88,7 @@ def test_a_value_selects_the_same_gpus_as_in_cuda(variable, expected):
 @pytest.mark.parametrize(
     ("variable", "expected"),
     [
-        # One slice, and no whole GPU beside it.
+        # One slice, and no whole GPU next to it.
         (None, [SLICES[0].name]),
         ("0", [SLICES[0].name]),
         ("1,0", [SLICES[0].name]),

@@ -3,7 +3,7 @@ import signal
 import subprocess
 import sys
 
-from cosmos_cli.ranks import ADDRESS, Mailbox
+from cosmos_cli.ranks import ADDRESS, RankErrors
 
 POST = "from cosmos_cli import ranks; ranks.post({'rank': 1, 'error': 'ünï'})"
 
@@ -14,7 +14,7 @@ def run(environment):
 
 
 def test_messages_of_other_processes_arrive_once():
-    with Mailbox() as box:
+    with RankErrors() as box:
         assert box.read() == []
         run({**os.environ, ADDRESS: box.address})
         run({**os.environ, ADDRESS: box.address})
@@ -47,7 +47,7 @@ def test_a_killed_rank_is_named_though_another_failed_because_of_it(tmp_path):
     script = tmp_path / "rank.py"
     script.write_text(RANK)
     command = ["-m", "cosmos_cli.ranks", "--nproc-per-node", "2", script, tmp_path / "told"]
-    with Mailbox() as box:
+    with RankErrors() as box:
         environment = {**os.environ, ADDRESS: box.address}
         done = subprocess.run([sys.executable, *command], env=environment, check=False)
         assert box.read() == [{"first": 1, "process_code": -signal.SIGKILL}]

@@ -40,7 +40,7 @@ PromptsOption = Annotated[
     typer.Option(
         min=0,
         help="Prompts per model. The tiny model gets prompts of its synthetic world, and half as "
-        f"many more of its new concept (default {EMBEDDED_PROMPTS}), other models the dataset's "
+        f"many more of its mascot (default {EMBEDDED_PROMPTS}), other models the dataset's "
         "captions (default 0). A Video2World model continues N clips of each kind, from 1 and "
         "from 9 frames.",
     ),
@@ -158,7 +158,7 @@ def _text(figures: dict[str, Any], names: list[str]) -> str:
 
     own = {**figures, "models": {name: figures["models"][name] for name in names}}
     rows = [row for row in figures["comparisons"] if row["model"] in names]
-    parts = [console.table(page.figure_rows(own), ("", "chance", *names))]
+    parts = [console.table(page.figure_rows(own), ("", "by chance", *names))]
     parts += [console.table(*table) for _, table in comparison.tables(rows)]
     if found := figures.get("steps"):
         chosen, best = found["chosen_step"], found["best_step"]
@@ -249,7 +249,8 @@ def _check_settings(r: Recipe, other: str) -> None:
     if other and r.spec.takes_frames:
         raise dataset_error(r.dataset.manifest, other, "run `cosmos prep RECIPE` again")
     if other:
-        console.warn(f"{r.dataset.manifest}: {other}; errors are those of its clips as they are")
+        where = r.dataset.manifest
+        console.warn(f"{where}: {other}; the EDM error is measured on the clips as prep wrote them")
 
 
 def _preview(r: Recipe, weights: dict[str, Weights], cost: dict[str, Any], output: Path) -> Result:

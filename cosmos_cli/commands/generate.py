@@ -281,7 +281,7 @@ def _finish(results: Iterator[Result], r: Recipe, *, streaming: bool) -> console
     if r.passes < r.exact_passes and any(result.made for result in seen):
         console.say(
             f"speed fast: a video took {r.passes} passes of the denoiser; "
-            f"35 steps of `speed: exact` take {r.exact_passes}"
+            f"`speed: exact` takes {r.exact_passes}"
         )
     made = _paths(seen)
     shown = made[-1].with_suffix(".html") if made else Path()

@@ -284,4 +284,4 @@ def _captioned(dataset: paths.Dataset, videos: list[Path]) -> int:
     table = captions.table_in(dataset.videos, dataset.root)
     listed = captions.read(table, list(named))[0] if table else {}
     own = captions.owners(texts, list(named)).files
-    return len({*own, *captions.beside(named).files, *listed})
+    return len({*own, *captions.sidecars(named).files, *listed})

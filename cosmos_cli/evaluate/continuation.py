@@ -20,7 +20,7 @@ from cosmos_cli.generate.jobs import Weights
 from cosmos_cli.generate.text_models import Conditioning
 from cosmos_cli.generate.video_models import load_denoiser, sample_latents
 from cosmos_cli.model import rgb
-from cosmos_cli.model.device import number_format
+from cosmos_cli.model.device import default_dtype
 from cosmos_cli.model.dit import DiT
 from cosmos_cli.model.tiny import scorer, world
 from cosmos_cli.model.tiny.world import Scene
@@ -92,7 +92,7 @@ def evaluate(
     Raises:
         UserError: a file is missing or damaged.
     """
-    dtype = number_format(device)
+    dtype = default_dtype(device)
     tokenizer = load_tokenizer(r.model_files.tokenizer, r.spec, device, dtype)
     groups = clips_to_continue(r, tokenizer, count)
     texts = {kind: _texts(r, clips, device) for kind, clips in groups.items()}

@@ -27,7 +27,7 @@ from cosmos_cli.evaluate.samples import Sample, Store, Trial
 from cosmos_cli.generate.jobs import Weights
 from cosmos_cli.generate.video_models import load_denoiser
 from cosmos_cli.model import edm, rgb, video_scores
-from cosmos_cli.model.device import number_format
+from cosmos_cli.model.device import default_dtype
 from cosmos_cli.model.dit import DiT
 from cosmos_cli.model.tiny import scorer, world
 from cosmos_cli.model.tiny.scorer import Reading
@@ -50,7 +50,10 @@ MEANINGS = {
     "colour": ("share of videos that show the colour in the prompt", "higher"),
     "shape": ("share of videos that show the shape in the prompt", "higher"),
     "motion": ("share of videos with the motion in the prompt", "higher"),
-    "concept": ("share of videos that show the new concept when asked to", "higher"),
+    "concept": (
+        "share of videos that show the mascot's yellow head when the prompt asks for the mascot",
+        "higher",
+    ),
     "consistency": ("share of frames after which the thing has moved by a small step", "higher"),
     "reconstruction": (
         "PSNR of clips that the tokenizer encoded and decoded; it is not trained", "higher",
@@ -234,7 +237,7 @@ def measure_models(
     if not store.wanted:
         return {name: [] for name in models}, None
     device = store.device
-    tokenizer = load_tokenizer(r.model_files.tokenizer, r.spec, device, number_format(device))
+    tokenizer = load_tokenizer(r.model_files.tokenizer, r.spec, device, default_dtype(device))
     training = decoded(tokenizer, dataset.train, features.TRAINING_CLIPS) if dataset else iter(())
     scorers.learn(training, [trial.prompt for trial in store.wanted], device)
     measured: dict[str, list[Sample]] = {name: [] for name in models}
@@ -330,7 +333,7 @@ def consistency(reading: Reading) -> float:
 @torch.inference_mode()
 def reconstruction(r: Recipe, count: int, device: str) -> float:
     """Return the tokenizer's mean reconstruction PSNR in dB on held-out synthetic clips."""
-    dtype = number_format(device)
+    dtype = default_dtype(device)
     tokenizer = load_tokenizer(r.model_files.tokenizer, r.spec, device, dtype)
     psnrs = []
     for seed in range(count):

@@ -29,7 +29,7 @@ from cosmos_cli.errors import UserError, asset_error
 from cosmos_cli.generate.video_models import load_denoiser
 from cosmos_cli.model import edm, rgb, sampler
 from cosmos_cli.model.cond_frames import CondFrames, Network
-from cosmos_cli.model.device import number_format
+from cosmos_cli.model.device import default_dtype
 from cosmos_cli.model.dit import DiT, Prompt, Rope, patch_grid, rope_table
 from cosmos_cli.model.tiny import world
 from cosmos_cli.model.tiny.world import Scene, Thing
@@ -118,7 +118,7 @@ def check_tokenizer(
     Raises:
         UserError: the reconstruction loses the picture, or the latents have the wrong scale.
     """
-    tokenizer = load_tokenizer(r.model_files.tokenizer, r.spec, device, number_format(device))
+    tokenizer = load_tokenizer(r.model_files.tokenizer, r.spec, device, default_dtype(device))
     weight = next(tokenizer.parameters())
     latents, errors, variances = [], [], []
     for clip in clips:

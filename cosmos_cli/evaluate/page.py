@@ -169,7 +169,7 @@ def _write_mosaics(
     """Write the videos of the synthetic world as one mosaic for each model and kind of prompt."""
     sections, written = [], []
     others = f"Continued from {GIVEN_FRAMES[-1]} frames" if r.spec.takes_frames else "Other prompts"
-    kinds = (("The new concept", "concept", True), (others, "others", False))
+    kinds = (("The mascot (score concept)", "concept", True), (others, "others", False))
     for heading, kind, mascot in kinds:
         shown = {n: [s for s in own if s.trial.of_mascot == mascot] for n, own in samples.items()}
         if not any(shown.values()):

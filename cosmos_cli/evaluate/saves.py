@@ -48,9 +48,9 @@ def _name(step: int) -> str:
 def choose(rows: Sequence[Mapping[str, Any]], steps: Sequence[int]) -> int:
     """Return the step that the scores of videos choose, 0 for the base.
 
-    It is the step with the most scores that are better than the base's, less those that are worse.
-    Equal steps are ordered by their mean rank over all scores, then the earlier one is chosen. The
-    base is chosen if no step has more better scores than worse ones.
+    For each step, count the scores that are better than the base's and subtract those that are
+    worse. The highest count wins; then the better mean rank over all scores; then the earlier step.
+    If no count is above 0, the base wins.
 
     `rows` are those of `comparison.compare`, each step against the base; `steps` are ascending.
     """

@@ -129,19 +129,26 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
+def _gram(*sets: np.ndarray) -> np.ndarray:
+    """Return the kernel of each pair of features of all sets, (x.y / D + 1)^3, as in KID.
+
+    Source: Binkowski et al. 2018, Demystifying MMD GANs.
+    """
+    both = np.concatenate(sets).astype(np.float64)
+    kernel: np.ndarray = (both @ both.T / both.shape[1] + 1) ** 3
+    return kernel
+
+
 def kernel_distance(x_ND: np.ndarray, y_MD: np.ndarray) -> tuple[float, float]:
     """Return the unbiased squared MMD of two sets of features, and its p-value by permutation.
 
-    The kernel is that of KID, (x.y / D + 1)^3. The distance suits small sets. It is 0 on average
-    for samples of one distribution, so it can be negative.
-
-    Source: Binkowski et al. 2018, Demystifying MMD GANs.
+    The distance suits small sets. It is 0 on average for samples of one distribution, so it can be
+    negative.
     """
     n, m = len(x_ND), len(y_MD)
     if min(n, m) < 2:
         raise ValueError(f"sets of {n} and {m} features are too small, both need 2")
-    both = np.concatenate([x_ND, y_MD]).astype(np.float64)
-    gram = (both @ both.T / both.shape[1] + 1) ** 3
+    gram = _gram(x_ND, y_MD)
     generator = np.random.default_rng(0)
     first = np.arange(n + m) < n
     found = _mmd(gram, first)
@@ -160,8 +167,7 @@ def paired_distances(
     and seed can be exchanged.
     """
     n, m = len(before_ND), len(reference_MD)
-    both = np.concatenate([before_ND, after_ND, reference_MD]).astype(np.float64)
-    gram = (both @ both.T / both.shape[1] + 1) ** 3
+    gram = _gram(before_ND, after_ND, reference_MD)
     # A sample's kernel with itself does not count.
     np.fill_diagonal(gram, 0)
     own, cross = gram[: 2 * n, : 2 * n], gram[: 2 * n, 2 * n :].mean(1)

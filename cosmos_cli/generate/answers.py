@@ -31,6 +31,12 @@ def cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or home / ".cache") / "cosmos"
 
 
+def keep_newest(folder: Path, count: int) -> None:
+    """Delete all entries of a cache but the `count` that were used last."""
+    for old in sorted(folder.glob("[!.]*"), key=lambda path: files.stamp_of(path)[1])[:-count]:
+        old.unlink(missing_ok=True)
+
+
 class Answers:
     """Cache the answers of one model. An answer that cannot be written is not an error.
 
@@ -74,7 +80,5 @@ class Answers:
             files.remove_stale(self.folder)
             with files.atomic_file(path) as temporary:
                 temporary.write_bytes(hashlib.sha256(answer).digest() + answer)
-            kept = sorted(self.folder.glob("[!.]*"), key=lambda old: files.stamp_of(old)[1])
-            for old in kept[:-MOST_ANSWERS]:
-                old.unlink(missing_ok=True)
+            keep_newest(self.folder, MOST_ANSWERS)
         return answer

@@ -83,7 +83,7 @@ def _require_guards_and_tokenizer(r: Recipe) -> None:
     if r.guardrails == "on":
         from cosmos_cli.generate.guards import guardrail
 
-        guardrail.block_list(r)
+        guardrail.require_guards(r)
     assets.require_networks(r, r.model_files.tokenizer)
 
 
@@ -96,7 +96,7 @@ def plan_request(request: Request, settings: Settings) -> Result:
     except UserError as error:
         return Result(request.prompt, error=error)
     if made:
-        console.say(f"generated before, not again: {job.path}")
+        console.say(f"kept, not generated again: {job.path} (`--overwrite` replaces it)")
     return Result(job.prompt, job, made=made)
 
 

@@ -43,7 +43,7 @@ class Choice:
 def choose_model(
     recipe: str | None, model: str | None, overrides: list[str], *, frames: bool = False
 ) -> Choice:
-    """Return the choice that the recipe and --model make; report what the user did not name.
+    """Return the recipe and weights that RECIPE and --model select; print those not named.
 
     Without either, use the model promoted last, else the downloaded base, else the tiny model. With
     `frames`, use a Video2World model, which continues given frames, else a Text2World model.
@@ -65,7 +65,7 @@ def choose_model(
     if chosen := next(iter(own or models), None):
         _say_promoted(chosen, models, recipe)
         if (run := promoted.run_of(chosen)) and not own:
-            console.say(f"it comes from another run than this recipe's, {run}")
+            console.say(f"this model is from the run {run}, not from this recipe's run {r.run_dir}")
         return Choice(recipe, chosen)
     if model == "promoted":
         raise _none_promoted(r.model)
@@ -212,9 +212,9 @@ def _where_checkpoints_are(recipe: Path) -> tuple[str, ...]:
     is_there = known is None or os.path.isdir(known)  # noqa: PTH112 - False if unreachable
     if is_there or (spec and spec.embedded):
         return ()
-    beside, usual = recipe.absolute().parent.parent, Path("checkpoints").absolute()
+    next_to, usual = recipe.absolute().parent.parent, Path("checkpoints").absolute()
     networks = (paths.TOKENIZER_DIR, paths.TEXT_ENCODER_DIR)
-    place = beside if any((beside / name).is_dir() for name in networks) else usual
+    place = next_to if any((next_to / name).is_dir() for name in networks) else usual
     console.say(f"{known}, the checkpoints_dir of {recipe}, is not there: using {place}")
     return (f"checkpoints_dir={strict_yaml.dump_value(str(place))}",)
 

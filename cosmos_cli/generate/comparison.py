@@ -15,7 +15,7 @@ from cosmos_cli.generate import outputs
 from cosmos_cli.generate.jobs import Job
 from cosmos_cli.gpus import best_device
 from cosmos_cli.model import rgb, video
-from cosmos_cli.model.device import number_format
+from cosmos_cli.model.device import default_dtype
 from cosmos_cli.model.tokenizer import load_tokenizer
 from cosmos_cli.recipe.keys import Recipe
 
@@ -65,7 +65,7 @@ def difference(job: Job, exact: Tensor, other: Tensor) -> dict[str, float]:
     where b is the exact one.
     """
     device = best_device()
-    dtype = number_format(device)
+    dtype = default_dtype(device)
     tokenizer = load_tokenizer(job.r.model_files.tokenizer, job.r.spec, device, dtype)
     a, b = (
         tokenizer.encode(rgb.to_model(pixels)[None].to(device, dtype)).float()

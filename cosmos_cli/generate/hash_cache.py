@@ -9,7 +9,7 @@ from pathlib import Path
 
 from cosmos_cli import files, hashes
 from cosmos_cli.errors import UserError
-from cosmos_cli.generate.answers import cache_dir
+from cosmos_cli.generate.answers import cache_dir, keep_newest
 
 # Smaller files are hashed each time, in about 10 ms.
 LEAST_BYTES = 10**7
@@ -45,9 +45,7 @@ def _cached_file_sha256(path: Path) -> str:
         with suppress(OSError, UserError):
             files.remove_stale(entry.parent)
             files.write_text(entry, digest)
-            kept_all = sorted(entry.parent.glob("[!.]*"), key=lambda old: files.stamp_of(old)[1])
-            for old in kept_all[:-MOST_HASHES]:
-                old.unlink(missing_ok=True)
+            keep_newest(entry.parent, MOST_HASHES)
     return digest
 
 

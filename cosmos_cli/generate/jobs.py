@@ -24,7 +24,7 @@ from cosmos_cli.spec import (
 if TYPE_CHECKING:
     from cosmos_cli.recipe.keys import Recipe
 
-# The keys that were added to the hash of a video, and the values of the videos made before.
+# Keys that were added to the hash later, with the values that earlier videos were made with.
 LATER_KEYS = {"speed": "exact", "sampling_precision": "bf16"}
 # The text encoder reads about 2,500 characters. A far longer prompt is a file given by mistake.
 MAX_CHARACTERS = 20_000
@@ -107,7 +107,7 @@ class Job:
         while (name := names[len(values) - 1]) in LATER_KEYS and values[-1] == LATER_KEYS[name]:
             values.pop()
         if self.r.speed == "fast":
-            # Videos of other levels, as of another version, are others.
+            # A later version may have other levels, which give other videos.
             values += [FAST_LOG_SIGMAS, FAST_GUIDED_ABOVE, FAST_EXTRAPOLATION]
         more = []
         if self.given:
@@ -238,7 +238,7 @@ def _with_hash(request: Request, r: Recipe, given: Given | None) -> Given | None
     if given is None:
         return None
     if not r.spec.takes_frames:
-        what = f"{r.model} makes videos from text and continues none"
+        what = f"{r.model} cannot continue a picture or a video"
         raise request.error(what, _other_model(r))
     try:
         files.require_regular(given.path, files.INPUT)

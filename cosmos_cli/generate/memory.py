@@ -11,7 +11,7 @@ from cosmos_cli import console, files, paths
 from cosmos_cli.errors import ExitCode, UserError, asset_error
 from cosmos_cli.generate.guards import guardrail
 from cosmos_cli.generate.jobs import Weights
-from cosmos_cli.model.device import free_gpu_bytes, number_format
+from cosmos_cli.model.device import default_dtype, free_gpu_bytes
 from cosmos_cli.recipe import residence
 from cosmos_cli.recipe.keys import Recipe
 
@@ -53,7 +53,7 @@ def streamed_blocks(r: Recipe, device: str) -> int:
     Raises:
         UserError: (GPU_MEMORY) the GPU cannot hold a pass.
     """
-    dit, size = r.spec.dit, number_format(device).itemsize
+    dit, size = r.spec.dit, default_dtype(device).itemsize
     if device == "cpu":
         return dit.blocks if r.memory == "streamed" else 0
     free, others = free_gpu_bytes(torch.device(device)), _bytes_besides_blocks(r)
@@ -77,7 +77,7 @@ def require_cpu_memory(r: Recipe, count: int, device: str, shared: Shared | None
         UserError: (ASSET) CPU memory is short.
     """
     dit, copies = r.spec.dit, list((shared or {}).values())
-    block = dit.block_parameters * number_format(device).itemsize
+    block = dit.block_parameters * default_dtype(device).itemsize
     needed = count * (block * len(copies) if copies else residence.pinned_bytes(block))
     filled = sum(BLOCK_OF_STAT * path.stat().st_blocks for path in copies)
     available = psutil.virtual_memory().available + filled
@@ -95,8 +95,9 @@ def weights_line(r: Recipe, count: int, shared: Shared | None = None) -> str:
     dit = r.spec.dit
     if not count:
         return "denoiser: all weights are on the device"
-    held, place = dit.blocks - count, "CPU memory" + (", one copy for all processes" * bool(shared))
-    return f"denoiser: {count} of {dit.blocks} blocks are streamed from {place}; {held} stay"
+    place = "CPU memory, one copy for all processes" if shared else "CPU memory"
+    streamed = f"{count} of {dit.blocks} blocks are streamed from {place}"
+    return f"denoiser: {streamed}; {dit.blocks - count} stay on the device"
 
 
 def _bytes_besides_blocks(r: Recipe) -> int:

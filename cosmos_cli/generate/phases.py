@@ -80,8 +80,8 @@ def _say_networks(r: Recipe, in_turn: bool) -> None:
         "text encoder",
         "denoiser and decoder" + (", frame filter and face blur" if guarded else ""),
     ]
-    listed = f"in turn: {'; '.join(names)}" if in_turn else f"together: {', '.join(names)}"
-    console.say(f"in memory {listed}")
+    how = f"one at a time: {'; '.join(names)}" if in_turn else f"all in memory: {', '.join(names)}"
+    console.say(f"networks, {how}")
 
 
 def _in_fp8(parts: tuple[str, ...], device: str) -> str:
@@ -106,7 +106,8 @@ def each(
 ) -> dict[Job, T]:
     """Run a step of each job and return what it made; a job that fails is added to `failed`.
 
-    The other jobs continue. Load networks outside of `step`: without one, no job can continue.
+    The other jobs continue. Load networks outside of `step`: a network that cannot be loaded must
+    stop all jobs.
     """
     made = {}
     for job in jobs:
@@ -235,7 +236,7 @@ class Pipeline:
         pixels = inputs.read_given(job.given, job.r)
         frame_filter = self.videos.frame_filter
         if frame_filter and (reason := frame_filter.reason(pixels)):
-            reason = f"{reason} of the input {job.given.path.name}"
+            reason = f"in the input {job.given.path.name}, {reason}"
             raise guardrail.blocked("frame filter", reason, job.prompt)
         return pixels
 

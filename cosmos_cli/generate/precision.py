@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 # cuDNN has fp8 attention with a head width of 128 (Hopper and data-center Blackwell).
 FP8_LINEARS = (8, 9)
 FP8_ATTENTION = ((9, 0), (10, 0), (10, 3))
-CUDNN_FRONTEND = "nvidia-cudnn-frontend>=1.18,<1.27"
 
 
 def fp8_parts(r: Recipe) -> tuple[str, ...]:
@@ -36,7 +35,7 @@ def fp8_parts(r: Recipe) -> tuple[str, ...]:
         return ("linears",)
     if shown and importlib.util.find_spec("cudnn") is None:
         what = "fp8 attention needs the package nvidia-cudnn-frontend, which is not installed"
-        raise _refusal(what, f"run `pip install '{CUDNN_FRONTEND}'`")
+        raise _refusal(what, 'run `pip install -e ".[fp8]"` in the clone')
     return ("linears", "attention")
 
 

@@ -49,7 +49,7 @@ def run(todo: list[Job], processes: int) -> Iterator[Result]:
     Raises:
         UserError: a process ended with an error.
     """
-    listed = files.temporary_beside(todo[0].path.with_name("jobs.json"))
+    listed = files.temporary_next_to(todo[0].path.with_name("jobs.json"))
     # Memory for streamed weights, empty until a process fills it.
     memory = [os.memfd_create("cosmos-weights") for _ in {job.denoiser for job in todo}]
     command = [
@@ -57,7 +57,7 @@ def run(todo: list[Job], processes: int) -> Iterator[Result]:
         "-m", "cosmos_cli.generate.worker", str(listed),
         *(f"/proc/{os.getpid()}/fd/{file}" for file in memory),
     ]  # fmt: skip
-    with ranks.Mailbox() as box:
+    with ranks.RankErrors() as box:
         process = None
         try:
             files.write_json(listed, [jobs.to_json(job) for job in todo])

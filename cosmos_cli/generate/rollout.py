@@ -77,7 +77,9 @@ def _make(pipeline: Pipeline, job: Job, text_emb: Conditioning, given: Tensor | 
 def segment_job(job: Job, number: int) -> Job:
     """Return the job of one segment: the first has the seed of the whole, each other the next."""
     seed = (job.r.sampling_seed + number) % MAX_SEED
-    path = job.path.with_name(f"segment {number + 1} of {job.segments}.mp4")
+    # Messages and the progress name the stem; the progress shows its beginning.
+    name = f"segment {number + 1} of {job.segments} of {job.path.stem}.mp4"
+    path = job.path.with_name(name)
     return replace(job, r=job.r.model_copy(update={"sampling_seed": seed}), path=path, segments=1)
 
 

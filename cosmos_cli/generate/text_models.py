@@ -17,7 +17,7 @@ from cosmos_cli.generate.guards import guardrail
 from cosmos_cli.generate.guards.aegis import Aegis
 from cosmos_cli.generate.upsampler import Upsampler
 from cosmos_cli.model import text
-from cosmos_cli.model.device import gpu_memory_errors, number_format
+from cosmos_cli.model.device import default_dtype, gpu_memory_errors
 from cosmos_cli.prep import embedding_files
 from cosmos_cli.recipe.keys import Recipe
 
@@ -41,7 +41,7 @@ class TextModels:
     def __init__(self, r: Recipe, device: str) -> None:
         self.r = r
         self.device = device
-        self.dtype = number_format(device)
+        self.dtype = default_dtype(device)
         self.block_list = guardrail.block_list(r)
         self.encoder_dir = r.model_files.text_encoder
         chip = device if device == "cpu" else torch.cuda.get_device_name()

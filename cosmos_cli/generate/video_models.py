@@ -32,7 +32,7 @@ from cosmos_cli.model import (
     weights,
 )
 from cosmos_cli.model.cond_frames import CondFrames
-from cosmos_cli.model.device import number_format, why_not_compiled
+from cosmos_cli.model.device import default_dtype, why_not_compiled
 from cosmos_cli.model.dit import DiT, Prompt, patch_grid
 from cosmos_cli.model.finite import require_finite
 from cosmos_cli.model.sequence import SequenceGroup
@@ -92,7 +92,7 @@ class VideoModels:
             guards = guardrail.guard_files(r)
             self.frame_filter = FrameFilter(guards.classifier, guards.siglip, device)
             self.face_blur = FaceBlur(guards.faces, device)
-        self.dtype = number_format(device)
+        self.dtype = default_dtype(device)
         self.streamed = memory.streamed_blocks(r, device) if r.memory != "together" else 0
         console.say(memory.weights_line(r, self.streamed, shared))
         copy = (shared or {}).get((weights_, r.sampling_precision))
@@ -159,17 +159,17 @@ def load_denoiser(
     if remark := cond_frames.add_mask_columns(state, r.spec.dit):
         console.say(remark)
     state = {k.removeprefix("net."): v for k, v in state.items() if k.startswith("net.")}
-    net = net.to(number_format(device)).requires_grad_(False)
+    net = net.to(default_dtype(device)).requires_grad_(False)
     on_cpu = Residence(streamed).streamed_blocks(r.spec.dit.blocks)
     copy = SharedWeights(shared) if shared and on_cpu else None
-    own = copy.missing(on_cpu) if copy else on_cpu
+    own = copy.lock_missing(on_cpu) if copy else on_cpu
     absent = set(on_cpu).difference(own)
     streaming.allocate(net, net.blocks, own, torch.device(device), absent)
     weights.load_strict(net, state, base)
     loaded = {f"net.{name}": w for name, w in net.state_dict().items() if not w.is_meta}
     require_finite(loaded, base, tensor_names.name_in_file(base))
     del loaded
-    for about, remarks in lora.load_beside(net, ((used.path, used.strength) for used in loras)):
+    for about, remarks in lora.apply_files(net, ((used.path, used.strength) for used in loras)):
         console.say(about)
         for remark in remarks:
             console.warn(remark)

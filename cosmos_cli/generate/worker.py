@@ -18,7 +18,7 @@ from cosmos_cli.generate.phases import generate
 from cosmos_cli.generate.video_models import Pair
 from cosmos_cli.gpus import best_device
 from cosmos_cli.model.device import gpu_memory_errors
-from cosmos_cli.model.sequence import neighbours
+from cosmos_cli.model.sequence import sequence_group
 from cosmos_cli.recipe import advice
 
 # A pipe writes up to 4,096 bytes atomically, so short lines of several processes do not mix.
@@ -61,7 +61,7 @@ def pair_of(size: int) -> Pair:
     The first half of a team runs the conditional pass, the second half the unconditional pass. Each
     half is a sequence-parallel group, and a pair joins the two ranks that hold the same tokens.
     """
-    sequence = neighbours(size // 2)
+    sequence = sequence_group(size // 2)
     team, place = divmod(dist.get_rank(), size)
     firsts = [t * size + i for t in range(dist.get_world_size() // size) for i in range(size // 2)]
     groups = {first: dist.new_group([first, first + size // 2]) for first in firsts}

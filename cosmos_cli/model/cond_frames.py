@@ -1,7 +1,8 @@
 """Video2World: the frames that a clip or a video is given, and how the denoiser is told of them.
 
-The first latent frames of a sample are given. Where they are, the network sees them with little
-noise instead of xt, one more channel of its input is 1, and the estimate of x0 is the truth.
+The first latent frames of a sample are given. On these frames the network's input is the given
+latent with little noise instead of xt, and an additional input channel is 1. The estimate of x0 is
+replaced by the given latent.
 
 Source: nvidia-cosmos/cosmos-predict1 at 4ed35fa, `diffusion/training/models/extend_model.py`;
 diffusers 0.42, `CosmosVideoToWorldPipeline`, for sampling.
@@ -39,8 +40,8 @@ class CondFrames:
 
     Args:
         x0: latents BCTHW, of which only the given frames are read.
-        mask: bool B1T11, true on the given frames: what the network is told.
-        fixed: bool, which frames are given to the network and replaced in its estimate.
+        mask: bool B1T11, true on the given frames; the additional input channel.
+        fixed: bool B1T11, true on the frames that replace xt and the estimate in this step.
         sigma_B: the noise level that the network sees the given frames with.
         noise: the noise of the given frames, BCTHW.
     """
@@ -89,10 +90,10 @@ class CondFrames:
         return 1 - self.fixed.float().mean(dim=(1, 2, 3, 4))
 
 
-def draw_given(key: tuple[int, int, int], shape: tuple[int, ...]) -> tuple[int, float, Tensor]:
+def sample_given(key: tuple[int, int, int], shape: tuple[int, ...]) -> tuple[int, float, Tensor]:
     """Sample the number of given latent frames, their noise level and noise (CPU) of one sample.
 
-    They depend only on `key`, as in `edm.draw`, whose values they leave as they are.
+    They depend only on `key`, as in `edm.sample_noise`, whose values they leave as they are.
     """
     generator = edm.keyed_generator((*key, "given frames"))
     count = COUNTS[int(torch.randint(len(COUNTS), (), generator=generator))]
@@ -101,7 +102,7 @@ def draw_given(key: tuple[int, int, int], shape: tuple[int, ...]) -> tuple[int, 
 
 
 def stack(samples: list[tuple[int, float, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the values that `draw_given` sampled for a batch as tensors."""
+    """Return the values that `sample_given` sampled for a batch as tensors."""
     counts, sigmas, noises = zip(*samples, strict=True)
     return torch.tensor(counts), torch.tensor(sigmas), torch.stack(noises)
 

@@ -43,7 +43,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
-def number_format(device: str) -> torch.dtype:
+def default_dtype(device: str) -> torch.dtype:
     """Return the dtype of weights and activations: float32 on a CPU, bfloat16 on a GPU."""
     return torch.float32 if device == "cpu" else torch.bfloat16
 

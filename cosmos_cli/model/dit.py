@@ -156,7 +156,7 @@ class DiT(nn.Module):
         if mode == "none":
             return self.call(i, x_BLD, *inputs)
         options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
-        on_cpu = store is not None and store.holds(i)
+        on_cpu = store is not None and store.begin(i)
         if mode != "all":
             chosen = checkpointing.is_self_attention
             if mode == "most" and i < self.mlps_kept:

@@ -34,7 +34,7 @@ FIXED_SIGMAS = tuple(
 )
 
 
-class Draw(NamedTuple):
+class NoiseSample(NamedTuple):
     """The random values of one training sample."""
 
     sigma: float
@@ -42,7 +42,9 @@ class Draw(NamedTuple):
     noise: Tensor
 
 
-def draw(key: tuple[int, int, int], shape: tuple[int, ...], text_dropout: float) -> Draw:
+def sample_noise(
+    key: tuple[int, int, int], shape: tuple[int, ...], text_dropout: float
+) -> NoiseSample:
     """Sample the noise level, the text dropout and the noise (fp32, CPU) of one training sample.
 
     They depend only on `key` = (seed, optimizer step, index of the sample in the step), so neither
@@ -51,7 +53,7 @@ def draw(key: tuple[int, int, int], shape: tuple[int, ...], text_dropout: float)
     generator = keyed_generator(key)
     ln_sigma = P_MEAN + P_STD * torch.randn((), generator=generator).item()
     keep_text = torch.rand((), generator=generator).item() >= text_dropout
-    return Draw(math.exp(ln_sigma), keep_text, torch.randn(shape, generator=generator))
+    return NoiseSample(math.exp(ln_sigma), keep_text, torch.randn(shape, generator=generator))
 
 
 def keyed_generator(key: object) -> torch.Generator:

@@ -90,8 +90,8 @@ def attend(q_BLNK: Tensor, k_BMNK: Tensor, v_BMNK: Tensor) -> Tensor:
     k, scale_k = quantize(k_BMNK - k_BMNK.float().mean(1, keepdim=True), whole)
     mean_B1NK = v_BMNK.float().mean(1, keepdim=True)
     v, scale_B1NK = quantize(v_BMNK - mean_B1NK, 1)
-    # What v lost on average over the keys, in addition to its mean. bf16 values have few digits,
-    # so a small mean hardly changes how they round.
+    # Subtract the mean of the quantised v. bf16 values have so few digits that rounding keeps a
+    # small mean, which would be added twice.
     shift_B1NK = mean_B1NK - v.float().mean(1, keepdim=True) * scale_B1NK
     # The output is a mean of v, so it fits into e4m3 with the scale of v.
     out = fp8_attention(q, k, v, scale_q, scale_k)

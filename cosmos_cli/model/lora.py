@@ -126,7 +126,7 @@ class AdaptedLinear(nn.Module):
         return F.linear(self.widen(x), self.weight)
 
 
-def load_beside(net: nn.Module, files: Iterable[tuple[Path, float]]) -> list[tuple[str, list[str]]]:
+def apply_files(net: nn.Module, files: Iterable[tuple[Path, float]]) -> list[tuple[str, list[str]]]:
     """Apply LoRA files to a denoiser without merging them, each with its strength.
 
     Return for each file a line that describes it, and warnings about it.
@@ -161,12 +161,12 @@ def load_beside(net: nn.Module, files: Iterable[tuple[Path, float]]) -> list[tup
         # With strength 0 the network is not touched, so that its output stays bit-identical.
         read += [scaled] if strength else []
     if read:
-        put_beside(net, read)
+        apply_unmerged(net, read)
     return notes
 
 
 @torch.no_grad()
-def put_beside(net: nn.Module, loras: Sequence[Mapping[str, Change]]) -> None:
+def apply_unmerged(net: nn.Module, loras: Sequence[Mapping[str, Change]]) -> None:
     """Replace the linears that LoRAs change by `AdaptedLinear`. Names begin with net.blocks."""
     changed = {name.removeprefix("net.") for changes in loras for name in changes}
     qkv = re.compile(r"(.*\.self_attn)\.[qkv]")

@@ -82,7 +82,7 @@ class SequenceGroup:
         return rearrange(_exchange(parts, self.group), "S B l n K -> B l (S n) K")
 
 
-def neighbours(size: int) -> SequenceGroup:
+def sequence_group(size: int) -> SequenceGroup:
     """Return this rank's group of `size` consecutive ranks; every rank must call this."""
     if size == 1:
         return SequenceGroup()

@@ -32,7 +32,7 @@ class SharedWeights:
     def __init__(self, path: Path) -> None:
         self.file = path.open("r+b", buffering=0)
 
-    def missing(self, indices: Iterable[int]) -> list[int]:
+    def lock_missing(self, indices: Iterable[int]) -> list[int]:
         """Return which of these blocks this process has to fill, once no other process fills any.
 
         If there are any, the others wait until this process calls `close` or ends.
@@ -64,7 +64,7 @@ class SharedWeights:
         os.pwrite(self.file.fileno(), FILLED, index)
 
     def close(self) -> None:
-        """Let the other processes go on. The memory of blocks stays until its tensors are freed."""
+        """Let the other processes continue. Blocks stay in memory until their tensors are freed."""
         # Closing alone would keep the lock: each mapping has a duplicate of the file's descriptor.
         fcntl.flock(self.file, fcntl.LOCK_UN)
         self.file.close()

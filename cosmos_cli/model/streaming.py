@@ -217,8 +217,8 @@ class ActivationStream:
         # Tensors whose copies to CPU memory may still be under way.
         self.leaving: deque[tuple[Tensor, Stored]] = deque()
 
-    def holds(self, index: int) -> bool:
-        """True if block `index` stores here in this pass; begin its list."""
+    def begin(self, index: int) -> bool:
+        """Begin the list of block `index`; return False if it stores nothing here."""
         if index >= self.count or not torch.is_grad_enabled():
             return False
         self.stored[index] = []

@@ -142,7 +142,7 @@ def save_released(path: Path, state: Mapping[str, Tensor]) -> Written:
     released = rename(state, RELEASED, path)
     tables = [state[f"net.pos_embedder.{axis}"] for axis in "thw"]
     seq = torch.arange(max(map(len, tables)), dtype=tables[0].dtype)
-    with writing(path), files.atomic_file(path) as temporary:
+    with write_errors(path), files.atomic_file(path) as temporary:
         return write_pt({**released, "net.pos_embedder.seq": seq}, temporary)
 
 
@@ -285,8 +285,8 @@ class Written(NamedTuple):
     pieces: str
 
 
-# The bytes from which on a hash is computed in a thread. Below, each thread would take the GIL from
-# a training that launches kernels meanwhile, for less time than the change of threads takes.
+# Data from this size on is hashed in threads. For less, changing threads takes longer than hashing,
+# and each thread takes the GIL from a training that launches kernels.
 _WORTH_A_THREAD = 2**20
 
 
@@ -302,7 +302,7 @@ class _Hashing(io.BufferedWriter):
             self.digest.update(data)
             self.pieces.update(data)
             return super().write(data)
-        # On a fast disk, writing takes as long as hashing. None holds the GIL, so they overlap.
+        # On a fast disk, writing takes as long as hashing. Both release the GIL, so they overlap.
         hashed = [self.threads.submit(to.update, data) for to in (self.digest, self.pieces)]
         try:
             return super().write(data)
@@ -336,7 +336,7 @@ def read_safetensors(path: Path) -> State:
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[None]:
+def write_errors(path: Path) -> Iterator[None]:
     """Turn failed writes of torch and safetensors into a `UserError` that names `path`."""
     with files.disk_errors(path):
         try:
@@ -355,7 +355,7 @@ def write_safetensors(
     # Trap: save_file writes to a temporary file of its own, which stays behind after a kill. It is
     # put in a folder named after the process, so that the next run knows it may delete it.
     folder = path.with_name(f".{os.getpid()}.{hashes.sha256_text(path.name)[:8]}.tmp")
-    with writing(path), files.atomic_file(path) as temporary:
+    with write_errors(path), files.atomic_file(path) as temporary:
         # A signal may come at any time, so the folder is made where it is sure to be removed.
         try:
             folder.mkdir(exist_ok=True)

@@ -67,7 +67,7 @@ def caption_files(r: Recipe, dataset: Dataset, videos: list[Source]) -> CaptionF
     listed, unknown = captions.read(path, names) if path else ({}, [])
     return CaptionFiles(
         captions.owners([path for path in metas if path.name not in own], names),
-        captions.beside(in_own_file),
+        captions.sidecars(in_own_file),
         listed,
         unknown,
     )
@@ -145,11 +145,11 @@ def _copy_time(source: Path, target: Path) -> None:
 def _offered(r: Recipe, dataset: Dataset, source: Source, found: CaptionFiles) -> dict[str, str]:
     """Return the captions of a video by origin. The first one that is not empty wins."""
     listed = {"captions_file": found.listed.get(source.name, "")}
-    beside = {"sidecar": _caption_of(found.sidecars, source)}
+    next_to = {"sidecar": _caption_of(found.sidecars, source)}
     offered = {
         OTHER_NAME: _caption_of(found.metas, source),
         # A table that was found, not named, comes after the file next to the video.
-        **(listed | beside if r.captions_file else beside | listed),
+        **(listed | next_to if r.captions_file else next_to | listed),
         "task": source.task,
     }
     prompt = captions.one_kind_of_line_end(r.prompt or "").strip()
@@ -180,9 +180,10 @@ def description_key(r: Recipe, source: Source) -> str:
 
 
 def content_key(r: Recipe, source: Source) -> str:
-    """Return a hash as of `description_key`, by the content of the video: a copy has another time.
+    """Return the hash of `description_key` with the file's content instead of its time stamp.
 
-    It reads the whole file, so it is compared only if `description_key` differs.
+    A copy has another time stamp. The whole file is read, so this is compared only if
+    `description_key` differs.
     """
     content = _sha256_of(source.path, files.stamp_of(source.path))
     return hashes.sha256_text(str(r.caption_model), str(source.span), content)

@@ -97,7 +97,7 @@ def _unused(r: Recipe, dataset: Dataset, videos: list[Source]) -> dict[str, list
         for name, path in found.metas.files.items()
         if by_name[name].caption and by_name[name].caption_source == "metas"
     ]
-    beside = (path for path in found.sidecars.unused if not captions.is_other_text(path))
+    next_to = (path for path in found.sidecars.unused if not captions.is_other_text(path))
     pickles = captions.files_in(dataset.embeddings, caption_choice.PICKLE)
     embeddings = captions.owners(pickles, list(by_name), (caption_choice.PICKLE,))
     unclear = [path for several in embeddings.unclear.values() for path in several]
@@ -106,7 +106,7 @@ def _unused(r: Recipe, dataset: Dataset, videos: list[Source]) -> dict[str, list
         return sorted({os.path.relpath(path, dataset.root) for path in files})
 
     kinds = {
-        "caption_files": names([*found.metas.unused, *hidden, *beside]),
+        "caption_files": names([*found.metas.unused, *hidden, *next_to]),
         "rows": found.unknown,
         "embeddings": names([*embeddings.unused, *unclear]),
         "damaged_json": names(filter(captions.is_damaged_json, found.sidecars.files.values())),

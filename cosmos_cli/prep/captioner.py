@@ -14,7 +14,7 @@ from PIL import Image
 from cosmos_cli import console, files
 from cosmos_cli.errors import asset_error
 from cosmos_cli.model import pretrained, video
-from cosmos_cli.model.device import number_format
+from cosmos_cli.model.device import default_dtype
 from cosmos_cli.model.finite import require_finite
 from cosmos_cli.paths import Dataset
 from cosmos_cli.prep import caption_choice, captions, processes, work_sharing
@@ -125,7 +125,7 @@ def _share(
 ) -> None:
     """Describe the videos that no other process has described or is working on."""
     assert r.caption_model
-    captioner, dtype = None, number_format(device)
+    captioner, dtype = None, default_dtype(device)
     unseen = {source.name for source in caption_choice.find_captions(r, dataset, videos)}
     with console.progress("describe", len(unseen), "videos") as bar:
         for number, source in enumerate(videos):

@@ -31,7 +31,7 @@ _TABLES = ("metadata.csv", "metadata.jsonl")
 _SEPARATORS = ",;\t"
 SUFFIX, JSON_SUFFIX = ".txt", ".json"
 # Captions next to videos may also have the suffixes that other trainers use.
-BESIDE_SUFFIXES = (SUFFIX, ".caption", JSON_SUFFIX)
+SIDECAR_SUFFIXES = (SUFFIX, ".caption", JSON_SUFFIX)
 # Text files with these names often lie next to videos, but are not captions.
 _OTHER_TEXTS = frozenset({
     "readme", "license", "licence", "copying", "notice", "changelog", "requirements",
@@ -112,7 +112,7 @@ def owners(
     return found
 
 
-def beside(videos: Mapping[str, Path]) -> Owners:
+def sidecars(videos: Mapping[str, Path]) -> Owners:
     """Match the caption files in the folders of videos, given by name, to these videos.
 
     A .json file that belongs to no video is not mentioned, since it may be anything.
@@ -125,7 +125,7 @@ def beside(videos: Mapping[str, Path]) -> Owners:
         folders.setdefault(path.parent, {})[path.name] = name
     found = Owners()
     for folder, names in folders.items():
-        here = owners(files_in(folder, *BESIDE_SUFFIXES), names, BESIDE_SUFFIXES)
+        here = owners(files_in(folder, *SIDECAR_SUFFIXES), names, SIDECAR_SUFFIXES)
         found.files |= {names[video]: file for video, file in here.files.items()}
         found.unclear |= {names[video]: several for video, several in here.unclear.items()}
         found.unused += [file for file in here.unused if file.suffix.lower() != JSON_SUFFIX]

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from cosmos_cli import console, gpus, hashes
 from cosmos_cli.model import rgb, video, weights
-from cosmos_cli.model.device import number_format, why_not_compiled
+from cosmos_cli.model.device import default_dtype, why_not_compiled
 from cosmos_cli.model.tokenizer import load_tokenizer
 from cosmos_cli.paths import Dataset
 from cosmos_cli.prep import checks, clip_statistics, damage, latent_files
 from cosmos_cli.prep.checks import Check, Checks
-from cosmos_cli.prep.processes import processes_for
+from cosmos_cli.prep.processes import process_count
 from cosmos_cli.prep.reading import Reader
 from cosmos_cli.prep.sources import Source
 from cosmos_cli.prep.work_sharing import Workers
@@ -55,9 +55,9 @@ class Latents:
 
     def __init__(self, r: Recipe, dataset: Dataset, videos: list[Source], device: str) -> None:
         self.recipe, self.dataset = r, dataset
-        self.dtype = number_format(device)
+        self.dtype = default_dtype(device)
         self.tokenizer = load_tokenizer(r.model_files.tokenizer, r.spec, device, self.dtype)
-        # With its index: threads have current devices of their own.
+        # The device is named with its index, because each thread has its own current device.
         self.device = next(self.tokenizer.parameters()).device
         # Count the clips that are already encoded too: a resumed run must write the same bits.
         clips = sum(len(source.clips) for source in videos if not source.reason)
@@ -91,7 +91,7 @@ class Latents:
             return
         # Under a launcher, there is one process for each GPU.
         visible = max(len(gpus.gpu_names()), 1)
-        sharing = visible if under_launcher() else processes_for(self.recipe, len(todo))
+        sharing = visible if under_launcher() else process_count(self.recipe, len(todo))
         total = sum(len(source.clips) for _, source in todo)
         with (
             console.progress("encode", total, "clips") as bar,

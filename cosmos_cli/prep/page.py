@@ -95,14 +95,19 @@ def _totals(dataset: Dataset, findings: Findings) -> Iterator[tuple[str, str]]:
 
 
 def _warnings(findings: Findings) -> Iterator[str]:
-    """Yield a warning for each clip with a hard cut and each video that is like an earlier one."""
-    starts: dict[str, list[int]] = {}
+    """Yield a warning for each hard cut and each video that is like an earlier one."""
+    rows: dict[str, list[dict[str, Any]]] = {}
     for clip in findings.manifest["clips"]:
-        starts.setdefault(clip["video"], []).append(clip["first_frame"])
+        rows.setdefault(clip["video"], []).append(clip)
     for name, clips in findings.statistics.items():
-        for start, measured in zip(starts[name], clips, strict=True):
-            if measured.cut is not None:
-                yield f"{name}: the clip from frame {start} seems to have a cut at {measured.cut}"
+        cuts = [
+            (row["first_frame"] + measured.cut) / row["fps"]
+            for row, measured in zip(rows[name], clips, strict=True)
+            if measured.cut is not None
+        ]
+        # Clips that overlap show the same cut.
+        for at in dict.fromkeys(f"{cut:.2f}" for cut in cuts):
+            yield f"{name}: there seems to be a hard cut at {at} s"
     first = {name: clips[0] for name, clips in findings.statistics.items() if clips}
     digests = {video["file"]: video["sha256"] for video in findings.manifest["videos"]}
     for earlier, name in clip_statistics.near_duplicates(first):

@@ -15,7 +15,7 @@ from cosmos_cli import console, files, hashes
 from cosmos_cli.console import Stopwatch
 from cosmos_cli.download.assets import require_networks
 from cosmos_cli.model import text
-from cosmos_cli.model.device import number_format
+from cosmos_cli.model.device import default_dtype
 from cosmos_cli.paths import Dataset
 from cosmos_cli.prep import (
     caption_choice,
@@ -212,7 +212,7 @@ def _write_embeddings(
     if not any(_stale(dataset, waiting) for waiting in pickles.values()):
         return
     folder = r.model_files.text_encoder
-    dtype = number_format(device)
+    dtype = default_dtype(device)
     encoder = text.TextEncoder(folder, r.spec.text, device, dtype)
     with console.progress("embed", len(pickles), "captions") as bar:
         for number, batch in enumerate(encoder.batches(list(pickles))):

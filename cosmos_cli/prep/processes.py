@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 END_SECONDS = 3.0
 
 
-def processes_for(r: Recipe, pieces: int) -> int:
+def process_count(r: Recipe, pieces: int) -> int:
     """Return the number of processes that share the work: as for training, at most one per GPU.
 
     It is 1 if a launcher such as torchrun has already started one process per GPU.
@@ -49,14 +49,14 @@ def helping(
     Process N computes on GPU N, the block on GPU 0. The block itself must wait for what the helpers
     have begun, because those that still run at its end are stopped.
     """
-    count = processes_for(r, pieces)
+    count = process_count(r, pieces)
     if count == 1:
         yield
         return
     console.say(f"{count} processes share {pieces} videos")
     task = pickle.dumps((work, arguments))
     helpers: list[subprocess.Popen[bytes]] = []
-    with ranks.Mailbox() as box:
+    with ranks.RankErrors() as box:
         environment = {**ranks.environment(count), ranks.ADDRESS: box.address}
         try:
             for rank in range(1, count):
@@ -107,8 +107,9 @@ def main() -> int:
     try:
         work, arguments = pickle.loads(sys.stdin.buffer.read())
         from cosmos_cli.model.device import gpu_memory_errors
+        from cosmos_cli.recipe import advice
 
-        with gpu_memory_errors("use a smaller size"):
+        with gpu_memory_errors(f"use {advice.smaller_clip(arguments[0])}"):
             work(*arguments, gpus.best_device())
     except UserError as error:
         ranks.post({"rank": rank, "error": str(error)[: ranks.MAX_CHARACTERS]})

@@ -43,7 +43,7 @@ class Reader:
     def get(self, path: Path, clip: Clip) -> Tensor:
         """Return the pixels of a clip, and begin to read the planned ones after it.
 
-        Planned clips that come before it are not read: their video was rejected.
+        Planned clips before it are dropped, because their video was rejected.
         """
         if not self._pool:
             return self.read(path, clip)

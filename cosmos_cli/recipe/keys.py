@@ -417,9 +417,9 @@ class Recipe(BaseModel):
     memory: Literal["auto", "together", "in_turn", "streamed"] = _sampling(
         "Which networks generate holds in GPU memory. auto: all, if they fit and prompts come one "
         "by one; else like in_turn. together: all. in_turn: one after another, each loaded once "
-        "per batch; if the denoiser does not fit, like streamed. streamed: like in_turn, and the "
-        "blocks of the denoiser that do not fit stay in CPU memory, in one copy for all processes, "
-        "and are copied while others compute.",
+        "per batch. Blocks of the denoiser that do not fit stay in CPU memory, in one copy for all "
+        "processes, and are copied while others compute. streamed: the same on a GPU; on a CPU it "
+        "streams all blocks, to try it.",
         "auto",
     )
     compile: Literal["auto", "on", "off"] = _sampling(
@@ -503,7 +503,7 @@ class Recipe(BaseModel):
 
     @property
     def exact_passes(self) -> int:
-        """Number of passes with `speed: exact`; next to fast, with that key's own 35 steps."""
+        """Number of passes with `speed: exact`; for fast it assumes the default num_steps."""
         if self.speed == "exact":
             return self.passes
         steps: int = type(self).model_fields["num_steps"].default

@@ -155,13 +155,13 @@ class Clips:
             index = clip_of(step * settings.global_batch + sample, len(self), settings.seed)
             latent, embedding, rate = self.read(index)
             key, shape = (settings.seed, step, sample), tuple(latent.shape)
-            drawn = edm.draw(key, shape, settings.text_dropout)
+            sampled = edm.sample_noise(key, shape, settings.text_dropout)
             if self.spec.takes_frames:
-                given.append(cond_frames.draw_given(key, shape))
+                given.append(cond_frames.sample_given(key, shape))
             x0.append(latent)
-            sigma.append(drawn.sigma * self.spec.sigma_scale)
-            noise.append(drawn.noise)
-            text_emb.append(embedding * float(drawn.keep_text))
+            sigma.append(sampled.sigma * self.spec.sigma_scale)
+            noise.append(sampled.noise)
+            text_emb.append(embedding * float(sampled.keep_text))
             fps.append(rate)
             names.append(self.clips[index]["latent"])
         return Batch(

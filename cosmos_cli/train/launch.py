@@ -99,7 +99,7 @@ def start(loaded: LoadedRecipe, processes: int, overwrite: bool) -> dict[str, An
         "--nproc-per-node", str(processes), "-m", "cosmos_cli.train.process", str(run.resolved),
     ]  # fmt: skip
     restarts = 0
-    with _locked(run) as lock, ranks.Mailbox() as box:
+    with _locked(run) as lock, ranks.RankErrors() as box:
         if overwrite:
             _discard(run)
         while True:

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from cosmos_cli import console
 from cosmos_cli.model.ema import PowerEMA
-from cosmos_cli.model.sequence import neighbours
+from cosmos_cli.model.sequence import sequence_group
 from cosmos_cli.paths import Run
 from cosmos_cli.train import checkpoint, data, metrics, requests
 from cosmos_cli.train import engine as engines
@@ -50,7 +50,7 @@ def train(
     `device` is this rank's device. `about` is the provenance that every checkpoint records.
     """
     run = Run(r.run_dir)
-    sequence = neighbours(r.sequence_parallel)
+    sequence = sequence_group(r.sequence_parallel)
     rank, world = (n // sequence.size for n in (dist.get_rank(), dist.get_world_size()))
     share = data.Share.of(rank, world, r.global_batch_size, r.micro_batch_size)
     settings = data.BatchSettings(r.seed, r.global_batch_size, r.text_dropout)

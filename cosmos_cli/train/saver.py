@@ -209,7 +209,7 @@ class Saver:
 
         self.engine.checkpoint_engine.save = copy
         try:
-            with weights.writing(building):
+            with weights.write_errors(building):
                 # Frozen weights come from the base, not from the checkpoint.
                 self.engine.save_checkpoint(
                     str(building),
@@ -239,7 +239,7 @@ class Saver:
         final = self.run.resume_state(save.step)
         report, own = save.building / f"rank_{dist.get_rank()}.json", list(save.states)
         try:
-            with weights.writing(final):
+            with weights.write_errors(final):
                 files.write_json(report, self._write_files(save))
                 if dist.get_rank() == 0:
                     self._complete(save, final, self._wait_for_reports(save.building))

@@ -5,7 +5,7 @@ forward  one pass of the denoiser at 121 frames of 704x1280, ours and diffusers'
          of the number format against fp32 at a smaller size.
 sample   a whole video as `generate` makes it: text encoder, all steps after two that compile the
          blocks, decoder, mp4; time and peak memory of each phase.
-lora     one pass with compiled blocks, plain and with a LoRA of rank 16 and 64 beside every linear;
+lora     one pass with compiled blocks, plain and with a LoRA of rank 16 and 64 on every linear;
          and how much of a LoRA's change is in the output of the number format, against fp32.
 fp8      one pass in bf16, with fp8 linears, and with fp8 self-attention too, blocks compiled; the
          error of each against fp32; and the error of fp8 attention alone, on three kinds of input
@@ -68,10 +68,10 @@ from cosmos_cli.model import (
     video,
     weights,
 )  # fmt: skip
-from cosmos_cli.model.device import number_format
+from cosmos_cli.model.device import default_dtype
 from cosmos_cli.model.dit import DiT
 from cosmos_cli.model.lora_files import Change
-from cosmos_cli.model.sequence import SequenceGroup, neighbours
+from cosmos_cli.model.sequence import SequenceGroup, sequence_group
 from cosmos_cli.model.tensor_names import DIFFUSERS, rename
 from cosmos_cli.model.tiny import world
 from cosmos_cli.model.tokenizer import Tokenizer, load_tokenizer
@@ -88,7 +88,7 @@ PROMPT = "A video of a teal robot that pours coffee in a bright kitchen. " * 60
 
 @dataclass
 class Bench:
-    """What all parts share."""
+    """Hold the arguments and the model that all parts share."""
 
     model: str
     r: Recipe
@@ -167,7 +167,7 @@ def interleaved(variants: dict[str, Callable[[], Tensor]], device: str, rounds: 
 
 @torch.no_grad()
 def random_denoiser(spec: DiTSpec, device: str, dtype: torch.dtype) -> DiT:
-    """A network none of whose terms is zero, drawn on the device."""
+    """A network none of whose terms is zero, sampled on the device."""
     with torch.device("meta"):
         net = DiT(spec)
     net = net.to(dtype).to_empty(device=device).eval()
@@ -214,7 +214,7 @@ def diffusers_twin(net: DiT) -> nn.Module:
 
 @dataclass
 class Inputs:
-    """Of one forward pass."""
+    """Hold the inputs of one forward pass."""
 
     x_BCTHW: Tensor
     c_noise_B: Tensor
@@ -436,7 +436,7 @@ def tiny_attention_inputs(bench: Bench) -> dict[str, tuple[Tensor, ...]]:
 
 
 def random_lora(net: DiT, rank: int, size: float) -> dict[str, Change]:
-    """A change of every linear by `size` of its weight's norm, drawn on the CPU."""
+    """A change of every linear by `size` of its weight's norm, sampled on the CPU."""
     generator, found = torch.Generator().manual_seed(2), {}
     for name, module in net.named_modules():
         if isinstance(module, nn.Linear):
@@ -451,12 +451,12 @@ def random_lora(net: DiT, rank: int, size: float) -> dict[str, Change]:
 def with_lora(net: DiT, changes: dict[str, Change]) -> DiT:
     """Another network on the same tensors but those of the changed linears."""
     other = sharing(net)
-    lora.put_beside(other, [changes])
+    lora.apply_unmerged(other, [changes])
     return other
 
 
 def bench_lora(bench: Bench, net: DiT) -> Row:
-    """One pass with and without a LoRA beside every linear, and what is left of its change."""
+    """One pass with and without a LoRA next to every linear, and what is left of its change."""
     rows = lora_passes(bench, net)
     torch._dynamo.reset()
     return {"rows": rows, "kept_of_the_change": kept_changes(bench, net)}
@@ -504,7 +504,7 @@ def kept_changes(bench: Bench, net: DiT) -> dict[str, tuple[float, float]]:
         }
         beside = outputs(with_lora(net, changes))
         exact = sharing(net).float()
-        lora.put_beside(exact, [changes])
+        lora.apply_unmerged(exact, [changes])
         pairs = zip(beside, plain, outputs(exact), exact_plain, strict=True)
         del exact
         parts = [
@@ -643,7 +643,7 @@ def bench_split(bench: Bench, net: DiT) -> Row:
     halves = (f"{world}, guidance halves", pair.sequence, pair)
     variants = [(steps, r, *alone), (steps, r, *halves)]
     if world == 2:
-        variants.append((steps, r, "2 that share the tokens", neighbours(2), None))
+        variants.append((steps, r, "2 that share the tokens", sequence_group(2), None))
     variants += [("speed: fast", fast, *alone), ("speed: fast", fast, *halves)]
     for what, keys, label, sequence, own in variants:
         net.share(sequence)
@@ -811,7 +811,7 @@ def main() -> None:
         settings = [*settings, f"num_steps={options.steps}"]
     settings = [*settings, *options.set]
     r, device = loading.load(shipped, settings).recipe, best_device()
-    dtype = number_format(device)
+    dtype = default_dtype(device)
     about = (options.model, r, device, dtype, options.scratch, options.rounds, options.limits)
     about += (options.set,)
     bench = Bench(*about)

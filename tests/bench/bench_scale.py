@@ -2,8 +2,8 @@
 
 link      GB/s a GPU at which NCCL gathers a block's weights, and at which it exchanges the tokens
           and heads of a clip that all GPUs share.
-train     `recipes/nemo_assets.yaml` on 1, 2, 4, ... GPUs, a clip each; the same on one GPU beside
-          others that are not there; the difference is communication that nothing hid.
+train     `recipes/nemo_assets.yaml` on 1, 2, 4, ... GPUs, a clip each; the same on one GPU as
+          rank 0 of a fake process group; the difference is communication that nothing hid.
 resume    a save at the last of these sizes, its stall, and the same command going on from it.
 sequence  the same GPUs sharing one clip.
 node      saves in the background and a resume of GPUs that share a clip, fp8 linears, bf16. Each
@@ -44,7 +44,7 @@ MACHINES = (
     "8xH100-80GB", "8xH200", "32xH100-80GB", "64xH100-80GB", "200xH100-80GB", "800xH100-80GB"
 )  # fmt: skip
 # Measured: the denoising of a video of 121 x 704 x 1280 by one H100; between two the GB/s of an
-# exchange, and the share of a video's time that they lost beside it when they shared the tokens.
+# exchange, and the share of a video's time that they also lost when they shared the tokens.
 ONE_GPU_SECONDS, EXCHANGE_RATE, SHARING_LOSS = 252.3, 259, 0.01
 # The share by which one GPU of a kind was slower than another, of which a step waits for the
 # slowest; and by which the plan was wrong where it could be compared.
@@ -90,7 +90,7 @@ def train(
 
 
 def torchrun(ranks: int) -> list[str]:
-    """What starts a script as so many ranks."""
+    """Return the command that starts a script as `ranks` ranks."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     return [sys.executable, *launcher]
 
@@ -102,7 +102,7 @@ def sizes(gpus: int) -> list[int]:
 
 
 def bench_train(options: argparse.Namespace) -> Iterator[Row]:
-    """What a step takes, and what of it nobody hid."""
+    """Measure a step and the communication that nothing hides."""
     for n in sizes(options.gpus):
         alone = train(options, "--world", str(n), name=f"one of {n}", steps=8)
         yield alone
@@ -130,7 +130,7 @@ def bench_sequence(options: argparse.Namespace) -> Iterator[Row]:
 
 
 def bench_node(options: argparse.Namespace) -> Iterator[Row]:
-    """What a machine of several GPUs is used for, in the order of importance."""
+    """Measure a machine's usual work, the most important first."""
     began, n = time.monotonic(), options.gpus
     shared = {"sequence_parallel": n, "global_batch_size": 1, "zero_stage": 3}
     fp8 = {"transformer_engine": "linears", "zero_stage": 3}
@@ -242,7 +242,7 @@ def link_rank(options: argparse.Namespace, r: Recipe) -> None:
 
 
 def activation_bytes(r: Recipe, dit: DiTSpec) -> int:
-    """Of the tokens of one clip, in bf16."""
+    """Return the bytes of one activation of a clip's tokens in bf16."""
     return 2 * r.tokens * dit.width
 
 

@@ -1,7 +1,7 @@
 """Measures training: `python tests/bench/bench_train.py --scratch DIR --out FILE [--gpus N]`.
 
 Runs `cosmos train` on random weights of full size and random latents of 121 frames of 704x1280, as
-a user would, and reads what the run says of itself: seconds of a step, MFU, peak memory beside the
+a user would, and reads what the run says of itself: seconds of a step, MFU, peak memory and the
 plan's, seconds that a step waited for data, and with `--save` for how long a save holds the run up.
 With `--saves` the run saves twice when asked, is killed while the second save is written, and the
 same command resumes it: how long saves hold training up and slow the steps meanwhile, and what a
@@ -79,7 +79,7 @@ def settings(options: argparse.Namespace) -> list[str]:
 
 
 def base_file(options: argparse.Namespace) -> Path:
-    """Where the weights are that a run starts from."""
+    """Return the file of the weights that a run starts from."""
     path: Path = options.scratch / f"base_{options.model}_{options.blocks}.pt"
     return path
 
@@ -272,7 +272,7 @@ def bytes_of(run: paths.Run, step: int) -> int:
 
 
 def own_ranks(options: argparse.Namespace) -> list[str]:
-    """What starts ranks of this script, under cosmos' launcher."""
+    """Return the command that starts this script's ranks under cosmos' launcher."""
     launcher = ["-m", "cosmos_cli.ranks", "--nproc-per-node", str(options.gpus)]
     return [sys.executable, *launcher, __file__, *sys.argv[1:], "--rank"]
 
@@ -402,7 +402,7 @@ def main() -> None:
     parser.add_argument("--name", default="bench", help="of the run and its row")
     parser.add_argument("--save", action="store_true", help="let the run save at its end")
     parser.add_argument("--saves", action="store_true", help="measure two saves and a resume")
-    parser.add_argument("--after", type=int, default=0, help="the saved step to go on from")
+    parser.add_argument("--after", type=int, default=0, help="the saved step to continue from")
     parser.add_argument("--world", type=int, default=0, help="ranks, of which one is there")
     parser.add_argument("--blocks", type=int, default=0, help="of the network; default: all")
     parser.add_argument("--memory", type=float, default=0, help="GiB of the GPU that may be used")

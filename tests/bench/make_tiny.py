@@ -2,8 +2,8 @@
 
 t5         a small encoder of the real T5 class with seeded random weights, and a tokenizer of
            words that falls back to letters and bytes, so that any text in any script has tokens.
-tokenizer  trains the video tokenizer on drawn scenes and moving colour noise.
-dit        trains the denoiser on drawn scenes and their captions with the package's own loss.
+tokenizer  trains the video tokenizer on rendered scenes and moving colour noise.
+dit        trains the denoiser on rendered scenes and their captions with the package's own loss.
 video2world  starts from that denoiser, trains one that is given frames, and measures where things
            are in the frames that follow.
 measure    measures that again.
@@ -36,7 +36,7 @@ from cosmos_cli.evaluate import continuation, samples
 from cosmos_cli.generate.video_models import load_denoiser
 from cosmos_cli.model import cond_frames, edm, weights
 from cosmos_cli.model.cond_frames import CondFrames
-from cosmos_cli.model.device import number_format
+from cosmos_cli.model.device import default_dtype
 from cosmos_cli.model.dit import DiT
 from cosmos_cli.model.ema import PowerEMA
 from cosmos_cli.model.text import TextEncoder
@@ -144,12 +144,12 @@ def draw_videos(scenes: Sequence[world.Scene], device: str) -> torch.Tensor:
 
 
 def plain_scenes(seeds: range) -> list[world.Scene]:
-    """What the denoiser is trained on: things of one colour."""
+    """Return scenes to train the denoiser on: things of one colour."""
     return [world.sample_scene(seed) for seed in seeds]
 
 
 def colour_noise(count: int, size: tuple[int, int, int], device: str) -> torch.Tensor:
-    """Moving smooth noise in [-1, 1], BCTHW, so that more than drawn scenes survives."""
+    """Moving smooth noise in [-1, 1], BCTHW, so that more than rendered scenes survives."""
     layers = []
     for cells in (2, 4, 8, 12):
         shape = (count, 3, max(2, size[0] // 8), cells, cells * 5 // 3)
@@ -245,14 +245,14 @@ FILES = {"dit": "model.safetensors", "video2world": "video2world.safetensors"}
 
 
 def given_scene(seed: int) -> world.Scene:
-    """What Video2World is trained on: in a quarter of the scenes, the caption tells the motion."""
+    """Return a scene to train Video2World on; in a quarter, the caption tells the motion."""
     return world.sample_scene(seed) if seed // 8 % 4 == 0 else world.free_scene(seed)
 
 
 def draw_pool(
     folder: Path, device: str, wanted: range, scene_of: Callable[[int], world.Scene]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Latents (bf16) and padded text embeddings (fp16) of scenes drawn once for all steps."""
+    """Latents (bf16) and padded text embeddings (fp16) of scenes rendered once for all steps."""
     tokenizer = Tokenizer(TINY.tokenizer, TINY.sigma_data)
     path = folder / "tokenizer.safetensors"
     weights.load_strict(tokenizer, weights.load_tokenizer_state(path), path)
@@ -293,7 +293,7 @@ def draw_frames(x0: torch.Tensor) -> CondFrames:
 
 
 def make_dit(device: str, options: argparse.Namespace) -> dict[str, object]:
-    """Trains a denoiser on drawn scenes and writes its EMA: now and then, and at the end."""
+    """Trains a denoiser on rendered scenes and writes its EMA: now and then, and at the end."""
     steps, batch, clips = options.steps, options.batch, options.clips
     spec = TINY_VIDEO2WORLD if options.part == "video2world" else TINY
     started = time.monotonic()
@@ -303,7 +303,7 @@ def make_dit(device: str, options: argparse.Namespace) -> dict[str, object]:
     spread = 1.4 if spec.takes_frames else 1.2
     wanted = range(options.first, options.first + clips)
     latents, texts = draw_pool(options.folder, device, wanted, scene_of)
-    print(options.part, f"{clips} clips drawn in {time.monotonic() - started:.0f}s", flush=True)
+    print(options.part, f"{clips} clips rendered in {time.monotonic() - started:.0f}s", flush=True)
     net = DiT(spec.dit)
     net.init_weights(torch.Generator().manual_seed(0))
     loss_of = edm.EDMLoss(net, spec)
@@ -357,7 +357,7 @@ def measure_continuations(path: Path, device: str, count: int) -> None:
     The errors are medians in pixels, one for each of the first 16 new frames. `cosmos evaluate
     tiny_video2world` measures more.
     """
-    dtype = number_format(device)
+    dtype = default_dtype(device)
     r = loading.load("tiny_video2world").recipe
     tokenizer = load_tokenizer(r.model_files.tokenizer, r.spec, device, dtype)
     net = load_denoiser(r, path, device)
@@ -394,7 +394,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="folder of the denoiser; default: --folder")
     parser.add_argument("--steps", type=int, default=5000)
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--clips", type=int, default=4096, help="scenes drawn to train on")
+    parser.add_argument("--clips", type=int, default=4096, help="scenes rendered to train on")
     parser.add_argument("--first", type=int, default=0, help="number of the first of these scenes")
     parser.add_argument("--resume", action="store_true", help="from the weights that are there")
     parser.add_argument("--pieces", type=float, default=0.5, help="tokenizer: share of the steps")

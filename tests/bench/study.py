@@ -46,7 +46,7 @@ from cosmos_cli.generate.jobs import Weights
 from cosmos_cli.generate.video_models import load_denoiser, sample_latents
 from cosmos_cli.gpus import best_device
 from cosmos_cli.model import sampler
-from cosmos_cli.model.device import number_format
+from cosmos_cli.model.device import default_dtype
 from cosmos_cli.model.tiny import dataset
 from cosmos_cli.model.tokenizer import load_tokenizer
 from cosmos_cli.recipe import loading
@@ -81,7 +81,7 @@ def sampling(r: Recipe, prompts: int, _folder: Path) -> Iterator[Row]:
     path, device = paths.EMBEDDED_DIR / "model.safetensors", best_device()
     wanted = [trial for trial in samples.world_trials(prompts) if not trial.of_mascot]
     mascot = samples.world_trials(1)[-1]
-    tokenizer = load_tokenizer(r.model_files.tokenizer, r.spec, device, number_format(device))
+    tokenizer = load_tokenizer(r.model_files.tokenizer, r.spec, device, default_dtype(device))
     variants = [
         (f"steps with {solver}", steps, {"sampler": solver, "num_steps": steps})
         for solver in ("euler", "res")
@@ -309,7 +309,7 @@ def fast(r: Recipe, prompts: int, folder: Path) -> Iterator[Row]:
     for verb in ("prep", "train", "promote"):
         done = cosmos(folder, verb)
     device, own = best_device(), Weights(Path(folder, done["artifacts"][0]), "")
-    tokenizer = load_tokenizer(r.model_files.tokenizer, r.spec, device, number_format(device))
+    tokenizer = load_tokenizer(r.model_files.tokenizer, r.spec, device, default_dtype(device))
     trials = samples.world_trials(2 * prompts)
     trials = [t for t in trials if not t.of_mascot][:prompts] + [t for t in trials if t.of_mascot]
     texts = samples.read_prompts(r, trials, device)

@@ -145,7 +145,7 @@ def test_an_interrupted_batch_has_only_whole_videos(cosmos):
     lines = [json.dumps({"prompt": "A ball.", "seed": seed}) for seed in range(500)]
     (cosmos.cwd / "batch.jsonl").write_text("\n".join(lines))
     # As a killed process leaves it.
-    name = files.temporary_beside(cosmos.cwd / "a.mp4").name
+    name = files.temporary_next_to(cosmos.cwd / "a.mp4").name
     (cosmos.cwd / "outputs").mkdir()
     (cosmos.cwd / "outputs" / name.replace(f".{os.getpid()}.", ".99999999.")).touch()
     process = cosmos.start("generate", "--batch", "batch.jsonl", *QUICK)
@@ -202,10 +202,10 @@ def test_an_existing_video_is_not_generated_again(cosmos):
     )
     # A damaged video is generated again; --overwrite generates all again.
     again[0].write_bytes(b"damaged")
-    assert "not again" in cosmos("generate", "--batch", batch, "-o", "cut", *QUICK).stderr
+    assert "not generated again" in cosmos("generate", "--batch", batch, "-o", "cut", *QUICK).stderr
     assert hashes.sha256_file(again[0]) == hashes.sha256_file(whole[0])
     forced = cosmos("generate", "--batch", batch, "-o", "cut", "--overwrite", *QUICK)
-    assert "not again" not in forced.stderr
+    assert "not generated again" not in forced.stderr
 
 
 @pytest.mark.parametrize("suffix", [".mp4", ".txt", ".json", ".jpg"])
@@ -251,7 +251,7 @@ def test_prompts_from_standard_input_become_videos_as_they_come(cosmos):
     out, err = process.communicate(timeout=60)
     assert process.returncode == 2
     assert out == ""
-    assert "not again" in err
+    assert "not generated again" in err
     assert "Traceback" not in err
     alone = generate(cosmos, "--prompt", "A red ball moves left.", "-o", "alone")
     assert hashes.sha256_file(alone["artifacts"][0]) == digest
@@ -262,9 +262,9 @@ def test_networks_together_or_in_turn_make_the_same_files(cosmos):
     prompts = [{"prompt": "A red ball."}, {"prompt": "A nude statue."}, {"prompt": "A blue box."}]
     batch = lines(cosmos, "b.jsonl", *prompts)
     ask = ["generate", "--batch", batch, *QUICK]
-    assert "in memory in turn" in cosmos(*ask, "-o", "turn", code=8).stderr
+    assert "networks, one at a time" in cosmos(*ask, "-o", "turn", code=8).stderr
     together = cosmos(*ask, "--set", "memory=together", "-o", "together", code=8).stderr
-    assert together.count("loading denoiser") == together.count("in memory together") == 1
+    assert together.count("loading denoiser") == together.count("networks, all in memory") == 1
     ask = ["generate", "--prompts", "-", "--set", "memory=in_turn", "-o", "stream", *QUICK]
     stream = cosmos(*ask, stdin="\n".join(map(json.dumps, prompts)), code=8)
     assert [json.loads(line)["exit_code"] for line in stream.stdout.splitlines()] == [0, 8, 0]
@@ -408,7 +408,7 @@ def test_compare_exact_makes_both_and_tells_the_difference(cosmos):
     assert words in both.with_suffix(".html").read_text()
     again = cosmos(*ask, "--compare", "exact").stderr
     assert words in again
-    assert again.count("not again") == 3
+    assert again.count("not generated again") == 3
     refused = cosmos(*ask[:-2], "--compare", "exact", "--dry-run", code=2).stderr
     assert "`--set speed=fast`" in refused
 
@@ -519,7 +519,7 @@ def test_compare_shows_base_and_promoted_side_by_side(trained):
     assert page.count("data:video/mp4;base64,") == 2
     assert "http" not in page
     again = trained(*ask).stderr
-    assert "not again" in again
+    assert "not generated again" in again
     assert f"base: {base}" in again
     assert "--compare" in trained(*ask, "--model", "base", code=2).stderr
 

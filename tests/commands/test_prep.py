@@ -293,7 +293,7 @@ def test_the_report_shows_every_video_and_loads_nothing(tmp_path):
     for words in (
         "a &lt;b&gt;.mp4", "A &lt;i&gt;square&lt;/i&gt;.", "rejected: not a video",
         "rejected: too short: 7 frames", "copy.mp4: has the same bytes as a &lt;b&gt;.mp4",
-        "cut.mp4: the clip from frame 0 seems to have a cut at 9", "motion of a clip",
+        "cut.mp4: there seems to be a hard cut at 0.56 s", "motion of a clip",
         "disk of the latents", ">inspect</td>",
     ):  # fmt: skip
         assert words in text, words
@@ -407,7 +407,7 @@ def test_the_last_process_removes_the_files_of_a_killed_one(undisturbed, tmp_pat
         (dataset / ".99999999.report.tmp").mkdir()
         shutil.rmtree(dataset / "latents")
         other = cosmos.start("prep", "tiny", *settings(PROMPT))
-        # Then it is at work beside us, and waits for us at its end.
+        # Then it works at the same time, and waits for us at its end.
         wait_for(dataset / "latents", other)
     _, err = other.communicate(timeout=120)
     assert other.returncode == 0, err
@@ -501,7 +501,7 @@ def test_prep_killed_at_any_moment_and_rerun_gives_the_same_bytes(undisturbed, t
     for i in range(kills):
         cosmos, dataset = fresh(undisturbed, tmp_path / str(i))
         process = cosmos.start("prep", "tiny", *settings(PROMPT))
-        # Every second time another process is at work, which goes on alone.
+        # Every second time another process is at work, which continues alone.
         other = cosmos.start("prep", "tiny", *settings(PROMPT)) if i % 2 else None
         wait_for(dataset / "prep.lock", process)
         time.sleep(rng.uniform(0, 2))

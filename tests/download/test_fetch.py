@@ -225,7 +225,7 @@ def test_a_missing_repository_or_hub_is_an_error_of_one_line(online, repos):
 
 
 def test_a_file_that_the_hub_lacks_is_named(online, repos):
-    """Whether it is not listed, or is listed and cannot be fetched."""
+    """A file that is not listed, or is listed and cannot be fetched."""
     del repos[TOKENIZER]["mean_std.pt"]
     with serve(repos, lost=["a.mp4"]) as online.hub:
         refused = online("download", "nemo_assets", "--for", "prep", code=4)

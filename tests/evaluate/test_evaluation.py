@@ -19,7 +19,7 @@ SIZE = (TINY.num_frames, TINY.height, TINY.width, TINY.fps)
 
 @pytest.fixture(scope="module")
 def truth():
-    """What a perfect model would make of 80 held-out prompts and 40 of the mascot."""
+    """Return the samples of a perfect model: 80 held-out prompts and 40 of the mascot."""
     return [
         Sample(trial, world.render(trial.scene, *SIZE), torch.zeros(1))
         for trial in samples.world_trials(80)

@@ -151,7 +151,7 @@ def test_a_recipe_takes_the_model_of_its_own_run_first(cosmos):
     assert "25 frames" in said
     path, said = choose(cosmos, "tiny", "--set", "name=third")
     assert path == f"checkpoints/{TINY}_post-trained/model.pt"
-    assert "another run than this recipe's, /runs/one" in said
+    assert "this model is from the run /runs/one, not from this recipe's run" in said
     assert "weights are missing; run `cosmos download" in choose(cosmos, "nemo_assets", code=4)
     put(cosmos, SEVEN)
     path, said = choose(cosmos, "nemo_assets")

@@ -38,5 +38,5 @@ def test_a_gpu_without_fp8_is_refused_by_name(monkeypatch):
 
 @pytest.mark.skipif(importlib.util.find_spec("cudnn") is not None, reason="cudnn is installed")
 def test_hopper_needs_the_frontend_of_cudnn(monkeypatch):
-    with pytest.raises(UserError, match=r"pip install 'nvidia-cudnn-frontend>=1\.18,<1\.27'"):
+    with pytest.raises(UserError, match=r'pip install -e "\.\[fp8\]"'):
         parts(monkeypatch, (9, 0))

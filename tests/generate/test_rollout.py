@@ -103,7 +103,7 @@ def test_the_frame_filter_looks_at_the_input(pipeline, tmp_path, monkeypatch):
     monkeypatch.setattr(pipeline.videos, "frame_filter", judge)
     Image.new("RGB", (96, 64), "red").save(tmp_path / "red.png")
     job = replace(job_at(tmp_path, 1), given=Given(tmp_path / "red.png", False, 1))
-    with pytest.raises(UserError, match=r"frame 0 may show drugs of the input red\.png") as caught:
+    with pytest.raises(UserError, match=r"in the input red\.png, frame 0 may show drugs") as caught:
         pipeline.read_input(job)
     assert caught.value.code == ExitCode.BLOCKED
     assert seen[0].shape == (3, 1, 64, 96)

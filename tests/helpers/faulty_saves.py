@@ -104,7 +104,7 @@ class Saver:
         return [part.detach().clone() for part in parts]
 
     def loads(self, step):
-        """Whether a resume state and the model files beside it are what they should be."""
+        """True if a resume state and its model files are what they should be."""
         for part in checkpoint.shards(self.engine.module):
             part.zero_()
         checkpoint.resume(self.engine, self.ema, self.run, step)
@@ -113,7 +113,7 @@ class Saver:
         return all(map(torch.equal, self.state(), self.known))
 
     def try_with(self, log, thread, call, number, error):
-        """What a save of step 3 came to when one call failed, and what is left of step 2."""
+        """Describe a save of step 3 in which one call failed, and what is left of step 2."""
         row = {"thread": thread, "call": call, "number": number, "error": error}
         fault = f"inject={call}:error={error}:when={number}"
         with Strace(log, self.threads[thread], "-e", f"trace={call}", "-e", fault):

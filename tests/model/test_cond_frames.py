@@ -249,12 +249,12 @@ def test_weights_survive_each_format(tmp_path, form):
 
 
 def test_draws_depend_on_their_key_and_leave_the_others_alone():
-    first = cond_frames.draw_given((0, 5, 2), (2, 3))
-    again = cond_frames.draw_given((0, 5, 2), (2, 3))
+    first = cond_frames.sample_given((0, 5, 2), (2, 3))
+    again = cond_frames.sample_given((0, 5, 2), (2, 3))
     assert first[:2] == again[:2]
     assert torch.equal(first[2], again[2])
-    assert not torch.equal(first[2], edm.draw((0, 5, 2), (2, 3), 0.2).noise)
-    drawn = [cond_frames.draw_given((0, step, 0), (1,)) for step in range(3000)]
+    assert not torch.equal(first[2], edm.sample_noise((0, 5, 2), (2, 3), 0.2).noise)
+    drawn = [cond_frames.sample_given((0, step, 0), (1,)) for step in range(3000)]
     for count in cond_frames.COUNTS:
         share = sum(one[0] == count for one in drawn) / len(drawn)
         assert share == pytest.approx(1 / 3, abs=0.03)

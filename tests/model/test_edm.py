@@ -67,17 +67,17 @@ def test_loss_adds_the_log_variance(sample):
 
 
 def test_draw_depends_on_its_key_alone():
-    first = edm.draw((0, 5, 2), (16, 2, 4, 4), 0.2)
+    first = edm.sample_noise((0, 5, 2), (16, 2, 4, 4), 0.2)
     torch.manual_seed(99)
-    again = edm.draw((0, 5, 2), (16, 2, 4, 4), 0.2)
+    again = edm.sample_noise((0, 5, 2), (16, 2, 4, 4), 0.2)
     assert first.sigma == again.sigma
     assert torch.equal(first.noise, again.noise)
     for key in ((1, 5, 2), (0, 6, 2), (0, 5, 3)):
-        assert edm.draw(key, (16, 2, 4, 4), 0.2).sigma != first.sigma
+        assert edm.sample_noise(key, (16, 2, 4, 4), 0.2).sigma != first.sigma
 
 
 def test_draws_follow_the_training_distribution():
-    draws = [edm.draw((0, step, 0), (1,), 0.2) for step in range(4000)]
+    draws = [edm.sample_noise((0, step, 0), (1,), 0.2) for step in range(4000)]
     ln_sigma = torch.tensor([math.log(d.sigma) for d in draws])
     assert ln_sigma.mean().item() == pytest.approx(0.0, abs=0.06)
     assert ln_sigma.std().item() == pytest.approx(1.0, abs=0.05)

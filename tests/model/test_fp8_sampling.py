@@ -100,8 +100,8 @@ def test_a_lora_beside_the_weights_acts_in_fp8_too():
         for linear in [net.blocks[i].get_submodule(name)]
     }
     plain, changed, in_fp8 = network(FOUR), network(FOUR), network(FOUR)
-    lora.put_beside(changed, [changes])
-    lora.put_beside(in_fp8, [changes])
+    lora.apply_unmerged(changed, [changes])
+    lora.apply_unmerged(in_fp8, [changes])
     fp8_sampling.use_fp8(in_fp8.blocks, attention=False)
     exact = changed(**a_pass())
     assert relative(plain(**a_pass()), exact) > 0.1

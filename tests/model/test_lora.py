@@ -66,7 +66,7 @@ def test_diffusers_and_the_merged_model_compute_what_training_computed(targets, 
         merged.load_state_dict({k.removeprefix("net."): v for k, v in state.items()})
         ours = merged(**inputs())
         beside = network()
-        lora.load_beside(beside, [(path, 1.0)])
+        lora.apply_files(beside, [(path, 1.0)])
         unmerged = beside(**inputs())
     assert (expected - before).abs().max() > 0.05
     torch.testing.assert_close(theirs, expected, atol=2e-5, rtol=0)
@@ -165,7 +165,7 @@ def test_a_file_that_is_not_a_lora_is_refused(tmp_path):
         lora_files.load_lora(path)
 
 
-# --- beside the weights ---------------------------------------------------------------------------
+# --- without merging ---------------------------------------------------------------------------
 
 WIDE = DiTSpec(width=256, blocks=2, heads=4, text_channels=64, adaln_rank=32)
 
@@ -198,15 +198,15 @@ def merged_network(net, *loras):
 
 
 @torch.no_grad()
-def test_several_loras_with_strengths_add_up_beside_the_weights():
-    """Of different ranks and on different linears, q, k and v with and without a change."""
+def test_several_loras_with_strengths_add_up_without_merging():
+    """The LoRAs have different ranks and linears, with and without q, k and v."""
     net = network()
     first, second = random_changes(net, 0.3, rank=3), random_changes(net, 0.2, rank=20, seed=9)
     first = {name: c for name, c in first.items() if not name.endswith((".q", "mlp.up"))}
     second = {n: c for n, c in second.items() if n.endswith(("self_attn.k", "mlp.up", "adaln.up"))}
     expected = merged_network(net, scaled(first, 0.7), scaled(second, -1.5))(**inputs())
     before = net(**inputs())
-    lora.put_beside(net, [scaled(first, 0.7), scaled(second, -1.5)])
+    lora.apply_unmerged(net, [scaled(first, 0.7), scaled(second, -1.5)])
     torch.testing.assert_close(net(**inputs()), expected, atol=1e-5, rtol=1e-5)
     assert (expected - before).abs().max() > 0.05
 
@@ -222,7 +222,7 @@ def test_a_twentieth_of_a_lora_changes_the_output_as_in_fp32():
         whole = {k: v.double() for k, v in x.items()}
         wanted = merged_network(net, part).double()(**whole) - exact(**whole)
         beside = merged_network(net)
-        lora.put_beside(beside, [part])
+        lora.apply_unmerged(beside, [part])
         change = beside(**x) - net(**x)
         assert (change - wanted).norm() < 0.02 * wanted.norm()
 
@@ -246,7 +246,7 @@ def test_a_bf16_linear_keeps_a_change_far_below_its_rounding(size):
     b *= size * linear.weight.float().norm() / (b @ a).norm()
     change = Change(a, b, 1.0, "up")
     exact = x.float() @ (b @ a).T
-    lora.put_beside(net, [{"net.up": change}])
+    lora.apply_unmerged(net, [{"net.up": change}])
 
     def kept(after):
         return ((after.float() - before) * exact).sum() / exact.square().sum()
@@ -273,7 +273,7 @@ def test_a_bf16_network_keeps_a_change_on_average(size, count):
     exact, beside = merged_network(net), DiT(WIDE).bfloat16()
     beside.load_state_dict(net.state_dict())
     exact_beside = merged_network(exact, changes)
-    lora.put_beside(beside, [changes])
+    lora.apply_unmerged(beside, [changes])
     found = wanted = 0.0
     for seed in range(count):
         generator = torch.Generator().manual_seed(seed)
@@ -294,7 +294,7 @@ def test_a_bf16_network_keeps_a_change_on_average(size, count):
 @torch.no_grad()
 def test_compiled_blocks_with_a_lora_give_the_same_output():
     net = network()
-    lora.put_beside(net, [random_changes(net, 0.3)])
+    lora.apply_unmerged(net, [random_changes(net, 0.3)])
     expected = net(**inputs())
     for block in net.blocks:
         block.compile()
@@ -304,7 +304,7 @@ def test_compiled_blocks_with_a_lora_give_the_same_output():
 @torch.no_grad()
 def test_q_k_and_v_widen_their_tokens_once():
     net = network()
-    lora.put_beside(net, [random_changes(net, 0.3)])
+    lora.apply_unmerged(net, [random_changes(net, 0.3)])
     with Watch() as watch:
         net(**inputs())
     products = watch.shapes(torch.ops.aten.mm.default)
@@ -333,7 +333,7 @@ def test_a_strength_that_overflows_is_refused(tmp_path, strength):
     path = tmp_path / "lora.safetensors"
     lora_files.save_lora(path, lora.factors(random_changes(net, 0.1)), 1.0)
     with pytest.raises(UserError, match="not finite") as caught:
-        lora.load_beside(net, [(path, strength)])
+        lora.apply_files(net, [(path, strength)])
     assert str(path) in str(caught.value)
 
 
@@ -343,7 +343,7 @@ def test_a_lora_without_strength_leaves_every_bit(tmp_path):
     path = tmp_path / "lora.safetensors"
     lora_files.save_lora(path, lora.factors(random_changes(net, 0.1)), 1.0)
     expected = net(**inputs())
-    lora.load_beside(net, [(path, 0.0)])
+    lora.apply_files(net, [(path, 0.0)])
     assert torch.equal(net(**inputs()), expected)
 
 
@@ -351,6 +351,6 @@ def test_a_lora_that_changes_nothing_is_named(tmp_path):
     net = network()
     path = tmp_path / "lora.safetensors"
     lora_files.save_lora(path, lora.factors(random_changes(net, 0.0)), 1.0)
-    ((about, (remark,)),) = lora.load_beside(net, [(path, 1.0)])
+    ((about, (remark,)),) = lora.apply_files(net, [(path, 1.0)])
     assert "changes nothing" in remark
     assert "rank 16, scale 1, strength 1" in about

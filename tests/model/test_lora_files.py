@@ -41,9 +41,9 @@ def randomize(module):
 
 
 def ours(*files, dtype=torch.float32):
-    """The output of our network with LoRA files beside its weights."""
+    """The output of our network with LoRA files applied to it."""
     net = network().to(dtype)
-    lora.load_beside(net, files)
+    lora.apply_files(net, files)
     with torch.no_grad():
         return net(**inputs())
 
@@ -345,5 +345,5 @@ def test_settings_of_a_later_peft_are_named(tmp_path):
     good = {f"{Q}.lora_A.weight": torch.ones(4, 64), f"{Q}.lora_B.weight": torch.ones(64, 4)}
     save_file(good, tmp_path / "adapter_model.safetensors")
     (tmp_path / "adapter_config.json").write_text('{"use_new_trick": true, "lora_dropout": 0.1}')
-    ((_, (remark,)),) = lora.load_beside(network(), [(tmp_path / "adapter_model.safetensors", 1.0)])
+    ((_, (remark,)),) = lora.apply_files(network(), [(tmp_path / "adapter_model.safetensors", 1.0)])
     assert "adapter_config.json: unknown settings are not read: use_new_trick" in remark

@@ -21,7 +21,7 @@ def analytic(x, sigma):
 
 
 def exact(noise, start, end):
-    """Where the probability-flow ODE carries the start state of a Gaussian."""
+    """Return the end of the probability-flow ODE from the start state of a Gaussian."""
     x = noise * start
     return MEAN + (x - MEAN) * math.sqrt((STD**2 + end**2) / (STD**2 + start**2))
 

@@ -32,7 +32,7 @@ def loaded(path, streamed, changed=lambda net: None, seed=0):
     with torch.device("meta"):
         net = DiT(SIX).requires_grad_(False)
     copy = SharedWeights(path)
-    own = copy.missing(streamed)
+    own = copy.lock_missing(streamed)
     streaming.allocate(net, net.blocks, own, CPU, set(streamed).difference(own))
     for name, weight in net.state_dict().items():
         weight.copy_(whole[name])
@@ -43,7 +43,7 @@ def loaded(path, streamed, changed=lambda net: None, seed=0):
 
 def in_fp8(net):
     change = Change(torch.full((4, 64), 0.1), torch.full((64, 4), 0.1), 1.0, "key")
-    lora.put_beside(net, [{"net.blocks.1.self_attn.q": change}])
+    lora.apply_unmerged(net, [{"net.blocks.1.self_attn.q": change}])
     fp8_sampling.use_fp8(net.blocks, attention=False)
 
 
@@ -76,13 +76,13 @@ def test_pages_of_blocks_that_nobody_streams_are_never_allocated(path):
 
 def test_others_wait_until_the_blocks_are_filled(path):
     copy, other = SharedWeights(path), SharedWeights(path)
-    assert copy.missing([0, 1]) == [0, 1]
+    assert copy.lock_missing([0, 1]) == [0, 1]
     with pytest.raises(BlockingIOError):
         fcntl.flock(other.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     copy.mark_filled(0)
     copy.close()
-    assert other.missing([0]) == []
-    assert other.missing([0, 1]) == [1]
+    assert other.lock_missing([0]) == []
+    assert other.lock_missing([0, 1]) == [1]
     other.close()
 
 
@@ -90,10 +90,10 @@ def test_another_process_fills_what_a_killed_one_did_not(path):
     child = os.fork()
     if not child:
         copy = SharedWeights(path)
-        copy.missing([0, 1, 2])
+        copy.lock_missing([0, 1, 2])
         copy.mark_filled(1)
         os.kill(os.getpid(), signal.SIGKILL)
     os.waitpid(child, 0)
     other = SharedWeights(path)
-    assert other.missing([0, 1, 2]) == [0, 2]
+    assert other.lock_missing([0, 1, 2]) == [0, 2]
     other.close()

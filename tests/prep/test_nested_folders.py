@@ -46,7 +46,7 @@ def test_files_of_a_lerobot_dataset_are_not_plain_videos(tmp_path):
 def test_a_caption_belongs_to_the_video_in_its_own_folder(tmp_path):
     touch(tmp_path, "cam1/a.txt", "cam2/a.json", "cam2/other.json", "cam2/lost.txt")
     videos = {"cam1__a.mp4": tmp_path / "cam1/a.mp4", "cam2__a.mp4": tmp_path / "cam2/a.mp4"}
-    found = captions.beside(videos)
+    found = captions.sidecars(videos)
     assert found.files == {
         "cam1__a.mp4": tmp_path / "cam1/a.txt", "cam2__a.mp4": tmp_path / "cam2/a.json",
     }  # fmt: skip

@@ -88,7 +88,7 @@ def test_given_frames_are_drawn_beside_the_other_values_of_a_sample(tmp_path, ro
     assert len(text.to(torch.device("cpu"))) == 5
     *_, given = frames.to(torch.device("cpu"))
     for i, sample in enumerate(samples):
-        count, sigma, noise = cond_frames.draw_given((3, 7, sample), (16, 4, 4, 6))
+        count, sigma, noise = cond_frames.sample_given((3, 7, sample), (16, 4, 4, 6))
         assert given.mask[i].flatten().tolist() == [frame < count for frame in range(4)]
         assert given.sigma_B[i].item() == pytest.approx(sigma)
         assert torch.equal(given.noise[i], noise)

@@ -60,7 +60,7 @@ def test_measured_clips_are_evenly_spaced_and_have_every_level(clips, most, chos
 
 
 def test_the_fixed_noise_levels_are_quantiles_of_the_trained_ones():
-    drawn = sorted(edm.draw((0, 0, i), (1,), 0.0).sigma for i in range(4000))
+    drawn = sorted(edm.sample_noise((0, 0, i), (1,), 0.0).sigma for i in range(4000))
     for sigma, share in zip(edm.FIXED_SIGMAS, (0.125, 0.375, 0.625, 0.875), strict=True):
         below = sum(value < sigma for value in drawn) / len(drawn)
         assert below == pytest.approx(share, abs=0.02)

@@ -53,7 +53,7 @@ def test_a_rank_that_does_not_come_to_an_operation_is_named(cosmos, tmp_path):
     clip = split_clips(read_json(dataset / "manifest.json"))[0][0]
     text = dataset / clip["text"]
     aside = text.replace(tmp_path / text.name)
-    # Whoever opens a FIFO waits for a writer; its other threads go on.
+    # Whoever opens a FIFO waits for a writer; its other threads continue.
     os.mkfifo(text)
     try:
         _, err = process.communicate(timeout=120)

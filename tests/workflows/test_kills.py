@@ -1,4 +1,4 @@
-"""Whatever is killed, and when: the same command goes on as if nothing had happened."""
+"""Whatever is killed, and when: the same command resumes as if nothing had happened."""
 
 import random
 import shutil
@@ -57,7 +57,7 @@ def undisturbed(prepared):
 
 
 def unfinished(cosmos, name, since):
-    """What a run has begun to save."""
+    """Return the files of a save that has begun."""
     paths = cosmos.cwd.glob(f"outputs/*/*/{name}/checkpoints/.*.tmp*")
     return [path for path in paths if stamp_of(path)[1] > since * 1e9]
 

@@ -37,7 +37,7 @@ def plant(source, target, name, value):
 
 @pytest.mark.workflow
 def test_a_loss_that_is_not_finite_stops_the_run(prepared, tmp_path):
-    """Of weights that are all finite, but so large that the loss overflows."""
+    """All weights are finite, but so large that the loss overflows."""
     cosmos = copy_of(prepared, tmp_path)
     weights = load_file(TINY)
     weights[FINAL] *= 1e37

@@ -115,7 +115,7 @@ def test_overwrite_leaves_nothing_of_the_earlier_run(cosmos, copy):
     assert [row["step"] for row in status.rows(run) if "loss" in row] == [1, 2]
     assert list(run.weight_files()) == run.resumable_steps() == [2]
     assert not run.samples.exists()
-    # What it saved is protected again, and goes on.
+    # Its saves are protected again, and it resumes.
     assert cosmos.json("train", "tiny", *words)["step"] == 2
 
 

@@ -61,7 +61,7 @@ def test_after_any_failed_system_call_the_previous_save_loads(strace, tmp_path, 
 
 @pytest.fixture
 def disk(prepared, tmp_path):
-    """A small disk of its own, and the datasets beside it."""
+    """A small disk of its own, and the datasets next to it."""
     path = tmp_path / "disk"
     path.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=1g", "tmpfs", path]
@@ -88,7 +88,7 @@ def limit_files(disk, more):
 
 
 def one_more_step(cosmos, run, pairs, code, left=0):
-    """What a run says that makes one more step, has some left, and ends with a code."""
+    """Return the output of a run that makes one more step and ends with a code."""
     pairs = (*pairs, f"max_steps={run.resumable_steps()[-1] + 1 + left}")
     said = train(cosmos, "full", *pairs, code=code).stderr
     assert "Traceback" not in said

@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cosmos_cli.errors import asset_error
 from cosmos_cli.model import weights
+from cosmos_cli.model.finite import require_finite
 
 # Mean of the training images. The network's channel order is blue, green, red.
 MEAN_BGR = (104.0, 117.0, 123.0)
@@ -50,9 +50,7 @@ class FaceBlur:
         # BatchNorm's counters of training batches; files that an old torch wrote lack them.
         counters = {k: v for k, v in net.state_dict().items() if k.endswith("_tracked")}
         weights.load_strict(net, counters | state, path)
-        if not all(tensor.isfinite().all() for tensor in net.state_dict().values()):
-            fix = "run `cosmos download RECIPE --check`"
-            raise asset_error(path, "has NaN or infinite weights", fix)
+        require_finite(net.state_dict(), path, fix="run `cosmos download RECIPE --check`")
         self.net = net.to(device).eval()
         self.device = device
 

@@ -43,12 +43,28 @@ PLURALS = (
 )  # fmt: skip
 
 
+def require_guards(r: Recipe) -> None:
+    """Check that all guards are there, before GPU time is spent on a video that none can check.
+
+    Raises:
+        UserError: (ASSET) a guard is missing; (ENVIRONMENT) the package peft is missing.
+    """
+    for path in guard_files(r):
+        with _reading(path):
+            path.stat()
+    if not importlib.util.find_spec("peft"):
+        raise UserError(
+            "the guardrail Aegis needs the package peft",
+            code=ExitCode.ENVIRONMENT,
+            fix='run `pip install -e ".[guardrails]"` in the clone',
+        )
+
+
 def block_list(r: Recipe) -> BlockList | None:
     """Return the block list of the recipe's model, or None, with a warning, if guards are off.
 
     Raises:
-        UserError: (ASSET) it is missing or damaged, or another guard is missing; (ENVIRONMENT) the
-            package peft is missing.
+        UserError: (ASSET) it is missing or damaged; or as of `require_guards`.
     """
     if r.guardrails == "off":
         console.warn(
@@ -56,16 +72,7 @@ def block_list(r: Recipe) -> BlockList | None:
         )
         return None
     if not r.spec.embedded:
-        # Fail now, before spending GPU time on a video that could not be checked.
-        for path in guard_files(r):
-            with _reading(path):
-                path.stat()
-        if not importlib.util.find_spec("peft"):
-            raise UserError(
-                "the guardrail Aegis needs the package peft",
-                code=ExitCode.ENVIRONMENT,
-                fix='run `pip install -e ".[guardrails]"` in the clone',
-            )
+        require_guards(r)
     return BlockList(r.model_files.guardrail / "blocklist")
 
 

@@ -52,7 +52,7 @@ def test_a_thing_that_stands_still_stays_to_the_bit():
 
 
 def extent(scene: Scene) -> tuple[float, float]:
-    """How far the thing reaches beyond the borders, in x and y."""
+    """Return the distance in x and y by which the thing exceeds the borders."""
     thing = scene.thing
     at = trajectory.positions([(thing.x, thing.y, thing.size)], [scene.motion], TIME)
     borders = (BORDER_X, BORDER_Y)
