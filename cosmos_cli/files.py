@@ -20,6 +20,7 @@ import platform
 import re
 import shutil
 import stat
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -418,8 +419,9 @@ def require_writable(folder: Path) -> None:
     """
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        if not os.access(folder, os.W_OK):
-            raise PermissionError(errno.EACCES, "")
+        # Unlike os.access, this gives the reason, such as a disk that is read-only.
+        with tempfile.TemporaryFile(dir=folder):
+            pass
 
 
 def size_of(path: Path) -> int:

@@ -23,6 +23,8 @@ from cosmos_cli.gpus import gpu_names
 
 ADDRESS = "COSMOS_RANK_ERRORS"
 MAX_CHARACTERS = 20_000
+# torchrun sends SIGTERM to the other ranks when one has failed, and SIGKILL this much later.
+KILL_SECONDS = 30
 
 
 class RankErrors:
@@ -64,11 +66,17 @@ def post(message: dict[str, Any]) -> None:
 
 
 _PR_SET_PDEATHSIG = 1
+# The process ID of the launcher, for its ranks.
+_LAUNCHER = "COSMOS_LAUNCHER"
 
 
 def die_with_parent() -> None:
     """Make Linux send SIGTERM to this process when its parent dies, for any reason."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM))
+    launcher = os.environ.pop(_LAUNCHER, None)
+    if launcher and int(launcher) != os.getppid():
+        # It died while this process imported its packages.
+        signal.raise_signal(signal.SIGTERM)
 
 
 def main(arguments: list[str]) -> int:
@@ -83,6 +91,7 @@ def main(arguments: list[str]) -> int:
     if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
         # Despite nohup, torchrun would handle SIGHUP and end the ranks.
         os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGTERM,SIGINT,SIGQUIT"
+    os.environ[_LAUNCHER] = str(os.getpid())
     # torchrun reports a failure in a screenful of text, the message below in one line.
     logging.disable(logging.ERROR)
     try:
@@ -92,9 +101,12 @@ def main(arguments: list[str]) -> int:
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         for other, ended in error.failures.items():
-            # A rank that lost its connection to a killed one may have ended by then, too.
-            if ended.exitcode == -signal.SIGKILL:
+            # A rank that lost its connection to a killed one may have ended by then, too. Later,
+            # torchrun itself kills the ranks that are still running.
+            early = ended.timestamp - failure.timestamp < KILL_SECONDS
+            if ended.exitcode == -signal.SIGKILL and early:
                 rank, failure = other, ended
+                break
         post({"first": rank, "process_code": failure.exitcode})
         return int(ExitCode.TRAINING)
     return 0

@@ -437,7 +437,7 @@ ALLOWED = {
     "model/lora_files.py": "safetensors, behind check_safetensors",
     "train/metrics.py": "a run's figures, written",
     "prep/latent_files.py": "safetensors, behind check_safetensors",
-    "train/staging.py": "the kernel's own files",
+    "cpu_memory.py": "the kernel's own files",
     "model/shared_weights.py": "memory that the command made",
     "train/reshard.py": "a resume state, whose hashes were compared",
     "prep/embedding_files.py": "a pickle that is written",

@@ -3,6 +3,8 @@ import signal
 import subprocess
 import sys
 
+import pytest
+
 from cosmos_cli.ranks import ADDRESS, RankErrors
 
 POST = "from cosmos_cli import ranks; ranks.post({'rank': 1, 'error': 'ünï'})"
@@ -52,3 +54,23 @@ def test_a_killed_rank_is_named_though_another_failed_because_of_it(tmp_path):
         done = subprocess.run([sys.executable, *command], env=environment, check=False)
         assert box.read() == [{"first": 1, "process_code": -signal.SIGKILL}]
     assert done.returncode == 6
+
+
+HANGS = """
+import os, signal, sys, time
+if os.environ["RANK"] == "0":
+    sys.exit(3)
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+time.sleep(100)
+"""
+
+
+@pytest.mark.slow
+def test_a_rank_that_torchrun_killed_is_not_named(tmp_path):
+    script = tmp_path / "rank.py"
+    script.write_text(HANGS)
+    command = ["-m", "cosmos_cli.ranks", "--nproc-per-node", "2", script]
+    with RankErrors() as box:
+        environment = {**os.environ, ADDRESS: box.address}
+        subprocess.run([sys.executable, *command], env=environment, check=False)
+        assert box.read() == [{"first": 0, "process_code": 3}]

@@ -98,6 +98,8 @@ def evaluate(
     )
     from cosmos_cli.evaluate import comparison, page
 
+    if not saved:
+        _warn_of_other_clips(r, weights)
     better, cost, measure = _prepare(r, weights, count, output.parent / LATENTS)
     required = comparison.check_names(require, better) if require else []
     if dry_run:
@@ -143,7 +145,7 @@ def _prepare(
             what = "a Video2World model is measured on clips that it continues, and there are none"
             fix = "add `--prompts 24`"
             if count:
-                fix = "run `cosmos prep RECIPE --set holdout_share=0.1`, and keep that key"
+                fix = "set holdout_share to 0.1 in the recipe, then run prep and train again"
             raise usage_error("--prompts", what, fix)
         return better, {"prompts": count}, partial(continuation.evaluate, r, weights, count, device)
     store = evaluation.open_store(r, count, device, latents)
@@ -213,11 +215,13 @@ def _models(
     names = model or (["base", "promoted"] if there or compares else ["base"])
     # Models in different checkpoints_dirs may have folders of the same name.
     short = len({Path(name).name for name in names}) == len(names)
+    label = {n: Path(n).name if short else n.strip("/").replace("/", "_") for n in names}
+    # A file of the page has the name of its model, with "_" for spaces.
+    if len({own.replace(" ", "_") for own in label.values()}) < len(label):
+        what = f"two of {', '.join(label)} would have the same name on the page"
+        raise usage_error("--model", what, "rename one of them")
     weights = {
-        Path(name).name if short else name.strip("/").replace("/", "_"): find_weights(
-            r, choose_model(recipe, name, set_ or []).weights
-        )
-        for name in names
+        label[n]: find_weights(r, choose_model(recipe, n, set_ or []).weights) for n in label
     }
     if compares and len(weights) < 2:
         what = "there is no second model to compare"
@@ -251,6 +255,23 @@ def _check_settings(r: Recipe, other: str) -> None:
     if other:
         where = r.dataset.manifest
         console.warn(f"{where}: {other}; the EDM error is measured on the clips as prep wrote them")
+
+
+def _warn_of_other_clips(r: Recipe, weights: dict[str, Weights]) -> None:
+    """Warn of models trained on another state of the dataset, when other clips were held out."""
+    from cosmos_cli import hashes
+    from cosmos_cli.generate import promoted
+
+    manifest = r.dataset.manifest
+    now = hashes.sha256_file(manifest) if manifest.exists() else None
+    for name, own in weights.items():
+        file = own.loras[0].path if own.loras else own.path
+        trained = promoted.manifest_of(file.parent).get("dataset_manifest_sha256")
+        if now and trained and trained != now:
+            console.warn(
+                f"{name} was trained on another state of {r.dataset.root}: it may have been "
+                "trained on clips that are held out now, which makes its errors too low"
+            )
 
 
 def _preview(r: Recipe, weights: dict[str, Weights], cost: dict[str, Any], output: Path) -> Result:

@@ -130,6 +130,9 @@ def _promote(
     from cosmos_cli.download import assets
 
     run = Run(r.run_dir)
+    if _base_of(r, run).absolute().is_relative_to(target.absolute()):
+        what = "holds the base of this run, without which it cannot be promoted again"
+        raise usage_error(target, what, f"keep both with `{aside}`")
     if dry_run:
         require_replaceable(target, run, yes, aside)
         assets.require_networks(r, _base_of(r, run))
@@ -293,11 +296,17 @@ def choose_step(run: Run, step: str, weights: str) -> int:
     if step == "latest":
         return saved[-1]
     if step == "best":
-        best = status.best_step(run)
+        best = status.best_step(run, weights)
         if best is None:
             what = "no saved step was measured on held-out clips"
-            fix = "use `--step latest`; to measure, set holdout_share in the recipe before prep"
-            raise asset_error(run.metrics.absolute(), what, fix)
+            measured = any(status.HELD_OUT in row for row in status.rows(run))
+            how = "set holdout_share in the recipe before prep"
+            if measured:
+                # A run that was stopped measures its last save when it resumes.
+                how = "run `cosmos train RECIPE`"
+            raise asset_error(
+                run.metrics.absolute(), what, f"use `--step latest`; to measure, {how}"
+            )
         return best
     if not step.isdecimal():
         fix = "use `--step latest`"

@@ -105,6 +105,9 @@ def _plan(r: Recipe, processes: int, gpus: str | None, pcie: int | None) -> Resu
         if r.offload == "weights" and count > 1:
             fix = f"use `--gpus 1x{gpu.name}`, or `--set zero_stage=3 --set offload=none`"
             raise usage_error("--gpus", f"weights are streamed to one GPU, found {count}", fix)
+    if pcie and gpu is None:
+        fix = "add `--gpus 1xH100-80GB`"
+        raise usage_error("--pcie", "has no effect, because no known GPU is here", fix)
     gpu = replace(gpu, pcie=pcie) if gpu and pcie else gpu
     preflight.check_world(r, count)
     figures = advice.check_memory(r, count, gpu)

@@ -150,7 +150,8 @@ def write_page(
     if figures.get("horizon"):
         sections.append(("Over the horizon", _horizon(figures)))
     sections += [*videos, ("Figures", _figures(figures))]
-    if run.metrics.exists():
+    # A run that was copied may lack the files of its page.
+    if run.status.exists() and (run.root / "env.json").exists():
         sections += [own for own in run_page.sections(run, path.parent) if own not in sections]
     hashes = ((name, model["weights"]) for name, model in figures["models"].items())
     sections.append(("Weights", html.table(hashes, ("", "sha256"))))

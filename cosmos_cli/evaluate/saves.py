@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -11,6 +12,7 @@ from cosmos_cli.evaluate import comparison
 from cosmos_cli.generate.choice import read_weights
 from cosmos_cli.generate.jobs import Lora, Weights
 from cosmos_cli.paths import Run
+from cosmos_cli.recipe import loading
 from cosmos_cli.recipe.keys import Recipe
 from cosmos_cli.train import page as run_page
 from cosmos_cli.train import resumes, status
@@ -26,6 +28,9 @@ def weights_of(r: Recipe, run: Run, steps: Sequence[int]) -> dict[str, Weights]:
     Raises:
         UserError: weights are missing or damaged, or the recipe names another base than the run.
     """
+    if run.resolved.exists() and (own := loading.load(run.resolved).recipe.base):
+        # The base may have been moved since.
+        r = r.model_copy(update={"base": own if Path(own).exists() else r.base})
     base = read_weights(r, None)
     resumes.require_base(run, base.path, base.sha256)
     found = {BASE: base}
@@ -99,7 +104,8 @@ def keep_scores(run: Run, found: Mapping[str, Any]) -> None:
         UserError: a file cannot be written.
     """
     files.write_json(run.scores, found)
-    run_page.write_page(run)
+    if run.status.exists() and (run.root / "env.json").exists():
+        run_page.write_page(run)
 
 
 def shown(found: Mapping[str, Any]) -> list[str]:

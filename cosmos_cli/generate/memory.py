@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import psutil
 import torch
 
-from cosmos_cli import console, files, paths
+from cosmos_cli import console, cpu_memory, files, paths
 from cosmos_cli.errors import ExitCode, UserError, asset_error
 from cosmos_cli.generate.guards import guardrail
 from cosmos_cli.generate.jobs import Weights
@@ -78,16 +77,19 @@ def require_cpu_memory(r: Recipe, count: int, device: str, shared: Shared | None
     """
     dit, copies = r.spec.dit, list((shared or {}).values())
     block = dit.block_parameters * default_dtype(device).itemsize
-    needed = count * (block * len(copies) if copies else residence.pinned_bytes(block))
+    each = block if copies or device == "cpu" else residence.pinned_bytes(block)
+    needed = count * each * max(len(copies), 1)
     filled = sum(BLOCK_OF_STAT * path.stat().st_blocks for path in copies)
-    available = psutil.virtual_memory().available + filled
+    available = cpu_memory.available_bytes() + filled
     if needed > available:
         what = (
-            f"{count} of {dit.blocks} blocks do not fit on the GPU and need "
-            f"{console.size(needed)} of CPU memory, {console.size(available)} are available"
+            f"{count} of {dit.blocks} blocks are streamed and need {console.size(needed)} of CPU "
+            f"memory, {console.size(available)} are available"
         )
-        free = 0 if device == "cpu" else free_gpu_bytes(torch.device(device))
-        raise asset_error(r.name, what, _smaller(r, free))
+        fix = "close other programs, or use `--set memory=in_turn`"
+        if device != "cpu":
+            fix = _smaller(r, free_gpu_bytes(torch.device(device)))
+        raise asset_error(r.name, what, fix)
 
 
 def weights_line(r: Recipe, count: int, shared: Shared | None = None) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -82,10 +83,13 @@ def run(todo: list[Job], processes: int) -> Iterator[Result]:
     if process.returncode:
         where = f"process {failed['first']}" if failed else "torchrun"
         code = failed["process_code"] if failed else process.returncode
-        raise UserError(
-            f"ended with code {code}; its output is above", code=ExitCode.BUG, where=where,
-            fix="run the same command again to make the remaining videos",
-        )  # fmt: skip
+        what, kind = f"ended with code {code}; its output is above", ExitCode.BUG
+        # A full memory ends a process with SIGKILL, or with SIGBUS while it fills shared weights.
+        if code in (-signal.SIGKILL, -signal.SIGBUS):
+            what = "was killed, by someone or because CPU memory ran out (see dmesg)"
+            kind = ExitCode.ENVIRONMENT
+        fix = "run the same command again to make the remaining videos"
+        raise UserError(what, code=kind, where=where, fix=fix)
 
 
 def _results(lines: Iterator[str], todo: list[Job]) -> Iterator[Result]:

@@ -11,7 +11,7 @@ from types import FrameType
 
 import torch.distributed as dist
 
-from cosmos_cli import console, files, signals
+from cosmos_cli import console, files, ranks, signals
 from cosmos_cli.errors import ExitCode, Interrupted, UserError
 from cosmos_cli.generate import jobs
 from cosmos_cli.generate.phases import generate
@@ -47,8 +47,6 @@ def main(listed: str, *memory: str) -> int:
                     _report(todo.index(result.job), result.error)
     except UserError as error:
         _report(None, error)
-    except Interrupted as end:
-        return int(end.code)
     finally:
         if pair:
             dist.destroy_process_group()
@@ -82,4 +80,9 @@ def _interrupt(_number: int, _frame: FrameType | None) -> None:
 if __name__ == "__main__":
     for number in signals.ending().keys() - {signal.SIGINT}:
         signal.signal(number, _interrupt)
-    sys.exit(main(*sys.argv[1:]))
+    try:
+        ranks.die_with_parent()
+        sys.exit(main(*sys.argv[1:]))
+    except Interrupted as end:
+        # Also while this process reports an error, or waits for the others to start.
+        sys.exit(int(end.code))

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch
+from torch import Tensor
 
 from cosmos_cli.errors import ExitCode, UserError
 
@@ -46,6 +47,19 @@ def is_out_of_memory(error: BaseException) -> bool:
 def default_dtype(device: str) -> torch.dtype:
     """Return the dtype of weights and activations: float32 on a CPU, bfloat16 on a GPU."""
     return torch.float32 if device == "cpu" else torch.bfloat16
+
+
+def pin(memory: Tensor, device: torch.device) -> bool:
+    """Pin CPU memory that PyTorch did not allocate, for copies to a GPU; False if that is refused.
+
+    Whoever frees the memory must call cudaHostUnregister first.
+    """
+    if int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)) == 0:
+        return True
+    with suppress(RuntimeError):
+        # CUDA reports the refusal once more, at the next operation.
+        torch.zeros(1, device=device)
+    return False
 
 
 def has_room(device: torch.device, needed: float) -> bool:

@@ -10,7 +10,6 @@ them.
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import mmap
 import os
@@ -20,6 +19,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from cosmos_cli.model.device import pin
 
 # Bytes before the first block: the start of a mapping must be a multiple of this.
 PAGE = mmap.ALLOCATIONGRANULARITY
@@ -55,8 +56,9 @@ class SharedWeights:
             os.ftruncate(self.file.fileno(), end)
         mapped = mmap.mmap(self.file.fileno(), sizes[index], offset=PAGE + index * place)
         memory = torch.frombuffer(mapped, dtype=torch.uint8)
-        if device.type == "cuda":
-            _pin(memory)
+        if device.type == "cuda" and pin(memory, device):
+            release = torch.cuda.cudart().cudaHostUnregister
+            weakref.finalize(memory, release, memory.data_ptr()).atexit = False
         return memory
 
     def mark_filled(self, index: int) -> None:
@@ -68,14 +70,3 @@ class SharedWeights:
         # Closing alone would keep the lock: each mapping has a duplicate of the file's descriptor.
         fcntl.flock(self.file, fcntl.LOCK_UN)
         self.file.close()
-
-
-def _pin(memory: Tensor) -> None:
-    """Pin memory that PyTorch did not allocate, until its tensor is freed."""
-    cuda = torch.cuda.cudart()
-    if int(cuda.cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)) == 0:
-        weakref.finalize(memory, cuda.cudaHostUnregister, memory.data_ptr()).atexit = False
-        return
-    # CUDA reports the refusal once more, at the next operation.
-    with contextlib.suppress(RuntimeError):
-        torch.zeros(1, device="cuda")

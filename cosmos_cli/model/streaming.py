@@ -176,17 +176,19 @@ def _pack_shared(
 
     The blocks on the meta device are there already.
     """
-    sizes = [block_bytes(block) for block in blocks]
-    memory = {index: shared.memory(sizes, index, device) for index in streamed}
-    for index, flat in memory.items():
+    sizes, packed = [block_bytes(block) for block in blocks], []
+    for index in streamed:
+        # Pinning allocates the memory of a block, so it is done just before the weights move there.
+        flat = shared.memory(sizes, index, device)
         if any(parameter.is_meta for parameter in _frozen(blocks[index])):
             for parameter, view in _views(blocks[index], flat):
                 torch.utils.swap_tensors(parameter, nn.Parameter(view, requires_grad=False))
         else:
             _pack(blocks[index], flat)
             shared.mark_filled(index)
+        packed.append(flat)
     shared.close()
-    return list(memory.values())
+    return packed
 
 
 def _point_to(block: nn.Module, buffer: Tensor) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -92,11 +93,12 @@ class Latents:
         # Under a launcher, there is one process for each GPU.
         visible = max(len(gpus.gpu_names()), 1)
         sharing = visible if under_launcher() else process_count(self.recipe, len(todo))
+        ahead = min(len(os.sched_getaffinity(0)) // sharing // checks.CORES_PER_CHECK, READ_AHEAD)
         total = sum(len(source.clips) for _, source in todo)
         with (
             console.progress("encode", total, "clips") as bar,
             checks.running(len(todo), sharing) as checking,
-            Reader(self._pixels, min(checking.ahead, READ_AHEAD), self.device) as reader,
+            Reader(self._pixels, ahead, self.device) as reader,
         ):
             begun = (self._begin(i, source, workers, checking, reader) for i, source in todo)
             for one in checking.delayed(begun):

@@ -180,7 +180,10 @@ def describe(r: Recipe, ranks: int, gpu: GpuModel | None) -> str:
     else:
         share = model_tflop(r) / (found.step_seconds * ranks * gpu.tflops)
         rows.append(("step", f"{found.step_seconds:.1f} s predicted, {share:.0%} MFU"))
-        rows.append(("run", f"{found.run_hours:.1f} h for {r.max_steps} steps"))
+        assert found.run_hours is not None
+        hours = found.run_hours
+        took = f"{hours:.1f} h" if hours >= 0.1 else console.duration(hours * 3600)
+        rows.append(("run", f"{took} for {r.max_steps} steps"))
     count = "1 process" if ranks == 1 else f"{ranks} processes"
     name = f"{ranks} x {gpu.name}" if gpu else f"{count}, no GPU"
     lines = [console.table(rows, (name, ""))]

@@ -51,8 +51,8 @@ Text = Annotated[str, Field(pattern=TEXT)]
 AnyText = Annotated[str, Field(pattern=ANY_TEXT)]
 Name = Annotated[str, Field(pattern=NAME)]
 Repo = Annotated[str, Field(pattern=REPO)]
-Count = Annotated[int, Field(ge=1)]
-CountOrZero = Annotated[int, Field(ge=0)]
+Count = Annotated[int, Field(ge=1, le=10**9)]
+CountOrZero = Annotated[int, Field(ge=0, le=10**9)]
 Processes = Annotated[int, Field(ge=1, le=65536)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Factor = Annotated[float, Field(gt=0, le=1)]
@@ -275,6 +275,7 @@ class Recipe(BaseModel):
         "many seconds.",
         1800.0,
         ge=1,
+        le=1e9,
     )
     max_restarts: CountOrZero = _training(
         "Maximum number of restarts from the last checkpoint after a process is lost.", 0

@@ -353,15 +353,21 @@ class Disk:
         return self.model_bytes + self.state_bytes
 
 
-def disk(r: Recipe, start: int) -> Disk:
-    """Return the disk space that a run needs from step `start` to its end."""
-    saves = max(-(-(r.max_steps - start) // r.save_every_steps), 1)
+def disk(r: Recipe, start: int, replaced: int = 0) -> Disk:
+    """Return the disk space that a run needs from step `start` to its end.
+
+    `replaced` is the number of its resume states that the next saves delete.
+    """
+    every = r.save_every_steps
+    saves = max((r.max_steps - 1) // every - start // every + 1, 1)
+    # Only saves at a multiple of both are kept for good.
+    kept = math.lcm(r.keep_every_steps, every)
+    kept = r.max_steps // kept - start // kept if kept else 0
     # The new state is complete before the oldest one is deleted.
-    states = min(saves, r.keep_last + 1)
-    if r.keep_every_steps:
-        states = min(saves, states + (r.max_steps - start) // r.keep_every_steps)
+    states = min(saves, max(r.keep_last + 1 - replaced, 1) + kept)
     # The best save is kept too, and the new one is complete before an older one is deleted.
-    models = min(saves, max(r.keep_models + 1, states) + 1) if r.keep_models else saves
+    newest = max(r.keep_models, r.keep_last) + 1
+    models = min(saves, newest + kept + 1) if r.keep_models else saves
     # Model files: one in the recipe's precision, one in fp32. Resume state: fp32 master weights and
     # two moments.
     weights = r.trained_parameters

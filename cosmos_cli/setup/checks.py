@@ -29,7 +29,7 @@ from cosmos_cli.setup import installs, packages, probes
 from cosmos_cli.setup.installs import last_line
 from cosmos_cli.setup.packages import Check, Status
 from cosmos_cli.setup.probes import Outcome, Probe
-from cosmos_cli.train import launch, preflight
+from cosmos_cli.train import launch, preflight, status
 
 if TYPE_CHECKING:
     from cosmos_cli.recipe.keys import Recipe
@@ -249,6 +249,8 @@ def _hevc() -> Check:
 
 def _disk(r: Recipe) -> Check:
     run = Run(r.run_dir)
+    if run.last_step >= r.max_steps and status.is_finished(run):
+        return Check("free disk", "ok", f"the run in {run.root} is finished")
     try:
         preflight.check_disk(r, run, run.last_step)
     except UserError as error:

@@ -280,13 +280,16 @@ def _prepare(loaded: LoadedRecipe, run: Run) -> None:
     if loaded.path is not None:
         files.write_text(run.root / "recipe.yaml", files.read_text(loaded.path, files.RECIPE))
     files.write_text(run.resolved, loading.dump(loaded.recipe))
+    resumes.drop_errors_of_other_clips(loaded.recipe, run)
     step = run.last_step
     with files.disk_errors(run.samples):
         for path in run.samples.glob("step_" + "[0-9]" * 9 + "*"):
             if int(path.name[5:14]) > step:
                 path.unlink()
     saved = max(step, status.saved_step(run))
-    status.note(run, {"step": step, "max_steps": loaded.recipe.max_steps, "saved_step": saved})
+    status.note(
+        run, {"step": step, "max_steps": max(step, loaded.recipe.max_steps), "saved_step": saved}
+    )
     facts = {
         "cosmos": __version__,
         "python": platform.python_version(),

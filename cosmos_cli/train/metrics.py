@@ -86,7 +86,7 @@ class Metrics:
         planned = plan.plan(r, dist.get_world_size(), gpu_model(device))
         self.status = {
             "step": start,
-            "max_steps": r.max_steps,
+            "max_steps": max(start, r.max_steps),
             "from": start,
             "saved_step": status.saved_step(run),
             "started": time.time(),

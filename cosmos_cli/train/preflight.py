@@ -9,9 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import psutil
-
-from cosmos_cli import archives, console, files, gpus
+from cosmos_cli import archives, console, cpu_memory, files, gpus
 from cosmos_cli.errors import asset_error, dataset_error, environment_error, usage_error
 from cosmos_cli.gpus import gpu_names
 from cosmos_cli.paths import Dataset, Run
@@ -73,6 +71,12 @@ def check_dataset(r: Recipe) -> tuple[int, int]:
     manifest = dataset.read_manifest()
     if what := other_setting(r, manifest):
         raise dataset_error(where, what, "run `cosmos prep RECIPE` again")
+    for video in manifest["videos"]:
+        embedded = video["caption"] if video.get("caption_source") == "prompt" else None
+        # A prompt may have been given to prep alone.
+        if embedded and r.prompt and embedded.split() != r.prompt.split():
+            what = f"was prepared with prompt = {embedded!r}, the recipe says {r.prompt!r}"
+            raise dataset_error(where, what, "run `cosmos prep RECIPE` again")
     listed = {video["path"]: video["bytes"] for video in manifest["videos"]}
     names = {
         *listed,
@@ -185,7 +189,7 @@ def check_cpu_memory(r: Recipe, ranks: int) -> None:
         UserError: (ASSET) less CPU memory is available than the plan needs.
     """
     needed = 1e9 * plan.plan(r, ranks, smallest_gpu()).host_gb
-    available = psutil.virtual_memory().available
+    available = cpu_memory.available_bytes()
     if needed > available:
         what = (
             f"offload {r.offload} needs {console.size(needed)} of CPU memory, "
@@ -268,7 +272,9 @@ def check_disk(r: Recipe, run: Run, start: int, freed: int = 0) -> None:
         UserError: less space is free than the remaining saves plus min_free_disk_gb.
     """
     freed += sum(map(files.size_within, files.stale(run.checkpoints)))
-    needed, free = plan.disk(r, start).run_bytes, files.free_bytes(run.root) + freed
+    keep = r.keep_every_steps
+    replaced = sum(not keep or step % keep > 0 for step in run.resumable_steps()[-r.keep_last :])
+    needed, free = plan.disk(r, start, replaced).run_bytes, files.free_bytes(run.root) + freed
     if free >= needed + r.min_free_disk_gb * 1e9:
         return
     ways = ["`--set output_root=FOLDER` on a larger disk"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -72,6 +73,26 @@ def _changes(r: Recipe, saved: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
     if saved["dataset"] != now:
         changes["clips"] = (f"manifest {saved['dataset'][:12]}", f"manifest {now[:12]}")
     return changes
+
+
+def drop_errors_of_other_clips(r: Recipe, run: Run) -> None:
+    """Drop the held-out errors of a run, with a warning, if it resumes with other held-out clips.
+
+    Errors of other clips cannot be compared, and would decide which step is the best.
+    """
+    if not (start := run.last_step):
+        return
+    saved = files.read_json(run.resume_state(start) / paths.MANIFEST_FILE)
+    if {"validate_clips", "clips"}.isdisjoint(_changes(r, saved)):
+        return
+    rows = list(status.rows(run))
+    kept = [row for row in rows if status.HELD_OUT not in row]
+    if len(kept) < len(rows):
+        console.warn(
+            f"the held-out clips have changed: their errors before step {start} are dropped, so "
+            "the best step is chosen from this step on"
+        )
+        files.write_text(run.metrics, "".join(f"{json.dumps(row)}\n" for row in kept))
 
 
 def check_overwrite(r: Recipe, run: Run, start: int, command: CommandLine) -> None:
@@ -144,8 +165,9 @@ def _suggestions(r: Recipe, run: Run, later: list[int], command: CommandLine) ->
         loras = {run.lora(later[-1], kind): kind for kind in ("ema", "reg")}
         if kind := loras.get(newest):
             # A LoRA is not a base by itself: promote merges it into the weights it was trained on.
-            first = command("promote", extra=f"--step {later[-1]} --weights {kind}") + " && "
-            base = paths.promoted_dir(r.spec, r.checkpoints_dir) / paths.MODEL_FILE
+            first = command("promote", extra=f"--step {later[-1]} --weights {kind} --name {r.name}")
+            first += " && "
+            base = paths.promoted_dir(r.spec, r.checkpoints_dir, r.name) / paths.MODEL_FILE
         ways.append(f"one that starts from them: `{first}{another} --set {quote(f'base={base}')}`")
     ways.append(f"delete them and start again: `{command('train', extra='--overwrite')}`")
     return "; ".join(ways)

@@ -20,20 +20,18 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from copy import deepcopy
-from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor, nn
 
-from cosmos_cli import console
+from cosmos_cli import console, cpu_memory
+from cosmos_cli.model.device import pin
 
 # The memory is touched in pieces of this size, and only while this much more stays available.
 PIECE, SPARE = 2**30, 4 * 10**9
 # The alignment of copies in bytes, and the number of copies under way from the GPU at a time.
 ALIGNMENT, ON_THEIR_WAY = 512, 4
-_CGROUPS = Path("/sys/fs/cgroup")
 
 
 class Staging:
@@ -69,17 +67,12 @@ class Staging:
         flat = torch.frombuffer(memory, dtype=torch.uint8)
         # Some virtual machines show more memory only once the first is touched, so ask each time.
         for piece in flat.split(PIECE):
-            available = available_bytes()
+            available = cpu_memory.available_bytes()
             if available < processes * piece.numel() + SPARE:
                 raise MemoryError(f"{console.size(available)} are available")
             piece.zero_()
-        if self.stream is not None:
-            runtime: Any = torch.cuda.cudart()
-            if int(runtime.cudaHostRegister(flat.data_ptr(), size, 0)):
-                with contextlib.suppress(RuntimeError):
-                    # CUDA reports the error once more, at the next kernel.
-                    torch.zeros(1, device=self.stream.device)
-                raise MemoryError("the system refuses to pin so much (see `ulimit -l`)")
+        if self.stream is not None and not pin(flat, self.stream.device):
+            raise MemoryError("the system refuses to pin so much (see `ulimit -l`)")
         self.memory = memory
 
     def release(self) -> None:
@@ -188,33 +181,3 @@ def tensors_in(state: Any) -> Iterator[Tensor]:
     elif isinstance(state, dict | list | tuple):
         for value in state.values() if isinstance(state, dict) else state:
             yield from tensors_in(value)
-
-
-def available_bytes() -> int:
-    """Return the CPU memory that this process may still take: of the machine and of its cgroups."""
-    found = psutil.virtual_memory().available
-    try:
-        lines = Path("/proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        return found
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        if controllers in ("", "memory"):
-            folder = _CGROUPS / controllers / path.lstrip("/")
-            within = (f for f in (folder, *folder.parents) if f.is_relative_to(_CGROUPS))
-            found = min(found, *map(_left_in, within))
-    return found
-
-
-def _left_in(cgroup: Path) -> float:
-    """Return the bytes that a cgroup of version 1 or 2 has left, without limit if it has none."""
-    for limit, usage, cache in (
-        ("memory.max", "memory.current", "inactive_file"),
-        ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
-    ):
-        with contextlib.suppress(OSError, ValueError):
-            left = int((cgroup / limit).read_text()) - int((cgroup / usage).read_text())
-            fields = dict(map(str.split, (cgroup / "memory.stat").read_text().splitlines()))
-            # The cache of files is given up when memory is needed.
-            return left + int(fields.get(cache, 0))
-    return float("inf")

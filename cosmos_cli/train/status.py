@@ -104,9 +104,12 @@ def require_saved(run: Run, weights: str) -> list[int]:
     raise asset_error(run.checkpoints.absolute(), "the run has no checkpoint", fix)
 
 
-def best_step(run: Run) -> int | None:
-    """Return the saved step with the lowest held-out error, or None if none was measured."""
-    saved = set(run.saved_steps("ema"))
+def best_step(run: Run, weights: str = "ema") -> int | None:
+    """Return the step with the lowest held-out error of those whose weights are saved, or None.
+
+    It is None if none of them was measured.
+    """
+    saved = set(run.saved_steps(weights))
     errors = [(row[HELD_OUT], row["step"]) for row in rows(run) if HELD_OUT in row]
     return min((pair for pair in errors if pair[1] in saved), default=(0.0, None))[1]
 

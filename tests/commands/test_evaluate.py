@@ -169,6 +169,12 @@ def test_a_video2world_model_without_clips_to_continue_is_refused(cosmos):
     assert "there are none; add `--prompts 24`" in done.stderr
 
 
+def test_models_whose_pages_would_share_a_name_are_refused(cosmos):
+    names = [word for name in ("aa/b", "aa_b", "x/aa_b") for word in ("--model", name)]
+    refused = cosmos("evaluate", "tiny", "--prompts", "0", *names, code=2)
+    assert "would have the same name on the page" in refused.stderr
+
+
 def test_measuring_promoted_needs_a_promoted_model(cosmos):
     done = cosmos("evaluate", "tiny", "--model", "promoted", "--prompts", "0", code=4)
     assert "--model promoted: no Cosmos-Tiny-Text2World model was promoted yet" in done.stderr

@@ -439,6 +439,15 @@ def test_an_unprepared_or_stale_dataset_is_refused(prepared, tmp_path):
     edited = cosmos("train", "tiny", *options("x"), code=5)
     assert f"{meta.name}: was edited since prep" in edited.stderr
     meta.write_text(caption)
+    path = tmp_path / "datasets" / "tiny" / "manifest.json"
+    listed = path.read_text()
+    manifest = read_json(path)
+    for video in manifest["videos"]:
+        video["caption_source"] = "prompt"
+    write_json(path, manifest)
+    other = cosmos("train", "tiny", *options("x", "prompt=A green dinosaur."), code=5)
+    assert "the recipe says 'A green dinosaur.'" in other.stderr
+    path.write_text(listed)
     next((tmp_path / "datasets" / "tiny" / "videos").iterdir()).unlink()
     stale = cosmos("train", "tiny", *options("x"), code=5)
     assert "older than the videos" in stale.stderr

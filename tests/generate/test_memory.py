@@ -2,11 +2,10 @@
 
 import os
 from pathlib import Path
-from types import SimpleNamespace
 
-import psutil
 import pytest
 
+from cosmos_cli import cpu_memory
 from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.generate import memory
 from cosmos_cli.generate.jobs import Weights
@@ -21,7 +20,7 @@ def streamed():
 
 
 def available(monkeypatch, size):
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=size))
+    monkeypatch.setattr(cpu_memory, "available_bytes", lambda: size)
 
 
 def test_processes_that_share_a_copy_need_its_memory_once(streamed, monkeypatch):
@@ -31,7 +30,7 @@ def test_processes_that_share_a_copy_need_its_memory_once(streamed, monkeypatch)
     available(monkeypatch, BLOCKS * block)
     memory.require_cpu_memory(streamed, BLOCKS, "cpu", shared)
     other = {(Weights(Path("other"), ""), "bf16"): Path(f"/proc/self/fd/{file}")}
-    with pytest.raises(UserError, match="6 of 6 blocks do not fit") as caught:
+    with pytest.raises(UserError, match="6 of 6 blocks are streamed") as caught:
         memory.require_cpu_memory(streamed, BLOCKS, "cpu", shared | other)
     assert caught.value.code == ExitCode.ASSET
     # What another process has filled takes available memory, and is not needed again.
@@ -44,12 +43,15 @@ def test_processes_that_share_a_copy_need_its_memory_once(streamed, monkeypatch)
     os.close(file)
 
 
-def test_the_copy_of_one_process_is_rounded_as_pytorch_does(streamed, monkeypatch):
+def test_pinned_memory_of_one_process_is_rounded_as_pytorch_does(streamed, monkeypatch):
     block = 4 * streamed.spec.dit.block_parameters
-    power = 1 << (block - 1).bit_length()
-    assert power > block
-    available(monkeypatch, BLOCKS * power)
+    available(monkeypatch, BLOCKS * block)
     memory.require_cpu_memory(streamed, BLOCKS, "cpu")
-    available(monkeypatch, BLOCKS * power - 1)
-    with pytest.raises(UserError):
+    available(monkeypatch, BLOCKS * block - 1)
+    with pytest.raises(UserError, match="close other programs"):
         memory.require_cpu_memory(streamed, BLOCKS, "cpu")
+    # bf16 on a GPU.
+    power = 1 << (block // 2 - 1).bit_length()
+    assert power > block // 2
+    available(monkeypatch, BLOCKS * power)
+    memory.require_cpu_memory(streamed, BLOCKS, "cuda")

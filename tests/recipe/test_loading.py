@@ -72,7 +72,7 @@ WRONG = [
     ("max_steps: 12:30", "found '12:30'"),
     ("max_steps:", "found nothing"),
     ("max_steps: null", "found null"),
-    ("warmup_steps: -1", "must be a whole number, at least 0, found -1"),
+    ("warmup_steps: -1", "must be a whole number, at least 0 and at most 1000000000, found -1"),
     ("lr_end_factor: 2", "must be a number, at least 0 and at most 1, found 2"),
     ("zero_stage: 4", "must be a whole number, at least 0 and at most 3, found 4"),
     ("precision: fp16", "must be one of bf16, fp32, found 'fp16'"),
@@ -100,7 +100,10 @@ WRONG = [
     ("width: 1928", "found 1928; use `--set width=1920`"),
     ("height: 8", "must be a whole number, at least 16, found 8"),
     ("fps: 0", "must be a number, above 0 and at most 240, found 0"),
-    ("clip_stride_frames: 0", "must be a whole number, at least 1, or null, found 0"),
+    (
+        "clip_stride_frames: 0",
+        "must be a whole number, at least 1 and at most 1000000000, or null, found 0",
+    ),
     ("ema_rate: 0.3", "must be a number, above 0 and at most 0.28, found 0.3"),
     (
         "num_processes: 3",

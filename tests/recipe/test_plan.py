@@ -178,6 +178,12 @@ def test_a_plan_names_one_figure_for_the_disk_of_the_run():
     assert (whole.models, whole.states) == (10, 3)
     # The two newest, the best, and the one that is being written.
     assert (fewer.models, fewer.states) == (4, 3)
+    # Steps 200, 400 and 401.
+    assert plan.disk(changed(max_steps=401, save_every_steps=200), 199).models == 3
+    # Only multiples of 500 are saved and kept. A resumed run replaces its own states.
+    kept = changed(max_steps=1000, save_every_steps=100, keep_every_steps=250, keep_last=2)
+    assert plan.disk(kept, 0).states == 2 + 1 + 2
+    assert plan.disk(kept, 500, replaced=2).states == 1 + 1
     assert f"{whole.run_bytes / 1e9:.1f} GB" in advice.describe(r, 8, H100)
 
 

@@ -8,7 +8,7 @@ import threading
 import pytest
 import torch
 
-from cosmos_cli import files, hashes
+from cosmos_cli import cpu_memory, files, hashes
 from cosmos_cli.errors import ExitCode, UserError
 from cosmos_cli.files import read_json, write_json
 from cosmos_cli.hashes import sha256_file
@@ -70,13 +70,13 @@ def test_memory_that_is_not_there_is_refused_before_it_is_touched(monkeypatch):
     ],
 )
 def test_the_limit_of_a_job_counts(tmp_path, monkeypatch, limit, usage, cache):
-    monkeypatch.setattr(staging, "_CGROUPS", tmp_path)
+    monkeypatch.setattr(cpu_memory, "_CGROUPS", tmp_path)
     (tmp_path / limit).write_text("1000000\n")
     (tmp_path / usage).write_text("900000\n")
     (tmp_path / "memory.stat").write_text(f"anon 5\n{cache} 300000\n")
-    assert staging.available_bytes() == 400_000
+    assert cpu_memory.available_bytes() == 400_000
     (tmp_path / limit).write_text("max\n")
-    assert staging.available_bytes() > 10**8
+    assert cpu_memory.available_bytes() > 10**8
 
 
 def damaged(trained, step):

@@ -1,5 +1,6 @@
 """A closed SSH window ends every long verb as SIGTERM does, unless nohup had it ignored."""
 
+import contextlib
 import json
 import os
 import pty
@@ -168,3 +169,31 @@ def test_a_result_is_not_lost_to_an_error_of_the_window(cosmos):
     window = Window(cosmos, "train", "tiny", *options("json", *ALONE), "--json")
     window.wait_for(lambda: steps(cosmos, "json") >= 1)
     assert window.close() == 143
+
+
+@pytest.mark.parametrize("victim", ["cosmos_cli.generate.worker", "cosmos_cli.ranks"])
+def test_generate_says_what_was_killed_and_leaves_no_process(cosmos, victim):
+    ask = ("--prompt", "A teal robot.", "--prompt", "A red ball.", "--num-processes", "2")
+    target = cosmos.cwd / victim
+    words = (*ask, *settings("num_steps=900", "guardrails=off"), "-o", target)
+    process = cosmos.start("generate", "tiny", *words)
+    everyone = []
+    while sum("cosmos_cli.generate.worker" in one.cmdline() for one in everyone) < 3:
+        assert process.poll() is None
+        time.sleep(0.05)
+        with contextlib.suppress(psutil.NoSuchProcess):
+            everyone = psutil.Process(process.pid).children(recursive=True)
+    # The launcher's command line names the workers' module, too.
+    own = [one for one in everyone if f"-m {victim}" in " ".join(one.cmdline())]
+    own[-1 if victim.endswith("worker") else 0].kill()
+    _, err = process.communicate(timeout=120)
+    _, alive = psutil.wait_procs(everyone, timeout=10)
+    assert not alive, alive
+    (line,) = [line for line in err.splitlines() if line.startswith("error")]
+    if victim.endswith("worker"):
+        assert process.returncode == 3, err
+        assert "was killed" in line
+    else:
+        assert "torchrun" in line
+    assert "Traceback" not in err
+    assert not list(target.glob("*.mp4"))

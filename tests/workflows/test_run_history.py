@@ -90,6 +90,11 @@ def test_a_resumed_run_measures_the_same_as_an_uninterrupted_one(cosmos, measure
     again = find_run(cosmos, "again")
     assert errors(again) == errors(one)
     assert losses(again) == losses(one)
+    # The errors of other clips say nothing about these.
+    more = ("num_processes=1", "max_steps=6", "validate_clips=1")
+    assert "the held-out clips have changed" in train(cosmos, "again", *pairs, *more).stderr
+    assert sorted(errors(again)) == [5, 6]
+    assert losses(again)[:5] == losses(one)
 
 
 def test_the_page_of_a_run_is_self_contained_and_shows_its_metrics(measured):
