@@ -8,6 +8,8 @@ from pathlib import Path
 import psutil
 
 _CGROUPS = Path("/sys/fs/cgroup")
+# A file that was read more than once is in the active cache.
+_CACHE = ("active", "inactive")
 
 
 def available_bytes() -> float:
@@ -28,13 +30,13 @@ def available_bytes() -> float:
 
 def _left_in(cgroup: Path) -> float:
     """Return the bytes that a cgroup of version 1 or 2 has left, without limit if it has none."""
-    for limit, usage, cache in (
-        ("memory.max", "memory.current", "inactive_file"),
-        ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    for limit, usage, prefix in (
+        ("memory.max", "memory.current", ""),
+        ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
     ):
         with contextlib.suppress(OSError, ValueError):
             left = int((cgroup / limit).read_text()) - int((cgroup / usage).read_text())
             fields = dict(map(str.split, (cgroup / "memory.stat").read_text().splitlines()))
             # The cache of files is given up when memory is needed.
-            return left + int(fields.get(cache, 0))
+            return left + sum(int(fields.get(f"{prefix}{kind}_file", 0)) for kind in _CACHE)
     return float("inf")

@@ -34,11 +34,7 @@ def promote(r: Recipe, step: int, kind: str, format: str, target: Path) -> dict[
         UserError: the checkpoint is missing, damaged, not finite, or equal to the base.
     """
     run = Run(r.run_dir)
-    if run.resolved.exists():
-        trained = loading.load(run.resolved).recipe
-        # The base may have been moved since.
-        base_moved = trained.base and not trained.model_files.dit.exists()
-        r = trained.model_copy(update={"base": r.base if base_moved else trained.base})
+    r = resumes.trained_recipe(r, run)
     r = r.model_copy(update={"checkpoints_dir": str(target.parent)})
     source = run.lora(step, kind) if r.lora_rank else run.model(step, kind)
     console.say(f"reading {source}")

@@ -269,8 +269,8 @@ def _warn_of_other_clips(r: Recipe, weights: dict[str, Weights]) -> None:
         trained = promoted.manifest_of(file.parent).get("dataset_manifest_sha256")
         if now and trained and trained != now:
             console.warn(
-                f"{name} was trained on another state of {r.dataset.root}: it may have been "
-                "trained on clips that are held out now, which makes its errors too low"
+                f"{name} was trained on another dataset than {r.dataset.root} as it is now; if "
+                "clips that are held out now were among its training clips, its errors are too low"
             )
 
 

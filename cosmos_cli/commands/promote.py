@@ -130,7 +130,7 @@ def _promote(
     from cosmos_cli.download import assets
 
     run = Run(r.run_dir)
-    if _base_of(r, run).absolute().is_relative_to(target.absolute()):
+    if _base_of(r, run).resolve().is_relative_to(target.resolve()):
         what = "holds the base of this run, without which it cannot be promoted again"
         raise usage_error(target, what, f"keep both with `{aside}`")
     if dry_run:
@@ -212,10 +212,9 @@ def is_up_to_date(target: Path, run: Run, wanted: dict[str, Any]) -> bool:
 
 def _base_of(r: Recipe, run: Run) -> Path:
     """Return the base weights of a run, which promote compares its weights with."""
-    from cosmos_cli.recipe import loading
+    from cosmos_cli.train import resumes
 
-    own = loading.load(run.resolved).recipe if run.resolved.exists() else r
-    return own.model_copy(update={"checkpoints_dir": r.checkpoints_dir}).model_files.dit
+    return resumes.trained_recipe(r, run).model_files.dit
 
 
 def check_name(name: str) -> None:

@@ -12,7 +12,7 @@ from cosmos_cli import console
 from cosmos_cli.commands import options
 from cosmos_cli.console import Result
 from cosmos_cli.errors import usage_error
-from cosmos_cli.paths import Run
+from cosmos_cli.paths import Run, promoted_dir
 
 if TYPE_CHECKING:
     from cosmos_cli.recipe.keys import Recipe
@@ -89,6 +89,10 @@ def train(
     if run.report in artifacts:
         console.say(f"report: {run.report}")
     best = "--step best" if figures.get("best_step") is not None else ""
+    promoted = promoted_dir(r.spec, r.checkpoints_dir)
+    if r.model_files.dit.resolve().is_relative_to(promoted.resolve()):
+        # promote does not replace the base of a run.
+        best = f"{best} --name {r.name}".strip()
     following = "train" if dry_run and not ready.finished else "promote"
     next_ = options.command_line(following, recipe, set_, best)
     console.emit(Result(str(run.root), artifacts, figures, next_), as_json=json_)

@@ -25,9 +25,9 @@ from cosmos_cli.model.dit import DiT
 from cosmos_cli.model.tiny import scorer, world
 from cosmos_cli.model.tiny.world import Scene
 from cosmos_cli.model.tokenizer import Tokenizer, load_tokenizer
+from cosmos_cli.prep.holdout import spread
 from cosmos_cli.recipe.keys import Recipe
 from cosmos_cli.spec import GIVEN_FRAMES
-from cosmos_cli.train.heldout import spread
 
 # What each score means, and which direction is better.
 MEANINGS = {

@@ -33,10 +33,11 @@ from cosmos_cli.model.tiny import scorer, world
 from cosmos_cli.model.tiny.scorer import Reading
 from cosmos_cli.model.tokenizer import Tokenizer, load_tokenizer
 from cosmos_cli.prep import holdout
+from cosmos_cli.prep.holdout import spread
 from cosmos_cli.recipe.keys import Recipe
 from cosmos_cli.train import nearest
 from cosmos_cli.train.data import Clips
-from cosmos_cli.train.heldout import HeldOut, spread
+from cosmos_cli.train.heldout import HeldOut
 
 CHANCE = {
     "colour": 1 / len(world.COLOURS),

@@ -25,8 +25,8 @@ from cosmos_cli import console, files
 from cosmos_cli.download import assets
 from cosmos_cli.model import pretrained
 from cosmos_cli.model.finite import require_finite
+from cosmos_cli.prep.holdout import spread
 from cosmos_cli.recipe.keys import Recipe
-from cosmos_cli.train.heldout import spread
 
 LIKENESS, MATCH, DISTANCE = "likeness", "prompt match", "held-out distance"
 # The recipe key of each score's model.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -12,7 +11,6 @@ from cosmos_cli.evaluate import comparison
 from cosmos_cli.generate.choice import read_weights
 from cosmos_cli.generate.jobs import Lora, Weights
 from cosmos_cli.paths import Run
-from cosmos_cli.recipe import loading
 from cosmos_cli.recipe.keys import Recipe
 from cosmos_cli.train import page as run_page
 from cosmos_cli.train import resumes, status
@@ -28,10 +26,7 @@ def weights_of(r: Recipe, run: Run, steps: Sequence[int]) -> dict[str, Weights]:
     Raises:
         UserError: weights are missing or damaged, or the recipe names another base than the run.
     """
-    if run.resolved.exists() and (own := loading.load(run.resolved).recipe.base):
-        # The base may have been moved since.
-        r = r.model_copy(update={"base": own if Path(own).exists() else r.base})
-    base = read_weights(r, None)
+    base = read_weights(resumes.trained_recipe(r, run), None)
     resumes.require_base(run, base.path, base.sha256)
     found = {BASE: base}
     for step in steps:

@@ -35,3 +35,17 @@ def split_clips(manifest: dict[str, Any]) -> tuple[list[dict[str, Any]], list[di
         [clip for clip in clips if clip["video"] not in held_out],
         [clip for clip in clips if clip["video"] in held_out],
     )
+
+
+def spread(count: int, most: int) -> list[int]:
+    """Return at most `most` of `count` indices, evenly spaced."""
+    most = min(most, count)
+    return [i * count // most for i in range(most)]
+
+
+def measured_key(manifest: dict[str, Any], most: int) -> str:
+    """Return a hash of the held-out clips that a training measures, at most `most`."""
+    _, clips = split_clips(manifest)
+    chosen = (clips[i] for i in spread(len(clips), most))
+    # Datasets of early versions have no hashes.
+    return hashes.sha256_text(*(f"{c['latent']} {c.get('sha256')} {c['text']}" for c in chosen))

@@ -11,14 +11,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cosmos_cli.model import cond_frames, edm
+from cosmos_cli.prep.holdout import spread
 from cosmos_cli.train import data
 from cosmos_cli.train.data import Batch, Clips
-
-
-def spread(count: int, most: int) -> list[int]:
-    """Return at most `most` of `count` indices, evenly spaced."""
-    most = min(most, count)
-    return [i * count // most for i in range(most)]
 
 
 class HeldOut:

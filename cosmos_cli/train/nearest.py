@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from cosmos_cli.prep.holdout import spread
 from cosmos_cli.train.data import Clips
-from cosmos_cli.train.heldout import spread
 
 # The usual distance is measured on this many clips, from each to its nearest neighbour.
 REFERENCES = 16

@@ -7,6 +7,7 @@ import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from cosmos_cli import archives, console, cpu_memory, files, gpus
@@ -72,11 +73,16 @@ def check_dataset(r: Recipe) -> tuple[int, int]:
     if what := other_setting(r, manifest):
         raise dataset_error(where, what, "run `cosmos prep RECIPE` again")
     for video in manifest["videos"]:
-        embedded = video["caption"] if video.get("caption_source") == "prompt" else None
-        # A prompt may have been given to prep alone.
-        if embedded and r.prompt and embedded.split() != r.prompt.split():
-            what = f"was prepared with prompt = {embedded!r}, the recipe says {r.prompt!r}"
-            raise dataset_error(where, what, "run `cosmos prep RECIPE` again")
+        caption, source = video.get("caption", ""), video.get("caption_source")
+        words, wanted = caption.split(), (r.prompt or "").split()
+        # A model's description follows the prompt. A prompt may have been given to prep alone.
+        same = words == wanted if source == "prompt" else words[: len(wanted)] == wanted
+        if caption and wanted and source in ("prompt", "vlm") and not same:
+            what = f"has the caption {caption[:80]!r}, made with another prompt than {r.prompt!r}"
+            fix = "run `cosmos prep RECIPE` again"
+            if source == "prompt":
+                fix += f", or add `--set {quote(f'prompt={caption}')}`"
+            raise dataset_error(f"{where}: {video['file']}", what, fix)
     listed = {video["path"]: video["bytes"] for video in manifest["videos"]}
     names = {
         *listed,

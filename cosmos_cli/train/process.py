@@ -107,6 +107,7 @@ def open_dataset(r: Recipe) -> tuple[data.Clips, HeldOut | None, dict[str, Any]]
     about = {
         "recipe": json.loads(r.model_dump_json()),
         "dataset": hashes.sha256_file(dataset.manifest),
+        "measured": holdout.measured_key(dataset.read_manifest(), r.validate_clips),
     }
     if r.lora_rank and dist.get_rank() == 0:
         # The factors of a LoRA are valid only together with the base weights they were trained on.

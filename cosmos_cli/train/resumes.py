@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from cosmos_cli import console, files, hashes, paths
 from cosmos_cli.errors import UserError, asset_error, usage_error
 from cosmos_cli.paths import Run
+from cosmos_cli.prep import holdout
 from cosmos_cli.recipe import loading
 from cosmos_cli.train import status
 
@@ -78,12 +79,14 @@ def _changes(r: Recipe, saved: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
 def drop_errors_of_other_clips(r: Recipe, run: Run) -> None:
     """Drop the held-out errors of a run, with a warning, if it resumes with other held-out clips.
 
-    Errors of other clips cannot be compared, and would decide which step is the best.
+    Errors of other clips cannot be compared, and would decide which step is best.
     """
     if not (start := run.last_step):
         return
     saved = files.read_json(run.resume_state(start) / paths.MANIFEST_FILE)
-    if {"validate_clips", "clips"}.isdisjoint(_changes(r, saved)):
+    now = holdout.measured_key(r.dataset.read_manifest(), r.validate_clips)
+    # Saves of earlier versions do not say which clips were measured.
+    if saved.get("measured", now) == now:
         return
     rows = list(status.rows(run))
     kept = [row for row in rows if status.HELD_OUT not in row]
@@ -211,6 +214,31 @@ def require_model(r: Recipe, run: Run) -> None:
     if trained != r.model:
         what = f"this run trained {trained}, the recipe says {r.model}"
         raise usage_error(run.root, what, f"use `--set model={trained}`, or another `name`")
+
+
+def trained_recipe(r: Recipe, run: Run) -> Recipe:
+    """Return the recipe that a run was trained with, with the base weights that it was trained on.
+
+    Its base may have been moved since, or replaced by other weights. Then the base of `r` counts.
+    """
+    if not run.resolved.exists():
+        return r
+    trained = loading.load(run.resolved).recipe
+    trained = trained.model_copy(update={"checkpoints_dir": r.checkpoints_dir})
+    if r.base != trained.base and not _has_base(run, trained.model_files.dit):
+        return trained.model_copy(update={"base": r.base})
+    return trained
+
+
+def _has_base(run: Run, base: Path) -> bool:
+    """True if a file holds the base of a run, as far as the run recorded its hash."""
+    if not base.exists():
+        return False
+    try:
+        require_base(run, base, hashes.sha256_path(base))
+    except UserError:
+        return False
+    return True
 
 
 def require_base(run: Run, base: Path, sha256: str) -> None:

@@ -446,7 +446,7 @@ def test_an_unprepared_or_stale_dataset_is_refused(prepared, tmp_path):
         video["caption_source"] = "prompt"
     write_json(path, manifest)
     other = cosmos("train", "tiny", *options("x", "prompt=A green dinosaur."), code=5)
-    assert "the recipe says 'A green dinosaur.'" in other.stderr
+    assert "made with another prompt than 'A green dinosaur.'" in other.stderr
     path.write_text(listed)
     next((tmp_path / "datasets" / "tiny" / "videos").iterdir()).unlink()
     stale = cosmos("train", "tiny", *options("x"), code=5)

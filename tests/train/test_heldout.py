@@ -64,3 +64,23 @@ def test_the_fixed_noise_levels_are_quantiles_of_the_trained_ones():
     for sigma, share in zip(edm.FIXED_SIGMAS, (0.125, 0.375, 0.625, 0.875), strict=True):
         below = sum(value < sigma for value in drawn) / len(drawn)
         assert below == pytest.approx(share, abs=0.02)
+
+
+def test_the_key_of_measured_clips_changes_only_with_them():
+    def manifest(*hashes, split="heldout"):
+        clips = [
+            {"video": f"{i}.mp4", "latent": f"{i}.st", "sha256": h, "text": "t"}
+            for i, h in enumerate(hashes)
+        ]
+        videos = [{"file": f"{i}.mp4", "split": split} for i in range(len(hashes))]
+        extra = {"video": "z.mp4", "latent": "z.st", "sha256": split, "text": "t"}
+        return {"videos": videos, "clips": [*clips, extra]}
+
+    key = holdout.measured_key(manifest("a", "b"), 8)
+    assert key == holdout.measured_key(manifest("a", "b"), 9)
+    other = manifest("a", "b")
+    other["clips"][-1]["sha256"] = "a training clip"
+    assert key == holdout.measured_key(other, 8)
+    assert key != holdout.measured_key(manifest("a", "c"), 8)
+    assert key != holdout.measured_key(manifest("a", "b"), 1)
+    assert key != holdout.measured_key(manifest("a", "b", split="train"), 8)
