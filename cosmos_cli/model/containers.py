@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -12,6 +13,18 @@ from pathlib import Path
 import av
 
 from cosmos_cli import files
+from cosmos_cli.errors import environment_error
+
+
+@contextmanager
+def needs_ffmpeg(what: str) -> Iterator[None]:
+    """Turn the errors of a missing FFmpeg into a UserError that says `what`."""
+    # Without FFmpeg's libraries, torchcodec raises RuntimeError, even on import.
+    try:
+        yield
+    except (ImportError, OSError, RuntimeError) as error:
+        fix = "run `cosmos setup RECIPE --install`"
+        raise environment_error("video", what, fix) from error
 
 
 def lacks(path: Path) -> int:

@@ -12,7 +12,7 @@ import av
 import torch
 from torch import Tensor
 
-from cosmos_cli.model.video import needs_ffmpeg
+from cosmos_cli.model.containers import needs_ffmpeg
 
 # Makes the same frames give the same bytes. With AVX-512, the macroblock tree of x264 (build 164)
 # depends on memory addresses, and every stream depends on the number of threads.

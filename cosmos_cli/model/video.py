@@ -11,8 +11,8 @@ import os
 import stat
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING
@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 
 from cosmos_cli import files
-from cosmos_cli.errors import environment_error
 from cosmos_cli.model import containers, rgb
 
 if TYPE_CHECKING:
@@ -168,7 +167,7 @@ def _check_first_frame(path: Path, decoder: VideoDecoder) -> None:
         raise VideoError(f"an AVI with B-frames has no time stamps: {fix}")
     if late == math.inf:
         raise VideoError("damaged: the first frame does not decode")
-    reader = _open_again(path, files.stamp_of(path))
+    reader = _open_again(path)
     try:
         reader.read([0])
     except (RuntimeError, VideoError) as error:
@@ -263,7 +262,7 @@ def read_clip(
         VideoError: a frame does not exist or does not decode.
     """
     decoded = _decode(path, clip.indices, clip.seconds)
-    aspect = _pixel_aspect(_open_again(path, files.stamp_of(path)).decoder.metadata)
+    aspect = _pixel_aspect(_open_again(path).decoder.metadata)
     chunks = (
         rgb.resize_frames(chunk.to(device), height, width, resize, aspect) for chunk in decoded
     )
@@ -287,19 +286,8 @@ def _same_rate(a: float, b: float) -> bool:
     return abs(a - b) <= FPS_TOLERANCE * b
 
 
-@contextmanager
-def needs_ffmpeg(what: str) -> Iterator[None]:
-    """Turn the errors of a missing FFmpeg into a UserError that says `what`."""
-    # Without FFmpeg's libraries, torchcodec raises RuntimeError, even on import.
-    try:
-        yield
-    except (ImportError, OSError, RuntimeError) as error:
-        fix = "run `cosmos setup RECIPE --install`"
-        raise environment_error("video", what, fix) from error
-
-
 def _open(path: Path) -> VideoDecoder:
-    with needs_ffmpeg("FFmpeg is missing"):
+    with containers.needs_ffmpeg("FFmpeg is missing"):
         from torchcodec.decoders import VideoDecoder
     try:
         status = path.stat()
@@ -329,7 +317,7 @@ def _open(path: Path) -> VideoDecoder:
 
 def _decode(path: Path, indices: Sequence[int], seconds: Sequence[float]) -> Iterator[Tensor]:
     """Yield frames in uint8 chunks (T, 3, H, W), by number or, without numbers, by time."""
-    reader = _open_again(path, files.stamp_of(path))
+    reader = _open_again(path)
     meta = reader.decoder.metadata
     assert meta.height and meta.width
     size = max(1, CHUNK_BYTES // (3 * meta.height * meta.width))
@@ -441,20 +429,14 @@ class _Reader:
                 raise VideoError(f"two frames have the same time stamp, {at:.2f} s")
 
 
-class _Opened(threading.local):
-    """The reader that a thread opened last. Two threads must not share one."""
+def _open_again(path: Path) -> _Reader:
+    """Return this thread's reader of a file. Some are kept, because opening one scans all packets.
 
-    key: tuple[Path, tuple[int, int]] | None = None
-    reader: _Reader
-
-
-_opened = _Opened()
+    Two threads must not share one.
+    """
+    return _reader(path, files.stamp_of(path), threading.get_ident())
 
 
-def _open_again(path: Path, version: tuple[int, int]) -> _Reader:
-    """Return the reader of a file. The last one is kept, because opening one scans all packets."""
-    if _opened.key != (path, version):
-        _opened.key = None
-        _opened.reader = _Reader(path)
-        _opened.key = path, version
-    return _opened.reader
+@lru_cache(maxsize=8)
+def _reader(path: Path, _version: tuple[int, int], _thread: int) -> _Reader:
+    return _Reader(path)
