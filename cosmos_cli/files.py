@@ -407,8 +407,8 @@ def require_free(path: Path, needed: float, what: str, fix: str) -> None:
     """
     if (free := free_bytes(path)) < needed:
         unit, name = (1e9, "GB") if needed > 1e9 else (1e6, "MB")
-        what = f"{what} need {needed / unit:,.2f} {name}, {free / unit:,.2f} {name} are free"
-        raise asset_error(path, what, fix)
+        sizes = f"{needed / unit:,.2f} {name}, {free / unit:,.2f} {name} are free"
+        raise asset_error(path, f"{what} need {sizes}", fix)
 
 
 def require_writable(folder: Path) -> None:
@@ -419,9 +419,8 @@ def require_writable(folder: Path) -> None:
     """
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        # Unlike os.access, this gives the reason, such as a disk that is read-only.
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        # os.access would not give the reason.
+        tempfile.TemporaryFile(dir=folder).close()
 
 
 def size_of(path: Path) -> int:
