@@ -12,7 +12,6 @@ import stat
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING
@@ -429,14 +428,21 @@ class _Reader:
                 raise VideoError(f"two frames have the same time stamp, {at:.2f} s")
 
 
+class _Opened(threading.local):
+    """The reader that a thread opened last. Two threads must not share one."""
+
+    key: tuple[Path, tuple[int, int]] | None = None
+    reader: _Reader
+
+
+_opened = _Opened()
+
+
 def _open_again(path: Path) -> _Reader:
-    """Return this thread's reader of a file. Some are kept, because opening one scans all packets.
-
-    Two threads must not share one.
-    """
-    return _reader(path, files.stamp_of(path), threading.get_ident())
-
-
-@lru_cache(maxsize=8)
-def _reader(path: Path, _version: tuple[int, int], _thread: int) -> _Reader:
-    return _Reader(path)
+    """Return the reader of a file. The last one is kept, because opening one scans all packets."""
+    key = path, files.stamp_of(path)
+    if _opened.key != key:
+        _opened.key = None
+        _opened.reader = _Reader(path)
+        _opened.key = key
+    return _opened.reader
