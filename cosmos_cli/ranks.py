@@ -25,6 +25,8 @@ ADDRESS = "COSMOS_RANK_ERRORS"
 MAX_CHARACTERS = 20_000
 # torchrun sends SIGTERM to the other ranks when one has failed, and SIGKILL this much later.
 KILL_SECONDS = 30
+# What is known of a rank that ended by SIGKILL.
+KILLED = "was killed, by someone or because CPU memory ran out (see dmesg)"
 
 
 class RankErrors:

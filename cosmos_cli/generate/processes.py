@@ -86,7 +86,7 @@ def run(todo: list[Job], processes: int) -> Iterator[Result]:
         what, kind = f"ended with code {code}; its output is above", ExitCode.BUG
         # A full memory ends a process with SIGKILL, or with SIGBUS while it fills shared weights.
         if code in (-signal.SIGKILL, -signal.SIGBUS):
-            what = "was killed, by someone or because CPU memory ran out (see dmesg)"
+            what = ranks.KILLED
             kind = ExitCode.ENVIRONMENT
         fix = "run the same command again to make the remaining videos"
         raise UserError(what, code=kind, where=where, fix=fix)

@@ -147,7 +147,7 @@ def _failure(messages: list[dict[str, Any]], launcher_code: int) -> UserError:
     elif process_code is None:
         what, code = f"the launcher exited with code {launcher_code}", ExitCode.TRAINING
     elif process_code == -signal.SIGKILL:
-        what = "was killed, by someone or because CPU memory ran out (see dmesg); run train again"
+        what = f"{ranks.KILLED}; run train again"
         code = ExitCode.TRAINING
     else:
         what, code = f"exited with code {process_code}; run train again", ExitCode.TRAINING
