@@ -150,8 +150,7 @@ def write_page(
     if figures.get("horizon"):
         sections.append(("Over the horizon", _horizon(figures)))
     sections += [*videos, ("Figures", _figures(figures))]
-    # A run that was copied may lack the files of its page.
-    if run.status.exists() and (run.root / "env.json").exists():
+    if run_page.has_facts(run):
         sections += [own for own in run_page.sections(run, path.parent) if own not in sections]
     hashes = ((name, model["weights"]) for name, model in figures["models"].items())
     sections.append(("Weights", html.table(hashes, ("", "sha256"))))

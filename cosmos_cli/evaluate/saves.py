@@ -99,7 +99,7 @@ def keep_scores(run: Run, found: Mapping[str, Any]) -> None:
         UserError: a file cannot be written.
     """
     files.write_json(run.scores, found)
-    if run.status.exists() and (run.root / "env.json").exists():
+    if run_page.has_facts(run):
         run_page.write_page(run)
 
 

@@ -29,6 +29,11 @@ def write_page(run: Run) -> None:
     files.write_text(run.report, text)
 
 
+def has_facts(run: Run) -> bool:
+    """True if a run has the files that its page shows; a run that was copied may lack them."""
+    return run.status.exists() and (run.root / "env.json").exists()
+
+
 def sections(run: Run, folder: Path) -> list[tuple[str, str]]:
     """Return the sections of a page in `folder` about a run, as (heading, HTML) for `html.page`."""
     known = status.rows(run)
