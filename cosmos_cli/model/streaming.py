@@ -75,7 +75,7 @@ class WeightStream:
         self.weights = (
             _pack_shared(blocks, streamed, device, shared)
             if shared
-            else [_pack(b, pinned(block_bytes(b), device)) for b in (blocks[i] for i in streamed)]
+            else [_pack(blocks[i], pinned(block_bytes(blocks[i]), device)) for i in streamed]
         )
         self.pageable = device.type == "cuda" and not all(w.is_pinned() for w in self.weights)
         size = max(map(len, self.weights), default=0)

@@ -100,14 +100,14 @@ def train_on_dataset(r: Recipe, device: torch.device) -> dict[str, Any]:
 def open_dataset(r: Recipe) -> tuple[data.Clips, HeldOut | None, dict[str, Any]]:
     """Return the training clips, the held-out clips if any, and the provenance for checkpoints."""
     dataset = r.dataset
+    manifest = dataset.read_manifest()
     clips, held_out = (
-        data.Clips(dataset.root, rows, r.spec)
-        for rows in holdout.split_clips(dataset.read_manifest())
+        data.Clips(dataset.root, rows, r.spec) for rows in holdout.split_clips(manifest)
     )
     about = {
         "recipe": json.loads(r.model_dump_json()),
         "dataset": hashes.sha256_file(dataset.manifest),
-        "measured": holdout.measured_key(dataset.read_manifest(), r.validate_clips),
+        "measured": holdout.measured_key(manifest, r.validate_clips),
     }
     if r.lora_rank and dist.get_rank() == 0:
         # The factors of a LoRA are valid only together with the base weights they were trained on.
